@@ -1,0 +1,33 @@
+"""The unit of a forward pass: packed pieces of samples, flattened to one row of tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """S pieces with N tokens in all. No piece attends to another."""
+
+    input_ids: Tensor  # (1, N) int64
+    position_ids: Tensor  # (1, N) int64, restarts at 0 with each piece
+    labels: Tensor  # (1, N) int64, what the position must predict; IGNORE = no loss
+    cu_seqlens: Tensor  # (S + 1,) int32, piece s is [cu_seqlens[s], cu_seqlens[s + 1])
+    max_seqlen: int  # tokens of the longest piece
+
+    @property
+    def num_targets(self) -> int:
+        """Positions where the loss counts."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return PackedBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            labels=self.labels.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            max_seqlen=self.max_seqlen,
+        )

@@ -1,0 +1,44 @@
+"""What a raw row becomes before it is tokenised."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a record comes from."""
+
+    source: str  # name of the source in the config
+    file: str  # path or URI
+    row: int  # line of a text file, else row, from 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document(Origin):
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation(Origin):
+    """An optional system message, then user and assistant in turn, ending with the assistant."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reject(Origin):
+    """A row that is not trained on. The reason never quotes the row."""
+
+    reason: str
+    malformed: bool = True  # False: a good row set aside by a rule (deny-list, length)
+
+
+Record = Document | Conversation
