@@ -66,7 +66,7 @@ class Config(BaseModel):
 class RunConfig(Config):
     dir: RunDir
     """Run directory: a path or a URI. Repeating the command resumes an unfinished run."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Every random decision derives from it."""
     allow_changes: bool = False
     """Resume although the data or a training-relevant key changed since the run began."""
