@@ -53,6 +53,9 @@ def stable_run_dir(path: str) -> str:
 
 
 DataPath = Annotated[str, AfterValidator(absolute)]
+DenyPath = Annotated[
+    str, AfterValidator(lambda name: name if name == "default" else absolute(name))
+]
 ModelPath = Annotated[str, AfterValidator(absolute_model)]
 RunDir = Annotated[str, AfterValidator(stable_run_dir)]
 
@@ -223,7 +226,7 @@ class SourceConfig(Config):
     """For rows of any other shape."""
     weight: Annotated[float, Gt(0)] | None = None
     """Share of an epoch's tokens, relative to the other sources' weights; set it for all sources or none."""
-    deny: tuple[str, ...] = ("default",)
+    deny: tuple[DenyPath, ...] = ("default",)
     """Deny-lists: `default` ships with medgpt, others are TOML files of the same form."""
 
 
@@ -404,7 +407,7 @@ class PipelineStage(Config):
     config: DataPath
     """Its TOML file."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value` assignments on top of the file."""
+    """`section.key=value` assignments on top of the file; {dir} is the pipeline's run.dir."""
 
 
 class PipelineConfig(Config):
@@ -462,9 +465,15 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
+    """Update `tree` in place; `sources.0.name=x` changes an item of a list."""
     for name, value in update.items():
-        if isinstance(value, dict) and isinstance(tree.get(name), dict):
-            _merge(tree[name], value)
+        known = tree.get(name)
+        if isinstance(known, list) and isinstance(value, dict) and all(map(str.isdigit, value)):
+            items = {str(i): item for i, item in enumerate(known)}
+            _merge(items, value)
+            tree[name] = list(items.values())
+        elif isinstance(known, dict) and isinstance(value, dict):
+            _merge(known, value)
         else:
             tree[name] = value
 

@@ -1,0 +1,33 @@
+"""DeepSpeed behind a small Engine; sharded checkpoints; export. Nothing else imports deepspeed."""
+
+import logging
+import os
+import sys
+import warnings
+
+import torch
+
+# read at DeepSpeed's import, which would take a Mac's mps, where ZeRO does not run
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+import deepspeed  # noqa: E402
+
+# or it compiles C++ at run time where it finds a compiler
+deepspeed.ops.__dict__["__compatible_ops__"] = {}
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+for handler in logging.getLogger("DeepSpeed").handlers:
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(sys.stderr)  # stdout belongs to the program's own output
+
+from medgpt.engine.engine import Engine  # noqa: E402
+from medgpt.engine.export import gather_weights, save_safetensors  # noqa: E402
+from medgpt.engine.loading import load_safetensors, partitioned_init  # noqa: E402
+
+__all__ = [
+    "Engine",
+    "gather_weights",
+    "load_safetensors",
+    "partitioned_init",
+    "save_safetensors",
+]

@@ -1,0 +1,74 @@
+"""Log-probabilities of given tokens, without a float32 copy of the logits.
+
+Shapes: B sequences, L tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """(B, L-1) float32: log p(tokens[:, 1:] | what comes before), in nats.
+
+    Args:
+        logits: (B, L, V), position i predicts token i + 1.
+        tokens: (B, L) int64. A negative token (IGNORE) yields exactly 0.
+        mask: (B, L-1) bool, False yields exactly 0. There logits and tokens may hold anything.
+    """
+    targets = tokens[:, 1:]
+    if mask is not None:
+        targets = torch.where(mask, targets, IGNORE)
+    # the last position predicts nothing; ignoring it is cheaper than a copy of all logits but it
+    return label_logprobs(logits, F.pad(targets, (0, 1), value=IGNORE))[:, :-1]
+
+
+def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """(...) float32: log p(label), in nats; exactly 0, and so its gradient, for negative labels.
+
+    Args:
+        logits: (..., V) of any floating dtype.
+        labels: (...) int64, what each position must predict.
+    """
+    flat = _LabelLogprobs.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    return flat.view(labels.shape)
+
+
+class _LabelLogprobs(torch.autograd.Function):
+    """x[label] - logsumexp(x), whose gradient is onehot(label) - softmax(x).
+
+    The backward pass recomputes the softmax block by block: nothing of the logits' size is kept
+    but the logits. Blocks that fit the cache also make it faster than cross_entropy on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # (M, V), (M,) -> (M,)
+        log_z = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+        for rows in _blocks(logits):
+            log_z[rows] = logits[rows].float().logsumexp(-1)
+        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float()
+        ctx.save_for_backward(logits, labels, log_z)
+        # where, not multiply: 0 * nan is nan
+        return torch.where(labels >= 0, picked - log_z, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # (M,) -> (M, V)
+        logits, labels, log_z = ctx.saved_tensors
+        index, ignored = labels.clamp(min=0)[:, None], labels[:, None] < 0
+        scale = grads[0][:, None]
+        grad = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            block = (logits[rows].float() - log_z[rows, None]).exp_().mul_(-scale[rows])
+            block.scatter_add_(1, index[rows], scale[rows])
+            grad[rows] = block.masked_fill_(ignored[rows], 0.0)
+        return grad, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    elements = 2**19 if logits.device.type == "cpu" else 2**25
+    size = max(1, elements // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, logits.shape[0], size)]

@@ -1,0 +1,155 @@
+"""Bytes of a file, local or remote, plain or compressed, and the lines of text in them."""
+
+import bz2
+import codecs
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol, cast
+
+import fsspec
+import zstandard
+
+CHUNK = 1 << 20  # bytes read at a time
+UTF8_SHARE = 0.1  # of the lines: other encodings hardly ever look like UTF-8, so few are proof
+
+
+class BrokenFile(Exception):
+    """The bytes of a file contradict its format. The message never quotes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A row that could not be read."""
+
+    reason: str
+
+
+class Decompressor(Protocol):
+    """What zlib, bz2, lzma and zstandard have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+}
+
+
+def compression(file: str) -> str | None:
+    """The suffix that says how `file` is compressed."""
+    return next((suffix for suffix in DECOMPRESSORS if file.lower().endswith(suffix)), None)
+
+
+@contextmanager
+def open_file(file: str) -> Iterator[BinaryIO]:
+    """`file` (a path or fsspec URI) for reading its bytes as they are stored."""
+    filesystem, path = fsspec.url_to_fs(file)
+    with filesystem.open(path, "rb") as stream:
+        yield cast(BinaryIO, stream)
+
+
+def read_chunks(file: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """The decompressed content; `start` and `stop` are byte offsets of an uncompressed file.
+
+    Raises:
+        BrokenFile: damaged or truncated compressed data, after everything before it was yielded.
+    """
+    suffix = compression(file)
+    with open_file(file) as stream:
+        stream.seek(start)
+        if suffix is None:
+            left = CHUNK if stop is None else stop - start
+            while left and (chunk := stream.read(min(CHUNK, left))):
+                left -= len(chunk) if stop is not None else 0
+                yield chunk
+        else:
+            yield from _decompress(stream, DECOMPRESSORS[suffix])
+
+
+def _decompress(stream: BinaryIO, new: Callable[[], Decompressor]) -> Iterator[bytes]:
+    """All members or frames; libraries' own readers stop silently after the first, or at a cut."""
+    engine = new()
+    while data := stream.read(CHUNK):
+        while data:
+            engine = new() if engine.eof else engine
+            try:
+                chunk = engine.decompress(data)
+            except (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError):
+                raise BrokenFile("compressed data is damaged") from None
+            yield chunk
+            data = engine.unused_data if engine.eof else b""
+    if not engine.eof:
+        raise BrokenFile("compressed data ends too early")
+
+
+def guess_encoding(chunk: bytes) -> str:
+    """utf-8 or gb18030 for a chunk that is not ASCII and may have broken lines."""
+    if _read_as(chunk, "utf-8") is not None:
+        return "utf-8"
+    lines = [line for line in chunk.split(b"\n") if not line.isascii()]
+    good = [text for line in lines if (text := _read_as(line, "utf-8")) is not None]
+    # a short Chinese word in GBK may be valid UTF-8, but of two-byte characters only
+    sure = [text for text in good if max(text) > "\u0800"]
+    if len(sure) > UTF8_SHARE * len(lines) or len(good) > (1 - UTF8_SHARE) * len(lines):
+        return "utf-8"
+    return "gb18030" if any(_read_as(line, "gb18030") for line in lines) else "utf-8"
+
+
+def _read_as(data: bytes, encoding: str) -> str | None:
+    """The text, but for a character that the end of `data` may cut; None if it is broken."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(data)
+    except UnicodeDecodeError:
+        return None
+
+
+def find_encoding(chunks: Iterable[bytes]) -> str:
+    """The encoding of a file by its first chunk that is not ASCII."""
+    foreign = next((chunk for chunk in chunks if not chunk.isascii()), None)
+    return "utf-8" if foreign is None else guess_encoding(foreign)
+
+
+def decode(data: bytes, encoding: str) -> str | Broken:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        return Broken(f"broken encoding at byte {error.start + 1} (read as {encoding})")
+
+
+def text_lines(chunks: Iterable[bytes], encoding: str) -> Iterator[str | Broken]:
+    """Lines without their ends. `encoding` auto is settled by the first chunk that is not ASCII."""
+    rest = b""
+    first = True
+    for chunk in chunks:
+        if encoding == "auto" and not chunk.isascii():
+            encoding = guess_encoding(chunk)
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield _line(line, encoding, first)
+            first = False
+    if rest:
+        yield _line(rest, encoding, first)
+
+
+def _line(data: bytes, encoding: str, first: bool) -> str | Broken:
+    text = decode(data, "utf-8" if encoding == "auto" else encoding)  # auto so far: ASCII only
+    if isinstance(text, str):
+        text = text.removesuffix("\r")
+        return text.removeprefix("\ufeff") if first else text  # byte order mark
+    return text
+
+
+def whole(chunks: Iterable[bytes], encoding: str) -> tuple[bytes, str]:
+    """All bytes and their encoding."""
+    parts = list(chunks)
+    return b"".join(parts), find_encoding(parts) if encoding == "auto" else encoding

@@ -1,0 +1,181 @@
+"""The order of training data, computed instead of remembered.
+
+An epoch is a function of (index, seed, epoch): which samples, cut into which chunks, packed into which rows,
+in which order. A checkpoint therefore stores only how many steps were done.
+
+Vocabulary: a *sample* is one record; a *chunk* is what of it fits into a row (a long document has several, each
+overlapping the one before by one token, so that every token but the first is predicted exactly once); a *row*
+holds chunks of at most `max_length` tokens together; a *step* trains `global_batch_size` rows.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW_TOKENS = 1 << 22  # samples are shuffled and packed within windows of about this many tokens
+VALIDATION = -1  # in place of the epoch
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """One entry per sample, in file order; N samples."""
+
+    length: IntArray  # (N,) tokens
+    source: IntArray  # (N,) number of the source in the config
+    block: IntArray  # (N,) number of the block (a row group of a shard) that holds the tokens
+    row: IntArray  # (N,) row inside the block
+    sample_id: NDArray[np.bytes_]  # (N,) 32 hexadecimal characters
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """R packed rows. Row r holds the chunks [bounds[r], bounds[r + 1])."""
+
+    bounds: IntArray  # (R + 1,)
+    sample: IntArray  # (C,) position in the index
+    chunk: IntArray  # (C,) number of the chunk within its sample
+    start: IntArray  # (C,) first token
+    stop: IntArray  # (C,) one past the last token
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int((self.stop - self.start).sum())
+
+
+def num_chunks(length: IntArray, max_length: int) -> IntArray:
+    """(N,) chunks of samples with `length` tokens; consecutive chunks share one token."""
+    return np.maximum(1, -(-(length - 1) // (max_length - 1)))
+
+
+def plan_epoch(
+    index: Index, *, max_length: int, seed: int, epoch: int, weights: NDArray[np.float64] | None
+) -> Rows:
+    """All packed rows of an epoch, in training order.
+
+    Args:
+        weights: (S,) share of the epoch's tokens for each source; None takes every sample once.
+        epoch: from 0, or VALIDATION.
+    """
+    order = mixed_order(index, seed=seed, epoch=epoch, weights=weights)
+    ends = np.cumsum(index.length[order])
+    window = (ends - 1) // WINDOW_TOKENS
+    parts = [
+        _pack_window(index, order[window == w], max_length, _generator(seed, epoch, 1, int(w)))
+        for w in np.unique(window)
+    ]
+    return _concatenate(parts)
+
+
+def mixed_order(
+    index: Index, *, seed: int, epoch: int, weights: NDArray[np.float64] | None
+) -> IntArray:
+    """Samples of an epoch: sources evenly interleaved, blocks of a source in random order."""
+    quotas = source_quotas(index, weights)
+    positions, keys = [], []
+    for source, quota in enumerate(quotas):
+        picked = _pick(index, source, quota, _generator(seed, epoch, 0, source))
+        positions.append(picked)
+        keys.append((np.arange(len(picked)) + 0.5) / max(1, len(picked)))
+    return np.concatenate(positions)[np.argsort(np.concatenate(keys), kind="stable")]
+
+
+def source_quotas(index: Index, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """(S,) tokens each source gives to an epoch; the epoch is as long as the data."""
+    tokens = np.bincount(index.source, weights=index.length)
+    return tokens if weights is None else weights / weights.sum() * tokens.sum()
+
+
+def _pick(index: Index, source: int, quota: float, rng: np.random.Generator) -> IntArray:
+    """Samples of one source until their tokens come closest to the quota; whole passes first.
+
+    Blocks come in random order and each is read once; the window shuffles what is inside.
+    """
+    members = np.flatnonzero(index.source == source)
+    passes = []
+    while len(members) and quota > 0.5:
+        chosen = members
+        if index.length[members].sum() > quota:
+            chosen = members[rng.permutation(len(members))]
+            reached = np.append(0, np.cumsum(index.length[chosen]))
+            chosen = np.sort(chosen[: int(np.argmin(np.abs(reached - quota)))])
+        blocks, block = np.unique(index.block[chosen], return_inverse=True)
+        passes.append(chosen[np.argsort(rng.permutation(len(blocks))[block], kind="stable")])
+        quota -= index.length[members].sum()
+    return np.concatenate([members[:0], *passes])
+
+
+def _pack_window(
+    index: Index, samples: IntArray, max_length: int, rng: np.random.Generator
+) -> Rows:
+    """Rows of one window: samples are cut into chunks, packed, and the rows shuffled."""
+    samples = samples[rng.permutation(len(samples))]
+    counts = num_chunks(index.length[samples], max_length)
+    sample = np.repeat(samples, counts)
+    chunk = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = chunk * (max_length - 1)
+    stop = np.minimum(start + max_length, index.length[sample])
+
+    row = best_fit(stop - start, max_length)
+    num_rows = int(row.max()) + 1
+    row = rng.permutation(num_rows)[row]
+    by_row = np.argsort(row, kind="stable")
+    bounds = np.searchsorted(row[by_row], np.arange(num_rows + 1))
+    return Rows(
+        bounds=bounds,
+        sample=sample[by_row],
+        chunk=chunk[by_row],
+        start=start[by_row],
+        stop=stop[by_row],
+    )
+
+
+def best_fit(lengths: IntArray, capacity: int) -> IntArray:
+    """(C,) row of each piece: longest first, into the fullest row that still has room.
+
+    Best-fit decreasing (Johnson, 1973); `free` has bit f set while some row has f tokens of room.
+    """
+    row_of = np.empty(len(lengths), np.int64)
+    rows_with_room: dict[int, list[int]] = {}
+    free, num_rows = 0, 0
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        fitting = free >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            rows = rows_with_room[room]
+            row = rows.pop()
+            if not rows:
+                free ^= 1 << room
+        else:
+            room, row = capacity, num_rows
+            num_rows += 1
+        row_of[piece] = row
+        if left := room - length:
+            rows_with_room.setdefault(left, []).append(row)
+            free |= 1 << left
+    return row_of
+
+
+def _concatenate(parts: list[Rows]) -> Rows:
+    offsets = np.cumsum([0, *(part.bounds[-1] for part in parts)])
+    bounds = [part.bounds[:-1] + offset for part, offset in zip(parts, offsets, strict=False)]
+    return Rows(
+        bounds=np.concatenate([*bounds, offsets[-1:]]),
+        sample=np.concatenate([part.sample for part in parts]),
+        chunk=np.concatenate([part.chunk for part in parts]),
+        start=np.concatenate([part.start for part in parts]),
+        stop=np.concatenate([part.stop for part in parts]),
+    )
+
+
+def _generator(seed: int, epoch: int, use: int, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, epoch - VALIDATION, use, number])

@@ -1,0 +1,181 @@
+"""Tokenised samples on disk: Parquet shards, one row group per block, and an index over them."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from medgpt.data.encode import Encoded
+from medgpt.data.order import Index
+from medgpt.data.records import Origin
+from medgpt.runs import FileEntry, Folder, checksum
+
+BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
+CACHED_BLOCKS = 64
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "targets": pa.list_(pa.bool_()),  # True where the token is to be learnt
+        "word_ids": pa.list_(pa.int32()),  # null unless words are masked as a whole
+        "length": pa.int32(),
+        "content_hash": pa.string(),
+        "source": pa.int16(),
+        "file": pa.string(),
+        "row": pa.int64(),
+    }
+)
+INDEX_SCHEMA = pa.schema(
+    {
+        "length": pa.int32(),
+        "source": pa.int16(),
+        "block": pa.int32(),
+        "row": pa.int32(),
+        "sample_id": pa.string(),
+    }
+)
+BLOCKS_SCHEMA = pa.schema({"file": pa.string(), "row_group": pa.int32()})
+
+
+class ShardWriter:
+    """Appends samples to one shard; nothing is written if there are none."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.name = name
+        self.pending: list[dict[str, Any]] = []
+        self.pending_tokens = 0
+        self.writer: pq.ParquetWriter | None = None
+        self.stack = ExitStack()
+        self.path = self.stack.enter_context(folder.staging()) / name
+
+    def add(self, encoded: Encoded, *, content_hash: str, source: int, origin: Origin) -> None:
+        self.pending.append(
+            {
+                "input_ids": encoded.input_ids,
+                "targets": encoded.targets,
+                "word_ids": encoded.word_ids,
+                "length": len(encoded.input_ids),
+                "content_hash": content_hash,
+                "source": source,
+                "file": origin.file,
+                "row": origin.row,
+            }
+        )
+        self.pending_tokens += len(encoded.input_ids)
+        if self.pending_tokens >= BLOCK_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.path, SCHEMA, compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(self.pending, SCHEMA))
+        self.pending, self.pending_tokens = [], 0
+
+    def close(self) -> list[FileEntry]:
+        """The file written, if any."""
+        if self.pending:
+            self._flush()
+        files = []
+        if self.writer is not None:
+            self.writer.close()
+            files = [FileEntry(self.name, self.path.stat().st_size, checksum(self.path))]
+        self.stack.close()
+        return files
+
+
+def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileEntry]:
+    """Index of a split over its shards, in their order. Reads no tokens."""
+    columns = ["length", "source", "content_hash"]
+    tables, blocks = [], []
+    for name in shards:
+        with folder.fs.open(folder.path(name)) as file:
+            shard = pq.ParquetFile(file)
+            sizes = [shard.metadata.row_group(g).num_rows for g in range(shard.num_row_groups)]
+            rows = [np.arange(size) for size in sizes]
+            numbers = [np.full(size, len(blocks) + g) for g, size in enumerate(sizes)]
+            table = shard.read(columns=columns)
+        table = table.append_column("block", pa.array(np.concatenate(numbers), pa.int32()))
+        tables.append(table.append_column("row", pa.array(np.concatenate(rows), pa.int32())))
+        blocks += [{"file": name, "row_group": g} for g in range(len(sizes))]
+    index = pa.concat_tables(tables) if tables else _empty_index()
+    ids = pa.array(sample_ids(index["content_hash"].to_pylist()), pa.string())
+    index = index.append_column("sample_id", ids).select(INDEX_SCHEMA.names)
+    files = []
+    with folder.staging() as directory:
+        for name, content in (
+            (f"{split}.index.parquet", index),
+            (f"{split}.blocks.parquet", pa.Table.from_pylist(blocks, BLOCKS_SCHEMA)),
+        ):
+            pq.write_table(content, directory / name, compression="zstd")
+            size = (directory / name).stat().st_size
+            files.append(FileEntry(name, size, checksum(directory / name)))
+    return files
+
+
+def _empty_index() -> pa.Table:
+    schema = INDEX_SCHEMA.remove(INDEX_SCHEMA.get_field_index("sample_id"))
+    return schema.append(pa.field("content_hash", pa.string())).empty_table()
+
+
+def sample_ids(hashes: Sequence[str]) -> list[str]:
+    """Hash of content hash and occurrence number: unique even where contents repeat."""
+    seen: dict[str, int] = {}
+    ids = []
+    for content_hash in hashes:
+        occurrence = seen.get(content_hash, 0)
+        seen[content_hash] = occurrence + 1
+        ids.append(xxhash.xxh3_128_hexdigest(f"{content_hash}:{occurrence}".encode()))
+    return ids
+
+
+def read_index(folder: Folder, split: str) -> Index:
+    """The index of a split."""
+    with folder.fs.open(folder.path(f"{split}.index.parquet")) as file:
+        table = pq.read_table(file)
+    columns = {
+        name: table[name].to_numpy().astype(np.int64) for name in ("length", "source", "block", "row")
+    }
+    ids = table["sample_id"].to_pylist()
+    return Index(**columns, sample_id=np.array(ids, dtype="S32"))
+
+
+class Tokens(NamedTuple):
+    """The samples of a block. Sample i is values[offsets[i]:offsets[i + 1]]."""
+
+    offsets: NDArray[np.int64]
+    input_ids: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    word_ids: NDArray[np.int32] | None
+
+
+@lru_cache(maxsize=CACHED_BLOCKS)
+def read_block(url: str, split: str, block: int) -> Tokens:
+    """The tokens of one block; recent ones stay in memory."""
+    folder = Folder(url)
+    file, row_group = _blocks(url, split)[block]
+    with folder.fs.open(folder.path(file)) as handle:
+        table = pq.ParquetFile(handle).read_row_group(
+            row_group, columns=["input_ids", "targets", "word_ids"]
+        )
+    lists = {name: table[name].combine_chunks() for name in table.column_names}
+    words = lists["word_ids"]
+    return Tokens(
+        offsets=lists["input_ids"].offsets.to_numpy().astype(np.int64),
+        input_ids=pc.list_flatten(lists["input_ids"]).to_numpy(),
+        targets=pc.list_flatten(lists["targets"]).to_numpy(zero_copy_only=False),
+        word_ids=None if words.null_count else pc.list_flatten(words).to_numpy(),
+    )
+
+
+@lru_cache(maxsize=4)
+def _blocks(url: str, split: str) -> list[tuple[str, int]]:
+    folder = Folder(url)
+    with folder.fs.open(folder.path(f"{split}.blocks.parquet")) as file:
+        table = pq.read_table(file)
+    return list(zip(table["file"].to_pylist(), table["row_group"].to_pylist(), strict=True))

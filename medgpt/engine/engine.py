@@ -1,0 +1,139 @@
+"""DeepSpeed behind a few calls: forward, backward, step, save, load, export."""
+
+import contextlib
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from torch import Tensor, nn
+
+from medgpt.config import EngineConfig, OptimizerConfig
+from medgpt.engine import checkpoint, schedule, state
+from medgpt.engine.export import gather_weights, save_safetensors
+from medgpt.engine.setup import deepspeed_config, join_process_group
+
+
+class Engine:
+    """Trains the parameters of `module` that require gradients.
+
+    Every rank makes the same calls, from ZeRO-2 on also the same number of forward and backward
+    passes; a rank short of data runs micro-batches whose loss is zero (`loss * 0`, not a constant).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        join_process_group(device)
+        self.module = module
+        self.steps = 0
+        """Optimizer steps done."""
+        self._config = optimizer
+        self._total_steps = total_steps
+        self._adam = torch.optim.AdamW(
+            parameter_groups(module, optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            fused=True,  # no temporary copies of the flat partition; not compiled at run time
+        )
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # the bf16 optimizer prints memory statistics
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._adam,
+                config=deepspeed_config(engine, device, max_grad_norm=optimizer.max_grad_norm),
+                dist_init_required=False,
+            )
+        wrapped = self._engine.optimizer
+        assert isinstance(wrapped, torch.optim.AdamW | ZeROOptimizer), type(wrapped)
+        self._optimizer: state.DeepSpeedOptimizer = wrapped
+        self._grad_norm = math.nan
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            self._adam.register_step_pre_hook(lambda *_: self._clip())
+        state.create_moments(self._adam, self._optimizer)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the latest step; before the first, of the first."""
+        return schedule.learning_rate(max(self.steps - 1, 0), self._total_steps, self._config)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this rank's share of a loss divided by the global token count."""
+        # DeepSpeed averages over ranks; shares must be summed
+        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clip, update, clear the gradients. Returns their global norm before clipping.
+
+        A norm that is not finite leaves weights and moments as they were; it counts as a step.
+        """
+        rate = schedule.learning_rate(self.steps, self._total_steps, self._config)
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        self.steps += 1
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            norm = self._engine.get_global_grad_norm()
+            assert norm is not None
+            self._grad_norm = float(norm)
+        if not math.isfinite(self._grad_norm):
+            state.drop_gradients(self._optimizer)
+        return self._grad_norm
+
+    def save(self, directory: Path) -> None:
+        """Write what `load` needs into `directory`. Collective; every rank writes its own file."""
+        checkpoint.save(directory, self._trainable(), self._adam, self._optimizer, steps=self.steps)
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote at any world size, ZeRO stage and offload. Collective."""
+        self.steps = checkpoint.load(directory, self._trainable(), self._adam, self._optimizer)
+
+    def export(self, directory: Path, part: nn.Module | None = None) -> None:
+        """Write the weights of the module, or a `part` of it, as safetensors shards. Collective."""
+        save_safetensors(gather_weights(part or self.module), directory)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _clip(self) -> None:
+        """For the bare torch optimizer of stage 0; DeepSpeed's own optimizers do it themselves."""
+        params = list(self._trainable().values())
+        limit = self._config.max_grad_norm or math.inf
+        self._grad_norm = float(nn.utils.clip_grad_norm_(params, limit))
+        if not math.isfinite(self._grad_norm):
+            for param in params:
+                param.grad = None  # Adam skips it
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of the trainable parameters: matrices decay, vectors and embeddings do not."""
+    embeddings = {
+        id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for param in module.parameters():
+        if param.requires_grad:
+            is_matrix = len(state.full_shape(param)) > 1 and id(param) not in embeddings
+            (decayed if is_matrix else others).append(param)
+    groups = [
+        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+        {"name": "others", "params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

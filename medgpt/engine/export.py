@@ -1,0 +1,80 @@
+"""Weights out of an engine, one at a time, and into Hugging Face's safetensors layout."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from medgpt.engine import state
+
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+def gather_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and CPU tensor of each parameter and persistent buffer; tied ones once, by first name.
+
+    Collective: every rank must exhaust it, it yields on rank 0 only. These are the weights of the
+    forward pass, in bf16 runs the rounded master weights.
+    """
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        params = [tensor] if state.is_zero_param(tensor) else []
+        with deepspeed.zero.GatheredParameters(params, enabled=bool(params)):
+            copy = tensor.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
+        if copy is not None:
+            yield name, copy.contiguous()
+
+
+def save_safetensors(
+    items: Iterable[tuple[str, Tensor]], directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `items` as model.safetensors, or as numbered shards with an index, or nothing if empty.
+
+    Holds one shard in memory. A tensor larger than `max_shard_bytes` has a shard of its own.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []  # names
+    shard: dict[str, Tensor] = {}
+    total = 0
+    for name, tensor in items:
+        size = tensor.numel() * tensor.element_size()
+        if shard and _num_bytes(shard) + size > max_shard_bytes:
+            shards.append(_write(shard, directory, len(shards)))
+            shard = {}
+        shard[name] = tensor
+        total += size
+    if shard:
+        shards.append(_write(shard, directory, len(shards)))
+    _name_shards(shards, total, directory)
+
+
+def _num_bytes(shard: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
+
+
+def _write(shard: dict[str, Tensor], directory: Path, index: int) -> list[str]:
+    save_file(shard, directory / f"shard-{index}.tmp", metadata={"format": "pt"})
+    return list(shard)
+
+
+def _name_shards(shards: list[list[str]], total: int, directory: Path) -> None:
+    """The final names hold the number of shards, which is known last."""
+    if len(shards) == 1:
+        (directory / "shard-0.tmp").replace(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{index}.tmp").replace(directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    if shards:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (directory / "model.safetensors.index.json").write_text(text, "utf-8")

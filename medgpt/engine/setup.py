@@ -1,0 +1,68 @@
+"""What DeepSpeed needs before an engine exists: a process group and its configuration."""
+
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from medgpt.config import ConfigError, EngineConfig
+
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients reduced in one call: 200 MB in fp32, allocated in every backward pass."""
+
+
+def compute_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations; master weights and moments are fp32 in any case."""
+    auto = "fp32" if device.type == "cpu" else "bf16"
+    precision = auto if config.precision == "auto" else config.precision
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def effective_stage(config: EngineConfig, dtype: torch.dtype) -> int:
+    """The ZeRO stage that runs: stage 0 cannot accumulate the gradients of bf16 weights in fp32."""
+    return 1 if config.zero_stage == 0 and dtype == torch.bfloat16 else config.zero_stage
+
+
+def join_process_group(device: torch.device) -> None:
+    """Let DeepSpeed use the default process group; a process without one becomes a group of one."""
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - documented
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed reads its device from there
+    os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def deepspeed_config(
+    config: EngineConfig, device: torch.device, *, max_grad_norm: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration.
+
+    Raises:
+        ConfigError: optimizer offload without ZeRO.
+    """
+    dtype = compute_dtype(config, device)
+    stage = effective_stage(config, dtype)
+    if config.offload_optimizer and config.zero_stage == 0:
+        raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # unused: the caller owns the accumulation boundary
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": max_grad_norm if stage > 0 else 0.0,  # stage 0: see Engine
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at run time
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }

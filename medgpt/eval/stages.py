@@ -1,0 +1,22 @@
+"""Training stages as commands: train, then report."""
+
+from medgpt.config import PretrainConfig, SFTConfig, TrainStageConfig
+from medgpt.eval.report import write_report
+from medgpt.runs import Run
+from medgpt.train.stage import run_stage
+
+
+def run_pretrain(config: PretrainConfig) -> Run:
+    return _trained("pretrain", config)
+
+
+def run_sft(config: SFTConfig) -> Run:
+    return _trained("sft", config)
+
+
+def _trained(stage: str, config: TrainStageConfig) -> Run:
+    run = run_stage(stage, config)
+    if not run.folder.exists("report.html"):
+        write_report(run)
+    print(f"{stage}: report in {run.folder.url}/report.html")
+    return run

@@ -1,0 +1,115 @@
+"""One way to report: metrics.jsonl, TensorBoard and the console, from the same numbers.
+
+Names are `area/name`. Patient text never comes here; numbers do.
+"""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from medgpt.runs import Run
+
+
+class MetricsWriter:
+    """Appends to a run's metrics.jsonl and TensorBoard log. One process of a run has it."""
+
+    def __init__(self, run: Run, *, attempt: int, time_s: float) -> None:
+        """`time_s`: training time of the steps that earlier attempts completed."""
+        self.run, self.attempt = run, attempt
+        self.began = time.monotonic() - time_s
+        local = run.folder.is_local
+        self.scratch = None if local else tempfile.TemporaryDirectory(prefix="medgpt-")
+        root = Path(run.folder.root if local else self.scratch.name)  # type: ignore[union-attr]
+        self.file = root / "metrics.jsonl"
+        if not local and run.folder.exists("metrics.jsonl"):
+            self.file.write_text(run.folder.read_text("metrics.jsonl"), "utf-8")
+        self.events_dir = root / "tensorboard"
+        self.events = EventFileWriter(str(self.events_dir), filename_suffix=f".{attempt}")
+
+    @property
+    def time_s(self) -> float:
+        return time.monotonic() - self.began
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Append the metrics of an optimizer step (from 1; 0 is before the first)."""
+        line = {"step": step, "time_s": round(self.time_s, 3), "attempt": self.attempt, **metrics}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
+        self.events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def sync(self) -> None:
+        """Make everything logged so far readable in the run directory."""
+        self.events.flush()
+        if self.scratch is not None:
+            fs, root = self.run.folder.fs, Path(self.scratch.name)
+            for path in (p for p in root.rglob("*") if p.is_file()):
+                fs.put_file(str(path), self.run.folder.path(str(path.relative_to(root))))
+
+    def close(self) -> None:
+        self.sync()
+        self.events.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
+
+
+class ConsoleReporter:
+    """Progress of a stage for a person: a bar with remaining time on a terminal, lines elsewhere."""
+
+    def __init__(self, stage: str, console: Console | None = None) -> None:
+        self.stage = stage
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.began: dict[str, tuple[float, int]] = {}
+        self.progress.start()
+
+    def say(self, text: str) -> None:
+        """A line that stays on the screen."""
+        self.console.print(f"{self.stage}: {text}", markup=False)
+
+    def advance(self, phase: str, done: int, total: int, facts: str = "", *, say: bool = False) -> None:
+        """Phase `phase` has done `done` of `total`; `say` also prints it as a line."""
+        if phase not in self.tasks:
+            self.began[phase] = (time.monotonic(), done)
+            self.tasks[phase] = self.progress.add_task(
+                f"{self.stage} {phase}", total=total, facts="", completed=done
+            )
+        self.progress.update(self.tasks[phase], completed=done, total=total, facts=facts)
+        if say and not self.console.is_terminal:
+            self.say(f"{phase} {done}/{total}  {facts}  {self._remaining(phase, done, total)}")
+
+    def _remaining(self, phase: str, done: int, total: int) -> str:
+        began, first = self.began[phase]
+        if done <= first:
+            return "--:-- left"
+        seconds = int((time.monotonic() - began) / (done - first) * (total - done))
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+    def close(self) -> None:
+        self.progress.stop()

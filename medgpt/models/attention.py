@@ -1,0 +1,84 @@
+"""Attention over packed pieces: no piece sees another, and no N x N mask is built.
+
+Importing this module registers it with transformers as "varlen". It takes the arguments of
+FlashAttention's variable-length kernels, so that both run from the same call. transformers
+never writes the name of an attention to disk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from medgpt.config import ConfigError
+
+VARLEN = "varlen"
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, N, heads, head_dim): every piece attends to itself, causally where the module is causal.
+
+    Args:
+        query: (1, heads, N, head_dim); key and value: (1, kv_heads, N, head_dim)
+        cu_seq_lens_q: (S + 1,) int32, piece s is [cu_seq_lens_q[s], cu_seq_lens_q[s + 1])
+        sliding_window: tokens that each token sees, itself included; none means all.
+
+    Raises:
+        ConfigError: the model's attention has a term that torch's kernels lack.
+        ValueError: there are no pieces. Padded batches and generation need another attention.
+    """
+    if cu_seq_lens_q is None:
+        raise ValueError("varlen attention is for packed batches; set_attn_implementation('sdpa')")
+    for term in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(term) is not None:
+            raise ConfigError(
+                f"model.attention=varlen: {type(module).__name__} needs {term}, which it lacks; "
+                "use flash_attention_2 on a GPU or another model"
+            )
+    assert attention_mask is None, "pieces are given by cu_seq_lens_q"
+    causal = bool(module.is_causal if is_causal is None else is_causal)
+    lengths = cu_seq_lens_q.diff().tolist()
+    # split, not slices: the backward of S slices would allocate S tensors of the whole's size
+    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+            **_visible(q, causal, sliding_window),
+        ).transpose(1, 2)
+        for q, k, v in pieces
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def _visible(query: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
+    """What a token of this piece may see, as arguments of scaled_dot_product_attention."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": causal}
+    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    below = ones.triu(1 - window)
+    return {"attn_mask": below.tril() if causal else below.tril(window - 1)}
+
+
+# Without a mask function of this name transformers builds no mask at all.
+AttentionInterface.register(VARLEN, varlen_attention)

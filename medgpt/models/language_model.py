@@ -1,0 +1,177 @@
+"""A causal or masked language model as training sees it: a packed batch in, a loss out."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from medgpt.algos.lm import causal_lm_loss
+from medgpt.algos.logprobs import label_logprobs
+from medgpt.config import ConfigError
+from medgpt.data.batch import IGNORE, PackedBatch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# What some models do to logits after the output layer. We call only the layer.
+LOGIT_TERMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class LanguageModel(nn.Module):
+    """Runs the output layer and the loss only where labels count, in chunks of tokens.
+
+    Args:
+        model: a Hugging Face model with a language-model head, or the same with LoRA.
+        loss_chunk_tokens: the output layer runs on at most this many tokens at a time.
+        max_batch_tokens: tokens of the largest micro-batch. When given, every forward runs the same
+            number of chunks, as ZeRO-3 requires of its ranks; else as many as the labels need.
+        activation_checkpointing: recompute activations in the backward pass.
+        neftune_alpha: noise on embeddings in training, https://arxiv.org/abs/2310.05914; 0 is off.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        *,
+        loss_chunk_tokens: int = 8192,
+        max_batch_tokens: int | None = None,
+        activation_checkpointing: bool = False,
+        neftune_alpha: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.max_batch_tokens = max_batch_tokens
+        self.neftune_alpha = neftune_alpha
+        output_layer(self.pretrained)  # raises now rather than in the first step
+        if activation_checkpointing:
+            self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        """The Hugging Face model, with LoRA layers inside where there are any."""
+        model = self.model
+        if not isinstance(model, PreTrainedModel):
+            model = model.get_base_model()
+        return cast(PreTrainedModel, model)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        num_tokens: Tensor | int,
+        noise_seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """() float32: cross-entropy summed over the batch's labels, divided by `num_tokens`.
+
+        A batch without labels yields exactly 0, connected to every weight, so that a rank
+        without work takes part in the collectives of the others.
+
+        Args:
+            num_tokens: labels in the global batch.
+            noise_seeds: S seeds, one per piece, for NEFTune.
+        """
+        loss = partial(causal_lm_loss, num_tokens=num_tokens)
+        return torch.stack(self._per_chunk(loss, batch, _targets(batch), noise_seeds)).sum()
+
+    def token_logprobs(self, batch: PackedBatch) -> Tensor:
+        """(1, N) float32: log p(label) of every position, 0 where there is no label."""
+        positions = _targets(batch)
+        found = torch.cat(self._per_chunk(label_logprobs, batch, positions))
+        return found.new_zeros(batch.labels.shape[1]).index_copy(0, positions, found)[None]
+
+    def _per_chunk(
+        self,
+        score: Callable[[Tensor, Tensor], Tensor],
+        batch: PackedBatch,
+        positions: Tensor,
+        noise_seeds: Sequence[int] | None = None,
+    ) -> list[Tensor]:
+        """`score(logits, labels)` of the chosen positions (M,), chunk by chunk."""
+        hidden, labels = self._hidden(batch, noise_seeds), batch.labels[0]
+        if len(positions) < len(labels):
+            hidden, labels = hidden.index_select(0, positions), labels[positions]
+        sizes = self._chunk_sizes(len(positions))
+        chunks = zip(hidden.split(sizes), labels.split(sizes), strict=True)
+        run: Callable[..., Any] = partial(_score_chunk, output_layer(self.pretrained), score)
+        if len(sizes) > 1:  # the backward pass computes a chunk's logits again
+            run = partial(checkpoint, run, use_reentrant=False)
+        return [run(*chunk) for chunk in chunks]
+
+    def _chunk_sizes(self, num_positions: int) -> list[int]:
+        assert self.max_batch_tokens is None or num_positions <= self.max_batch_tokens
+        num_chunks = -(-(self.max_batch_tokens or num_positions) // self.loss_chunk_tokens)
+        size, longer = divmod(num_positions, num_chunks)
+        return [size + (i < longer) for i in range(num_chunks)]
+
+    def _hidden(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
+        """(N, H) last hidden state."""
+        body = self.pretrained.base_model
+        inputs = {"input_ids": batch.input_ids}
+        if self.training and self.neftune_alpha:
+            assert noise_seeds is not None, "NEFTune needs a seed per piece"
+            embeddings = self.pretrained.get_input_embeddings()(batch.input_ids)
+            noise = neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha, noise_seeds)
+            inputs = {"inputs_embeds": embeddings + noise}
+        output = body(
+            **inputs,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        )
+        return output.last_hidden_state[0]
+
+
+def _targets(batch: PackedBatch) -> Tensor:
+    """(M,) positions with a label, or one without, so that there is something to run."""
+    positions = (batch.labels[0] != IGNORE).nonzero()[:, 0]
+    return positions if len(positions) else positions.new_zeros(1)
+
+
+def output_layer(model: PreTrainedModel) -> nn.Module:
+    """The module that turns hidden states into logits.
+
+    Raises:
+        ConfigError: the model is not a body followed by one such module.
+    """
+    config = model.config.to_dict()
+    terms = [term for term in LOGIT_TERMS if config.get(term) not in (None, 1.0)]
+    heads = [module for module in model.children() if module is not model.base_model]
+    if terms or len(heads) != 1:
+        reason = f"{terms[0]}={config[terms[0]]}" if terms else f"{len(heads)} output modules"
+        raise ConfigError(
+            f"model.name: {type(model).__name__} has {reason}, which training does not support; "
+            "use a model like Qwen, Llama, Mistral or BERT"
+        )
+    return heads[0]
+
+
+def _score_chunk(
+    head: nn.Module, score: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor
+) -> Tensor:
+    return score(head(hidden), labels)
+
+
+def neftune_noise(
+    embeddings: Tensor, cu_seqlens: Tensor, alpha: float, seeds: Sequence[int]
+) -> Tensor:
+    """(1, N, H) uniform noise of +-alpha / sqrt(L * H) for pieces of L tokens.
+
+    Jain et al., 2023, https://arxiv.org/abs/2310.05914, algorithm 1. Each piece's noise depends on
+    its seed and length only, so neither on its worker nor on its neighbours.
+    """
+    width = embeddings.shape[-1]
+    noise = torch.empty_like(embeddings[0], requires_grad=False)
+    generator = torch.Generator(embeddings.device)
+    pieces = noise.split(cu_seqlens.diff().tolist())
+    for piece, seed in zip(pieces, seeds, strict=True):
+        bound = alpha / (len(piece) * width) ** 0.5
+        piece.uniform_(-bound, bound, generator=generator.manual_seed(seed))
+    return noise[None]

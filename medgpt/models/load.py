@@ -1,0 +1,279 @@
+"""Models from an architecture or in Hugging Face format. Only safetensors are read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from medgpt.config import ArchitectureConfig, ConfigError, ModelConfig
+from medgpt.models.attention import VARLEN
+
+Objective = Literal["clm", "mlm"]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+AUTO = {"clm": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}
+MAPPING = {"clm": MODEL_FOR_CAUSAL_LM_MAPPING, "mlm": MODEL_FOR_MASKED_LM_MAPPING}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecialIds:
+    """Token ids that a fresh model's config names."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    objective: Objective,
+    vocab_size: int,
+    special: SpecialIds,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """A model with weights on the CPU, in training mode, without dropout.
+
+    Args:
+        vocab_size: embeddings of a fresh model. A named one keeps its own, as its `special`.
+        seed: fresh weights are a function of it.
+        max_length: tokens of the longest piece; the model's positions must suffice.
+
+    Raises:
+        ConfigError: model.name is no model for this objective, or does not fit this machine.
+    """
+    hf_config = load_config(config, objective=objective, vocab_size=vocab_size, special=special)
+    _check_positions(hf_config, max_length)
+    attention = resolve_attention(config.attention, dtype)
+    if config.architecture is None:
+        assert config.name is not None
+        return _prepared(_read(config, hf_config, objective, dtype, attention))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = AUTO[objective].from_config(hf_config, dtype=dtype, attn_implementation=attention)
+    _shrink_residual_outputs(model, config.architecture.num_layers)
+    return _prepared(model)
+
+
+def empty_model(
+    config: ModelConfig,
+    *,
+    objective: Objective,
+    vocab_size: int,
+    special: SpecialIds,
+    dtype: torch.dtype = torch.float32,
+    max_length: int | None = None,
+) -> PreTrainedModel:
+    """The same without weights: nothing is read or initialised, so it may run inside zero.Init."""
+    hf_config = load_config(config, objective=objective, vocab_size=vocab_size, special=special)
+    _check_positions(hf_config, max_length)
+    with no_init_weights():
+        model = AUTO[objective].from_config(
+            hf_config,
+            dtype=dtype,
+            attn_implementation=resolve_attention(config.attention, dtype),
+            trust_remote_code=config.trust_remote_code,
+        )
+    model.tie_weights()  # no_init_weights skips it
+    return _prepared(model)
+
+
+def weight_files(name: str) -> list[Path]:
+    """The safetensors files of model `name`, a folder or a hub id.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    folder = local_folder(name)
+    if (folder / INDEX).is_file():
+        shards = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()
+        files = [folder / shard for shard in sorted(set(shards))]
+    else:
+        files = [folder / WEIGHTS]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ConfigError(
+            f"model.name={name}: no {missing[0]} in {folder}; only safetensors are read, "
+            "save other weights with save_pretrained first"
+        )
+    return files
+
+
+def local_folder(name: str) -> Path:
+    """The folder of model `name`; a hub id is downloaded into Hugging Face's cache.
+
+    Raises:
+        ConfigError: there is no such folder or hub model, or it is not a model.
+    """
+    folder = Path(name) if Path(name).is_absolute() else _download(name)
+    if not folder.is_dir():
+        raise ConfigError(f"model.name={name}: no such folder; give a folder or a hub id")
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        remedy = (
+            "it is a LoRA adapter, merge it into its base model first"
+            if adapter
+            else "give the folder that an earlier stage wrote, runs/NAME/model"
+        )
+        raise ConfigError(f"model.name={name}: no config.json in it; {remedy}")
+    return folder
+
+
+def load_config(
+    config: ModelConfig, *, objective: Objective, vocab_size: int, special: SpecialIds
+) -> PreTrainedConfig:
+    """The Hugging Face config of the model.
+
+    Raises:
+        ConfigError: model.name is no model for this objective.
+    """
+    if config.architecture is not None:
+        return _fresh_config(config.architecture, vocab_size, special)
+    assert config.name is not None
+    folder = local_folder(config.name)
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.name={config.name}: {error}") from None
+    _check_objective(config.name, hf_config, objective)
+    return hf_config
+
+
+def resolve_attention(attention: str, dtype: torch.dtype) -> str:
+    """The name transformers knows it by.
+
+    Raises:
+        ConfigError: flash_attention_2 cannot run here.
+    """
+    flash_runs = (
+        torch.cuda.is_available() and is_flash_attn_2_available() and dtype != torch.float32
+    )
+    if attention == "flash_attention_2" and not flash_runs:
+        raise ConfigError(
+            "model.attention=flash_attention_2 needs a GPU, the package flash-attn and bf16; "
+            "use auto"
+        )
+    return "flash_attention_2" if attention != VARLEN and flash_runs else VARLEN
+
+
+def _fresh_config(
+    architecture: ArchitectureConfig, vocab_size: int, special: SpecialIds
+) -> PreTrainedConfig:
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": architecture.hidden_size,
+        "num_hidden_layers": architecture.num_layers,
+        "num_attention_heads": architecture.num_heads,
+        "intermediate_size": architecture.intermediate_size,
+        "max_position_embeddings": architecture.max_positions,
+        "tie_word_embeddings": architecture.tie_embeddings,
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.pad,
+    }
+    if architecture.kind == "bert":
+        return BertConfig(**common)
+    decoder = {
+        "num_key_value_heads": architecture.num_kv_heads or architecture.num_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": architecture.rope_theta},
+    }
+    return {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture.kind](**common, **decoder)
+
+
+def _check_objective(name: str, hf_config: PreTrainedConfig, objective: Objective) -> None:
+    """`architectures` decides: transformers would also read a BERT as a causal model."""
+    remote = (hf_config.to_dict().get("auto_map") or {}).get(AUTO[objective].__name__)
+    known: Any = MAPPING[objective].get(type(hf_config), None)
+    fitting = {name.split(".")[-1] for name in (remote, known and known.__name__) if name}
+    if objective == "mlm":  # the same with a second head, which is not loaded
+        fitting |= {fit.replace("ForMaskedLM", "ForPreTraining") for fit in fitting}
+    found = hf_config.architectures or []
+    if not fitting.intersection(found):
+        raise ConfigError(
+            f"model.name={name}: config.json names {', '.join(found) or 'no architecture'}, "
+            f"objective.kind={objective} needs {' or '.join(sorted(fitting)) or 'another model'}"
+        )
+
+
+def _check_positions(hf_config: PreTrainedConfig, max_length: int | None) -> None:
+    positions = hf_config.to_dict().get("max_position_embeddings")
+    if max_length is not None and positions is not None and max_length > positions:
+        raise ConfigError(
+            f"data.max_length={max_length} exceeds the model's {positions} positions; lower it"
+        )
+
+
+def _read(
+    config: ModelConfig,
+    hf_config: PreTrainedConfig,
+    objective: Objective,
+    dtype: torch.dtype,
+    attention: str,
+) -> PreTrainedModel:
+    assert config.name is not None
+    weight_files(config.name)  # its message says more than transformers'
+    model, report = AUTO[objective].from_pretrained(
+        local_folder(config.name),
+        config=hf_config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=config.trust_remote_code,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    if wrong:  # transformers would fill them with random numbers
+        raise ConfigError(f"model.name={config.name}: {len(wrong)} weights missing, as {wrong[0]}")
+    return model
+
+
+def _download(name: str) -> Path:
+    if "://" in name:
+        raise ConfigError(f"model.name={name}: copy it to a folder that every node can read")
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ConfigError(
+            f"model.name={name}: no folder of this name, and the hub says {type(error).__name__}; "
+            "check the spelling, the network and HF_TOKEN"
+        ) from None
+
+
+def _shrink_residual_outputs(model: PreTrainedModel, num_layers: int) -> None:
+    """Radford et al., 2019 (GPT-2): the residual stream's variance does not grow with depth."""
+    for name, weight in model.named_parameters():
+        if name.endswith(
+            ("o_proj.weight", "down_proj.weight")
+        ):  # qwen2, llama; bert normalises after
+            weight.data.mul_((2 * num_layers) ** -0.5)
+
+
+def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # its noise would depend on worker and micro-batch
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # pad may double as eos, which must learn
+    return model.train()

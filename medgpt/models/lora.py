@@ -1,0 +1,120 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): put on, loaded, folded into the base model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import peft
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from medgpt.config import ConfigError, LoraConfig
+from medgpt.models.tokenizer import load_base
+from medgpt.models.vocabulary import resize_for_new_tokens
+
+_ADAPTER = "adapter_config.json"
+
+
+def apply_lora(
+    model: PreTrainedModel, config: LoraConfig, *, new_token_ids: Sequence[int] = ()
+) -> peft.PeftModel:
+    """`model` frozen, with adapters to train and the embedding rows of `new_token_ids`.
+
+    Raises:
+        ConfigError: no linear layer has a name in config.targets.
+    """
+    _check_targets(model, config)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number does
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets) or "all-linear",
+        trainable_token_indices=_embeddings(model, list(new_token_ids)),
+    )
+    return peft.PeftModel(model, settings)
+
+
+def merge_adapter(adapter: str, out: Path) -> None:
+    """Fold the adapters of a LoRA run (or model folder) into the base; `out` gets a plain model.
+
+    Raises:
+        ConfigError: there is no adapter, its base is gone, or `out` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
+    folder = Path(adapter)
+    if (folder / "model" / _ADAPTER).is_file():
+        folder = folder / "model"
+    if not (folder / _ADAPTER).is_file():
+        raise ConfigError(
+            f"RUN={adapter}: has no {_ADAPTER}; name a run trained with model.lora.rank > 0"
+        )
+    model, tokenizer = load_merged(folder)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The plain model that an adapter folder stands for, and its tokenizer.
+
+    Raises:
+        ConfigError: the base model is gone.
+    """
+    base = str(peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise ConfigError(
+            f"{folder / _ADAPTER}: base_model_name_or_path={base} is gone; restore the base model "
+            "or write its new path there"
+        )
+    model, base_tokenizer = _load_base_model(base)
+    tokenizer = load_base(str(folder))
+    if tokenizer.get_vocab() != base_tokenizer.get_vocab():
+        resize_for_new_tokens(model, base_tokenizer, tokenizer)
+    adapted = peft.PeftModel.from_pretrained(model, str(folder))
+    merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    if (folder / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    return merged, tokenizer
+
+
+def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    if (Path(name) / _ADAPTER).is_file():  # adapters trained on top of adapters
+        return load_merged(Path(name))
+    architectures = AutoConfig.from_pretrained(name).architectures or []
+    masked = any(architecture.endswith("ForMaskedLM") for architecture in architectures)
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    return auto.from_pretrained(name, dtype="auto"), load_base(name)
+
+
+def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+    unknown = set(config.targets) - names
+    if unknown:
+        raise ConfigError(
+            f"model.lora.targets={sorted(unknown)}: no linear layer is called that; known: "
+            f"{', '.join(sorted(names))}"
+        )
+
+
+def _embeddings(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:
+    """The same rows of the input and, if it is a matrix of its own, of the output embedding."""
+    if not ids:
+        return None
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = outputs is None or outputs.weight is inputs.weight
+    wanted = [inputs] if tied else [inputs, outputs]
+    return {
+        name: ids
+        for name, module in model.named_modules()
+        if any(module is embedding for embedding in wanted)
+    }

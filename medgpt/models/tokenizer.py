@@ -1,0 +1,188 @@
+"""Tokenizers: load the base model's, or train one on the data.
+
+A trained byte-level BPE cuts text as Qwen2 does, because AutoTokenizer rebuilds the tokenizer of
+every model of type qwen2 with Qwen2's rules (and NFC), whatever its tokenizer.json says. Its tokens
+are stricter than that cut: whole Chinese words, never across punctuation, digits one by one.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import accumulate
+from typing import Literal
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.data.chat import CHATML, END_OF_TEXT, TURN_END, TURN_START
+from medgpt.data.words import HAN, han_words
+
+_BPE_SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]
+_WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_SPELLING = bytes_to_unicode()
+_WORD_BREAK = "\x1f"
+_CHARACTER_COVERAGE = 0.9995  # rarer characters are spelled in bytes; SentencePiece's default
+_TOKEN_CUT = (  # a token lies in one piece: a digit, Chinese, other letters, space, punctuation
+    rf"\p{{N}}|[{HAN}]+| ?[\p{{L}}\p{{M}}&&[^{HAN}]]+"
+    rf"|\s*[\r\n]+|\s+(?!\S)|\s+|[^\s\p{{L}}\p{{M}}\p{{N}}{HAN}]+"
+)
+_ONE_TOKEN = pre_tokenizers.Split(Regex(_TOKEN_CUT), "isolated")
+
+Merge = tuple[str, str]
+
+
+def load_base(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model, a path or a hub id.
+
+    Raises:
+        ConfigError: there is none, it has no fast version, or no token ends a text.
+    """
+    key = f"model.name={name}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"{key}: cannot load its tokenizer ({str(error).splitlines()[0]}); name a folder with "
+            "tokenizer.json and tokenizer_config.json, or a hub id"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"{key}: its tokenizer has no fast version; save it as tokenizer.json")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up by transformers from config.json
+        raise ConfigError(f"{key}: has no tokenizer; copy tokenizer.json beside its config.json")
+    if tokenizer.eos_token is None and tokenizer.sep_token is None:
+        raise ConfigError(
+            f"{key}: its tokenizer has no end token; set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def train_tokenizer(
+    texts: Iterator[str], config: TokenizerConfig, kind: Literal["bpe", "wordpiece"]
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most config.vocab_size tokens, the same for the same texts in any order.
+
+    bpe: byte-level, decodes to exactly the text; <|endoftext|> ends a document and pads.
+    wordpiece: BERT's, cased.
+    """
+    return _train_bpe(texts, config) if kind == "bpe" else _train_wordpiece(texts, config)
+
+
+def is_one_token(text: str, max_chinese_run: int) -> bool:
+    """Whether a trained byte-level BPE may hold `text` as one token."""
+    is_chinese = any(True for _ in han_words(text))
+    one_piece = len(_ONE_TOKEN.pre_tokenize_str(text)) == 1
+    return one_piece and not (is_chinese and len(text) > max_chinese_run)
+
+
+def _train_bpe(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    """Merges are learned on characters, then spelled as bytes: no token ends inside a character."""
+    corpus = [_break_words(text, config.max_chinese_run) for text in texts]
+    vocabulary = {token: i for i, token in enumerate([*_BPE_SPECIAL, *sorted(_SPELLING.values())])}
+    num_merges = config.vocab_size - len(vocabulary)
+    characters, merges = character_merges(
+        by_frequency(corpus), lambda character: list(spell_bytes(character)), num_merges // 2
+    )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_WORD_BREAK, "removed"), _ONE_TOKEN]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(characters) + num_merges - len(merges),
+        min_frequency=2,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=False,
+    )
+    learner.train_from_iterator(corpus, trainer)
+    for left, right in json.loads(learner.to_str())["model"]["merges"]:
+        merges.append((spell_bytes(left), spell_bytes(right)))
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    return _wrap_bpe(vocabulary, merges)
+
+
+def _break_words(text: str, max_run: int) -> str:
+    """`text` with a break after every Chinese word and inside those longer than `max_run`."""
+    parts, done = [], 0
+    for start, end in han_words(text):
+        parts.append(text[done:start])
+        parts += [text[i : min(i + max_run, end)] + _WORD_BREAK for i in range(start, end, max_run)]
+        done = end
+    return "".join([*parts, text[done:]])
+
+
+def by_frequency(corpus: list[str]) -> list[str]:
+    """The characters that make up all but a sliver of the corpus, the most frequent first."""
+    counts = Counter[str]()
+    for text in corpus:
+        counts.update(text)
+    del counts[_WORD_BREAK]
+    ordered = sorted(counts, key=lambda character: (-counts[character], character))
+    seen = accumulate(counts[character] for character in ordered)
+    enough = _CHARACTER_COVERAGE * counts.total()
+    return [c for c, total in zip(ordered, seen, strict=True) if total - counts[c] < enough]
+
+
+def character_merges(
+    characters: list[str], spell: Callable[[str], list[str]], max_merges: int
+) -> tuple[list[str], list[Merge]]:
+    """Characters that at most `max_merges` merges build from tokens `spell` gives; those merges."""
+    built: list[str] = []
+    merges: dict[Merge, None] = {}
+    for character in characters:
+        tokens = spell(character)
+        chain = list(zip(accumulate(tokens), tokens[1:], strict=False))
+        if len(merges) + sum(pair not in merges for pair in chain) > max_merges:
+            break
+        merges.update(dict.fromkeys(chain))
+        built.append(character)
+    return built, list(merges)
+
+
+def spell_bytes(text: str) -> str:
+    """`text` as byte-level tokenizers spell it: one printable character for each byte."""
+    return "".join(_SPELLING[byte] for byte in text.encode())
+
+
+def _wrap_bpe(vocabulary: dict[str, int], merges: list[Merge]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=AddedToken(END_OF_TEXT, special=True, normalized=False),
+        pad_token=AddedToken(END_OF_TEXT, special=True, normalized=False),
+        extra_special_tokens=[
+            AddedToken(text, special=True, normalized=False) for text in (TURN_START, TURN_END)
+        ],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,  # it would remove spaces while decoding
+    )
+
+
+def _train_wordpiece(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
+    corpus = list(texts)
+    cased = partial(BertTokenizer, do_lower_case=False, strip_accents=False)
+    learner = cased().backend_tokenizer
+    characters = [c for c in by_frequency(corpus) if not c.isspace()][: config.vocab_size // 2]
+    # inside a word; named up front, the trainer would number them in the random order of a hash map
+    inside = [f"##{c}" for c in characters if learner.normalizer.normalize_str(c) == c]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=2,
+        special_tokens=[*_WORDPIECE_SPECIAL, *inside],
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        show_progress=False,
+    )
+    learner.train_from_iterator(corpus, trainer)
+    return cased(vocab=learner.get_vocab(with_added_tokens=True))

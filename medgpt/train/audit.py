@@ -1,0 +1,42 @@
+"""Evidence of what was trained: which chunk of which sample, when, on which worker."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medgpt.data.stream import Step
+from medgpt.runs import Folder
+
+SCHEMA = pa.schema(
+    {
+        "attempt": pa.int32(),
+        "epoch": pa.int32(),
+        "step": pa.int64(),
+        "rank": pa.int32(),
+        "sample_id": pa.string(),
+        "chunk": pa.int32(),
+    }
+)
+
+
+class Audit:
+    """Collects a worker's steps; `flush` writes them to audit/ of the run."""
+
+    def __init__(self, folder: Folder, *, attempt: int, rank: int) -> None:
+        self.folder, self.attempt, self.rank = folder, attempt, rank
+        self.lines: list[dict[str, int | str]] = []
+
+    def add(self, step: Step) -> None:
+        key = {"attempt": self.attempt, "epoch": step.epoch, "step": step.step, "rank": self.rank}
+        for row in step.rows:
+            for sample_id, chunk in zip(row.sample_ids, row.chunks, strict=True):
+                self.lines.append({**key, "sample_id": sample_id, "chunk": chunk})
+
+    def flush(self) -> None:
+        """Write what was collected since the last time, as a file of its own."""
+        if not self.lines:
+            return
+        step = self.lines[-1]["step"]
+        name = f"attempt-{self.attempt:04d}-rank-{self.rank:05d}-step-{step:08d}.parquet"
+        with self.folder.staging() as directory:
+            pq.write_table(pa.Table.from_pylist(self.lines, SCHEMA), directory / name)
+        self.lines = []

@@ -1,0 +1,122 @@
+"""What pretraining and fine-tuning teach: a model, its loss, and how rows become batches."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
+from medgpt.data.batch import PackedBatch
+from medgpt.data.collate import Masking, causal_batch, empty_batch, masked_batch, piece_seeds
+from medgpt.data.stream import Row
+from medgpt.engine import Engine
+from medgpt.engine.export import gather_weights
+from medgpt.engine.loading import load_safetensors, partitioned_init
+from medgpt.engine.setup import compute_dtype
+from medgpt.models.language_model import LanguageModel
+from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
+from medgpt.models.lora import apply_lora
+from medgpt.models.tokenizer import load_base
+from medgpt.models.vocabulary import resize_for_new_tokens
+
+
+class Objective:
+    """Causal or masked language modelling with the model of the config."""
+
+    def __init__(self, config: TrainStageConfig, tokenizer: Any, device: torch.device) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.seed = config.run.seed
+        self.kind = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
+        self.masking = self._masking() if self.kind == "mlm" else None
+        self.module = LanguageModel(
+            self._model(device),
+            loss_chunk_tokens=config.engine.loss_chunk_tokens,
+            max_batch_tokens=config.train.micro_batch_size * config.data.max_length,
+            activation_checkpointing=config.engine.activation_checkpointing,
+            neftune_alpha=config.train.neftune_alpha,
+        ).to(device)
+
+    def batch(self, rows: Sequence[Row], *, epoch: int) -> PackedBatch:
+        if self.masking is None:
+            return causal_batch(rows)
+        return masked_batch(rows, self.masking, piece_seeds(rows, seed=self.seed, epoch=epoch))
+
+    def empty_batch(self) -> PackedBatch:
+        return empty_batch(0)
+
+    def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]:
+        if not self.config.train.neftune_alpha:
+            return {}
+        return {"noise_seeds": piece_seeds(rows, seed=self.seed, epoch=epoch)}
+
+    def export(self, engine: Engine, directory: Path) -> None:
+        """Write a Hugging Face folder (an adapter folder under LoRA). Collective."""
+        model = self.module.model
+        if self.config.model.lora.rank:
+            trained = {name for name, p in model.named_parameters() if p.requires_grad}
+            weights = {n: tensor for n, tensor in gather_weights(model) if n in trained}
+            if dist.get_rank() == 0:
+                model.save_pretrained(directory, state_dict=weights)
+        else:
+            engine.export(directory, self.module.pretrained)
+            if dist.get_rank() == 0:
+                self.module.pretrained.config.save_pretrained(directory)
+                self._generation_config().save_pretrained(directory)
+        if dist.get_rank() == 0:
+            self.tokenizer.save_pretrained(directory)
+
+    def _generation_config(self) -> Any:
+        from transformers import GenerationConfig
+
+        from medgpt.data.chat import stop_ids
+
+        tokenizer = self.tokenizer
+        ends = stop_ids(tokenizer) if tokenizer.chat_template else [tokenizer.eos_token_id]
+        return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+
+    def _model(self, device: torch.device) -> Any:
+        config, tokenizer = self.config, self.tokenizer
+        dtype = compute_dtype(config.engine, device)
+        options: dict[str, Any] = {
+            "objective": self.kind,
+            "vocab_size": len(tokenizer),
+            "special": SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+            "dtype": dtype,
+            "max_length": config.data.max_length,
+        }
+        name, lora = config.model.name, config.model.lora
+        base = None if name is None else load_base(name, config.model.trust_remote_code)
+        resize = base is not None and base.get_vocab() != tokenizer.get_vocab()
+        if name is not None and config.engine.zero_stage == 3 and not resize and not lora.rank:
+            return self._partitioned(name, options, device)
+        model = build_model(config.model, seed=self.seed, **options)
+        new_ids = []
+        if resize:
+            resize_for_new_tokens(model, base, tokenizer)
+            known = base.get_vocab()
+            new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in known]
+        if not lora.rank:
+            return model
+        # LoRA's draws come from torch's global generator
+        torch.manual_seed(self.seed)
+        return apply_lora(model, lora, new_token_ids=sorted(new_ids))
+
+    def _partitioned(self, name: str, options: dict[str, Any], device: torch.device) -> Any:
+        """ZeRO-3: no rank ever holds the whole model."""
+        with partitioned_init(self.config.engine, device):
+            model = empty_model(self.config.model, **options)
+        missing, _ = load_safetensors(model, weight_files(name))
+        if missing:
+            raise ConfigError(f"model.name={name}: {len(missing)} weights missing, as {missing[0]}")
+        return model
+
+    def _masking(self) -> Masking:
+        assert isinstance(self.config, PretrainConfig)
+        return Masking(
+            mask_id=self.tokenizer.mask_token_id,
+            vocab_size=len(self.tokenizer),
+            probability=self.config.objective.mlm_probability,
+            special_ids=tuple(self.tokenizer.all_special_ids),
+        )

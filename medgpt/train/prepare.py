@@ -1,0 +1,115 @@
+"""What a stage does once, before any worker starts: its tokenizer and its tokenised data."""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import ray
+
+from medgpt.config import PretrainConfig, SFTConfig, TrainStageConfig
+from medgpt.data.deny import DenyList
+from medgpt.data.encode import ConversationEncoder, DocumentEncoder
+from medgpt.data.index import Encode, IndexJob, build_index
+from medgpt.data.readers import read_unit
+from medgpt.data.records import Document, Reject
+from medgpt.data.units import list_units
+from medgpt.runs import Folder, Run, commit, committed, entries
+
+TOKENIZER = "tokenizer"
+
+
+def prepare(
+    run: Run, config: TrainStageConfig, on_progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Tokenizer and data of the run, made unless they are there; returns the data's manifest."""
+    cpus = config.cluster.data_cpus
+    for source in config.data.sources:  # fail on a missing file before anything is started
+        list_units(source, config.data.shard_mb)
+        DenyList.load(source.deny)
+    folder = run.folder / TOKENIZER
+    if committed(folder) is None:
+        on_progress("tokenizer", 0, 1)
+        make = ray.remote(num_cpus=cpus, max_retries=3)(make_tokenizer)
+        ray.get(make.remote(folder.url, config))
+        on_progress("tokenizer", 1, 1)
+    job = IndexJob(
+        data_url=run.data.url,
+        rejected_url=(run.folder / "rejected").url,
+        config=config.data,
+        make_encode=partial(load_encoder, folder.url, config.model_dump_json(), type(config)),
+    )
+    return build_index(job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
+
+
+@cache
+def load_encoder(tokenizer_url: str, config_json: str, cls: type[TrainStageConfig]) -> Encode:
+    """The function that turns records into tokens; once in each process."""
+    config = cls.model_validate_json(config_json)
+    tokenizer = load_tokenizer(tokenizer_url)
+    if isinstance(config, PretrainConfig):
+        objective = config.objective
+        return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
+    return ConversationEncoder(tokenizer, config.data.max_length).encode_batch
+
+
+def load_tokenizer(url: str) -> Any:
+    from medgpt.models.tokenizer import load_base
+
+    with Folder(url).local() as directory:
+        return load_base(str(directory))
+
+
+def make_tokenizer(url: str, config: TrainStageConfig) -> None:
+    """Write the stage's tokenizer: the base's, or trained, extended or trimmed on the data."""
+    from medgpt.data.chat import for_chat
+    from medgpt.models.tokenizer import load_base, train_tokenizer
+    from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
+
+    mode, model = config.tokenizer.mode, config.model
+    texts = corpus_texts(config)
+    if mode == "train":
+        assert model.architecture is not None
+        kind = "wordpiece" if model.architecture.kind == "bert" else "bpe"
+        tokenizer = train_tokenizer(texts, config.tokenizer, kind)
+    else:
+        assert model.name is not None
+        tokenizer = load_base(model.name, model.trust_remote_code)
+        if isinstance(config, SFTConfig):
+            tokenizer = for_chat(tokenizer)
+        if mode == "extend":
+            tokenizer = extend_tokenizer(
+                tokenizer, texts, config.tokenizer.new_tokens, config.tokenizer.max_chinese_run
+            )
+        elif mode == "trim":
+            tokenizer, _ = trim_tokenizer(tokenizer, texts)
+    if isinstance(config, SFTConfig):
+        tokenizer = for_chat(tokenizer)
+    folder = Folder(url)
+    with folder.staging() as directory:
+        tokenizer.save_pretrained(directory)
+        files = entries(directory)
+    commit(folder, files, mode=mode, num_tokens=len(tokenizer))
+
+
+def corpus_texts(config: TrainStageConfig) -> Iterator[str]:
+    """Texts of all sources, at most `tokenizer.max_train_mb`, the same share of every unit."""
+    sources = config.data.sources
+    for source in sources:
+        units = list_units(source, config.data.shard_mb)
+        budget = config.tokenizer.max_train_mb * 2**20 / len(sources) / len(units)
+        deny = DenyList.load(source.deny)
+        for unit in units:
+            left = budget
+            for item in read_unit(unit, source):
+                record = item if isinstance(item, Reject) else deny.check(item)
+                if isinstance(record, Reject):
+                    continue
+                parts = (
+                    [record.text]
+                    if isinstance(record, Document)
+                    else [message.content for message in record.messages]
+                )
+                yield from parts
+                left -= sum(len(part.encode()) for part in parts)
+                if left <= 0:
+                    break

@@ -1,0 +1,98 @@
+"""The Ray that a stage runs on: the cluster it is told to use, or a local one that starts quietly."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+
+import ray
+import ray.data
+from ray._private.state import state as ray_state
+from ray.autoscaler.sdk import request_resources
+
+from medgpt.config import ClusterConfig, ConfigError
+
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def connect(cluster: ClusterConfig) -> None:
+    """Connect to RAY_ADDRESS, or start a Ray on this machine's CPUs; once in a process.
+
+    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly. The
+    local Ray has one logical CPU more than the machine: data tasks are light and run beside the
+    workers, which reserve the real ones.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.update(QUIET)
+    address = os.environ.get("RAY_ADDRESS")
+    options = (
+        {"address": address}
+        if address
+        else {
+            "address": "local",
+            "num_cpus": (os.cpu_count() or 1) + cluster.data_cpus,
+            "include_dashboard": False,
+            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+        }
+    )
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
+    """Return when the cluster can hold the workers and one data task beside them.
+
+    Raises:
+        ConfigError: it never can, or not within `cluster.wait_s`.
+    """
+    need = {
+        "CPU": cluster.num_workers * cluster.cpus_per_worker + cluster.data_cpus,
+        "GPU": cluster.num_workers * cluster.gpus_per_worker,
+    }
+    remedy = "lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
+    # the only place where Ray tells how far the autoscaler may go; None without autoscaler
+    limit = ray_state.get_max_resources_from_cluster_config()
+    most = ray.cluster_resources() if limit is None else limit
+    if lack := _lacking(need, most):
+        raise ConfigError(
+            f"cluster.num_workers={cluster.num_workers} {lack} at most; {remedy}"
+        )
+    deadline, asked = time.monotonic() + cluster.wait_s, False
+    while lack := _lacking(need, ray.cluster_resources()):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"cluster.num_workers={cluster.num_workers} {lack} after cluster.wait_s="
+                f"{cluster.wait_s:g} s; {remedy}"
+            )
+        if not asked:
+            say(f"waiting up to {cluster.wait_s:g} s for the cluster to grow: {lack} now")
+            request_resources(bundles=_bundles(cluster))
+            asked = True
+        time.sleep(1)
+
+
+def _bundles(cluster: ClusterConfig) -> list[dict[str, float]]:
+    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    data = {"CPU": cluster.data_cpus}
+    return [{k: v for k, v in worker.items() if v}] * cluster.num_workers + [data]
+
+
+def _lacking(need: dict[str, float], have: dict[str, float]) -> str:
+    short = [
+        f"needs {amount:g} {name} in all (data tasks included), the cluster has "
+        f"{have.get(name, 0):g}"
+        for name, amount in need.items()
+        if amount > have.get(name, 0)
+    ]
+    return " and ".join(short)

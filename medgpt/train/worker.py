@@ -1,0 +1,261 @@
+"""The training loop of one worker. Ray Train starts it; every rank runs the same steps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medgpt.config import TrainStageConfig
+from medgpt.data.batch import PackedBatch
+from medgpt.data.order import VALIDATION
+from medgpt.data.stream import Plan, Row, Step, StreamSpec, training_stream, validation_rows
+from medgpt.engine import Engine
+from medgpt.engine.checkpoint import checkpoint_files
+from medgpt.metrics import MetricsWriter
+from medgpt.runs import FileEntry, Folder, Run, commit, entries
+from medgpt.train.audit import Audit
+
+VALIDATION_ROWS = 256  # packed rows in a validation pass, at most
+
+
+class Objective(Protocol):
+    """What a stage trains: a module that turns a batch into its share of the loss."""
+
+    module: torch.nn.Module
+
+    def batch(self, rows: Sequence[Row], *, epoch: int) -> PackedBatch: ...
+    def empty_batch(self) -> PackedBatch: ...
+    def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]: ...
+
+
+class Progress(Protocol):
+    """Where rank 0 tells how far it is."""
+
+    def put(self, item: Any) -> None: ...
+
+
+@dataclass
+class Position:
+    """Where a run stands; all of it is in every checkpoint."""
+
+    step: int = 0
+    time_s: float = 0.0
+    tokens: int = 0
+    best_loss: float = float("inf")
+    best_step: int = 0
+
+
+class Trainer:
+    """One rank of a supervised run."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainStageConfig,
+        spec: StreamSpec,
+        objective: Objective,
+        *,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self.run, self.config, self.objective, self.device = run, config, objective, device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.plan = Plan(spec)
+        self.engine = Engine(
+            objective.module,
+            engine=config.engine,
+            optimizer=config.optimizer,
+            total_steps=self.plan.num_steps,
+            device=device,
+        )
+        self.position = self._resume()
+        self.attempt = self._begin_attempt()
+        self.audit = Audit(run.folder / "audit", attempt=self.attempt, rank=self.rank)
+        self.progress = progress if self.rank == 0 else None
+        self.metrics = (
+            MetricsWriter(run, attempt=self.attempt, time_s=self.position.time_s)
+            if self.rank == 0
+            else None
+        )
+        rows = validation_rows(
+            spec, rank=self.rank, world_size=self.world_size, limit=VALIDATION_ROWS
+        )
+        self.validation = self._micro_batches(
+            rows, num_rows=int(self._sum(float(len(rows)), op=dist.ReduceOp.MAX)), epoch=VALIDATION
+        )
+
+    def fit(self) -> None:
+        """Train from the newest checkpoint to the end; the last step is validated and saved."""
+        if self.position.step == 0:
+            self._validate()
+        stream = training_stream(
+            self.plan, rank=self.rank, world_size=self.world_size, start=self.position.step
+        )
+        began = time.monotonic()
+        for step in stream:
+            data_s = time.monotonic() - began
+            self._train(step, data_s=data_s)
+            last = self.position.step == self.plan.num_steps
+            improved = False
+            if last or self.position.step % self.config.train.eval_every == 0:
+                improved = self._validate()
+            if last or improved or self.position.step % self.config.train.checkpoint_every == 0:
+                self._save()
+            began = time.monotonic()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _train(self, step: Step, *, data_s: float) -> None:
+        """One optimizer step. Losses of micro-batches and ranks add up to the global mean."""
+        assert step.step == self.position.step == self.engine.steps, (
+            f"stream at {step.step}, run at {self.position.step}, model at {self.engine.steps}"
+        )
+        began = time.monotonic()
+        torch.manual_seed(self.config.run.seed * 1_000_003 + step.step * 4099 + self.rank)
+        batches = self._micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
+        num_tokens = sum(int(row.lengths.sum()) for row in step.rows)
+        targets, tokens, sequences = self._sums(
+            sum(batch.num_targets for batch, _ in batches),
+            num_tokens,
+            sum(len(row.lengths) for row in step.rows),
+        )
+        loss = torch.zeros((), device=self.device)
+        self.engine.module.train()
+        for batch, options in batches:
+            share = self.engine(batch, num_tokens=max(1.0, targets), **options)
+            self.engine.backward(share)
+            loss += share.detach()
+        grad_norm = self.engine.step()
+        loss_sum = self._sum(float(loss))
+        self.audit.add(step) if self.config.train.audit else None
+        self.position.step += 1
+        self.position.tokens += int(tokens)
+        elapsed = time.monotonic() - began
+        self._report(
+            {
+                "train/loss": loss_sum,
+                "train/grad_norm": grad_norm,
+                "train/learning_rate": self.engine.learning_rate,
+                "train/tokens_per_s": tokens / (elapsed + data_s),
+                "train/tokens": tokens,
+                "train/target_tokens": targets,
+                "train/sequences": sequences,
+                "train/epoch": step.epoch,
+                "time/step_s": elapsed,
+                "time/data_s": data_s,
+            }
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> bool:
+        """Log the mean loss on held-out rows; True if it is the best so far."""
+        (targets,) = self._sums(sum(batch.num_targets for batch, _ in self.validation))
+        if not targets:
+            return False
+        began = time.monotonic()
+        self.engine.module.eval()
+        loss = sum(
+            float(self.engine(batch, num_tokens=targets, **options))
+            for batch, options in self.validation
+        )
+        mean = self._sum(loss)
+        improved = mean < self.position.best_loss and self.position.step > 0
+        if improved:
+            self.position.best_loss, self.position.best_step = mean, self.position.step
+        facts = {"validation/loss": mean, "time/validation_s": time.monotonic() - began}
+        if self.metrics is not None:
+            self.metrics.log(self.position.step, facts)
+            self._tell(facts)
+        return improved
+
+    def _micro_batches(
+        self, rows: Sequence[Row], *, num_rows: int, epoch: int
+    ) -> list[tuple[PackedBatch, dict[str, Any]]]:
+        """Batches of micro_batch_size rows, as many as the worker with `num_rows` rows makes."""
+        size = self.config.train.micro_batch_size
+        groups = [rows[i : i + size] for i in range(0, num_rows, size)]
+        return [
+            (
+                self.objective.batch(group, epoch=epoch).to(self.device),
+                self.objective.loss_options(group, epoch=epoch),
+            )
+            if group
+            else (self.objective.empty_batch().to(self.device), {})
+            for group in groups
+        ]
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.log(self.position.step, metrics)
+            self._tell(metrics)
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        if self.progress is not None:
+            self.progress.put((self.position.step, self.plan.num_steps, metrics))
+
+    def _resume(self) -> Position:
+        """Load the newest complete checkpoint, which rank 0 finds."""
+        found: list[Any] = [None]
+        if self.rank == 0 and (newest := self.run.newest_checkpoint()):
+            found = [(newest[0].url, newest[1]["position"])]
+        dist.broadcast_object_list(found)
+        if found[0] is None:
+            return Position()
+        url, position = found[0]
+        with Folder(url).local() as directory:
+            self.engine.load(directory)
+        return Position(**position)
+
+    def _begin_attempt(self) -> int:
+        """Number of this start of the run, from 1."""
+        number: list[Any] = [None]
+        if self.rank == 0:
+            number = [self.run.manifest["attempt"] + 1]
+            self.run.update_manifest(attempt=number[0], world_size=self.world_size)
+        dist.broadcast_object_list(number)
+        return number[0]
+
+    def _save(self) -> None:
+        """A checkpoint: every rank writes its files, rank 0 commits when all have."""
+        began = time.monotonic()
+        self.audit.flush()
+        folder = self.run.checkpoint(self.position.step)
+        if self.rank == 0:
+            folder.remove()  # of an attempt that died while writing it
+            assert self.metrics is not None
+            self.position.time_s = self.metrics.time_s
+            self.metrics.sync()
+        dist.barrier()
+        with folder.staging() as directory:
+            self.engine.save(directory)
+            files = entries(directory, checkpoint_files(self.rank, self.world_size))
+        gathered: list[list[FileEntry]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, files)
+        if self.rank == 0:
+            facts = {"position": vars(self.position), "world_size": self.world_size}
+            commit(folder, [file for part in gathered for file in part], **facts)
+            self.run.prune_checkpoints(
+                keep=self.config.train.keep_checkpoints, best_step=self.position.best_step
+            )
+            assert self.metrics is not None
+            saved = sum(file.size for part in gathered for file in part)
+            self.metrics.log(
+                self.position.step,
+                {"time/checkpoint_s": time.monotonic() - began, "checkpoint/bytes": saved},
+            )
+
+    def _sum(self, value: float, op: Any = dist.ReduceOp.SUM) -> float:
+        """`value` reduced over all ranks."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=op)
+        return tensor.item()
+
+    def _sums(self, *values: float) -> list[float]:
+        """Each value summed over all ranks, in one message."""
+        tensor: Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()

@@ -1,0 +1,102 @@
+"""Token log-probabilities against hand-computed values and torch's own gradient."""
+
+import math
+
+import pytest
+import torch
+
+from medgpt.algos import logprobs
+from medgpt.algos.logprobs import IGNORE, label_logprobs, token_logprobs
+
+NAN = float("nan")
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """The logits are worked on in one piece, and two rows at a time."""
+    if request.param == "many blocks":
+        rows = lambda logits: [slice(i, i + 2) for i in range(0, len(logits), 2)]  # noqa: E731
+        monkeypatch.setattr(logprobs, "_blocks", rows)
+
+
+def test_two_tokens_by_hand():
+    logits = torch.tensor(
+        [[[0.0, math.log(3.0)], [5.0, 5.0], [NAN, NAN]]]
+    )  # p = 1/4, 3/4; 1/2, 1/2
+
+    out = token_logprobs(logits, torch.tensor([[7, 1, 0]]))  # the first token is given
+
+    assert out.tolist() == [pytest.approx([math.log(0.75), math.log(0.5)])]
+
+
+def test_every_row_of_a_distribution_sums_to_one():
+    logits = torch.randn(1, 5, 7) * 30
+
+    total = sum(token_logprobs(logits, torch.full((1, 5), v)).exp() for v in range(7))
+
+    torch.testing.assert_close(total, torch.ones(1, 4))
+
+
+@pytest.mark.usefixtures("blocks")
+def test_values_and_gradient_equal_log_softmax():
+    torch.manual_seed(0)
+    logits, tokens = torch.randn(3, 6, 11, requires_grad=True), torch.randint(11, (3, 6))
+    weights = torch.randn(3, 5)  # tells the positions apart
+
+    out = token_logprobs(logits, tokens)
+    want = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    (grad,) = torch.autograd.grad((out * weights).sum(), logits)
+    (want_grad,) = torch.autograd.grad((want * weights).sum(), logits)
+
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(grad, want_grad)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_ignored_positions_are_exactly_zero_whatever_they_hold():
+    logits = torch.randn(1, 5, 4)
+    logits[0, [1, 4]] = NAN
+    logits[0, 2] = float("inf")
+    logits.requires_grad_()
+    tokens = torch.tensor([[0, 2, IGNORE, 99, 3]])
+
+    out = token_logprobs(logits, tokens, mask=torch.tensor([[True, True, False, True]]))
+    out.sum().backward()
+
+    assert (out[0] != 0).tolist() == [True, False, False, True]
+    assert logits.grad[0].any(-1).tolist() == [True, False, False, True, False]
+    assert logits.grad.isfinite().all()
+
+
+def test_bf16_logits_give_fp32_accuracy_and_a_bf16_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, 1000).bfloat16().requires_grad_()
+    labels = torch.randint(1000, (1, 4))
+
+    out = label_logprobs(logits, labels)
+    out.sum().backward()
+    want = logits.detach().double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+
+    assert out.dtype == torch.float32
+    assert logits.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=0)
+
+
+def test_large_logits_do_not_overflow():
+    out = label_logprobs(torch.tensor([[3e4, 0.0]]), torch.tensor([1]))
+
+    assert out.item() == -3e4
+
+
+def test_the_logits_are_all_of_their_size_that_is_kept_for_the_backward():
+    logits, kept = torch.randn(2, 9, 50).bfloat16().requires_grad_(), []
+
+    def remember(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        token_logprobs(logits, torch.ones(2, 9, dtype=torch.int64))
+
+    large = [tensor for tensor in kept if tensor.numel() >= 50]
+    assert [tensor.data_ptr() for tensor in large] == [logits.data_ptr()]

@@ -1,0 +1,120 @@
+"""The real data beside the repository loads with configuration alone."""
+
+import re
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from medgpt.config import PretrainConfig, SFTConfig, SourceConfig, load
+from medgpt.data.deny import DenyList
+from medgpt.data.readers import read_unit
+from medgpt.data.records import Conversation, Document, Record, Reject
+from medgpt.data.units import list_units
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+NAMES = {
+    "pretrain": ["cmekg", "medquad", "tcm-shanghan"],
+    "sft": [
+        "huatuo",
+        "toyhom",
+        "cmdd",
+        "cmtmedqa",
+        "disc-med",
+        "cpsycoun",
+        "smile",
+        "smile-depression",
+        "emollm",
+        "mts-dialog",
+        "pubmedqa",
+    ],
+}
+ALL = list(chain.from_iterable(NAMES.values()))
+
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not there"),
+]
+
+
+@cache
+def sources() -> dict[str, SourceConfig]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the configs' paths start at the repository
+        pretrain = load(PretrainConfig, ROOT / "configs/real/pretrain.toml")
+        sft = load(SFTConfig, ROOT / "configs/real/sft.toml")
+    assert [s.name for s in pretrain.data.sources] == NAMES["pretrain"]
+    assert [s.name for s in sft.data.sources] == NAMES["sft"]
+    return {s.name: s for s in (*pretrain.data.sources, *sft.data.sources)}
+
+
+@cache
+def records(name: str) -> list[Record | Reject]:
+    source = sources()[name]
+    return [item for unit in list_units(source, 32) for item in read_unit(unit, source)]
+
+
+@cache
+def listed() -> dict[str, tuple[str, int]]:
+    """file -> licence and rows, as SOURCES.md lists them."""
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (DATA / "SOURCES.md").read_text("utf-8").splitlines()
+        if re.match(r"\| \w+/", line)
+    ]
+    return {row[0]: (row[5], int(row[6])) for row in cells}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_row_is_a_record_or_a_counted_reject(name: str) -> None:
+    items = records(name)
+    [path] = sources()[name].paths
+    licence, rows = listed()[str(Path(path).resolve().relative_to(DATA.resolve()))]
+    assert len(items) == rows
+    assert [item.row for item in items] == list(range(1, rows + 1))
+    malformed = sum(isinstance(item, Reject) for item in items)
+    print(f"{name}: {rows} rows in, {rows - malformed} records, {malformed} rejects")
+    assert malformed < 0.01 * rows
+    assert licence.startswith(sources()[name].licence)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_stage_decides_between_documents_and_conversations(name: str) -> None:
+    wanted = Document if name in NAMES["pretrain"] else Conversation
+    assert all(isinstance(item, (wanted, Reject)) for item in records(name))
+
+
+def test_real_patients_are_sensitive() -> None:
+    marked = {name for name, source in sources().items() if source.sensitive}
+    assert marked == {"cmdd", "toyhom", "huatuo", "smile", "smile-depression"}
+
+
+@pytest.mark.parametrize("name", ["cmdd", "cpsycoun", "smile", "emollm", "cmtmedqa"])
+def test_dialogues_keep_several_turns(name: str) -> None:
+    turns = [len(r.messages) for r in records(name) if isinstance(r, Conversation)]
+    assert sum(turns) / len(turns) > 4
+
+
+def test_relations_read_as_sentences() -> None:
+    first = records("cmekg")[0]
+    assert isinstance(first, Document)
+    assert first.text.startswith("13—三体综合征，又称Patau综合征。多见于新生儿。")
+    assert "常见症状有" in first.text
+    assert first.text.endswith("患者应到儿科就诊。")
+    for item in records("cmekg"):
+        assert isinstance(item, Document)
+        # no list, key or empty clause of the raw row shines through
+        assert not re.search(r"[\[\]{}]'|': |。。|，。|有。|\n", item.text), item.row
+
+
+def test_few_records_break_the_deny_list() -> None:
+    denied = {}
+    for name in ALL:
+        deny = DenyList.load(sources()[name].deny)
+        good = [r for r in records(name) if not isinstance(r, Reject)]
+        denied[name] = sum(isinstance(deny.check(r), Reject) for r in good) / len(good)
+    print({name: f"{share:.2%}" for name, share in denied.items()})
+    assert max(denied.values()) < 0.03
+    assert denied["toyhom"] > 0  # its first row promises to clear the blood of waste

@@ -1,0 +1,59 @@
+"""Tiny models and packed batches for the tests of models/."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from medgpt.config import ArchitectureConfig, ModelConfig
+from medgpt.data.batch import PackedBatch
+from medgpt.models.load import SpecialIds, build_model
+
+VOCAB = 67
+KINDS = ("qwen2", "llama", "bert")
+
+
+def tiny_config(kind: str = "qwen2", **changes) -> ModelConfig:
+    """Two layers with grouped heads; a bert cannot group."""
+    small = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+    small |= {"num_kv_heads": None if kind == "bert" else 2, "max_positions": 64}
+    return ModelConfig(
+        architecture=ArchitectureConfig.model_validate({"kind": kind} | small | changes)
+    )
+
+
+def tiny_model(
+    kind: str = "qwen2", *, dtype: torch.dtype = torch.float32, **changes
+) -> PreTrainedModel:
+    """A model with weights so large that attention matters; the usual start is nearly uniform."""
+    model = build_model(
+        tiny_config(kind, **changes),
+        objective="mlm" if kind == "bert" else "clm",
+        vocab_size=VOCAB,
+        special=SpecialIds(bos=1, eos=2, pad=0),
+        seed=0,
+        dtype=dtype,
+    )
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            weight.data *= 8
+    return model
+
+
+def pack(pieces: list[Tensor], labels: list[Tensor]) -> PackedBatch:
+    lengths = [len(piece) for piece in pieces]
+    return PackedBatch(
+        input_ids=torch.cat(pieces)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        labels=torch.cat(labels)[None],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=max(lengths),
+    )
+
+
+def random_batch(lengths: list[int], *, ignored: float = 0.3, seed: int = 0) -> PackedBatch:
+    """Random pieces with random labels, some of them ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
+    labels = [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
+    drops = [torch.rand(length, generator=generator) < ignored for length in lengths]
+    return pack(pieces, [torch.where(d, -100, y) for d, y in zip(drops, labels, strict=True)])

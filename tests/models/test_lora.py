@@ -1,0 +1,188 @@
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from medgpt.config import ConfigError, LoraConfig, TokenizerConfig
+from medgpt.models.lora import apply_lora, merge_adapter
+from medgpt.models.tokenizer import load_base, train_tokenizer
+from medgpt.models.vocabulary import (
+    extend_tokenizer,
+    resize_for_new_tokens,
+    trim_model,
+    trim_tokenizer,
+)
+
+OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
+NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+CONFIG = LoraConfig(rank=2, alpha=8)
+
+
+def save_base(folder, *, tied=True):
+    tokenizer = train_tokenizer(iter(OLD), TokenizerConfig(vocab_size=400), "bpe")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=tied, **TINY
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), load_base(str(folder))
+
+
+def disturb(model):
+    """Stands in for training."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def logits(model, tokenizer, text):
+    with torch.no_grad():
+        return model(torch.tensor([tokenizer(text)["input_ids"]])).logits
+
+
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
+
+
+def test_an_adapter_starts_as_the_base_and_trains_nothing_else(tmp_path):
+    save_base(tmp_path)
+    model, tokenizer = load(tmp_path)
+    before = logits(model, tokenizer, OLD[0])
+    adapted = apply_lora(model, CONFIG).eval()
+    torch.testing.assert_close(logits(adapted, tokenizer, OLD[0]), before)
+    assert trainable(adapted) == set()
+    adapters = {
+        name.split(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name
+    }
+    assert {name.rsplit(".", 1)[-1] for name in adapters} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+
+
+def test_targets_choose_the_layers_and_unknown_ones_are_named(tmp_path):
+    save_base(tmp_path)
+    adapted = apply_lora(load(tmp_path)[0], LoraConfig(rank=2, targets=("q_proj",)))
+    assert all("q_proj" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets=\['qproj'\].*q_proj"):
+        apply_lora(load(tmp_path)[0], LoraConfig(rank=2, targets=("qproj",)))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_logits_are_the_adapters_with_an_extended_vocabulary(tmp_path, tied):
+    save_base(tmp_path / "base", tied=tied)
+    model, base = load(tmp_path / "base")
+    tokenizer = extend_tokenizer(base, iter(NEW), 100)
+    resize_for_new_tokens(model, base, tokenizer)
+    new_ids = range(len(base), len(tokenizer))
+    adapted = apply_lora(model, CONFIG, new_token_ids=new_ids)
+    assert len(trainable(adapted)) == (1 if tied else 2)
+    disturb(adapted)
+    expected = {text: logits(adapted, tokenizer, text) for text in (OLD[0], NEW[0])}
+    adapted.save_pretrained(tmp_path / "run" / "model")
+    tokenizer.save_pretrained(tmp_path / "run" / "model")
+
+    merge_adapter(str(tmp_path / "run"), tmp_path / "out")
+    merged, loaded = load(tmp_path / "out")
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == tied
+    for text, want in expected.items():
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+        torch.testing.assert_close(logits(merged, loaded, text), want, atol=1e-4, rtol=0)
+
+
+def test_only_the_new_rows_of_the_embedding_change(tmp_path):
+    save_base(tmp_path / "base")
+    model, base = load(tmp_path / "base")
+    rows = model.get_input_embeddings().weight.detach().clone()
+    tokenizer = extend_tokenizer(base, iter(NEW), 100)
+    resize_for_new_tokens(model, base, tokenizer)
+    adapted = disturb(apply_lora(model, CONFIG, new_token_ids=range(len(base), len(tokenizer))))
+    adapted.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    merge_adapter(str(tmp_path / "run"), tmp_path / "out")
+    merged, _ = load(tmp_path / "out")
+    assert torch.equal(merged.get_input_embeddings().weight[: len(base)], rows)
+
+
+def test_an_adapter_on_a_trimmed_base_merges(tmp_path):
+    save_base(tmp_path / "base")
+    model, base = load(tmp_path / "base")
+    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
+    trim_model(model, kept)
+    adapted = disturb(apply_lora(model, CONFIG))
+    want = logits(adapted, tokenizer, OLD[1])
+    adapted.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    merge_adapter(str(tmp_path / "run"), tmp_path / "out")
+    merged, loaded = load(tmp_path / "out")
+    torch.testing.assert_close(logits(merged, loaded, OLD[1]), want, atol=1e-4, rtol=0)
+
+
+def test_an_adapter_on_an_adapter_merges(tmp_path):
+    save_base(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    disturb(apply_lora(model, CONFIG)).save_pretrained(tmp_path / "first")
+    tokenizer.save_pretrained(tmp_path / "first")
+    merge_adapter(str(tmp_path / "first"), tmp_path / "merged")
+    second = disturb(apply_lora(load(tmp_path / "merged")[0], CONFIG))
+    want = logits(second, tokenizer, OLD[0])
+    second.save_pretrained(tmp_path / "second")
+    tokenizer.save_pretrained(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "first")
+    (tmp_path / "second" / "adapter_config.json").write_text(json.dumps(config))
+    merge_adapter(str(tmp_path / "second"), tmp_path / "out")
+    merged, loaded = load(tmp_path / "out")
+    torch.testing.assert_close(logits(merged, loaded, OLD[0]), want, atol=1e-4, rtol=0)
+
+
+def test_a_masked_language_model_merges(tmp_path):
+    tokenizer = train_tokenizer(iter(OLD), TokenizerConfig(vocab_size=400), "wordpiece")
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(
+        tmp_path / "base"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = BertForMaskedLM.from_pretrained(tmp_path / "base").eval()
+    adapted = disturb(apply_lora(model, CONFIG))
+    want = logits(adapted, tokenizer, OLD[0])
+    adapted.save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    merge_adapter(str(tmp_path / "run"), tmp_path / "out")
+    merged = BertForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged, loaded, OLD[0]), want, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_merged_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
+        merge_adapter(str(tmp_path), tmp_path / "out")
+    save_base(tmp_path / "base")
+    model, tokenizer = load(tmp_path / "base")
+    apply_lora(model, CONFIG).save_pretrained(tmp_path / "run")
+    tokenizer.save_pretrained(tmp_path / "run")
+    with pytest.raises(ConfigError, match="not empty"):
+        merge_adapter(str(tmp_path / "run"), tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path=.* is gone"):
+        merge_adapter(str(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
