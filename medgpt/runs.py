@@ -188,16 +188,14 @@ class Run:
         tree = config.model_dump(mode="json", exclude_none=True)
         if run.folder.exists("config.toml"):
             run._check_unchanged(stage, tree, allow_changes)
-            attempt = run.manifest["attempt"] + 1
         else:
             if foreign := [name for name in run.folder.names() if not name.startswith(".")]:
                 raise ConfigError(
                     f"run.dir={run_dir} holds {foreign[0]} but no config.toml; choose a new or empty folder"
                 )
-            attempt = 1
         run.folder.write_text("config.toml", tomli_w.dumps(tree))
-        if attempt == 1 or not run.finished:
-            run.update_manifest(stage=stage, attempt=attempt, **environment())
+        if not run.finished:
+            run.update_manifest(stage=stage, **environment())
         return run
 
     @property

@@ -12,7 +12,14 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime import bf16_optimizer  # noqa: E402
 
+
+def _no_report(message: str, force: bool = False) -> None:
+    """Instead of memory statistics on stdout and a garbage collection, six times per engine."""
+
+
+bf16_optimizer.see_memory_usage = _no_report
 # or it compiles C++ at run time where it finds a compiler
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,7 +1,5 @@
 """DeepSpeed behind a few calls: forward, backward, step, save, load, export."""
 
-import contextlib
-import io
 import math
 from pathlib import Path
 from typing import Any
@@ -47,15 +45,12 @@ class Engine:
             eps=optimizer.eps,
             fused=True,  # no temporary copies of the flat partition; not compiled at run time
         )
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # the bf16 optimizer prints memory statistics
-            self._engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=self._adam,
-                config=deepspeed_config(engine, device, max_grad_norm=optimizer.max_grad_norm),
-                dist_init_required=False,
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._adam,
+            config=deepspeed_config(engine, device, max_grad_norm=optimizer.max_grad_norm),
+            dist_init_required=False,
+        )
         wrapped = self._engine.optimizer
         assert isinstance(wrapped, torch.optim.AdamW | ZeROOptimizer), type(wrapped)
         self._optimizer: state.DeepSpeedOptimizer = wrapped
@@ -106,7 +101,7 @@ class Engine:
 
     def export(self, directory: Path, part: nn.Module | None = None) -> None:
         """Write the weights of the module, or a `part` of it, as safetensors shards. Collective."""
-        save_safetensors(gather_weights(part or self.module), directory)
+        save_safetensors(gather_weights(self.module if part is None else part), directory)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

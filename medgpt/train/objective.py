@@ -62,7 +62,9 @@ class Objective:
         else:
             engine.export(directory, self.module.pretrained)
             if dist.get_rank() == 0:
-                self.module.pretrained.config.save_pretrained(directory)
+                model_config = self.module.pretrained.config
+                model_config.architectures = [type(self.module.pretrained).__name__]
+                model_config.save_pretrained(directory)
                 self._generation_config().save_pretrained(directory)
         if dist.get_rank() == 0:
             self.tokenizer.save_pretrained(directory)

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from medgpt.config import PretrainConfig, SFTConfig, TrainStageConfig
+from medgpt.config import ConfigError, PretrainConfig, SFTConfig, TrainStageConfig
 from medgpt.data.deny import DenyList
 from medgpt.data.encode import ConversationEncoder, DocumentEncoder
 from medgpt.data.index import Encode, IndexJob, build_index
@@ -30,7 +30,10 @@ def prepare(
     if committed(folder) is None:
         on_progress("tokenizer", 0, 1)
         make = ray.remote(num_cpus=cpus, max_retries=3)(make_tokenizer)
-        ray.get(make.remote(folder.url, config))
+        try:
+            ray.get(make.remote(folder.url, config))
+        except ConfigError as error:  # Ray raises the task's error as a mixture of both types
+            raise ConfigError(error.cause.args[0]) from None
         on_progress("tokenizer", 1, 1)
     job = IndexJob(
         data_url=run.data.url,
@@ -66,6 +69,8 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 
     mode, model = config.tokenizer.mode, config.model
+    if model.name is not None:
+        check_model(config)
     texts = corpus_texts(config)
     if mode == "train":
         assert model.architecture is not None
@@ -89,6 +94,16 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
         tokenizer.save_pretrained(directory)
         files = entries(directory)
     commit(folder, files, mode=mode, num_tokens=len(tokenizer))
+
+
+def check_model(config: TrainStageConfig) -> None:
+    """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
+    from medgpt.models.load import SpecialIds, load_config, weight_files
+
+    objective = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
+    load_config(config.model, objective=objective, vocab_size=0, special=SpecialIds())
+    assert config.model.name is not None
+    weight_files(config.model.name)
 
 
 def corpus_texts(config: TrainStageConfig) -> Iterator[str]:

@@ -1,19 +1,16 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
-import json
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import ray
-import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
+from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.stream import StreamSpec
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run, commit, committed, entries
@@ -55,8 +52,6 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             data={key: value for key, value in data.items() if key != "files"},
         )
         _train(run, config, reporter)
-        if config.report.prompts:
-            reporter.advance("samples", 0, 1)
         run.update_manifest(finished=True, timings=_timings(run))
         reporter.say(f"model in {run.model.url}")
     finally:
@@ -85,29 +80,42 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     )
     (run.folder / "ray").remove()  # Ray's own record of an earlier attempt is not to be resumed
     stop = threading.Event()
-    display = threading.Thread(target=_show, args=(progress, stop, config, reporter), daemon=True)
+    refused: list[ConfigError] = []
+    display = threading.Thread(
+        target=_show, args=(progress, stop, config, reporter, refused), daemon=True
+    )
     display.start()
     reporter.advance("starting workers", 0, cluster.num_workers)
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
     finally:
         stop.set()
         display.join()
         progress.shutdown()
+    if refused:
+        raise refused[0]
 
 
 def _show(
-    progress: Queue, stop: threading.Event, config: TrainStageConfig, reporter: ConsoleReporter
+    progress: Queue,
+    stop: threading.Event,
+    config: TrainStageConfig,
+    reporter: ConsoleReporter,
+    refused: list[ConfigError],
 ) -> None:
-    """Print what rank 0 reports."""
+    """Print what rank 0 reports, until `stop` and nothing is left; keep errors in `refused`."""
     latest: dict[str, float] = {}
-    while not stop.is_set():
+    while True:
         try:
-            step, total, metrics = progress.get(timeout=0.5)
+            item = progress.get(timeout=0.5)
         except Empty:
+            if stop.is_set():
+                return
             continue
+        if isinstance(item, ConfigError):
+            refused.append(item)
+            continue
+        step, total, metrics = item
         latest |= metrics
         facts = "  ".join(
             f"{label} {latest[name]:{form}}"
@@ -122,22 +130,20 @@ def _show(
         reporter.advance("training", step, total, facts, say=due and "train/loss" in metrics)
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The ConfigError that a worker raised, if that is what stopped the training."""
-    seen: BaseException | None = error
-    while seen is not None:
-        failures = getattr(seen, "worker_failures", None) or {}
-        for failure in failures.values():
-            if isinstance(failure, ConfigError):
-                return failure
-        if isinstance(seen, ConfigError):
-            return seen
-        seen = seen.__cause__
-    return error
-
-
 def train_worker(settings: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker."""
+    """Runs in each Ray Train worker.
+
+    A ConfigError ends the training without a failure, because Ray Train would start again; it
+    reaches the driver with the progress.
+    """
+    job: WorkerJob = settings["job"]
+    try:
+        _train_and_export(job, Run(job.run_dir))
+    except ConfigError as error:
+        job.progress.put(error)
+
+
+def _train_and_export(job: WorkerJob, run: Run) -> None:
     import torch
     import torch.distributed as dist
     from ray.train.torch import get_device
@@ -146,9 +152,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     from medgpt.train.samples import write_samples
     from medgpt.train.worker import Trainer
 
-    job: WorkerJob = settings["job"]
-    config, run = job.config, Run(job.run_dir)
-    device = get_device()
+    config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
     objective = Objective(config, tokenizer, device)
@@ -160,8 +164,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         with run.model.staging() as directory:
             objective.export(trainer.engine, Path(directory))
             dist.barrier()
-            if dist.get_rank() == 0:
-                files = entries(directory)
+            files = entries(directory) if dist.get_rank() == 0 else []
         if dist.get_rank() == 0:
             commit(run.model, files)
     if dist.get_rank() == 0 and config.report.prompts:

@@ -177,7 +177,7 @@ def test_validation_between_steps_is_harmless(two_ranks: TwoRanks) -> None:
 
 
 def test_stdout_stays_free(capfd: pytest.CaptureFixture[str]) -> None:
-    for case in (Case(3), Case(1, precision="bf16")):
+    for case in (*STAGES, *BF16):
         train_step(new_engine(case), 0)
     assert capfd.readouterr().out == ""
 

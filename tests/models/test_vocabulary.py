@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -140,6 +141,18 @@ def test_an_extended_tokenizer_learns_words_characters_and_nothing_else(base):
         "，",
         "血糖",
     ]
+
+
+def test_an_old_token_that_no_text_reached_stays_out_of_reach():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "bc", "abc"])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[("b", "c")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer = extend_tokenizer(base, iter(["abc", "xy"] * 5), 10)
+    assert tokenizer.tokenize("abc") == base.tokenize("abc") == ["a", "bc"]
+    assert tokenizer.tokenize("xy") == ["xy"]
 
 
 @pytest.mark.parametrize("new_tokens", [1, 7, 40])

@@ -11,6 +11,7 @@ from medgpt.config import CorpusConfig
 from medgpt.data.sample.render import Corpus
 from medgpt.runs import Run, commit, committed, entries
 
+
 def run_corpus(config: CorpusConfig) -> Run:
     """Render the corpus into run.dir/data: pretrain/, sft/, preference/, mcq/, held_out.jsonl."""
     run = Run.open(
