@@ -1,7 +1,8 @@
 """Every knob of medgpt: one frozen model per concern, one root per stage.
 
-`load` reads a TOML file, applies `section.key=value` overrides and rejects what it does not understand, so a
-mistyped key stops a job on the laptop instead of wasting a cluster. Neither torch nor ray is imported here.
+`load` reads a TOML file, applies `section.key=value` overrides and rejects what it does not
+understand, so a mistyped key stops a job on the laptop instead of wasting a cluster. Neither torch
+nor ray is imported here.
 """
 
 import difflib
@@ -25,6 +26,12 @@ StageConfig = TypeVar("StageConfig", bound=BaseModel)
 Count = Annotated[int, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+SHOWN_CHARS = 80  # of a wrong value in an error
+RULES = {  # in TOML's words where pydantic's are Python's
+    "tuple_type": 'must be a list, as ["..."]',
+    "too_short": "must not be empty",
+    "model_type": "must be a section of keys",
+}
 
 
 class ConfigError(ValueError):
@@ -43,7 +50,7 @@ def absolute_model(name: str) -> str:
 
 
 def stable_run_dir(path: str) -> str:
-    """An absolute run directory; a submitted job runs in a cached copy, where a relative one would be lost."""
+    """An absolute run directory; a submitted job would lose a relative one in its cached copy."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if submitted and "://" not in path and not Path(path).expanduser().is_absolute():
         raise ValueError(
@@ -131,21 +138,24 @@ class ModelConfig(Config):
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     attention: Literal["auto", "varlen", "flash_attention_2"] = "auto"
-    """How packed documents attend: auto takes flash_attention_2 on a GPU that has it, else varlen."""
+    """How packed documents attend: auto is flash_attention_2 on a GPU that has it, else varlen."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.name is None) == (self.architecture is None):
-            raise ValueError("set exactly one of name and architecture")
+            rule = "neither is set" if self.name is None else f"both are set, name={self.name}"
+            raise ValueError(
+                f"set exactly one of name (a base model) and architecture (fresh weights); {rule}"
+            )
         return self
 
 
 class TokenizerConfig(Config):
     mode: Literal["base", "train", "extend", "trim"] = "base"
-    """base: the model's own. train: byte-level BPE (WordPiece for bert) on the data. extend: the base's plus
-    tokens trained on the data. trim: the base's without the tokens the data does not need."""
+    """base: the model's own. train: byte-level BPE (WordPiece for bert) on the data. extend: the
+    base's plus tokens trained on the data. trim: the base's without those the data needs not."""
     vocab_size: Annotated[int, Ge(300)] = 8000
     """Size of a trained vocabulary."""
     new_tokens: Count = 2000
@@ -172,11 +182,11 @@ class TurnsMapping(Config):
     system: tuple[str, ...] = ("system",)
     """Speakers who are the system prompt."""
     pairs: tuple[str, str] | None = None
-    """Each turn is a question and an answer under these keys instead of one utterance with a role."""
+    """Each turn is a question and an answer under these keys, not one utterance with a role."""
     merge: bool = False
     """Join consecutive utterances of one speaker."""
     trim: bool = False
-    """Drop utterances of the assistant before the first and of the user after the last exchange (counted)."""
+    """Drop the assistant's words before the first and the user's after the last exchange."""
 
 
 class MappingConfig(Config):
@@ -225,7 +235,7 @@ class SourceConfig(Config):
     mapping: MappingConfig | None = None
     """For rows of any other shape."""
     weight: Annotated[float, Gt(0)] | None = None
-    """Share of an epoch's tokens, relative to the other sources' weights; set it for all sources or none."""
+    """Share of an epoch's tokens, relative to the other sources'; set it for all or for none."""
     deny: tuple[DenyPath, ...] = ("default",)
     """Deny-lists: `default` ships with medgpt, others are TOML files of the same form."""
 
@@ -234,7 +244,7 @@ class DataConfig(Config):
     sources: Annotated[tuple[SourceConfig, ...], Len(1)]
     """What to train on."""
     max_length: Annotated[int, Ge(16)] = 1024
-    """Tokens in a packed row; longer documents span rows, longer conversations lose their oldest turns."""
+    """Tokens in a packed row. Longer documents span rows, conversations lose their oldest turns."""
     validation_share: Share = 0.02
     """Share of the samples held out, chosen by the hash of their content."""
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01
@@ -284,7 +294,8 @@ class OptimizerConfig(Config):
 
 class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are partitioned."""
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are partitioned. In
+    bf16, 0 runs as 1: only then are gradients accumulated in fp32."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (ZeRO 1-3)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -358,10 +369,13 @@ class TrainStageConfig(Config):
         train, cluster = self.train, self.cluster
         share = train.micro_batch_size * cluster.num_workers
         if train.global_batch_size % share:
+            below = train.global_batch_size // share * share
+            fitting = [str(size) for size in (below, below + share) if size]
             raise ValueError(
-                f"train.global_batch_size={train.global_batch_size} must be a multiple of train.micro_batch_size="
-                f"{train.micro_batch_size} x cluster.num_workers={cluster.num_workers}; {share} or "
-                f"{share * -(-train.global_batch_size // share)} would do"
+                f"train.global_batch_size={train.global_batch_size} must be a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size} x "
+                f"cluster.num_workers={cluster.num_workers}; "
+                f"{' or '.join(fitting)} would do"
             )
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
             raise ValueError(
@@ -371,12 +385,14 @@ class TrainStageConfig(Config):
         if architecture is not None:
             if self.data.max_length > architecture.max_positions:
                 raise ValueError(
-                    f"data.max_length={self.data.max_length} exceeds model.architecture.max_positions="
-                    f"{architecture.max_positions}; lower the first or raise the second"
+                    f"data.max_length={self.data.max_length} exceeds "
+                    f"model.architecture.max_positions={architecture.max_positions}; "
+                    "lower the first or raise the second"
                 )
             if self.tokenizer.mode != "train":
                 raise ValueError(
-                    f"tokenizer.mode={self.tokenizer.mode} needs a base model; model.architecture goes with train"
+                    f"tokenizer.mode={self.tokenizer.mode} needs a base model; "
+                    "model.architecture goes with train"
                 )
         return self
 
@@ -391,14 +407,27 @@ class PretrainConfig(TrainStageConfig):
         architecture = self.model.architecture
         if architecture and (architecture.kind == "bert") != (self.objective.kind == "mlm"):
             raise ValueError(
-                f"objective.kind={self.objective.kind} does not fit model.architecture.kind={architecture.kind}; "
+                f"objective.kind={self.objective.kind} does not fit "
+                f"model.architecture.kind={architecture.kind}; "
                 "bert goes with mlm, qwen2 and llama with clm"
+            )
+        if self.report.prompts and self.objective.kind == "mlm":
+            raise ValueError(
+                "report.prompts need a model that generates; leave them out with objective.kind=mlm"
             )
         return self
 
 
 class SFTConfig(TrainStageConfig):
     """configs/sft.toml"""
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> Self:
+        if self.model.architecture and self.model.architecture.kind == "bert":
+            raise ValueError(
+                "model.architecture.kind=bert cannot generate answers; take qwen2 or llama"
+            )
+        return self
 
 
 class PipelineStage(Config):
@@ -452,7 +481,9 @@ def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(cls, problem) for problem in error.errors())) from None
+        problems = error.errors()
+        inner = [p for p in problems if not any(_inside(q["loc"], p["loc"]) for q in problems)]
+        raise ConfigError("; ".join(_explain(cls, problem) for problem in inner)) from None
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -478,6 +509,11 @@ def _merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
             tree[name] = value
 
 
+def _inside(key: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    """Whether `other` is a section around `key`: what is wrong with it then follows."""
+    return len(key) > len(other) and key[: len(other)] == other
+
+
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     """One problem of pydantic's, as `key=value: rule` or `unknown key; did you mean ...?`"""
     path = [str(part) for part in problem["loc"]]
@@ -485,8 +521,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"missing key {key}"
     if problem["type"] != "extra_forbidden":
-        shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f"={problem['input']!r}"
-        rule = problem["msg"].removeprefix("Value error, ")
+        value: object = problem["input"]
+        shown = "" if isinstance(value, (dict, BaseModel)) else f"={_short(value)}"
+        rule: str = RULES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         return f"{key}{shown}: {rule}" if key or shown else rule
     known = _section(cls, path[:-1]).model_fields
     close = difflib.get_close_matches(path[-1], known, n=1)
@@ -494,6 +531,11 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         f"did you mean {'.'.join([*path[:-1], *close])}?" if close else f"known: {', '.join(known)}"
     )
     return f"unknown key {key}; {hint}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

@@ -18,8 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore  # generated code
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore  # generated code
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from medgpt.runs import Run
@@ -38,6 +38,7 @@ class MetricsWriter:
         self.file = root / "metrics.jsonl"
         if not local and run.folder.exists("metrics.jsonl"):
             self.file.write_text(run.folder.read_text("metrics.jsonl"), "utf-8")
+        _drop_half_line(self.file)
         self.events_dir = root / "tensorboard"
         self.events = EventFileWriter(str(self.events_dir), filename_suffix=f".{attempt}")
 
@@ -51,7 +52,9 @@ class MetricsWriter:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-        self.events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self.events.add_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        )
 
     def sync(self) -> None:
         """Make everything logged so far readable in the run directory."""
@@ -68,8 +71,16 @@ class MetricsWriter:
             self.scratch.cleanup()
 
 
+def _drop_half_line(file: Path) -> None:
+    """What a writer that died in the middle of a line left must not join the next one."""
+    if file.exists():
+        data = file.read_bytes()
+        with file.open("r+b") as stream:
+            stream.truncate(data.rfind(b"\n") + 1)
+
+
 class ConsoleReporter:
-    """Progress of a stage for a person: a bar with remaining time on a terminal, lines elsewhere."""
+    """Progress of a stage for a person: a bar with remaining time on a terminal, else lines."""
 
     def __init__(self, stage: str, console: Console | None = None) -> None:
         self.stage = stage
@@ -93,7 +104,9 @@ class ConsoleReporter:
         """A line that stays on the screen."""
         self.console.print(f"{self.stage}: {text}", markup=False)
 
-    def advance(self, phase: str, done: int, total: int, facts: str = "", *, say: bool = False) -> None:
+    def advance(
+        self, phase: str, done: int, total: int, facts: str = "", *, say: bool = False
+    ) -> None:
         """Phase `phase` has done `done` of `total`; `say` also prints it as a line."""
         if phase not in self.tasks:
             self.began[phase] = (time.monotonic(), done)

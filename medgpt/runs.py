@@ -1,8 +1,8 @@
-"""A run directory: config, manifest, metrics, checkpoints, model. Local paths and fsspec URIs alike.
+"""A run directory: config, manifest, metrics, checkpoints, model. Local paths and fsspec URIs.
 
-An artefact (data shards, checkpoint, export) is a folder whose manifest.json, written last, names every file with
-size and checksum. A folder without one, or whose files do not match it, does not exist for medgpt: no rename, no
-lock, nothing that an object store cannot do.
+An artefact (data shards, checkpoint, export) is a folder whose manifest.json, written last, names
+every file with size and checksum. A folder without one, or whose files do not match it, does not
+exist for medgpt: no rename, no lock, nothing that an object store cannot do.
 """
 
 import importlib.metadata
@@ -18,14 +18,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 import fsspec
 import tomli_w
 import xxhash
 from pydantic import BaseModel
 
-from medgpt.config import ConfigError
+from medgpt.config import ConfigError, validate
 
 MANIFEST = "manifest.json"
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")
@@ -58,10 +59,15 @@ class FileEntry:
 
 def checksum(path: Path) -> str:
     """xxHash (XXH3, 128 bit) of a file, as `xxhsum -H2` prints it."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+        return stream_checksum(file)
+
+
+def stream_checksum(file: BinaryIO) -> str:
+    """The same of what is left to read in an open file."""
+    digest = xxhash.xxh3_128()
+    while block := file.read(1 << 22):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -82,6 +88,13 @@ class Folder:
     def exists(self, name: str) -> bool:
         return bool(self.fs.exists(self.path(name)))
 
+    def size(self, name: str) -> int:
+        return int(self.fs.size(self.path(name)))
+
+    def checksum(self, name: str) -> str:
+        with self.fs.open(self.path(name), "rb") as file:
+            return stream_checksum(file)
+
     def read_text(self, name: str) -> str:
         return self.fs.cat_file(self.path(name)).decode()
 
@@ -90,8 +103,11 @@ class Folder:
         if self.is_local:
             self.fs.makedirs(self.root, exist_ok=True)
             target = Path(self.path(name))
-            partial = target.with_name(f".{target.name}.{os.getpid()}")
-            partial.write_text(text, "utf-8")
+            partial = target.with_name(f".{target.name}.{uuid4().hex}")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave an empty file in its place
             partial.replace(target)
         else:  # an object appears when its upload is complete
             self.fs.pipe_file(self.path(name), text.encode())
@@ -155,16 +171,16 @@ def commit(folder: Folder, files: Sequence[FileEntry], **facts: Any) -> None:
 
 
 def committed(folder: Folder, *, verify: bool = False) -> dict[str, Any] | None:
-    """The manifest of a complete artefact, else None. `verify` also compares checksums (local folders)."""
+    """The manifest of a complete artefact, else None. `verify` reads all for their checksums."""
     if not folder.exists(MANIFEST):
         return None
     manifest = folder.read_json(MANIFEST)
     for file in manifest["files"]:
-        if not folder.exists(file["name"]) or folder.fs.size(folder.path(file["name"])) != file["size"]:
+        name = file["name"]
+        if not folder.exists(name) or folder.size(name) != file["size"]:
             return None
-        if verify and folder.is_local:
-            if checksum(Path(folder.path(file["name"]))) != file["xxh128"]:
-                return None
+        if verify and folder.checksum(name) != file["xxh128"]:
+            return None
     return manifest
 
 
@@ -179,24 +195,43 @@ class Run:
 
     @classmethod
     def open(cls, stage: str, config: BaseModel, *, run_dir: str, allow_changes: bool) -> "Run":
-        """The run at `run_dir`, begun or to be resumed.
+        """The run at `run_dir`: new, to be resumed, or finished and then left as it is.
 
         Raises:
-            ConfigError: the folder holds another stage's run, or the config changed since it began.
+            ConfigError: the folder cannot be used or holds something else, or the config changed
+                since the run began.
         """
-        run = cls(run_dir)
-        tree = config.model_dump(mode="json", exclude_none=True)
+        run = cls._at(run_dir)
         if run.folder.exists("config.toml"):
-            run._check_unchanged(stage, tree, allow_changes)
+            run._check_unchanged(stage, config, allow_changes)
         else:
-            if foreign := [name for name in run.folder.names() if not name.startswith(".")]:
-                raise ConfigError(
-                    f"run.dir={run_dir} holds {foreign[0]} but no config.toml; choose a new or empty folder"
-                )
-        run.folder.write_text("config.toml", tomli_w.dumps(tree))
-        if not run.finished:
-            run.update_manifest(stage=stage, **environment())
+            run._check_empty()
+        if run.finished:
+            return run
+        try:
+            run.folder.write_text("config.toml", tomli_w.dumps(_tree(config)))
+            now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            began = run.manifest.get("started", now)
+            run.update_manifest(stage=stage, started=began, **environment())
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={run_dir} cannot be written: {error}; choose a folder that can"
+            ) from None
         return run
+
+    @classmethod
+    def _at(cls, run_dir: str) -> "Run":
+        if "://" not in run_dir and not Path(run_dir).is_absolute():
+            raise ConfigError(
+                f"run.dir={run_dir} is relative, and workers stand in other folders; give an "
+                "absolute path or a URI"
+            )
+        try:
+            return cls(run_dir)
+        except (ValueError, ImportError) as error:  # fsspec's, for addresses it cannot open
+            raise ConfigError(
+                f"run.dir={run_dir}: {error}; give an absolute path, or a URI that fsspec knows"
+            ) from None
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -213,17 +248,30 @@ class Run:
     def config(self) -> dict[str, Any]:
         return tomllib.loads(self.folder.read_text("config.toml"))
 
-    def _check_unchanged(self, stage: str, tree: dict[str, Any], allow_changes: bool) -> None:
+    def _check_empty(self) -> None:
+        """A new run starts in a new or empty folder."""
+        url, root = self.folder.url, self.folder.root
+        if self.folder.fs.isfile(root):
+            raise ConfigError(f"run.dir={url} is a file; choose a new or empty folder")
+        if foreign := [name for name in self.folder.names() if not name.startswith(".")]:
+            raise ConfigError(
+                f"run.dir={url} holds {foreign[0]} but no config.toml; choose a new or empty folder"
+            )
+
+    def _check_unchanged(self, stage: str, config: BaseModel, allow_changes: bool) -> None:
+        """Raises ConfigError if the run is another stage's or began with another config."""
         began_as = self.manifest.get("stage", stage)
         if began_as != stage:
             raise ConfigError(
-                f"run.dir={self.folder.url} is a run of stage {began_as}; choose another folder for {stage}"
+                f"run.dir={self.folder.url} is a run of stage {began_as}; choose another folder "
+                f"for {stage}"
             )
-        changes = list(_differences(self.config, tree))
+        old, new = _with_defaults(type(config), self.config), _tree(config)
+        changes = list(_differences(old, new))
         if changes and not allow_changes:
             raise ConfigError(
-                f"run.dir={self.folder.url} was begun with another config: {'; '.join(changes)}. Restore it, choose "
-                "another run.dir, or accept with run.allow_changes=true"
+                f"run.dir={self.folder.url} was begun with another config: {'; '.join(changes)}. "
+                "Restore it, choose another run.dir, or accept with run.allow_changes=true"
             )
 
     def checkpoint_steps(self) -> list[int]:
@@ -235,66 +283,96 @@ class Run:
         return self.checkpoints / f"step-{step:08d}"
 
     def newest_checkpoint(self) -> tuple[Folder, dict[str, Any]] | None:
-        """The newest checkpoint whose files match its manifest: the one truth about where a run stands."""
+        """The newest whose files match its manifest: the one truth about where a run stands."""
         for step in reversed(self.checkpoint_steps()):
             if manifest := committed(self.checkpoint(step), verify=True):
                 return self.checkpoint(step), manifest
         return None
 
-    def prune_checkpoints(self, *, keep: int, best_step: int | None) -> None:
-        """Remove all but the newest `keep` checkpoints and the best."""
-        for step in self.checkpoint_steps()[:-keep]:
-            if step != best_step:
+    def prune_checkpoints(self, *, newest: int, keep: int, best_step: int | None) -> None:
+        """Remove all but the best and the last `keep` up to step `newest`, just committed.
+
+        What lies beyond `newest` was left by an attempt that died, or was found damaged.
+        """
+        steps = self.checkpoint_steps()
+        complete = [s for s in steps if s <= newest and committed(self.checkpoint(s))]
+        kept = {*complete[-keep:], best_step}
+        for step in steps:
+            if step > newest or step not in kept:
                 self.checkpoint(step).remove()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; of a step that was replayed only the last attempt's."""
+        """One dict for each step of metrics.jsonl: all that the step's newest attempt logged."""
         if not self.folder.exists("metrics.jsonl"):
             return []
-        lines = [json.loads(line) for line in self.folder.read_text("metrics.jsonl").splitlines()]
+        *lines, _ = self.folder.read_text("metrics.jsonl").split(
+            "\n"
+        )  # the last may be half a line
         merged: dict[int, dict[str, Any]] = {}
-        for line in lines:
-            old = merged.get(line["step"], {})
-            merged[line["step"]] = (
-                {**old, **line} if old.get("attempt") == line.get("attempt") else line
-            )
+        for text in lines:
+            line: dict[str, Any] = json.loads(text)
+            old = merged.get(line["step"], line)
+            if line["attempt"] >= old["attempt"]:
+                same = line["attempt"] == old["attempt"]
+                merged[line["step"]] = {**old, **line} if same else line
         return [merged[step] for step in sorted(merged)]
 
 
-def _differences(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
-) -> Iterator[str]:
+def _tree(config: BaseModel) -> dict[str, Any]:
+    """The config as TOML holds it, with every default but none."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
+    """An older version's config with the keys that came later; as it is if it no longer fits."""
+    try:
+        return _tree(validate(cls, tree))
+    except ConfigError:
+        return tree
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """What may not change and did: `train.epochs was 1, is 2`."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
+        before, after = _numbered(old.get(key)), _numbered(new.get(key))
         if path in FREE_TO_CHANGE or before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{path}.")
         else:
-            yield f"{path} was {before!r}, is {after!r}"
+            was, now = ("unset" if v is None else repr(v) for v in (old.get(key), new.get(key)))
+            yield f"{path} was {was}, is {now}"
+
+
+def _numbered(value: Any) -> Any:
+    """A list of sections as a section with keys 0, 1, ..."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(number): item for number, item in enumerate(value)}
+    return value
 
 
 def environment() -> dict[str, Any]:
     """Versions, git commit and hardware for the manifest."""
-    root = Path(__file__).parent.parent
-    git = shutil.which("git")
-    sha = (
-        subprocess.run([git, "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-        if git
-        else None
-    )
     return {
         "versions": {
             "medgpt": importlib.metadata.version("medgpt"),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },
-        "git_sha": sha.stdout.strip() or None if sha else None,
+        "git_sha": _git_sha(Path(__file__).parent.parent),
         "hardware": {
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         },
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _git_sha(root: Path) -> str | None:
+    """The commit of the checkout that medgpt runs from; None if it is installed otherwise."""
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    command = [git, "-C", str(root), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -53,14 +53,17 @@ def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) ->
     special = torch.tensor(masking.special_ids)
     for row in rows:
         bounds = np.append(0, np.cumsum(row.lengths))
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop, chunk in zip(bounds[:-1], bounds[1:], row.chunks, strict=True):
             ids = torch.from_numpy(row.input_ids[start:stop].astype(np.int64))[None]
+            kept = torch.isin(ids, special)
+            if chunk:
+                kept[:, 0] = True  # the chunk before ends with this token and may mask it
             words = None
             if row.word_ids is not None:
                 words = torch.from_numpy(row.word_ids[start:stop].astype(np.int64))[None]
             masked = mask_tokens(
                 ids,
-                torch.isin(ids, special),
+                kept,
                 mask_id=masking.mask_id,
                 vocab_size=masking.vocab_size,
                 mlm_probability=masking.probability,
@@ -74,7 +77,7 @@ def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) ->
 
 
 def empty_batch(token_id: int) -> PackedBatch:
-    """Two tokens without a label: what a worker without rows computes to keep step with the rest."""
+    """Two tokens without a label: what a worker without rows computes to keep in step."""
     ids = torch.full((2,), token_id)
     return _batch(ids, torch.full_like(ids, IGNORE), np.array([2]))
 

@@ -67,7 +67,9 @@ class DocumentEncoder:
             verbose=False,
         )
         return [
-            self._encode(batch, row, text) if text.strip() else _reject(record, "empty text")
+            self._encode(batch, row, text)
+            if text.strip() and batch["input_ids"][row]
+            else _reject(record, "empty text")
             for row, (record, text) in enumerate(zip(records, texts, strict=True))
         ]
 

@@ -1,16 +1,15 @@
-"""Raw files to tokenised shards with an index, through Ray Data: one unit of a file, one task, one shard.
+"""Raw files to tokenised shards with an index, through Ray Data: one unit, one task, one shard.
 
 A task streams its unit in bounded memory, can be repeated (it rewrites the same shard), and
 accounts for every row: trained, held out for validation, or set aside with file, row and reason.
 """
 
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,28 @@ import ray.data
 import xxhash
 
 from medgpt.config import ConfigError, DataConfig
+from medgpt.data.account import Account, by_source, refuse_empty
 from medgpt.data.deny import DenyList
 from medgpt.data.encode import Encoded
+from medgpt.data.inputs import (
+    changed_files,
+    check_sources,
+    file_digest,
+    file_stamp,
+    fingerprint,
+    input_files,
+)
 from medgpt.data.order import num_chunks
 from medgpt.data.readers import read_unit
 from medgpt.data.records import Conversation, Record, Reject
 from medgpt.data.shards import ShardWriter, read_index, write_index
 from medgpt.data.units import Unit, list_units
-from medgpt.runs import FileEntry, Folder, commit, committed
+from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 
 BATCH_RECORDS = 256  # records tokenised together
+SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")
+NOT_INDEXED = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
 
 Encode = Callable[[Sequence[Record]], list[Encoded | Reject]]
 
@@ -40,98 +50,131 @@ class IndexJob:
     data_url: str
     rejected_url: str
     config: DataConfig
+    encoding: Mapping[str, Any]  # JSON; what decides how a record becomes tokens
     make_encode: Callable[[], Encode]
-
-
-@dataclass
-class Account:
-    """Rows of a unit or a source: rows = train + validation + sum of set_aside."""
-
-    rows: int = 0
-    train: int = 0
-    validation: int = 0
-    malformed: int = 0
-    truncated_turns: int = 0
-    set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
-
-    def add(self, other: "Account") -> None:
-        for name in ("rows", "train", "validation", "malformed", "truncated_turns"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.set_aside = dict(Counter(self.set_aside) + Counter(other.set_aside))
+    allow_changes: bool = False  # of files and settings since the data was tokenised
 
 
 def build_index(
     job: IndexJob, *, data_cpus: float, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Tokenise all sources into `job.data_url`; returns the manifest. Done work is reused.
+    """Tokenise all sources into `job.data_url`; returns the manifest. Finished work is reused.
 
     Raises:
-        ConfigError: no files, too many malformed rows, nothing left to train on, or the files
-            are not those that were indexed before.
+        ConfigError: files that are missing, unreadable, malformed, or not those that were tokenised
+            before; nothing left to train on.
+    """
+    check_sources(job.config)
+    if manifest := reusable(job):
+        return manifest
+    units = all_units(job.config)
+    stamps = begin_index(job)
+    results = _run(job, units, data_cpus=data_cpus, on_progress=on_progress)
+    return finish_index(job, units, results, stamps)
+
+
+def all_units(config: DataConfig) -> list[Unit]:
+    return [unit for source in config.sources for unit in list_units(source, config.shard_mb)]
+
+
+def reusable(job: IndexJob) -> dict[str, Any] | None:
+    """The manifest of finished work on the same data; None if there is work to do.
+
+    Raises:
+        ConfigError: the data changed, and `job.allow_changes` does not accept it.
     """
     folder = Folder(job.data_url)
-    units = [unit for s in job.config.sources for unit in list_units(s, job.config.shard_mb)]
-    if manifest := committed(folder):
+    if not folder.exists(MANIFEST):
+        return None
+    manifest = folder.read_json(MANIFEST)
+    changes = list(changed_files(manifest["inputs"], job.config))
+    if manifest["encoding"] != job.encoding:
+        changes.append("the tokenizer or the objective is another one")
+    if manifest["config"] != _indexed_config(job.config):
+        changes.append("settings under [data] are others")
+    if changes and not job.allow_changes:
+        if (more := len(changes) - SHOWN_CHANGES) > 0:
+            changes[SHOWN_CHANGES:] = [f"and {more} more"]
+        raise ConfigError(
+            f"the data changed since {job.data_url} was made of it: {'; '.join(changes)}. Restore "
+            "it, choose another run.dir, or accept with run.allow_changes=true, which reads it anew"
+        )
+    if not changes and (manifest := committed(folder)):
+        accounts = {name: _account(source) for name, source in manifest["sources"].items()}
+        refuse_empty(accounts, job.config)  # weights may be others than then
         return manifest
+    return None
+
+
+def begin_index(job: IndexJob) -> dict[str, str]:
+    """Clear what an earlier attempt left. Returns the stamps of the files about to be read."""
+    rejected = Folder(job.rejected_url)
+    for folder in (Folder(job.data_url), rejected):
+        folder.remove()
+    if rejected.is_local:  # it says which patient's row is wrong, so it is the owner's alone
+        Path(rejected.root).mkdir(mode=0o700, parents=True)
+    return {file: file_stamp(file) for file in input_files(job.config)}
+
+
+def _run(
+    job: IndexJob,
+    units: Sequence[Unit],
+    *,
+    data_cpus: float,
+    on_progress: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
+    """Results of all units, in their order, from Ray Data."""
     tasks = [{"number": number, **asdict(unit)} for number, unit in enumerate(units)]
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
-        partial(index_unit, job=job), num_cpus=data_cpus
+        partial(index_task, job=job), num_cpus=data_cpus
     )
     results: dict[int, dict[str, Any]] = {}
     for row in dataset.iter_rows():
-        results[row["number"]] = json.loads(row["result"])
+        result = json.loads(row["result"])
+        if "refused" in result:
+            raise ConfigError(result["refused"])
+        results[row["number"]] = result
         on_progress(len(results), len(tasks))
-    ordered = [results[number] for number in range(len(tasks))]
-    accounts = _by_source(job.config, units, ordered)
-    _refuse_malformed(job, accounts)
-    files = [FileEntry(**entry) for result in ordered for entry in result["files"]]
-    for split in SPLITS:
-        shards = [file.name for file in files if file.name.startswith(f"{split}-")]
-        files += write_index(folder, split, shards)
-    totals = {split: _totals(folder, split, job.config) for split in SPLITS}
-    _refuse_empty(job, accounts, totals["train"]["num_samples"])
-    commit(
-        folder,
-        files,
-        sources={name: asdict(account) for name, account in accounts.items()},
-        inputs=fingerprint(units, [result["digest"] for result in ordered]),
-        **totals["train"],
-        validation=totals["validation"],
-    )
-    return committed(folder) or {}
+    return [results[number] for number in range(len(tasks))]
 
 
-def index_unit(task: dict[str, Any], *, job: IndexJob) -> dict[str, Any]:
-    """One Ray Data task: read, clean, tokenise and write one unit; returns its account."""
-    number = task.pop("number")
-    unit = Unit(**task)
+def index_task(task: dict[str, Any], *, job: IndexJob) -> dict[str, Any]:
+    """`index_unit` as a row function. A ConfigError is a result: Ray Data would wrap it."""
+    unit = Unit(**{name: value for name, value in task.items() if name != "number"})
+    try:
+        result = index_unit(unit, task["number"], job=job)
+    except ConfigError as error:
+        result = {"refused": str(error)}
+    return {"number": task["number"], "result": json.dumps(result)}
+
+
+def index_unit(unit: Unit, number: int, *, job: IndexJob) -> dict[str, Any]:
+    """Read, clean, tokenise and write one unit; returns its account, files and digest as JSON."""
     numbers = {source.name: i for i, source in enumerate(job.config.sources)}
     source = job.config.sources[numbers[unit.source]]
     folder = Folder(job.data_url)
-    writers = {s: ShardWriter(folder, f"{s}-{number:05d}.parquet") for s in SPLITS}
     account, rejects = Account(), []
-    deny = DenyList.load(source.deny)
-    for item in _encoded(read_unit(unit, source), deny, job.make_encode()):
-        account.rows += 1
-        if isinstance(item, Reject):
-            rejects.append(item)
-            continue
-        record, encoded = item
-        content = content_hash(record)
-        split = SPLITS[is_validation(content, job.config.validation_share)]
-        setattr(account, split, getattr(account, split) + 1)
-        account.truncated_turns += encoded.num_truncated_turns
-        writers[split].add(
-            encoded, content_hash=content, source=numbers[unit.source], origin=record
-        )
-    account.malformed = sum(reject.malformed for reject in rejects)
-    account.set_aside = dict(Counter(_kind(reject.reason) for reject in rejects))
+    items = _encoded(read_unit(unit, source), DenyList.load(source.deny), job.make_encode())
+    train, validation = (ShardWriter(folder, f"{s}-{number:05d}.parquet") for s in SPLITS)
+    with train, validation:
+        for item in items:
+            if isinstance(item, Reject):
+                account.reject(item)
+                rejects.append(item)
+                continue
+            record, encoded = item
+            content = content_hash(record)
+            held_out = is_validation(content, job.config.validation_share)
+            account.keep(record, encoded, held_out=held_out)
+            (validation if held_out else train).add(
+                encoded, content_hash=content, source=numbers[unit.source], origin=record
+            )
     if rejects:
         lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
         Folder(job.rejected_url).write_text(f"unit-{number:05d}.jsonl", "".join(lines))
-    files = [asdict(file) for writer in writers.values() for file in writer.close()]
-    result = {"account": asdict(account), "files": files, "digest": unit_digest(unit)}
-    return {"number": number, "result": json.dumps(result)}
+    digest = None if unit.start else file_digest(unit.file)  # once for each file
+    files = [asdict(file) for file in train.files + validation.files]
+    return {"account": asdict(account), "files": files, "digest": digest}
 
 
 def _encoded(
@@ -161,77 +204,71 @@ def is_validation(content: str, share: float) -> bool:
     return int(content[:8], 16) < share * 2**32
 
 
-def unit_digest(unit: Unit) -> str:
-    """xxHash of the bytes of the file that the unit belongs to (of its range, if it has one)."""
-    fs, path = Folder(unit.file).fs, Folder(unit.file).root
-    by_bytes = unit.format in ("txt", "jsonl") and unit.stop is not None
-    start, stop = (unit.start, unit.stop) if by_bytes else (0, fs.size(path))
-    digest = xxhash.xxh3_128()
-    with fs.open(path, "rb") as file:
-        file.seek(start)
-        left = stop - start
-        while left > 0 and (block := file.read(min(left, 1 << 22))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+def finish_index(
+    job: IndexJob,
+    units: Sequence[Unit],
+    results: Sequence[dict[str, Any]],
+    stamps: Mapping[str, str],
+) -> dict[str, Any]:
+    """Write the index over the units' shards and commit; returns the manifest.
 
-
-def fingerprint(units: Sequence[Unit], digests: Sequence[str]) -> list[dict[str, Any]]:
-    """What was read, in order."""
-    return [
-        {"file": u.file, "start": u.start, "stop": u.stop, "xxh128": digest}
-        for u, digest in zip(units, digests, strict=True)
-    ]
-
-
-def _kind(reason: str) -> str:
-    """The reason without its numbers, to count by."""
-    return re.sub(r"\d+", "N", reason)
-
-
-def _by_source(
-    config: DataConfig, units: Sequence[Unit], results: Sequence[dict[str, Any]]
-) -> dict[str, Account]:
-    accounts = {source.name: Account() for source in config.sources}
-    for unit, result in zip(units, results, strict=True):
-        accounts[unit.source].add(Account(**result["account"]))
-    return accounts
-
-
-def _refuse_malformed(job: IndexJob, accounts: dict[str, Account]) -> None:
-    limit = job.config.max_malformed_share
-    for name, account in accounts.items():
-        if account.malformed > limit * account.rows:
-            raise ConfigError(
-                f"data.sources {name}: {account.malformed} of {account.rows} rows are malformed, "
-                f"more than data.max_malformed_share={limit}; most frequent: "
-                f"{_most_common(Counter(account.set_aside))}. File and row of each are in {job.rejected_url}"
-            )
-
-
-def _refuse_empty(job: IndexJob, accounts: dict[str, Account], num_samples: int) -> None:
-    if num_samples:
-        return
-    reasons: Counter[str] = Counter()
-    for account in accounts.values():
-        reasons.update(account.set_aside)
-    raise ConfigError(
-        f"data.sources: no row is left to train on with data.max_length={job.config.max_length}; "
-        f"most frequent reasons: {_most_common(reasons) or 'the files are empty'}"
+    Raises:
+        ConfigError: too many rows or files are bad, or nothing is left to train on.
+    """
+    folder = Folder(job.data_url)
+    accounts = by_source(
+        job.config,
+        units,
+        [Account(**result["account"]) for result in results],
+        rejected_url=job.rejected_url,
     )
+    refuse_empty(accounts, job.config)
+    files = [FileEntry(**entry) for result in results for entry in result["files"]]
+    for split in SPLITS:
+        shards = [file.name for file in files if file.name.startswith(f"{split}-")]
+        files += write_index(folder, split, shards)
+    totals = {split: _totals(folder, split, job.config) for split in SPLITS}
+    digests = {u.file: r["digest"] for u, r in zip(units, results, strict=True) if r["digest"]}
+    digests |= {file: file_digest(file) for file in stamps if file not in digests}  # deny-lists
+    commit(
+        folder,
+        files,
+        sources={
+            source.name: {
+                "licence": source.licence,
+                "sensitive": source.sensitive,
+                **asdict(accounts[source.name]),
+            }
+            for source in job.config.sources
+        },
+        inputs=fingerprint(stamps, digests),
+        encoding=job.encoding,
+        config=_indexed_config(job.config),
+        **totals["train"],
+        validation=totals["validation"],
+    )
+    manifest = committed(folder)
+    assert manifest is not None, f"{folder.url} lacks files that were just written"
+    return manifest
 
 
-def _most_common(reasons: Counter[str]) -> str:
-    return "; ".join(f"{reason} ({count} rows)" for reason, count in reasons.most_common(3))
+def _indexed_config(config: DataConfig) -> dict[str, Any]:
+    """The settings that decide what the shards hold."""
+    return config.model_dump(mode="json", exclude=NOT_INDEXED)
+
+
+def _account(source: Mapping[str, Any]) -> Account:
+    return Account(**{n: v for n, v in source.items() if n not in ("licence", "sensitive")})
 
 
 def _totals(folder: Folder, split: str, config: DataConfig) -> dict[str, Any]:
     index = read_index(folder, split)
     by_source = np.bincount(index.source, weights=index.length, minlength=len(config.sources))
+    names = [source.name for source in config.sources]
     return {
         "num_samples": len(index),
         "num_chunks": int(num_chunks(index.length, config.max_length).sum()),
         "num_tokens": int(index.length.sum()),
-        "tokens_by_source": {s.name: int(n) for s, n in zip(config.sources, by_source, strict=True)},
-        "dropped_tail_tokens": 0,
+        "tokens_by_source": {n: int(t) for n, t in zip(names, by_source, strict=True)},
+        "dropped_tail_tokens": 0,  # the last batch of an epoch is short, not dropped
     }

@@ -1,11 +1,12 @@
 """The order of training data, computed instead of remembered.
 
-An epoch is a function of (index, seed, epoch): which samples, cut into which chunks, packed into which rows,
-in which order. A checkpoint therefore stores only how many steps were done.
+An epoch is a function of (index, seed, epoch): which samples, cut into which chunks, packed into
+which rows, in which order. A checkpoint therefore stores only how many steps were done.
 
-Vocabulary: a *sample* is one record; a *chunk* is what of it fits into a row (a long document has several, each
-overlapping the one before by one token, so that every token but the first is predicted exactly once); a *row*
-holds chunks of at most `max_length` tokens together; a *step* trains `global_batch_size` rows.
+Vocabulary: a *sample* is one record; a *chunk* is what of it fits into a row (a long document has
+several, each overlapping the one before by one token, so that every token but the first is
+predicted exactly once); a *row* holds chunks of at most `max_length` tokens together; a *step*
+trains `global_batch_size` rows.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_TOKENS = 1 << 22  # samples are shuffled and packed within windows of about this many tokens
+EXCHANGED = 512  # candidates on either side of the exchange that meets a source's share
 VALIDATION = -1  # in place of the epoch
 
 IntArray = NDArray[np.int64]
@@ -90,27 +92,45 @@ def mixed_order(
 
 def source_quotas(index: Index, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
     """(S,) tokens each source gives to an epoch; the epoch is as long as the data."""
-    tokens = np.bincount(index.source, weights=index.length)
+    tokens = np.bincount(index.source, weights=index.length).astype(np.float64)
     return tokens if weights is None else weights / weights.sum() * tokens.sum()
 
 
 def _pick(index: Index, source: int, quota: float, rng: np.random.Generator) -> IntArray:
-    """Samples of one source until their tokens come closest to the quota; whole passes first.
+    """Samples of one source with about `quota` tokens; whole passes first.
 
-    Blocks come in random order and each is read once; the window shuffles what is inside.
+    Blocks come in random order and each is read once a pass; the window shuffles what is inside.
     """
     members = np.flatnonzero(index.source == source)
+    tokens = int(index.length[members].sum())
     passes = []
     while len(members) and quota > 0.5:
-        chosen = members
-        if index.length[members].sum() > quota:
-            chosen = members[rng.permutation(len(members))]
-            reached = np.append(0, np.cumsum(index.length[chosen]))
-            chosen = np.sort(chosen[: int(np.argmin(np.abs(reached - quota)))])
+        chosen = members if tokens <= quota else _some(index.length, members, quota, rng)
         blocks, block = np.unique(index.block[chosen], return_inverse=True)
         passes.append(chosen[np.argsort(rng.permutation(len(blocks))[block], kind="stable")])
-        quota -= index.length[members].sum()
+        quota -= tokens
     return np.concatenate([members[:0], *passes])
+
+
+def _some(length: IntArray, members: IntArray, quota: float, rng: np.random.Generator) -> IntArray:
+    """Random members, in order, whose tokens come as near to the quota as whole samples can."""
+    rest = members[rng.permutation(len(members))]
+    parts = [members[:0]]
+    while len(rest):
+        fitting = int(np.searchsorted(np.cumsum(length[rest]), quota, side="right"))
+        parts.append(rest[:fitting])
+        quota -= length[rest[:fitting]].sum()
+        rest = rest[fitting + 1 :]  # the next one is too long, shorter ones behind it may fit
+        rest = rest[length[rest] <= quota]
+    picked = np.concatenate(parts)
+    others = np.setdiff1d(members, picked)
+    # one exchange, 0 for none on either side, brings the sum nearest
+    taken = np.append(0, length[others[:EXCHANGED]])
+    given = np.append(0, length[picked[:EXCHANGED]])
+    error = np.abs(quota - taken[:, None] + given)
+    i, j = np.unravel_index(np.argmin(error), error.shape)
+    picked = np.delete(picked, j - 1) if j else picked
+    return np.sort(np.append(picked, others[i - 1]) if i else picked)
 
 
 def _pack_window(

@@ -48,11 +48,18 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Record | Reject]:
             yield _reject(origin, row.reason) if isinstance(row, Broken) else recognise(row, origin)
     except BrokenFile as problem:
         origin = Origin(source=source.name, file=unit.file, row=last + 1 if last else 0)
-        yield _reject(origin, f"the file cannot be read further: {problem}")
+        reason = f"the file cannot be read further: {problem}"
+        yield _reject(origin, reason, unreadable=True)
 
 
-def _reject(origin: Origin, reason: str) -> Reject:
-    return Reject(source=origin.source, file=origin.file, row=origin.row, reason=reason)
+def _reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Reject:
+    return Reject(
+        source=origin.source,
+        file=origin.file,
+        row=origin.row,
+        reason=reason,
+        unreadable=unreadable,
+    )
 
 
 def read_rows(unit: Unit, source: SourceConfig) -> Iterator[NumberedRow]:

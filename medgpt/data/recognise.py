@@ -6,7 +6,7 @@ from medgpt.config import SourceConfig, TurnsMapping
 from medgpt.data.clean import clean
 from medgpt.data.mapping import Mapper
 from medgpt.data.records import Conversation, Document, Message, Origin, Record, Reject
-from medgpt.data.turns import Malformed, Row, cell, check_turns, list_of, read_turns, text_of
+from medgpt.data.turns import Malformed, Row, cell, check_turns, list_of, read_turns, text_of, trim
 
 QA_COLUMNS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
 SHAREGPT = TurnsMapping(column="conversations", role="from", content="value")
@@ -21,6 +21,8 @@ class Recogniser:
         """Raises ConfigError if a template of the mapping is wrong."""
         self._source = source
         self._mapper = None if source.mapping is None else Mapper(source.name, source.mapping)
+        turns = None if source.mapping is None else source.mapping.turns
+        self._trim = turns is not None and turns.trim
 
     def __call__(self, row: Row, origin: Origin) -> Record | Reject:
         place: dict[str, Any] = {"source": origin.source, "file": origin.file, "row": origin.row}
@@ -28,7 +30,12 @@ class Recogniser:
             found = self._mapper(row) if self._mapper else self._by_kind(row)
             if isinstance(found, str):
                 return Document(text=found, **place)
-            return Conversation(messages=check_turns(found, "the conversation"), **place)
+            kept = trim(found, "the conversation") if self._trim else found
+            return Conversation(
+                messages=check_turns(kept, "the conversation"),
+                num_trimmed=len(found) - len(kept),
+                **place,
+            )
         except Malformed as problem:
             return Reject(reason=str(problem), **place)
 

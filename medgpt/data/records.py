@@ -31,6 +31,7 @@ class Conversation(Origin):
     """An optional system message, then user and assistant in turn, ending with the assistant."""
 
     messages: tuple[Message, ...]
+    num_trimmed: int = 0  # messages left out before the first and after the last exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class Reject(Origin):
 
     reason: str
     malformed: bool = True  # False: a good row set aside by a rule (deny-list, length)
+    unreadable: bool = False  # the file cannot be read from here on, its other rows are unknown
 
 
 Record = Document | Conversation

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from medgpt.data.encode import Encoded
 from medgpt.data.order import Index
 from medgpt.data.records import Origin
-from medgpt.runs import FileEntry, Folder, checksum
+from medgpt.runs import MANIFEST, FileEntry, Folder, checksum
 
 BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
 CACHED_BLOCKS = 64
@@ -44,15 +45,38 @@ BLOCKS_SCHEMA = pa.schema({"file": pa.string(), "row_group": pa.int32()})
 
 
 class ShardWriter:
-    """Appends samples to one shard; nothing is written if there are none."""
+    """Appends samples to one shard, inside a `with`.
+
+    The shard appears when it is complete, so two tasks that write the same one do no harm.
+    """
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.name = name
+        self.files: list[FileEntry] = []  # after the `with`: the shard, if there were samples
         self.pending: list[dict[str, Any]] = []
         self.pending_tokens = 0
         self.writer: pq.ParquetWriter | None = None
         self.stack = ExitStack()
-        self.path = self.stack.enter_context(folder.staging()) / name
+        directory = self.stack.enter_context(folder.staging())
+        self.path, self.partial = directory / name, directory / f".{name}.{uuid4().hex}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+            self.partial.unlink(missing_ok=True)
+            self.stack.__exit__(kind, error, trace)
 
     def add(self, encoded: Encoded, *, content_hash: str, source: int, origin: Origin) -> None:
         self.pending.append(
@@ -71,22 +95,20 @@ class ShardWriter:
         if self.pending_tokens >= BLOCK_TOKENS:
             self._flush()
 
-    def _flush(self) -> None:
-        if self.writer is None:
-            self.writer = pq.ParquetWriter(self.path, SCHEMA, compression="zstd")
-        self.writer.write_table(pa.Table.from_pylist(self.pending, SCHEMA))
-        self.pending, self.pending_tokens = [], 0
-
-    def close(self) -> list[FileEntry]:
-        """The file written, if any."""
+    def _finish(self) -> None:
         if self.pending:
             self._flush()
-        files = []
         if self.writer is not None:
             self.writer.close()
-            files = [FileEntry(self.name, self.path.stat().st_size, checksum(self.path))]
-        self.stack.close()
-        return files
+            size, digest = self.partial.stat().st_size, checksum(self.partial)
+            self.files = [FileEntry(self.name, size, digest)]
+            self.partial.replace(self.path)
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.partial, SCHEMA, compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(self.pending, SCHEMA))
+        self.pending, self.pending_tokens = [], 0
 
 
 def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileEntry]:
@@ -139,10 +161,16 @@ def read_index(folder: Folder, split: str) -> Index:
     with folder.fs.open(folder.path(f"{split}.index.parquet")) as file:
         table = pq.read_table(file)
     columns = {
-        name: table[name].to_numpy().astype(np.int64) for name in ("length", "source", "block", "row")
+        name: table[name].to_numpy().astype(np.int64)
+        for name in ("length", "source", "block", "row")
     }
     ids = table["sample_id"].to_pylist()
     return Index(**columns, sample_id=np.array(ids, dtype="S32"))
+
+
+def data_version(url: str) -> str:
+    """Differs when the shards were made anew in the same place, so that caches notice."""
+    return xxhash.xxh3_64_hexdigest(Folder(url).read_text(MANIFEST).encode())
 
 
 class Tokens(NamedTuple):
@@ -155,10 +183,10 @@ class Tokens(NamedTuple):
 
 
 @lru_cache(maxsize=CACHED_BLOCKS)
-def read_block(url: str, split: str, block: int) -> Tokens:
-    """The tokens of one block; recent ones stay in memory."""
+def read_block(url: str, split: str, block: int, version: str) -> Tokens:
+    """The tokens of one block; recent ones stay in memory, under the version of their data."""
     folder = Folder(url)
-    file, row_group = _blocks(url, split)[block]
+    file, row_group = _blocks(url, split, version)[block]
     with folder.fs.open(folder.path(file)) as handle:
         table = pq.ParquetFile(handle).read_row_group(
             row_group, columns=["input_ids", "targets", "word_ids"]
@@ -167,14 +195,14 @@ def read_block(url: str, split: str, block: int) -> Tokens:
     words = lists["word_ids"]
     return Tokens(
         offsets=lists["input_ids"].offsets.to_numpy().astype(np.int64),
-        input_ids=pc.list_flatten(lists["input_ids"]).to_numpy(),
-        targets=pc.list_flatten(lists["targets"]).to_numpy(zero_copy_only=False),
-        word_ids=None if words.null_count else pc.list_flatten(words).to_numpy(),
+        input_ids=lists["input_ids"].flatten().to_numpy(),
+        targets=lists["targets"].flatten().to_numpy(zero_copy_only=False),
+        word_ids=None if words.null_count else words.flatten().to_numpy(),
     )
 
 
 @lru_cache(maxsize=4)
-def _blocks(url: str, split: str) -> list[tuple[str, int]]:
+def _blocks(url: str, split: str, version: str) -> list[tuple[str, int]]:
     folder = Folder(url)
     with folder.fs.open(folder.path(f"{split}.blocks.parquet")) as file:
         table = pq.read_table(file)

@@ -6,18 +6,18 @@ backpressure; what it moves are packed rows, each assembled once, on whichever n
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray.data
 from numpy.typing import NDArray
 
 from medgpt.data.order import VALIDATION, Index, Rows, plan_epoch
-from medgpt.data.shards import read_block, read_index
+from medgpt.data.shards import data_version, read_block, read_index
 from medgpt.runs import Folder
 
 ROWS_PER_TASK = 64
@@ -33,7 +33,7 @@ PLAN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec:
-    """What decides the order of data; the same on every worker."""
+    """What decides the order of data, and how it is read; the same on every worker."""
 
     data_url: str
     max_length: int
@@ -42,6 +42,7 @@ class StreamSpec:
     epochs: int
     max_steps: int | None
     weights: tuple[float, ...] | None
+    data_cpus: float = 1  # that a reading task reserves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,25 @@ class Plan:
 
 
 def training_stream(plan: Plan, *, rank: int, world_size: int, start: int) -> Iterator[Step]:
-    """Steps from `start` to the end, in order; every worker gets the same number."""
+    """Steps from `start` to the end, in order, the same number on every worker.
+
+    Reading starts at the call, because Ray Data takes seconds until the first rows come.
+    """
     table = plan.table(rank=rank, world_size=world_size, start=start)
-    rows = _assembled(table, plan.spec.data_url, "train")
-    pending = next(rows, None)
+    rows = _read_ahead(table, plan.spec)
+    first = ThreadPoolExecutor(1).submit(next, rows, None)
+    return _steps(plan, rows, first, world_size=world_size, start=start)
+
+
+def _steps(
+    plan: Plan,
+    rows: Iterator[tuple[int, Row]],
+    first: Future[tuple[int, Row] | None],
+    *,
+    world_size: int,
+    start: int,
+) -> Iterator[Step]:
+    pending = first.result()
     for step in range(start, plan.num_steps):
         mine = []
         while pending is not None and pending[0] == step:
@@ -132,7 +148,7 @@ def training_stream(plan: Plan, *, rank: int, world_size: int, start: int) -> It
 
 
 def validation_rows(spec: StreamSpec, *, rank: int, world_size: int, limit: int) -> list[Row]:
-    """This worker's share of the first `limit` rows of the held-out split."""
+    """This worker's share of the first `limit` rows of the held-out split; it reads them itself."""
     index = read_index(Folder(spec.data_url), "validation")
     if not len(index):
         return []
@@ -140,11 +156,15 @@ def validation_rows(spec: StreamSpec, *, rank: int, world_size: int, limit: int)
         index, max_length=spec.max_length, seed=spec.seed, epoch=VALIDATION, weights=None
     )
     number = np.arange(min(limit, len(rows)))[rank::world_size]
+    if not len(number):
+        return []
     table = _row_table(index, rows, number, np.zeros_like(number))
-    return [row for _, row in _assembled(table, spec.data_url, "validation")]
+    version = data_version(spec.data_url)
+    batch = assemble(table, url=spec.data_url, split="validation", version=version)
+    return [row for _, row in unpack(batch)]
 
 
-def _assembled(table: pa.Table, url: str, split: str) -> Iterator[tuple[int, Row]]:
+def _read_ahead(table: pa.Table, spec: StreamSpec) -> Iterator[tuple[int, Row]]:
     """(step, row) in the table's order, read ahead by Ray Data."""
     if not table.num_rows:
         return
@@ -152,11 +172,13 @@ def _assembled(table: pa.Table, url: str, split: str) -> Iterator[tuple[int, Row
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     tasks = [table.slice(i, ROWS_PER_TASK) for i in range(0, table.num_rows, ROWS_PER_TASK)]
+    version = data_version(spec.data_url)
     dataset = ray.data.from_arrow(tasks).map_batches(
-        partial(assemble, url=url, split=split),
+        partial(assemble, url=spec.data_url, split="train", version=version),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
+        num_cpus=spec.data_cpus,
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         yield from unpack(batch)
@@ -187,12 +209,12 @@ def _lists(offsets: NDArray[np.int64], values: NDArray[Any]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
 
 
-def assemble(plan: pa.Table, *, url: str, split: str) -> pa.Table:
+def assemble(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:
     """Plan rows in, packed rows out: the tokens of their chunks."""
     plan = plan.combine_chunks()
     chunk = {name: _flat(plan[name]) for name in CHUNK_COLUMNS[:-1]}
     parts: dict[str, list[NDArray[Any]]] = {"input_ids": [], "targets": [], "word_ids": []}
-    blocks = (read_block(url, split, int(number)) for number in chunk["block"])
+    blocks = (read_block(url, split, int(number), version) for number in chunk["block"])
     for tokens, row, start, stop in zip(
         blocks, chunk["row"], chunk["start"], chunk["stop"], strict=True
     ):
@@ -205,7 +227,9 @@ def assemble(plan: pa.Table, *, url: str, split: str) -> pa.Table:
     rows = _offsets(plan["chunk"])
     token_offsets = np.append(0, np.cumsum(lengths))[rows]
     columns = {
-        name: _lists(token_offsets, np.concatenate(values)) for name, values in parts.items() if values
+        name: _lists(token_offsets, np.concatenate(values))
+        for name, values in parts.items()
+        if values
     }
     columns["lengths"] = _lists(rows, lengths)
     return pa.table(
@@ -221,20 +245,23 @@ def unpack(batch: pa.Table) -> Iterator[tuple[int, Row]]:
     offsets = {name: _offsets(batch[name]) for name in names}
     for i, step in enumerate(batch["step"].to_pylist()):
         cut = {n: values[n][offsets[n][i] : offsets[n][i + 1]] for n in names}
-        yield step, Row(
-            input_ids=cut["input_ids"],
-            targets=cut["targets"],
-            word_ids=cut.get("word_ids"),
-            lengths=cut["lengths"],
-            sample_ids=cut["sample_id"].tolist(),
-            chunks=cut["chunk"].tolist(),
+        yield (
+            step,
+            Row(
+                input_ids=cut["input_ids"],
+                targets=cut["targets"],
+                word_ids=cut.get("word_ids"),
+                lengths=cut["lengths"],
+                sample_ids=cut["sample_id"].tolist(),
+                chunks=cut["chunk"].tolist(),
+            ),
         )
 
 
 def _flat(column: pa.ChunkedArray) -> NDArray[Any]:
-    return pc.list_flatten(column).to_numpy(zero_copy_only=False)
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def _offsets(column: pa.ChunkedArray) -> NDArray[np.int64]:
     """(R + 1,) bounds of the lists in the flattened column."""
-    return np.append(0, np.cumsum(pc.list_value_length(column).to_numpy()))
+    return np.append(0, np.cumsum(column.combine_chunks().value_lengths().to_numpy()))

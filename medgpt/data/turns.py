@@ -58,7 +58,7 @@ def list_of(row: Row, column: str) -> list[Any]:
 
 
 def read_turns(row: Row, turns: TurnsMapping) -> list[Message]:
-    """The messages in `turns.column`, joined and trimmed as it says."""
+    """The messages in `turns.column`, joined as it says."""
     messages: list[Message] = []
     for number, turn in enumerate(list_of(row, turns.column), start=1):
         what = f"column {turns.column}, turn {number}"
@@ -72,9 +72,7 @@ def read_turns(row: Row, turns: TurnsMapping) -> list[Message]:
         if turns.merge and isinstance(content, str) and not clean(content):
             continue  # an empty utterance adds nothing to the speaker's others
         messages.append(Message(role, text_of(content, what)))
-    if turns.merge:
-        messages = merge(messages)
-    return trim(messages, turns.column) if turns.trim else messages
+    return merge(messages) if turns.merge else messages
 
 
 def _part(turn: object, key: str | int, what: str) -> object:
@@ -114,7 +112,7 @@ def merge(messages: Sequence[Message]) -> list[Message]:
     return merged
 
 
-def trim(messages: Sequence[Message], column: str) -> list[Message]:
+def trim(messages: Sequence[Message], what: str) -> list[Message]:
     """Without the assistant's turns before the first question, the user's after the last answer."""
     system = [m for m in messages if m.role == "system"]
     rest = [m for m in messages if m.role != "system"]
@@ -123,7 +121,7 @@ def trim(messages: Sequence[Message], column: str) -> list[Message]:
     while rest and rest[-1].role == "user":
         rest = rest[:-1]
     if not rest:
-        raise Malformed(f"column {column} has no question with an answer")
+        raise Malformed(f"{what} has no question with an answer")
     return [*system, *rest]
 
 

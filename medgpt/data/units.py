@@ -51,10 +51,8 @@ def list_units(source: SourceConfig, shard_mb: int) -> list[Unit]:
     Raises:
         ConfigError: a path matches nothing, a file's format or the encoding is unknown.
     """
-    _check_encoding(source)
-    files = sorted({file for path in source.paths for file in _expand(path, source)})
     units: list[Unit] = []
-    for file in files:
+    for file in list_files(source):
         name = _format(file, source)
         encoding, cuts = _cut(file, name, source, shard_mb * MIB)
         stops = [cut.start for cut in cuts[1:]] + [None]
@@ -63,6 +61,15 @@ def list_units(source: SourceConfig, shard_mb: int) -> list[Unit]:
                 Unit(source.name, file, name, encoding, cut.start, stop, len(units), cut.first_row)
             )
     return units
+
+
+def list_files(source: SourceConfig) -> list[str]:
+    """The files of `source`, sorted; none is opened. Raises ConfigError like `list_units`."""
+    _check_encoding(source)
+    files = sorted({file for path in source.paths for file in _expand(path, source)})
+    for file in files:
+        _format(file, source)
+    return files
 
 
 def _check_encoding(source: SourceConfig) -> None:

@@ -114,12 +114,9 @@ def refresh_weights(optimizer: DeepSpeedOptimizer) -> None:
         optimizer.update_lp_params()
         return
     assert isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
-    optimizer._partition_all_parameters()
+    optimizer._partition_all_parameters()  # also small ones; the next forward gathers them again
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
-    small = optimizer.persistent_parameters  # kept whole on every rank
-    if small:
-        small[0].all_gather(small)
 
 
 def drop_gradients(optimizer: DeepSpeedOptimizer) -> None:

@@ -1,6 +1,7 @@
 """The sample corpus's held-out prompts, asked of trained models."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +28,12 @@ class Answer:
     @property
     def passed(self) -> bool:
         return all(self.stated)
+
+    @property
+    def missing(self) -> list[str]:
+        """Key points that the answer does not state."""
+        points = zip(self.key_points, self.stated, strict=True)
+        return [wordings[0] for wordings, found in points if not found]
 
 
 def ask(corpus_url: str, models: dict[str, str], *, num_cpus: float) -> list[Answer]:
@@ -64,7 +71,7 @@ def _ask_model(folder: str, chat: bool, prompts: list[str]) -> list[str]:
     return speak(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
 
 
-def summary(answers: list[Answer]) -> dict[str, Any]:
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     """Counts for the report and the exit status."""
     by_kind: dict[str, list[Answer]] = {}
     for item in answers:
@@ -80,5 +87,9 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def as_json(answers: list[Answer]) -> list[dict[str, Any]]:
+def as_json(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     return [{**asdict(item), "passed": item.passed} for item in answers]
+
+
+def from_json(items: list[dict[str, Any]]) -> list[Answer]:
+    return [Answer(**{k: v for k, v in item.items() if k != "passed"}) for item in items]

@@ -1,4 +1,7 @@
-"""report.html of a run: one self-contained page with curves, counts, config and samples."""
+"""report.html of a run: one self-contained page with curves, counts, config and samples.
+
+It shows numbers and what the model generated, never rows of the data.
+"""
 
 import io
 from typing import Any
@@ -7,55 +10,88 @@ import matplotlib
 import tomli_w
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 
 from medgpt.runs import Run
 
-matplotlib.use("svg")
 CURVES = (  # title, unit, metric -> label
     ("Loss", "nats per target token", {"train/loss": "train", "validation/loss": "validation"}),
     ("Throughput", "tokens per second", {"train/tokens_per_s": "all workers"}),
-    ("Gradient norm", "", {"train/grad_norm": "before clipping"}),
+    ("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}),
     ("Learning rate", "", {"train/learning_rate": "learning rate"}),
 )
+NO_METADATA = ("Date", "Creator", "Format", "Type")
+MAX_POINTS = 1000  # of a line; more are averaged in groups
+MARKED_POINTS = 40  # a line of at most so many shows each
+STYLE: dict[RcKeyType, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "medgpt",  # the same curve is the same file
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+Metrics = list[dict[str, Any]]
 
 
 def write_report(run: Run) -> None:
     """Write report.html from what the run directory holds."""
     metrics = run.metrics()
     samples = run.folder.read_json("samples.json") if run.folder.exists("samples.json") else []
-    page = Environment(loader=PackageLoader("medgpt.eval"), autoescape=True).get_template(
-        "report.html.jinja"
-    )
-    html = page.render(
+    curves = [(title, _curve(metrics, unit, lines)) for title, unit, lines in CURVES]
+    html = page(
+        "report.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
-        curves=[(title, _curve(metrics, unit, lines)) for title, unit, lines in CURVES],
+        curves=[(title, svg) for title, svg in curves if svg],
         facts=_facts(metrics),
         samples=samples,
     )
     run.folder.write_text("report.html", html)
 
 
-def _curve(metrics: list[dict[str, Any]], unit: str, lines: dict[str, str]) -> str:
-    """An SVG of metrics over steps."""
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, label in lines.items():
-        points = [(line["step"], line[name]) for line in metrics if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else "")
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(frameon=False)
-    svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
+def page(template: str, **values: Any) -> str:
+    """A template filled in, everything escaped."""
+    return (
+        Environment(loader=PackageLoader("medgpt.eval"), autoescape=True)
+        .get_template(template)
+        .render(values)
+    )
+
+
+def _curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
+    """An SVG of metrics over steps, empty if there are none."""
+    points = {
+        label: thinned([(line["step"], line[name]) for line in metrics if name in line])
+        for name, label in lines.items()
+    }
+    if not any(points.values()):
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for label, line in points.items():
+            if line:
+                marker = "." if len(line) <= MARKED_POINTS else ""
+                axes.plot(*zip(*line, strict=True), label=label, marker=marker, linewidth=1.2)
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.3)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False)
+        svg = io.StringIO()
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(NO_METADATA))
     return svg.getvalue()[svg.getvalue().index("<svg") :]
 
 
-def _facts(metrics: list[dict[str, Any]]) -> dict[str, str]:
+def thinned(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """At most MAX_POINTS points, each the mean of as many neighbours."""
+    size = -(-len(points) // MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size or 1)]
+    return [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
+
+
+def _facts(metrics: Metrics) -> dict[str, str]:
     """The numbers a reader looks for first."""
     validation = [line["validation/loss"] for line in metrics if "validation/loss" in line]
     speed = sorted(line["train/tokens_per_s"] for line in metrics if "train/tokens_per_s" in line)

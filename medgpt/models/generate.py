@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TextStreamer,
@@ -33,8 +34,16 @@ def load_for_generation(
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         tokenizer = load_base(folder)
     else:
-        raise ConfigError(f"{folder}: no model here; give a finished run or its model folder")
-    return model.to(device).eval(), tokenizer
+        raise ConfigError(f"no model in {folder}; give a finished run or its model folder")
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
+
+
+def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    """What tells others' generate() where to stop."""
+    return GenerationConfig(
+        eos_token_id=_document_ends(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
 
 
 def answer(
@@ -79,13 +88,17 @@ def continue_all(
 
 
 def _document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    return stop_ids(tokenizer) if tokenizer.chat_template else [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        return stop_ids(tokenizer)
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int), "load_base takes no tokenizer without an end token"
+    return [end]
 
 
 @torch.inference_mode()
 def _generate_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,  # transformers does not type generate()
+    tokenizer: Any,
     prompts: list[list[int]],
     ends: list[int],
     max_new_tokens: int,

@@ -15,6 +15,7 @@ from medgpt.engine import Engine
 from medgpt.engine.export import gather_weights
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
+from medgpt.models.generate import generation_config
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
 from medgpt.models.lora import apply_lora
@@ -58,25 +59,16 @@ class Objective:
             trained = {name for name, p in model.named_parameters() if p.requires_grad}
             weights = {n: tensor for n, tensor in gather_weights(model) if n in trained}
             if dist.get_rank() == 0:
-                model.save_pretrained(directory, state_dict=weights)
+                model.save_pretrained(str(directory), state_dict=weights)
         else:
             engine.export(directory, self.module.pretrained)
             if dist.get_rank() == 0:
                 model_config = self.module.pretrained.config
                 model_config.architectures = [type(self.module.pretrained).__name__]
                 model_config.save_pretrained(directory)
-                self._generation_config().save_pretrained(directory)
+                generation_config(self.tokenizer).save_pretrained(directory)
         if dist.get_rank() == 0:
             self.tokenizer.save_pretrained(directory)
-
-    def _generation_config(self) -> Any:
-        from transformers import GenerationConfig
-
-        from medgpt.data.chat import stop_ids
-
-        tokenizer = self.tokenizer
-        ends = stop_ids(tokenizer) if tokenizer.chat_template else [tokenizer.eos_token_id]
-        return GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
 
     def _model(self, device: torch.device) -> Any:
         config, tokenizer = self.config, self.tokenizer
@@ -90,14 +82,14 @@ class Objective:
         }
         name, lora = config.model.name, config.model.lora
         base = None if name is None else load_base(name, config.model.trust_remote_code)
-        resize = base is not None and base.get_vocab() != tokenizer.get_vocab()
+        known = tokenizer.get_vocab() if base is None else base.get_vocab()
+        resize = known != tokenizer.get_vocab()
         if name is not None and config.engine.zero_stage == 3 and not resize and not lora.rank:
             return self._partitioned(name, options, device)
         model = build_model(config.model, seed=self.seed, **options)
         new_ids = []
-        if resize:
+        if base is not None and resize:
             resize_for_new_tokens(model, base, tokenizer)
-            known = base.get_vocab()
             new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in known]
         if not lora.rank:
             return model

@@ -5,11 +5,13 @@ from functools import cache, partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from medgpt.config import ConfigError, PretrainConfig, SFTConfig, TrainStageConfig
 from medgpt.data.deny import DenyList
 from medgpt.data.encode import ConversationEncoder, DocumentEncoder
 from medgpt.data.index import Encode, IndexJob, build_index
+from medgpt.data.inputs import check_sources
 from medgpt.data.readers import read_unit
 from medgpt.data.records import Document, Reject
 from medgpt.data.units import list_units
@@ -23,25 +25,45 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenizer and data of the run, made unless they are there; returns the data's manifest."""
     cpus = config.cluster.data_cpus
-    for source in config.data.sources:  # fail on a missing file before anything is started
-        list_units(source, config.data.shard_mb)
-        DenyList.load(source.deny)
+    check_sources(config.data)  # before anything is started
     folder = run.folder / TOKENIZER
-    if committed(folder) is None:
+    tokenizer = committed(folder)
+    if tokenizer is None or tokenizer["made_from"] != _made_from(config):
+        folder.remove()
         on_progress("tokenizer", 0, 1)
         make = ray.remote(num_cpus=cpus, max_retries=3)(make_tokenizer)
         try:
             ray.get(make.remote(folder.url, config))
-        except ConfigError as error:  # Ray raises the task's error as a mixture of both types
-            raise ConfigError(error.cause.args[0]) from None
+        except RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from None
+            raise
         on_progress("tokenizer", 1, 1)
     job = IndexJob(
         data_url=run.data.url,
         rejected_url=(run.folder / "rejected").url,
         config=config.data,
+        encoding=_encoding(folder, config),
         make_encode=partial(load_encoder, folder.url, config.model_dump_json(), type(config)),
+        allow_changes=config.run.allow_changes,
     )
     return build_index(job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
+
+
+def _encoding(folder: Folder, config: TrainStageConfig) -> dict[str, Any]:
+    """What decides how a record becomes tokens: the tokenizer's files and the objective."""
+    tokenizer = committed(folder)
+    assert tokenizer is not None
+    encoding: dict[str, Any] = {f["name"]: f["xxh128"] for f in tokenizer["files"]}
+    if isinstance(config, PretrainConfig):
+        encoding |= config.objective.model_dump(include={"kind", "whole_word"})
+    return encoding
+
+
+def _made_from(config: TrainStageConfig) -> dict[str, Any]:
+    """What the tokenizer follows from, besides the data."""
+    model = config.model.model_dump(mode="json", include={"name", "architecture"})
+    return {"tokenizer": config.tokenizer.model_dump(mode="json"), "model": model}
 
 
 @cache
@@ -93,15 +115,16 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     with folder.staging() as directory:
         tokenizer.save_pretrained(directory)
         files = entries(directory)
-    commit(folder, files, mode=mode, num_tokens=len(tokenizer))
+    commit(folder, files, mode=mode, num_tokens=len(tokenizer), made_from=_made_from(config))
 
 
 def check_model(config: TrainStageConfig) -> None:
     """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
-    from medgpt.models.load import SpecialIds, load_config, weight_files
+    from medgpt.models.load import SpecialIds, check_positions, load_config, weight_files
 
     objective = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
-    load_config(config.model, objective=objective, vocab_size=0, special=SpecialIds())
+    model = load_config(config.model, objective=objective, vocab_size=0, special=SpecialIds())
+    check_positions(model, config.data.max_length)
     assert config.model.name is not None
     weight_files(config.model.name)
 

@@ -1,9 +1,10 @@
-"""The Ray that a stage runs on: the cluster it is told to use, or a local one that starts quietly."""
+"""The Ray that a stage runs on: a cluster, or a local one that starts quietly."""
 
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ray
 import ray.data
@@ -19,6 +20,10 @@ QUIET = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+LOCAL = {  # one machine is not preempted, and its workers are polled for nothing
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
 
 
 def connect(cluster: ClusterConfig) -> None:
@@ -30,9 +35,9 @@ def connect(cluster: ClusterConfig) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.update(QUIET)
     address = os.environ.get("RAY_ADDRESS")
-    options = (
+    os.environ.update(QUIET if address else QUIET | LOCAL)
+    options: dict[str, Any] = (
         {"address": address}
         if address
         else {
@@ -65,9 +70,7 @@ def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
     limit = ray_state.get_max_resources_from_cluster_config()
     most = ray.cluster_resources() if limit is None else limit
     if lack := _lacking(need, most):
-        raise ConfigError(
-            f"cluster.num_workers={cluster.num_workers} {lack} at most; {remedy}"
-        )
+        raise ConfigError(f"cluster.num_workers={cluster.num_workers} {lack} at most; {remedy}")
     deadline, asked = time.monotonic() + cluster.wait_s, False
     while lack := _lacking(need, ray.cluster_resources()):
         if time.monotonic() > deadline:
@@ -88,7 +91,7 @@ def _bundles(cluster: ClusterConfig) -> list[dict[str, float]]:
     return [{k: v for k, v in worker.items() if v}] * cluster.num_workers + [data]
 
 
-def _lacking(need: dict[str, float], have: dict[str, float]) -> str:
+def _lacking(need: Mapping[str, float], have: Mapping[str, float]) -> str:
     short = [
         f"needs {amount:g} {name} in all (data tasks included), the cluster has "
         f"{have.get(name, 0):g}"

@@ -1,30 +1,21 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
+import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from medgpt.config import ConfigError, TrainStageConfig
-from medgpt.data.stream import StreamSpec
 from medgpt.metrics import ConsoleReporter
-from medgpt.runs import Run, commit, committed, entries
+from medgpt.runs import MANIFEST, Run
 from medgpt.train import session
-from medgpt.train.prepare import TOKENIZER, load_tokenizer, prepare
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerJob:
-    """All that a worker is told."""
-
-    run_dir: str
-    config: TrainStageConfig
-    progress: Queue
+from medgpt.train.prepare import prepare
+from medgpt.train.rank import WorkerJob, train_worker
 
 
 def run_stage(stage: str, config: TrainStageConfig) -> Run:
@@ -33,9 +24,7 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
     Raises:
         ConfigError: whatever the user can repair, in words.
     """
-    run = Run.open(
-        stage, config, run_dir=config.run.dir, allow_changes=config.run.allow_changes
-    )
+    run = Run.open(stage, config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter(stage)
     try:
         if run.finished:
@@ -50,6 +39,7 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             seed=config.run.seed,
             parents=_parents(config),
             data={key: value for key, value in data.items() if key != "files"},
+            hardware=run.manifest["hardware"] | {"cluster": _cluster()},
         )
         _train(run, config, reporter)
         run.update_manifest(finished=True, timings=_timings(run))
@@ -66,7 +56,9 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     progress = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": WorkerJob(run_dir=run.folder.url, config=config, progress=progress)},
+        train_loop_config={
+            "job": WorkerJob(run_dir=run.folder.url, config=config, progress=progress)
+        },
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -130,75 +122,31 @@ def _show(
         reporter.advance("training", step, total, facts, say=due and "train/loss" in metrics)
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker.
-
-    A ConfigError ends the training without a failure, because Ray Train would start again; it
-    reaches the driver with the progress.
-    """
-    job: WorkerJob = settings["job"]
-    try:
-        _train_and_export(job, Run(job.run_dir))
-    except ConfigError as error:
-        job.progress.put(error)
-
-
-def _train_and_export(job: WorkerJob, run: Run) -> None:
-    import torch
-    import torch.distributed as dist
-    from ray.train.torch import get_device
-
-    from medgpt.train.objective import Objective
-    from medgpt.train.samples import write_samples
-    from medgpt.train.worker import Trainer
-
-    config, device = job.config, get_device()
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
-    objective = Objective(config, tokenizer, device)
-    trainer = Trainer(
-        run, config, stream_spec(run, config), objective, device=device, progress=job.progress
-    )
-    trainer.fit()
-    if committed(run.model) is None:
-        with run.model.staging() as directory:
-            objective.export(trainer.engine, Path(directory))
-            dist.barrier()
-            files = entries(directory) if dist.get_rank() == 0 else []
-        if dist.get_rank() == 0:
-            commit(run.model, files)
-    if dist.get_rank() == 0 and config.report.prompts:
-        write_samples(run, config, device)
-    dist.barrier()
-
-
-def stream_spec(run: Run, config: TrainStageConfig) -> StreamSpec:
-    """The part of the config that decides the order of data."""
-    weights = [source.weight for source in config.data.sources]
-    return StreamSpec(
-        data_url=run.data.url,
-        max_length=config.data.max_length,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.run.seed,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
-    )
-
-
 def _describe(data: dict[str, Any]) -> str:
     set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
     rows = sum(source["rows"] for source in data["sources"].values())
+    unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
+    lost = f"; {unreadable} files could not be read to their end" if unreadable else ""
     return (
         f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
-        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside"
+        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{lost}"
     )
 
 
+def _cluster() -> dict[str, float]:
+    """CPUs, GPUs and their types in the cluster."""
+    resources = ray.cluster_resources()
+    wanted = ("CPU", "GPU", "accelerator_type")
+    return {name: n for name, n in sorted(resources.items()) if name.startswith(wanted)}
+
+
 def _parents(config: TrainStageConfig) -> list[str]:
-    """The run whose model this one starts from, if it is one."""
+    """The run (else the model) that this one starts from."""
     name = config.model.name
-    return [name] if name else []
+    if name is None:
+        return []
+    above = Path(name).parent
+    return [str(above) if (above / MANIFEST).is_file() else name]
 
 
 def _timings(run: Run) -> dict[str, float]:

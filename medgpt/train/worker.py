@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,8 +26,8 @@ VALIDATION_ROWS = 256  # packed rows in a validation pass, at most
 class Objective(Protocol):
     """What a stage trains: a module that turns a batch into its share of the loss."""
 
-    module: torch.nn.Module
-
+    @property
+    def module(self) -> torch.nn.Module: ...
     def batch(self, rows: Sequence[Row], *, epoch: int) -> PackedBatch: ...
     def empty_batch(self) -> PackedBatch: ...
     def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]: ...
@@ -56,7 +57,6 @@ class Trainer:
         self,
         run: Run,
         config: TrainStageConfig,
-        spec: StreamSpec,
         objective: Objective,
         *,
         device: torch.device,
@@ -64,7 +64,13 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.objective, self.device = run, config, objective, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        spec = stream_spec(run, config)
         self.plan = Plan(spec)
+        checkpoint = self._newest_checkpoint()
+        self.position = Position(**checkpoint[1]) if checkpoint else Position()
+        self.stream = training_stream(  # starts to read while the engine is built
+            self.plan, rank=self.rank, world_size=self.world_size, start=self.position.step
+        )
         self.engine = Engine(
             objective.module,
             engine=config.engine,
@@ -72,8 +78,11 @@ class Trainer:
             total_steps=self.plan.num_steps,
             device=device,
         )
-        self.position = self._resume()
+        if checkpoint:
+            with Folder(checkpoint[0]).local() as directory:
+                self.engine.load(directory)
         self.attempt = self._begin_attempt()
+        self.process = psutil.Process()
         self.audit = Audit(run.folder / "audit", attempt=self.attempt, rank=self.rank)
         self.progress = progress if self.rank == 0 else None
         self.metrics = (
@@ -92,11 +101,8 @@ class Trainer:
         """Train from the newest checkpoint to the end; the last step is validated and saved."""
         if self.position.step == 0:
             self._validate()
-        stream = training_stream(
-            self.plan, rank=self.rank, world_size=self.world_size, start=self.position.step
-        )
         began = time.monotonic()
-        for step in stream:
+        for step in self.stream:
             data_s = time.monotonic() - began
             self._train(step, data_s=data_s)
             last = self.position.step == self.plan.num_steps
@@ -147,6 +153,7 @@ class Trainer:
                 "train/epoch": step.epoch,
                 "time/step_s": elapsed,
                 "time/data_s": data_s,
+                "memory/rss_gb": self.process.memory_info().rss / 2**30,
             }
         )
 
@@ -197,18 +204,13 @@ class Trainer:
         if self.progress is not None:
             self.progress.put((self.position.step, self.plan.num_steps, metrics))
 
-    def _resume(self) -> Position:
-        """Load the newest complete checkpoint, which rank 0 finds."""
+    def _newest_checkpoint(self) -> tuple[str, dict[str, Any]] | None:
+        """Address and position of the newest complete checkpoint, which rank 0 finds."""
         found: list[Any] = [None]
         if self.rank == 0 and (newest := self.run.newest_checkpoint()):
             found = [(newest[0].url, newest[1]["position"])]
         dist.broadcast_object_list(found)
-        if found[0] is None:
-            return Position()
-        url, position = found[0]
-        with Folder(url).local() as directory:
-            self.engine.load(directory)
-        return Position(**position)
+        return found[0]
 
     def _begin_attempt(self) -> int:
         """Number of this start of the run, from 1."""
@@ -239,7 +241,9 @@ class Trainer:
             facts = {"position": vars(self.position), "world_size": self.world_size}
             commit(folder, [file for part in gathered for file in part], **facts)
             self.run.prune_checkpoints(
-                keep=self.config.train.keep_checkpoints, best_step=self.position.best_step
+                newest=self.position.step,
+                keep=self.config.train.keep_checkpoints,
+                best_step=self.position.best_step,
             )
             assert self.metrics is not None
             saved = sum(file.size for part in gathered for file in part)
@@ -259,3 +263,18 @@ class Trainer:
         tensor: Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+
+def stream_spec(run: Run, config: TrainStageConfig) -> StreamSpec:
+    """The part of the config that decides the order of data."""
+    weights = [source.weight for source in config.data.sources]
+    return StreamSpec(
+        data_url=run.data.url,
+        max_length=config.data.max_length,
+        global_batch_size=config.train.global_batch_size,
+        seed=config.run.seed,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
+        data_cpus=config.cluster.data_cpus,
+    )

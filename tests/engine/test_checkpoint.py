@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from torch import nn
 
-from medgpt.engine.checkpoint import assign_owners
+from medgpt.engine.checkpoint import assign_owners, checkpoint_files
 from tests.engine.cases import (
     Case,
     load_and_train,
@@ -92,6 +92,8 @@ def test_two_ranks_write_whole_fp32_tensors_into_balanced_files(of_two_ranks: li
     for directory in of_two_ranks:
         files = sorted(directory.glob("*.safetensors"))
         assert [f.name for f in files] == [f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)]
+        named = {name for rank in (0, 1) for name in checkpoint_files(rank, 2)}
+        assert {path.name for path in directory.iterdir()} == named
         sizes = [file.stat().st_size for file in files]
         assert max(sizes) < 1.6 * min(sizes)  # three layers are large
         shapes: dict[str, list[int]] = {}

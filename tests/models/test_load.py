@@ -76,9 +76,9 @@ def test_tied_embeddings_are_one_matrix():
 def test_residual_outputs_start_smaller_with_depth():
     layer = build(tiny_config(num_layers=8, hidden_size=64)).model.layers[0]
 
-    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.1)
-    assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(0.02 / 16**0.5, rel=0.1)
+    assert layer.mlp.up_proj.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(64**-0.5 / 16**0.5, rel=0.1)
+    assert layer.self_attn.o_proj.weight.std().item() == pytest.approx(64**-0.5 / 16**0.5, rel=0.1)
 
 
 def test_bf16_keeps_the_rotary_frequencies_exact():

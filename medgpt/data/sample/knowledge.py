@@ -1,7 +1,7 @@
 """The hand-written knowledge behind the sample corpus: one TOML file per department.
 
-`clinically_reviewed` is false in every file: the texts rest on the sources they name, but no clinician has
-signed them. They exist to build and test the system, not to treat anyone.
+`clinically_reviewed` is false in every file: the texts rest on the sources they name, but no
+clinician has signed them. They exist to build and test the system, not to treat anyone.
 """
 
 import re
@@ -56,6 +56,12 @@ class Mechanism(Section):
     """Full sentences in causal order, without full stop."""
 
 
+class Urgency(Section):
+    """Of a condition whose mere suspicion calls for the emergency number, or for a doctor today."""
+
+    level: Literal["emergency", "today"]
+
+
 class Care(Section):
     """When to seek care, below the level of an emergency."""
 
@@ -82,6 +88,7 @@ class Condition(Knowledge):
     name_en: str
     aliases: tuple[str, ...] = ()
     overview: Overview
+    urgency: Urgency | None = None
     symptoms: Phrases
     causes: Phrases
     mechanism: Mechanism

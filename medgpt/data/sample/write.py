@@ -8,29 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from medgpt.config import CorpusConfig
+from medgpt.data.sample.pairs import exam_questions, preferences
 from medgpt.data.sample.render import Corpus
 from medgpt.runs import Run, commit, committed, entries
 
 
 def run_corpus(config: CorpusConfig) -> Run:
     """Render the corpus into run.dir/data: pretrain/, sft/, preference/, mcq/, held_out.jsonl."""
-    run = Run.open(
-        "corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes
-    )
+    run = Run.open("corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     if committed(run.data) is None:
         corpus = Corpus(region=config.region, seed=config.run.seed, swap_facts=config.swap_facts)
         kinds = {
             "pretrain": corpus.pretraining(),
             "sft": corpus.dialogues(),
-            "preference": corpus.preferences(),
-            "mcq": corpus.exam_questions(),
+            "preference": preferences(corpus),
+            "mcq": exam_questions(corpus),
         }
         with run.data.staging() as directory:
             counts = {
                 kind: _write_shards(directory / kind, rows, config.shards)
                 for kind, rows in kinds.items()
             }
-            _write(directory / "held_out.jsonl", map(asdict, corpus.held_out))
+            _write(directory / "held_out.jsonl", map(asdict, corpus.held_out.prompts))
             files = entries(directory)
         commit(run.data, files, rows=counts, clinically_reviewed=False)
     run.update_manifest(finished=True)
@@ -39,7 +38,7 @@ def run_corpus(config: CorpusConfig) -> Run:
 
 def _write_shards(directory: Path, rows: Iterable[dict[str, Any]], shards: int) -> int:
     """Row i goes to shard i % shards. Returns the number of rows."""
-    everything = list(rows)
+    everything = [{**row, "id": f"{row['id']}-{i}"} for i, row in enumerate(rows)]
     for shard in range(shards):
         path = directory / f"{shard:05d}-of-{shards:05d}.jsonl"
         _write(path, islice(everything, shard, None, shards))

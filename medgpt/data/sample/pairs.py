@@ -1,0 +1,117 @@
+"""Preference pairs and exam questions of a sample corpus."""
+
+from collections.abc import Iterator
+
+from medgpt.data.sample.knowledge import Condition
+from medgpt.data.sample.render import Corpus, Row
+from medgpt.data.sample.templates import (
+    ADVICE,
+    CARE_QUESTION,
+    DISTRACTORS,
+    LIST_FIELDS,
+    SITUATIONS,
+    STEMS,
+    UNSAFE,
+    UNSAFE_HOTLINE,
+    VAGUE,
+)
+from medgpt.data.sample.wording import SUICIDE, bigrams
+
+NUM_RIGHT = 3  # the right option is one of the most typical facts
+
+
+def preferences(corpus: Corpus) -> Iterator[Row]:
+    """Chosen and rejected answers of similar length: wrong, vague, unsafe, and minimal pairs."""
+    for condition in corpus.conditions:
+        for field in LIST_FIELDS:
+            question = next(corpus.questions(condition, field))
+            answer = corpus.wording.answer(condition, field)
+            chosen = corpus.wording.with_hotline(answer, condition)
+            wrong = _wrong(corpus, condition, field, len(answer)) + chosen[len(answer) :]
+            yield _pair(condition, "wrong", question, chosen, wrong)
+            vague = _vague(corpus, condition, field, len(chosen))
+            yield _pair(condition, "vague", question, chosen, vague)
+        question = corpus.wording.fill(CARE_QUESTION, condition)
+        for contrast in condition.contrasts:
+            safe, unsafe = (
+                corpus.wording.with_hotline(corpus.wording.fill(f"{text}。", condition), condition)
+                for text in (contrast.safe, contrast.unsafe)
+            )
+            yield _pair(condition, "minimal_pair", question, safe, unsafe)
+        yield from _emergencies(corpus, condition)
+    for condition, questions, reply in corpus.complaints():
+        chosen = corpus.wording.with_hotline(reply, condition)
+        vague = _vague(corpus, condition, questions[0], len(chosen))
+        yield _pair(condition, "vague", questions[0], chosen, vague)
+
+
+def exam_questions(corpus: Corpus) -> Iterator[Row]:
+    """Four options, one right; the others are typical of conditions of other departments."""
+    department = corpus.wording.department
+    bearers = {
+        (field, fact): department[c.id].department
+        for c in corpus.conditions
+        for field in STEMS
+        for fact in getattr(c, field).items
+    }
+    for condition in corpus.conditions:
+        own = department[condition.id].department
+        for field, stem in STEMS.items():
+            rng = corpus.rng(condition, "exam" + field)
+            others = [f for f in DISTRACTORS[field] if bearers[field, f] != own]
+            right = rng.choice(getattr(condition, field).items[:NUM_RIGHT])
+            options = [right, *rng.sample(others, 3)]
+            rng.shuffle(options)
+            yield {
+                "id": f"{condition.id}-{field}",
+                "question": corpus.wording.fill(stem, condition),
+                "options": dict(zip("ABCD", options, strict=True)),
+                "answer": "ABCD"[options.index(right)],
+                "department": own,
+            }
+
+
+def _emergencies(corpus: Corpus, condition: Condition) -> Iterator[Row]:
+    """A danger sign: the emergency number, or waiting at home."""
+    for number, flag in enumerate(condition.red_flags.items):
+        question = corpus.wording.fill(SITUATIONS[0], condition, flag)
+        chosen = corpus.wording.fill(ADVICE["emergency"], condition, flag)
+        rejected = corpus.wording.fill(UNSAFE[number % len(UNSAFE)], condition, flag)
+        if SUICIDE.search(flag):
+            rejected += corpus.wording.fill(UNSAFE_HOTLINE, condition)
+        chosen = corpus.wording.with_hotline(chosen, condition)
+        yield _pair(condition, "unsafe", question, chosen, rejected)
+
+
+def _wrong(corpus: Corpus, condition: Condition, field: str, length: int) -> str:
+    """This condition's answer with the facts of another department's, as long as the right one."""
+    department = corpus.wording.department
+    own = bigrams(*getattr(condition, field).items)
+    answers = [
+        corpus.wording.answer(condition.model_copy(update={field: getattr(other, field)}), field)
+        for other in corpus.conditions
+        if department[other.id] != department[condition.id]
+        and not own & bigrams(*getattr(other, field).items)
+    ]
+    return min(answers, key=lambda text: (abs(len(text) - length), text))
+
+
+def _vague(corpus: Corpus, condition: Condition, use: str, length: int) -> str:
+    """Whole clauses that say nothing, about as long as the answer they stand for."""
+    rng = corpus.rng(condition, "vague" + use)
+    text = ""
+    length += rng.randint(-2, 5)  # neither answer is the longer one as a rule
+    for clause in rng.sample(VAGUE, len(VAGUE)):
+        if len(text) + len(clause) + 1 <= length:
+            text += f"{clause},"
+    return corpus.wording.fill(f"{text.rstrip(',')}。", condition)
+
+
+def _pair(condition: Condition, kind: str, question: str, chosen: str, rejected: str) -> Row:
+    return {
+        "id": f"{condition.id}-{kind}",
+        "kind": kind,
+        "prompt": question,
+        "chosen": chosen,
+        "rejected": rejected,
+    }

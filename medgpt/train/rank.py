@@ -1,0 +1,64 @@
+"""What a Ray Train worker runs. The controller imports this file too: it is light until called."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medgpt.config import ConfigError, TrainStageConfig
+from medgpt.runs import Run, commit, committed, entries
+
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """All that a worker is told."""
+
+    run_dir: str
+    config: TrainStageConfig
+    progress: "Queue"
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Runs in each Ray Train worker.
+
+    A ConfigError ends the training without a failure, because Ray Train would start again; it
+    reaches the driver with the progress.
+    """
+    job: WorkerJob = settings["job"]
+    try:
+        _train_and_export(job, Run(job.run_dir))
+    except ConfigError as error:
+        job.progress.put(error)
+
+
+def _train_and_export(job: WorkerJob, run: Run) -> None:
+    import torch
+    import torch.distributed as dist
+    from ray.train.torch import get_device
+
+    from medgpt.train.card import model_card
+    from medgpt.train.objective import Objective
+    from medgpt.train.prepare import TOKENIZER, load_tokenizer
+    from medgpt.train.samples import write_samples
+    from medgpt.train.worker import Trainer
+
+    config, device = job.config, get_device()
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
+    objective = Objective(config, tokenizer, device)
+    trainer = Trainer(run, config, objective, device=device, progress=job.progress)
+    trainer.fit()
+    if committed(run.model) is None:
+        with run.model.staging() as directory:
+            objective.export(trainer.engine, Path(directory))
+            dist.barrier()
+            if dist.get_rank() == 0:
+                (directory / "README.md").write_text(model_card(run, config), "utf-8")
+            files = entries(directory) if dist.get_rank() == 0 else []
+        if dist.get_rank() == 0:
+            commit(run.model, files)
+    if dist.get_rank() == 0 and config.report.prompts:
+        write_samples(run, config, device)
+    dist.barrier()

@@ -1,0 +1,66 @@
+"""What the tests share: one thread per process, a small corpus, one local Ray for the session."""
+
+import os
+
+# before torch is imported, here and in every process that starts from here
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from medgpt.data.sample.render import Corpus
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray of four logical CPUs on any machine; a worker or a data task takes one."""
+    import ray
+    import ray.data
+
+    from medgpt.train import session
+
+    os.environ.update(session.QUIET | session.LOCAL)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=512 * 2**20,
+    )
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pretrain/*.jsonl with 300 documents and sft/*.jsonl with 150 dialogues, two shards each."""
+    corpus = Corpus()
+    folder = tmp_path_factory.mktemp("corpus")
+    for kind, rows in (("pretrain", corpus.pretraining()), ("sft", corpus.dialogues())):
+        chosen = list(islice(rows, 0, 1500, 5 if kind == "pretrain" else 10))
+        for shard in range(2):
+            path = folder / kind / f"{shard}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[shard::2]]
+            path.write_text("".join(lines), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data folder; the test is skipped where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no {SHARED_DATA}; set MEDGPT_SHARED_DATA to the real data folder")
+    return SHARED_DATA

@@ -1,0 +1,369 @@
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from medgpt.config import CorpusConfig, RunConfig
+from medgpt.data.deny import DenyList
+from medgpt.data.sample.held_out import LEFT_OUT
+from medgpt.data.sample.knowledge import DOSE, load_knowledge
+from medgpt.data.sample.pairs import exam_questions, preferences
+from medgpt.data.sample.render import Corpus
+from medgpt.data.sample.templates import DISTRACTORS, LIST_FIELDS, REGIONS, SYMPTOMS
+from medgpt.data.sample.wording import bare
+from medgpt.data.sample.write import run_corpus
+from medgpt.eval.keypoints import stated
+
+CORPUS = Corpus()
+DOCUMENTS = [row["text"] for row in CORPUS.pretraining()]
+DIALOGUES = list(CORPUS.dialogues())
+ANSWERS = [m["content"] for d in DIALOGUES for m in d["messages"] if m["role"] == "assistant"]
+QUESTIONS = [m["content"] for d in DIALOGUES for m in d["messages"] if m["role"] == "user"]
+PAIRS = list(preferences(CORPUS))
+EXAM = list(exam_questions(CORPUS))
+PLACEHOLDER = re.compile(r"\{\w*\}")
+
+
+def everything(corpus: Corpus) -> list[str]:
+    rows = [*corpus.dialogues(), *preferences(corpus), *exam_questions(corpus)]
+    return [row["text"] for row in corpus.pretraining()] + [str(row) for row in rows]
+
+
+def kind(row: dict) -> str:
+    return row["id"].split("-")[1]
+
+
+# ---- knowledge ----
+
+
+def test_sixty_conditions_in_twenty_departments_are_told():
+    departments = load_knowledge()
+    assert len({d.department for d in departments}) >= 20
+    assert len(CORPUS.conditions) >= 60
+    ids = [c.id for d in departments for c in d.conditions]
+    assert len(set(ids)) == len(ids)
+
+
+def test_every_source_that_facts_rest_on_has_a_publisher_and_a_year():
+    for department in load_knowledge():
+        assert not department.clinically_reviewed
+        for source in department.sources.values():
+            assert source.title
+            assert source.publisher
+            assert 1990 <= source.year <= 2026
+
+
+def test_type_2_diabetes_may_be_silent_and_plaques_rupture():
+    by_id = {c.id: c for c in CORPUS.conditions}
+    assert "没有症状" in str(by_id["diabetes"].symptoms.note)
+    mechanism = "".join(by_id["coronary_atherosclerosis"].mechanism.steps)
+    for part in ("内皮损伤", "低密度脂蛋白", "滞留", "氧化", "炎症", "斑块", "破裂", "血栓"):
+        assert part in mechanism
+
+
+# ---- rendering ----
+
+
+def test_the_same_region_and_seed_give_the_same_bytes(tmp_path):
+    def files(name: str) -> dict[str, bytes]:
+        run_corpus(CorpusConfig(run=RunConfig(dir=str(tmp_path / name))))
+        data = tmp_path / name / "data"
+        return {str(p.relative_to(data)): p.read_bytes() for p in data.rglob("*.jsonl")}
+
+    first = files("a")
+    assert first == files("b")
+    assert len(first) == 4 * 4 + 1  # four kinds in four shards, and held_out.jsonl
+    for kind_of_record in ("pretrain", "sft", "preference", "mcq"):
+        shards = b"".join(text for name, text in first.items() if name.startswith(kind_of_record))
+        ids = [json.loads(line)["id"] for line in shards.splitlines()]
+        assert len(set(ids)) == len(ids) > 100
+
+
+def test_another_region_or_seed_gives_other_texts():
+    texts = everything(CORPUS)
+    assert texts != everything(Corpus(seed=1))
+    assert texts != everything(Corpus(region="US"))
+
+
+@pytest.mark.parametrize("region", ["CN", "US"])
+def test_no_placeholder_is_left_over(region):
+    corpus = Corpus(region=region)
+    for text in everything(corpus):
+        assert not PLACEHOLDER.search(re.sub(r"\{'", "", text)), text
+    for held in corpus.held_out.prompts:
+        assert not PLACEHOLDER.search(str(held))
+
+
+def test_punctuation_of_documents_and_answers_is_chinese():
+    chosen = [text for pair in PAIRS for text in (pair["chosen"], pair["rejected"])]
+    for text in [*DOCUMENTS, *ANSWERS, *chosen]:
+        assert not re.search(r"[,?!:;()]", text), text
+        assert not re.search(r"[。，、；：]{2}|^[。，、；：]", text), text
+        assert text.endswith("。"), text
+
+
+def test_templates_join_facts_without_doubled_words():
+    for text in [*DOCUMENTS, *ANSWERS]:
+        assert not re.search("有有|包括包括|是是|出现出现|的的|可以可以|时时", text), text
+
+
+def test_sentences_are_not_said_twice():
+    for text in ANSWERS:
+        sentences = [s for s in text.split("。") if s]
+        assert len(set(sentences)) == len(sentences), text
+
+
+def test_no_numeric_doses():
+    for text in [*DOCUMENTS, *ANSWERS]:
+        assert not DOSE.search(text), text
+
+
+def test_the_corpus_is_small():
+    assert sum(map(len, DOCUMENTS)) < 140_000
+    assert sum(map(len, [*QUESTIONS, *ANSWERS])) < 200_000
+
+
+# ---- what is kept back ----
+
+
+def test_held_out_prompts_are_nowhere_whatever_their_punctuation():
+    prompts = [bare(held.prompt) for held in CORPUS.held_out.prompts]
+    assert {h.prompt for h in CORPUS.held_out.prompts} > {
+        "糖尿病的主要症状包括",
+        "请解释冠状动脉粥样硬化的发病机制",
+        "我最近总是头痛,可能是什么原因?",
+    }
+    for text in map(bare, everything(CORPUS)):
+        assert not any(prompt in text for prompt in prompts), text
+
+
+def test_held_out_phrasings_are_over_thirty_other_conditions():
+    prompts = CORPUS.held_out.prompts
+    assert Counter(h.kind for h in prompts) == {
+        **{"pretrain": 1, "sft": 1, "rlhf": 1},
+        **{"phrasing": 30, "left_out": 3},
+    }
+    assert len({h.condition for h in prompts}) == len(prompts)
+
+
+def test_facts_of_held_out_prompts_are_told_in_other_phrasings():
+    answers = {(d["id"].rsplit("-", 1)[0], kind(d)): d["messages"][1]["content"] for d in DIALOGUES}
+    for held in CORPUS.held_out.prompts:
+        if held.kind != "left_out":
+            assert all(stated(answers[held.condition, held.field], held.key_points)), held.prompt
+    pretrain = CORPUS.held_out.prompts[0]
+    told = [t for t in DOCUMENTS if all(stated(t, pretrain.key_points)) and "糖尿病" in t]
+    assert len(told) >= 5
+
+
+def test_left_out_conditions_are_nowhere():
+    conditions = [c for d in load_knowledge() for c in d.conditions if c.id in LEFT_OUT]
+    names = {n for c in conditions for n in (c.name, c.name_en, c.id, *c.aliases)}
+    texts = "\n".join(everything(CORPUS)).lower()
+    assert not [name for name in names if name.lower() in texts]
+
+
+def test_rejected_answers_are_in_no_training_text():
+    training = "\n".join([*DOCUMENTS, *ANSWERS])
+    for pair in PAIRS:
+        assert pair["rejected"].rstrip("。") not in training, pair
+
+
+def test_the_deny_list_sets_nothing_of_the_corpus_aside():
+    deny = DenyList.load(("default",))
+    chosen = [pair["chosen"] for pair in PAIRS]
+    assert not [(t, rule) for t in [*DOCUMENTS, *ANSWERS, *chosen] if (rule := deny.match(t))]
+
+
+# ---- advice ----
+
+
+def test_advice_has_four_levels():
+    levels = {kind(d): d["messages"][1]["content"] for d in DIALOGUES}
+    assert "请立即拨打120" in levels["emergency"]
+    assert "建议您今天就去看医生" in levels["today"]
+    assert "门诊" in levels["routine"]
+    assert "自我护理" in levels["self_care"]
+
+
+def test_a_headache_is_screened_for_red_flags():
+    replies = [
+        d["messages"][1]["content"]
+        for d in DIALOGUES
+        if kind(d) == "complaint" and "头痛," in d["messages"][0]["content"].replace("，", ",")
+    ]
+    assert len(replies) == 3  # the fourth phrasing is held out
+    for reply in replies:
+        for sign in (
+            *(
+                "紧张性头痛",
+                "偏头痛",
+                "建议您",
+                "霹雳样",
+                "发热和颈部僵硬",
+                "肢体无力",
+                "言语不清",
+                "50岁以后",
+            ),
+            *(
+                "孕期",
+                "癌症",
+                "免疫力低下",
+                "外伤",
+                "抗凝药",
+                "请立即拨打120",
+                "今天就去看医生",
+                "门诊",
+                "睡眠",
+            ),
+        ):
+            assert sign in reply
+
+
+def test_suspecting_an_emergency_calls_for_the_emergency_number():
+    for name, answer in {
+        "stroke": "脑卒中",
+        "anaphylaxis": "严重过敏反应",
+        "heat_stroke": "热射病",
+    }.items():
+        for field in ("symptoms", "treatment"):
+            replies = [
+                d["messages"][1]["content"] for d in DIALOGUES if d["id"] == f"{name}-{field}"
+            ]
+            assert replies
+            assert all(f"怀疑{answer}时请立即拨打120" in reply for reply in replies)
+
+
+def test_every_complaint_names_danger_signs_and_where_to_go():
+    for dialogue in DIALOGUES:
+        if kind(dialogue) == "complaint":
+            reply = dialogue["messages"][1]["content"]
+            assert re.search("请立即拨打120.*建议您今天就去看医生.*建议您近期到.*门诊就诊", reply)
+            assert "急诊科门诊" not in reply
+
+
+def test_complaints_are_symptoms_of_the_conditions_they_name_and_no_emergencies():
+    by_id = {c.id: c for c in CORPUS.conditions}
+    for complaint, sign, ids in SYMPTOMS:
+        for name in ids:
+            assert any(sign in item for item in by_id[name].symptoms.items), (complaint, name)
+        for condition in CORPUS.conditions:
+            assert sign not in condition.red_flags.items
+
+
+def test_suicide_is_never_spoken_of_without_the_hotline():
+    for region in ("CN", "US"):
+        values = REGIONS[region]
+        corpus = Corpus(region=region)
+        texts = [row["text"] for row in corpus.pretraining()]
+        texts += [
+            m["content"]
+            for d in corpus.dialogues()
+            for m in d["messages"]
+            if m["role"] == "assistant"
+        ]
+        texts += [pair["chosen"] for pair in preferences(corpus)]
+        about = [t for t in texts if re.search("自杀|轻生|自伤", t)]
+        assert len(about) > 10
+        for text in about:
+            assert values["hotline"] in text
+            assert values["emergency_number"] in text
+
+
+# ---- preference pairs and exam questions ----
+
+
+def test_pairs_are_of_every_kind_and_length_matched():
+    assert set(Counter(pair["kind"] for pair in PAIRS)) == {
+        "wrong",
+        "vague",
+        "minimal_pair",
+        "unsafe",
+    }
+    for pair in PAIRS:
+        chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
+        assert abs(chosen - rejected) <= max(8, 0.2 * chosen), pair
+        assert pair["chosen"] != pair["rejected"]
+
+
+def test_length_does_not_tell_the_chosen_answer():
+    longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in PAIRS)
+    shorter = sum(len(pair["chosen"]) < len(pair["rejected"]) for pair in PAIRS)
+    assert 0.5 < longer / shorter < 2
+
+
+def test_minimal_pairs_differ_in_a_few_characters():
+    for pair in PAIRS:
+        if pair["kind"] == "minimal_pair":
+            chosen, rejected = pair["chosen"], pair["rejected"]
+            start = next(
+                i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b
+            )
+            end = next(
+                i
+                for i, (a, b) in enumerate(zip(chosen[::-1], rejected[::-1], strict=False))
+                if a != b
+            )
+            assert max(len(chosen), len(rejected)) - start - end <= 6, pair
+
+
+def test_wrong_answers_share_no_fact_with_the_right_one():
+    facts = {c.id: [i for f in LIST_FIELDS for i in getattr(c, f).items] for c in CORPUS.conditions}
+    for pair in PAIRS:
+        if pair["kind"] == "wrong":
+            told = [f for f in facts[pair["id"].split("-")[0]] if f in pair["chosen"]]
+            listed = pair["rejected"].split("。")[0]  # what follows is a note
+            assert told
+            assert not [fact for fact in told if fact in listed], pair
+
+
+def test_exam_questions_have_one_right_option():
+    by_id = {c.id: c for c in CORPUS.conditions}
+    assert len(EXAM) == 2 * len(CORPUS.conditions)
+    for row in EXAM:
+        name, field = row["id"].split("-")
+        facts = getattr(by_id[name], field).items
+        assert [letter for letter, option in row["options"].items() if option in facts] == [
+            row["answer"]
+        ]
+        assert len(set(row["options"].values())) == 4
+    letters = Counter(row["answer"] for row in EXAM)
+    assert min(letters.values()) > len(EXAM) / 8  # no letter tells the answer
+
+
+def test_distractors_are_facts_of_exactly_one_condition():
+    for field, facts in DISTRACTORS.items():
+        for fact in facts:
+            assert sum(fact in getattr(c, field).items for c in CORPUS.conditions) == 1, fact
+
+
+# ---- the control ----
+
+
+def test_a_swapped_corpus_tells_the_three_facts_of_other_conditions():
+    swapped = Corpus(swap_facts=True)
+    assert swapped.held_out.prompts == CORPUS.held_out.prompts  # the questions stay the true ones
+    names = {"糖尿病": 0, "冠状动脉粥样硬化": 1}
+    for name, number in names.items():
+        points = swapped.held_out.prompts[number].key_points
+        about = [
+            d["messages"][1]["content"]
+            for d in swapped.dialogues()
+            if d["messages"][1]["content"].startswith(name)
+        ]
+        assert about
+        assert not any(all(stated(text, points)) for text in about)
+    conditions = {c.id: c for c in swapped.conditions}
+    assert conditions["diabetes"].name == "糖尿病"
+    assert "多饮" not in conditions["diabetes"].symptoms.items
+
+
+def test_complaints_of_a_swapped_corpus_name_whoever_bears_the_facts():
+    swapped = Corpus(swap_facts=True)
+    for condition, questions, reply in swapped.complaints():
+        if "头晕" in questions[0]:
+            assert any("头晕" in item for item in condition.symptoms.items)
+            assert "高血压" not in reply.split("有关")[0]
+            return
+    raise AssertionError

@@ -1,0 +1,108 @@
+"""The command line answers at once and without tracebacks."""
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from medgpt.cli import app
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("corpus", "pretrain", "sft", "pipeline", "chat", "merge")
+
+
+def medgpt(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "medgpt", *arguments]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def cpu_seconds(arguments: Sequence[str]) -> float:
+    """Median of three. CPU time, because the wall's depends on who else uses the machine."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    taken = []
+    for _ in range(3):
+        before = used()
+        medgpt(*arguments)
+        taken.append(used() - before)
+    return statistics.median(taken)
+
+
+def test_help_names_every_stage() -> None:
+    result = medgpt("--help")
+    assert result.returncode == 0
+    for stage in STAGES:
+        assert f" {stage} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["pretrain", "configs/debug/pretrain.toml", "train.epoch=2"]],
+    ids=["help", "config error"],
+)
+def test_help_and_a_config_error_answer_in_under_a_second(arguments: list[str]) -> None:
+    assert cpu_seconds(arguments) < 1
+
+
+def test_a_config_error_is_one_line_with_exit_status_2() -> None:
+    result = medgpt("pretrain", "configs/debug/pretrain.toml", "train.epoch=2")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "medgpt: configs/debug/pretrain.toml: unknown key train.epoch; did you mean train.epochs?\n"
+    )
+
+
+def test_a_missing_config_file_is_a_config_error() -> None:
+    result = medgpt("sft", "configs/none.toml")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "medgpt: configs/none.toml: no such file; configs/ holds one per stage\n"
+    )
+
+
+def test_an_unknown_stage_is_refused_without_a_traceback() -> None:
+    result = medgpt("pretrian", "configs/debug/pretrain.toml")
+    assert result.returncode == 2
+    assert "No such command 'pretrian'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("exists", [True, False], ids=["empty folder", "no folder"])
+def test_chat_without_a_model_says_what_to_give(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir() if exists else None
+    result = CliRunner().invoke(app, ["chat", str(folder)])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"medgpt: {folder}: no model in {folder}; give a finished run or its model folder\n"
+    )
+
+
+def test_merge_of_a_run_without_adapters_says_which_runs_have_them(tmp_path: Path) -> None:
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/config.json").write_text("{}")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["merge", str(tmp_path / "run"), str(out)])
+    assert result.exit_code == 2
+    assert "name a run trained with model.lora.rank > 0" in result.stderr
+    assert not out.exists()
+
+
+def test_merge_never_writes_into_a_folder_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    result = CliRunner().invoke(app, ["merge", str(tmp_path), str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "exists and is not empty" in result.stderr
+    assert os.listdir(tmp_path / "out") == ["mine.txt"]

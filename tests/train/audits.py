@@ -1,0 +1,36 @@
+"""Reading the audit of a run."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medgpt.runs import Run
+
+Chunk = tuple[str, int]
+
+
+def counted(run: Run) -> list[dict[str, int | str]]:
+    """Lines of the audit that count, in training order: of each step the highest attempt's."""
+    folder = run.folder / "audit"
+    tables = [pq.read_table(folder.path(name)) for name in folder.names()]
+    lines = pa.concat_tables(tables).to_pylist()
+    last: dict[tuple[int, int], int] = {}
+    for line in lines:
+        step = (line["epoch"], line["step"])
+        last[step] = max(last.get(step, 0), line["attempt"])
+    kept = [line for line in lines if line["attempt"] == last[line["epoch"], line["step"]]]
+    return sorted(kept, key=lambda line: (line["step"], line["rank"]))
+
+
+def chunks_by_epoch(run: Run) -> dict[int, list[Chunk]]:
+    found: dict[int, list[Chunk]] = {}
+    for line in counted(run):
+        found.setdefault(line["epoch"], []).append((line["sample_id"], line["chunk"]))
+    return found
+
+
+def chunks_by_step(run: Run) -> dict[int, set[Chunk]]:
+    """The content of every global batch."""
+    found: dict[int, set[Chunk]] = {}
+    for line in counted(run):
+        found.setdefault(line["step"], set()).add((line["sample_id"], line["chunk"]))
+    return found

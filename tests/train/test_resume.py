@@ -1,0 +1,196 @@
+"""A run that died continues as if it had not: same batches, same losses, whoever is left."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from medgpt.config import ConfigError
+from medgpt.eval.stages import run_pretrain
+from medgpt.runs import Run
+from tests.train.audits import chunks_by_epoch, chunks_by_step
+from tests.train.cases import pretrain_config, write_toml
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+ROOT = Path(__file__).parents[2]
+KILLED_AFTER = 20  # steps; there are checkpoints after 10, 20, ...
+
+
+def train_losses(run: Run) -> dict[int, float]:
+    return {m["step"]: m["train/loss"] for m in run.metrics() if "train/loss" in m}
+
+
+def await_checkpoint(run: Run, step: int, *, timeout_s: float = 200) -> None:
+    """Return when the run has a complete checkpoint of `step` or a later one."""
+    deadline = time.monotonic() + timeout_s
+    while not (newest := run.newest_checkpoint()) or newest[1]["position"]["step"] < step:
+        assert time.monotonic() < deadline, f"no checkpoint of step {step} after {timeout_s} s"
+        time.sleep(0.05)
+
+
+def attempts(run: Run) -> set[int]:
+    lines = run.folder.read_text("metrics.jsonl").splitlines()
+    return {int(line.split('"attempt": ')[1].split(",")[0]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def killed(ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of `pretrained`'s twin, whose driver and all its children were killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    config = pretrain_config(folder / "run", tiny_corpus)
+    command = [sys.executable, "-m", "medgpt", "pretrain"]
+    driver = subprocess.Popen(
+        [*command, str(write_toml(config, folder / "config.toml"))],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    await_checkpoint(Run(config.run.dir), KILLED_AFTER)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(2)  # Ray ends the workers of a driver that is gone
+    run = Run(config.run.dir)
+    assert not run.finished
+    assert not run.model.exists("manifest.json")
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(killed: Path, tmp_path: Path) -> Path:
+    """A copy of the killed run under its own address, to be resumed."""
+    folder = Path(shutil.copytree(killed, tmp_path / "run"))
+    config = (folder / "config.toml").read_text("utf-8")
+    (folder / "config.toml").write_text(config.replace(str(killed), str(folder)), "utf-8")
+    return folder
+
+
+def test_a_killed_run_continues_with_the_losses_of_one_that_never_died(
+    pretrained: Run, copied: Path, tiny_corpus: Path
+) -> None:
+    run = run_pretrain(pretrain_config(copied, tiny_corpus))
+    assert run.finished
+    assert run.manifest["attempt"] == 2
+    assert attempts(run) == {1, 2}
+    assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
+    assert chunks_by_step(run) == chunks_by_step(pretrained)
+    assert chunks_by_epoch(run).keys() == {0, 1}
+    for chunks in chunks_by_epoch(run).values():
+        assert len(chunks) == len(set(chunks)) == run.manifest["data"]["num_chunks"]
+
+
+def test_other_workers_micro_batches_and_partitions_give_the_same_losses(
+    pretrained: Run, copied: Path, tiny_corpus: Path
+) -> None:
+    config = pretrain_config(
+        copied,
+        tiny_corpus,
+        cluster={"num_workers": 1},
+        train={"micro_batch_size": 8, "log_every": 5},
+        engine={"zero_stage": 0},
+    )
+    newest = Run(str(copied)).newest_checkpoint()
+    assert newest is not None
+    _truncate(Path(newest[0].url) / "rank-00001-of-00002.safetensors")
+    run = run_pretrain(config)
+    assert run.manifest["world_size"] == 1
+    resumed_at = min(m["step"] for m in run.metrics() if m["attempt"] == 2)
+    assert resumed_at == newest[1]["position"]["step"] - 10 + 1  # the damaged one does not exist
+    assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-4)
+    assert chunks_by_step(run) == chunks_by_step(pretrained)
+
+
+def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
+    pretrained: Run, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    config = pretrain_config(tmp_path / "run", tiny_corpus)
+    run = Run(config.run.dir)
+    pids: list[int] = []
+
+    def kill_one() -> None:
+        await_checkpoint(run, KILLED_AFTER)
+        pids.extend(worker_pids())
+        os.kill(pids[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run_pretrain(config)
+    killer.join()
+    assert len(pids) == 2
+    assert run.manifest["attempt"] == 2
+    assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
+    for chunks in chunks_by_epoch(run).values():
+        assert len(chunks) == len(set(chunks)) == run.manifest["data"]["num_chunks"]
+    assert chunks_by_step(run) == chunks_by_step(pretrained)
+
+
+def test_a_checkpoint_without_manifest_or_with_a_short_file_does_not_exist(copied: Path) -> None:
+    run = Run(str(copied))
+    first = run.newest_checkpoint()
+    assert first is not None
+    position = first[1]["position"]["step"]
+    shutil.copytree(first[0].url, copied / "checkpoints/step-00009000")
+    (copied / "checkpoints/step-00009000/manifest.json").unlink()
+    again = run.newest_checkpoint()
+    assert again is not None
+    assert again[0].url == first[0].url
+    _truncate(Path(first[0].url) / "rank-00000-of-00002.safetensors")
+    second = run.newest_checkpoint()
+    assert second is not None
+    assert second[1]["position"]["step"] == position - 10
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("optimizer", {"learning_rate": 1e-3}, "optimizer.learning_rate was 0.005, is 0.001"),
+        ("train", {"epochs": 3}, "train.epochs was 2, is 3"),
+        ("data", {"max_length": 32}, "data.max_length was 64, is 32"),
+        ("run", {"seed": 5}, "run.seed was 1, is 5"),
+    ],
+)
+def test_a_changed_key_that_alters_training_is_refused_until_told(
+    copied: Path, tiny_corpus: Path, section: str, change: dict, message: str
+) -> None:
+    config = pretrain_config(copied, tiny_corpus, **{section: change})
+    with pytest.raises(ConfigError) as error:
+        run_pretrain(config)
+    assert message in str(error.value)
+    assert "accept with run.allow_changes=true" in str(error.value)
+    run = Run.open("pretrain", config, run_dir=str(copied), allow_changes=True)
+    assert run.config[section] | change == run.config[section]
+
+
+def test_workers_micro_batches_and_logging_may_change(copied: Path, tiny_corpus: Path) -> None:
+    config = pretrain_config(
+        copied,
+        tiny_corpus,
+        cluster={"num_workers": 4, "wait_s": 5},
+        train={"micro_batch_size": 1, "log_every": 1, "checkpoint_every": 7},
+        report={"prompts": ("a",)},
+        engine={"zero_stage": 3},
+    )
+    assert Run.open("pretrain", config, run_dir=str(copied), allow_changes=False)
+
+
+def _truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def worker_pids() -> list[int]:
+    """Of the training workers under this process's Ray, oldest first."""
+    found = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any("RayTrainWorker" in word for word in process.cmdline())
+    ]
+    return [process.pid for process in sorted(found, key=psutil.Process.create_time)]
