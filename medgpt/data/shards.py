@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import uuid4
 
 import numpy as np
@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from medgpt.data.encode import Encoded
 from medgpt.data.order import Index
 from medgpt.data.records import Origin
 from medgpt.runs import MANIFEST, FileEntry, Folder, checksum
+
+if TYPE_CHECKING:  # its import of transformers would slow the start of every reading task
+    from medgpt.data.encode import Encoded
 
 BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
 CACHED_BLOCKS = 64
@@ -78,7 +80,7 @@ class ShardWriter:
             self.partial.unlink(missing_ok=True)
             self.stack.__exit__(kind, error, trace)
 
-    def add(self, encoded: Encoded, *, content_hash: str, source: int, origin: Origin) -> None:
+    def add(self, encoded: "Encoded", *, content_hash: str, source: int, origin: Origin) -> None:
         self.pending.append(
             {
                 "input_ids": encoded.input_ids,

@@ -50,7 +50,8 @@ class Objective:
     def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]:
         if not self.config.train.neftune_alpha:
             return {}
-        return {"noise_seeds": piece_seeds(rows, seed=self.seed, epoch=epoch)}
+        seeds = piece_seeds(rows, seed=self.seed, epoch=epoch)
+        return {"noise_seeds": seeds or [0]}  # the empty batch is one piece
 
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder (an adapter folder under LoRA). Collective."""
@@ -66,7 +67,8 @@ class Objective:
                 model_config = self.module.pretrained.config
                 model_config.architectures = [type(self.module.pretrained).__name__]
                 model_config.save_pretrained(directory)
-                generation_config(self.tokenizer).save_pretrained(directory)
+                if self.kind == "clm":
+                    generation_config(self.tokenizer).save_pretrained(directory)
         if dist.get_rank() == 0:
             self.tokenizer.save_pretrained(directory)
 

@@ -46,7 +46,7 @@ class Position:
     step: int = 0
     time_s: float = 0.0
     tokens: int = 0
-    best_loss: float = float("inf")
+    best_loss: float | None = None  # on held-out rows, after at least one step
     best_step: int = 0
 
 
@@ -137,7 +137,8 @@ class Trainer:
             loss += share.detach()
         grad_norm = self.engine.step()
         loss_sum = self._sum(float(loss))
-        self.audit.add(step) if self.config.train.audit else None
+        if self.config.train.audit:
+            self.audit.add(step)
         self.position.step += 1
         self.position.tokens += int(tokens)
         elapsed = time.monotonic() - began
@@ -170,7 +171,8 @@ class Trainer:
             for batch, options in self.validation
         )
         mean = self._sum(loss)
-        improved = mean < self.position.best_loss and self.position.step > 0
+        best = self.position.best_loss
+        improved = self.position.step > 0 and (best is None or mean < best)
         if improved:
             self.position.best_loss, self.position.best_step = mean, self.position.step
         facts = {"validation/loss": mean, "time/validation_s": time.monotonic() - began}
@@ -185,15 +187,14 @@ class Trainer:
         """Batches of micro_batch_size rows, as many as the worker with `num_rows` rows makes."""
         size = self.config.train.micro_batch_size
         groups = [rows[i : i + size] for i in range(0, num_rows, size)]
-        return [
-            (
-                self.objective.batch(group, epoch=epoch).to(self.device),
-                self.objective.loss_options(group, epoch=epoch),
+        batches = []
+        for group in groups:
+            batch = (
+                self.objective.batch(group, epoch=epoch) if group else self.objective.empty_batch()
             )
-            if group
-            else (self.objective.empty_batch().to(self.device), {})
-            for group in groups
-        ]
+            options = self.objective.loss_options(group, epoch=epoch)
+            batches.append((batch.to(self.device), options))
+        return batches
 
     def _report(self, metrics: dict[str, float]) -> None:
         if self.metrics is not None:
