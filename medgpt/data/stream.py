@@ -5,6 +5,7 @@ the same cost, with any number of workers. Ray Data reads tokens ahead of the tr
 backpressure; what it moves are packed rows, each assembled once, on whichever node has a free CPU.
 """
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from medgpt.data.order import VALIDATION, Index, Rows, plan_epoch
 from medgpt.data.shards import data_version, read_block, read_index
 from medgpt.runs import Folder
 
 ROWS_PER_TASK = 64
+PACE_S = 0.05
 CHUNK_COLUMNS = ("block", "row", "start", "stop", "chunk", "sample_id")
 PLAN_SCHEMA = pa.schema(
     {
@@ -171,6 +174,7 @@ def _read_ahead(table: pa.Table, spec: StreamSpec) -> Iterator[tuple[int, Row]]:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.custom_execution_callback_classes = [Pace]
     tasks = [table.slice(i, ROWS_PER_TASK) for i in range(0, table.num_rows, ROWS_PER_TASK)]
     version = data_version(spec.data_url)
     dataset = ray.data.from_arrow(tasks).map_batches(
@@ -182,6 +186,17 @@ def _read_ahead(table: pa.Table, spec: StreamSpec) -> Iterator[tuple[int, Row]]:
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         yield from unpack(batch)
+
+
+class Pace(ExecutionCallback):
+    """Gives the trainer its core back.
+
+    Ray Data's scheduling loop waits only for running tasks; while its output is full, most of the
+    time here, it would spin and hold the interpreter's lock for half of it.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(PACE_S)
 
 
 def _row_table(
