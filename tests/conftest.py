@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
 from medgpt.data.sample.render import Corpus
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,30 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen[shard::2]]
             path.write_text("".join(lines), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with fresh weights and a tokenizer that spells everything in bytes."""
+    from medgpt.models.load import SpecialIds, build_model
+    from medgpt.models.tokenizer import train_tokenizer
+
+    architecture = ArchitectureConfig(
+        hidden_size=32, num_layers=2, intermediate_size=64, max_positions=512
+    )
+    texts = ["高血压是常见的慢性病。", "什么是高血压?血压持续升高。"] * 50
+    tokenizer = train_tokenizer(iter(texts), TokenizerConfig(vocab_size=800), "bpe")
+    model = build_model(
+        ModelConfig(architecture=architecture),
+        objective="clm",
+        vocab_size=len(tokenizer),
+        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+        seed=0,
+    )
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -28,6 +28,14 @@ def chunks_by_epoch(run: Run) -> dict[int, list[Chunk]]:
     return found
 
 
+def assert_every_chunk_once(run: Run) -> None:
+    """Every epoch trained every chunk of every sample, and none twice."""
+    data = run.manifest["data"]
+    for chunks in chunks_by_epoch(run).values():
+        assert len(chunks) == len(set(chunks)) == data["num_chunks"]
+        assert len({sample for sample, _ in chunks}) == data["num_samples"]
+
+
 def chunks_by_step(run: Run) -> dict[int, set[Chunk]]:
     """The content of every global batch."""
     found: dict[int, set[Chunk]] = {}

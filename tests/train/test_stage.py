@@ -20,7 +20,7 @@ from medgpt.config import PretrainConfig, load
 from medgpt.eval.stages import run_pretrain, run_sft
 from medgpt.models.generate import answer_all, load_for_generation
 from medgpt.runs import Run, committed
-from tests.train.audits import chunks_by_epoch
+from tests.train.audits import assert_every_chunk_once, chunks_by_epoch
 from tests.train.cases import TINY, pretrain_config, sft_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -130,12 +130,9 @@ def test_the_last_checkpoints_and_the_best_are_complete(pretrained: Run) -> None
 
 
 def test_every_chunk_is_trained_exactly_once_an_epoch(pretrained: Run) -> None:
-    data = pretrained.manifest["data"]
+    assert_every_chunk_once(pretrained)
     by_epoch = chunks_by_epoch(pretrained)
     assert sorted(by_epoch) == [0, 1]
-    for chunks in by_epoch.values():
-        assert len(chunks) == len(set(chunks)) == data["num_chunks"]
-        assert len({sample for sample, _ in chunks}) == data["num_samples"]
     assert set(by_epoch[0]) == set(by_epoch[1])
     assert by_epoch[0] != by_epoch[1]  # in another order
 
@@ -187,11 +184,10 @@ def test_fine_tuning_continues_from_the_pretrained_model(
         report={"prompts": ("感冒有哪些症状?",), "max_new_tokens": 8},
     )
     run = run_sft(config)
-    assert run.manifest["parents"] == [pretrained.model.url]
+    assert run.manifest["parents"] == [pretrained.folder.url]
     losses = validation_losses(run)
     assert losses[-1] < losses[0]
-    for chunks in chunks_by_epoch(run).values():
-        assert len(set(chunks)) == len(chunks) == run.manifest["data"]["num_chunks"]
+    assert_every_chunk_once(run)
 
     model, tokenizer = load_for_generation(run.model.url, torch.device("cpu"))
     texts = answer_all(model, tokenizer, ["感冒有哪些症状?"], max_new_tokens=8)
