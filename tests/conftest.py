@@ -29,6 +29,23 @@ def ray_session() -> Iterator[None]:
     from medgpt.train import session
 
     os.environ.update(session.QUIET | session.LOCAL)
+    try:
+        _start_ray()
+    except Exception as error:  # Ray's own type
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        _start_ray()  # on a busy machine its 30 s may be too short
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def _start_ray() -> None:
+    import ray
+
     ray.init(
         address="local",
         num_cpus=4,
@@ -37,11 +54,6 @@ def ray_session() -> Iterator[None]:
         logging_level=logging.ERROR,
         object_store_memory=512 * 2**20,
     )
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from medgpt.train.prepare import prepare
 from medgpt.train.stage import run_stage
 from tests.train.cases import pretrain_config, sft_config, source
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120), pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 CANARY = "张三的秘密"  # in every bad row; errors never quote rows
 
 

@@ -20,7 +20,7 @@ from medgpt.runs import Run
 from tests.train.audits import assert_every_chunk_once, chunks_by_step
 from tests.train.cases import pretrain_config, write_toml
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 KILLED_AFTER = 20  # steps; there are checkpoints after 10, 20, ...
 
@@ -29,7 +29,7 @@ def train_losses(run: Run) -> dict[int, float]:
     return {m["step"]: m["train/loss"] for m in run.metrics() if "train/loss" in m}
 
 
-def await_checkpoint(run: Run, step: int, *, timeout_s: float = 200) -> None:
+def await_checkpoint(run: Run, step: int, *, timeout_s: float = 600) -> None:
     """Return when the run has a complete checkpoint of `step` or a later one."""
     deadline = time.monotonic() + timeout_s
     while not (newest := run.newest_checkpoint()) or newest[1]["position"]["step"] < step:

@@ -23,7 +23,7 @@ from medgpt.runs import Run, committed
 from tests.train.audits import assert_every_chunk_once, chunks_by_epoch
 from tests.train.cases import TINY, pretrain_config, sft_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 EXTERNAL = re.compile(r"""(src|href)\s*=\s*["'](https?:)?//|url\(\s*["']?(https?:)?//|@import""")
 
 
