@@ -62,9 +62,11 @@ def test_commands_and_files_of_the_readme_exist():
 
 def test_configs_of_commands_load_with_their_overrides(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    for path in re.findall(r"medgpt pretrain (configs/\S+\.toml)", PROSE):
+    paths = re.findall(r"medgpt pretrain (configs/\S+\.toml)", PROSE)
+    assert paths
+    for path in paths:
         load(PretrainConfig, Path(path))
-    load(CorpusConfig, Path("configs/debug/corpus.toml"), ["region=US"])
+    assert load(CorpusConfig, Path("configs/debug/corpus.toml"), ["region=US"]).region == "US"
 
 
 def test_examples_of_sources_and_mappings_are_valid():
@@ -91,7 +93,8 @@ def test_examples_of_sources_and_mappings_are_valid():
 
 def test_the_base_model_example_is_valid():
     [block] = toml_blocks(section("Your own base model"))
-    validate(PretrainConfig, {"run": {"dir": "x"}, "data": {"sources": [SOURCE]}, **block})
+    tree = {"run": {"dir": "x"}, "data": {"sources": [SOURCE]}, **block}
+    assert validate(PretrainConfig, tree).model.name is not None
 
 
 def test_kinds_of_rows_are_those_of_the_config():

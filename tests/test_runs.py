@@ -256,6 +256,7 @@ def test_a_folder_with_other_things_is_refused(url: str) -> None:
 def test_hidden_files_do_not_make_a_folder_foreign(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_text("x")
     open_run(str(tmp_path))
+    assert (tmp_path / "config.toml").exists()
 
 
 @pytest.mark.parametrize(

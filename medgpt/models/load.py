@@ -268,7 +268,7 @@ def _scale_fresh_weights(model: PreTrainedModel, num_layers: int) -> None:
     """Depth does not grow the residual stream, and tokens stand out in it from the first step.
 
     Residual outputs: Radford et al., 2019 (GPT-2). Embeddings: twice the matrices' standard
-    deviation, which on the sample corpus learns in half the steps that 0.02 needs.
+    deviation.
     """
     model.get_input_embeddings().weight.data.mul_(EMBEDDING_SCALE)  # type: ignore[union-attr]
     for name, weight in model.named_parameters():

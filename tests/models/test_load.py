@@ -147,7 +147,10 @@ def test_a_bert_with_a_second_head_is_a_masked_model(tmp_path, saved):
     whole = BertForPreTraining.from_pretrained(saved / "bert")
     whole.save_pretrained(tmp_path)
 
-    build(ModelConfig(name=str(tmp_path)), objective="mlm")
+    model = build(ModelConfig(name=str(tmp_path)), objective="mlm")
+
+    want = whole.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, want)
 
 
 @pytest.mark.parametrize(
