@@ -124,6 +124,13 @@ class Folder:
             return []
         return sorted(entry.rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False))
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files in the folder."""
+        if not self.fs.exists(self.root):
+            return {}
+        found = self.fs.ls(self.root, detail=True)
+        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in found if e["type"] == "file"}
+
     def remove(self) -> None:
         if self.fs.exists(self.root):
             self.fs.rm(self.root, recursive=True)
@@ -190,6 +197,7 @@ class Run:
     def __init__(self, url: str) -> None:
         self.folder = Folder(url)
         self.data = self.folder / "data"
+        self.plan = self.folder / "plan"
         self.checkpoints = self.folder / "checkpoints"
         self.model = self.folder / "model"
 

@@ -22,17 +22,21 @@ class Masking:
     special_ids: tuple[int, ...]
 
 
-def piece_seed(seed: int, epoch: int, sample_id: str, chunk: int) -> int:
-    """Seed of everything random inside a piece, whichever worker trains it."""
-    return xxhash.xxh3_64_intdigest(f"{seed}:{epoch}:{sample_id}:{chunk}".encode()) >> 1
+def piece_seed(seed: int, epoch: int, sample_id: str, chunk: int, visit: int = 0) -> int:
+    """Seed of everything random inside a piece, whichever worker trains it.
+
+    `visit`: how often the epoch had the sample before; a repeated one gets other masks.
+    """
+    key = f"{seed}:{epoch}:{sample_id}:{chunk}" + (f":{visit}" if visit else "")
+    return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
 def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
     """(S,) seeds of the pieces of a batch, in order."""
     return [
-        piece_seed(seed, epoch, sample_id, chunk)
+        piece_seed(seed, epoch, *piece)
         for row in rows
-        for sample_id, chunk in zip(row.sample_ids, row.chunks, strict=True)
+        for piece in zip(row.sample_ids, row.chunks, row.visits, strict=True)
     ]
 
 

@@ -2,9 +2,11 @@
 
 A task streams its unit in bounded memory, can be repeated (it rewrites the same shard), and
 accounts for every row: trained, held out for validation, or set aside with file, row and reason.
+Its result is kept, so that an interrupted indexing goes on with the units that are left.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +40,8 @@ from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 BATCH_RECORDS = 256  # records tokenised together
 SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")
+UNITS = "units"  # results of single units, until all are done
+BEGUN = "begun.json"  # what they were read from
 NOT_INDEXED = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
 
 Encode = Callable[[Sequence[Record]], list[Encoded | Reject]]
@@ -67,10 +71,12 @@ def build_index(
     check_sources(job.config)
     if manifest := reusable(job):
         return manifest
+    began = time.monotonic()
     units = all_units(job.config)
     stamps = begin_index(job)
-    results = _run(job, units, data_cpus=data_cpus, on_progress=on_progress)
-    return finish_index(job, units, results, stamps)
+    results = finished_units(job)
+    _run(job, units, results, data_cpus=data_cpus, on_progress=on_progress)
+    return finish_index(job, units, [results[n] for n in range(len(units))], stamps, began=began)
 
 
 def all_units(config: DataConfig) -> list[Unit]:
@@ -107,35 +113,53 @@ def reusable(job: IndexJob) -> dict[str, Any] | None:
 
 
 def begin_index(job: IndexJob) -> dict[str, str]:
-    """Clear what an earlier attempt left. Returns the stamps of the files about to be read."""
-    rejected = Folder(job.rejected_url)
-    for folder in (Folder(job.data_url), rejected):
-        folder.remove()
-    if rejected.is_local:  # it says which patient's row is wrong, so it is the owner's alone
-        Path(rejected.root).mkdir(mode=0o700, parents=True)
-    return {file: file_stamp(file) for file in input_files(job.config)}
+    """Clear what an earlier attempt left, unless it read the same. Returns the files' stamps."""
+    stamps = {file: file_stamp(file) for file in input_files(job.config)}
+    now = {"stamps": stamps, "encoding": job.encoding, "config": _indexed_config(job.config)}
+    units, rejected = Folder(job.data_url) / UNITS, Folder(job.rejected_url)
+    if not units.exists(BEGUN) or units.read_json(BEGUN) != now:
+        for folder in (Folder(job.data_url), rejected):
+            folder.remove()
+        if rejected.is_local:  # it says which patient's row is wrong, so it is the owner's alone
+            Path(rejected.root).mkdir(mode=0o700, parents=True)
+        units.write_json(BEGUN, now)
+    return stamps
+
+
+def finished_units(job: IndexJob) -> dict[int, dict[str, Any]]:
+    """Results of the units that an interrupted attempt has done."""
+    folder = Folder(job.data_url)
+    sizes = folder.sizes()
+    results: dict[int, dict[str, Any]] = {}
+    for name in (folder / UNITS).names():
+        if name != BEGUN and not name.startswith("."):
+            result = (folder / UNITS).read_json(name)
+            if all(sizes.get(file["name"]) == file["size"] for file in result["files"]):
+                results[int(name.removesuffix(".json"))] = result
+    return results
 
 
 def _run(
     job: IndexJob,
     units: Sequence[Unit],
+    results: dict[int, dict[str, Any]],
     *,
     data_cpus: float,
     on_progress: Callable[[int, int], None],
-) -> list[dict[str, Any]]:
-    """Results of all units, in their order, from Ray Data."""
-    tasks = [{"number": number, **asdict(unit)} for number, unit in enumerate(units)]
+) -> None:
+    """Add the results of the units that have none yet, from Ray Data."""
+    tasks = [{"number": n, **asdict(unit)} for n, unit in enumerate(units) if n not in results]
+    if not tasks:
+        return
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         partial(index_task, job=job), num_cpus=data_cpus
     )
-    results: dict[int, dict[str, Any]] = {}
     for row in dataset.iter_rows():
         result = json.loads(row["result"])
         if "refused" in result:
             raise ConfigError(result["refused"])
         results[row["number"]] = result
-        on_progress(len(results), len(tasks))
-    return [results[number] for number in range(len(tasks))]
+        on_progress(len(results), len(units))
 
 
 def index_task(task: dict[str, Any], *, job: IndexJob) -> dict[str, Any]:
@@ -172,9 +196,13 @@ def index_unit(unit: Unit, number: int, *, job: IndexJob) -> dict[str, Any]:
     if rejects:
         lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
         Folder(job.rejected_url).write_text(f"unit-{number:05d}.jsonl", "".join(lines))
-    digest = None if unit.start else file_digest(unit.file)  # once for each file
-    files = [asdict(file) for file in train.files + validation.files]
-    return {"account": asdict(account), "files": files, "digest": digest}
+    result = {
+        "account": asdict(account),
+        "files": [asdict(file) for file in train.files + validation.files],
+        "digest": None if unit.start else file_digest(unit.file),  # once for each file
+    }
+    (folder / UNITS).write_json(f"{number:05d}.json", result)
+    return result
 
 
 def _encoded(
@@ -209,6 +237,8 @@ def finish_index(
     units: Sequence[Unit],
     results: Sequence[dict[str, Any]],
     stamps: Mapping[str, str],
+    *,
+    began: float,
 ) -> dict[str, Any]:
     """Write the index over the units' shards and commit; returns the manifest.
 
@@ -244,9 +274,11 @@ def finish_index(
         inputs=fingerprint(stamps, digests),
         encoding=job.encoding,
         config=_indexed_config(job.config),
+        time_s=time.monotonic() - began,
         **totals["train"],
         validation=totals["validation"],
     )
+    (folder / UNITS).remove()
     manifest = committed(folder)
     assert manifest is not None, f"{folder.url} lacks files that were just written"
     return manifest

@@ -5,11 +5,14 @@ which rows, in which order. A checkpoint therefore stores only how many steps we
 
 Vocabulary: a *sample* is one record; a *chunk* is what of it fits into a row (a long document has
 several, each overlapping the one before by one token, so that every token but the first is
-predicted exactly once); a *row* holds chunks of at most `max_length` tokens together; a *step*
-trains `global_batch_size` rows.
+predicted exactly once); a *row* holds chunks of at most `max_length` tokens together, or one whole
+sample where samples must stay apart (preference pairs, prompts); a *step* trains
+`global_batch_size` rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +44,7 @@ class Rows:
 
     bounds: IntArray  # (R + 1,)
     sample: IntArray  # (C,) position in the index
+    visit: IntArray  # (C,) how often the epoch had this sample before; 0 but for weighted sources
     chunk: IntArray  # (C,) number of the chunk within its sample
     start: IntArray  # (C,) first token
     stop: IntArray  # (C,) one past the last token
@@ -53,28 +57,37 @@ class Rows:
         return int((self.stop - self.start).sum())
 
 
-def num_chunks(length: IntArray, max_length: int) -> IntArray:
+def num_chunks(length: IntArray, max_length: int | None) -> IntArray:
     """(N,) chunks of samples with `length` tokens; consecutive chunks share one token."""
+    if max_length is None:
+        return np.ones_like(length)
     return np.maximum(1, -(-(length - 1) // (max_length - 1)))
 
 
 def plan_epoch(
-    index: Index, *, max_length: int, seed: int, epoch: int, weights: NDArray[np.float64] | None
-) -> Rows:
-    """All packed rows of an epoch, in training order.
+    index: Index,
+    *,
+    max_length: int | None,
+    seed: int,
+    epoch: int,
+    weights: NDArray[np.float64] | None,
+) -> Iterator[Rows]:
+    """The rows of an epoch in training order, a window at a time.
 
     Args:
+        max_length: tokens of a packed row; None gives every sample a row of its own, uncut.
         weights: (S,) share of the epoch's tokens for each source; None takes every sample once.
         epoch: from 0, or VALIDATION.
     """
+    if not len(index):
+        return
     order = mixed_order(index, seed=seed, epoch=epoch, weights=weights)
-    ends = np.cumsum(index.length[order])
-    window = (ends - 1) // WINDOW_TOKENS
-    parts = [
-        _pack_window(index, order[window == w], max_length, _generator(seed, epoch, 1, int(w)))
-        for w in np.unique(window)
-    ]
-    return _concatenate(parts)
+    visit = _visits(order) if weights is not None else np.zeros_like(order)
+    window = (np.cumsum(index.length[order]) - 1) // WINDOW_TOKENS
+    bounds = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(order))
+    for start, stop in pairwise(bounds):
+        rng = _generator(seed, epoch, 1, int(window[start]))
+        yield _pack_window(index, order[start:stop], visit[start:stop], max_length, rng)
 
 
 def mixed_order(
@@ -133,11 +146,36 @@ def _some(length: IntArray, members: IntArray, quota: float, rng: np.random.Gene
     return np.sort(np.append(picked, others[i - 1]) if i else picked)
 
 
+def _visits(order: IntArray) -> IntArray:
+    """How often each sample stands before this place in the order."""
+    by_sample = np.argsort(order, kind="stable")
+    first = np.diff(order[by_sample], prepend=-1) != 0
+    place = np.arange(len(order))
+    visits = np.empty_like(order)
+    visits[by_sample] = place - np.maximum.accumulate(np.where(first, place, 0))
+    return visits
+
+
 def _pack_window(
-    index: Index, samples: IntArray, max_length: int, rng: np.random.Generator
+    index: Index,
+    samples: IntArray,
+    visits: IntArray,
+    max_length: int | None,
+    rng: np.random.Generator,
 ) -> Rows:
     """Rows of one window: samples are cut into chunks, packed, and the rows shuffled."""
-    samples = samples[rng.permutation(len(samples))]
+    shuffled = rng.permutation(len(samples))
+    samples, visits = samples[shuffled], visits[shuffled]
+    if max_length is None:
+        zeros = np.zeros_like(samples)
+        return Rows(
+            bounds=np.arange(len(samples) + 1),
+            sample=samples,
+            visit=visits,
+            chunk=zeros,
+            start=zeros,
+            stop=index.length[samples],
+        )
     counts = num_chunks(index.length[samples], max_length)
     sample = np.repeat(samples, counts)
     chunk = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -148,10 +186,10 @@ def _pack_window(
     num_rows = int(row.max()) + 1
     row = rng.permutation(num_rows)[row]
     by_row = np.argsort(row, kind="stable")
-    bounds = np.searchsorted(row[by_row], np.arange(num_rows + 1))
     return Rows(
-        bounds=bounds,
+        bounds=np.searchsorted(row[by_row], np.arange(num_rows + 1)),
         sample=sample[by_row],
+        visit=np.repeat(visits, counts)[by_row],
         chunk=chunk[by_row],
         start=start[by_row],
         stop=stop[by_row],
@@ -183,18 +221,6 @@ def best_fit(lengths: IntArray, capacity: int) -> IntArray:
             rows_with_room.setdefault(left, []).append(row)
             free |= 1 << left
     return row_of
-
-
-def _concatenate(parts: list[Rows]) -> Rows:
-    offsets = np.cumsum([0, *(part.bounds[-1] for part in parts)])
-    bounds = [part.bounds[:-1] + offset for part, offset in zip(parts, offsets, strict=False)]
-    return Rows(
-        bounds=np.concatenate([*bounds, offsets[-1:]]),
-        sample=np.concatenate([part.sample for part in parts]),
-        chunk=np.concatenate([part.chunk for part in parts]),
-        start=np.concatenate([part.start for part in parts]),
-        stop=np.concatenate([part.stop for part in parts]),
-    )
 
 
 def _generator(seed: int, epoch: int, use: int, number: int) -> np.random.Generator:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # its import of transformers would slow the start of every re
     from medgpt.data.encode import Encoded
 
 BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
-CACHED_BLOCKS = 64
+CACHED_BLOCKS = 32  # more than a window has
 SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),

@@ -1,8 +1,8 @@
-"""What a stage does once, before any worker starts: its tokenizer and its tokenised data."""
+"""What a stage does once, before any worker starts: tokenizer, tokenised data, plan of its rows."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayTaskError
@@ -12,18 +12,27 @@ from medgpt.data.deny import DenyList
 from medgpt.data.encode import ConversationEncoder, DocumentEncoder
 from medgpt.data.index import Encode, IndexJob, build_index
 from medgpt.data.inputs import check_sources
+from medgpt.data.plan import Order, existing_plan, make_plan
 from medgpt.data.readers import read_unit
 from medgpt.data.records import Document, Reject
+from medgpt.data.shards import data_version
 from medgpt.data.units import list_units
 from medgpt.runs import Folder, Run, commit, committed, entries
 
 TOKENIZER = "tokenizer"
 
 
+class Prepared(NamedTuple):
+    """Manifests of what a stage trains on."""
+
+    data: dict[str, Any]
+    plan: dict[str, Any]
+
+
 def prepare(
     run: Run, config: TrainStageConfig, on_progress: Callable[[str, int, int], None]
-) -> dict[str, Any]:
-    """Tokenizer and data of the run, made unless they are there; returns the data's manifest."""
+) -> Prepared:
+    """Tokenizer, data and plan of the run, made unless they are there."""
     cpus = config.cluster.data_cpus
     check_sources(config.data)  # before anything is started
     folder = run.folder / TOKENIZER
@@ -31,13 +40,7 @@ def prepare(
     if tokenizer is None or tokenizer["made_from"] != _made_from(config):
         folder.remove()
         on_progress("tokenizer", 0, 1)
-        make = ray.remote(num_cpus=cpus, max_retries=3)(make_tokenizer)
-        try:
-            ray.get(make.remote(folder.url, config))
-        except RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise error.cause from None
-            raise
+        _run_task(make_tokenizer, folder.url, config, cpus=cpus)
         on_progress("tokenizer", 1, 1)
     job = IndexJob(
         data_url=run.data.url,
@@ -47,7 +50,40 @@ def prepare(
         make_encode=partial(load_encoder, folder.url, config.model_dump_json(), type(config)),
         allow_changes=config.run.allow_changes,
     )
-    return build_index(job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
+    data = build_index(job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
+    order = _order(run, config)
+    plan = existing_plan(run.plan.url, order)
+    if plan is None:
+        on_progress("planning", 0, 1)
+        _run_task(make_plan, run.plan.url, run.data.url, order, cpus=cpus)
+        on_progress("planning", 1, 1)
+        plan = existing_plan(run.plan.url, order)
+        assert plan is not None
+    return Prepared(data, plan)
+
+
+def _run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
+    """Run `function` somewhere in the cluster; its ConfigError is raised as it is."""
+    try:
+        ray.get(ray.remote(num_cpus=cpus, max_retries=3)(function).remote(*args))
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        raise
+
+
+def _order(run: Run, config: TrainStageConfig) -> Order:
+    """What decides which rows the run trains, and when."""
+    train = config.train
+    weights = [source.weight for source in config.data.sources]
+    return Order(
+        data_version=data_version(run.data.url),
+        max_length=config.data.max_length,
+        seed=config.run.seed,
+        epochs=train.epochs,
+        weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
+        max_rows=None if train.max_steps is None else train.max_steps * train.global_batch_size,
+    )
 
 
 def _encoding(folder: Folder, config: TrainStageConfig) -> dict[str, Any]:

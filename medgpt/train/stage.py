@@ -33,12 +33,13 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
         reporter.say(f"run directory {run.folder.url}")
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
-        data = prepare(run, config, reporter.advance)
-        reporter.say(_describe(data))
+        data, plan = prepare(run, config, reporter.advance)
+        reporter.say(_describe(data, plan))
         run.update_manifest(
             seed=config.run.seed,
             parents=_parents(config),
             data={key: value for key, value in data.items() if key != "files"},
+            plan={key: value for key, value in plan.items() if key != "files"},
             hardware=run.manifest["hardware"] | {"cluster": _cluster()},
         )
         _train(run, config, reporter)
@@ -122,14 +123,15 @@ def _show(
         reporter.advance("training", step, total, facts, say=due and "train/loss" in metrics)
 
 
-def _describe(data: dict[str, Any]) -> str:
+def _describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
     set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
     rows = sum(source["rows"] for source in data["sources"].values())
     unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
     lost = f"; {unreadable} files could not be read to their end" if unreadable else ""
     return (
         f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
-        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{lost}"
+        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{lost} "
+        f"(tokenised in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
     )
 
 

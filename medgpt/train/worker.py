@@ -13,7 +13,8 @@ from torch import Tensor
 from medgpt.config import TrainStageConfig
 from medgpt.data.batch import PackedBatch
 from medgpt.data.order import VALIDATION
-from medgpt.data.stream import Plan, Row, Step, StreamSpec, training_stream, validation_rows
+from medgpt.data.plan import Plan
+from medgpt.data.stream import Row, Step, training_stream, validation_rows
 from medgpt.engine import Engine
 from medgpt.engine.checkpoint import checkpoint_files
 from medgpt.metrics import MetricsWriter
@@ -64,12 +65,20 @@ class Trainer:
     ) -> None:
         self.run, self.config, self.objective, self.device = run, config, objective, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        spec = stream_spec(run, config)
-        self.plan = Plan(spec)
+        self.plan = Plan(
+            run.plan.url,
+            global_batch_size=config.train.global_batch_size,
+            max_steps=config.train.max_steps,
+        )
         checkpoint = self._newest_checkpoint()
         self.position = Position(**checkpoint[1]) if checkpoint else Position()
         self.stream = training_stream(  # starts to read while the engine is built
-            self.plan, rank=self.rank, world_size=self.world_size, start=self.position.step
+            self.plan,
+            run.data.url,
+            rank=self.rank,
+            world_size=self.world_size,
+            start=self.position.step,
+            data_cpus=config.cluster.data_cpus,
         )
         self.engine = Engine(
             objective.module,
@@ -91,7 +100,11 @@ class Trainer:
             else None
         )
         rows = validation_rows(
-            spec, rank=self.rank, world_size=self.world_size, limit=VALIDATION_ROWS
+            self.plan,
+            run.data.url,
+            rank=self.rank,
+            world_size=self.world_size,
+            limit=VALIDATION_ROWS,
         )
         self.validation = self._micro_batches(
             rows, num_rows=int(self._sum(float(len(rows)), op=dist.ReduceOp.MAX)), epoch=VALIDATION
@@ -264,18 +277,3 @@ class Trainer:
         tensor: Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
-
-
-def stream_spec(run: Run, config: TrainStageConfig) -> StreamSpec:
-    """The part of the config that decides the order of data."""
-    weights = [source.weight for source in config.data.sources]
-    return StreamSpec(
-        data_url=run.data.url,
-        max_length=config.data.max_length,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.run.seed,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
-        data_cpus=config.cluster.data_cpus,
-    )

@@ -26,6 +26,7 @@ def make_row(*pieces: list[int], chunks: list[int] | None = None, names: str = "
         lengths=np.array([len(piece) for piece in pieces]),
         sample_ids=list(names[: len(pieces)]),
         chunks=chunks or [0] * len(pieces),
+        visits=[0] * len(pieces),
     )
 
 
@@ -96,10 +97,10 @@ def test_masks_are_fresh_every_epoch_sample_and_chunk() -> None:
     assert len({tuple(label) for label in labels}) == 9
 
 
-def test_seeds_differ_between_runs_epochs_samples_and_chunks() -> None:
-    base = (0, 0, "a", 0)
-    others = [(1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1)]
-    assert len({piece_seed(*key) for key in [base, *others]}) == 5
+def test_seeds_differ_between_runs_epochs_samples_chunks_and_visits() -> None:
+    base = (0, 0, "a", 0, 0)
+    others = [(1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1), (0, 0, "a", 0, 1)]
+    assert len({piece_seed(*key) for key in [base, *others]}) == 6
     assert all(0 <= piece_seed(*key) < 2**63 for key in others)
 
 

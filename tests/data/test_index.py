@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from medgpt.data.index import (
     begin_index,
     build_index,
     finish_index,
+    finished_units,
     index_unit,
     reusable,
 )
@@ -80,7 +82,8 @@ def index(job: IndexJob) -> dict[str, Any]:
     units = all_units(job.config)
     stamps = begin_index(job)
     results = [index_unit(unit, number, job=job) for number, unit in enumerate(units)]
-    return finish_index(job, units, json.loads(json.dumps(results)), stamps)
+    results = json.loads(json.dumps(results))
+    return finish_index(job, units, results, stamps, began=time.monotonic())
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
@@ -428,7 +431,37 @@ def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
     job, manifest = three_files(tmp_path)
     (Path(job.data_url) / "train-00001.parquet").unlink()
     assert reusable(job) is None
-    assert index(job) == manifest
+    assert untimed(index(job)) == untimed(manifest)
+
+
+def untimed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in manifest.items() if name != "time_s"}
+
+
+def test_an_interrupted_indexing_goes_on_with_the_units_that_are_left(tmp_path: Path) -> None:
+    job, manifest = three_files(tmp_path)
+    again = IndexJob(**{**vars(job), "data_url": str(tmp_path / "again/data")})
+    units = all_units(again.config)
+    begin_index(again)
+    for number in (0, 2):
+        index_unit(units[number], number, job=again)
+    (Path(again.data_url) / "units/.00001.json.half").write_text("{")
+    begin_index(again)
+    assert set(finished_units(again)) == {0, 2}
+    (Path(again.data_url) / "train-00002.parquet").unlink()
+    assert set(finished_units(again)) == {0}
+    assert untimed(index(again)) == untimed(manifest)
+    assert not (Path(again.data_url) / "units").exists()
+
+
+def test_an_interrupted_indexing_of_other_files_or_settings_is_forgotten(tmp_path: Path) -> None:
+    job, _ = three_files(tmp_path)
+    again = {**vars(job), "data_url": str(tmp_path / "again/data")}
+    begin_index(IndexJob(**again))
+    index_unit(all_units(job.config)[0], 0, job=IndexJob(**again))
+    other = IndexJob(**{**again, "encoding": {"tokenizer": "words"}})
+    begin_index(other)
+    assert finished_units(other) == {}
 
 
 # on Ray
@@ -441,7 +474,7 @@ def test_ray_data_builds_the_same_index(tmp_path: Path) -> None:
     fresh = IndexJob(**{**vars(job), "data_url": str(tmp_path / "ray/data")})
     seen = []
     manifest = build_index(fresh, data_cpus=1, on_progress=lambda *done: seen.append(done))
-    assert manifest == alone
+    assert untimed(manifest) == untimed(alone)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     build_index(fresh, data_cpus=1, on_progress=lambda *done: pytest.fail("work was repeated"))
 

@@ -34,8 +34,25 @@ def lengths_of(num_samples: int, *, median: float = 200, sigma: float = 0.8) -> 
     return np.maximum(1, rng.lognormal(np.log(median), sigma, num_samples)).astype(np.int64)
 
 
-def plan(index: Index, *, max_length: int = 128, seed: int = 0, epoch: int = 0) -> Rows:
-    return plan_epoch(index, max_length=max_length, seed=seed, epoch=epoch, weights=None)
+def plan(
+    index: Index,
+    *,
+    max_length: int | None = 128,
+    seed: int = 0,
+    epoch: int = 0,
+    weights: NDArray[np.float64] | None = None,
+) -> Rows:
+    """All windows of an epoch as one."""
+    parts = list(plan_epoch(index, max_length=max_length, seed=seed, epoch=epoch, weights=weights))
+    ends = np.cumsum([0, *(part.bounds[-1] for part in parts)])
+    bounds = [part.bounds[:-1] + end for part, end in zip(parts, ends, strict=False)]
+    return Rows(
+        bounds=np.concatenate([*bounds, ends[-1:]]),
+        **{
+            name: np.concatenate([vars(part)[name] for part in parts])
+            for name in ("sample", "visit", "chunk", "start", "stop")
+        },
+    )
 
 
 def pieces(rows: Rows) -> list[tuple[int, int]]:
@@ -192,3 +209,30 @@ def test_a_share_of_many_samples_is_met_to_a_few_tokens(seed: int) -> None:
     order = mixed_order(index, seed=seed, epoch=0, weights=np.array([3.0, 1.0]))
     quota = index.length.sum() / 4
     assert abs(index.length[order[index.source[order] == 1]].sum() - quota) <= 2
+
+
+def test_without_packing_every_sample_is_a_row_of_its_own_uncut() -> None:
+    index = make_index(lengths_of(500))
+    rows = plan(index, max_length=None)
+    assert sorted(rows.sample.tolist()) == list(range(500))
+    assert rows.bounds.tolist() == list(range(501))
+    assert not rows.start.any()
+    assert (rows.stop == index.length[rows.sample]).all()
+    assert rows.sample.tolist() != plan(index, max_length=None, epoch=1).sample.tolist()
+
+
+def test_a_repeated_sample_knows_how_often_the_epoch_had_it_before() -> None:
+    index = make_index(lengths_of(200), lengths_of(20))
+    rows = plan(index, weights=np.array([1.0, 1.0]))
+    first = rows.chunk == 0
+    visits: dict[int, list[int]] = {}
+    for sample, visit in zip(rows.sample[first], rows.visit[first], strict=True):
+        visits.setdefault(int(sample), []).append(int(visit))
+    assert max(len(found) for found in visits.values()) > 5
+    assert all(sorted(found) == list(range(len(found))) for found in visits.values())
+    assert not plan(index).visit.any()
+
+
+def test_nothing_to_train_on_is_an_epoch_without_rows() -> None:
+    empty = make_index(np.array([], np.int64))
+    assert list(plan_epoch(empty, max_length=16, seed=0, epoch=0, weights=None)) == []

@@ -1,25 +1,19 @@
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medgpt.data import plan as plan_module
+from medgpt.data import stream as stream_module
 from medgpt.data.encode import Encoded
-from medgpt.data.order import num_chunks
+from medgpt.data.order import Index, num_chunks
+from medgpt.data.plan import Order, Plan, existing_plan, make_plan
 from medgpt.data.records import Origin
-from medgpt.data.shards import ShardWriter, data_version, write_index
-from medgpt.data.stream import (
-    Plan,
-    Row,
-    Step,
-    StreamSpec,
-    assemble,
-    training_stream,
-    unpack,
-    validation_rows,
-)
+from medgpt.data.shards import ShardWriter, data_version, read_index, write_index
+from medgpt.data.stream import Row, Step, assemble, training_stream, unpack, validation_rows
 from medgpt.runs import Folder, commit
 
 MAX_LENGTH = 32
@@ -33,8 +27,8 @@ def sample_tokens(number: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
-    """Three shards, a validation split, two epochs."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three shards and a validation split."""
     folder = Folder(str(tmp_path_factory.mktemp("data")))
     files = []
     for split, numbers in (("train", range(NUM_SAMPLES)), ("validation", range(240, 270))):
@@ -50,30 +44,61 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
             files += writer.files
         files += write_index(folder, split, names)
     commit(folder, files)
-    return StreamSpec(
-        data_url=folder.url,
-        max_length=MAX_LENGTH,
-        global_batch_size=12,
-        seed=0,
-        epochs=2,
-        max_steps=None,
-        weights=None,
-    )
+    return folder.url
 
 
-def stream(plan: Plan, *, rank: int, world_size: int, start: int) -> Iterator[tuple[int, Row]]:
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture(scope="module")
+def planned(data: str, tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
+    """Makes the plan of an order, of two epochs unless told otherwise."""
+
+    def make(
+        *, global_batch_size: int = 12, max_steps: int | None = None, **changes: object
+    ) -> Plan:
+        order = Order(
+            data_version=data_version(data),
+            max_length=MAX_LENGTH,
+            seed=0,
+            epochs=2,
+            weights=None,
+            max_rows=None,
+        )._replace(**changes)
+        url = str(tmp_path_factory.mktemp("plan"))
+        make_plan(url, data, order)
+        return Plan(url, global_batch_size=global_batch_size, max_steps=max_steps)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def plan(planned: MakePlan) -> Plan:
+    return planned()
+
+
+@pytest.fixture(scope="module")
+def index(data: str) -> Index:
+    return read_index(Folder(data), "train")
+
+
+def stream(
+    plan: Plan, data: str, *, rank: int, world_size: int, start: int
+) -> Iterator[tuple[int, Row]]:
     """(step, row) of a worker, as its training stream, but in this process."""
-    table = plan.table(rank=rank, world_size=world_size, start=start)
-    url = plan.spec.data_url
-    if table.num_rows:
-        yield from unpack(assemble(table, url=url, split="train", version=data_version(url)))
+    for part in plan.read(rank=rank, world_size=world_size, start=start):
+        if part.num_rows:
+            batch = assemble(part, url=data, split="train", version=plan.data_version)
+            yield from unpack(batch)
 
 
-def batches(plan: Plan, *, world_size: int, start: int = 0) -> dict[int, list[tuple[int, ...]]]:
+def batches(
+    plan: Plan, data: str, *, world_size: int, start: int = 0
+) -> dict[int, list[tuple[int, ...]]]:
     """step -> the token tuples of its rows, sorted, over all workers."""
     steps: dict[int, list[tuple[int, ...]]] = {s: [] for s in range(start, plan.num_steps)}
     for rank in range(world_size):
-        for step, row in stream(plan, rank=rank, world_size=world_size, start=start):
+        for step, row in stream(plan, data, rank=rank, world_size=world_size, start=start):
             steps[step].append(tuple(row.input_ids.tolist()))
     return {step: sorted(rows) for step, rows in steps.items()}
 
@@ -85,37 +110,36 @@ def pieces(row: Row) -> Iterator[tuple[str, int, list[int]]]:
         yield row.sample_ids[i], row.chunks[i], ids
 
 
-def test_rows_hold_the_tokens_of_their_chunks(spec: StreamSpec) -> None:
-    plan = Plan(spec)
-    numbers = {name.decode(): n for n, name in enumerate(plan.index.sample_id)}
-    for _, row in stream(plan, rank=0, world_size=1, start=0):
+def test_rows_hold_the_tokens_of_their_chunks(plan: Plan, data: str, index: Index) -> None:
+    numbers = {name.decode(): n for n, name in enumerate(index.sample_id)}
+    for _, row in stream(plan, data, rank=0, world_size=1, start=0):
         assert row.targets.tolist() == [token % 1000 > 3 for token in row.input_ids]
+        assert row.visits == [0] * len(row.chunks)
         for name, chunk, ids in pieces(row):
             start = chunk * (MAX_LENGTH - 1)
             assert ids == sample_tokens(numbers[name])[start : start + MAX_LENGTH]
 
 
-def test_every_epoch_trains_every_target_once(spec: StreamSpec) -> None:
-    plan = Plan(spec)
+def test_every_epoch_trains_every_target_once(plan: Plan, data: str, index: Index) -> None:
     expected = sorted(t for n in range(NUM_SAMPLES) for t in sample_tokens(n)[1:])
     trained: dict[int, list[int]] = {0: [], 1: []}
     chunks: dict[int, int] = {0: 0, 1: 0}
-    for step, row in stream(plan, rank=0, world_size=1, start=0):
+    for step, row in stream(plan, data, rank=0, world_size=1, start=0):
         for _, _, ids in pieces(row):
             trained[plan.epoch_of(step)] += ids[1:]
             chunks[plan.epoch_of(step)] += 1
     assert [sorted(tokens) for tokens in trained.values()] == [expected, expected]
-    assert set(chunks.values()) == {num_chunks(plan.index.length, MAX_LENGTH).sum()}
+    assert set(chunks.values()) == {num_chunks(index.length, MAX_LENGTH).sum()}
 
 
-def test_epochs_come_in_another_order(spec: StreamSpec) -> None:
-    steps = batches(Plan(spec), world_size=1)
+def test_epochs_come_in_another_order(plan: Plan, data: str) -> None:
+    steps = batches(plan, data, world_size=1)
     assert steps[0] != steps[len(steps) // 2]
 
 
-def test_only_the_last_batch_of_an_epoch_is_short(spec: StreamSpec) -> None:
-    plan = Plan(replace(spec, global_batch_size=7))
-    sizes = [len(rows) for rows in batches(plan, world_size=1).values()]
+def test_only_the_last_batch_of_an_epoch_is_short(planned: MakePlan, data: str) -> None:
+    plan = planned(global_batch_size=7)
+    sizes = [len(rows) for rows in batches(plan, data, world_size=1).values()]
     assert sizes == [plan.batch_rows(step) for step in range(plan.num_steps)]
     ends = [step for step, size in enumerate(sizes) if size < 7]
     assert ends == [plan.first_step[1] - 1, plan.first_step[2] - 1]
@@ -125,19 +149,29 @@ def test_only_the_last_batch_of_an_epoch_is_short(spec: StreamSpec) -> None:
 @settings(deadline=None, max_examples=25)
 @given(world_size=st.integers(1, 8), start=st.integers(0, 30))
 def test_a_global_batch_is_the_same_on_any_number_of_workers_from_any_step(
-    spec: StreamSpec, world_size: int, start: int
+    plan: Plan, data: str, world_size: int, start: int
 ) -> None:
-    plan = Plan(spec)
-    whole = batches(plan, world_size=1)
-    resumed = batches(plan, world_size=world_size, start=min(start, plan.num_steps))
+    whole = batches(plan, data, world_size=1)
+    resumed = batches(plan, data, world_size=world_size, start=min(start, plan.num_steps))
     assert resumed == {step: rows for step, rows in whole.items() if step >= start}
 
 
-def test_workers_shares_differ_by_one_row_at_most(spec: StreamSpec) -> None:
-    plan = Plan(spec)
+def test_samples_that_stay_apart_stream_in_the_same_way(planned: MakePlan, data: str) -> None:
+    plan = planned(max_length=None)
+    seen: dict[int, list[str]] = {0: [], 1: []}
+    for rank in range(3):
+        for step, row in stream(plan, data, rank=rank, world_size=3, start=0):
+            ((name, _, ids),) = pieces(row)
+            assert ids == sample_tokens(ids[0] // 1000)
+            seen[plan.epoch_of(step)].append(name)
+    assert [len(set(names)) for names in seen.values()] == [NUM_SAMPLES, NUM_SAMPLES]
+    assert [len(names) for names in seen.values()] == [NUM_SAMPLES, NUM_SAMPLES]
+
+
+def test_workers_shares_differ_by_one_row_at_most(plan: Plan, data: str) -> None:
     shares = np.zeros((5, plan.num_steps), int)
     for rank in range(5):
-        for step, _ in stream(plan, rank=rank, world_size=5, start=0):
+        for step, _ in stream(plan, data, rank=rank, world_size=5, start=0):
             shares[rank, step] += 1
     assert (np.ptp(shares, axis=0) <= 1).all()
     assert shares.max(0).tolist() == [-(-plan.batch_rows(s) // 5) for s in range(plan.num_steps)]
@@ -145,27 +179,53 @@ def test_workers_shares_differ_by_one_row_at_most(spec: StreamSpec) -> None:
 
 @pytest.mark.parametrize("max_steps", [1, 9, 10_000])
 def test_max_steps_cuts_the_plan_and_changes_nothing_before(
-    spec: StreamSpec, max_steps: int
+    plan: Plan, planned: MakePlan, data: str, max_steps: int
 ) -> None:
-    whole, cut = Plan(spec), Plan(replace(spec, max_steps=max_steps))
-    assert cut.num_steps == min(max_steps, whole.num_steps)
-    steps = batches(cut, world_size=2)
-    assert steps == {s: r for s, r in batches(whole, world_size=2).items() if s < max_steps}
+    cut = planned(max_steps=max_steps, max_rows=max_steps * 12)
+    assert cut.num_steps == min(max_steps, plan.num_steps)
+    assert len(cut.num_rows) == (1 if max_steps < plan.first_step[1] else 2)
+    steps = batches(cut, data, world_size=2)
+    assert steps == {s: r for s, r in batches(plan, data, world_size=2).items() if s < max_steps}
 
 
-def test_weights_decide_the_shares_of_an_epoch(spec: StreamSpec) -> None:
-    plan = Plan(replace(spec, weights=(1.0, 3.0), epochs=1))
-    sources = dict(zip(plan.index.sample_id.astype(str), plan.index.source, strict=True))
+def test_weights_decide_the_shares_of_an_epoch(planned: MakePlan, data: str, index: Index) -> None:
+    plan = planned(weights=(1.0, 3.0), epochs=1)
+    sources = dict(zip(index.sample_id.astype(str), index.source, strict=True))
     tokens = [0, 0]
-    for _, row in stream(plan, rank=0, world_size=1, start=0):
+    for _, row in stream(plan, data, rank=0, world_size=1, start=0):
         for name, chunk, ids in pieces(row):
             tokens[sources[name]] += len(ids) - (chunk > 0)
     assert abs(tokens[1] / sum(tokens) - 0.75) < 0.005 * 0.75
 
 
-def test_the_plan_depends_on_the_seed_only_through_its_order(spec: StreamSpec) -> None:
-    one, two = (batches(Plan(replace(spec, seed=seed)), world_size=1) for seed in (0, 1))
+def test_the_plan_depends_on_the_seed_only_through_its_order(planned: MakePlan, data: str) -> None:
+    one, two = (batches(planned(seed=seed), data, world_size=1) for seed in (0, 1))
     assert one[0] != two[0]
+
+
+def test_a_plan_is_used_again_until_what_it_was_made_of_changes(data: str, tmp_path: Path) -> None:
+    order = Order("a", MAX_LENGTH, seed=3, epochs=1, weights=(1.0, 2.0), max_rows=None)
+    url = str(tmp_path / "plan")
+    assert existing_plan(url, order) is None
+    make_plan(url, data, order)
+    manifest = existing_plan(url, order)
+    assert manifest is not None
+    (epoch,) = manifest["epochs"]
+    assert epoch["num_tokens"] > 0.95 * epoch["num_rows"] * MAX_LENGTH
+    for other in ({"seed": 4}, {"epochs": 2}, {"data_version": "b"}, {"weights": None}):
+        assert existing_plan(url, order._replace(**other)) is None
+
+
+def test_a_late_start_reads_no_earlier_part_of_the_plan(
+    planned: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "ROW_GROUP", 8)
+    plan = planned(global_batch_size=4)
+    whole = [part.num_rows for part in plan.read(rank=0, world_size=1, start=0)]
+    late = [part.num_rows for part in plan.read(rank=0, world_size=1, start=plan.num_steps - 2)]
+    assert max(whole) == 8
+    assert len(whole) > 30
+    assert len(late) <= 2
 
 
 def flat(steps: list[Step]) -> list[tuple[int, list[list[int]]]]:
@@ -174,27 +234,28 @@ def flat(steps: list[Step]) -> list[tuple[int, list[list[int]]]]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_ray_data_delivers_the_plan_in_its_order(spec: StreamSpec) -> None:
-    plan = Plan(spec)
+def test_ray_data_delivers_the_plan_in_its_order(
+    plan: Plan, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "ROWS_PER_TASK", 8)
+    monkeypatch.setattr(stream_module, "TASKS_PER_PIPELINE", 5)  # several pipelines in turn
     for rank, world_size, start in ((0, 1, 0), (1, 2, 9)):
-        steps = list(training_stream(plan, rank=rank, world_size=world_size, start=start))
+        share = {"rank": rank, "world_size": world_size, "start": start}
+        steps = list(training_stream(plan, data, **share))
         assert [step.step for step in steps] == list(range(start, plan.num_steps))
         assert [step.epoch for step in steps] == [plan.epoch_of(s.step) for s in steps]
-        rows = [
-            (s, r.input_ids.tolist())
-            for s, r in stream(plan, rank=rank, world_size=world_size, start=start)
-        ]
+        rows = [(s, r.input_ids.tolist()) for s, r in stream(plan, data, **share)]
         assert [(s, ids) for s, lists in flat(steps) for ids in lists] == rows
         for step in steps:
             assert step.num_rows == -(-plan.batch_rows(step.step) // world_size)
-    assert list(training_stream(plan, rank=0, world_size=1, start=plan.num_steps)) == []
+    assert list(training_stream(plan, data, rank=0, world_size=1, start=plan.num_steps)) == []
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_a_worker_without_rows_still_gets_every_step(spec: StreamSpec) -> None:
-    plan = Plan(replace(spec, global_batch_size=2, max_steps=3))
-    steps = list(training_stream(plan, rank=2, world_size=3, start=0))
+def test_a_worker_without_rows_still_gets_every_step(planned: MakePlan, data: str) -> None:
+    plan = planned(global_batch_size=2, max_steps=3)
+    steps = list(training_stream(plan, data, rank=2, world_size=3, start=0))
     assert [(step.step, step.rows, step.num_rows) for step in steps] == [
         (0, [], 1),
         (1, [], 1),
@@ -202,12 +263,12 @@ def test_a_worker_without_rows_still_gets_every_step(spec: StreamSpec) -> None:
     ]
 
 
-def test_validation_rows_are_shared_among_workers(spec: StreamSpec) -> None:
+def test_validation_rows_are_shared_among_workers(plan: Plan, data: str) -> None:
     def rows(world_size: int, limit: int) -> list[list[int]]:
         return sorted(
             row.input_ids.tolist()
             for rank in range(world_size)
-            for row in validation_rows(spec, rank=rank, world_size=world_size, limit=limit)
+            for row in validation_rows(plan, data, rank=rank, world_size=world_size, limit=limit)
         )
 
     everything = rows(1, 10_000)

@@ -36,7 +36,7 @@ def prepared(config: TrainStageConfig) -> dict[str, Any]:
     """Account of the only source after tokenising."""
     stage = "pretrain" if isinstance(config, PretrainConfig) else "sft"
     run = Run.open(stage, config, run_dir=config.run.dir, allow_changes=False)
-    (account,) = prepare(run, config, lambda *_: None)["sources"].values()
+    (account,) = prepare(run, config, lambda *_: None).data["sources"].values()
     return account
 
 
