@@ -98,9 +98,10 @@ class Objective:
         base = None if name is None else load_base(name, config.model.trust_remote_code)
         known = tokenizer.get_vocab() if base is None else base.get_vocab()
         resize = known != tokenizer.get_vocab()
-        if name is not None and config.engine.zero_stage == 3 and not resize and not lora.rank:
-            return self._partitioned(name, options, device)
-        model = build_model(config.model, seed=self.seed, **options)
+        if name is not None and config.engine.zero_stage == 3 and not resize:
+            model = self._partitioned(name, options, device)
+        else:
+            model = build_model(config.model, seed=self.seed, **options)
         new_ids = []
         if base is not None and resize:
             texts = probe if self.kind == "clm" else ()
