@@ -1,4 +1,4 @@
-"""The configuration reference, from the models in config.py.
+"""The configuration reference, from the models in config/.
 
 `python -m medgpt.reference` prints it as Markdown; with a file name it replaces the part of that
 file between the two marks.

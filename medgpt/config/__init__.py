@@ -1,0 +1,73 @@
+"""Every knob of medgpt: one frozen model per concern, one root per stage.
+
+`load` reads a TOML file, applies `section.key=value` overrides and rejects what it does not
+understand, so a mistyped key stops a job on the laptop instead of wasting a cluster. Neither torch
+nor ray is imported here.
+"""
+
+from medgpt.config.base import (
+    Config,
+    ConfigError,
+    Name,
+    absolute,
+    absolute_model,
+    stable_run_dir,
+)
+from medgpt.config.data import DataConfig, MappingConfig, SourceConfig, TurnsMapping
+from medgpt.config.model import (
+    ArchitectureConfig,
+    LoraConfig,
+    ModelConfig,
+    TokenizerConfig,
+)
+from medgpt.config.reading import StageConfig, load, validate
+from medgpt.config.stages import (
+    CorpusConfig,
+    PipelineConfig,
+    PipelineStage,
+    PretrainConfig,
+    RunConfig,
+    SFTConfig,
+    TrainStageConfig,
+)
+from medgpt.config.train import (
+    ClusterConfig,
+    EngineConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReportConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ArchitectureConfig",
+    "ClusterConfig",
+    "Config",
+    "ConfigError",
+    "CorpusConfig",
+    "DataConfig",
+    "EngineConfig",
+    "LoraConfig",
+    "MappingConfig",
+    "ModelConfig",
+    "Name",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "PipelineStage",
+    "PretrainConfig",
+    "ReportConfig",
+    "RunConfig",
+    "SFTConfig",
+    "SourceConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainStageConfig",
+    "TurnsMapping",
+    "absolute",
+    "absolute_model",
+    "load",
+    "stable_run_dir",
+    "validate",
+]

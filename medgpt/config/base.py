@@ -1,0 +1,51 @@
+"""What every section of a configuration is made of: its base class and its checked types."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+
+Count = Annotated[int, Gt(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+
+
+class ConfigError(ValueError):
+    """The configuration or the data is wrong and the user can fix it."""
+
+
+def absolute(path: str) -> str:
+    """`path` as an absolute path; a URI stays as it is."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def absolute_model(name: str) -> str:
+    """A model that is a path becomes absolute; `owner/name` without such a folder is a hub id."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    return absolute(name) if is_path else name
+
+
+def stable_run_dir(path: str) -> str:
+    """An absolute run directory; a submitted job would lose a relative one in its cached copy."""
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if submitted and "://" not in path and not Path(path).expanduser().is_absolute():
+        raise ValueError(
+            "a submitted job needs an absolute path or URI, its working directory is a cached copy"
+        )
+    return absolute(path)
+
+
+DataPath = Annotated[str, AfterValidator(absolute)]
+DenyPath = Annotated[
+    str, AfterValidator(lambda name: name if name == "default" else absolute(name))
+]
+ModelPath = Annotated[str, AfterValidator(absolute_model)]
+RunDir = Annotated[str, AfterValidator(stable_run_dir)]
+
+
+class Config(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

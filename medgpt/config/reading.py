@@ -1,0 +1,112 @@
+"""From a TOML file and overrides to a checked config, with errors that name the remedy."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from medgpt.config.base import ConfigError
+
+StageConfig = TypeVar("StageConfig", bound=BaseModel)
+SHOWN_CHARS = 80  # of a wrong value in an error
+RULES = {  # in TOML's words where pydantic's are Python's
+    "tuple_type": 'must be a list, as ["..."]',
+    "too_short": "must not be empty",
+    "model_type": "must be a section of keys",
+}
+
+
+def load(cls: type[StageConfig], path: Path, overrides: Sequence[str] = ()) -> StageConfig:
+    """Read `path` into `cls`. Overrides are TOML assignments: `train.epochs=2`.
+
+    Raises:
+        ConfigError: names every wrong key with its value, the rule and what would be right.
+    """
+    try:
+        tree = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file; configs/ holds one per stage") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"is not a TOML file: {error}") from None
+    for text in overrides:
+        _merge(tree, _parse_override(text))
+    return validate(cls, tree)
+
+
+def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
+    """`tree` as a `cls`. Raises ConfigError like `load`."""
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        problems = error.errors()
+        inner = [p for p in problems if not any(_inside(q["loc"], p["loc"]) for q in problems)]
+        raise ConfigError("; ".join(_explain(cls, problem) for problem in inner)) from None
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    for candidate in (text, text.replace("=", '="', 1) + '"'):  # bare words are strings
+        try:
+            return tomllib.loads(candidate)
+        except tomllib.TOMLDecodeError:
+            continue
+    raise ConfigError(f"cannot parse override {text!r}; write it as section.key=value")
+
+
+def _merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
+    """Update `tree` in place; `sources.0.name=x` changes an item of a list."""
+    for name, value in update.items():
+        known = tree.get(name)
+        if isinstance(known, list) and isinstance(value, dict) and all(map(str.isdigit, value)):
+            items = {str(i): item for i, item in enumerate(known)}
+            _merge(items, value)
+            tree[name] = list(items.values())
+        elif isinstance(known, dict) and isinstance(value, dict):
+            _merge(known, value)
+        else:
+            tree[name] = value
+
+
+def _inside(key: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    """Whether `other` is a section around `key`: what is wrong with it then follows."""
+    return len(key) > len(other) and key[: len(other)] == other
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    """One problem of pydantic's, as `key=value: rule` or `unknown key; did you mean ...?`"""
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "missing":
+        return f"missing key {key}"
+    if problem["type"] != "extra_forbidden":
+        value: object = problem["input"]
+        shown = "" if isinstance(value, (dict, BaseModel)) else f"={_short(value)}"
+        rule: str = RULES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+        return f"{key}{shown}: {rule}" if key or shown else rule
+    known = _section(cls, path[:-1]).model_fields
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    hint = (
+        f"did you mean {'.'.join([*path[:-1], *close])}?" if close else f"known: {', '.join(known)}"
+    )
+    return f"unknown key {key}; {hint}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
+def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for name in path:
+        if not name.isdigit():  # an index into a list of sections
+            cls = _model_in(cls.model_fields[name].annotation)
+    return cls
+
+
+def _model_in(annotation: Any) -> type[BaseModel]:
+    """The pydantic model inside `X | None`, `tuple[X, ...]` or `Annotated[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_model_in(t) for t in get_args(annotation) if t not in (type(None), ...))

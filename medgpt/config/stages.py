@@ -1,0 +1,135 @@
+"""One root for each stage, with the rules that relate its sections."""
+
+from typing import Annotated, Literal, Self
+
+from annotated_types import Ge, Len
+from pydantic import model_validator
+
+from medgpt.config.base import Config, Count, DataPath, RunDir
+from medgpt.config.data import DataConfig
+from medgpt.config.model import ModelConfig, TokenizerConfig
+from medgpt.config.train import (
+    ClusterConfig,
+    EngineConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReportConfig,
+    TrainConfig,
+)
+
+
+class RunConfig(Config):
+    dir: RunDir
+    """Run directory: a path or a URI. Repeating the command resumes an unfinished run."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Every random decision derives from it."""
+    allow_changes: bool = False
+    """Resume although the data or a training-relevant key changed since the run began."""
+
+
+class TrainStageConfig(Config):
+    """What every supervised stage has."""
+
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        train, cluster = self.train, self.cluster
+        share = train.micro_batch_size * cluster.num_workers
+        if train.global_batch_size % share:
+            below = train.global_batch_size // share * share
+            fitting = [str(size) for size in (below, below + share) if size]
+            raise ValueError(
+                f"train.global_batch_size={train.global_batch_size} must be a multiple of "
+                f"train.micro_batch_size={train.micro_batch_size} x "
+                f"cluster.num_workers={cluster.num_workers}; "
+                f"{' or '.join(fitting)} would do"
+            )
+        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
+            raise ValueError(
+                "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
+            )
+        architecture = self.model.architecture
+        if architecture is not None:
+            if self.data.max_length > architecture.max_positions:
+                raise ValueError(
+                    f"data.max_length={self.data.max_length} exceeds "
+                    f"model.architecture.max_positions={architecture.max_positions}; "
+                    "lower the first or raise the second"
+                )
+            if self.tokenizer.mode != "train":
+                raise ValueError(
+                    f"tokenizer.mode={self.tokenizer.mode} needs a base model; "
+                    "model.architecture goes with train"
+                )
+        return self
+
+
+class PretrainConfig(TrainStageConfig):
+    """configs/pretrain.toml"""
+
+    objective: ObjectiveConfig = ObjectiveConfig()
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        architecture = self.model.architecture
+        if architecture and (architecture.kind == "bert") != (self.objective.kind == "mlm"):
+            raise ValueError(
+                f"objective.kind={self.objective.kind} does not fit "
+                f"model.architecture.kind={architecture.kind}; "
+                "bert goes with mlm, qwen2 and llama with clm"
+            )
+        if self.report.prompts and self.objective.kind == "mlm":
+            raise ValueError(
+                "report.prompts need a model that generates; leave them out with objective.kind=mlm"
+            )
+        return self
+
+
+class SFTConfig(TrainStageConfig):
+    """configs/sft.toml"""
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> Self:
+        if self.model.architecture and self.model.architecture.kind == "bert":
+            raise ValueError(
+                "model.architecture.kind=bert cannot generate answers; take qwen2 or llama"
+            )
+        return self
+
+
+class PipelineStage(Config):
+    stage: Literal["corpus", "pretrain", "sft"]
+    """Which stage to run."""
+    config: DataPath
+    """Its TOML file."""
+    overrides: tuple[str, ...] = ()
+    """`section.key=value` assignments on top of the file; {dir} is the pipeline's run.dir."""
+
+
+class PipelineConfig(Config):
+    """configs/debug/quickstart.toml: several stages in one process, on one Ray."""
+
+    run: RunConfig
+    stages: Annotated[tuple[PipelineStage, ...], Len(1)]
+    """In order. Finished stages are skipped, an unfinished one resumes."""
+
+
+class CorpusConfig(Config):
+    """Renders the sample corpus that ships with medgpt."""
+
+    run: RunConfig
+    region: Literal["CN", "HK", "TW", "SG", "US"] = "CN"
+    """Whose emergency number and crisis hotline the texts name."""
+    shards: Count = 4
+    """Files per kind of record."""
+    swap_facts: bool = False
+    """Control: every condition gets another condition's facts."""
