@@ -6,7 +6,6 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
-import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,36 +23,12 @@ SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" /
 def ray_session() -> Iterator[None]:
     """A local Ray of four logical CPUs on any machine; a worker or a data task takes one."""
     import ray
-    import ray.data
 
     from medgpt.train import session
 
-    os.environ.update(session.QUIET | session.LOCAL)
-    try:
-        _start_ray()
-    except Exception as error:  # Ray's own type
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        _start_ray()  # on a busy machine its 30 s may be too short
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    session.start_local(4)
     yield
     ray.shutdown()
-
-
-def _start_ray() -> None:
-    import ray
-
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=512 * 2**20,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,12 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
+import psutil
 import ray
 import ray.data
 from ray._private.state import state as ray_state
@@ -13,6 +16,8 @@ from ray.autoscaler.sdk import request_resources
 
 from medgpt.config import ClusterConfig, ConfigError
 
+TIMED_OUT = "timed out during startup"  # in the message of Ray's error
+SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -29,25 +34,71 @@ LOCAL = {  # one machine is not preempted, and its workers are polled for nothin
 def connect(cluster: ClusterConfig) -> None:
     """Connect to RAY_ADDRESS, or start a Ray on this machine's CPUs; once in a process.
 
-    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly. The
-    local Ray has one logical CPU more than the machine: data tasks are light and run beside the
-    workers, which reserve the real ones.
+    The local Ray has one logical CPU more than the machine: data tasks are light and run beside
+    the workers, which reserve the real ones.
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
-    os.environ.update(QUIET if address else QUIET | LOCAL)
-    options: dict[str, Any] = (
-        {"address": address}
-        if address
-        else {
-            "address": "local",
-            "num_cpus": (os.cpu_count() or 1) + cluster.data_cpus,
-            "include_dashboard": False,
-            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
-        }
+    if address := os.environ.get("RAY_ADDRESS"):
+        os.environ.update(QUIET)
+        ray.init(address=address, **SILENT)
+        _silence_libraries()
+    else:
+        start_local((os.cpu_count() or 1) + cluster.data_cpus)
+
+
+def start_local(num_cpus: float) -> None:
+    """Start a Ray on this machine and connect to it.
+
+    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly.
+
+    Raises:
+        ConfigError: the machine is too busy.
+    """
+    os.environ.update(QUIET | LOCAL)
+    start = partial(
+        ray.init,
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        **SILENT,
     )
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    start_patiently(start)
+    _silence_libraries()
+
+
+def start_patiently(start: Callable[[], Any]) -> None:
+    """Call `start` a second time if the first failed by Ray's time limit for a node, 30 s.
+
+    Raises:
+        ConfigError: the second one did, too.
+    """
+    for _ in range(2):
+        before = set(psutil.Process().children())
+        try:
+            start()
+            return
+        except Exception as error:  # Ray's own is no narrower
+            if TIMED_OUT not in str(error):
+                raise
+            ray.shutdown()
+            _end(set(psutil.Process().children()) - before)
+    raise ConfigError(
+        "Ray did not start within twice 30 s, this machine is too busy; try again when there is "
+        "less load, or set RAY_ADDRESS to a cluster"
+    )
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Ray forgets what it started of a node that did not come up; it would slow down the next."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            process.wait(10)
+
+
+def _silence_libraries() -> None:
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
