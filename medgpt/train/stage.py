@@ -1,8 +1,6 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
 import threading
-from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import ray
@@ -10,11 +8,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from medgpt.config import ConfigError, TrainStageConfig
+from medgpt.config import TrainStageConfig
 from medgpt.metrics import ConsoleReporter
-from medgpt.runs import MANIFEST, Run
+from medgpt.runs import MANIFEST, Folder, Run
 from medgpt.train import session
 from medgpt.train.prepare import prepare
+from medgpt.train.progress import Display
 from medgpt.train.rank import WorkerJob, train_worker
 
 
@@ -73,54 +72,18 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     )
     (run.folder / "ray").remove()  # Ray's own record of an earlier attempt is not to be resumed
     stop = threading.Event()
-    refused: list[ConfigError] = []
-    display = threading.Thread(
-        target=_show, args=(progress, stop, config, reporter, refused), daemon=True
-    )
-    display.start()
+    display = Display(reporter, log_every=config.train.log_every)
+    follower = threading.Thread(target=display.follow, args=(progress, stop), daemon=True)
+    follower.start()
     reporter.advance("starting workers", 0, cluster.num_workers)
     try:
         trainer.fit()
     finally:
         stop.set()
-        display.join()
+        follower.join()
         progress.shutdown()
-    if refused:
-        raise refused[0]
-
-
-def _show(
-    progress: Queue,
-    stop: threading.Event,
-    config: TrainStageConfig,
-    reporter: ConsoleReporter,
-    refused: list[ConfigError],
-) -> None:
-    """Print what rank 0 reports, until `stop` and nothing is left; keep errors in `refused`."""
-    latest: dict[str, float] = {}
-    while True:
-        try:
-            item = progress.get(timeout=0.5)
-        except Empty:
-            if stop.is_set():
-                return
-            continue
-        if isinstance(item, ConfigError):
-            refused.append(item)
-            continue
-        step, total, metrics = item
-        latest |= metrics
-        facts = "  ".join(
-            f"{label} {latest[name]:{form}}"
-            for label, name, form in (
-                ("loss", "train/loss", ".3f"),
-                ("validation", "validation/loss", ".3f"),
-                ("tokens/s", "train/tokens_per_s", ",.0f"),
-            )
-            if name in latest
-        )
-        due = step % config.train.log_every == 0 or step == total
-        reporter.advance("training", step, total, facts, say=due and "train/loss" in metrics)
+    if display.refused:
+        raise display.refused[0]
 
 
 def _describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -147,8 +110,9 @@ def _parents(config: TrainStageConfig) -> list[str]:
     name = config.model.name
     if name is None:
         return []
-    above = Path(name).parent
-    return [str(above) if (above / MANIFEST).is_file() else name]
+    above, _, last = name.rpartition("/")
+    is_run = last == "model" and Folder(above).exists(MANIFEST)
+    return [above if is_run else name]
 
 
 def _timings(run: Run) -> dict[str, float]:

@@ -20,6 +20,7 @@ from medgpt.engine.checkpoint import checkpoint_files
 from medgpt.metrics import MetricsWriter
 from medgpt.runs import FileEntry, Folder, Run, commit, entries
 from medgpt.train.audit import Audit
+from medgpt.train.progress import Started, Trained
 
 VALIDATION_ROWS = 256  # packed rows in a validation pass, at most
 
@@ -94,6 +95,10 @@ class Trainer:
         self.process = psutil.Process()
         self.audit = Audit(run.folder / "audit", attempt=self.attempt, rank=self.rank)
         self.progress = progress if self.rank == 0 else None
+        if self.progress is not None:
+            self.progress.put(
+                Started(attempt=self.attempt, step=self.position.step, num_workers=self.world_size)
+            )
         self.metrics = (
             MetricsWriter(run, attempt=self.attempt, time_s=self.position.time_s)
             if self.rank == 0
@@ -216,7 +221,9 @@ class Trainer:
 
     def _tell(self, metrics: dict[str, float]) -> None:
         if self.progress is not None:
-            self.progress.put((self.position.step, self.plan.num_steps, metrics))
+            self.progress.put(
+                Trained(step=self.position.step, num_steps=self.plan.num_steps, metrics=metrics)
+            )
 
     def _newest_checkpoint(self) -> tuple[str, dict[str, Any]] | None:
         """Address and position of the newest complete checkpoint, which rank 0 finds."""

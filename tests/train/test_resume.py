@@ -25,8 +25,12 @@ ROOT = Path(__file__).parents[2]
 KILLED_AFTER = 20  # steps; there are checkpoints after 10, 20, ...
 
 
+def per_step(run: Run, name: str) -> dict[int, float]:
+    return {m["step"]: m[name] for m in run.metrics() if name in m}
+
+
 def train_losses(run: Run) -> dict[int, float]:
-    return {m["step"]: m["train/loss"] for m in run.metrics() if "train/loss" in m}
+    return per_step(run, "train/loss")
 
 
 def await_checkpoint(run: Run, step: int, *, timeout_s: float = 600) -> None:
@@ -40,6 +44,15 @@ def await_checkpoint(run: Run, step: int, *, timeout_s: float = 600) -> None:
 def attempts(run: Run) -> set[int]:
     lines = run.folder.read_text("metrics.jsonl").splitlines()
     return {int(line.split('"attempt": ')[1].split(",")[0]) for line in lines}
+
+
+def first_step(run: Run, *, attempt: int) -> int:
+    return min(m["step"] for m in run.metrics() if m["attempt"] == attempt)
+
+
+def continuations(printed: str) -> list[str]:
+    """Lines that tell of a start which is not the run's first."""
+    return [line for line in printed.splitlines() if "continues after step" in line]
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +88,12 @@ def copied(killed: Path, tmp_path: Path) -> Path:
 
 
 def test_a_killed_run_continues_with_the_losses_of_one_that_never_died(
-    pretrained: Run, copied: Path, tiny_corpus: Path
+    pretrained: Run, copied: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_pretrain(pretrain_config(copied, tiny_corpus))
+    assert continuations(capsys.readouterr().out) == [
+        f"pretrain: attempt 2 continues after step {first_step(run, attempt=2) - 1}, with 2 workers"
+    ]
     assert run.finished
     assert run.manifest["attempt"] == 2
     assert attempts(run) == {1, 2}
@@ -101,7 +117,7 @@ def test_other_workers_micro_batches_and_partitions_give_the_same_losses(
     _truncate(Path(newest[0].url) / "rank-00001-of-00002.safetensors")
     run = run_pretrain(config)
     assert run.manifest["world_size"] == 1
-    resumed_at = min(m["step"] for m in run.metrics() if m["attempt"] == 2)
+    resumed_at = first_step(run, attempt=2)
     assert resumed_at == newest[1]["position"]["step"] - 10 + 1  # the damaged one does not exist
     assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-4)
     assert_every_chunk_once(run)  # the ten steps done twice count once
@@ -109,7 +125,7 @@ def test_other_workers_micro_batches_and_partitions_give_the_same_losses(
 
 
 def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
-    pretrained: Run, tiny_corpus: Path, tmp_path: Path
+    pretrained: Run, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = pretrain_config(tmp_path / "run", tiny_corpus)
     run = Run(config.run.dir)
@@ -126,6 +142,10 @@ def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
     killer.join()
     assert len(pids) == 2
     assert run.manifest["attempt"] == 2
+    assert continuations(capsys.readouterr().out) == [
+        "pretrain: workers were lost or replaced; attempt 2 continues after step "
+        f"{first_step(run, attempt=2) - 1}, with 2 workers"
+    ]
     assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
     assert_every_chunk_once(run)
     assert chunks_by_step(run) == chunks_by_step(pretrained)
@@ -166,6 +186,28 @@ def test_a_changed_key_that_alters_training_is_refused_until_told(
     assert "accept with run.allow_changes=true" in str(error.value)
     run = Run.open("pretrain", config, run_dir=str(copied), allow_changes=True)
     assert run.config[section] | change == run.config[section]
+
+
+def test_a_run_trains_on_with_the_changed_key_once_told(
+    pretrained: Run, copied: Path, tiny_corpus: Path
+) -> None:
+    config = pretrain_config(
+        copied,
+        tiny_corpus,
+        run={"allow_changes": True},
+        optimizer={"learning_rate": 1e-3},
+    )
+    run = run_pretrain(config)
+    assert run.finished
+    assert run.config["optimizer"]["learning_rate"] == 1e-3
+    resumed_at = first_step(run, attempt=2)
+    before, rates = (per_step(r, "train/learning_rate") for r in (pretrained, run))
+    ratios = {step: rates[step] / before[step] for step in before}
+    assert ratios == pytest.approx({step: 0.2 if step >= resumed_at else 1.0 for step in before})
+    known, losses = train_losses(pretrained), train_losses(run)
+    assert losses[resumed_at] == pytest.approx(known[resumed_at], abs=1e-6)  # the same weights
+    assert abs(losses[resumed_at + 1] - known[resumed_at + 1]) > 1e-6  # another step from them
+    assert_every_chunk_once(run)
 
 
 def test_workers_micro_batches_and_logging_may_change(copied: Path, tiny_corpus: Path) -> None:

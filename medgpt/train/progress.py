@@ -1,0 +1,102 @@
+"""What the workers tell the driver while they train, and how a person sees it.
+
+Rank 0 puts into the queue: `Started` at the start of every attempt, `Trained` after every step, and
+lines to print. Any rank puts a ConfigError that ends the run.
+"""
+
+from dataclasses import dataclass
+from queue import Empty
+from threading import Event
+from typing import Any, Protocol
+
+from medgpt.config import ConfigError
+from medgpt.metrics import ConsoleReporter
+
+FACTS = (  # label, metric, format
+    ("loss", "train/loss", ".3f"),
+    ("validation", "validation/loss", ".3f"),
+    ("tokens/s", "train/tokens_per_s", ",.0f"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """All workers are there and go on after `step`."""
+
+    attempt: int  # from 1, over all starts of the run
+    step: int
+    num_workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """`step` of `num_steps` is done. `metrics` may be those of its validation."""
+
+    step: int
+    num_steps: int
+    metrics: dict[str, float]
+
+
+class Messages(Protocol):
+    """A queue: `queue.Queue`, or Ray's."""
+
+    def get(self, block: bool = ..., timeout: float | None = ...) -> Any: ...
+
+
+class Display:
+    """Shows what the workers tell. `refused` keeps the configuration errors among it."""
+
+    def __init__(self, reporter: ConsoleReporter, *, log_every: int) -> None:
+        self.reporter, self.log_every = reporter, log_every
+        self.refused: list[ConfigError] = []
+        self.latest: dict[str, float] = {}
+        self.starts = 0
+
+    def follow(self, messages: Messages, stop: Event) -> None:
+        """Show messages until `stop` is set and none is left."""
+        while True:
+            try:
+                message = messages.get(timeout=0.5)
+            except Empty:
+                if stop.is_set():
+                    return
+                continue
+            self.show(message)
+
+    def show(self, message: object) -> None:
+        match message:
+            case ConfigError():
+                self.refused.append(message)
+            case Started():
+                self._started(message)
+            case Trained():
+                self._trained(message)
+            case str():
+                self.reporter.say(message)
+            case _:
+                raise AssertionError(f"unknown message {type(message).__name__}")
+
+    def _started(self, start: Started) -> None:
+        """Nothing to say of a run's first start; the later ones of a command were not asked for."""
+        self.starts += 1
+        if start.attempt > 1:
+            why = "workers were lost or replaced; " if self.starts > 1 else ""
+            workers = f"{start.num_workers} worker{'s' if start.num_workers > 1 else ''}"
+            place = f"continues after step {start.step}" if start.step else "begins again"
+            self.reporter.say(f"{why}attempt {start.attempt} {place}, with {workers}")
+
+    def _trained(self, done: Trained) -> None:
+        self.latest |= done.metrics
+        facts = "  ".join(
+            f"{label} {self.latest[name]:{form}}"
+            for label, name, form in FACTS
+            if name in self.latest
+        )
+        due = done.step % self.log_every == 0 or done.step == done.num_steps
+        self.reporter.advance(
+            "training",
+            done.step,
+            done.num_steps,
+            facts,
+            say=due and "train/loss" in done.metrics,
+        )
