@@ -154,8 +154,13 @@ class Folder:
             yield Path(self.root)
             return
         with tempfile.TemporaryDirectory(prefix="medgpt-") as scratch:
-            self.fs.get(self.root + "/", scratch + "/", recursive=True)
+            self.copy_to(Path(scratch))
             yield Path(scratch)
+
+    def copy_to(self, directory: Path) -> None:
+        """Copy all files to a local folder, which is made if there is none."""
+        directory.mkdir(exist_ok=True)
+        self.fs.get(f"{self.root}/", f"{directory}/", recursive=True)
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class LoraConfig(Config):
 
 class ModelConfig(Config):
     name: ModelPath | None = None
-    """Hugging Face id, or the path of a model written by an earlier stage."""
+    """Hugging Face id, or path or URI of a model, as of one written by an earlier stage."""
     architecture: ArchitectureConfig | None = None
     """Fresh weights instead of `name`."""
     lora: LoraConfig = LoraConfig()

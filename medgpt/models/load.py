@@ -26,6 +26,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from medgpt.config import ArchitectureConfig, ConfigError, ModelConfig
 from medgpt.models.attention import VARLEN
+from medgpt.models.fetch import local_copy
 
 Objective = Literal["clm", "mlm"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,14 +122,15 @@ def weight_files(name: str) -> list[Path]:
 
 
 def local_folder(name: str) -> Path:
-    """The folder of model `name`; a hub id is downloaded into Hugging Face's cache.
+    """The folder of model `name`; a hub id or URI is downloaded and kept.
 
     Raises:
         ConfigError: there is no such folder or hub model, or it is not a model.
     """
-    folder = Path(name) if Path(name).is_absolute() else _download(name)
+    copy = Path(local_copy(name))
+    folder = copy if copy.is_absolute() else _download(name)
     if not folder.is_dir():
-        raise ConfigError(f"model.name={name}: no such folder; give a folder or a hub id")
+        raise ConfigError(f"model.name={name}: no such folder; give a folder, a URI or a hub id")
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         remedy = (
@@ -248,12 +250,11 @@ def _read(
     wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if wrong:  # transformers would fill them with random numbers
         raise ConfigError(f"model.name={config.name}: {len(wrong)} weights missing, as {wrong[0]}")
+    model.name_or_path = config.name  # not the copy's path: adapters name their base by it
     return model
 
 
 def _download(name: str) -> Path:
-    if "://" in name:
-        raise ConfigError(f"model.name={name}: copy it to a folder that every node can read")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

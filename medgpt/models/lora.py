@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from medgpt.config import ConfigError, LoraConfig
+from medgpt.models.fetch import local_copy, model_folder
 from medgpt.models.tokenizer import load_base
 from medgpt.models.vocabulary import resize_for_new_tokens
 
@@ -48,9 +49,7 @@ def merge_adapter(adapter: str, out: Path) -> None:
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
-    folder = Path(adapter)
-    if (folder / "model" / _ADAPTER).is_file():
-        folder = folder / "model"
+    folder = model_folder(adapter)
     if not (folder / _ADAPTER).is_file():
         raise ConfigError(
             f"RUN={adapter}: has no {_ADAPTER}; name a run trained with model.lora.rank > 0"
@@ -66,7 +65,8 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
     Raises:
         ConfigError: the base model is gone.
     """
-    base = str(peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    named = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = local_copy(str(named), f"{folder / _ADAPTER}: base_model_name_or_path")
     if Path(base).is_absolute() and not Path(base).exists():
         raise ConfigError(
             f"{folder / _ADAPTER}: base_model_name_or_path={base} is gone; restore the base model "

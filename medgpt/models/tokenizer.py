@@ -20,6 +20,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from medgpt.config import ConfigError, TokenizerConfig
 from medgpt.data.chat import CHATML, END_OF_TEXT, TURN_END, TURN_START
 from medgpt.data.words import HAN, han_words
+from medgpt.models.fetch import local_copy
 
 _BPE_SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]
 _WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -36,14 +37,14 @@ Merge = tuple[str, str]
 
 
 def load_base(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, a path or a hub id.
+    """The tokenizer of a model, a path, a URI or a hub id.
 
     Raises:
         ConfigError: there is none, it has no fast version, or no token ends a text.
     """
-    key = f"model.name={name}"
+    key, folder = f"model.name={name}", local_copy(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
             f"{key}: cannot load its tokenizer ({str(error).splitlines()[0]}); name a folder with "

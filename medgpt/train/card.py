@@ -19,7 +19,7 @@ def model_card(run: Run, config: TrainStageConfig) -> str:
         language=["zh", "en"],
         library_name="transformers",
         tags=["medical", "medgpt", manifest["stage"]],
-        base_model=name if name and not name.startswith("/") else None,
+        base_model=name if name and not name.startswith("/") and "://" not in name else None,
     )
     rows = [
         f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "

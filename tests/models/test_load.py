@@ -196,7 +196,7 @@ def test_folders_that_are_no_model_are_explained(saved, tmp_path):
     assert "no model.safetensors" in message(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "model.name=" in message(tmp_path)
-    assert "copy it to a folder" in message("s3://bucket/model")
+    assert "Protocol not known: nowhere" in message("nowhere://bucket/model")
 
 
 def test_a_name_that_cannot_be_on_the_hub_is_explained():

@@ -1,0 +1,74 @@
+"""Models behind URIs (s3://, gs://, file://, ...): a copy on this machine."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import xxhash
+from huggingface_hub.constants import HF_HOME
+
+from medgpt.config import ConfigError
+from medgpt.runs import Folder
+
+
+def local_copy(name: str, key: str = "model.name") -> str:
+    """`name`, or for a URI the path of a copy of its folder, made when there is none.
+
+    Raises:
+        ConfigError: what the URI in `key` names cannot be read.
+    """
+    if "://" not in name:
+        return name
+    with _readable(name, key):
+        return str(_copy(name))
+
+
+def model_folder(run: str) -> Path:
+    """The folder of a run's model, or `run` itself where it is a model.
+
+    Raises:
+        ConfigError: `run` is a URI and cannot be read.
+    """
+    if "://" not in run:
+        return Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
+    with _readable(run, "RUN"):
+        inner = Folder(run) / "model"
+        return Path(_copy(inner.url if inner.names() else run))
+
+
+@contextmanager
+def _readable(uri: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every kind of store has its own
+        raise ConfigError(
+            f"{key}={uri}: cannot be read ({error}); check the address and the credentials, or "
+            "give a folder of this machine"
+        ) from None
+
+
+@cache
+def _copy(uri: str) -> Path:
+    """A folder beside Hugging Face's cache, named after the URI and the versions of its files.
+
+    All processes of a machine use the same one.
+    """
+    folder = Folder(uri)
+    if folder.is_local:
+        return Path(folder.root)
+    versions = [(path, folder.fs.ukey(path)) for path in folder.fs.find(folder.root)]
+    if not versions:
+        raise FileNotFoundError("no file there")
+    copies = Path(HF_HOME) / "medgpt"
+    target = copies / xxhash.xxh3_128_hexdigest(repr((uri, versions)).encode())
+    if not target.exists():
+        copies.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=copies, prefix=".") as scratch:
+            copy = Path(scratch) / "model"
+            folder.copy_to(copy)
+            with suppress(OSError):  # another process was first
+                copy.rename(target)
+        assert target.is_dir(), f"{target} was not made"
+    return target

@@ -1,0 +1,130 @@
+"""Models behind URIs are those of the folder that they name."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import torch
+
+from medgpt.config import ConfigError, LoraConfig, ModelConfig, TokenizerConfig
+from medgpt.models import fetch
+from medgpt.models.fetch import local_copy, model_folder
+from medgpt.models.load import SpecialIds, build_model, weight_files
+from medgpt.models.lora import apply_lora, merge_adapter
+from medgpt.models.tokenizer import load_base, train_tokenizer
+from medgpt.runs import Folder
+from tests.models.packing import tiny_config
+
+TEXTS = ["今天天气很好。The weather is fine today."] * 10
+
+Store = Callable[[Path], str]
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    """`store(folder)` is a URI with the folder's files; copies made of it are removed."""
+    stored: list[str] = []
+
+    def put(folder: Path) -> str:
+        stored.append(f"memory://{uuid4().hex}/run/model")
+        with Folder(stored[-1]).staging() as directory:
+            shutil.copytree(folder, directory, dirs_exist_ok=True)
+        return stored[-1]
+
+    yield put
+    for uri in stored:
+        shutil.rmtree(in_another_process(uri))
+        Folder(uri).remove()
+
+
+def in_another_process(uri: str) -> Path:
+    """`local_copy` where nothing is remembered of an earlier one."""
+    fetch._copy.cache_clear()
+    return Path(local_copy(uri))
+
+
+def build(name: str):
+    config = ModelConfig(name=name)
+    return build_model(config, objective="clm", vocab_size=0, special=SpecialIds(), seed=0)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=300), "bpe")
+    model = build_model(
+        tiny_config(),
+        objective="clm",
+        vocab_size=len(tokenizer),
+        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+        seed=0,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_behind_a_uri_is_the_one_that_was_put_there(saved: Path, store: Store) -> None:
+    uri = store(saved)
+    model, expected = build(uri), build(str(saved))
+    for name, weight in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), weight)
+    assert load_base(uri).get_vocab() == load_base(str(saved)).get_vocab()
+    (weights,) = weight_files(uri)
+    assert weights.read_bytes() == (saved / "model.safetensors").read_bytes()
+
+
+def test_a_copy_is_made_once_and_again_when_the_files_change(saved: Path, store: Store) -> None:
+    uri = store(saved)
+    first = Path(local_copy(uri))
+    (first / "mark").touch()
+    assert in_another_process(uri) == first
+    assert (first / "mark").exists()  # not fetched a second time
+    Folder(uri).write_text("config.json", "{}")
+    second = in_another_process(uri)
+    assert second != first
+    assert (second / "config.json").read_text() == "{}"
+    assert (first / "config.json").read_text() != "{}"
+    shutil.rmtree(first)
+
+
+def test_paths_ids_and_files_are_not_copied(saved: Path) -> None:
+    assert local_copy(str(saved)) == str(saved)
+    assert local_copy("owner/name") == "owner/name"
+    assert local_copy(f"file://{saved}") == str(saved)
+    assert model_folder(str(saved.parent)) == saved.parent
+    assert model_folder(f"file://{saved}") == saved
+
+
+def test_a_run_s_model_is_found_behind_its_address(saved: Path, store: Store) -> None:
+    uri = store(saved)
+    assert model_folder(uri) == model_folder(uri.removesuffix("/model")) == Path(local_copy(uri))
+
+
+def test_adapters_name_the_uri_of_their_base_and_merge_into_it(
+    saved: Path, store: Store, tmp_path: Path
+) -> None:
+    uri = store(saved)
+    adapted = apply_lora(build(uri), LoraConfig(rank=2))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    adapted.save_pretrained(tmp_path / "run")
+    load_base(uri).save_pretrained(tmp_path / "run")
+    assert uri in (tmp_path / "run" / "adapter_config.json").read_text("utf-8")
+    merge_adapter(store(tmp_path / "run"), tmp_path / "out")
+    merged, base = build(str(tmp_path / "out")), build(str(saved))
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    change = merged.get_parameter(layer) - base.get_parameter(layer)
+    assert float(change.detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("uri", ["memory://nothing/there", "nowhere://bucket/model"])
+def test_an_address_without_a_model_is_told_with_its_key(uri: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.name={uri}: cannot be read \("):
+        build(uri)
+    with pytest.raises(ConfigError, match=rf"^RUN={uri}: cannot be read \("):
+        model_folder(uri)
