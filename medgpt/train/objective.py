@@ -1,6 +1,6 @@
 """What pretraining and fine-tuning teach: a model, its loss, and how rows become batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,31 @@ from medgpt.models.language_model import LanguageModel
 from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
 from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
-from medgpt.models.vocabulary import resize_for_new_tokens
+from medgpt.models.vocabulary_change import VocabularyChange, change_vocabulary
 
 
 class Objective:
-    """Causal or masked language modelling with the model of the config."""
+    """Causal or masked language modelling with the model of the config.
 
-    def __init__(self, config: TrainStageConfig, tokenizer: Any, device: torch.device) -> None:
+    `vocabulary` says what changed if the base model speaks another than `tokenizer`'s. A causal
+    model's loss is then measured on the texts of `probe`, before and after.
+    """
+
+    def __init__(
+        self,
+        config: TrainStageConfig,
+        tokenizer: Any,
+        device: torch.device,
+        *,
+        probe: Iterable[str] = (),
+    ) -> None:
+        self.vocabulary: VocabularyChange | None = None
         self.config, self.tokenizer = config, tokenizer
         self.seed = config.run.seed
         self.kind = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
         self.masking = self._masking() if self.kind == "mlm" else None
         self.module = LanguageModel(
-            self._model(device),
+            self._model(device, probe),
             loss_chunk_tokens=config.engine.loss_chunk_tokens,
             max_batch_tokens=config.train.micro_batch_size * config.data.max_length,
             activation_checkpointing=config.engine.activation_checkpointing,
@@ -72,7 +84,7 @@ class Objective:
         if dist.get_rank() == 0:
             self.tokenizer.save_pretrained(directory)
 
-    def _model(self, device: torch.device) -> Any:
+    def _model(self, device: torch.device, probe: Iterable[str]) -> Any:
         config, tokenizer = self.config, self.tokenizer
         dtype = compute_dtype(config.engine, device)
         options: dict[str, Any] = {
@@ -91,7 +103,9 @@ class Objective:
         model = build_model(config.model, seed=self.seed, **options)
         new_ids = []
         if base is not None and resize:
-            resize_for_new_tokens(model, base, tokenizer)
+            texts = probe if self.kind == "clm" else ()
+            model.to(device)  # type: ignore[arg-type]
+            self.vocabulary = change_vocabulary(model, base, tokenizer, texts)
             new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in known]
         if not lora.rank:
             return model

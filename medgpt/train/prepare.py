@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayTaskError
 
-from medgpt.config import ConfigError, PretrainConfig, SFTConfig, TrainStageConfig
+from medgpt.config import (
+    ConfigError,
+    PretrainConfig,
+    SFTConfig,
+    SourceConfig,
+    TrainStageConfig,
+)
 from medgpt.data.deny import DenyList
 from medgpt.data.encode import ConversationEncoder, DocumentEncoder
 from medgpt.data.index import Encode, IndexJob, build_index
@@ -16,10 +23,11 @@ from medgpt.data.plan import Order, existing_plan, make_plan
 from medgpt.data.readers import read_unit
 from medgpt.data.records import Document, Reject
 from medgpt.data.shards import data_version
-from medgpt.data.units import list_units
+from medgpt.data.units import Unit, list_units
 from medgpt.runs import Folder, Run, commit, committed, entries
 
 TOKENIZER = "tokenizer"
+PROBE_TEXTS, PROBE_CHARACTERS = 4, 200  # of every source, to measure a changed vocabulary on
 
 
 class Prepared(NamedTuple):
@@ -174,16 +182,26 @@ def corpus_texts(config: TrainStageConfig) -> Iterator[str]:
         deny = DenyList.load(source.deny)
         for unit in units:
             left = budget
-            for item in read_unit(unit, source):
-                record = item if isinstance(item, Reject) else deny.check(item)
-                if isinstance(record, Reject):
-                    continue
-                parts = (
-                    [record.text]
-                    if isinstance(record, Document)
-                    else [message.content for message in record.messages]
-                )
-                yield from parts
-                left -= sum(len(part.encode()) for part in parts)
+            for text in _unit_texts(unit, source, deny):
+                yield text
+                left -= len(text.encode())
                 if left <= 0:
                     break
+
+
+def first_texts(config: TrainStageConfig) -> Iterator[str]:
+    """The beginnings of the first few texts of every source."""
+    for source in config.data.sources:
+        units, deny = list_units(source, config.data.shard_mb), DenyList.load(source.deny)
+        texts = (text for unit in units for text in _unit_texts(unit, source, deny))
+        yield from (text[:PROBE_CHARACTERS] for text in islice(texts, PROBE_TEXTS))
+
+
+def _unit_texts(unit: Unit, source: SourceConfig, deny: DenyList) -> Iterator[str]:
+    """Documents, and what is said in conversations."""
+    for item in read_unit(unit, source):
+        record = item if isinstance(item, Reject) else deny.check(item)
+        if isinstance(record, Document):
+            yield record.text
+        elif not isinstance(record, Reject):
+            yield from (message.content for message in record.messages)

@@ -40,14 +40,20 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
 
     from medgpt.train.card import model_card
     from medgpt.train.objective import Objective
-    from medgpt.train.prepare import TOKENIZER, load_tokenizer
+    from medgpt.train.prepare import TOKENIZER, first_texts, load_tokenizer
     from medgpt.train.samples import write_samples
     from medgpt.train.worker import Trainer
 
     config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
-    objective = Objective(config, tokenizer, device)
+    unmeasured = dist.get_rank() == 0 and "vocabulary" not in run.manifest
+    objective = Objective(
+        config, tokenizer, device, probe=first_texts(config) if unmeasured else ()
+    )
+    if unmeasured and objective.vocabulary is not None:
+        run.update_manifest(vocabulary=objective.vocabulary.facts())
+        job.progress.put(str(objective.vocabulary))
     trainer = Trainer(run, config, objective, device=device, progress=job.progress)
     trainer.fit()
     if committed(run.model) is None:

@@ -31,6 +31,10 @@ def make_run(folder: Path, *, steps: int = 30) -> Run:
     run.update_manifest(
         **{"stage": "sft", "seed": 3, "started": "2026-01-02T03:04:05Z", "attempt": 1},
         **{"git_sha": None, "parents": ["runs/pretrain/model"], "world_size": 2},
+        vocabulary={
+            **{"num_tokens": 12_345, "num_new_tokens": 678, "mean_old_tokens": 2.34},
+            "loss": {"before": 3.25, "after": 3.3125, "num_targets": 456},
+        },
         versions={"medgpt": "0.1.0", "torch": "2.13.0"},
         hardware={"machine": "x86_64", "cpus": 2, "memory_gb": 23.5},
         data={
@@ -85,6 +89,8 @@ def test_a_report_shows_the_numbers_of_the_run(html):
         "50,000",
         "seed 3",
         "from runs/pretrain/model",
+        "12,345 tokens, 678 of them not in the base model",
+        "3.2500 in the base model, 3.3125 with the other softmax (+0.0625 nats per token)",
     ):
         assert text in html
 

@@ -1,0 +1,104 @@
+"""The loss that another vocabulary costs is the one computed by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from medgpt.config import ModelConfig, TokenizerConfig
+from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.tokenizer import train_tokenizer
+from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
+from medgpt.models.vocabulary_change import PIECE_TOKENS, change_vocabulary
+
+OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
+NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
+PROBE = ["患者有糖尿病，今天很好。", "The doctor is fine.", "x" * 300]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(iter(OLD), TokenizerConfig(vocab_size=400), "bpe")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), num_key_value_heads=1, intermediate_size=16, **sizes
+    )
+    model = Qwen2ForCausalLM(config)
+    model.get_input_embeddings().weight.data.mul_(20)  # so that no loss is just log(V)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(folder):
+    config = ModelConfig(name=str(folder))
+    return build_model(config, objective="clm", vocab_size=0, special=SpecialIds(), seed=0)
+
+
+@pytest.fixture
+def base(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def by_hand(model, pieces: list[list[int]]) -> float:
+    """Mean of -log p(token | before), each piece alone, by transformers' own forward."""
+    model = copy.deepcopy(model).eval()
+    model.set_attn_implementation("eager")
+    losses = []
+    for ids in pieces:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1].double()
+        losses.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_an_extended_vocabulary_costs_the_larger_softmax(model, base):
+    pieces = [base(text)["input_ids"][:PIECE_TOKENS] for text in PROBE]
+    before = by_hand(model, pieces)
+    tokenizer = extend_tokenizer(base, iter(NEW), 100)
+
+    change = change_vocabulary(model, base, tokenizer, PROBE)
+
+    assert change.vocabulary.num_new_tokens == len(tokenizer) - len(base) > 0
+    assert change.loss is not None
+    assert change.loss.num_targets == sum(len(ids) - 1 for ids in pieces)
+    assert change.loss.before == pytest.approx(before, abs=1e-5)
+    assert change.loss.after == pytest.approx(by_hand(model, pieces), abs=1e-5)
+    assert change.loss.after > change.loss.before + 1e-3  # each old token gets less
+    shift = change.loss.after - change.loss.before
+    assert f"{change.loss.after:.4f} nats, {shift:+.4f} by the other softmax" in str(change)
+
+
+def test_a_trimmed_vocabulary_gains_it_on_texts_whose_tokens_stay(model, base):
+    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
+    stays = "病人很好。"
+    ids = base(stays)["input_ids"]
+    assert {i for text in PROBE for i in base(text)["input_ids"]} - set(kept)
+    before = by_hand(model, [ids])
+
+    change = change_vocabulary(model, base, tokenizer, [stays, OLD[0]])
+
+    assert change.loss is not None
+    assert change.loss.num_targets == len(ids) - 1  # the other text's tokens are gone
+    assert change.loss.before == pytest.approx(before, abs=1e-5)
+    assert change.loss.after == pytest.approx(
+        by_hand(model, [[kept.index(i) for i in ids]]), abs=1e-5
+    )
+    assert change.loss.after < change.loss.before
+
+
+def test_the_loss_is_measured_only_where_there_is_something_to_predict(model, base):
+    tokenizer = extend_tokenizer(base, iter(NEW), 100)
+    change = change_vocabulary(model, base, tokenizer, ["", "好"])
+    assert change.loss is None
+    assert change.facts() == {
+        "num_tokens": len(tokenizer),
+        "num_new_tokens": len(tokenizer) - len(base),
+        "mean_old_tokens": change.vocabulary.mean_old_tokens,
+    }
+    assert "loss" not in str(change)
