@@ -120,7 +120,8 @@ class PipelineConfig(Config):
 
     run: RunConfig
     stages: Annotated[tuple[PipelineStage, ...], Len(1)]
-    """In order. Finished stages are skipped, an unfinished one resumes."""
+    """In order. Finished stages are skipped, an unfinished one resumes. The second of a kind is
+    called pretrain-2 in the report, and so on."""
 
 
 class CorpusConfig(Config):

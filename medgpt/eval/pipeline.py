@@ -1,6 +1,7 @@
 """Several stages in one process, on one Ray, and what their models know in the end."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,26 @@ QUESTIONS = ("pretrain", "sft", "rlhf")  # shown on the console
 REQUIRED = ("pretrain", "sft")  # questions that the models of these stages must answer
 
 StageConfig = CorpusConfig | PretrainConfig | SFTConfig
-Runs = dict[str, Run]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline. `name` is its kind, numbered from the second of a kind on."""
+
+    name: str
+    kind: str
+    config: StageConfig
+
+    @property
+    def run(self) -> Run:
+        return Run(self.config.run.dir)
+
+    @property
+    def generates(self) -> bool:
+        """Whether its model can be asked questions; one of masked pretraining cannot."""
+        if isinstance(self.config, PretrainConfig):
+            return self.config.objective.kind == "clm"
+        return not isinstance(self.config, CorpusConfig)
 
 
 def run_pipeline(config: PipelineConfig) -> Run:
@@ -37,22 +57,47 @@ def run_pipeline(config: PipelineConfig) -> Run:
     Raises:
         ConfigError: a stage's config is wrong, or the models do not know what they must.
     """
-    stages = [(stage.stage, _stage_config(config, stage)) for stage in config.stages]
+    stages = read_stages(config)
     pipeline = Run.open(
         "pipeline", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes
     )
-    runs: Runs = {name: _run(stage_config) for name, stage_config in stages}
-    asked_of = _models(runs)
-    if pipeline.manifest.get("asked_of") != asked_of:
-        answers = _examine(runs, stages[-1][1])
+    for stage in stages:
+        _train(stage.config)
+    models = models_to_ask(stages)
+    weights = {stage.name: _weights(stage.run) for stage in stages if stage.kind != "corpus"}
+    if pipeline.manifest.get("models") != weights:
+        answers = _examine(stages, models)
         pipeline.folder.write_json(ANSWERS, as_json(answers))
-        write_pipeline_report(pipeline, runs, answers)
-        urls = {name: run.folder.url for name, run in runs.items()}
-        pipeline.update_manifest(finished=True, runs=urls, asked_of=asked_of)
+        write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages}, answers)
+        urls = {stage.name: stage.run.folder.url for stage in stages}
+        pipeline.update_manifest(finished=True, runs=urls, models=weights)
     answers = from_json(pipeline.folder.read_json(ANSWERS))
     _show(pipeline, answers)
-    require_answers(answers, asked_of)
+    require_answers(answers, models)
     return pipeline
+
+
+def read_stages(config: PipelineConfig) -> list[Stage]:
+    """The stages with their configs.
+
+    Raises:
+        ConfigError: one is wrong, or two have the same run directory.
+    """
+    stages: list[Stage] = []
+    for item in config.stages:
+        number = 1 + sum(stage.kind == item.stage for stage in stages)
+        name = item.stage if number == 1 else f"{item.stage}-{number}"
+        stages.append(Stage(name, item.stage, _stage_config(config, item)))
+    taken = {config.run.dir: "the pipeline"}
+    for stage in stages:
+        folder = stage.config.run.dir
+        if folder in taken:
+            raise ConfigError(
+                f"stage {stage.name}: run.dir={folder} is that of {taken[folder]}, too; give each "
+                "stage its own"
+            )
+        taken[folder] = f"stage {stage.name}"
+    return stages
 
 
 def _stage_config(config: PipelineConfig, stage: PipelineStage) -> StageConfig:
@@ -63,36 +108,48 @@ def _stage_config(config: PipelineConfig, stage: PipelineStage) -> StageConfig:
         raise ConfigError(f"stage {stage.stage}, {stage.config}: {error}") from None
 
 
-def _run(config: StageConfig) -> Run:
-    if isinstance(config, CorpusConfig):
-        return run_corpus(config)
-    return run_pretrain(config) if isinstance(config, PretrainConfig) else run_sft(config)
+def _train(config: StageConfig) -> None:
+    match config:
+        case CorpusConfig():
+            run_corpus(config)
+        case PretrainConfig():
+            run_pretrain(config)
+        case SFTConfig():
+            run_sft(config)
 
 
-def _models(runs: Runs) -> dict[str, Any]:
-    """The weights of each stage's model: files with checksums."""
-    manifests = {name: committed(run.model) for name, run in runs.items()}
-    return {name: manifest["files"] for name, manifest in manifests.items() if manifest}
+def models_to_ask(stages: Sequence[Stage]) -> dict[str, Run]:
+    """Of each kind of stage the last run whose model generates."""
+    return {stage.kind: stage.run for stage in stages if stage.generates}
 
 
-def _examine(runs: Runs, config: StageConfig) -> list[Answer]:
+def _weights(run: Run) -> list[dict[str, Any]]:
+    """Files of a run's model with checksums."""
+    manifest = committed(run.model)
+    assert manifest is not None, f"{run.folder.url} finished without a model"
+    return manifest["files"]
+
+
+def _examine(stages: Sequence[Stage], models: dict[str, Run]) -> list[Answer]:
     """What the models say to the questions of the corpus; nothing without a corpus or a model."""
-    models = {name: runs[name].model.url for name in _models(runs)}
-    if "corpus" not in runs or not models:
+    corpora = [stage.run for stage in stages if stage.kind == "corpus"]
+    if not corpora or not models:
         return []
+    config = stages[-1].config
     cluster = ClusterConfig() if isinstance(config, CorpusConfig) else config.cluster
     reporter = ConsoleReporter("questions")
     try:
         session.connect(cluster)
         reporter.advance("asking", 0, 1)
-        answers = ask(runs["corpus"].data.url, models, num_cpus=cluster.cpus_per_worker)
+        urls = {kind: run.model.url for kind, run in models.items()}
+        answers = ask(corpora[-1].data.url, urls, num_cpus=cluster.cpus_per_worker)
         reporter.advance("asking", 1, 1)
     finally:
         reporter.close()
     return answers
 
 
-def write_pipeline_report(pipeline: Run, runs: Runs, answers: Sequence[Answer]) -> None:
+def write_pipeline_report(pipeline: Run, runs: dict[str, Run], answers: Sequence[Answer]) -> None:
     """Write report.html: the stages, what their models answered, links to their reports."""
     html = page(
         "pipeline.html.jinja",
@@ -130,8 +187,12 @@ def _show(pipeline: Run, answers: Sequence[Answer]) -> None:
     reporter.close()
 
 
-def require_answers(answers: Sequence[Answer], models: dict[str, Any]) -> None:
-    """Raises ConfigError if a stage did not learn its answer, or knows what was left out."""
+def require_answers(answers: Sequence[Answer], models: Container[str]) -> None:
+    """Raises ConfigError if a stage did not learn its answer, or knows what was left out.
+
+    Args:
+        models: kinds of the stages whose models were asked.
+    """
     failures = []
     for answer in answers:
         if answer.kind in REQUIRED and answer.kind in models and not answer.passed:
