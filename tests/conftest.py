@@ -20,7 +20,28 @@ SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" /
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def s3() -> Iterator[str]:
+    """URI of an empty bucket on an S3 server of this process, which children know as well."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+        AWS_ACCESS_KEY_ID="test",
+        AWS_SECRET_ACCESS_KEY="test",
+        AWS_DEFAULT_REGION="us-east-1",
+    )
+    fsspec.filesystem("s3").mkdir("medgpt")
+    yield "s3://medgpt"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: str) -> Iterator[None]:
     """A local Ray of four logical CPUs on any machine; a worker or a data task takes one."""
     import ray
 
