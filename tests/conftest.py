@@ -6,6 +6,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path

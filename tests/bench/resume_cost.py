@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ray
 
-from medgpt.config import PretrainConfig, load
+from medgpt.config import ClusterConfig, PretrainConfig, load
 from medgpt.data.plan import Plan
 from medgpt.data.sample.render import Corpus
 from medgpt.data.stream import training_stream
@@ -104,7 +104,7 @@ def resume(folder: Path, share: float) -> float:
 
 def probe(run: Run, share: float) -> None:
     """Print how long the stream of what is left takes to give its first step."""
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    session.connect(ClusterConfig())
     began = time.monotonic()
     plan = Plan(run.plan.url, global_batch_size=64, max_steps=None)
     start = int(plan.num_steps * share)
