@@ -1,0 +1,119 @@
+"""The yardstick of overhead.py: plain PyTorch on two gloo ranks, on batches that it has in memory.
+
+Same model code, optimizer and global batches as medgpt; no Ray, no DeepSpeed, no metrics but a
+line per step.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from medgpt.config import ModelConfig, OptimizerConfig
+from medgpt.data.batch import PackedBatch
+from medgpt.data.collate import causal_batch
+from medgpt.data.shards import data_version
+from medgpt.data.stream import Plan, StreamSpec, assemble, unpack
+from medgpt.engine.engine import parameter_groups
+from medgpt.engine.schedule import learning_rate
+from medgpt.models.language_model import LanguageModel
+from medgpt.models.load import SpecialIds, build_model
+
+
+def batches(spec: StreamSpec, micro: int) -> list[list[PackedBatch]]:
+    """This rank's micro-batches of every step, `micro` rows each, from medgpt's own plan."""
+    table = Plan(spec).table(rank=dist.get_rank(), world_size=dist.get_world_size(), start=0)
+    version = data_version(spec.data_url)
+    steps: dict[int, list] = {}
+    packed = assemble(table, url=spec.data_url, split="train", version=version)
+    for step, row in unpack(packed):
+        steps.setdefault(step, []).append(row)
+    return [
+        [causal_batch(rows[i : i + micro]) for i in range(0, len(rows), micro)]
+        for _, rows in sorted(steps.items())
+    ]
+
+
+def flat_gradients(module: nn.Module) -> Tensor:
+    """One buffer that holds all gradients, so that one call reduces them."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in params))
+    for param, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+        param.grad = part.view_as(param)
+    return flat
+
+
+def train(args: argparse.Namespace) -> None:
+    config = OptimizerConfig()
+    spec = StreamSpec(
+        data_url=args.data,
+        max_length=args.max_length,
+        global_batch_size=args.rows,
+        seed=0,
+        epochs=1,
+        max_steps=args.steps,
+        weights=None,
+    )
+    steps = batches(spec, args.micro)
+    module = LanguageModel(
+        build_model(
+            ModelConfig(name=args.base), objective="clm", vocab_size=0, special=SpecialIds(), seed=0
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+    gradients = flat_gradients(module)
+    began = time.monotonic()
+    for step, micro_batches in enumerate(steps):
+        counts = torch.tensor(
+            [
+                sum(batch.input_ids.numel() for batch in micro_batches),
+                sum(batch.num_targets for batch in micro_batches),
+            ]
+        )
+        dist.all_reduce(counts)
+        for batch in micro_batches:
+            module(batch, num_tokens=counts[1]).backward()
+        dist.all_reduce(gradients)
+        gradients *= min(1.0, config.max_grad_norm / (float(gradients.norm()) + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, config)
+        optimizer.step()
+        gradients.zero_()
+        assert math.isfinite(float(gradients.sum()))
+        if dist.get_rank() == 0:
+            line = {
+                "step": step + 1,
+                "time_s": time.monotonic() - began,
+                "train/tokens": int(counts[0]),
+                "train/target_tokens": int(counts[1]),
+            }
+            with args.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", help="the data folder of a run of medgpt")
+    parser.add_argument("base")
+    parser.add_argument("metrics", type=Path)
+    for name in ("max-length", "rows", "micro", "steps"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    train(parser.parse_args())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Raw dialogues to packed rows: medgpt through Ray Data beside datasets.map and TRL's packing.
+
+`python -m tests.bench.data_path` prints rows per second, the memory of all processes together at
+one and at four times the corpus, and how full the packed rows are. Both sides tokenise the same
+file with the chat template and the mask of the assistant's tokens, on two cores.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.bench import common
+
+POLL_S = 0.1
+SIDES = ("medgpt", "datasets + TRL")
+
+
+def corpus(folder: Path, times: int) -> Path:
+    """All dialogues of sft_single `times` over, each copy with other words in its questions."""
+    file = folder / f"corpus-{times}x.jsonl"
+    if not file.exists():
+        found = common.rows(sorted(common.DATA.glob("*.jsonl")))
+        with file.open("w", encoding="utf-8") as output:
+            for copy in range(times):
+                for row in found:
+                    row = row | {
+                        "question": f"{row['question']} {copy}" if copy else row["question"]
+                    }
+                    line = {"messages": common.messages(row)}
+                    output.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return file
+
+
+def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
+    """Index, plan, stream: what a worker does before it trains, all rows of one epoch."""
+    from medgpt.config import SFTConfig, load
+    from medgpt.data.stream import Plan, training_stream
+    from medgpt.runs import Run
+    from medgpt.train import session
+    from medgpt.train.prepare import prepare
+    from medgpt.train.worker import stream_spec
+
+    run_dir = folder / "data-path"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    command = common.medgpt_sft(file, base, run_dir)
+    config = load(SFTConfig, Path(command[4]))
+    session.connect(config.cluster)
+    began = time.monotonic()
+    run = Run.open("sft", config, run_dir=config.run.dir, allow_changes=False)
+    manifest = prepare(run, config, lambda *_: None)
+    indexed = time.monotonic()
+    plan = Plan(stream_spec(run, config))
+    rows = tokens = 0
+    for step in training_stream(plan, rank=0, world_size=1, start=0):
+        rows += len(step.rows)
+        tokens += sum(len(row.input_ids) for row in step.rows)
+    done = time.monotonic()
+    return {
+        "seconds": done - began,
+        "index_s": indexed - began,
+        "dialogues": manifest["num_samples"],
+        "rows": rows,
+        "tokens": tokens,
+    }
+
+
+def with_trl(file: Path, base: Path, folder: Path) -> dict[str, Any]:
+    """datasets.map with two processes, then TRL's best-fit packing, read once."""
+    from datasets import disable_caching, load_dataset
+    from transformers import AutoTokenizer
+    from trl import pack_dataset
+
+    disable_caching()
+    shutil.rmtree(folder / "datasets", ignore_errors=True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    began = time.monotonic()
+    dialogues = load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(folder / "datasets")
+    )
+    encoded = dialogues.map(
+        encode,
+        fn_kwargs={"tokenizer": tokenizer},
+        num_proc=2,
+        remove_columns=dialogues.column_names,
+    )
+    indexed = time.monotonic()
+    packed = pack_dataset(encoded, common.MAX_LENGTH, "bfd", {"num_proc": 2})
+    rows = tokens = 0
+    for row in packed.with_format("numpy"):
+        rows += 1
+        tokens += len(row["input_ids"])
+    done = time.monotonic()
+    return {
+        "seconds": done - began,
+        "index_s": indexed - began,
+        "dialogues": len(dialogues),
+        "rows": rows,
+        "tokens": tokens,
+    }
+
+
+def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+    """As SFTTrainer does with assistant_only_loss."""
+    found = tokenizer.apply_chat_template(
+        row["messages"], return_dict=True, return_assistant_tokens_mask=True
+    )
+    return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
+
+
+def run_side(side: str, args: argparse.Namespace, times: int) -> dict[str, Any]:
+    """One side in processes of its own; adds their most resident memory together."""
+    file = corpus(args.dir, times)
+    _, base = common.workload(args.dir, args.size)
+    command = [sys.executable, "-m", "tests.bench.data_path", f"--side={side}", f"--file={file}"]
+    process = subprocess.Popen(
+        [*command, f"--base={base}", f"--dir={args.dir}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | common.THREADS,
+    )
+    usage, peak = common.Usage(process.pid), 0.0
+    while process.poll() is None:
+        time.sleep(POLL_S)
+        peak = max(peak, usage()[1])
+    assert process.stdout is not None
+    found = json.loads(process.stdout.read().splitlines()[-1])
+    found |= {"peak_gb": peak, "per_s": found["dialogues"] / found["seconds"]}
+    print(f"  {side} {times}x: {found}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = common.options(__doc__, rounds=3)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        work = with_medgpt if args.side == SIDES[0] else with_trl
+        print(json.dumps(work(args.file, args.base, args.dir)))
+        return
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for _ in range(args.rounds):
+        for times in (1, 4):
+            for side in SIDES:
+                found.setdefault((side, times), []).append(run_side(side, args, times))
+    for times in (1, 4):
+        ours, theirs = ([x["per_s"] for x in found[side, times]] for side in SIDES)
+        print(
+            f"{times}x corpus, medgpt / datasets + TRL: {common.spread(common.ratios(ours, theirs))}"
+        )
+        for side in SIDES:
+            memory = common.spread([x["peak_gb"] for x in found[side, times]])
+            speed = common.spread([x["per_s"] for x in found[side, times]], ",.0f")
+            print(f"{times}x corpus, {side}: {speed} dialogues/s, peak {memory} GiB")
+    last = found["medgpt", 1][-1]
+    padding = 1 - last["tokens"] / (last["rows"] * common.MAX_LENGTH)
+    print(f"share of rows of {common.MAX_LENGTH} that would be padding: {padding:.2%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What Ray Data, Ray Train and DeepSpeed cost: medgpt beside a bare PyTorch loop, same steps.
+
+`python -m tests.bench.overhead` prints the ratios of wall time and of CPU seconds.
+"""
+
+import argparse
+from functools import partial
+
+from tests.bench import common
+from tests.bench.sft import FIRST, ROWS, medgpt
+
+LAST = 12
+MICRO = 4
+
+
+def bare(args: argparse.Namespace) -> common.Window:
+    _, base = common.workload(args.dir, args.size)
+    metrics = args.dir / "bare.jsonl"
+    command = common.torchrun(
+        "tests.bench.bare_loop",
+        args.dir / "medgpt" / "data",
+        base,
+        metrics,
+        f"--max-length={common.MAX_LENGTH}",
+        f"--rows={ROWS}",
+        f"--micro={MICRO}",
+        f"--steps={LAST}",
+    )
+    return common.measure(command, metrics, first=FIRST, last=LAST)
+
+
+def main() -> None:
+    args = common.options(__doc__, rounds=10).parse_args()
+    found = common.alternate(
+        {
+            "medgpt": partial(medgpt, args, LAST, **{"train.micro_batch_size": MICRO}),
+            "bare loop": partial(bare, args),
+        },
+        rounds=args.rounds,
+        results=args.results,
+    )
+    ours, theirs = found["medgpt"], found["bare loop"]
+    assert {w.tokens for w in ours} == {w.tokens for w in theirs}, "not the same batches"
+    wall = common.ratios([w.wall_s for w in ours], [w.wall_s for w in theirs])
+    cpu = common.ratios([w.cpu_s for w in ours], [w.cpu_s for w in theirs])
+    print(f"medgpt / bare loop, wall time: {common.spread(wall)}")
+    print(f"medgpt / bare loop, CPU seconds: {common.spread(cpu)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Fine-tuning speed: medgpt with two workers beside TRL's SFTTrainer, packed and as it comes.
+
+`python -m tests.bench.sft` prints real tokens per second, without padding, and the ratios.
+"""
+
+import argparse
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.bench import common
+
+# rows of 512 tokens in an optimizer step, on both cores together
+ROWS = 8
+PACKED = {"packing": True, "packing_strategy": "bfd", "gradient_checkpointing": False}
+FIRST, LAST = 2, 12
+
+
+def medgpt(args: argparse.Namespace, last: int = LAST, **overrides: object) -> common.Window:
+    data, base = common.workload(args.dir, args.size)
+    run = args.dir / "medgpt"
+    shutil.rmtree(run, ignore_errors=True)
+    micro = ROWS // int(str(overrides.get("cluster.num_workers", 2)))
+    keys = {
+        "train.max_steps": last,
+        "train.global_batch_size": ROWS,
+        "train.micro_batch_size": min(4, micro),
+        **overrides,
+    }
+    command = common.medgpt_sft(data, base, run, **keys)
+    return common.measure(command, run / "metrics.jsonl", first=FIRST, last=last)
+
+
+def trl(
+    args: argparse.Namespace, config: dict[str, Any], *, ranks: int = 2, last: int = LAST
+) -> common.Window:
+    """`ranks` processes that share the machine's two cores."""
+    data, base = common.workload(args.dir, args.size)
+    metrics = args.dir / "trl.jsonl"
+    threads = 2 // ranks
+    config = {"max_length": common.MAX_LENGTH, "max_steps": last, **config}
+    arguments = (data, base, metrics, json.dumps(config), "--threads", threads)
+    command = common.torchrun("tests.bench.trl_sft", *arguments, ranks=ranks)
+    env = {"OMP_NUM_THREADS": str(threads)}
+    return common.measure(command, metrics, first=FIRST, last=last, env=env)
+
+
+def packed(rows: int, ranks: int, **changes: Any) -> dict[str, Any]:
+    """TRL's packing with `rows` rows in a forward pass and ROWS in a step."""
+    steps = ROWS // rows // ranks
+    return {
+        **PACKED,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": steps,
+        **changes,
+    }
+
+
+def main() -> None:
+    args = common.options(__doc__, rounds=5).parse_args()
+    peak = common.gemm_gflops()
+    found = common.alternate(
+        {
+            "medgpt": partial(medgpt, args),
+            "TRL packed": partial(trl, args, packed(1, 2)),
+            "TRL default": partial(trl, args, {}),
+        },
+        rounds=args.rounds,
+        results=args.results,
+    )
+    speed = {name: [w.tokens_per_s for w in windows] for name, windows in found.items()}
+    for name, values in speed.items():
+        print(f"{name}: {common.spread(values, ',.0f')} tokens/s")
+    for peer in ("TRL packed", "TRL default"):
+        print(f"medgpt / {peer}: {common.spread(common.ratios(speed['medgpt'], speed[peer]))}")
+    shares = [args.size.flops(w.tokens, w.targets) / w.wall_s / 1e9 / peak for w in found["medgpt"]]
+    print(f"medgpt, share of {peak:.0f} GFLOP/s (fp32 GEMM, both cores): {common.spread(shares)}")
+
+
+if __name__ == "__main__":
+    main()
