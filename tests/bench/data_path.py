@@ -152,9 +152,8 @@ def main() -> None:
                 found.setdefault((side, times), []).append(run_side(side, args, times))
     for times in (1, 4):
         ours, theirs = ([x["per_s"] for x in found[side, times]] for side in SIDES)
-        print(
-            f"{times}x corpus, medgpt / datasets + TRL: {common.spread(common.ratios(ours, theirs))}"
-        )
+        ratio = common.spread(common.ratios(ours, theirs))
+        print(f"{times}x corpus, medgpt / datasets + TRL: {ratio}")
         for side in SIDES:
             memory = common.spread([x["peak_gb"] for x in found[side, times]])
             speed = common.spread([x["per_s"] for x in found[side, times]], ",.0f")

@@ -7,7 +7,6 @@ import argparse
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tests.bench import common
