@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ArchitectureConfig, ConfigError, ModelConfig, TokenizerConfig
+from medgpt.config import ConfigError
 from medgpt.data.chat import generation_ids
 from medgpt.data.records import Message
 from medgpt.models.chat import fitting, run_chat
-from medgpt.models.load import SpecialIds, build_model
-from medgpt.models.tokenizer import load_base, train_tokenizer
-from tests.models.packing import tiny_model
+from medgpt.models.tokenizer import load_base
+from tests.models.packing import speaking_model, tiny_model
 
 TEXTS = ["高血压是常见的慢性病。", "什么是高血压?血压持续升高。"] * 50
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -73,16 +72,7 @@ class Terminal:
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says 病 or 高 for ever, 4000 tokens at most."""
-    sizes = {"hidden_size": 32, "num_layers": 1, "intermediate_size": 32, "max_positions": 8000}
-    architecture = ArchitectureConfig.model_validate({**sizes, "tie_embeddings": False})
-    tokenizer = train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=800), "bpe")
-    model = build_model(
-        ModelConfig(architecture=architecture),
-        objective="clm",
-        vocab_size=len(tokenizer),
-        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
-        seed=0,
-    )
+    model, tokenizer = speaking_model(TEXTS, 800, max_positions=8000, tie_embeddings=False)
     weight = model.get_output_embeddings().weight.data.zero_()
     for character, sign in (("病", 1.0), ("高", -1.0)):
         (token,) = tokenizer(character)["input_ids"]
