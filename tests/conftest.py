@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
 from medgpt.data.sample.render import Corpus
 
 ROOT = Path(__file__).parent.parent
@@ -71,24 +70,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model with fresh weights and a tokenizer that spells everything in bytes."""
-    from medgpt.models.load import SpecialIds, build_model
-    from medgpt.models.tokenizer import train_tokenizer
+    from tests.models.packing import save_speaking_model
 
-    architecture = ArchitectureConfig(
-        hidden_size=32, num_layers=2, intermediate_size=64, max_positions=512
-    )
     texts = ["高血压是常见的慢性病。", "什么是高血压?血压持续升高。"] * 50
-    tokenizer = train_tokenizer(iter(texts), TokenizerConfig(vocab_size=800), "bpe")
-    model = build_model(
-        ModelConfig(architecture=architecture),
-        objective="clm",
-        vocab_size=len(tokenizer),
-        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
-        seed=0,
-    )
     folder = tmp_path_factory.mktemp("base")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_speaking_model(folder, texts, vocab_size=800, max_positions=512)
     return folder
 
 

@@ -1,34 +1,58 @@
 """`medgpt chat`: a conversation with a trained model in the terminal."""
 
-import torch
-from rich.console import Console
-from transformers import TextStreamer
+from contextlib import suppress
 
+import torch
+from transformers import PreTrainedTokenizerFast, TextStreamer
+from transformers.utils.logging import disable_progress_bar
+
+from medgpt.data.chat import generation_ids
 from medgpt.data.records import Message
 from medgpt.models.fetch import model_folder
 from medgpt.models.generate import answer, load_for_generation
 
+with suppress(ImportError):  # not everywhere; without it a terminal cuts lines at 4096 bytes
+    import readline  # noqa: F401
+
 
 def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
     """Read questions until an empty line or Ctrl-D; answers appear as they are generated."""
-    folder = model_folder(run)
+    disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_for_generation(str(folder), device)
+    model, tokenizer = load_for_generation(str(model_folder(run)), device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    console = Console()
-    console.print(f"{run}. An empty line ends. Not a doctor: do not rely on its answers.")
+    positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
+    room = min(max_new_tokens, positions // 2)
+    print(f"{run}. An empty line ends, Ctrl-C stops an answer.")
+    print("Not a doctor: do not rely on its answers.")
     messages: list[Message] = []
-    while question := _ask(console):
-        messages.append(Message("user", question))
+    while question := _ask():
+        asked = fitting([*messages, Message("user", question)], tokenizer, positions - room)
+        if not asked:
+            print("(too long for this model; ask with fewer words)")
+            continue
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        reply = answer(
-            model, tokenizer, messages, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
-        )
-        messages.append(Message("assistant", reply))
+        options = {"max_new_tokens": room, "streamer": streamer, **sampling}
+        try:
+            reply = answer(model, tokenizer, asked, **options)
+        except KeyboardInterrupt:
+            print("\n(stopped and forgotten)")
+            continue
+        messages = [*asked, Message("assistant", reply)]
 
 
-def _ask(console: Console) -> str:
+def fitting(
+    messages: list[Message], tokenizer: PreTrainedTokenizerFast, max_tokens: int
+) -> list[Message]:
+    """The newest exchanges that fit into a prompt of `max_tokens`; empty if not even the last."""
+    while messages and len(generation_ids(tokenizer, messages)) > max_tokens:
+        messages = messages[2:]
+    return messages
+
+
+def _ask() -> str:
     try:
-        return console.input("[bold]> ").strip()
-    except EOFError:
+        return input("> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
         return ""

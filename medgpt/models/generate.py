@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -16,6 +17,7 @@ from transformers import (
 from medgpt.config import ConfigError
 from medgpt.data.chat import generation_ids, stop_ids
 from medgpt.data.records import Message
+from medgpt.models.load import fitting_architectures
 from medgpt.models.lora import load_merged
 from medgpt.models.tokenizer import load_base
 
@@ -31,6 +33,13 @@ def load_for_generation(
     if (Path(folder) / "adapter_config.json").exists():
         model, tokenizer = load_merged(Path(folder))
     elif (Path(folder) / "config.json").exists():
+        config = AutoConfig.from_pretrained(folder)
+        found = config.architectures or []
+        if not fitting_architectures(config, "clm").intersection(found):
+            raise ConfigError(
+                f"{folder} holds {', '.join(found) or 'no known model'}, which cannot generate "
+                "text; give a causal model"
+            )
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         tokenizer = load_base(folder)
     else:

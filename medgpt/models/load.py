@@ -204,14 +204,18 @@ def _fresh_config(
     return {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture.kind](**common, **decoder)
 
 
-def _check_objective(name: str, hf_config: PreTrainedConfig, objective: Objective) -> None:
-    """`architectures` decides: transformers would also read a BERT as a causal model."""
+def fitting_architectures(hf_config: PreTrainedConfig, objective: Objective) -> set[str]:
+    """What `architectures` must name: transformers would also read a BERT as a causal model."""
     remote = (hf_config.to_dict().get("auto_map") or {}).get(AUTO[objective].__name__)
     known: Any = MAPPING[objective].get(type(hf_config), None)
     fitting = {name.split(".")[-1] for name in (remote, known and known.__name__) if name}
     if objective == "mlm":  # the same with a second head, which is not loaded
         fitting |= {fit.replace("ForMaskedLM", "ForPreTraining") for fit in fitting}
-    found = hf_config.architectures or []
+    return fitting
+
+
+def _check_objective(name: str, hf_config: PreTrainedConfig, objective: Objective) -> None:
+    fitting, found = fitting_architectures(hf_config, objective), hf_config.architectures or []
     if not fitting.intersection(found):
         raise ConfigError(
             f"model.name={name}: config.json names {', '.join(found) or 'no architecture'}, "

@@ -1,12 +1,16 @@
 """Tiny models and packed batches for the tests of models/."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from medgpt.config import ArchitectureConfig, ModelConfig
+from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
 from medgpt.data.batch import PackedBatch
 from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.tokenizer import train_tokenizer
 
 VOCAB = 67
 KINDS = ("qwen2", "llama", "bert")
@@ -33,6 +37,27 @@ def tiny_model(
         seed=0,
         dtype=dtype,
     )
+
+
+def speaking_model(
+    texts: Sequence[str], vocab_size: int = 400, **changes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A fresh causal model and the tokenizer trained on `texts` that it speaks."""
+    tokenizer = train_tokenizer(iter(texts), TokenizerConfig(vocab_size=vocab_size), "bpe")
+    model = build_model(
+        tiny_config(**changes),
+        objective="clm",
+        vocab_size=len(tokenizer),
+        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+        seed=0,
+    )
+    return model, tokenizer
+
+
+def save_speaking_model(folder: Path, texts: Sequence[str], **options) -> None:
+    """Write the same as a base model."""
+    for part in speaking_model(texts, **options):
+        part.save_pretrained(folder)
 
 
 def pack(pieces: list[Tensor], labels: list[Tensor]) -> PackedBatch:

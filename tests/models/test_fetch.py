@@ -8,14 +8,14 @@ from uuid import uuid4
 import pytest
 import torch
 
-from medgpt.config import ConfigError, LoraConfig, ModelConfig, TokenizerConfig
+from medgpt.config import ConfigError, LoraConfig, ModelConfig
 from medgpt.models import fetch
 from medgpt.models.fetch import local_copy, model_folder
 from medgpt.models.load import SpecialIds, build_model, weight_files
 from medgpt.models.lora import apply_lora, merge_adapter
-from medgpt.models.tokenizer import load_base, train_tokenizer
+from medgpt.models.tokenizer import load_base
 from medgpt.runs import Folder
-from tests.models.packing import tiny_config
+from tests.models.packing import save_speaking_model
 
 TEXTS = ["今天天气很好。The weather is fine today."] * 10
 
@@ -54,16 +54,7 @@ def build(name: str):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
-    tokenizer = train_tokenizer(iter(TEXTS), TokenizerConfig(vocab_size=300), "bpe")
-    model = build_model(
-        tiny_config(),
-        objective="clm",
-        vocab_size=len(tokenizer),
-        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
-        seed=0,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_speaking_model(folder, TEXTS, vocab_size=300)
     return folder
 
 

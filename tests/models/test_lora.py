@@ -8,8 +8,6 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from medgpt.config import ConfigError, LoraConfig, TokenizerConfig
@@ -21,6 +19,7 @@ from medgpt.models.vocabulary import (
     trim_model,
     trim_tokenizer,
 )
+from tests.models.packing import save_speaking_model
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
 NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
@@ -34,13 +33,7 @@ CONFIG = LoraConfig(rank=2, alpha=8)
 
 
 def save_base(folder, *, tied=True):
-    tokenizer = train_tokenizer(iter(OLD), TokenizerConfig(vocab_size=400), "bpe")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=tied, **TINY
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_speaking_model(folder, OLD, tie_embeddings=tied)
 
 
 def load(folder):

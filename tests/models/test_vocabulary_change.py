@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
-from medgpt.config import ModelConfig, TokenizerConfig
+from medgpt.config import ModelConfig
 from medgpt.models.load import SpecialIds, build_model
-from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 from medgpt.models.vocabulary_change import PIECE_TOKENS, change_vocabulary
+from tests.models.packing import save_speaking_model
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
 NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
@@ -21,16 +21,7 @@ PROBE = ["患者有糖尿病，今天很好。", "The doctor is fine.", "x" * 30
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    tokenizer = train_tokenizer(iter(OLD), TokenizerConfig(vocab_size=400), "bpe")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), num_key_value_heads=1, intermediate_size=16, **sizes
-    )
-    model = Qwen2ForCausalLM(config)
-    model.get_input_embeddings().weight.data.mul_(20)  # so that no loss is just log(V)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_speaking_model(folder, OLD)
     return folder
 
 
