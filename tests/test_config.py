@@ -14,6 +14,7 @@ from medgpt.config import (
     SFTConfig,
     TrainStageConfig,
     load,
+    validate,
 )
 
 PRETRAIN = """
@@ -66,6 +67,7 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(toml: Path) -
         ("data.sources.0.name=other", "other"),
         ("data.sources.0.mapping.text={{ a }} is = b", "{{ a }} is = b"),
         ("optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("cluster.num_workers=[1, 4]", (1, 4)),
     ],
 )
 def test_an_override_is_a_toml_assignment_or_a_bare_word(
@@ -155,6 +157,26 @@ def test_a_submitted_job_needs_an_absolute_run_directory(
             "cluster.num_workers=5; 10 would do",
         ),
         (
+            "cluster.num_workers=[2, 5]",
+            "train.global_batch_size=8 must be at least train.micro_batch_size=2 x "
+            "cluster.num_workers=5; 10 would do",
+        ),
+        *(
+            (
+                f"cluster.num_workers={wrong}",
+                f"cluster.num_workers={shown}: must be an integer > 0, or two as [fewest, most]",
+            )
+            for wrong, shown in (
+                ("0", "0"),
+                ("[2, 1]", "[2, 1]"),
+                ("[0, 1]", "[0, 1]"),
+                ("[1, 2, 3]", "[1, 2, 3]"),
+                ("two", "'two'"),
+                ("true", "True"),
+                ("[1.0, 2]", "[1.0, 2]"),
+            )
+        ),
+        (
             "data.max_length=4096",
             "data.max_length=4096 exceeds model.architecture.max_positions=2048; lower the first "
             "or raise the second",
@@ -192,6 +214,18 @@ def test_an_error_names_the_key_the_value_and_the_rule(
     toml: Path, override: str, message: str
 ) -> None:
     assert refusal(toml, override) == message
+
+
+def test_a_range_of_workers_need_not_divide_the_batch(toml: Path) -> None:
+    config = load(PretrainConfig, toml, ["cluster.num_workers=[1, 3]"])
+    assert (config.cluster.fewest_workers, config.cluster.most_workers) == (1, 3)
+    assert config.cluster.workers == "[1, 3]"
+    one = load(PretrainConfig, toml, ["cluster.num_workers=2"]).cluster
+    assert (one.fewest_workers, one.most_workers, one.workers) == (2, 2, "2")
+    tree = config.model_dump(mode="json", exclude_none=True)  # as a run directory keeps it
+    assert tree["cluster"]["num_workers"] == [1, 3]
+    assert validate(PretrainConfig, tree) == config
+    assert PretrainConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_offload_needs_a_partitioned_optimizer(toml: Path) -> None:

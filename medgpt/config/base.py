@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 Count = Annotated[int, Gt(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
@@ -37,12 +37,22 @@ def stable_run_dir(path: str) -> str:
     return absolute(path)
 
 
+def worker_counts(value: object) -> int | tuple[int, int]:
+    """A number of workers, or the fewest and the most."""
+    counts = value if isinstance(value, list | tuple) else (value, value)
+    numbers = [count for count in counts if type(count) is int and count > 0]  # True is an int, too
+    if len(counts) != 2 or len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise ValueError("must be an integer > 0, or two as [fewest, most]")
+    return (numbers[0], numbers[1]) if isinstance(value, list | tuple) else numbers[0]
+
+
 DataPath = Annotated[str, AfterValidator(absolute)]
 DenyPath = Annotated[
     str, AfterValidator(lambda name: name if name == "default" else absolute(name))
 ]
 ModelPath = Annotated[str, AfterValidator(absolute_model)]
 RunDir = Annotated[str, AfterValidator(stable_run_dir)]
+Workers = Annotated[int | tuple[int, int], BeforeValidator(worker_counts)]
 
 
 class Config(BaseModel):

@@ -43,14 +43,16 @@ class TrainStageConfig(Config):
     @model_validator(mode="after")
     def _relations(self) -> Self:
         train, cluster = self.train, self.cluster
-        share = train.micro_batch_size * cluster.num_workers
-        if train.global_batch_size % share:
+        share = train.micro_batch_size * cluster.most_workers
+        fixed = cluster.num_workers == cluster.most_workers
+        if train.global_batch_size < share or (fixed and train.global_batch_size % share):
             below = train.global_batch_size // share * share
             fitting = [str(size) for size in (below, below + share) if size]
             raise ValueError(
-                f"train.global_batch_size={train.global_batch_size} must be a multiple of "
+                f"train.global_batch_size={train.global_batch_size} must be "
+                f"{'a multiple of' if fixed else 'at least'} "
                 f"train.micro_batch_size={train.micro_batch_size} x "
-                f"cluster.num_workers={cluster.num_workers}; "
+                f"cluster.num_workers={cluster.most_workers}; "
                 f"{' or '.join(fitting)} would do"
             )
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from medgpt.config.base import Config, Count, Share
+from medgpt.config.base import Config, Count, Share, Workers
 
 
 class ObjectiveConfig(Config):
@@ -75,8 +75,8 @@ class TrainConfig(Config):
 
 
 class ClusterConfig(Config):
-    num_workers: Count = 1
-    """Training processes."""
+    num_workers: Workers = 1
+    """Training processes; `[fewest, most]` trains with as many as the cluster has room for."""
     cpus_per_worker: Annotated[float, Gt(0)] = 1
     """CPUs each reserves; its number of threads follows."""
     gpus_per_worker: Annotated[float, Ge(0)] = 0
@@ -85,8 +85,25 @@ class ClusterConfig(Config):
     """CPUs of one data task."""
     max_failures: Annotated[int, Ge(-1)] = 3
     """Restarts after a lost worker before the run stops; -1 never stops."""
+    max_preemptions: Annotated[int, Ge(-1)] = -1
+    """Restarts because Ray announced the end of a node before the run stops; -1 never stops."""
+    resize_check_s: Annotated[float, Gt(0)] = 60
+    """Time between looks whether a run with a range of workers can have more."""
     wait_s: Annotated[float, Gt(0)] = 600
     """Longest wait for the cluster's resources."""
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers(self) -> str:
+        """`num_workers` as TOML."""
+        return str(self.num_workers).replace("(", "[").replace(")", "]")
 
 
 class ReportConfig(Config):

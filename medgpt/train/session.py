@@ -23,6 +23,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # an elastic restart may count on a node that is gone, and looks again only after this
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
 }
 LOCAL = {  # one machine is not preempted, and its workers are polled for nothing
@@ -107,26 +109,26 @@ def _silence_libraries() -> None:
 
 
 def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Return when the cluster can hold the workers and one data task beside them.
+    """Return when the cluster can hold the fewest workers and one data task beside them.
 
     Raises:
         ConfigError: it never can, or not within `cluster.wait_s`.
     """
     need = {
-        "CPU": cluster.num_workers * cluster.cpus_per_worker + cluster.data_cpus,
-        "GPU": cluster.num_workers * cluster.gpus_per_worker,
+        "CPU": cluster.fewest_workers * cluster.cpus_per_worker + cluster.data_cpus,
+        "GPU": cluster.fewest_workers * cluster.gpus_per_worker,
     }
     remedy = "lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
     # the only place where Ray tells how far the autoscaler may go; None without autoscaler
     limit = ray_state.get_max_resources_from_cluster_config()
     most = ray.cluster_resources() if limit is None else limit
     if lack := _lacking(need, most):
-        raise ConfigError(f"cluster.num_workers={cluster.num_workers} {lack} at most; {remedy}")
+        raise ConfigError(f"cluster.num_workers={cluster.workers} {lack} at most; {remedy}")
     deadline, asked = time.monotonic() + cluster.wait_s, False
     while lack := _lacking(need, ray.cluster_resources()):
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"cluster.num_workers={cluster.num_workers} {lack} after cluster.wait_s="
+                f"cluster.num_workers={cluster.workers} {lack} after cluster.wait_s="
                 f"{cluster.wait_s:g} s; {remedy}"
             )
         if not asked:
@@ -139,7 +141,7 @@ def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
 def _bundles(cluster: ClusterConfig) -> list[dict[str, float]]:
     worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     data = {"CPU": cluster.data_cpus}
-    return [{k: v for k, v in worker.items() if v}] * cluster.num_workers + [data]
+    return [{k: v for k, v in worker.items() if v}] * cluster.fewest_workers + [data]
 
 
 def _lacking(need: Mapping[str, float], have: Mapping[str, float]) -> str:

@@ -61,13 +61,17 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
         },
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
+            elastic_resize_monitor_interval_s=cluster.resize_check_s,
             use_gpu=cluster.gpus_per_worker > 0,
             resources_per_worker={name: n for name, n in resources.items() if n},
         ),
         run_config=RunConfig(
             name="ray",
             storage_path=run.folder.url,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures,
+                max_preemption_failures=cluster.max_preemptions,
+            ),
         ),
     )
     (run.folder / "ray").remove()  # Ray's own record of an earlier attempt is not to be resumed
@@ -75,7 +79,7 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     display = Display(reporter, log_every=config.train.log_every)
     follower = threading.Thread(target=display.follow, args=(progress, stop), daemon=True)
     follower.start()
-    reporter.advance("starting workers", 0, cluster.num_workers)
+    reporter.advance("starting workers", 0, cluster.fewest_workers)
     try:
         trainer.fit()
     finally:
