@@ -104,11 +104,14 @@ class Folder:
             self.fs.makedirs(self.root, exist_ok=True)
             target = Path(self.path(name))
             partial = target.with_name(f".{target.name}.{uuid4().hex}")
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave an empty file in its place
-            partial.replace(target)
+            try:
+                with partial.open("w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())  # or a power cut could leave an empty file instead
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
         else:  # an object appears when its upload is complete
             self.fs.pipe_file(self.path(name), text.encode())
 

@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "medgpt").rglob("*.py"))
 LAYERS = [
-    *("config", "reference", "runs", "metrics", "algos", "data", "models", "engine", "train"),
+    *(
+        "config",
+        "reference",
+        "disk",
+        "runs",
+        "metrics",
+        "algos",
+        "data",
+        "models",
+        "engine",
+        "train",
+    ),
     *("rlhf", "tune", "eval", "cli", "__main__", "__init__"),
 ]
 HOMES = {  # the only layers that may import these libraries

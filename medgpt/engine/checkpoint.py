@@ -6,6 +6,7 @@ file of the rank that owns it. Only trainable parameters are stored; frozen ones
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,15 +21,34 @@ from medgpt.engine import state
 STEPS_FILE = "engine.json"
 
 
-def save(
-    directory: Path,
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank writes: copies, so that training may go on meanwhile."""
+
+    tensors: dict[str, Tensor]
+    rank: int
+    num_ranks: int
+    counts: dict[str, int]
+
+    def write(self, directory: Path) -> list[str]:
+        """Write this rank's file into `directory`, rank 0 the step counts too; their names."""
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{self.rank:05d}-of-{self.num_ranks:05d}.safetensors"
+        save_file(self.tensors, directory / name)
+        if self.rank > 0:
+            return [name]
+        (directory / STEPS_FILE).write_text(json.dumps(self.counts), "utf-8")
+        return [name, STEPS_FILE]
+
+
+def snapshot(
     params: Mapping[str, Parameter],
     adam: torch.optim.AdamW,
     optimizer: state.DeepSpeedOptimizer,
     *,
     steps: int,
-) -> None:
-    """Write this rank's file into `directory`, rank 0 the step counts too. Collective."""
+) -> Snapshot:
+    """The parameters that this rank owns, whole, with their moments, on the CPU. Collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     sizes = {name: state.full_shape(param).numel() for name, param in params.items()}
     owners = assign_owners(sizes, num_ranks)
@@ -37,13 +57,9 @@ def save(
         for kind in state.KINDS:
             full = state.gather(optimizer, param, kind)
             if owners[name] == rank:
-                mine[f"{kind}/{name}"] = full.to("cpu", torch.float32).contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(mine, directory / f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors")
-    if rank == 0:
-        counts = {"steps": steps, "adam_steps": state.adam_step(adam, optimizer)}
-        (directory / STEPS_FILE).write_text(json.dumps(counts), "utf-8")
-    dist.barrier()  # all files are there when it returns
+                mine[f"{kind}/{name}"] = full.to("cpu", torch.float32, copy=True).contiguous()
+    counts = {"steps": steps, "adam_steps": state.adam_step(adam, optimizer)}
+    return Snapshot(mine, rank, num_ranks, counts)
 
 
 def load(
@@ -74,11 +90,6 @@ def load(
     state.set_adam_step(adam, optimizer, counts["adam_steps"])
     state.refresh_weights(optimizer)
     return counts["steps"]
-
-
-def checkpoint_files(rank: int, num_ranks: int) -> list[str]:
-    """Names of the files that `save` writes on this rank."""
-    return [f"rank-{rank:05d}-of-{num_ranks:05d}.safetensors", *([STEPS_FILE] if rank == 0 else [])]
 
 
 def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:

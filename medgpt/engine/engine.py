@@ -1,6 +1,7 @@
 """DeepSpeed behind a few calls: forward, backward, step, save, load, export."""
 
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +92,24 @@ class Engine:
             state.drop_gradients(self._optimizer)
         return self._grad_norm
 
-    def save(self, directory: Path) -> None:
-        """Write what `load` needs into `directory`. Collective; every rank writes its own file."""
-        checkpoint.save(directory, self._trainable(), self._adam, self._optimizer, steps=self.steps)
+    def snapshot(self) -> checkpoint.Snapshot:
+        """A copy of all that `load` needs. Collective; every rank writes its part on its own."""
+        return checkpoint.snapshot(self._trainable(), self._adam, self._optimizer, steps=self.steps)
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote at any world size, ZeRO stage and offload. Collective."""
+        """Continue from snapshots that were written at any world size, ZeRO stage and offload.
+
+        Collective; the files of all ranks must be there.
+        """
         self.steps = checkpoint.load(directory, self._trainable(), self._adam, self._optimizer)
 
     def export(self, directory: Path, part: nn.Module | None = None) -> None:
         """Write the weights of the module, or a `part` of it, as safetensors shards. Collective."""
-        save_safetensors(gather_weights(self.module if part is None else part), directory)
+        weights = gather_weights(self.module if part is None else part)
+        try:
+            save_safetensors(weights, directory)
+        finally:  # after an error the other ranks still gather
+            deque(weights, maxlen=0)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

@@ -19,7 +19,7 @@ SCHEMA = pa.schema(
 
 
 class Audit:
-    """Collects a worker's steps; `flush` writes them to audit/ of the run."""
+    """Collects a worker's steps, to be written to audit/ of the run."""
 
     def __init__(self, folder: Folder, *, attempt: int, rank: int) -> None:
         self.folder, self.attempt, self.rank = folder, attempt, rank
@@ -31,12 +31,16 @@ class Audit:
             for sample_id, chunk in zip(row.sample_ids, row.chunks, strict=True):
                 self.lines.append({**key, "sample_id": sample_id, "chunk": chunk})
 
-    def flush(self) -> None:
-        """Write what was collected since the last time, as a file of its own."""
-        if not self.lines:
+    def take(self) -> list[dict[str, int | str]]:
+        """What was collected since the last time."""
+        lines, self.lines = self.lines, []
+        return lines
+
+    def write(self, lines: list[dict[str, int | str]]) -> None:
+        """Write a file of its own. May run in a thread while others are added."""
+        if not lines:
             return
-        step = self.lines[-1]["step"]
+        step = lines[-1]["step"]
         name = f"attempt-{self.attempt:04d}-rank-{self.rank:05d}-step-{step:08d}.parquet"
         with self.folder.staging() as directory:
-            pq.write_table(pa.Table.from_pylist(self.lines, SCHEMA), directory / name)
-        self.lines = []
+            pq.write_table(pa.Table.from_pylist(lines, SCHEMA), directory / name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgpt.config import ConfigError, TrainStageConfig
+from medgpt.disk import full_disk_told
 from medgpt.runs import Run, commit, committed, entries
 
 if TYPE_CHECKING:
@@ -36,13 +37,16 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _train_and_export(job: WorkerJob, run: Run) -> None:
     import torch
     import torch.distributed as dist
+    from ray.exceptions import RayActorError
+    from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
     from medgpt.train.card import model_card
     from medgpt.train.objective import Objective
     from medgpt.train.prepare import TOKENIZER, first_texts, load_tokenizer
     from medgpt.train.samples import write_samples
-    from medgpt.train.worker import Trainer
+    from medgpt.train.saving import raise_together
+    from medgpt.train.worker import NodeEnds, Trainer
 
     config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -54,17 +58,33 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if unmeasured and objective.vocabulary is not None:
         run.update_manifest(vocabulary=objective.vocabulary.facts())
         job.progress.put(str(objective.vocabulary))
-    trainer = Trainer(run, config, objective, device=device, progress=job.progress)
-    trainer.fit()
+    trainer = Trainer(
+        run,
+        config,
+        objective,
+        device=device,
+        progress=job.progress,
+        node_ends=lambda: get_preemption_info() is not None,
+    )
+    try:
+        trainer.fit()
+    except NodeEnds as end:  # Ray Train counts this kind of error as a preemption, not as a failure
+        raise RayActorError(error_msg=str(end), preempted=True) from None
     if committed(run.model) is None:
-        with run.model.staging() as directory:
-            objective.export(trainer.engine, Path(directory))
-            dist.barrier()
-            if dist.get_rank() == 0:
-                (directory / "README.md").write_text(model_card(run, config), "utf-8")
-            files = entries(directory) if dist.get_rank() == 0 else []
-        if dist.get_rank() == 0:
-            commit(run.model, files)
+        refusal, files = None, []
+        try:
+            with full_disk_told(run.folder.url, "model"):
+                with run.model.staging() as directory:
+                    objective.export(trainer.engine, Path(directory))
+                    if dist.get_rank() == 0:
+                        (directory / "README.md").write_text(model_card(run, config), "utf-8")
+                        files = entries(directory)
+                if dist.get_rank() == 0:
+                    commit(run.model, files)
+        except ConfigError as error:
+            refusal = error
+            run.model.remove()
+        raise_together(refusal)
     if dist.get_rank() == 0 and config.report.prompts:
         write_samples(run, config, device)
     dist.barrier()

@@ -1,28 +1,32 @@
 """The training loop of one worker. Ray Train starts it; every rank runs the same steps."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt.config import TrainStageConfig
+from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.batch import PackedBatch
 from medgpt.data.order import VALIDATION
 from medgpt.data.plan import Plan
 from medgpt.data.stream import Row, Step, training_stream, validation_rows
+from medgpt.disk import full_disk_told
 from medgpt.engine import Engine
-from medgpt.engine.checkpoint import checkpoint_files
 from medgpt.metrics import MetricsWriter
-from medgpt.runs import FileEntry, Folder, Run, commit, entries
+from medgpt.runs import Folder, Run
 from medgpt.train.audit import Audit
 from medgpt.train.progress import Started, Trained
+from medgpt.train.saving import Saver, raise_together
 
 VALIDATION_ROWS = 256  # packed rows in a validation pass, at most
+ASK_EVERY_S = 2  # whether Ray has announced the end of a node
 
 
 class Objective(Protocol):
@@ -39,6 +43,18 @@ class Progress(Protocol):
     """Where rank 0 tells how far it is."""
 
     def put(self, item: Any) -> None: ...
+
+
+class NodeEnds(Exception):
+    """Ray announced the end of a worker's node; the run is saved at the step it has reached."""
+
+
+class Agreed(NamedTuple):
+    """What the ranks told each other in a step."""
+
+    ask: bool  # now whether a node ends
+    written: bool  # is the pending checkpoint, by all
+    refused: bool  # one has met what the user must repair
 
 
 @dataclass
@@ -63,9 +79,13 @@ class Trainer:
         *,
         device: torch.device,
         progress: Progress | None,
+        node_ends: Callable[[], bool],
     ) -> None:
+        """`node_ends` is asked by all ranks together and answers all alike."""
         self.run, self.config, self.objective, self.device = run, config, objective, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.node_ends, self.asked = node_ends, time.monotonic()
+        self.refusal: ConfigError | None = None  # of this rank
         self.plan = Plan(
             run.plan.url,
             global_batch_size=config.train.global_batch_size,
@@ -88,10 +108,15 @@ class Trainer:
             total_steps=self.plan.num_steps,
             device=device,
         )
+        self.restored: dict[str, float] = {}  # metrics of the first step
         if checkpoint:
+            began = time.monotonic()
             with Folder(checkpoint[0]).local() as directory:
                 self.engine.load(directory)
+            name = "restore" if checkpoint[2] == self.world_size else "reshard"
+            self.restored = {f"time/{name}_s": time.monotonic() - began}
         self.attempt = self._begin_attempt()
+        self.saver = Saver(run, attempt=self.attempt, keep=config.train.keep_checkpoints)
         self.process = psutil.Process()
         self.audit = Audit(run.folder / "audit", attempt=self.attempt, rank=self.rank)
         self.progress = progress if self.rank == 0 else None
@@ -116,24 +141,41 @@ class Trainer:
         )
 
     def fit(self) -> None:
-        """Train from the newest checkpoint to the end; the last step is validated and saved."""
+        """Train from the newest checkpoint to the end; the last step is validated and saved.
+
+        Raises:
+            NodeEnds: on all ranks, after a checkpoint of the step that was reached.
+            ConfigError: on all ranks, the disk of one is full.
+        """
         if self.position.step == 0:
             self._validate()
         began = time.monotonic()
         for step in self.stream:
             data_s = time.monotonic() - began
-            self._train(step, data_s=data_s)
+            agreed = self._train(step, data_s=data_s)
+            if agreed.refused:
+                break
             last = self.position.step == self.plan.num_steps
             improved = False
             if last or self.position.step % self.config.train.eval_every == 0:
                 improved = self._validate()
-            if last or improved or self.position.step % self.config.train.checkpoint_every == 0:
+            leave = agreed.ask and self.node_ends()
+            every = self.config.train.checkpoint_every
+            if leave or last or improved or self.position.step % every == 0:
                 self._save()
+            elif agreed.written:
+                self._finish_save()
+            if leave and not last:
+                self._finish_save()
+                raise NodeEnds(f"a node ends; the run is saved at step {self.position.step}")
             began = time.monotonic()
+        if self.saver.pending:
+            self._finish_save()
+        raise_together(self.refusal)
         if self.metrics is not None:
             self.metrics.close()
 
-    def _train(self, step: Step, *, data_s: float) -> None:
+    def _train(self, step: Step, *, data_s: float) -> Agreed:
         """One optimizer step. Losses of micro-batches and ranks add up to the global mean."""
         assert step.step == self.position.step == self.engine.steps, (
             f"stream at {step.step}, run at {self.position.step}, model at {self.engine.steps}"
@@ -142,10 +184,11 @@ class Trainer:
         torch.manual_seed(self.config.run.seed * 1_000_003 + step.step * 4099 + self.rank)
         batches = self._micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
         num_tokens = sum(int(row.lengths.sum()) for row in step.rows)
-        targets, tokens, sequences = self._sums(
+        targets, tokens, sequences, *votes = self._sums(
             sum(batch.num_targets for batch, _ in batches),
             num_tokens,
             sum(len(row.lengths) for row in step.rows),
+            *self._votes(),
         )
         loss = torch.zeros((), device=self.device)
         self.engine.module.train()
@@ -173,8 +216,19 @@ class Trainer:
                 "time/step_s": elapsed,
                 "time/data_s": data_s,
                 "memory/rss_gb": self.process.memory_info().rss / 2**30,
+                **self.restored,
             }
         )
+        self.restored = {}
+        ask, written, refused = votes
+        return Agreed(ask > 0, written == self.world_size, refused > 0)
+
+    def _votes(self) -> tuple[float, float, float]:
+        """What this rank says for `Agreed`; it travels with the counts of a step."""
+        ask = self.rank == 0 and time.monotonic() - self.asked > ASK_EVERY_S
+        if ask:
+            self.asked = time.monotonic()
+        return float(ask), float(self.saver.written), float(self.refusal is not None)
 
     @torch.no_grad()
     def _validate(self) -> bool:
@@ -193,10 +247,7 @@ class Trainer:
         improved = self.position.step > 0 and (best is None or mean < best)
         if improved:
             self.position.best_loss, self.position.best_step = mean, self.position.step
-        facts = {"validation/loss": mean, "time/validation_s": time.monotonic() - began}
-        if self.metrics is not None:
-            self.metrics.log(self.position.step, facts)
-            self._tell(facts)
+        self._report({"validation/loss": mean, "time/validation_s": time.monotonic() - began})
         return improved
 
     def _micro_batches(
@@ -215,9 +266,22 @@ class Trainer:
         return batches
 
     def _report(self, metrics: dict[str, float]) -> None:
+        self._log(self.position.step, metrics)
+        self._tell(metrics)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.metrics is not None:
-            self.metrics.log(self.position.step, metrics)
-            self._tell(metrics)
+            with self._refusal_kept():
+                self.metrics.log(step, metrics)
+
+    @contextmanager
+    def _refusal_kept(self) -> Iterator[None]:
+        """A full disk for metrics ends the run in the next step, when the other ranks know."""
+        try:
+            with full_disk_told(self.run.folder.url, "metrics"):
+                yield
+        except ConfigError as error:
+            self.refusal = error
 
     def _tell(self, metrics: dict[str, float]) -> None:
         if self.progress is not None:
@@ -225,11 +289,11 @@ class Trainer:
                 Trained(step=self.position.step, num_steps=self.plan.num_steps, metrics=metrics)
             )
 
-    def _newest_checkpoint(self) -> tuple[str, dict[str, Any]] | None:
-        """Address and position of the newest complete checkpoint, which rank 0 finds."""
+    def _newest_checkpoint(self) -> tuple[str, dict[str, Any], int] | None:
+        """Address, position and number of ranks of the newest complete one, which rank 0 finds."""
         found: list[Any] = [None]
         if self.rank == 0 and (newest := self.run.newest_checkpoint()):
-            found = [(newest[0].url, newest[1]["position"])]
+            found = [(newest[0].url, newest[1]["position"], newest[1]["world_size"])]
         dist.broadcast_object_list(found)
         return found[0]
 
@@ -243,35 +307,20 @@ class Trainer:
         return number[0]
 
     def _save(self) -> None:
-        """A checkpoint: every rank writes its files, rank 0 commits when all have."""
-        began = time.monotonic()
-        self.audit.flush()
-        folder = self.run.checkpoint(self.position.step)
-        if self.rank == 0:
-            folder.remove()  # of an attempt that died while writing it
-            assert self.metrics is not None
+        """Begin a checkpoint of this step; that of the last step is complete at once."""
+        if self.saver.pending:
+            self._finish_save()
+        if self.metrics is not None:
             self.position.time_s = self.metrics.time_s
-            self.metrics.sync()
-        dist.barrier()
-        with folder.staging() as directory:
-            self.engine.save(directory)
-            files = entries(directory, checkpoint_files(self.rank, self.world_size))
-        gathered: list[list[FileEntry]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(gathered, files)
-        if self.rank == 0:
-            facts = {"position": vars(self.position), "world_size": self.world_size}
-            commit(folder, [file for part in gathered for file in part], **facts)
-            self.run.prune_checkpoints(
-                newest=self.position.step,
-                keep=self.config.train.keep_checkpoints,
-                best_step=self.position.best_step,
-            )
-            assert self.metrics is not None
-            saved = sum(file.size for part in gathered for file in part)
-            self.metrics.log(
-                self.position.step,
-                {"time/checkpoint_s": time.monotonic() - began, "checkpoint/bytes": saved},
-            )
+            with self._refusal_kept():
+                self.metrics.sync()
+        lines = self.audit.take()
+        self.saver.begin(
+            self.engine.snapshot, vars(self.position), before=partial(self.audit.write, lines)
+        )
+
+    def _finish_save(self) -> None:
+        self._log(self.position.step, self.saver.finish())
 
     def _sum(self, value: float, op: Any = dist.ReduceOp.SUM) -> float:
         """`value` reduced over all ranks."""

@@ -125,8 +125,13 @@ def train(case: Case, steps: int) -> Outcome:
 def train_and_save(case: Case, steps: int, directory: Path) -> Outcome:
     engine = new_engine(case)
     done = [train_step(engine, step) for step in range(steps)]
-    engine.save(directory)
+    save(engine, directory)
     return _outcome(engine, done)
+
+
+def save(engine: Engine, directory: Path) -> None:
+    engine.snapshot().write(directory)
+    dist.barrier()  # a rank loads the files of all
 
 
 def load_and_train(case: Case, steps: int, directory: Path) -> Outcome:

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from torch import nn
 
-from medgpt.engine.checkpoint import assign_owners, checkpoint_files
+from medgpt.engine.checkpoint import assign_owners
 from tests.engine.cases import (
     Case,
     load_and_train,
@@ -16,6 +16,7 @@ from tests.engine.cases import (
     run_all,
     train,
     train_and_save,
+    train_step,
 )
 from tests.engine.test_engine import assert_equal
 
@@ -87,13 +88,25 @@ def test_a_checkpoint_from_before_the_first_step_restores_it(tmp_path: Path) -> 
         assert_equal(load_and_train(Case(stage), 2, tmp_path / str(stage)), reference(2))
 
 
+def test_training_on_does_not_change_a_snapshot(tmp_path: Path) -> None:
+    for stage in range(4):
+        engine = new_engine(Case(stage))
+        done = [train_step(engine, step) for step in range(2)]
+        snapshot = engine.snapshot()
+        train_step(engine, 2)
+        snapshot.write(tmp_path / str(stage))
+        resumed = load_and_train(Case(stage), 1, tmp_path / str(stage))
+        assert_equal(resumed, after_resuming(train(Case(stage), 3)), 1e-7)
+        assert len(done) == engine.steps - 1 == 2
+
+
 def test_two_ranks_write_whole_fp32_tensors_into_balanced_files(of_two_ranks: list[Path]) -> None:
     params = {name for name, _ in new_engine(Case(0)).module.named_parameters()}
     for directory in of_two_ranks:
         files = sorted(directory.glob("*.safetensors"))
-        assert [f.name for f in files] == [f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)]
-        named = {name for rank in (0, 1) for name in checkpoint_files(rank, 2)}
-        assert {path.name for path in directory.iterdir()} == named
+        names = [f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)]
+        assert [f.name for f in files] == names
+        assert {path.name for path in directory.iterdir()} == {*names, "engine.json"}
         sizes = [file.stat().st_size for file in files]
         assert max(sizes) < 1.6 * min(sizes)  # three layers are large
         shapes: dict[str, list[int]] = {}

@@ -22,6 +22,7 @@ from tests.engine.cases import (
     new_net,
     reference,
     run_all,
+    save,
     train,
     train_step,
 )
@@ -108,7 +109,7 @@ def test_a_small_update_survives_in_the_master_weights(case: Case, tmp_path: Pat
         engine.backward(engine(1.0))
         engine.step()
     assert engine.module.value.dtype == torch.bfloat16
-    engine.save(tmp_path)
+    save(engine, tmp_path)
     other = scalar_engine(Case(0))
     other.load(tmp_path)
     assert other.module.value.item() == pytest.approx(1 - 3e-6, abs=2e-7)
@@ -143,7 +144,7 @@ def test_frozen_parameters_stay_and_are_not_checkpointed(tmp_path: Path) -> None
         engine = new_engine(case, net)
         for step in range(2):
             train_step(engine, step)
-        engine.save(tmp_path / str(case))
+        save(engine, tmp_path / str(case))
         follow_up = train_step(engine, 2)
 
         other = new_net(seed=99)  # the base model is the same, the trained part is not

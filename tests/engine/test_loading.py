@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from medgpt.config import OptimizerConfig
 from medgpt.engine import Engine, gather_weights, load_safetensors, partitioned_init
 from medgpt.engine import save_safetensors as write
-from tests.engine.cases import CPU, Case, new_engine, new_net, train_step
+from tests.engine.cases import CPU, Case, new_engine, new_net, save, train_step
 from tests.engine.conftest import start_ranks
 
 TwoRanks = Callable[..., list[Any]]
@@ -133,7 +133,7 @@ def test_bf16_exports_are_the_rounded_master_weights(tmp_path: Path) -> None:
     for stage in (1, 2, 3):
         engine = new_engine(Case(stage, precision="bf16"))
         train_step(engine, 0)
-        engine.save(tmp_path / str(stage))
+        save(engine, tmp_path / str(stage))
         masters = load_file(tmp_path / str(stage) / "rank-00000-of-00001.safetensors")
         exported = dict(gather_weights(engine.module))
         assert exported.keys() == {name for name, _ in new_net().named_parameters()}

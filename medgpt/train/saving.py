@@ -1,0 +1,120 @@
+"""Checkpoints while training goes on: each rank writes its files in a thread, rank 0 commits."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from medgpt.config import ConfigError
+from medgpt.disk import full_disk_told
+from medgpt.engine.checkpoint import Snapshot
+from medgpt.runs import FileEntry, Folder, Run, commit, entries
+
+
+@dataclass
+class Pending:
+    """A checkpoint that is being written."""
+
+    folder: Folder
+    position: dict[str, Any]
+    files: Future[list[FileEntry]]  # of this rank
+    began: float
+    stall_s: float  # that training waited so far
+
+
+class Saver:
+    """One rank's part in the checkpoints of an attempt; one is written at a time."""
+
+    def __init__(self, run: Run, *, attempt: int, keep: int) -> None:
+        self.run, self.attempt, self.keep = run, attempt, keep
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Pending | None = None
+
+    @property
+    def written(self) -> bool:
+        """This rank has done its part of the pending checkpoint, which can be committed."""
+        return self.pending is not None and self.pending.files.done()
+
+    def begin(
+        self, take: Callable[[], Snapshot], position: dict[str, Any], before: Callable[[], None]
+    ) -> None:
+        """Take a snapshot and start to write it, after `before`. Collective; none is pending."""
+        assert self.pending is None
+        began = time.monotonic()
+        folder = self.run.checkpoint(position["step"])
+        if self.rank == 0:
+            folder.remove()  # of an attempt that died while writing it
+        dist.barrier()
+        files = self.thread.submit(self._write, folder, take(), before)
+        self.pending = Pending(folder, dict(position), files, began, time.monotonic() - began)
+
+    def finish(self) -> dict[str, float]:
+        """Wait for all ranks and commit. Collective. Returns metrics of the checkpoint.
+
+        Raises:
+            ConfigError: on all ranks, if the disk of one was full; the files are gone then.
+        """
+        pending, self.pending = self.pending, None
+        assert pending is not None
+        began = time.monotonic()
+        part: list[FileEntry] | ConfigError
+        try:
+            part = pending.files.result()
+        except ConfigError as error:
+            part = error
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, part)
+        refusal = next((part for part in parts if isinstance(part, ConfigError)), None)
+        if self.rank == 0 and refusal is None:
+            refusal = self._commit(pending, [file for part in parts for file in part])
+        if self.rank == 0 and refusal is not None:
+            pending.folder.remove()
+        raise_together(refusal)
+        now = time.monotonic()
+        return {
+            "checkpoint/bytes": sum(file.size for part in parts for file in part),
+            "time/checkpoint_s": now - pending.began,
+            "time/checkpoint_stall_s": pending.stall_s + now - began,
+        }
+
+    def _write(
+        self, folder: Folder, snapshot: Snapshot, before: Callable[[], None]
+    ) -> list[FileEntry]:
+        with full_disk_told(self.run.folder.url, _name(folder)):
+            before()
+            with folder.staging() as directory:
+                return entries(directory, snapshot.write(directory))
+
+    def _commit(self, pending: Pending, files: list[FileEntry]) -> ConfigError | None:
+        newest = self.run.manifest["attempt"]
+        if newest != self.attempt:  # of a driver that was given up, as after a network partition
+            raise RuntimeError(
+                f"attempt {newest} of the run has begun, attempt {self.attempt} ends"
+            )
+        position = pending.position
+        try:
+            with full_disk_told(self.run.folder.url, _name(pending.folder)):
+                commit(pending.folder, files, position=position, world_size=self.world_size)
+        except ConfigError as error:
+            return error
+        self.run.prune_checkpoints(
+            newest=position["step"], keep=self.keep, best_step=position["best_step"]
+        )
+        return None
+
+
+def raise_together(error: ConfigError | None) -> None:
+    """Raise on all ranks what one of them met. Collective."""
+    errors: list[ConfigError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for met in errors:
+        if met is not None:
+            raise met
+
+
+def _name(folder: Folder) -> str:
+    return "/".join(folder.url.rsplit("/", 2)[1:])
