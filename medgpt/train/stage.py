@@ -1,20 +1,24 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
 import threading
+from contextlib import nullcontext
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from medgpt.config import TrainStageConfig
+from medgpt.disk import full_disk_told
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import MANIFEST, Folder, Run
 from medgpt.train import session
 from medgpt.train.prepare import prepare
 from medgpt.train.progress import Display
 from medgpt.train.rank import WorkerJob, train_worker
+from medgpt.train.reservation import reserved_for_data
+from medgpt.train.waiting import Waiting
 
 
 def run_stage(stage: str, config: TrainStageConfig) -> Run:
@@ -32,7 +36,8 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
         reporter.say(f"run directory {run.folder.url}")
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
-        data, plan = prepare(run, config, reporter.advance)
+        with full_disk_told(run.folder.url, "data"):
+            data, plan = prepare(run, config, reporter.advance)
         reporter.say(_describe(data, plan))
         run.update_manifest(
             seed=config.run.seed,
@@ -72,6 +77,7 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
                 max_failures=cluster.max_failures,
                 max_preemption_failures=cluster.max_preemptions,
             ),
+            callbacks=[Waiting(cluster, progress)],  # type: ignore[list-item] - see there
         ),
     )
     (run.folder / "ray").remove()  # Ray's own record of an earlier attempt is not to be resumed
@@ -80,14 +86,22 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     follower = threading.Thread(target=display.follow, args=(progress, stop), daemon=True)
     follower.start()
     reporter.advance("starting workers", 0, cluster.fewest_workers)
+    failure: TrainingFailedError | None = None
+    elastic = not isinstance(cluster.num_workers, int)
+    room = reserved_for_data(run.folder.url, cluster.data_cpus) if elastic else nullcontext()
     try:
-        trainer.fit()
+        with room:
+            trainer.fit()
+    except TrainingFailedError as error:
+        failure = error
     finally:
         stop.set()
         follower.join()
         progress.shutdown()
     if display.refused:
-        raise display.refused[0]
+        raise display.refused[0] from None
+    if failure:
+        raise failure
 
 
 def _describe(data: dict[str, Any], plan: dict[str, Any]) -> str:

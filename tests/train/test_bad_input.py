@@ -180,17 +180,18 @@ def test_a_tokenizer_without_end_token_is_refused(tmp_path: Path, base: Path) ->
     assert message.startswith(f"model.name={folder}: its tokenizer has no end token")
 
 
+@pytest.mark.parametrize("workers", [8, [8, 16]])
 def test_more_workers_than_the_cluster_can_give_are_refused_before_anything_is_loaded(
-    tmp_path: Path, tiny_corpus: Path
+    tmp_path: Path, tiny_corpus: Path, workers: int | list[int]
 ) -> None:
     config = pretrain_config(
         tmp_path / "run",
         tiny_corpus,
-        cluster={"num_workers": 8},
-        train={"global_batch_size": 32},
+        cluster={"num_workers": workers},
+        train={"global_batch_size": 64},
     )
     message = refusal(config)
-    assert message.startswith("cluster.num_workers=8 needs 9 CPU in all")
+    assert message.startswith(f"cluster.num_workers={workers} needs 9 CPU in all")
     assert "the cluster has 4 at most" in message
     assert not (tmp_path / "run/tokenizer").exists()
 
