@@ -1,0 +1,149 @@
+"""Several raylets on this machine, and a driver in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from medgpt.config import TrainStageConfig
+from medgpt.runs import Run
+from tests.train import hooks
+from tests.train.cases import write_toml
+
+ROOT = Path(__file__).parents[2]
+STORE_BYTES = 128 * 2**20
+QUICK = {  # or a test would wait for Ray's polls
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # which the session's local Ray switches off
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+}
+
+
+@contextmanager
+def started_cluster() -> Iterator[Cluster]:
+    """A head with one CPU, on which drivers and controllers run and which is never removed."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+        },
+    )
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def add_node(cluster: Cluster) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+
+def node_pids(node: Any) -> list[int]:
+    """The raylet of a node and all its processes."""
+    found = []
+    for kind, processes in node.all_processes.items():
+        if kind == "raylet":
+            for info in processes:
+                raylet = psutil.Process(info.process.pid)
+                found += [raylet.pid, *(p.pid for p in raylet.children(recursive=True))]
+    return found
+
+
+def named(pids: list[int], name: str) -> list[int]:
+    """Those whose title, which Ray sets, holds `name`."""
+    found = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            if any(name in word for word in psutil.Process(pid).cmdline()):
+                found.append(pid)
+    return found
+
+
+def train_workers(cluster: Cluster) -> dict[int, Any]:
+    """Process ids of the training workers, with their nodes."""
+    return {
+        pid: node
+        for node in cluster.list_all_nodes()
+        for pid in named(node_pids(node), "RayTrainWorker")
+    }
+
+
+class Driver:
+    """`medgpt STAGE` as a user would type it, whose steps are logged as the gate allows."""
+
+    def __init__(self, cluster: Cluster, config: TrainStageConfig, folder: Path) -> None:
+        self.cluster, self.run = cluster, Run(config.run.dir)
+        self.gate, self.log = folder / "gate", folder / "driver.log"
+        self.toml = write_toml(config, folder / "config.toml")
+        self.allow(10**9)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def allow(self, step: int) -> None:
+        """The run may log steps up to this one."""
+        partial = self.gate.with_suffix(".new")
+        partial.write_text(str(step))
+        partial.replace(self.gate)
+
+    def start(self) -> None:
+        environment = {hooks.GATE: str(self.gate), "PYTHONPATH": str(ROOT)}
+        runtime_env = {
+            "worker_process_setup_hook": "tests.train.hooks.install",
+            "env_vars": environment,
+        }
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "medgpt", "pretrain", str(self.toml)],
+                env={
+                    **os.environ,
+                    **QUICK,
+                    "PYTHONPATH": str(ROOT),
+                    "RAY_ADDRESS": self.cluster.address,
+                    "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env}),
+                },
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def join(self, timeout_s: float = 300) -> None:
+        """Wait for the end, which must be a good one."""
+        assert self.process is not None
+        code = self.process.wait(timeout_s)
+        assert code == 0, self.log.read_text("utf-8")[-4000:]
+
+    def step(self) -> int:
+        return hooks.steps_logged(Path(self.run.folder.path("metrics.jsonl")))
+
+    def wait_for(self, done: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not done():
+            assert self.process is not None
+            assert self.process.poll() is None, self.log.read_text("utf-8")[-4000:]
+            assert time.monotonic() < deadline, (
+                f"no {what} after {timeout_s} s, step {self.step()}\n"
+                + self.log.read_text("utf-8")[-4000:]
+            )
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int, timeout_s: float = 240) -> None:
+        self.wait_for(lambda: self.step() >= step, f"step {step}", timeout_s)
+
+    def num_workers(self) -> int:
+        """Of the newest attempt."""
+        return int(self.run.manifest.get("world_size", 0))
