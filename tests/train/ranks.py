@@ -1,0 +1,158 @@
+"""Two ranks of a training without Ray, of which one dies where a test says.
+
+Python's own audit events tell each step of a write and commit; torch's collectives are wrapped.
+Each rank reads its rows itself, or starting Ray in it would take most of the time.
+"""
+
+import datetime
+import json
+import multiprocessing as mp
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+COLLECTIVES = (
+    *("all_reduce", "barrier", "broadcast_object_list", "all_gather_object", "broadcast"),
+    *("all_gather_into_tensor", "reduce_scatter_tensor", "reduce"),
+)
+HALF_A_FILE = 1 << 16  # bytes
+TIMEOUT_S = 60
+Kind = Literal["file", "write", "full", "before", "after"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A moment in the life of a rank: its `index`-th file event or collective.
+
+    kind file: death before the event; write: death inside the write after it; full: from it on no
+    file may be longer than HALF_A_FILE; before, after: death around the collective.
+    """
+
+    rank: int
+    kind: Kind
+    index: int
+    what: str
+
+
+def run_ranks(config: Any, folder: Path, death: Point | None = None) -> list[int | None]:
+    """Train; exit codes of the ranks. What each did is in `folder`/rank-N.json."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "medgpt.train.worker", "medgpt.train.objective"])
+    store = folder / "store"
+    store.unlink(missing_ok=True)
+    processes = [
+        context.Process(target=_rank, args=(rank, store, config, folder, death))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(2 * TIMEOUT_S)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def recorded(folder: Path) -> list[Point]:
+    """All moments of both ranks in the order in which they came."""
+    return [
+        Point(rank, "file" if kind == "file" else "before", index, what)
+        for rank in range(2)
+        for kind, index, what in json.loads((folder / f"rank-{rank}.json").read_text("utf-8"))
+    ]
+
+
+def _rank(rank: int, store: Path, config: Any, folder: Path, death: Point | None) -> None:
+    with (folder / f"rank-{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if death and death.kind == "write":
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it and gets an error instead
+    watch = Watch(death if death and death.rank == rank else None)
+    import torch
+    import torch.distributed as dist
+
+    from medgpt.runs import Run
+    from medgpt.train import worker
+    from medgpt.train.objective import Objective
+    from medgpt.train.prepare import TOKENIZER, load_tokenizer
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2, timeout=timeout
+    )
+    worker.training_stream = _rows_read_here
+    run, device = Run(config.run.dir), torch.device("cpu")
+    objective = Objective(config, load_tokenizer((run.folder / TOKENIZER).url), device)
+    watch.install()
+    no_end = {"progress": None, "node_ends": lambda: False}
+    worker.Trainer(run, config, objective, device=device, **no_end).fit()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(watch.seen), "utf-8")
+
+
+def _rows_read_here(plan: Any, data_url: str, **part: int | float) -> Iterator[Any]:
+    """The steps of `training_stream` without Ray Data."""
+    from medgpt.data import stream
+
+    del part["data_cpus"]
+    rows = (
+        row
+        for table in plan.read(**part)
+        for row in stream.unpack(
+            stream.assemble(table, url=data_url, split="train", version=plan.data_version)
+        )
+    )
+    return stream._steps(plan, rows, world_size=int(part["world_size"]), start=int(part["start"]))
+
+
+class Watch:
+    """Counts moments of this process, and ends it at one."""
+
+    def __init__(self, death: Point | None) -> None:
+        self.death = death
+        self.seen: list[tuple[str, int, str]] = []
+        self.files = self.collectives = 0
+
+    def install(self) -> None:
+        import torch.distributed as dist
+
+        for name in COLLECTIVES:
+            setattr(dist, name, self._wrapped(name, getattr(dist, name)))
+        sys.addaudithook(self._file)
+
+    def _file(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in FILE_EVENTS or "/checkpoints/" not in str(args[0]):
+            return
+        name = str(args[0]).split("/checkpoints/")[1]
+        self.seen.append(("file", self.files, f"{event} {name}"))
+        index, self.files = self.files, self.files + 1
+        if self.death is None or self.death.index != index:
+            return
+        if self.death.kind == "file":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.death.kind in ("write", "full"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (HALF_A_FILE, resource.RLIM_INFINITY))
+
+    def _wrapped(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            index, self.collectives = self.collectives, self.collectives + 1
+            callers = [f.name for f in traceback.extract_stack() if "/medgpt/" in f.filename]
+            self.seen.append(("collective", index, f"{name} in {'.'.join(callers[-3:])}"))
+            self._die("before", index)
+            result = collective(*args, **kwargs)
+            self._die("after", index)
+            return result
+
+        return call
+
+    def _die(self, kind: Kind, index: int) -> None:
+        if self.death and (self.death.kind, self.death.index) == (kind, index):
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,104 @@
+"""A full disk stops a run with words that help, and what was saved before stays usable."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from medgpt.config import ConfigError
+from medgpt.disk import full_disk_told
+from medgpt.eval.stages import run_pretrain
+from medgpt.runs import Run
+from tests.train.audits import assert_every_chunk_once
+from tests.train.cases import pretrain_config
+from tests.train.ranks import Point, run_ranks
+from tests.train.test_faults import EVERY, Quiet, logs, quiet
+from tests.train.test_resume import train_losses
+
+__all__ = ["quiet"]  # a fixture
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+
+def mount(folder: Path, kib: int, *, again: bool = False) -> None:
+    options = f"{'remount,' if again else ''}size={kib}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty file system whose size a test sets by `mount(..., again=True)`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount(folder, 1024)
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def kib(folder: Path) -> int:
+    """Of the files, each in whole pages."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-path.stat().st_size // 4096) * 4 for path in files)
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+    pretrained: Run, small_disk: Path, tiny_corpus: Path
+) -> None:
+    whole = Path(pretrained.folder.url)
+    step = pretrained.checkpoint_steps()[-1]
+    checkpoint = kib(Path(pretrained.checkpoint(step).url))
+    rest = kib(whole) - kib(whole / "checkpoints") - kib(whole / "model")
+    mount(small_disk, rest + 5 * checkpoint // 2, again=True)  # room for two and a half
+    config = pretrain_config(small_disk / "run", tiny_corpus)
+    run = Run(config.run.dir)
+    with pytest.raises(ConfigError) as error:
+        run_pretrain(config)
+    assert str(error.value) == (
+        f"run.dir={run.folder.url}: No space left on device while writing "
+        "checkpoints/step-00000030; free space and repeat the command, the run continues from "
+        "its newest complete checkpoint"
+    )
+    newest = run.newest_checkpoint()
+    assert newest is not None
+    assert newest[1]["position"]["step"] == 20
+    assert run.checkpoint_steps() == [10, 20]  # what was half written is gone
+    assert run.manifest["attempt"] == 1  # and nothing was tried again
+
+    mount(small_disk, 64 * 1024, again=True)
+    assert run_pretrain(config).finished
+    assert_every_chunk_once(run)
+    assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
+
+
+def test_a_full_disk_while_data_are_prepared_says_so(
+    ray_session: None, small_disk: Path, tiny_corpus: Path
+) -> None:
+    mount(small_disk, 60, again=True)
+    with pytest.raises(ConfigError, match="No space left on device while writing data; free space"):
+        run_pretrain(pretrain_config(small_disk / "run", tiny_corpus))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_write_its_part_stops_all(
+    quiet: Quiet, tmp_path: Path, rank: int
+) -> None:
+    shutil.copytree(quiet.prepared, tmp_path / "run")
+    config = quiet.config(tmp_path / "run")
+    run = Run(config.run.dir)
+    folder = f"checkpoints/step-{2 * EVERY:08d}"
+    point = next(p for p in quiet.points if p.rank == rank and p.what.endswith(folder[12:]))
+    limit = Point(rank, "full", point.index, point.what)  # a file may not grow, as on a full disk
+    assert run_ranks(config, tmp_path, limit) == [1, 1]
+    assert logs(tmp_path).count(f"File too large while writing {folder}; free space") == 2
+    assert run.checkpoint_steps() == [EVERY]
+    assert run_ranks(config, tmp_path) == [0, 0], logs(tmp_path)
+    assert train_losses(run) == pytest.approx(quiet.losses, abs=1e-6)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(PermissionError), full_disk_told("/run", "metrics"):
+        raise PermissionError(13, "Permission denied")
