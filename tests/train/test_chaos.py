@@ -1,0 +1,137 @@
+"""Everything that can die is killed at random moments; the run ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from medgpt.runs import Run
+from tests.train.audits import assert_every_chunk_once, chunks_by_step
+from tests.train.cases import pretrain_config
+from tests.train.clusters import (
+    Driver,
+    add_node,
+    named,
+    node_pids,
+    started_cluster,
+    train_workers,
+)
+from tests.train.test_resume import train_losses
+
+pytestmark = [pytest.mark.ray]
+STEPS = 60  # of the run that is repeated
+NODES = 3  # beside the head
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with started_cluster() as cluster:
+        for _ in range(NODES):
+            add_node(cluster)
+        yield cluster
+
+
+class Chaos:
+    """Kills parts of a run, and counts which."""
+
+    def __init__(self, driver: Driver, dice: random.Random) -> None:
+        self.driver, self.cluster, self.dice = driver, driver.cluster, dice
+        self.killed: dict[str, int] = {}
+
+    def strike(self, kind: str) -> None:
+        kill: dict[str, Callable[[], None]] = {
+            "data worker": self.data_worker,
+            "train worker": self.train_worker,
+            "node": self.node,
+            "driver": self.restart_driver,
+        }
+        print(f"step {self.driver.step()}: {kind}")
+        kill[kind]()
+        self.killed[kind] = self.killed.get(kind, 0) + 1
+
+    def data_worker(self) -> None:
+        """A process that reads or has read rows; Ray names one after its task."""
+        pids = [pid for node in self.cluster.list_all_nodes() for pid in node_pids(node)]
+        self._kill_one(named(pids, "ray::MapBatches") or named(pids, "ray::IDLE"))
+
+    def train_worker(self) -> None:
+        self.driver.wait_for(lambda: bool(train_workers(self.cluster)), "training worker")
+        self._kill_one(list(train_workers(self.cluster)))
+
+    def node(self) -> None:
+        """One that trains if there is one; another takes its place."""
+        training = [n for n in train_workers(self.cluster).values() if n in self._removable()]
+        lost = self.dice.choice(training or self._removable())
+        self.cluster.remove_node(lost, allow_graceful=False)
+        add_node(self.cluster)
+
+    def restart_driver(self) -> None:
+        self.driver.kill()
+        self.driver.start()
+
+    def _removable(self) -> list:
+        return sorted(self.cluster.worker_nodes, key=lambda node: node.node_id)
+
+    def _kill_one(self, pids: list[int]) -> None:
+        assert pids
+        os.kill(self.dice.choice(sorted(pids)), signal.SIGKILL)
+
+
+def survive(
+    kinds: list[str], seed: int, *, quiet: Run, cluster: Cluster, corpus: Path, folder: Path
+) -> None:
+    """Train with a death of each of `kinds`, spread over the run, and compare with `quiet`."""
+    dice = random.Random(seed)
+    print(f"seed {seed}")
+    config = pretrain_config(
+        folder / "run",
+        corpus,
+        train={"checkpoint_every": 5},
+        cluster={"num_workers": 2, "max_failures": -1},
+    )
+    run, driver = Run(config.run.dir), Driver(cluster, config, folder)
+    chaos = Chaos(driver, dice)
+    driver.allow(0)
+    driver.start()
+    for number, kind in enumerate(kinds):
+        # the run may not pass its share of the steps before it has met its share of the deaths
+        low, high = (STEPS * n // (len(kinds) + 1) for n in (number, number + 1))
+        driver.allow(high)
+        if dice.random() < 0.7:
+            driver.wait_for_step(dice.randint(low + 1, high))
+        else:  # while it starts again, as it may happen to do
+            time.sleep(dice.uniform(0, 10))
+        chaos.strike(kind)
+    driver.allow(10**9)
+    driver.join()
+    assert sum(chaos.killed.values()) == len(kinds)
+    assert run.finished
+    assert_every_chunk_once(run)
+    assert chunks_by_step(run) == chunks_by_step(quiet)
+    assert len(train_losses(run)) == STEPS
+    assert train_losses(run) == pytest.approx(train_losses(quiet), abs=1e-6)
+    print(f"{run.manifest['attempt']} attempts, killed {chaos.killed}")
+
+
+@pytest.mark.timeout(600)
+def test_a_run_survives_the_death_of_each_part(
+    pretrained: Run, cluster: Cluster, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    kinds = ["train worker", "data worker", "node", "driver"]
+    survive(kinds, 1, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_run_survives_twenty_deaths(
+    pretrained: Run, cluster: Cluster, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    seed = int(os.environ.get("MEDGPT_TEST_SEED", time.time()))
+    kinds = ["train worker", "data worker", "node", "driver"] * 5
+    random.Random(seed).shuffle(kinds)
+    survive(kinds, seed, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path)
