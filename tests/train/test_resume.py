@@ -97,6 +97,10 @@ def test_a_killed_run_continues_with_the_losses_of_one_that_never_died(
     assert run.finished
     assert run.manifest["attempt"] == 2
     assert attempts(run) == {1, 2}
+    times = [m["time_s"] for m in run.metrics()]
+    assert times == sorted(times)  # of training, without the pause
+    first = next(m for m in run.metrics() if m["attempt"] == 2 and "train/loss" in m)
+    assert first["time/restore_s"] > 0
     assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
     assert chunks_by_step(run) == chunks_by_step(pretrained)
     assert_every_chunk_once(run)
