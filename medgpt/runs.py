@@ -243,11 +243,14 @@ class Run:
                 "absolute path or a URI"
             )
         try:
-            return cls(run_dir)
-        except (ValueError, ImportError) as error:  # fsspec's, for addresses it cannot open
+            run = cls(run_dir)
+            run.folder.exists(MANIFEST)
+        except Exception as error:  # every kind of store has its own
             raise ConfigError(
-                f"run.dir={run_dir}: {error}; give an absolute path, or a URI that fsspec knows"
+                f"run.dir={run_dir}: {error}; give an absolute path, or a URI that fsspec knows, "
+                "with credentials for it"
             ) from None
+        return run
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("corpus", "pretrain", "sft", "pipeline", "chat", "merge")
 
 
-def medgpt(*arguments: str) -> subprocess.CompletedProcess[str]:
+def medgpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "medgpt", *arguments]
-    environment = {**os.environ, "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200", **environment}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
@@ -75,6 +75,26 @@ def test_an_unknown_stage_is_refused_without_a_traceback() -> None:
     result = medgpt("pretrian", "configs/debug/pretrain.toml")
     assert result.returncode == 2
     assert "No such command 'pretrian'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_bucket_without_credentials_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    nobody = {
+        "AWS_ACCESS_KEY_ID": "",
+        "AWS_SECRET_ACCESS_KEY": "",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+    }
+    config = "configs/debug/pretrain.toml"
+    result = medgpt("pretrain", config, "run.dir=s3://bucket/run", **nobody)
+    assert result.returncode == 2
+    assert "run.dir=s3://bucket/run: Unable to locate credentials" in result.stderr
+    assert "Traceback" not in result.stderr
+    data = 'data.sources.0.paths=["s3://bucket/data"]'
+    result = medgpt("pretrain", config, f"run.dir={tmp_path}/run", data, **nobody)
+    assert result.returncode == 2
+    assert "paths='s3://bucket/data': cannot be listed (Unable to locate cred" in result.stderr
     assert "Traceback" not in result.stderr
 
 

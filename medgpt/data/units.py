@@ -96,8 +96,9 @@ def _expand(path: str, source: SourceConfig) -> list[str]:
         else:
             found = [file for file in filesystem.glob(root) if filesystem.isfile(file)]
             found = [file for file in found if not _hidden(PurePosixPath(file).name)]
-    except (OSError, ValueError, ImportError) as error:
-        raise _error(source, path, f"cannot be listed ({error})", "check the address") from None
+    except Exception as error:  # every kind of store has its own
+        remedy = "check the address and the credentials"
+        raise _error(source, path, f"cannot be listed ({error})", remedy) from None
     if not found:
         rule = "no file of a known format" if filesystem.isdir(root) else "no such file"
         raise _error(source, path, rule, "relative paths start at the current folder")

@@ -69,12 +69,12 @@ def build_model(
     attention = resolve_attention(config.attention, dtype)
     if config.architecture is None:
         assert config.name is not None
-        return _prepared(_read(config, hf_config, objective, dtype, attention))
+        return _prepared(_read(config, hf_config, objective, dtype, attention), config.name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AUTO[objective].from_config(hf_config, dtype=dtype, attn_implementation=attention)
     _scale_fresh_weights(model, config.architecture.num_layers)
-    return _prepared(model)
+    return _prepared(model, None)
 
 
 def empty_model(
@@ -97,7 +97,7 @@ def empty_model(
             trust_remote_code=config.trust_remote_code,
         )
     model.tie_weights()  # no_init_weights skips it
-    return _prepared(model)
+    return _prepared(model, config.name)
 
 
 def weight_files(name: str) -> list[Path]:
@@ -254,7 +254,6 @@ def _read(
     wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
     if wrong:  # transformers would fill them with random numbers
         raise ConfigError(f"model.name={config.name}: {len(wrong)} weights missing, as {wrong[0]}")
-    model.name_or_path = config.name  # not the copy's path: adapters name their base by it
     return model
 
 
@@ -281,7 +280,9 @@ def _scale_fresh_weights(model: PreTrainedModel, num_layers: int) -> None:
             weight.data.mul_((2 * num_layers) ** -0.5)
 
 
-def _prepared(model: PreTrainedModel) -> PreTrainedModel:
+def _prepared(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
+    if name is not None:
+        model.name_or_path = name  # not the copy's path: adapters name their base by it
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # its noise would depend on worker and micro-batch

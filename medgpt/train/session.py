@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,6 +18,7 @@ from ray.autoscaler.sdk import request_resources
 from medgpt.config import ClusterConfig, ConfigError
 
 TIMED_OUT = "timed out during startup"  # in the message of Ray's error
+CONNECT_S = 20  # longest wait for a cluster to answer
 SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 QUIET = {
@@ -38,15 +40,33 @@ def connect(cluster: ClusterConfig) -> None:
 
     The local Ray has one logical CPU more than the machine: data tasks are light and run beside
     the workers, which reserve the real ones.
+
+    Raises:
+        ConfigError: nobody answers at RAY_ADDRESS, or this machine is too busy.
     """
     if ray.is_initialized():
         return
     if address := os.environ.get("RAY_ADDRESS"):
+        check_address(address)
         os.environ.update(QUIET)
         ray.init(address=address, **SILENT)
         _silence_libraries()
     else:
         start_local((os.cpu_count() or 1) + cluster.data_cpus)
+
+
+def check_address(address: str) -> None:
+    """Raises ConfigError if no one listens there; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # auto
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no cluster answers ({error}); start it, or unset RAY_ADDRESS "
+            "for a Ray on this machine"
+        ) from None
 
 
 def start_local(num_cpus: float) -> None:

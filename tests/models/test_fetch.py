@@ -11,7 +11,7 @@ import torch
 from medgpt.config import ConfigError, LoraConfig, ModelConfig
 from medgpt.models import fetch
 from medgpt.models.fetch import local_copy, model_folder
-from medgpt.models.load import SpecialIds, build_model, weight_files
+from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
 from medgpt.models.lora import apply_lora, merge_adapter
 from medgpt.models.tokenizer import load_base
 from medgpt.runs import Folder
@@ -111,6 +111,12 @@ def test_adapters_name_the_uri_of_their_base_and_merge_into_it(
     layer = "model.layers.0.self_attn.q_proj.weight"
     change = merged.get_parameter(layer) - base.get_parameter(layer)
     assert float(change.detach().abs().max()) > 1e-3
+
+
+def test_a_model_without_weights_names_the_uri_too(saved: Path, store: Store) -> None:
+    uri = store(saved)
+    model = empty_model(ModelConfig(name=uri), objective="clm", vocab_size=0, special=SpecialIds())
+    assert model.name_or_path == uri
 
 
 @pytest.mark.parametrize("uri", ["memory://nothing/there", "nowhere://bucket/model"])

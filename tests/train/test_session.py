@@ -1,5 +1,6 @@
-"""A local Ray starts although the machine is busy, or says so."""
+"""A Ray is found or started, or the reason why not is told at once."""
 
+import socket
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import psutil
 import pytest
 
 from medgpt.config import ConfigError
-from medgpt.train.session import start_patiently
+from medgpt.train.session import check_address, start_patiently
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -45,3 +46,15 @@ def test_another_failure_is_not_tried_again() -> None:
         start_patiently(node)
     (left,) = node.left
     left.kill()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_ray_address_is_checked_before_ray_tries_it_for_minutes(scheme: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS={address}: no cluster answers"):
+            check_address(address)
+        listener.listen()
+        check_address(address)
+    check_address("auto")
