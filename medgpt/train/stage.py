@@ -1,12 +1,10 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
+import importlib
 import threading
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.util.queue import Queue
 
 from medgpt.config import TrainStageConfig
 from medgpt.metrics import ConsoleReporter
@@ -30,6 +28,8 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
+        # seconds of imports, while Ray starts and the corpus is tokenised
+        threading.Thread(target=importlib.import_module, args=("ray.train.torch",)).start()
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
         data, plan = prepare(run, config, reporter.advance)
@@ -51,6 +51,10 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
 
 def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
     """Start the workers and show their progress until they are done."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     progress = Queue(actor_options={"num_cpus": 0})
