@@ -12,7 +12,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 import deepspeed  # noqa: E402
-from deepspeed.runtime import bf16_optimizer  # noqa: E402
+from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
+
+# every engine imports Muon, which medgpt does not use; compiling its functions loads all of
+# torch's compiler, a quarter of a worker's imports
+_compile = compiler.compile
+compiler.compile = lambda: compiler.dummy_decorator
+from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: E402, F401
+
+compiler.compile = _compile
 
 
 def _no_report(message: str, force: bool = False) -> None:

@@ -1,7 +1,6 @@
 """Training stages as commands: train, then report."""
 
 from medgpt.config import PretrainConfig, SFTConfig, TrainStageConfig
-from medgpt.eval.report import write_report
 from medgpt.runs import Run
 from medgpt.train.stage import run_stage
 
@@ -17,6 +16,8 @@ def run_sft(config: SFTConfig) -> Run:
 def _trained(stage: str, config: TrainStageConfig) -> Run:
     run = run_stage(stage, config)
     if not run.folder.exists("report.html"):
+        from medgpt.eval.report import write_report  # matplotlib would delay the start of training
+
         write_report(run)
     print(f"{stage}: report in {run.folder.url}/report.html")
     return run

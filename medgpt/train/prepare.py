@@ -16,7 +16,6 @@ from medgpt.config import (
     TrainStageConfig,
 )
 from medgpt.data.deny import DenyList
-from medgpt.data.encode import ConversationEncoder, DocumentEncoder
 from medgpt.data.index import Encode, IndexJob, build_index
 from medgpt.data.inputs import check_sources
 from medgpt.data.plan import Order, existing_plan, make_plan
@@ -113,6 +112,8 @@ def _made_from(config: TrainStageConfig) -> dict[str, Any]:
 @cache
 def load_encoder(tokenizer_url: str, config_json: str, cls: type[TrainStageConfig]) -> Encode:
     """The function that turns records into tokens; once in each process."""
+    from medgpt.data.encode import ConversationEncoder, DocumentEncoder
+
     config = cls.model_validate_json(config_json)
     tokenizer = load_tokenizer(tokenizer_url)
     if isinstance(config, PretrainConfig):

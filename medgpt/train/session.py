@@ -11,7 +11,6 @@ from typing import Any
 
 import psutil
 import ray
-import ray.data
 from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
 
@@ -121,6 +120,8 @@ def _end(processes: Iterable[psutil.Process]) -> None:
 
 
 def _silence_libraries() -> None:
+    import ray.data  # after the start of Ray, which it would delay
+
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()

@@ -1,13 +1,11 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
+import importlib
 import threading
 from contextlib import nullcontext
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
-from ray.util.queue import Queue
 
 from medgpt.config import TrainStageConfig
 from medgpt.disk import full_disk_told
@@ -17,8 +15,6 @@ from medgpt.train import session
 from medgpt.train.prepare import prepare
 from medgpt.train.progress import Display
 from medgpt.train.rank import WorkerJob, train_worker
-from medgpt.train.reservation import reserved_for_data
-from medgpt.train.waiting import Waiting
 
 
 def run_stage(stage: str, config: TrainStageConfig) -> Run:
@@ -34,6 +30,8 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
+        # seconds of imports, while Ray starts and the corpus is tokenised
+        threading.Thread(target=importlib.import_module, args=("ray.train.torch",)).start()
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
         with full_disk_told(run.folder.url, "data"):
@@ -56,6 +54,13 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
 
 def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
     """Start the workers and show their progress until they are done."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    from ray.util.queue import Queue
+
+    from medgpt.train.reservation import reserved_for_data
+    from medgpt.train.waiting import Waiting
+
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     progress = Queue(actor_options={"num_cpus": 0})

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from medgpt.config import ModelConfig, OptimizerConfig
 from medgpt.data.batch import PackedBatch
 from medgpt.data.collate import causal_batch
-from medgpt.data.shards import data_version
-from medgpt.data.stream import Plan, StreamSpec, assemble, unpack
+from medgpt.data.plan import Plan
+from medgpt.data.stream import assemble, unpack
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.schedule import learning_rate
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.load import SpecialIds, build_model
+from medgpt.runs import Run
 
 
-def batches(spec: StreamSpec, micro: int) -> list[list[PackedBatch]]:
-    """This rank's micro-batches of every step, `micro` rows each, from medgpt's own plan."""
-    table = Plan(spec).table(rank=dist.get_rank(), world_size=dist.get_world_size(), start=0)
-    version = data_version(spec.data_url)
+def batches(plan: Plan, data_url: str, micro: int) -> list[list[PackedBatch]]:
+    """This rank's micro-batches of every step, `micro` rows each, from the plan of medgpt's run."""
     steps: dict[int, list] = {}
-    packed = assemble(table, url=spec.data_url, split="train", version=version)
-    for step, row in unpack(packed):
-        steps.setdefault(step, []).append(row)
+    for table in plan.read(rank=dist.get_rank(), world_size=dist.get_world_size(), start=0):
+        packed = assemble(table, url=data_url, split="train", version=plan.data_version)
+        for step, row in unpack(packed):
+            steps.setdefault(step, []).append(row)
     return [
         [causal_batch(rows[i : i + micro]) for i in range(0, len(rows), micro)]
         for _, rows in sorted(steps.items())
@@ -50,16 +50,9 @@ def flat_gradients(module: nn.Module) -> Tensor:
 
 def train(args: argparse.Namespace) -> None:
     config = OptimizerConfig()
-    spec = StreamSpec(
-        data_url=args.data,
-        max_length=args.max_length,
-        global_batch_size=args.rows,
-        seed=0,
-        epochs=1,
-        max_steps=args.steps,
-        weights=None,
-    )
-    steps = batches(spec, args.micro)
+    run = Run(args.run)
+    plan = Plan(run.plan.url, global_batch_size=args.rows, max_steps=args.steps)
+    steps = batches(plan, run.data.url, args.micro)
     module = LanguageModel(
         build_model(
             ModelConfig(name=args.base), objective="clm", vocab_size=0, special=SpecialIds(), seed=0
@@ -104,10 +97,10 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("data", help="the data folder of a run of medgpt")
+    parser.add_argument("run", help="of medgpt, on the same steps")
     parser.add_argument("base")
     parser.add_argument("metrics", type=Path)
-    for name in ("max-length", "rows", "micro", "steps"):
+    for name in ("rows", "micro", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -147,6 +147,7 @@ paths = ["{data.absolute()}"]
 licence = "mixed"
 deny = []
 [data]
+shard_mb = 4
 max_length = {MAX_LENGTH}
 validation_share = 0.0
 [train]
@@ -283,14 +284,14 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def gemm_gflops(seconds: float = 2.0) -> float:
-    """What this machine's cores reach together in fp32, one process a core, one thread each."""
+def gemm_gflops(processes: int | None = None, *, seconds: float = 2.0) -> float:
+    """What this many processes of one thread reach together in fp32; by default one a core."""
     code = (
         "import time, torch; torch.set_num_threads(1); a = torch.randn(1024, 1024); n = 0\n"
         f"[a @ a for _ in range(5)]; t = time.time()\nwhile time.time() - t < {seconds}:\n"
         " a @ a; n += 1\nprint(n * 2 * 1024**3 / (time.time() - t) / 1e9)"
     )
     command = [sys.executable, "-c", code]
-    cores = range(os.cpu_count() or 1)
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in cores]
+    count = processes or os.cpu_count() or 1
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     return sum(float(process.communicate()[0]) for process in running)

@@ -40,11 +40,11 @@ def corpus(folder: Path, times: int) -> Path:
 def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
     """Index, plan, stream: what a worker does before it trains, all rows of one epoch."""
     from medgpt.config import SFTConfig, load
-    from medgpt.data.stream import Plan, training_stream
+    from medgpt.data.plan import Plan
+    from medgpt.data.stream import training_stream
     from medgpt.runs import Run
     from medgpt.train import session
     from medgpt.train.prepare import prepare
-    from medgpt.train.worker import stream_spec
 
     run_dir = folder / "data-path"
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -53,11 +53,11 @@ def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
     session.connect(config.cluster)
     began = time.monotonic()
     run = Run.open("sft", config, run_dir=config.run.dir, allow_changes=False)
-    manifest = prepare(run, config, lambda *_: None)
+    manifest = prepare(run, config, lambda *_: None).data
     indexed = time.monotonic()
-    plan = Plan(stream_spec(run, config))
+    plan = Plan(run.plan.url, global_batch_size=64, max_steps=None)
     rows = tokens = 0
-    for step in training_stream(plan, rank=0, world_size=1, start=0):
+    for step in training_stream(plan, run.data.url, rank=0, world_size=1, start=0):
         rows += len(step.rows)
         tokens += sum(len(row.input_ids) for row in step.rows)
     done = time.monotonic()

@@ -18,10 +18,9 @@ def bare(args: argparse.Namespace) -> common.Window:
     metrics = args.dir / "bare.jsonl"
     command = common.torchrun(
         "tests.bench.bare_loop",
-        args.dir / "medgpt" / "data",
+        args.dir / "medgpt",
         base,
         metrics,
-        f"--max-length={common.MAX_LENGTH}",
         f"--rows={ROWS}",
         f"--micro={MICRO}",
         f"--steps={LAST}",
