@@ -60,11 +60,16 @@ class _LabelLogprobs(torch.autograd.Function):
         logits, labels, log_z = ctx.saved_tensors
         index, ignored = labels.clamp(min=0)[:, None], labels[:, None] < 0
         scale = grads[0][:, None]
+        any_ignored = bool(ignored.any())
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
-            block = (logits[rows].float() - log_z[rows, None]).exp_().mul_(-scale[rows])
+            block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
+            torch.sub(logits[rows], log_z[rows, None], out=block).exp_().mul_(-scale[rows])
             block.scatter_add_(1, index[rows], scale[rows])
-            grad[rows] = block.masked_fill_(ignored[rows], 0.0)
+            if any_ignored:
+                block.masked_fill_(ignored[rows], 0.0)
+            if grad.dtype != torch.float32:
+                grad[rows] = block
         return grad, None
 
 
