@@ -92,7 +92,7 @@ class DataConfig(Config):
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01
     """The run stops when more than this share of a source's rows is malformed."""
     shard_mb: Count = 32
-    """Files that can be split are read in pieces of about this many MiB."""
+    """Files that can be split are read in pieces of at most about this many MiB."""
 
     @model_validator(mode="after")
     def _names_and_weights(self) -> Self:

@@ -34,9 +34,10 @@ from medgpt.data.order import num_chunks
 from medgpt.data.readers import read_unit
 from medgpt.data.records import Conversation, Record, Reject
 from medgpt.data.shards import ShardWriter, read_index, write_index
-from medgpt.data.units import Unit, list_units
+from medgpt.data.units import Unit, file_size, list_files, list_units
 from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 
+FEWEST_UNITS = 64  # of a corpus of as many MiB
 BATCH_RECORDS = 256  # records tokenised together
 SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")
@@ -80,7 +81,14 @@ def build_index(
 
 
 def all_units(config: DataConfig) -> list[Unit]:
-    return [unit for source in config.sources for unit in list_units(source, config.shard_mb)]
+    """Pieces of at most shard_mb; smaller ones of a small corpus, so that all cores have work.
+
+    They depend on the data only, because shards are shuffled by their blocks.
+    """
+    files = [file for source in config.sources for file in list_files(source)]
+    total_mb = sum(file_size(file) for file in files) >> 20
+    size = min(config.shard_mb, max(1, total_mb // FEWEST_UNITS))
+    return [unit for source in config.sources for unit in list_units(source, size)]
 
 
 def reusable(job: IndexJob) -> dict[str, Any] | None:

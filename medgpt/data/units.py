@@ -140,7 +140,7 @@ def _cut(file: str, name: str, source: SourceConfig, step: int) -> tuple[str, li
     if name == "parquet":
         return source.encoding, cut_row_groups(file, step)
     splits = name == "jsonl" or (name == "txt" and source.lines)
-    if not splits or compression(file) or _size(file) < 2 * step:
+    if not splits or compression(file) or file_size(file) < 2 * step:
         return source.encoding, [Cut(0, 1)]
     # one piece must not decide on its own encoding
     auto = source.encoding == "auto"
@@ -148,7 +148,8 @@ def _cut(file: str, name: str, source: SourceConfig, step: int) -> tuple[str, li
     return encoding, cut_lines(read_chunks(file), step)
 
 
-def _size(file: str) -> int:
+def file_size(file: str) -> int:
+    """Bytes of a file, as it is stored."""
     filesystem, path = fsspec.url_to_fs(file)
     return int(filesystem.size(path) or 0)
 
