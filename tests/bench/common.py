@@ -70,6 +70,12 @@ def options(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """Of a contender: one thread a process, and bytecode is cached, as it is by default."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return inherited | THREADS | changes
+
+
 # ---- workload ----
 
 
@@ -190,7 +196,7 @@ def measure(
     log = Path(f"{metrics.parent}.log")
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | THREADS | (env or {})
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(**(env or {}))
         )
         usage, cpu, peak = Usage(process.pid), {}, 0.0
         while process.poll() is None:

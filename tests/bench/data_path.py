@@ -7,7 +7,6 @@ file with the chat template and the mask of the assistant's tokens, on two cores
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -38,21 +37,22 @@ def corpus(folder: Path, times: int) -> Path:
 
 
 def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
-    """Index, plan, stream: what a worker does before it trains, all rows of one epoch."""
+    """Index, plan, and all packed rows of an epoch as a worker gets them."""
     from medgpt.config import SFTConfig, load
     from medgpt.data.plan import Plan
     from medgpt.data.stream import training_stream
     from medgpt.runs import Run
     from medgpt.train import session
-    from medgpt.train.prepare import prepare
+    from medgpt.train.prepare import TOKENIZER, make_tokenizer, prepare
 
     run_dir = folder / "data-path"
     shutil.rmtree(run_dir, ignore_errors=True)
     command = common.medgpt_sft(file, base, run_dir)
     config = load(SFTConfig, Path(command[4]))
     session.connect(config.cluster)
-    began = time.monotonic()
     run = Run.open("sft", config, run_dir=config.run.dir, allow_changes=False)
+    make_tokenizer((run.folder / TOKENIZER).url, config)
+    began = time.monotonic()
     manifest = prepare(run, config, lambda *_: None).data
     indexed = time.monotonic()
     plan = Plan(run.plan.url, global_batch_size=64, max_steps=None)
@@ -72,11 +72,12 @@ def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
 
 def with_trl(file: Path, base: Path, folder: Path) -> dict[str, Any]:
     """datasets.map with two processes, then TRL's best-fit packing, read once."""
-    from datasets import disable_caching, load_dataset
+    from datasets import disable_caching, disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
     from trl import pack_dataset
 
     disable_caching()
+    disable_progress_bars()
     shutil.rmtree(folder / "datasets", ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
     began = time.monotonic()
@@ -122,7 +123,7 @@ def run_side(side: str, args: argparse.Namespace, times: int) -> dict[str, Any]:
         [*command, f"--base={base}", f"--dir={args.dir}"],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | common.THREADS,
+        env=common.environment(),
     )
     usage, peak = common.Usage(process.pid), 0.0
     while process.poll() is None:

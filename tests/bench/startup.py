@@ -5,7 +5,6 @@ starts for itself: one such command ran there before. The data is tokenised anew
 """
 
 import argparse
-import os
 import secrets
 import shutil
 import socket
@@ -42,7 +41,7 @@ def to_first_step(args: argparse.Namespace, env: dict[str, str]) -> float:
     began, seconds = time.monotonic(), 0.0
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | common.THREADS | env
+            command, stdout=output, stderr=subprocess.STDOUT, env=common.environment(**env)
         )
         while process.poll() is None:
             time.sleep(POLL_S)
@@ -69,7 +68,7 @@ def cluster() -> Iterator[dict[str, str]]:
         ray = [sys.executable, "-m", "ray.scripts.scripts"]
         head = subprocess.Popen(
             [*ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", *options],
-            env=os.environ | token,
+            env=common.environment(**token),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
