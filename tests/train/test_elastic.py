@@ -14,7 +14,14 @@ from ray.core.generated import autoscaler_pb2
 from medgpt.runs import Run
 from tests.train.audits import assert_every_chunk_once, chunks_by_step
 from tests.train.cases import pretrain_config
-from tests.train.clusters import Driver, add_node, started_cluster, train_workers
+from tests.train.clusters import (
+    Driver,
+    add_node,
+    named,
+    node_pids,
+    started_cluster,
+    train_workers,
+)
 from tests.train.test_resume import train_losses
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -67,6 +74,7 @@ def test_a_run_grows_and_shrinks_with_the_cluster(
         driver.wait_for_step(26)
         assert driver.num_workers() == 2
         lost = node_of_a_worker(cluster)
+        assert named(node_pids(cluster.head_node), "_QueueActor")  # progress is not lost with it
         cluster.remove_node(lost, allow_graceful=False)
         driver.allow(10**9)
         driver.join()
