@@ -4,6 +4,7 @@ Rank 0 puts into the queue: `Started` at the start of every attempt, `Trained` a
 lines to print. Any rank puts a ConfigError that ends the run.
 """
 
+import time
 from dataclasses import dataclass
 from queue import Empty
 from threading import Event
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from medgpt.config import ConfigError
 from medgpt.metrics import ConsoleReporter
 
+FIRST_STEP_S = 60
 FACTS = (  # label, metric, format
     ("loss", "train/loss", ".3f"),
     ("validation", "validation/loss", ".3f"),
@@ -51,6 +53,7 @@ class Display:
         self.refused: list[ConfigError] = []
         self.latest: dict[str, float] = {}
         self.starts = 0
+        self.started_at: float | None = None  # until the first step after it, or a word about it
 
     def follow(self, messages: Messages, stop: Event) -> None:
         """Show messages until `stop` is set and none is left."""
@@ -60,6 +63,7 @@ class Display:
             except Empty:
                 if stop.is_set():
                     return
+                self._wonder(time.monotonic())
                 continue
             self.show(message)
 
@@ -79,13 +83,25 @@ class Display:
     def _started(self, start: Started) -> None:
         """Nothing to say of a run's first start; the later ones of a command were not asked for."""
         self.starts += 1
+        self.started_at = time.monotonic()
         if start.attempt > 1:
             why = "workers were lost or replaced; " if self.starts > 1 else ""
             workers = f"{start.num_workers} worker{'s' if start.num_workers > 1 else ''}"
             place = f"continues after step {start.step}" if start.step else "begins again"
             self.reporter.say(f"{why}attempt {start.attempt} {place}, with {workers}")
 
+    def _wonder(self, now: float) -> None:
+        """After a node was lost, workers may hold all the CPUs that are left."""
+        if self.started_at is not None and now - self.started_at > FIRST_STEP_S:
+            self.started_at = None
+            self.reporter.say(
+                f"no step {FIRST_STEP_S} s after the workers started; do data tasks wait for a "
+                "free CPU (cluster.data_cpus)?"
+            )
+
     def _trained(self, done: Trained) -> None:
+        if "train/loss" in done.metrics:
+            self.started_at = None
         self.latest |= done.metrics
         facts = "  ".join(
             f"{label} {self.latest[name]:{form}}"

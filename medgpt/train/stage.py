@@ -57,13 +57,16 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from medgpt.train.reservation import reserved_for_data
     from medgpt.train.waiting import Waiting
 
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    progress = Queue(actor_options={"num_cpus": 0})
+    # where Ray Train's controller is, too: on another node it could be lost without the run
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={

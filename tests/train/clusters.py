@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from ray.cluster_utils import Cluster
@@ -88,6 +88,13 @@ class Driver:
         self.toml = write_toml(config, folder / "config.toml")
         self.allow(10**9)
         self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
 
     def allow(self, step: int) -> None:
         """The run may log steps up to this one."""

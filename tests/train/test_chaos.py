@@ -94,21 +94,22 @@ def survive(
         train={"checkpoint_every": 5},
         cluster={"num_workers": 2, "max_failures": -1},
     )
-    run, driver = Run(config.run.dir), Driver(cluster, config, folder)
-    chaos = Chaos(driver, dice)
-    driver.allow(0)
-    driver.start()
-    for number, kind in enumerate(kinds):
-        # the run may not pass its share of the steps before it has met its share of the deaths
-        low, high = (STEPS * n // (len(kinds) + 1) for n in (number, number + 1))
-        driver.allow(high)
-        if dice.random() < 0.7:
-            driver.wait_for_step(dice.randint(low + 1, high))
-        else:  # while it starts again, as it may happen to do
-            time.sleep(dice.uniform(0, 10))
-        chaos.strike(kind)
-    driver.allow(10**9)
-    driver.join()
+    run = Run(config.run.dir)
+    with Driver(cluster, config, folder) as driver:
+        chaos = Chaos(driver, dice)
+        driver.allow(0)
+        driver.start()
+        for number, kind in enumerate(kinds):
+            # the run may not pass its share of the steps before it has met its share of the deaths
+            low, high = (STEPS * n // (len(kinds) + 1) for n in (number, number + 1))
+            driver.allow(high)
+            if dice.random() < 0.7:
+                driver.wait_for_step(dice.randint(low + 1, high))
+            else:  # while it starts again, as it may happen to do
+                time.sleep(dice.uniform(0, 10))
+            chaos.strike(kind)
+        driver.allow(10**9)
+        driver.join()
     assert sum(chaos.killed.values()) == len(kinds)
     assert run.finished
     assert_every_chunk_once(run)

@@ -1,6 +1,7 @@
 """What a person reads of a training run."""
 
 import io
+import time
 from queue import Queue
 from threading import Event, Thread
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from medgpt.config import ConfigError
 from medgpt.metrics import ConsoleReporter
+from medgpt.train import progress
 from medgpt.train.progress import Display, Started, Trained
 
 
@@ -68,6 +70,26 @@ def test_everything_that_was_told_is_shown_before_the_display_ends() -> None:
     follower.join(10)
     assert not follower.is_alive()
     assert [str(error) for error in display.refused] == ["a", "b"]
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_workers_that_do_not_begin_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, trains: bool
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_STEP_S", 0.1)
+    messages: Queue[object] = Queue()
+    stop, text = Event(), io.StringIO()
+    display = Display(ConsoleReporter("sft", Console(file=text, soft_wrap=True)), log_every=10)
+    follower = Thread(target=display.follow, args=(messages, stop))
+    follower.start()
+    messages.put(start(1, 0))
+    if trains:
+        messages.put(trained(1, train_loss=1.0))
+    time.sleep(1.5)  # the display looks every half second
+    stop.set()
+    follower.join(10)
+    told = text.getvalue().count("do data tasks wait for a free CPU (cluster.data_cpus)?")
+    assert told == (0 if trains else 1)
 
 
 def test_an_unknown_message_is_a_bug() -> None:
