@@ -189,7 +189,10 @@ def committed(folder: Folder, *, verify: bool = False) -> dict[str, Any] | None:
     """The manifest of a complete artefact, else None. `verify` reads all for their checksums."""
     if not folder.exists(MANIFEST):
         return None
-    manifest = folder.read_json(MANIFEST)
+    try:
+        manifest = folder.read_json(MANIFEST)
+    except ValueError:  # damaged
+        return None
     for file in manifest["files"]:
         name = file["name"]
         if not folder.exists(name) or folder.size(name) != file["size"]:

@@ -290,11 +290,26 @@ def test_the_newest_complete_checkpoint_counts(url: str) -> None:
     assert newest[1]["position"] == {"step": 1000}
 
 
-def test_a_damaged_checkpoint_is_passed_over(url: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rank-0.bin", "weighty"),  # the size is right
+        ("rank-0.bin", "weight"),
+        ("rank-0.bin", None),
+        ("manifest.json", '{"files": ['),
+        ("manifest.json", None),
+    ],
+    ids=["flipped", "truncated", "missing", "truncated manifest", "no manifest"],
+)
+def test_a_damaged_checkpoint_is_passed_over(url: str, name: str, text: str | None) -> None:
     run = open_run(url)
     for step in (100, 200):
         write_checkpoint(run, step)
-    run.checkpoint(200).write_text("rank-0.bin", "weighty")  # the size is right
+    damaged = run.checkpoint(200)
+    if text is None:
+        damaged.fs.rm(damaged.path(name))
+    else:
+        damaged.write_text(name, text)
     newest = run.newest_checkpoint()
     assert newest is not None
     assert newest[1]["position"] == {"step": 100}
