@@ -1,6 +1,8 @@
 """What DeepSpeed needs before an engine exists: a process group and its configuration."""
 
+import ctypes
 import os
+import platform
 from typing import Any
 
 import deepspeed
@@ -11,6 +13,21 @@ from medgpt.config import ConfigError, EngineConfig
 
 BUCKET_ELEMENTS = 50_000_000
 """Gradients reduced in one call: 200 MB in fp32, allocated in every backward pass."""
+
+
+def keep_freed_memory() -> None:
+    """On glibc, memory that tensors free stays with this process and serves the next ones.
+
+    By default large blocks go back to the system at once and every new page is cleared, which a
+    training step on a CPU feels. The names are those of malloc.h.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 32 << 20)  # the most that it takes
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 64 << 20)
 
 
 def compute_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

@@ -41,6 +41,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
+    from medgpt.engine.setup import keep_freed_memory
     from medgpt.train.card import model_card
     from medgpt.train.objective import Objective
     from medgpt.train.prepare import TOKENIZER, first_texts, load_tokenizer
@@ -50,6 +51,8 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
 
     config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    if device.type == "cpu":
+        keep_freed_memory()
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
     unmeasured = dist.get_rank() == 0 and "vocabulary" not in run.manifest
     objective = Objective(
