@@ -1,9 +1,18 @@
 """`medgpt chat`: a conversation with a trained model in the terminal."""
 
-from contextlib import suppress
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Event
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, TextStreamer
+from transformers import (
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from medgpt.data.chat import generation_ids
@@ -32,13 +41,37 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
             print("(too long for this model; ask with fewer words)")
             continue
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        options = {"max_new_tokens": room, "streamer": streamer, **sampling}
-        try:
-            reply = answer(model, tokenizer, asked, **options)
-        except KeyboardInterrupt:
+        with ctrl_c() as pressed:
+            ends = StoppingCriteriaList([Pressed(pressed)])
+            options = {"streamer": streamer, "stopping_criteria": ends, **sampling}
+            reply = answer(model, tokenizer, asked, max_new_tokens=room, **options)
+        if pressed.is_set():
             print("\n(stopped and forgotten)")
             continue
         messages = [*asked, Message("assistant", reply)]
+
+
+class Pressed(StoppingCriteria):
+    """Ends the generation after the token in which `event` was set."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """(B,) bool"""
+        done = self.event.is_set()
+        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def ctrl_c() -> Iterator[Event]:
+    """Ctrl-C sets the event. An exception could come while a library ignores it, and be lost."""
+    pressed = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def fitting(
