@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from medgpt.config import ConfigError, DataConfig
+from medgpt.data import index as index_module
 from medgpt.data.encode import Encoded
 from medgpt.data.index import (
     Encode,
@@ -436,6 +437,20 @@ def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
 
 def untimed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name != "time_s"}
+
+
+def test_the_size_of_units_follows_the_corpus_up_to_the_shard_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 4200)  # 4 MiB
+    source = {"name": "a", "paths": [str(tmp_path / "a.jsonl")]}
+
+    def units(shard_mb: int) -> int:
+        return len(all_units(make_job(tmp_path, source, shard_mb=shard_mb).config))
+
+    assert units(32) == units(1) > 3  # a small corpus is cut as fine as can be
+    monkeypatch.setattr(index_module, "FEWEST_UNITS", 2)  # as if it were large: 2 MiB each
+    assert 1 < units(32) < units(1)
 
 
 def test_an_interrupted_indexing_goes_on_with_the_units_that_are_left(tmp_path: Path) -> None:
