@@ -82,10 +82,10 @@ class Chaos:
         os.kill(self.dice.choice(sorted(pids)), signal.SIGKILL)
 
 
-def survive(
+def assert_survives(
     kinds: list[str], seed: int, *, quiet: Run, cluster: Cluster, corpus: Path, folder: Path
 ) -> None:
-    """Train with a death of each of `kinds`, spread over the run, and compare with `quiet`."""
+    """Train with a death of each of `kinds`, spread over the run; it must end as `quiet` did."""
     dice = random.Random(seed)
     print(f"seed {seed}")
     config = pretrain_config(
@@ -124,7 +124,9 @@ def test_a_run_survives_the_death_of_each_part(
     pretrained: Run, cluster: Cluster, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     kinds = ["train worker", "data worker", "node", "driver"]
-    survive(kinds, 1, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path)
+    assert_survives(
+        kinds, 1, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -135,4 +137,6 @@ def test_a_run_survives_twenty_deaths(
     seed = int(os.environ.get("MEDGPT_TEST_SEED", time.time()))
     kinds = ["train worker", "data worker", "node", "driver"] * 5
     random.Random(seed).shuffle(kinds)
-    survive(kinds, seed, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path)
+    assert_survives(
+        kinds, seed, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path
+    )
