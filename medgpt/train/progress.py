@@ -1,19 +1,24 @@
 """What the workers tell the driver while they train, and how a person sees it.
 
 Rank 0 puts into the queue: `Started` at the start of every attempt, `Trained` after every step, and
-lines to print. Any rank puts a ConfigError that ends the run.
+lines to print. Any rank puts a ConfigError that ends the run. The driver puts None at the end.
 """
 
 import time
 from dataclasses import dataclass
 from queue import Empty
-from threading import Event
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
 
 from medgpt.config import ConfigError
 from medgpt.metrics import ConsoleReporter
 
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
 FIRST_STEP_S = 60
+POLL_S = 2.0
 FACTS = (  # label, metric, format
     ("loss", "train/loss", ".3f"),
     ("validation", "validation/loss", ".3f"),
@@ -39,6 +44,23 @@ class Trained:
     metrics: dict[str, float]
 
 
+class Posted:
+    """Ray's queue for a worker that trains on while its message is on the way."""
+
+    def __init__(self, queue: "Queue") -> None:
+        self.queue = queue
+        self.latest: ray.ObjectRef | None = None
+
+    def put(self, item: Any) -> None:
+        self.flush()
+        self.latest = self.queue.actor.put_nowait.remote(item)
+
+    def flush(self) -> None:
+        """Return when the latest message has arrived. Raises Ray's error if it never will."""
+        if self.latest is not None:
+            ray.get(self.latest)
+
+
 class Messages(Protocol):
     """A queue: `queue.Queue`, or Ray's."""
 
@@ -55,16 +77,16 @@ class Display:
         self.starts = 0
         self.started_at: float | None = None  # until the first step after it, or a word about it
 
-    def follow(self, messages: Messages, stop: Event) -> None:
-        """Show messages until `stop` is set and none is left."""
+    def follow(self, messages: Messages) -> None:
+        """Show messages until one is None."""
         while True:
             try:
-                message = messages.get(timeout=0.5)
+                message = messages.get(timeout=POLL_S)
             except Empty:
-                if stop.is_set():
-                    return
                 self._wonder(time.monotonic())
                 continue
+            if message is None:
+                return
             self.show(message)
 
     def show(self, message: object) -> None:

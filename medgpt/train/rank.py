@@ -45,6 +45,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     from medgpt.train.card import model_card
     from medgpt.train.objective import Objective
     from medgpt.train.prepare import TOKENIZER, first_texts, load_tokenizer
+    from medgpt.train.progress import Posted
     from medgpt.train.samples import write_samples
     from medgpt.train.saving import raise_together
     from medgpt.train.worker import NodeEnds, Trainer
@@ -61,18 +62,21 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if unmeasured and objective.vocabulary is not None:
         run.update_manifest(vocabulary=objective.vocabulary.facts())
         job.progress.put(str(objective.vocabulary))
+    progress = Posted(job.progress)
     trainer = Trainer(
         run,
         config,
         objective,
         device=device,
-        progress=job.progress,
+        progress=progress,
         node_ends=lambda: get_preemption_info() is not None,
     )
     try:
         trainer.fit()
     except NodeEnds as end:  # Ray Train counts this kind of error as a preemption, not as a failure
         raise RayActorError(error_msg=str(end), preempted=True) from None
+    finally:
+        progress.flush()
     if committed(run.model) is None:
         refusal, files = None, []
         try:

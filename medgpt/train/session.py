@@ -28,9 +28,12 @@ QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
 }
-LOCAL = {  # one machine is not preempted, and its workers are polled for nothing
+LOCAL = {  # one machine is not preempted, its workers are polled for nothing, no one reads metrics
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
 
 
@@ -86,6 +89,9 @@ def start_local(num_cpus: float) -> None:
         **SILENT,
     )
     start_patiently(start)
+    # nothing is forwarded to this process, but Ray looks for it ten times a second
+    children = psutil.Process().children()
+    _end(child for child in children if any("log_monitor" in word for word in child.cmdline()))
     _silence_libraries()
 
 

@@ -55,11 +55,11 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
 def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
     """Start the workers and show their progress until they are done."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from medgpt.train.reservation import reserved_for_data
+    from medgpt.train.trainer import LeanTrainer
     from medgpt.train.waiting import Waiting
 
     cluster = config.cluster
@@ -67,7 +67,7 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     # where Ray Train's controller is, too: on another node it could be lost without the run
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    trainer = TorchTrainer(
+    trainer = LeanTrainer(
         train_worker,
         train_loop_config={
             "job": WorkerJob(run_dir=run.folder.url, config=config, progress=progress)
@@ -89,9 +89,8 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
         ),
     )
     (run.folder / "ray").remove()  # Ray's own record of an earlier attempt is not to be resumed
-    stop = threading.Event()
     display = Display(reporter, log_every=config.train.log_every)
-    follower = threading.Thread(target=display.follow, args=(progress, stop), daemon=True)
+    follower = threading.Thread(target=display.follow, args=(progress,), daemon=True)
     follower.start()
     reporter.advance("starting workers", 0, cluster.fewest_workers)
     failure: TrainingFailedError | None = None
@@ -103,7 +102,7 @@ def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> Non
     except TrainingFailedError as error:
         failure = error
     finally:
-        stop.set()
+        progress.put(None)
         follower.join()
         progress.shutdown()
     if display.refused:

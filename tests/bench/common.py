@@ -22,6 +22,7 @@ import psutil
 DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", "../shared/data")) / "sft_single"
 MAX_LENGTH = 512
 POLL_S = 0.2
+MEMORY_EVERY_S = 2.0  # looking at all processes takes CPU time from the contenders
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -198,14 +199,15 @@ def measure(
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment(**(env or {}))
         )
-        usage, cpu, peak = Usage(process.pid), {}, 0.0
+        usage, cpu, peak, looked = Usage(process.pid), {}, 0.0, 0.0
         while process.poll() is None:
             time.sleep(POLL_S)
-            cpu_s, gb = usage()
-            peak = max(peak, gb)
-            for step in (first, last):
-                if step not in cpu and _num_steps(metrics) >= step:
-                    cpu[step] = cpu_s
+            done = _num_steps(metrics)
+            reached = [step for step in (first, last) if step not in cpu and done >= step]
+            if reached or time.monotonic() - looked > MEMORY_EVERY_S:
+                cpu_s, gb = usage()
+                peak, looked = max(peak, gb), time.monotonic()
+                cpu |= dict.fromkeys(reached, cpu_s)
     lines = read_steps(metrics)
     if process.returncode or last not in lines:
         raise RuntimeError(f"{' '.join(command)}\n{log.read_text()[-3000:]}")

@@ -7,9 +7,9 @@ import argparse
 from functools import partial
 
 from tests.bench import common
-from tests.bench.sft import FIRST, ROWS, medgpt
+from tests.bench.sft import ROWS, medgpt
 
-LAST = 12
+FIRST, LAST = 8, 48
 MICRO = 4
 
 
@@ -30,20 +30,24 @@ def bare(args: argparse.Namespace) -> common.Window:
 
 def main() -> None:
     args = common.options(__doc__, rounds=10).parse_args()
+    run = partial(medgpt, args, (FIRST, LAST), **{"train.micro_batch_size": MICRO})
     found = common.alternate(
         {
-            "medgpt": partial(medgpt, args, LAST, **{"train.micro_batch_size": MICRO}),
+            "medgpt": partial(run, **{"engine.zero_stage": 0}),
+            "medgpt ZeRO-2": partial(run, **{"engine.zero_stage": 2}),
             "bare loop": partial(bare, args),
         },
         rounds=args.rounds,
         results=args.results,
     )
-    ours, theirs = found["medgpt"], found["bare loop"]
-    assert {w.tokens for w in ours} == {w.tokens for w in theirs}, "not the same batches"
-    wall = common.ratios([w.wall_s for w in ours], [w.wall_s for w in theirs])
-    cpu = common.ratios([w.cpu_s for w in ours], [w.cpu_s for w in theirs])
-    print(f"medgpt / bare loop, wall time: {common.spread(wall)}")
-    print(f"medgpt / bare loop, CPU seconds: {common.spread(cpu)}")
+    theirs = found["bare loop"]
+    for name in ("medgpt", "medgpt ZeRO-2"):
+        ours = found[name]
+        assert {w.tokens for w in ours} == {w.tokens for w in theirs}, "not the same batches"
+        wall = common.ratios([w.wall_s for w in ours], [w.wall_s for w in theirs])
+        cpu = common.ratios([w.cpu_s for w in ours], [w.cpu_s for w in theirs])
+        print(f"{name} / bare loop, wall time: {common.spread(wall)}")
+        print(f"{name} / bare loop, CPU seconds: {common.spread(cpu)}")
 
 
 if __name__ == "__main__":

@@ -14,36 +14,37 @@ from tests.bench import common
 # rows of 512 tokens in an optimizer step, on both cores together
 ROWS = 8
 PACKED = {"packing": True, "packing_strategy": "bfd", "gradient_checkpointing": False}
-FIRST, LAST = 2, 12
+FIRST, LAST = 4, 24
 
 
-def medgpt(args: argparse.Namespace, last: int = LAST, **overrides: object) -> common.Window:
+def medgpt(
+    args: argparse.Namespace, steps: tuple[int, int] = (FIRST, LAST), **overrides: object
+) -> common.Window:
+    """The second of `steps` is the last; the window begins after the first."""
     data, base = common.workload(args.dir, args.size)
     run = args.dir / "medgpt"
     shutil.rmtree(run, ignore_errors=True)
     micro = ROWS // int(str(overrides.get("cluster.num_workers", 2)))
     keys = {
-        "train.max_steps": last,
+        "train.max_steps": steps[1],
         "train.global_batch_size": ROWS,
         "train.micro_batch_size": min(4, micro),
         **overrides,
     }
     command = common.medgpt_sft(data, base, run, **keys)
-    return common.measure(command, run / "metrics.jsonl", first=FIRST, last=last)
+    return common.measure(command, run / "metrics.jsonl", first=steps[0], last=steps[1])
 
 
-def trl(
-    args: argparse.Namespace, config: dict[str, Any], *, ranks: int = 2, last: int = LAST
-) -> common.Window:
+def trl(args: argparse.Namespace, config: dict[str, Any], *, ranks: int = 2) -> common.Window:
     """`ranks` processes that share the machine's two cores."""
     data, base = common.workload(args.dir, args.size)
     metrics = args.dir / "trl.jsonl"
     threads = 2 // ranks
-    config = {"max_length": common.MAX_LENGTH, "max_steps": last, **config}
+    config = {"max_length": common.MAX_LENGTH, "max_steps": LAST, **config}
     arguments = (data, base, metrics, json.dumps(config), "--threads", threads)
     command = common.torchrun("tests.bench.trl_sft", *arguments, ranks=ranks)
     env = {"OMP_NUM_THREADS": str(threads)}
-    return common.measure(command, metrics, first=FIRST, last=last, env=env)
+    return common.measure(command, metrics, first=FIRST, last=LAST, env=env)
 
 
 def packed(rows: int, ranks: int, **changes: Any) -> dict[str, Any]:

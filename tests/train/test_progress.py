@@ -3,7 +3,7 @@
 import io
 import time
 from queue import Queue
-from threading import Event, Thread
+from threading import Thread
 
 import pytest
 from rich.console import Console
@@ -59,14 +59,12 @@ def test_a_command_that_resumes_a_run_says_where() -> None:
 
 def test_everything_that_was_told_is_shown_before_the_display_ends() -> None:
     messages: Queue[object] = Queue()
-    stop = Event()
     reporter = ConsoleReporter("sft", Console(file=io.StringIO()))
     display = Display(reporter, log_every=10)
-    follower = Thread(target=display.follow, args=(messages, stop))
+    follower = Thread(target=display.follow, args=(messages,))
     follower.start()
-    for message in (ConfigError("a"), "a line", ConfigError("b")):
+    for message in (ConfigError("a"), "a line", ConfigError("b"), None):
         messages.put(message)
-    stop.set()
     follower.join(10)
     assert not follower.is_alive()
     assert [str(error) for error in display.refused] == ["a", "b"]
@@ -77,16 +75,17 @@ def test_workers_that_do_not_begin_are_told_of_once(
     monkeypatch: pytest.MonkeyPatch, trains: bool
 ) -> None:
     monkeypatch.setattr(progress, "FIRST_STEP_S", 0.1)
+    monkeypatch.setattr(progress, "POLL_S", 0.2)
     messages: Queue[object] = Queue()
-    stop, text = Event(), io.StringIO()
+    text = io.StringIO()
     display = Display(ConsoleReporter("sft", Console(file=text, soft_wrap=True)), log_every=10)
-    follower = Thread(target=display.follow, args=(messages, stop))
+    follower = Thread(target=display.follow, args=(messages,))
     follower.start()
     messages.put(start(1, 0))
     if trains:
         messages.put(trained(1, train_loss=1.0))
-    time.sleep(1.5)  # the display looks every half second
-    stop.set()
+    time.sleep(1)
+    messages.put(None)
     follower.join(10)
     told = text.getvalue().count("do data tasks wait for a free CPU (cluster.data_cpus)?")
     assert told == (0 if trains else 1)
