@@ -34,6 +34,7 @@ from medgpt.data.order import num_chunks
 from medgpt.data.readers import read_unit
 from medgpt.data.records import Conversation, Record, Reject
 from medgpt.data.shards import ShardWriter, read_index, write_index
+from medgpt.data.stream import Pace
 from medgpt.data.units import Unit, file_size, list_files, list_units
 from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 
@@ -159,6 +160,7 @@ def _run(
     tasks = [{"number": n, **asdict(unit)} for n, unit in enumerate(units) if n not in results]
     if not tasks:
         return
+    ray.data.DataContext.get_current().custom_execution_callback_classes = [Pace]
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         partial(index_task, job=job), num_cpus=data_cpus
     )

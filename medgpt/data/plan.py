@@ -126,6 +126,7 @@ class Plan:
         assert manifest is not None, f"{url} holds no plan"
         self.url, self.global_batch_size = url, global_batch_size
         self.data_version: str = manifest["made_of"]["data_version"]
+        self.max_length: int | None = manifest["made_of"]["max_length"]
         self.num_rows: list[int] = [epoch["num_rows"] for epoch in manifest["epochs"]]
         steps = [-(-rows // global_batch_size) for rows in self.num_rows]
         self.first_step: list[int] = np.cumsum([0, *steps]).tolist()

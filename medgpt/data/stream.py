@@ -22,8 +22,9 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from medgpt.data.plan import Plan, column, offsets
 from medgpt.data.shards import read_block
 
-ROWS_PER_TASK = 64
-TASKS_PER_PIPELINE = 256
+TOKENS_PER_TASK = 2**18  # a task costs Ray Data 20 ms and more, whatever it reads
+ROWS_PER_TASK = 64  # where rows have no common length
+TASKS_PER_PIPELINE = 64
 PACE_S = 0.05
 
 
@@ -58,7 +59,8 @@ def training_stream(
     Reading starts at the call, because Ray Data takes seconds until the first rows come.
     """
     tables = plan.read(rank=rank, world_size=world_size, start=start)
-    tasks = chain.from_iterable(map(_tasks, tables))
+    size = max(1, TOKENS_PER_TASK // plan.max_length) if plan.max_length else ROWS_PER_TASK
+    tasks = chain.from_iterable(_tasks(table, size) for table in tables)
     pipelines = ThreadPoolExecutor(1, thread_name_prefix="medgpt-stream")
     begin = partial(_begin, tasks, data_url, plan.data_version, data_cpus)
     rows = _rows(pipelines, begin, pipelines.submit(begin))
@@ -99,8 +101,8 @@ class _Pipeline:
     num_tasks: int
 
 
-def _tasks(table: pa.Table) -> Iterator[pa.Table]:
-    return (table.slice(i, ROWS_PER_TASK) for i in range(0, table.num_rows, ROWS_PER_TASK))
+def _tasks(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    return (table.slice(i, size) for i in range(0, table.num_rows, size))
 
 
 def _begin(

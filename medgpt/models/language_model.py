@@ -13,6 +13,7 @@ from medgpt.algos.lm import causal_lm_loss
 from medgpt.algos.logprobs import label_logprobs
 from medgpt.config import ConfigError
 from medgpt.data.batch import IGNORE, PackedBatch
+from medgpt.models.dropout import PieceDropout
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +48,7 @@ class LanguageModel(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.max_batch_tokens = max_batch_tokens
         self.neftune_alpha = neftune_alpha
+        self.dropouts = [m for m in model.modules() if isinstance(m, PieceDropout)]
         output_layer(self.pretrained)  # raises now rather than in the first step
         if activation_checkpointing:
             self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
@@ -73,7 +75,7 @@ class LanguageModel(nn.Module):
 
         Args:
             num_tokens: labels in the global batch.
-            noise_seeds: S seeds, one per piece, for NEFTune.
+            noise_seeds: S seeds, one per piece, for NEFTune and dropout.
         """
         loss = partial(causal_lm_loss, num_tokens=num_tokens)
         return torch.stack(self._per_chunk(loss, batch, _targets(batch), noise_seeds)).sum()
@@ -111,6 +113,11 @@ class LanguageModel(nn.Module):
     def _hidden(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
         """(N, H) last hidden state."""
         body = self.pretrained.base_model
+        if self.training and self.dropouts:
+            assert noise_seeds is not None, "dropout needs a seed per piece"
+            lengths = batch.cu_seqlens.diff().tolist()
+            for dropout in self.dropouts:
+                dropout.lengths, dropout.seeds = lengths, noise_seeds
         inputs = {"input_ids": batch.input_ids}
         if self.training and self.neftune_alpha:
             assert noise_seeds is not None, "NEFTune needs a seed per piece"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import peft
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from medgpt.config import ConfigError, LoraConfig
+from medgpt.models.dropout import PieceDropout
 from medgpt.models.fetch import local_copy, model_folder
 from medgpt.models.tokenizer import load_base
 from medgpt.models.vocabulary import resize_for_new_tokens
@@ -34,11 +36,15 @@ def apply_lora(
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number does
-        lora_dropout=config.dropout,
         target_modules=list(config.targets) or "all-linear",
         trainable_token_indices=_embeddings(model, list(new_token_ids)),
     )
-    return peft.PeftModel(model, settings)
+    adapted = peft.PeftModel(model, settings)
+    if config.dropout:
+        layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        for number, layer in enumerate(layers):
+            layer.lora_dropout["default"] = PieceDropout(config.dropout, number)
+    return adapted
 
 
 def merge_adapter(adapter: str, out: Path) -> None:

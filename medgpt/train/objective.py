@@ -60,7 +60,7 @@ class Objective:
         return empty_batch(0)
 
     def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]:
-        if not self.config.train.neftune_alpha:
+        if not (self.config.train.neftune_alpha or self.config.model.lora.dropout):
             return {}
         seeds = piece_seeds(rows, seed=self.seed, epoch=epoch)
         return {"noise_seeds": seeds or [0]}  # the empty batch is one piece

@@ -123,15 +123,23 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: type[TrainStageConfi
 
 
 def load_tokenizer(url: str) -> Any:
-    from medgpt.models.tokenizer import load_base
+    folder = Folder(url)
+    tokenizer = committed(folder)
+    assert tokenizer is not None, f"{url} holds no tokenizer"
+    with folder.local() as directory:
+        if path := tokenizer.get("class_path"):
+            from medgpt.models.saved_tokenizer import load_as
 
-    with Folder(url).local() as directory:
+            return load_as(str(directory), path)
+        from medgpt.models.tokenizer import load_base
+
         return load_base(str(directory))
 
 
 def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     """Write the stage's tokenizer: the base's, or trained, extended or trimmed on the data."""
     from medgpt.data.chat import for_chat
+    from medgpt.models.saved_tokenizer import class_path
     from medgpt.models.tokenizer import load_base, train_tokenizer
     from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 
@@ -160,7 +168,9 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     with folder.staging() as directory:
         tokenizer.save_pretrained(directory)
         files = entries(directory)
-    commit(folder, files, mode=mode, num_tokens=len(tokenizer), made_from=_made_from(config))
+        path = class_path(str(directory), load_base(str(directory)))
+    facts = {"mode": mode, "num_tokens": len(tokenizer), "made_from": _made_from(config)}
+    commit(folder, files, class_path=path, **facts)
 
 
 def check_model(config: TrainStageConfig) -> None:

@@ -53,7 +53,8 @@ class Posted:
 
     def put(self, item: Any) -> None:
         self.flush()
-        self.latest = self.queue.actor.put_nowait.remote(item)
+        actor: Any = self.queue.actor
+        self.latest = actor.put_nowait.remote(item)
 
     def flush(self) -> None:
         """Return when the latest message has arrived. Raises Ray's error if it never will."""

@@ -181,6 +181,7 @@ class Trainer:
             f"stream at {step.step}, run at {self.position.step}, model at {self.engine.steps}"
         )
         began = time.monotonic()
+        # for models whose own code draws; all that medgpt draws is keyed by sample
         torch.manual_seed(self.config.run.seed * 1_000_003 + step.step * 4099 + self.rank)
         batches = self._micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
         num_tokens = sum(int(row.lengths.sum()) for row in step.rows)

@@ -237,7 +237,8 @@ def flat(steps: list[Step]) -> list[tuple[int, list[list[int]]]]:
 def test_ray_data_delivers_the_plan_in_its_order(
     plan: Plan, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_module, "ROWS_PER_TASK", 8)
+    assert plan.max_length is not None
+    monkeypatch.setattr(stream_module, "TOKENS_PER_TASK", 8 * plan.max_length)
     monkeypatch.setattr(stream_module, "TASKS_PER_PIPELINE", 5)  # several pipelines in turn
     for rank, world_size, start in ((0, 1, 0), (1, 2, 9)):
         share = {"rank": rank, "world_size": world_size, "start": start}

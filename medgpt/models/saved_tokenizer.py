@@ -1,0 +1,35 @@
+"""A tokenizer that medgpt saved, loaded by its class.
+
+AutoTokenizer, which finds the class, imports torch: seconds in every process that tokenises.
+"""
+
+import importlib
+
+from transformers import PreTrainedTokenizerFast
+
+
+def class_path(folder: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """`module:class` that loads what AutoTokenizer loaded from `folder`; None if none does."""
+    cls = type(tokenizer)
+    if cls.__module__.partition(".")[0] != "transformers":
+        return None  # code that came with a model
+    path = f"{cls.__module__}:{cls.__qualname__}"
+    return path if _content(load_as(folder, path)) == _content(tokenizer) else None
+
+
+def load_as(folder: str, path: str) -> PreTrainedTokenizerFast:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name).from_pretrained(folder)
+
+
+def _content(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
+    """All that decides what it does."""
+    return (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.padding_side,
+        tokenizer.truncation_side,
+        tokenizer.model_max_length,
+        tokenizer.clean_up_tokenization_spaces,
+    )
