@@ -4,6 +4,7 @@ Heavy libraries load only after a config has been read and found right.
 """
 
 import importlib
+import json
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,10 +13,12 @@ import typer
 from medgpt.config import (
     ConfigError,
     CorpusConfig,
+    EvalConfig,
     PipelineConfig,
     PretrainConfig,
     SFTConfig,
     StageConfig,
+    absolute_model,
     load,
 )
 
@@ -47,6 +50,20 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune on conversations."""
     _run("medgpt.eval.stages:run_sft", config, _load(SFTConfig, config, overrides))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="What to score.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+) -> None:
+    """Score a model: multiple choice, held-out text, replies."""
+    named = [
+        f"model.name={json.dumps(absolute_model(model), ensure_ascii=False)}",
+        *(overrides or ()),
+    ]
+    _run("medgpt.eval.evaluate:run_eval", config, _load(EvalConfig, config, named))
 
 
 @app.command()

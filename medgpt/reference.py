@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from medgpt.config import (
     CorpusConfig,
+    EvalConfig,
     PipelineConfig,
     PretrainConfig,
     SFTConfig,
@@ -30,6 +31,7 @@ BEGIN, END = "<!-- reference: begin -->\n", "<!-- reference: end -->"
 STAGES: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
+    "eval": EvalConfig,
     "corpus": CorpusConfig,
     "pipeline": PipelineConfig,
 }

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from medgpt.cli import app
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("corpus", "pretrain", "sft", "pipeline", "chat", "merge")
+STAGES = ("corpus", "pretrain", "sft", "eval", "pipeline", "chat", "merge")
 
 
 def medgpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

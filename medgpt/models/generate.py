@@ -1,14 +1,17 @@
-"""Text from a finished model, one prompt at a time."""
+"""Text from a finished model, one batch of prompts at a time."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TextStreamer,
@@ -51,7 +54,7 @@ def load_for_generation(
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     """What tells others' generate() where to stop."""
     return GenerationConfig(
-        eos_token_id=_document_ends(tokenizer), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=document_ends(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
 
 
@@ -93,10 +96,55 @@ def continue_all(
 ) -> list[str]:
     """Greedy continuations of documents, generated together."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return _generate_all(model, tokenizer, prompts, _document_ends(tokenizer), max_new_tokens)
+    return _generate_all(model, tokenizer, prompts, document_ends(tokenizer), max_new_tokens)
 
 
-def _document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def reply_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[list[int]],
+    ends: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: Sequence[int],
+) -> list[tuple[str, bool]]:
+    """What the model says after each prompt's ids, and whether it came to an end by itself.
+
+    Args:
+        seeds: one for each prompt; a sampled reply depends on it, not on the others of the batch.
+        temperature: 0 always takes the likeliest token.
+    """
+    sampler = [Sampler(temperature, seeds)] if temperature else []
+    options: dict[str, Any] = {"logits_processor": LogitsProcessorList(sampler)}
+    options["repetition_penalty"] = 1.0  # a score is the model's, not of what was tuned around it
+    rows = _generate_ids(model, prompts, ends, max_new_tokens, **options)
+    return [
+        (_decode(tokenizer, _until(row, ends)), any(token in ends for token in row)) for row in rows
+    ]
+
+
+class Sampler(LogitsProcessor):
+    """Makes the likeliest token a sample at `temperature`, by Gumbel noise of a row's own seed.
+
+    Maddison et al., 2014, https://arxiv.org/abs/1411.0030: argmax(logits / T + Gumbel) is a draw
+    from softmax(logits / T).
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, V)"""
+        noise = torch.stack(
+            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
+        )
+        return scores.float() / self.temperature - noise.log().to(scores.device)
+
+
+def document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that end a continued text."""
     if tokenizer.chat_template:
         return stop_ids(tokenizer)
     end = tokenizer.eos_token_id
@@ -104,16 +152,28 @@ def _document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [end]
 
 
-@torch.inference_mode()
 def _generate_all(
-    model: Any,  # transformers does not type generate()
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
     ends: list[int],
     max_new_tokens: int,
     **options: Any,
 ) -> list[str]:
-    """Texts generated after the prompts (padded left), up to the token that ends each."""
+    """Texts generated after the prompts, up to the token that ends each."""
+    rows = _generate_ids(model, prompts, ends, max_new_tokens, **options)
+    return [_decode(tokenizer, _until(row, ends)) for row in rows]
+
+
+@torch.inference_mode()
+def _generate_ids(
+    model: Any,  # transformers does not type generate()
+    prompts: list[list[int]],
+    ends: list[int],
+    max_new_tokens: int,
+    **options: Any,
+) -> list[list[int]]:
+    """Token ids after the prompts (padded left), with what follows an end in a longer batch."""
     width = max(len(prompt) for prompt in prompts)
     padded = [[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts]
     real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -125,8 +185,11 @@ def _generate_all(
         pad_token_id=ends[0],
         **{"do_sample": False, **options},
     )
-    new = [_until(row, ends) for row in output[:, width:].tolist()]
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
+    return output[:, width:].tolist()
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def _until(ids: list[int], ends: list[int]) -> list[int]:

@@ -1,0 +1,132 @@
+"""What to ask a model, and how it is scored."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from annotated_types import Ge, Len
+from pydantic import Field, model_validator
+
+from medgpt.config.base import Config, Count, DataPath, ModelPath, Name
+from medgpt.config.data import SourceConfig
+from medgpt.config.stages import RunConfig
+from medgpt.config.train import ClusterConfig
+
+Layout = Literal[
+    "cmexam",
+    "mmedbench",
+    "xmedbench",
+    "pubmedqa",
+    "safetybench",
+    "cmb",
+    "medqa",
+    "medmcqa",
+    "cmmlu",
+    "ceval",
+]
+
+
+class EvalModelConfig(Config):
+    name: ModelPath | None = None
+    """Run, path, URI or hub id of the model; RUN_OR_MODEL on the command line sets it."""
+    parent: DataPath | None = None
+    """Run directory of an earlier evaluation that gates and the report compare with."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU."""
+
+
+class PoolConfig(Config):
+    batch_tokens: Count = 4096
+    """Most tokens, padding included, that one forward pass scores."""
+    batch_replies: Count = 32
+    """Replies that are generated together."""
+    window_tokens: Annotated[int, Ge(16)] = 1024
+    """A longer text is weighed in windows of so many tokens (or of the model's positions, if they
+    are fewer); each begins in the middle of the one before and counts what is new."""
+
+
+class TaskConfig(Config):
+    """What every task has."""
+
+    limit: Count | None = None
+    """At most this many items, drawn with run.seed."""
+    sensitive: bool = False
+    """Reports and logs never show its texts."""
+
+
+class McqConfig(TaskConfig):
+    """Multiple choice."""
+
+    name: Name = "mcq"
+    """How results and gates call it."""
+    paths: Annotated[tuple[DataPath, ...], Len(1)]
+    """Files, globs, directories or fsspec URIs: JSON, JSON lines, CSV or Parquet."""
+    layout: Layout
+    """The columns that the rows have, by the data set that brought them; see the README."""
+    language: Literal["auto", "zh", "en"] = "auto"
+    """Of the prompt around a question; auto goes by its characters."""
+    scoring: Literal["letter", "option", "generation"] = "letter"
+    """letter: the likeliest letter after the listed options. option: the likeliest text of an
+    option after the bare question, also per character. generation: a reply, read strictly."""
+    prompt: Literal["plain", "chat"] = "plain"
+    """plain: a text to continue. chat: a turn of the model's chat template."""
+    shots: Annotated[int, Ge(0)] = 0
+    """Solved examples in front of each question."""
+    shots_paths: tuple[DataPath, ...] = ()
+    """Where the examples are, in the same layout."""
+    max_new_tokens: Count = 128
+    """Longest reply with scoring=generation."""
+
+    @model_validator(mode="after")
+    def _examples_come_from_somewhere(self) -> Self:
+        if bool(self.shots) != bool(self.shots_paths):
+            raise ValueError(
+                f"shots={self.shots} and shots_paths go together; set both or neither, and take "
+                "examples that are not among the questions"
+            )
+        return self
+
+
+class NllConfig(TaskConfig):
+    """Negative log-likelihood of texts, by source. `limit` counts texts of each source."""
+
+    name: Name = "nll"
+    """How results and gates call it."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Held-out texts."""
+    general: bool = False
+    """Also weigh public-domain prose that ships with medgpt, Chinese and English, as the sources
+    general_zh and general_en: what a model loses there it has forgotten."""
+
+    @model_validator(mode="after")
+    def _something_to_weigh(self) -> Self:
+        if not self.sources and not self.general:
+            raise ValueError("has nothing to weigh; name sources or set general=true")
+        return self
+
+
+class EvalConfig(Config):
+    """configs/eval.toml"""
+
+    run: RunConfig
+    model: EvalModelConfig = EvalModelConfig()
+    mcq: tuple[McqConfig, ...] = ()
+    nll: tuple[NllConfig, ...] = ()
+    pool: PoolConfig = Field(default=PoolConfig())
+    cluster: ClusterConfig = ClusterConfig()
+
+    def tasks(self) -> Iterator[tuple[str, TaskConfig, str]]:
+        """(kind, config, name) of every task, in the order of the reference."""
+        for kind in ("mcq", "nll"):
+            for task in getattr(self, kind):
+                yield kind, task, task.name
+
+    @model_validator(mode="after")
+    def _tasks_have_names_of_their_own(self) -> Self:
+        names = Counter(name for _, _, name in self.tasks())
+        twice = [name for name, times in names.items() if times > 1]
+        if twice:
+            raise ValueError(f"two tasks are called {twice[0]}; give each a name of its own")
+        if not names:
+            raise ValueError("there is no task; add at least one, as [[mcq]] or [[nll]]")
+        return self
