@@ -20,7 +20,6 @@ from medgpt.config.evaluation import (
     McqConfig,
     NllConfig,
     PoolConfig,
-    TaskConfig,
 )
 from medgpt.config.model import (
     ArchitectureConfig,
@@ -29,6 +28,13 @@ from medgpt.config.model import (
     TokenizerConfig,
 )
 from medgpt.config.reading import StageConfig, load, validate
+from medgpt.config.replies import (
+    GenerationConfig,
+    KeyPointsConfig,
+    SafetyConfig,
+    TaskConfig,
+    TriageConfig,
+)
 from medgpt.config.stages import (
     CorpusConfig,
     PipelineConfig,
@@ -57,6 +63,8 @@ __all__ = [
     "EngineConfig",
     "EvalConfig",
     "EvalModelConfig",
+    "GenerationConfig",
+    "KeyPointsConfig",
     "LoraConfig",
     "MappingConfig",
     "McqConfig",
@@ -72,12 +80,14 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "SFTConfig",
+    "SafetyConfig",
     "SourceConfig",
     "StageConfig",
     "TaskConfig",
     "TokenizerConfig",
     "TrainConfig",
     "TrainStageConfig",
+    "TriageConfig",
     "TurnsMapping",
     "absolute",
     "absolute_model",

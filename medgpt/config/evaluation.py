@@ -9,6 +9,13 @@ from pydantic import Field, model_validator
 
 from medgpt.config.base import Config, Count, DataPath, ModelPath, Name
 from medgpt.config.data import SourceConfig
+from medgpt.config.replies import (
+    GenerationConfig,
+    KeyPointsConfig,
+    SafetyConfig,
+    TaskConfig,
+    TriageConfig,
+)
 from medgpt.config.stages import RunConfig
 from medgpt.config.train import ClusterConfig
 
@@ -24,6 +31,9 @@ Layout = Literal[
     "cmmlu",
     "ceval",
 ]
+
+
+TASK_KINDS = ("mcq", "nll", "generation", "key_points", "triage", "safety")
 
 
 class EvalModelConfig(Config):
@@ -43,15 +53,6 @@ class PoolConfig(Config):
     window_tokens: Annotated[int, Ge(16)] = 1024
     """A longer text is weighed in windows of so many tokens (or of the model's positions, if they
     are fewer); each begins in the middle of the one before and counts what is new."""
-
-
-class TaskConfig(Config):
-    """What every task has."""
-
-    limit: Count | None = None
-    """At most this many items, drawn with run.seed."""
-    sensitive: bool = False
-    """Reports and logs never show its texts."""
 
 
 class McqConfig(TaskConfig):
@@ -112,12 +113,16 @@ class EvalConfig(Config):
     model: EvalModelConfig = EvalModelConfig()
     mcq: tuple[McqConfig, ...] = ()
     nll: tuple[NllConfig, ...] = ()
+    generation: tuple[GenerationConfig, ...] = ()
+    key_points: tuple[KeyPointsConfig, ...] = ()
+    triage: tuple[TriageConfig, ...] = ()
+    safety: tuple[SafetyConfig, ...] = ()
     pool: PoolConfig = Field(default=PoolConfig())
     cluster: ClusterConfig = ClusterConfig()
 
     def tasks(self) -> Iterator[tuple[str, TaskConfig, str]]:
         """(kind, config, name) of every task, in the order of the reference."""
-        for kind in ("mcq", "nll"):
+        for kind in TASK_KINDS:
             for task in getattr(self, kind):
                 yield kind, task, task.name
 

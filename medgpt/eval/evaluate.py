@@ -1,7 +1,7 @@
 """`medgpt eval`: ask a model what the tasks want to know, and write down what it is worth."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,27 @@ import numpy as np
 from medgpt.config import ConfigError, EvalConfig
 from medgpt.eval.pool import Pool, Responses, resolve_model
 from medgpt.eval.requests import Choose, Reply, Request
-from medgpt.eval.stats import interval
-from medgpt.eval.task import Judged, Task
+from medgpt.eval.stats import Interval, interval
+from medgpt.eval.task import CorpusTask, Judged, Task
+from medgpt.eval.tasks.generation import GenerationTask
+from medgpt.eval.tasks.key_points import KeyPointsTask
 from medgpt.eval.tasks.mcq import McqTask
 from medgpt.eval.tasks.nll import NllTask
+from medgpt.eval.tasks.safety import SafetyTask
+from medgpt.eval.tasks.triage import TriageTask
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
 from medgpt.runs import Run, checksum
 from medgpt.train import session
 
-TASKS: dict[str, Callable[[Any, int], Task]] = {"mcq": McqTask, "nll": NllTask}
+TASKS: dict[str, Callable[[Any, int], Task]] = {
+    "mcq": McqTask,
+    "nll": NllTask,
+    "generation": GenerationTask,
+    "key_points": KeyPointsTask,
+    "triage": TriageTask,
+    "safety": SafetyTask,
+}
 RESULTS = "results.json"
 
 
@@ -41,8 +52,8 @@ def run_eval(config: EvalConfig) -> Run:
         else:
             tasks = build_tasks(config)
             check_template(folder, tasks)
-            _answer(run, config, tasks, reporter)
-            write_results(run, config, tasks)
+            whole = _answer(run, config, tasks, reporter)
+            write_results(run, config, tasks, whole)
             run.update_manifest(finished=True)
         _show(run, reporter)
     finally:
@@ -104,8 +115,15 @@ def check_model_unchanged(run: Run, folder: str) -> None:
         run.update_manifest(weights=weights, seed=run.config["run"]["seed"])
 
 
-def _answer(run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter) -> None:
-    """Ask all that is not answered yet, and write items/ of each task."""
+def _answer(
+    run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter
+) -> dict[str, dict[str, Interval]]:
+    """Ask all that is not answered yet, and write items/ of each task.
+
+    Returns:
+        By task, scores of all its responses together that are no mean over items.
+    """
+    whole: dict[str, dict[str, Interval]] = {}
     reporter.say(f"run directory {run.folder.url}")
     session.connect(config.cluster)
     session.await_resources(config.cluster, reporter.say)
@@ -119,10 +137,13 @@ def _answer(run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: Conso
                 reporter.advance(name, done, total, say=True)
 
             pool.ask(requests, folder, advance)
-            judged = task.judge(folder.read(requests))
-            write_items(run, task, judged)
+            responses = folder.read(requests)
+            write_items(run, task, task.judge(responses))
+            if isinstance(task, CorpusTask):
+                whole[task.name] = task.corpus(responses, config.run.seed)
     finally:
         pool.close()
+    return whole
 
 
 def write_items(run: Run, task: Task, judged: Sequence[Judged]) -> None:
@@ -138,16 +159,27 @@ def read_items(run: Run, name: str) -> list[Judged]:
     return [Judged(**json.loads(line)) for line in lines]
 
 
-def write_results(run: Run, config: EvalConfig, tasks: Sequence[Task]) -> None:
-    """results.json, from the items of all tasks."""
+def write_results(
+    run: Run,
+    config: EvalConfig,
+    tasks: Sequence[Task],
+    whole: Mapping[str, Mapping[str, Interval]],
+) -> None:
+    """results.json, from the items of all tasks and the scores that `_answer` gave."""
     seed = config.run.seed
+    summaries = {task.name: summary(task, read_items(run, task.name), seed) for task in tasks}
+    for name, scores in whole.items():
+        n = summaries[name]["n"]
+        summaries[name]["metrics"] |= {
+            metric: {**score._asdict(), "n": n} for metric, score in scores.items()
+        }
     run.folder.write_json(
         RESULTS,
         {
             "model": config.model.name,
             "parent": config.model.parent,
             "seed": seed,
-            "tasks": {task.name: summary(task, read_items(run, task.name), seed) for task in tasks},
+            "tasks": summaries,
         },
     )
 

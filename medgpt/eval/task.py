@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from medgpt.eval.requests import Request, Response
+from medgpt.eval.stats import Interval
 
 Value = float | tuple[float, float]
 """A ratio of sums is given as (numerator, denominator); a plain number v is (v, 1)."""
@@ -35,4 +36,13 @@ class Task(Protocol):
 
     def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
         """One for each item, from the responses to all requests by id."""
+        ...
+
+
+@runtime_checkable
+class CorpusTask(Task, Protocol):
+    """A task that also has scores of all its responses together, as BLEU."""
+
+    def corpus(self, responses: Mapping[str, Response], seed: int) -> dict[str, Interval]:
+        """By metric."""
         ...

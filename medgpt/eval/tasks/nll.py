@@ -50,7 +50,8 @@ class NllTask:
                 values["nll_per_token"] = (response.nll, float(response.tokens))
             if response.characters:
                 values["nll_per_character"] = (response.nll, float(response.characters))
-            judged.append(Judged(key, values, {"source": source}))
+            text = "general" if source in GENERAL else "held_out"
+            judged.append(Judged(key, values, {"source": source, "text": text}))
         return judged
 
 

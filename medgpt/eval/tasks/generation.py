@@ -1,0 +1,95 @@
+"""Answers compared with reference answers."""
+
+from collections.abc import Mapping
+
+import jieba
+
+from medgpt.config import ConfigError, GenerationConfig
+from medgpt.data.deny import DenyList
+from medgpt.data.readers import read_unit
+from medgpt.data.records import Conversation, Reject
+from medgpt.data.units import list_units
+from medgpt.eval.requests import Prompt, Replied, Reply, Response
+from medgpt.eval.stats import Interval
+from medgpt.eval.task import Judged
+from medgpt.eval.tasks.overlap import corpus_bleu, corpus_distinct, overlap
+from medgpt.eval.tasks.rows import SHARD_MB, content_hash, draw
+
+
+class GenerationTask:
+    """BLEU-1..4 and Distinct-1..2 of the whole corpus; ROUGE-1, -2, -L, GLEU, words and repeated
+    4-grams of each answer. The first answer to a question counts if it occurs twice."""
+
+    kind = "generation"
+
+    def __init__(self, config: GenerationConfig, seed: int) -> None:
+        """Raises ConfigError: a source cannot be read or holds no conversation."""
+        self.name, self._config = config.name, config
+        self.sensitive = config.sensitive or any(source.sensitive for source in config.sources)
+        items = self._conversations()
+        self._items = draw(((key, (key, item)) for key, item in items.items()), config.limit, seed)
+        self.template = (
+            f"generation-1-{config.prompt}-{config.max_new_tokens}-jieba-{jieba.__version__}"
+        )
+        self.data_hash = content_hash(*(repr(item) for item in self._items))
+
+    def _conversations(self) -> dict[str, Conversation]:
+        items: dict[str, Conversation] = {}
+        for source in self._config.sources:
+            deny, found = DenyList.load(source.deny), 0
+            for unit in list_units(source, SHARD_MB):
+                for record in read_unit(unit, source):
+                    kept = record if isinstance(record, Reject) else deny.check(record)
+                    if isinstance(kept, Reject):
+                        if kept.malformed:
+                            raise ConfigError(f"{kept.file} row {kept.row}: {kept.reason}")
+                    elif isinstance(kept, Conversation):
+                        asked = [message.content for message in kept.messages[:-1]]
+                        items.setdefault(f"{source.name}-{content_hash(*asked)}", kept)
+                        found += 1
+            if not found:
+                raise ConfigError(
+                    f"source {source.name} has no conversation; name files of questions with "
+                    "answers, or map their columns"
+                )
+        return items
+
+    def requests(self) -> list[Reply]:
+        return [
+            Reply(key, self._prompt(item), self._config.max_new_tokens) for key, item in self._items
+        ]
+
+    def _prompt(self, item: Conversation) -> Prompt:
+        asked = item.messages[:-1]
+        if self._config.prompt == "chat":
+            return asked
+        return "".join(f"{message.content}\n" for message in asked)
+
+    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+        return [
+            Judged(
+                key,
+                overlap(answer, item.messages[-1].content),
+                {"source": item.source},
+                {
+                    "question": item.messages[-2].content,
+                    "answer": answer,
+                    "right": item.messages[-1].content,
+                },
+            )
+            for (key, item), answer in zip(self._items, self._answers(responses), strict=True)
+        ]
+
+    def corpus(self, responses: Mapping[str, Response], seed: int) -> dict[str, Interval]:
+        """Metrics that are no mean over answers."""
+        answers = self._answers(responses)
+        references = [item.messages[-1].content for _, item in self._items]
+        return corpus_bleu(answers, references, seed) | corpus_distinct(answers)
+
+    def _answers(self, responses: Mapping[str, Response]) -> list[str]:
+        found = []
+        for key, _ in self._items:
+            response = responses[key]
+            assert isinstance(response, Replied)
+            found.append(response.texts[0])
+        return found
