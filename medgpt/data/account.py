@@ -4,11 +4,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from medgpt.config import ConfigError, DataConfig
-from medgpt.data.encode import Encoded
 from medgpt.data.records import Conversation, Record, Reject
 from medgpt.data.units import Unit
+
+if TYPE_CHECKING:
+    from medgpt.data.encode import Encoded
 
 SHOWN = 3  # reasons or files in an error
 
@@ -36,7 +39,7 @@ class Account:
         self.unreadable_files = self.unreadable_files + other.unreadable_files
         self.set_aside = dict(Counter(self.set_aside) + Counter(other.set_aside))
 
-    def keep(self, record: Record, encoded: Encoded, *, held_out: bool) -> None:
+    def keep(self, record: Record, encoded: "Encoded", *, held_out: bool) -> None:
         """Count a row that becomes a sample."""
         self.rows += 1
         self.train += not held_out

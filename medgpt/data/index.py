@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
@@ -21,7 +21,6 @@ import xxhash
 from medgpt.config import ConfigError, DataConfig
 from medgpt.data.account import Account, by_source, refuse_empty
 from medgpt.data.deny import DenyList
-from medgpt.data.encode import Encoded
 from medgpt.data.inputs import (
     changed_files,
     check_sources,
@@ -38,6 +37,9 @@ from medgpt.data.stream import Pace
 from medgpt.data.units import Unit, file_size, list_files, list_units
 from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 
+if TYPE_CHECKING:
+    from medgpt.data.encode import Encoded  # transformers
+
 FEWEST_UNITS = 64  # of a corpus of as many MiB
 BATCH_RECORDS = 256  # records tokenised together
 SHOWN_CHANGES = 5
@@ -46,7 +48,7 @@ UNITS = "units"  # results of single units, until all are done
 BEGUN = "begun.json"  # what they were read from
 NOT_INDEXED = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
 
-Encode = Callable[[Sequence[Record]], list[Encoded | Reject]]
+Encode = Callable[[Sequence[Record]], "list[Encoded | Reject]"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +219,7 @@ def index_unit(unit: Unit, number: int, *, job: IndexJob) -> dict[str, Any]:
 
 def _encoded(
     items: Iterator[Record | Reject], deny: DenyList, encode: Encode
-) -> Iterator[Reject | tuple[Record, Encoded]]:
+) -> "Iterator[Reject | tuple[Record, Encoded]]":
     """Records with their tokens, in batches; rejects pass through."""
     while batch := list(islice(items, BATCH_RECORDS)):
         checked = [x if isinstance(x, Reject) else deny.check(x) for x in batch]

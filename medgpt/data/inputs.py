@@ -9,7 +9,7 @@ from medgpt.config import DataConfig
 from medgpt.data.deny import DenyList
 from medgpt.data.files import open_file
 from medgpt.data.recognise import Recogniser
-from medgpt.data.units import list_files
+from medgpt.data.units import file_size, list_files
 from medgpt.runs import stream_checksum
 
 
@@ -26,6 +26,11 @@ def input_files(config: DataConfig) -> list[str]:
     data = [file for source in config.sources for file in list_files(source)]
     deny = [name for source in config.sources for name in source.deny if name != "default"]
     return list(dict.fromkeys(data + deny))
+
+
+def input_bytes(config: DataConfig) -> int:
+    """Size of all input files, as they are stored."""
+    return sum(map(file_size, input_files(config)))
 
 
 def file_stamp(file: str) -> str:

@@ -141,7 +141,6 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     from medgpt.data.chat import for_chat
     from medgpt.models.saved_tokenizer import class_path
     from medgpt.models.tokenizer import load_base, train_tokenizer
-    from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 
     mode, model = config.tokenizer.mode, config.model
     if model.name is not None:
@@ -157,10 +156,14 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
         if isinstance(config, SFTConfig):
             tokenizer = for_chat(tokenizer)
         if mode == "extend":
+            from medgpt.models.vocabulary import extend_tokenizer
+
             tokenizer = extend_tokenizer(
                 tokenizer, texts, config.tokenizer.new_tokens, config.tokenizer.max_chinese_run
             )
         elif mode == "trim":
+            from medgpt.models.vocabulary import trim_tokenizer
+
             tokenizer, _ = trim_tokenizer(tokenizer, texts)
     if isinstance(config, SFTConfig):
         tokenizer = for_chat(tokenizer)

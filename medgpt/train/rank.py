@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.disk import full_disk_told
 from medgpt.runs import Run, commit, committed, entries
+from medgpt.train.gate import Gate
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
@@ -19,6 +20,7 @@ class WorkerJob:
     run_dir: str
     config: TrainStageConfig
     progress: "Queue"
+    gate: Gate
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -54,6 +56,8 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     if device.type == "cpu":
         keep_freed_memory()
+    if not job.gate.passed():
+        return
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
     unmeasured = dist.get_rank() == 0 and "vocabulary" not in run.manifest
     objective = Objective(

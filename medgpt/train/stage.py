@@ -3,18 +3,25 @@
 import importlib
 import threading
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from medgpt.config import TrainStageConfig
+from medgpt.data.inputs import check_sources, input_bytes
 from medgpt.disk import full_disk_told
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import MANIFEST, Folder, Run
 from medgpt.train import session
+from medgpt.train.gate import Gate
 from medgpt.train.prepare import prepare
 from medgpt.train.progress import Display
 from medgpt.train.rank import WorkerJob, train_worker
+
+if TYPE_CHECKING:
+    from medgpt.train.trainer import LeanTrainer
+
+EARLY_BYTES = 64 * 2**20  # of input; the preparation of more is worth the CPUs of the workers
 
 
 def run_stage(stage: str, config: TrainStageConfig) -> Run:
@@ -30,10 +37,25 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        # seconds of imports, while Ray starts and the corpus is tokenised
-        threading.Thread(target=importlib.import_module, args=("ray.train.torch",)).start()
+        # a second of imports, while Ray starts
+        threading.Thread(target=importlib.import_module, args=("medgpt.train.trainer",)).start()
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
+        _prepare_and_train(run, config, reporter)
+        run.update_manifest(finished=True, timings=_timings(run))
+        reporter.say(f"model in {run.model.url}")
+    finally:
+        reporter.close()
+    return run
+
+
+def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
+    """Workers start at once, or after the preparation if it needs their CPUs."""
+    check_sources(config.data)
+    training = Training(run, config, reporter)
+    if input_bytes(config.data) < EARLY_BYTES:
+        training.start()
+    try:
         with full_disk_told(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
         reporter.say(_describe(data, plan))
@@ -44,71 +66,115 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             plan={key: value for key, value in plan.items() if key != "files"},
             hardware=run.manifest["hardware"] | {"cluster": _cluster()},
         )
-        _train(run, config, reporter)
-        run.update_manifest(finished=True, timings=_timings(run))
-        reporter.say(f"model in {run.model.url}")
-    finally:
-        reporter.close()
-    return run
+    except Exception:
+        training.refuse()
+        raise
+    training.finish()
 
 
-def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
-    """Start the workers and show their progress until they are done."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+class Training:
+    """The workers of a run on Ray Train, and what they tell."""
 
-    from medgpt.train.reservation import reserved_for_data
-    from medgpt.train.trainer import LeanTrainer
-    from medgpt.train.waiting import Waiting
+    def __init__(self, run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
+        self.run, self.config, self.reporter = run, config, reporter
+        self.gate = Gate(run.folder.url)
+        self.display = Display(reporter, log_every=config.train.log_every)
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
 
-    cluster = config.cluster
-    resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    # where Ray Train's controller is, too: on another node it could be lost without the run
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    trainer = LeanTrainer(
-        train_worker,
-        train_loop_config={
-            "job": WorkerJob(run_dir=run.folder.url, config=config, progress=progress)
-        },
-        scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers,
-            elastic_resize_monitor_interval_s=cluster.resize_check_s,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={name: n for name, n in resources.items() if n},
-        ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=run.folder.url,
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures,
-                max_preemption_failures=cluster.max_preemptions,
+    def start(self) -> None:
+        """Start the workers, which wait at the gate."""
+        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # where Ray Train's controller is, too: on another node it could be lost without the run
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self.follower = threading.Thread(
+            target=self.display.follow, args=(self.progress,), daemon=True
+        )
+        self.follower.start()
+        self.reporter.advance("starting workers", 0, self.config.cluster.fewest_workers)
+        (self.run.folder / "ray").remove()  # Ray's own record of an earlier attempt stays unread
+        self.thread = threading.Thread(target=self._fit, daemon=True)
+        self.thread.start()
+
+    def refuse(self) -> None:
+        """Let workers end that have nothing to train on; the user need not wait for them."""
+        if self.thread is not None:
+            self.gate.refuse()
+            self._stop_following()
+            threading.Thread(target=self._clean_up, args=(self.thread,), daemon=True).start()
+
+    def finish(self) -> None:
+        """Let the workers train, and return when they are done.
+
+        Raises:
+            ConfigError: whatever one of them refused.
+            TrainingFailedError: they failed more often than the config allows.
+        """
+        self.gate.open()
+        if self.thread is None:
+            self.start()
+        assert self.thread is not None
+        self.thread.join()
+        self._stop_following()
+        self._clean_up(self.thread)
+        if self.display.refused:
+            raise self.display.refused[0] from None
+        if self.failure is not None:
+            raise self.failure
+
+    def _stop_following(self) -> None:
+        self.progress.put(None)
+        self.follower.join()
+
+    def _clean_up(self, thread: threading.Thread) -> None:
+        thread.join()
+        self.progress.shutdown()
+        self.gate.remove()
+
+    def _fit(self) -> None:
+        from medgpt.train.reservation import reserved_for_data
+
+        cluster = self.config.cluster
+        elastic = not isinstance(cluster.num_workers, int)
+        url = self.run.folder.url
+        try:
+            with reserved_for_data(url, cluster.data_cpus) if elastic else nullcontext():
+                self._trainer().fit()
+        except Exception as error:
+            self.failure = error
+
+    def _trainer(self) -> "LeanTrainer":
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+        from medgpt.train.trainer import LeanTrainer, ProcessGroup
+        from medgpt.train.waiting import Waiting
+
+        cluster, url = self.config.cluster, self.run.folder.url
+        resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+        job = WorkerJob(run_dir=url, config=self.config, progress=self.progress, gate=self.gate)
+        return LeanTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            backend_config=ProcessGroup(gpu=cluster.gpus_per_worker > 0),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                elastic_resize_monitor_interval_s=cluster.resize_check_s,
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker={name: n for name, n in resources.items() if n},
             ),
-            callbacks=[Waiting(cluster, progress)],  # type: ignore[list-item] - see there
-        ),
-    )
-    (run.folder / "ray").remove()  # Ray's own record of an earlier attempt is not to be resumed
-    display = Display(reporter, log_every=config.train.log_every)
-    follower = threading.Thread(target=display.follow, args=(progress,), daemon=True)
-    follower.start()
-    reporter.advance("starting workers", 0, cluster.fewest_workers)
-    failure: TrainingFailedError | None = None
-    elastic = not isinstance(cluster.num_workers, int)
-    room = reserved_for_data(run.folder.url, cluster.data_cpus) if elastic else nullcontext()
-    try:
-        with room:
-            trainer.fit()
-    except TrainingFailedError as error:
-        failure = error
-    finally:
-        progress.put(None)
-        follower.join()
-        progress.shutdown()
-    if display.refused:
-        raise display.refused[0] from None
-    if failure:
-        raise failure
+            run_config=RunConfig(
+                name="ray",
+                storage_path=url,
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures,
+                    max_preemption_failures=cluster.max_preemptions,
+                ),
+                callbacks=[Waiting(cluster, self.progress)],  # type: ignore[list-item] - see there
+            ),
+        )
 
 
 def _describe(data: dict[str, Any], plan: dict[str, Any]) -> str:

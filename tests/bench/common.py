@@ -161,6 +161,8 @@ validation_share = 0.0
 eval_every = 1000000
 checkpoint_every = 1000000
 log_every = 1000000
+[engine]
+zero_stage = 0  # optimizer states in full on every worker, as the peers have them
 [cluster]
 num_workers = 2
 """,

@@ -1,6 +1,7 @@
 """Fine-tuning speed: medgpt with two workers beside TRL's SFTTrainer, packed and as it comes.
 
-`python -m tests.bench.sft` prints real tokens per second, without padding, and the ratios.
+`python -m tests.bench.sft` prints real tokens per second, without padding, and the ratios;
+`--sweep` runs TRL once in each of its packing settings instead, to see which is its best.
 """
 
 import argparse
@@ -58,8 +59,25 @@ def packed(rows: int, ranks: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+def sweep(args: argparse.Namespace) -> None:
+    """TRL's packing strategies, rows a forward, ranks."""
+    for strategy in ("bfd", "bfd_split", "wrapped"):
+        for ranks in (1, 2):
+            for rows in (1, 2, 4):
+                config = packed(rows, ranks, packing_strategy=strategy)
+                window = trl(args, config, ranks=ranks)
+                print(
+                    f"{strategy}, {ranks} ranks, {rows} rows: {window.tokens_per_s:,.0f} tokens/s"
+                )
+
+
 def main() -> None:
-    args = common.options(__doc__, rounds=5).parse_args()
+    parser = common.options(__doc__, rounds=5)
+    parser.add_argument("--sweep", action="store_true")
+    args = parser.parse_args()
+    if args.sweep:
+        sweep(args)
+        return
     peak = common.gemm_gflops()
     found = common.alternate(
         {

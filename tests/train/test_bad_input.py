@@ -2,22 +2,33 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from transformers import MistralConfig
 
 from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
 from medgpt.runs import Run
+from medgpt.train import stage as stage_module
 from medgpt.train.prepare import prepare
 from medgpt.train.stage import run_stage
 from tests.train.cases import pretrain_config, sft_config, source
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 CANARY = "张三的秘密"  # in every bad row; errors never quote rows
+
+
+@pytest.fixture(autouse=True)
+def late_workers(monkeypatch: pytest.MonkeyPatch) -> int:
+    """They would start for nothing here. Returns the size below which they start early."""
+    size = stage_module.EARLY_BYTES
+    monkeypatch.setattr(stage_module, "EARLY_BYTES", 0)
+    return size
 
 
 def refusal(config: TrainStageConfig) -> str:
@@ -240,3 +251,17 @@ def base_config(folder: Path, model: Path, **more: Any) -> PretrainConfig:
         tokenizer={"mode": "base"},
         data={**data(rows), **more},
     )
+
+
+def test_workers_that_started_early_end_when_the_data_is_refused(
+    tmp_path: Path, base: Path, late_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "EARLY_BYTES", late_workers)
+    path = write_rows(tmp_path / "data.jsonl", [{"text": CANARY + "高血压"}] * 30)
+    config = sft_config(tmp_path / "run", tmp_path, base, data=data(path))
+    assert "30 of 30 rows are malformed" in refusal(config)
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "workers still hold CPUs"
+        time.sleep(0.2)
+    assert not Run(config.run.dir).folder.exists("gate")
