@@ -1,6 +1,5 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
-import importlib
 import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,6 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        # a second of imports, while Ray starts
-        threading.Thread(target=importlib.import_module, args=("medgpt.train.trainer",)).start()
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
         _prepare_and_train(run, config, reporter)
