@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-_LETTERS = r"[A-J](?:[\s,、和与及&/]*[A-J])*(?![A-Za-z])"
+_LETTERS = r"[A-J](?:(?:[\s,、和与及&/()]|或者?|\bor\b)*[A-J])*(?![A-Za-z])"
 _SMALL = r"\(\s*[a-j]\s*\)|[a-j](?=\s*(?:$|[.,;:)\]。\n]))"
 _OPEN = r"[\s\"'\[(【「{]*"
 _CHOICE = rf"{_OPEN}({_LETTERS}|{_SMALL})"
@@ -62,6 +62,9 @@ def parse(reply: str, options: Mapping[str, str], *, multiple: bool) -> Parsed:
 
 
 def _only_letters(text: str) -> str:
+    """Sorted; `?` if it leaves the choice between them open."""
+    if re.search("或|or", text):
+        return "?"
     return "".join(sorted(set(re.sub("[^A-J]", "", text.upper()))))
 
 

@@ -1,0 +1,252 @@
+"""Multiple choice: what is asked, what counts, and models that know nothing do not score."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from medgpt.config import ConfigError, McqConfig
+from medgpt.data.records import Message
+from medgpt.eval.requests import Choose, Chosen, Replied, Reply
+from medgpt.eval.task import Judged
+from medgpt.eval.tasks.mcq import McqTask
+
+ROWS = [
+    {"question": f"问题{i}是什么?", "option": dict(zip("ABCDE", options, strict=False))}
+    | {"answer": answer, "question_type": "多项选择题" if len(answer) > 1 else "单项选择题"}
+    for i, (options, answer) in enumerate(
+        [(["甲", "乙", "丙", "丁"], "ABCD"[i % 4]) for i in range(200)]
+        + [(["甲", "乙", "丙", "丁", "戊"], "ACE") for _ in range(50)]
+    )
+]
+
+
+def write(folder: Path, rows: list[dict]) -> tuple[str, ...]:
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return (str(path),)
+
+
+def task(folder: Path, rows: list[dict] | None = None, **keys) -> McqTask:
+    paths = write(folder, ROWS if rows is None else rows)
+    return McqTask(McqConfig.model_validate({"paths": paths, "layout": "cmb"} | keys), 0)
+
+
+def mean(items: list[Judged], metric: str) -> float:
+    values = [item.values[metric] for item in items if metric in item.values]
+    assert values
+    return sum(v for v in values if isinstance(v, float)) / len(values)
+
+
+def replies(mcq: McqTask, say: Callable[[Reply], str]) -> list[Judged]:
+    asked = [request for request in mcq.requests() if isinstance(request, Reply)]
+    return mcq.judge({r.id: Replied(r.id, [say(r)], [True]) for r in asked})
+
+
+def choices(mcq: McqTask, score: Callable[[Choose, int], float]) -> list[Judged]:
+    asked = [request for request in mcq.requests() if isinstance(request, Choose)]
+    return mcq.judge(
+        {
+            r.id: Chosen(
+                r.id,
+                [score(r, i) for i in range(len(r.options))],
+                [1] * len(r.options),
+                [len(option) for option in r.options],
+            )
+            for r in asked
+        }
+    )
+
+
+# ---- controls ----
+
+
+def test_a_model_that_always_refuses_scores_nothing(tmp_path: Path):
+    items = replies(task(tmp_path, scoring="generation"), lambda _: "抱歉，我无法回答。")
+    assert mean(items, "accuracy") == 0
+    assert mean(items, "refused_rate") == 1
+    assert mean(items, "invalid_rate") == 0
+
+
+def test_a_model_that_always_says_b_scores_as_often_as_b_is_right(tmp_path: Path):
+    items = replies(task(tmp_path, scoring="generation"), lambda _: "答案：B")
+    assert mean(items, "accuracy") == 50 / 250  # and never where several are right
+    assert mean(items, "accuracy") <= mean(items, "chance")
+
+
+def test_a_model_that_lists_all_options_scores_nothing(tmp_path: Path):
+    items = replies(task(tmp_path, scoring="generation"), lambda _: "A\nB\nC\nD")
+    assert mean(items, "accuracy") == 0
+    assert mean(items, "invalid_rate") >= 200 / 250
+
+
+def test_a_model_that_says_letters_at_random_is_at_chance(tmp_path: Path):
+    rng = random.Random(0)
+    items = replies(task(tmp_path, scoring="generation"), lambda _: rng.choice("ABCD"))
+    assert mean(items, "accuracy") <= mean(items, "chance") + 0.06
+
+
+def test_random_likelihoods_are_at_chance(tmp_path: Path):
+    rng = random.Random(0)
+    items = choices(task(tmp_path), lambda *_: rng.random())
+    assert abs(mean(items, "accuracy") - mean(items, "chance")) < 0.06
+
+
+def test_a_model_to_which_all_letters_are_alike_always_says_a(tmp_path: Path):
+    items = choices(task(tmp_path), lambda *_: -1.0)
+    assert {item.shown["chosen"] for item in items} == {"A", "AB"}
+
+
+# ---- what counts ----
+
+
+def test_the_likeliest_letter_or_set_is_the_answer(tmp_path: Path):
+    mcq = task(tmp_path)
+    right = {q.id: q.answer for q in mcq.questions}
+    items = choices(mcq, lambda r, i: float(r.options[i].strip() == right[r.id]))
+    assert mean(items, "accuracy") == 1
+    assert {item.slices["type"] for item in items} == {"one right", "several right"}
+
+
+def test_part_of_a_set_is_wrong(tmp_path: Path):
+    said = {"A": "AC", "ACE": "ACE", "ACDE": "ACDE"}
+    for letters, accuracy in (("AC", 0), ("ACDE", 0), ("ACE", 1)):
+        items = replies(
+            task(tmp_path, ROWS[200:], scoring="generation"), lambda _, x=letters: f"答案：{x}"
+        )
+        assert mean(items, "accuracy") == accuracy, said
+
+
+def test_option_texts_are_also_compared_per_character(tmp_path: Path):
+    row = ROWS[0] | {"option": {"A": "短", "B": "一个很长的选项"}, "answer": "B"}
+    items = choices(task(tmp_path, [row], scoring="option"), lambda _, i: (-3.0, -7.0)[i])
+    assert mean(items, "accuracy") == 0
+    assert mean(items, "accuracy_normalised") == 1
+
+
+# ---- what is asked ----
+
+
+def test_a_letter_is_scored_after_the_listed_options(tmp_path: Path):
+    (request,) = task(tmp_path, ROWS[:1]).requests()
+    assert isinstance(request, Choose)
+    assert request.options == ("A", "B", "C", "D")
+    assert isinstance(request.prompt, str)
+    assert request.prompt.endswith("题目：问题0是什么?\nA. 甲\nB. 乙\nC. 丙\nD. 丁\n答案：")
+
+
+def test_a_set_ends_with_its_line(tmp_path: Path):
+    (request,) = task(tmp_path, ROWS[200:201]).requests()
+    assert isinstance(request, Choose)
+    assert len(request.options) == 26  # of five, without none and single ones
+    assert {"AB\n", "ABCDE\n"} <= set(request.options)
+
+
+def test_an_option_is_scored_after_the_bare_question(tmp_path: Path):
+    row = ROWS[0] | {"question": "Which?", "option": {"A": "Yes", "B": "No"}, "answer": "A"}
+    (request,) = task(tmp_path, [row], scoring="option").requests()
+    assert isinstance(request, Choose)
+    assert (request.prompt, request.options) == ("Question: Which?\nAnswer:", (" Yes", " No"))
+
+
+def test_examples_stand_before_each_question_and_are_not_asked(tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    paths = write(tmp_path / "other", ROWS[:20])
+    mcq = task(tmp_path, ROWS[10:40], shots=3, shots_paths=list(paths))
+    first = [q.text for q in mcq.examples]
+    assert len(first) == 3
+    assert not {q.id for q in mcq.examples} & {q.id for q in mcq.questions}
+    for request in mcq.requests():
+        assert isinstance(request, Choose)
+        assert isinstance(request.prompt, str)
+        assert [text in request.prompt for text in first] == [True] * 3
+        assert request.prompt.count("答案：") == 4
+    with pytest.raises(ConfigError, match="have 10 questions that are not asked"):
+        task(tmp_path, ROWS[10:40], shots=11, shots_paths=list(paths))
+
+
+def test_a_chat_is_asked_in_turns(tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    keys = {"shots": 1, "shots_paths": list(write(tmp_path / "other", ROWS[:20]))}
+    for request in task(
+        tmp_path, ROWS[30:40], prompt="chat", scoring="generation", **keys
+    ).requests():
+        assert isinstance(request.prompt, tuple)
+        assert [message.role for message in request.prompt] == ["user", "assistant", "user"]
+        assert request.prompt[1].content.startswith("答案：")
+    plain = task(tmp_path, ROWS[30:31], prompt="chat").requests()[0]
+    assert isinstance(plain.prompt, tuple)
+    assert plain.prompt[0] == Message("user", plain.prompt[0].content)
+
+
+# ---- identity ----
+
+
+def test_the_draw_depends_on_the_seed_and_the_hash_on_what_was_drawn(tmp_path: Path):
+    paths = write(tmp_path, ROWS)
+    config = McqConfig(paths=paths, layout="cmb", limit=20)
+    one, same, other = (McqTask(config, seed) for seed in (0, 0, 1))
+    assert len(one.questions) == 20
+    assert [q.id for q in one.questions] == [q.id for q in same.questions]
+    assert (one.data_hash, one.template) == (same.data_hash, same.template)
+    assert one.data_hash != other.data_hash
+    fewer = McqTask(McqConfig(paths=paths, layout="cmb", limit=10), 0)
+    assert {q.id for q in fewer.questions} < {q.id for q in one.questions}
+
+
+def test_the_template_changes_with_the_way_of_asking(tmp_path: Path):
+    templates = {
+        task(tmp_path, ROWS[:1], **keys).template
+        for keys in ({}, {"scoring": "option"}, {"scoring": "generation"}, {"prompt": "chat"})
+    }
+    assert len(templates) == 4
+
+
+# ---- bad input ----
+
+
+def test_an_empty_set_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no question in paths"):
+        task(tmp_path, [])
+
+
+def test_a_gold_answer_that_is_no_option_is_refused_without_its_text(tmp_path: Path):
+    rows = [ROWS[0], ROWS[1] | {"answer": "E"}]
+    with pytest.raises(ConfigError, match=r"row 2: its right answer E is not among the"):
+        task(tmp_path, rows)
+
+
+def test_an_id_stands_for_one_question(tmp_path: Path):
+    rows = [ROWS[0] | {"id": 7}, ROWS[1] | {"id": 8}, ROWS[2] | {"id": 7}]
+    with pytest.raises(ConfigError, match=r"row 3 has the id 7, which .*row 1 has, too"):
+        task(tmp_path, rows)
+
+
+def test_a_question_that_is_repeated_without_id_counts_once(tmp_path: Path):
+    assert len(task(tmp_path, [ROWS[0], ROWS[1], ROWS[0]]).questions) == 2
+
+
+def test_rows_of_another_layout_are_refused_with_their_columns(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"row 1 does not fit layout=ceval .*question, opt"):
+        task(tmp_path, layout="ceval")
+
+
+def test_an_unknown_layout_is_refused_with_those_there_are():
+    from medgpt.config import validate
+
+    with pytest.raises(ConfigError, match=r"layout='cmbb': .*'cmexam'.*'ceval'"):
+        validate(McqConfig, {"paths": ["x"], "layout": "cmbb"})
+
+
+def test_options_are_not_scored_where_several_are_right(tmp_path: Path):
+    with pytest.raises(ConfigError, match="scoring=option takes the likeliest option"):
+        task(tmp_path, scoring="option")
+
+
+def test_a_row_that_is_not_json_is_named(tmp_path: Path):
+    (path,) = write(tmp_path, ROWS[:2])
+    Path(path).write_text(Path(path).read_text("utf-8") + "{broken\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"questions.jsonl row 3: is not JSON"):
+        McqTask(McqConfig(paths=(path,), layout="cmb"), 0)
