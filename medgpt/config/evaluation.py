@@ -69,6 +69,8 @@ class McqConfig(TaskConfig):
     scoring: Literal["letter", "option", "generation"] = "letter"
     """letter: the likeliest letter after the listed options. option: the likeliest text of an
     option after the bare question, also per character. generation: a reply, read strictly."""
+    answers: Literal["all", "one", "several"] = "all"
+    """Take all questions, those with one right option, or those with several."""
     prompt: Literal["plain", "chat"] = "plain"
     """plain: a text to continue. chat: a turn of the model's chat template."""
     shots: Annotated[int, Ge(0)] = 0

@@ -66,7 +66,7 @@ class Engine:
                 request.id,
                 logprobs,
                 [len(option) for option in choice.options],
-                [len(option) for option in request.options],
+                [len(option.strip()) for option in request.options],
                 was_cut,
             )
             for request, choice, logprobs, was_cut in zip(

@@ -25,7 +25,7 @@ class Chosen:
     id: str
     logprobs: list[float]  # natural log, summed over each option
     tokens: list[int]  # of each option
-    characters: list[int]  # of each option
+    characters: list[int]  # of each option, without the space around it
     cut: bool = False  # the prompt was too long for the model and lost its beginning
 
 

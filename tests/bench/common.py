@@ -108,7 +108,7 @@ def workload(folder: Path, size: Size, *, dialogues: int = 4000) -> tuple[Path, 
         lines = [json.dumps({"messages": messages(r)}, ensure_ascii=False) + "\n" for r in chosen]
         data.write_text("".join(lines), "utf-8")
     if not (base / "config.json").exists():
-        _write_base(base, data, size)
+        write_base(base, data, size)
     return data, base
 
 
@@ -117,7 +117,8 @@ def messages(row: dict[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": row[key]} for role, key in roles]
 
 
-def _write_base(base: Path, data: Path, size: Size) -> None:
+def write_base(base: Path, data: Path, size: Size) -> None:
+    """A base model with fresh weights and a tokenizer trained on the messages in `data`."""
     from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
     from medgpt.data.chat import for_chat
     from medgpt.models.load import SpecialIds, build_model

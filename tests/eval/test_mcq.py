@@ -243,6 +243,10 @@ def test_an_unknown_layout_is_refused_with_those_there_are():
 def test_options_are_not_scored_where_several_are_right(tmp_path: Path):
     with pytest.raises(ConfigError, match="scoring=option takes the likeliest option"):
         task(tmp_path, scoring="option")
+    assert len(task(tmp_path, scoring="option", answers="one").questions) == 200
+    assert len(task(tmp_path, answers="several").questions) == 50
+    with pytest.raises(ConfigError, match="no question in paths fits answers=several"):
+        task(tmp_path, ROWS[:5], answers="several")
 
 
 def test_a_row_that_is_not_json_is_named(tmp_path: Path):

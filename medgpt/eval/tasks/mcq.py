@@ -48,7 +48,7 @@ class McqTask:
     def __init__(self, config: McqConfig, seed: int) -> None:
         """Raises ConfigError: the questions or the examples cannot be read."""
         self.config, self.name, self.sensitive = config, config.name, config.sensitive
-        found = read_questions(config.layout, numbered_rows(config.paths))
+        found = self._read(config.paths)
         self.questions = draw(((q.id, q) for q in found), config.limit, seed)
         examples = self._examples(seed, {q.id for q in self.questions})
         style = [config.scoring, config.prompt, str(config.max_new_tokens), repr(examples)]
@@ -58,7 +58,7 @@ class McqTask:
         if config.scoring == "option" and any(q.multiple for q in self.questions):
             raise ConfigError(
                 "scoring=option takes the likeliest option, and some questions have several right "
-                "ones; use letter or generation"
+                "ones; use letter or generation, or set answers=one"
             )
 
     def requests(self) -> Sequence[Request]:
@@ -67,10 +67,17 @@ class McqTask:
     def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
         return [self._judge(question, responses[question.id]) for question in self.questions]
 
+    def _read(self, paths: Sequence[str]) -> list[Question]:
+        questions = read_questions(self.config.layout, numbered_rows(paths))
+        wanted = {"all": (False, True), "one": (False,), "several": (True,)}[self.config.answers]
+        if kept := [question for question in questions if question.multiple in wanted]:
+            return kept
+        raise ConfigError(f"no question in paths fits answers={self.config.answers}; use all")
+
     def _examples(self, seed: int, asked: set[str]) -> list[Question]:
         if not self.config.shots:
             return []
-        found = read_questions(self.config.layout, numbered_rows(self.config.shots_paths))
+        found = self._read(self.config.shots_paths)
         free = [(q.id, q) for q in found if q.id not in asked]
         if len(free) < self.config.shots:
             raise ConfigError(
