@@ -15,6 +15,7 @@ from medgpt.data.sample.held_out import LEFT_OUT
 from medgpt.data.sample.knowledge import load_knowledge
 from medgpt.data.sample.pairs import exam_questions, preferences
 from medgpt.data.sample.render import Corpus
+from medgpt.eval.tasks.layouts import LAYOUTS
 from medgpt.reference import BEGIN, END, reference, replace_block
 from medgpt.runs import FREE_TO_CHANGE
 
@@ -132,3 +133,9 @@ def test_the_readme_names_no_machine_and_no_foreign_resource():
     assert not re.search(r"!\[", README)
     assert PROSE.count("```") % 2 == 0
     assert len(re.findall("```mermaid", PROSE)) == 1
+
+
+def test_every_layout_of_exams_is_told_with_its_columns():
+    told = section("Evaluation")
+    for layout in LAYOUTS:
+        assert f"`{layout}`" in told

@@ -20,6 +20,7 @@ from medgpt.config.stages import RunConfig
 from medgpt.config.train import ClusterConfig
 
 Layout = Literal[
+    "sample",
     "cmexam",
     "mmedbench",
     "xmedbench",

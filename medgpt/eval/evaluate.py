@@ -42,7 +42,9 @@ def run_eval(config: EvalConfig) -> Run:
         ConfigError: whatever the user can repair, in words.
     """
     check_parent(config)
-    folder = resolve_model(str(config.model.name))
+    if config.model.name is None:
+        raise ConfigError("missing key model.name; name the run or model to score")
+    folder = resolve_model(config.model.name)
     run = Run.open("eval", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter("eval")
     try:

@@ -212,6 +212,13 @@ def test_a_model_that_is_not_there_is_refused_before_a_run_is_made(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_without_model_is_refused(tmp_path: Path):
+    settings = tree(tmp_path / "run", "", nll=[{"general": True}])
+    del settings["model"]
+    with pytest.raises(ConfigError, match=r"missing key model\.name; name the run or model"):
+        run_eval(validate(EvalConfig, settings))
+
+
 def test_wrong_data_is_told_with_its_task(tmp_path: Path, base: Path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("", "utf-8")

@@ -6,11 +6,17 @@ from typing import Any
 import pytest
 
 from medgpt.config import ConfigError
+from medgpt.data.sample.pairs import exam_questions
+from medgpt.data.sample.render import Corpus
 from medgpt.eval.tasks.layouts import Question, read_questions
 from medgpt.eval.tasks.rows import numbered_rows
 
 FOUR = {"A": "one", "B": "two", "C": "three", "D": "four"}
 ROWS: dict[str, tuple[dict[str, Any], str]] = {  # a row, its right answer
+    "sample": (
+        {"id": "x", "question": "q", "options": FOUR, "answer": "B", "department": "内科"},
+        "B",
+    ),
     "cmexam": (
         {"Question": "q", "Options": "A one\nB two\nC three\nD four", "Answer": "ABD"}
         | {"Clinical Department": "内科"},
@@ -109,6 +115,13 @@ def test_a_question_needs_two_options():
 def test_a_question_of_one_right_answer_has_one():
     with pytest.raises(ConfigError, match="2 right answers and says that one is right"):
         read("cmb", ROWS["cmb"][0] | {"question_type": "单项选择题"})
+
+
+def test_the_sample_corpus_is_read():
+    rows = [("corpus", row) for row in exam_questions(Corpus())]
+    questions = read_questions("sample", rows)
+    assert len(questions) == len(rows) > 100
+    assert all(q.slices["department"] for q in questions)
 
 
 @pytest.mark.real_data

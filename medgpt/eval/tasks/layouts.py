@@ -127,6 +127,17 @@ def _named(row: Row, **columns: str) -> dict[str, str]:
 # ---- the layouts ----
 
 
+def sample(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """id, question, options {letter: text}, answer (letters), department: medgpt's sample corpus"""
+    return lambda row: Fields(
+        row["question"],
+        dict(row["options"]),
+        letters(row["answer"]),
+        id=str(row["id"]),
+        slices=_named(row, department="department"),
+    )
+
+
 def cmexam(rows: Sequence[tuple[str, Row]]) -> Reader:
     """Question, Options (a line each), Answer (letters); https://github.com/williamliujl/CMExam"""
     return lambda row: Fields(
@@ -256,6 +267,7 @@ def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
 
 
 LAYOUTS: dict[str, Callable[[Sequence[tuple[str, Row]]], Reader]] = {
+    "sample": sample,
     "cmexam": cmexam,
     "mmedbench": medqa,
     "xmedbench": xmedbench,
