@@ -35,6 +35,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "run.dir",
     "cluster",
     "report",
+    "gates",
     "train.micro_batch_size",
     "train.log_every",
     "train.eval_every",

@@ -1,5 +1,6 @@
 """What to ask a model, and how it is scored."""
 
+import difflib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 
 from medgpt.config.base import Config, Count, DataPath, ModelPath, Name
 from medgpt.config.data import SourceConfig
+from medgpt.config.gates import parse_gate
 from medgpt.config.replies import (
     GenerationConfig,
     KeyPointsConfig,
@@ -113,6 +115,10 @@ class EvalConfig(Config):
     """configs/eval.toml"""
 
     run: RunConfig
+    gates: tuple[str, ...] = ()
+    """What the model must reach, else the command fails: `mcq.accuracy >= parent`, `key_points.gout
+    == pass`, `nll.general <= 1.05 * parent`, `triage.under <= 0.01`. A gate names TASK.METRIC or
+    TASK.SLICE, or TASK.SLICE.METRIC."""
     model: EvalModelConfig = EvalModelConfig()
     mcq: tuple[McqConfig, ...] = ()
     nll: tuple[NllConfig, ...] = ()
@@ -137,4 +143,19 @@ class EvalConfig(Config):
             raise ValueError(f"two tasks are called {twice[0]}; give each a name of its own")
         if not names:
             raise ValueError("there is no task; add at least one, as [[mcq]] or [[nll]]")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_can_be_checked(self) -> Self:
+        names = [name for _, _, name in self.tasks()]
+        for gate in map(parse_gate, self.gates):
+            if gate.task not in names:
+                close = difflib.get_close_matches(gate.task, names, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+                raise ValueError(f"gate {gate.text!r}: no task is called {gate.task}; {hint}")
+            if gate.needs_parent and self.model.parent is None:
+                raise ValueError(
+                    f"gate {gate.text!r} compares with the parent and model.parent is unset; give "
+                    "the run directory of the parent's evaluation"
+                )
         return self

@@ -3,9 +3,9 @@
 from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Len
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from medgpt.config.base import Config, Count, DataPath, RunDir
+from medgpt.config.base import Config, Count, DataPath, Name, RunDir
 from medgpt.config.data import DataConfig
 from medgpt.config.model import ModelConfig, TokenizerConfig
 from medgpt.config.train import (
@@ -109,8 +109,11 @@ class SFTConfig(TrainStageConfig):
 
 
 class PipelineStage(Config):
-    stage: Literal["corpus", "pretrain", "sft"]
+    stage: Literal["corpus", "pretrain", "sft", "eval"]
     """Which stage to run."""
+    name: Name | None = None
+    """What reports and gates call it; unset: its kind, the second of a kind pretrain-2, and so
+    on."""
     config: DataPath
     """Its TOML file."""
     overrides: tuple[str, ...] = ()
@@ -122,8 +125,10 @@ class PipelineConfig(Config):
 
     run: RunConfig
     stages: Annotated[tuple[PipelineStage, ...], Len(1)]
-    """In order. Finished stages are skipped, an unfinished one resumes. The second of a kind is
-    called pretrain-2 in the report, and so on."""
+    """In order. Finished stages are skipped, an unfinished one resumes."""
+    gates: dict[str, tuple[str, ...]] = Field(default={})
+    """By name of an eval stage, what its model must reach for the pipeline to go on; beside the
+    gates in the stage's own file. `eval = ["mcq.accuracy >= parent"]`."""
 
 
 class CorpusConfig(Config):

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from medgpt.config import ConfigError, EvalConfig
+from medgpt.eval.gates import Evidence, check_gates, require
 from medgpt.eval.pool import Pool, Responses, resolve_model
 from medgpt.eval.requests import Choose, Reply, Request
+from medgpt.eval.results import GATES, RESULTS, read_items
 from medgpt.eval.stats import Interval, interval
 from medgpt.eval.task import CorpusTask, Judged, Task
 from medgpt.eval.tasks.generation import GenerationTask
@@ -23,6 +25,7 @@ from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
 from medgpt.runs import Run, checksum
 from medgpt.train import session
+from medgpt.train.card import add_scores
 
 TASKS: dict[str, Callable[[Any, int], Task]] = {
     "mcq": McqTask,
@@ -32,7 +35,6 @@ TASKS: dict[str, Callable[[Any, int], Task]] = {
     "triage": TriageTask,
     "safety": SafetyTask,
 }
-RESULTS = "results.json"
 
 
 def run_eval(config: EvalConfig) -> Run:
@@ -40,6 +42,7 @@ def run_eval(config: EvalConfig) -> Run:
 
     Raises:
         ConfigError: whatever the user can repair, in words.
+        GateFailure: the model did not reach what its gates demand.
     """
     check_parent(config)
     if config.model.name is None:
@@ -58,6 +61,12 @@ def run_eval(config: EvalConfig) -> Run:
             write_results(run, config, tasks, whole)
             run.update_manifest(finished=True)
         _show(run, reporter)
+        evidence = write_gates(run, config)
+        _report(run)
+        for item in evidence:
+            reporter.say(f"gate {'passed' if item.passed else 'FAILED'}: {item}")
+        reporter.say(f"report in {run.folder.url}/report.html")
+        require(evidence)
     finally:
         reporter.close()
     return run
@@ -155,12 +164,6 @@ def write_items(run: Run, task: Task, judged: Sequence[Judged]) -> None:
     (run.folder / "items").write_text(f"{task.name}.jsonl", "".join(lines))
 
 
-def read_items(run: Run, name: str) -> list[Judged]:
-    """items/NAME.jsonl"""
-    lines = (run.folder / "items").read_text(f"{name}.jsonl").splitlines()
-    return [Judged(**json.loads(line)) for line in lines]
-
-
 def write_results(
     run: Run,
     config: EvalConfig,
@@ -218,6 +221,22 @@ def metrics(items: Sequence[Judged], seed: int) -> dict[str, dict[str, float]]:
         value, low, high = interval(np.array(pairs, dtype=np.float64), seed)
         result[name] = {"value": value, "n": len(pairs), "low": low, "high": high}
     return result
+
+
+def write_gates(run: Run, config: EvalConfig) -> list[Evidence]:
+    """gates.json: what the gates saw. Raises ConfigError: one names no score, or has no parent."""
+    parent = config.model.parent
+    of_parent = Run(parent).folder.read_json(RESULTS) if parent else None
+    evidence = check_gates(config.gates, run.folder.read_json(RESULTS), of_parent)
+    run.folder.write_json(GATES, [asdict(item) for item in evidence])
+    return evidence
+
+
+def _report(run: Run) -> None:
+    from medgpt.eval.pipeline_report import write_eval_report  # matplotlib would delay the start
+
+    write_eval_report(run)
+    add_scores(run.folder.read_json(RESULTS))
 
 
 def _show(run: Run, reporter: ConsoleReporter) -> None:

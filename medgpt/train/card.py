@@ -1,9 +1,14 @@
 """The model card beside an exported model: what it is, from what, and what it is not for."""
 
+from typing import Any
+
 from huggingface_hub import ModelCardData
 
 from medgpt.config import TrainStageConfig
-from medgpt.runs import Run
+from medgpt.runs import FileEntry, Run, commit, committed
+
+CARD = "README.md"
+SCORES = "## Evaluation"
 
 WARNING = (
     "Not a medical device. No clinician has reviewed this model: it must not diagnose, treat or "
@@ -47,3 +52,45 @@ def model_card(run: Run, config: TrainStageConfig) -> str:
             "",
         ]
     )
+
+
+def add_scores(results: dict[str, Any]) -> None:
+    """Put an evaluation's scores into the card of the run whose model it scored, if it was a run.
+
+    The card's last section is the evaluation's; a newer one takes its place.
+    """
+    model = Run(results["model"]).model
+    manifest = committed(model)
+    if manifest is None or not model.exists(CARD):
+        return
+    old = model.read_text(CARD)
+    card = old.split(f"\n{SCORES}\n")[0].rstrip("\n") + "\n\n" + "\n".join(_score_lines(results))
+    if card == old:
+        return
+    model.write_text(CARD, card)
+    files = [
+        FileEntry(CARD, model.size(CARD), model.checksum(CARD))
+        if file["name"] == CARD
+        else FileEntry(**file)
+        for file in manifest["files"]
+    ]
+    commit(model, files, **{key: value for key, value in manifest.items() if key != "files"})
+
+
+def _score_lines(results: dict[str, Any]) -> list[str]:
+    rows = [
+        f"| {task} | {metric} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} | "
+        f"{score['n']} | {result['data_hash']} | {result['template']} |"
+        for task, result in results["tasks"].items()
+        for metric, score in result["metrics"].items()
+    ]
+    return [
+        SCORES,
+        "",
+        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %, bootstrap over items.",
+        "",
+        "| Task | Metric | Score | Interval | n | Data | Prompt |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]

@@ -4,8 +4,8 @@ from typing import Literal
 import pytest
 
 from medgpt.config import ConfigError, PipelineConfig, PipelineStage, RunConfig
-from medgpt.eval.pipeline import models_to_ask, read_stages, require_answers, run_pipeline
-from medgpt.eval.questions import Answer
+from medgpt.eval.gates import GateFailure
+from medgpt.eval.pipeline import read_stages, run_pipeline
 from medgpt.runs import Run, commit, entries
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "debug"
@@ -17,7 +17,7 @@ MASKED = (  # what makes the debug pretraining one of masks
 
 
 def stage(
-    kind: Literal["corpus", "pretrain", "sft"], folder: str, *overrides: str
+    kind: Literal["corpus", "pretrain", "sft", "eval"], folder: str, *overrides: str
 ) -> PipelineStage:
     """The stage's debug config in a folder of the pipeline's."""
     return PipelineStage(
@@ -70,7 +70,7 @@ def test_a_pipeline_of_another_config_is_refused(tmp_path):
         run_pipeline(pipeline(tmp_path, "shards=2"))
 
 
-def test_stages_of_one_kind_are_numbered_and_the_last_that_generates_is_asked(tmp_path):
+def test_stages_of_one_kind_are_numbered(tmp_path):
     config = pipeline_of(
         tmp_path,
         stage("pretrain", "general"),
@@ -80,11 +80,9 @@ def test_stages_of_one_kind_are_numbered_and_the_last_that_generates_is_asked(tm
     )
     stages = read_stages(config)
     assert [each.name for each in stages] == ["pretrain", "pretrain-2", "pretrain-3", "sft"]
-    asked = {kind: run.folder.url for kind, run in models_to_ask(stages).items()}
-    assert asked == {"pretrain": f"{tmp_path}/medical", "sft": f"{tmp_path}/sft"}
 
 
-def test_a_masked_model_is_trained_and_not_asked_to_generate(tmp_path):
+def test_a_finished_pipeline_records_its_runs(tmp_path):
     config = pipeline_of(
         tmp_path,
         stage("corpus", "corpus"),
@@ -95,13 +93,11 @@ def test_a_masked_model_is_trained_and_not_asked_to_generate(tmp_path):
     finish(config, 1)
     finish(config, 2)
     run = run_pipeline(config)
-    assert run.folder.read_json("answers.json") == []
     assert run.manifest["runs"] == {
         "corpus": f"{tmp_path}/corpus",
         "pretrain": f"{tmp_path}/one",
         "pretrain-2": f"{tmp_path}/two",
     }
-    assert run.manifest["models"].keys() == {"pretrain", "pretrain-2"}
 
 
 @pytest.mark.parametrize(
@@ -120,27 +116,69 @@ def test_stages_that_share_a_run_directory_are_refused_before_anything_runs(
     assert not any(tmp_path.iterdir())
 
 
-def answer(kind: str, *stated: bool) -> Answer:
-    return Answer(kind, f"{kind}?", "", [["多饮"], ["多尿"]], list(stated))
+def scored(
+    folder: Path, base: Path, *gates: str, overrides: tuple[str, ...] = ()
+) -> PipelineConfig:
+    """A pipeline that scores the model in `base`, then would render the corpus."""
+    evaluation = PipelineStage(
+        stage="eval",
+        name="scores",
+        config=str(CONFIGS / "eval-pretrain.toml"),
+        overrides=("run.dir={dir}/scores", f"model.name={base}", *overrides),
+    )
+    stages = (evaluation, stage("corpus", "corpus"))
+    return PipelineConfig(run=RunConfig(dir=str(folder)), stages=stages, gates={"scores": gates})
 
 
-def test_a_stage_must_have_learnt_its_answer():
-    models = {"pretrain", "sft"}
-    require_answers([answer("pretrain", True, True), answer("sft", True, True)], models)
-    with pytest.raises(ConfigError, match=r"'sft\?' is not answered: the answer lacks 多尿"):
-        require_answers([answer("sft", True, False)], models)
+def small(tmp_path: Path) -> tuple[str, ...]:
+    """Overrides that leave the general prose and one question."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(
+        '{"kind": "q", "prompt": "高血压是", "key_points": [["没教过"]], "condition": "x"}\n',
+        "utf-8",
+    )
+    return (
+        "mcq=[]",
+        "triage=[]",
+        "nll.0.limit=2",
+        "cluster.num_workers=1",
+        f'key_points.0.path="{questions}"',
+        "key_points.0.kinds=[]",
+        "key_points.0.samples=0",
+        "key_points.0.max_new_tokens=4",
+    )
 
 
-def test_only_the_answers_of_stages_that_ran_are_failures():
-    kinds = ("rlhf", "phrasing", "pretrain", "sft")
-    answers = [answer(kind, False, False) for kind in kinds]
-    require_answers(answers, {"reward"})
-    with pytest.raises(ConfigError) as error:
-        require_answers(answers, {"sft", "rlhf", "phrasing"})
-    assert str(error.value) == "'sft?' is not answered: the answer lacks 多饮, 多尿"
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_a_failed_gate_stops_the_pipeline_with_the_evidence(tmp_path, base):
+    folder = tmp_path / "run"
+    gates = ("nll.general <= 1000", "key_points.x == pass")
+    with pytest.raises(GateFailure) as failure:
+        run_pipeline(scored(folder, base, *gates, overrides=small(tmp_path)))
+    assert "failed 1 of 2 gates: key_points.x == pass: 0.0000" in str(failure.value)
+    assert not (folder / "corpus").exists()
+    html = (folder / "report.html").read_text("utf-8")
+    assert html.index("✓ passed") < html.index("✗ failed")
+    assert not Run(str(folder)).finished
+    easier = run_pipeline(  # gates may change, and what is scored is not scored again
+        scored(folder, base, "nll.general <= 1000", overrides=small(tmp_path))
+    )
+    assert easier.finished
+    assert (folder / "corpus").exists()
+    assert "✗ failed" not in (folder / "report.html").read_text("utf-8")
 
 
-def test_knowing_what_was_left_out_is_a_failure():
-    require_answers([answer("left_out", True, False)], ())
-    with pytest.raises(ConfigError, match="although no training text tells it"):
-        require_answers([answer("left_out", True, True)], ())
+def test_gates_and_names_that_fit_no_stage_are_errors_before_anything_runs(tmp_path, base):
+    config = scored(tmp_path, base, overrides=small(tmp_path))
+    with pytest.raises(ConfigError, match=r"gates\.score: no eval stage .* did you mean scores"):
+        read_stages(config.model_copy(update={"gates": {"score": ("nll.general <= 1",)}}))
+    with pytest.raises(ConfigError, match=r"stage eval.*no task is called mcq"):
+        read_stages(config.model_copy(update={"gates": {"scores": ("mcq.accuracy >= 1",)}}))
+    with pytest.raises(ConfigError, match=r"stage eval.*model\.parent is unset"):
+        read_stages(config.model_copy(update={"gates": {"scores": ("nll.general <= parent",)}}))
+    with pytest.raises(ConfigError, match="two stages are called scores"):
+        read_stages(config.model_copy(update={"stages": (config.stages[0],) * 2}))
+    nameless = config.stages[0].model_copy(update={"overrides": ("run.dir={dir}/scores",)})
+    with pytest.raises(ConfigError, match=r"model\.name is unset"):
+        read_stages(config.model_copy(update={"stages": (nameless,)}))

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from medgpt.eval.pipeline import write_pipeline_report
-from medgpt.eval.questions import Answer, as_json, from_json, summary
+from medgpt.eval.pipeline_report import write_pipeline_report
 from medgpt.eval.report import MAX_POINTS, thinned, write_report
 from medgpt.runs import Run
 
@@ -56,20 +55,6 @@ def make_run(folder: Path, *, steps: int = 30) -> Run:
     (run.folder / "rejected").write_text("clinic.jsonl", SECRET)
     run.data.write_text("part.jsonl", SECRET)
     return run
-
-
-def answers() -> list[Answer]:
-    return [
-        Answer(
-            "pretrain",
-            "糖尿病的主要症状包括",
-            "多饮、多尿。",
-            [["多饮"], ["体重下降"]],
-            [True, False],
-        ),
-        Answer("phrasing", "什么是<x>?", "<b>痛</b>", [["紧张性头痛", "紧张型头痛"]], [True]),
-        Answer("left_out", "川崎病有哪些症状?", "不知道。", [["草莓舌"]], [False]),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -145,24 +130,12 @@ def test_the_same_run_has_the_same_report(html, tmp_path):
     assert run.folder.read_text("report.html") == html
 
 
-def test_a_pipeline_report_links_its_stages_and_marks_key_points(tmp_path):
+def test_a_pipeline_report_links_its_stages(tmp_path):
     pipeline = Run(str(tmp_path / "all"))
     inside, outside = make_run(tmp_path / "all" / "pretrain"), make_run(tmp_path / "elsewhere")
-    write_pipeline_report(pipeline, {"pretrain": inside, "sft": outside}, answers())
+    write_pipeline_report(pipeline, {"pretrain": inside, "sft": outside})
     html = pipeline.folder.read_text("report.html")
     assert 'href="pretrain/report.html"' in html
     assert f'href="{tmp_path}/elsewhere/report.html"' in html
-    assert re.search('class="hit">✓ 多饮<', html)
-    assert re.search('class="miss">✗ 体重下降<', html)
-    assert "1 of 2" in html
-    assert "&lt;b&gt;痛&lt;/b&gt;" in html
     assert not RESOURCE.search(html)
     assert SECRET not in html
-
-
-def test_answers_are_counted_by_kind_and_survive_json():
-    counts = summary(answers())
-    assert counts["pretrain"] == {"asked": 1, "passed": 0, "key_points": 2, "stated": 1}
-    assert counts["phrasing"] == {"asked": 1, "passed": 1, "key_points": 1, "stated": 1}
-    assert answers()[0].missing == ["体重下降"]
-    assert from_json(json.loads(json.dumps(as_json(answers())))) == answers()

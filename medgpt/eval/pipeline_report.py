@@ -1,0 +1,82 @@
+"""report.html of an evaluation and of a pipeline: scores side by side, with gates and answers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import tomli_w
+
+from medgpt.eval.report import page
+from medgpt.eval.results import GATES, RESULTS, read_items
+from medgpt.eval.scores import MARGIN, Column, tables
+from medgpt.runs import Run
+
+
+def write_eval_report(run: Run) -> None:
+    """Write report.html of a finished evaluation, beside its parent if it has one."""
+    results = run.folder.read_json(RESULTS)
+    columns = [read_column(run.folder.url.rsplit("/", 1)[-1], run)]
+    if results["parent"]:
+        columns.insert(0, read_column("parent", Run(results["parent"])))
+    html = page(
+        "eval.html.jinja",
+        name=run.folder.url.rsplit("/", 1)[-1],
+        results=results,
+        manifest=run.manifest,
+        config=tomli_w.dumps(run.config),
+        evidence=read_gates({"": run}),
+        **_scores(columns, results["seed"]),
+    )
+    run.folder.write_text("report.html", html)
+
+
+def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
+    """Write report.html: the stages, the gates, and the scores of all evaluations in order.
+
+    An unchanged report is not written again.
+    """
+    scored = {name: run for name, run in runs.items() if run.folder.exists(RESULTS)}
+    html = page(
+        "pipeline.html.jinja",
+        name=pipeline.folder.url.rsplit("/", 1)[-1],
+        stages=[_row(pipeline, name, run) for name, run in runs.items() if run.metrics()],
+        evaluations=[(name, _link(pipeline, run)) for name, run in scored.items()],
+        evidence=read_gates(scored),
+        **_scores([read_column(name, run) for name, run in scored.items()], 0),
+    )
+    folder = pipeline.folder
+    if not folder.exists("report.html") or folder.read_text("report.html") != html:
+        folder.write_text("report.html", html)
+
+
+def read_column(name: str, run: Run) -> Column:
+    results = run.folder.read_json(RESULTS)
+    return Column(name, results, {task: read_items(run, task) for task in results["tasks"]})
+
+
+def read_gates(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """Evidence of all gates, with the name of the evaluation."""
+    return [
+        {"stage": name, **item}
+        for name, run in runs.items()
+        if run.folder.exists(GATES)
+        for item in run.folder.read_json(GATES)
+    ]
+
+
+def _scores(columns: list[Column], seed: int) -> dict[str, Any]:
+    return {"tables": tables(columns, seed), "margin": MARGIN}
+
+
+def _row(pipeline: Run, name: str, run: Run) -> dict[str, Any]:
+    metrics = run.metrics()
+    return {
+        "name": name,
+        "steps": metrics[-1]["step"],
+        "minutes": metrics[-1]["time_s"] / 60,
+        "losses": [line["validation/loss"] for line in metrics if "validation/loss" in line],
+        "report": _link(pipeline, run),
+    }
+
+
+def _link(pipeline: Run, run: Run) -> str:
+    return f"{run.folder.url}/report.html".removeprefix(f"{pipeline.folder.url}/")

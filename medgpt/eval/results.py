@@ -1,0 +1,15 @@
+"""What an evaluation leaves in its run directory."""
+
+import json
+
+from medgpt.eval.task import Judged
+from medgpt.runs import Run
+
+RESULTS = "results.json"
+GATES = "gates.json"
+
+
+def read_items(run: Run, name: str) -> list[Judged]:
+    """items/NAME.jsonl"""
+    lines = (run.folder / "items").read_text(f"{name}.jsonl").splitlines()
+    return [Judged(**json.loads(line)) for line in lines]
