@@ -89,7 +89,7 @@ def test_a_pipeline_report_has_all_evaluations_side_by_side(tmp_path):
     write_pipeline_report(pipeline, runs)
     html = pipeline.folder.read_text("report.html")
     assert 'href="one/report.html"' in html
-    for text in ("0.2500", "0.7500", "+0.5000", "n=40", "McNemar", "✓ passed", "✗ failed", "儿科"):
+    for text in ("0.250", "0.750", "+0.500", "n=40", "McNemar", "✓ passed", "✗ failed", "儿科"):
         assert text in html
     assert "问题0&lt;b&gt;" in html
     assert "<b>问题" not in html
@@ -105,7 +105,7 @@ def test_an_evaluation_is_shown_beside_its_parent(tmp_path):
     write_eval_report(run)
     html = run.folder.read_text("report.html")
     assert html.startswith("<!doctype html>")
-    for text in ("parent", "0.2500", "0.7500", "+0.5000"):
+    for text in ("parent", "0.250", "0.750", "+0.500"):
         assert text in html
     assert not RESOURCE.search(html)
 
