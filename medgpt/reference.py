@@ -118,6 +118,8 @@ def _type(annotation: Any, rules: tuple[Any, ...] = ()) -> str:
         items = _type(inner[0])
         count = "list of" if inner[-1] is ... else f"list of {len(inner)}:"
         return f"{count} {items}{_bounds(rules)}"
+    if get_origin(annotation) is dict:
+        return f"table of {_type(inner[1])}"
     if inner:
         return " or ".join(_type(choice) for choice in inner)
     checks = [rule.func for rule in rules if isinstance(rule, AfterValidator)]

@@ -7,16 +7,22 @@ import tomli_w
 
 from medgpt.eval.report import page
 from medgpt.eval.results import GATES, RESULTS, read_items
-from medgpt.eval.scores import MARGIN, Column, tables
+from medgpt.eval.scores import MARGIN, Column, Table, tables
 from medgpt.runs import Run
 
 
 def write_eval_report(run: Run) -> None:
-    """Write report.html of a finished evaluation, beside its parent if it has one."""
+    """Write report.html of a finished evaluation, beside its parent if it has one.
+
+    With a parent also comparison.json: by task and metric, the paired test of the two.
+    """
     results = run.folder.read_json(RESULTS)
     columns = [read_column(run.folder.url.rsplit("/", 1)[-1], run)]
     if results["parent"]:
         columns.insert(0, read_column("parent", Run(results["parent"])))
+    scores = _scores(columns, results["seed"])
+    if results["parent"]:
+        run.folder.write_json("comparison.json", _comparison(scores["tables"]))
     html = page(
         "eval.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
@@ -24,7 +30,7 @@ def write_eval_report(run: Run) -> None:
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
         evidence=read_gates({"": run}),
-        **_scores(columns, results["seed"]),
+        **scores,
     )
     run.folder.write_text("report.html", html)
 
@@ -61,6 +67,21 @@ def read_gates(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
         if run.folder.exists(GATES)
         for item in run.folder.read_json(GATES)
     ]
+
+
+def _comparison(found: list[Table]) -> dict[str, Any]:
+    """Of the last column with the one before, where they answered the same questions."""
+    return {
+        table.task: {
+            row.metric: {
+                **row.changes[-1]._asdict(),
+                "difference": row.changes[-1].difference._asdict(),
+            }
+            for row in table.rows
+            if row.changes[-1] is not None
+        }
+        for table in found
+    }
 
 
 def _scores(columns: list[Column], seed: int) -> dict[str, Any]:

@@ -108,6 +108,15 @@ def test_an_evaluation_is_shown_beside_its_parent(tmp_path):
     for text in ("parent", "0.250", "0.750", "+0.500"):
         assert text in html
     assert not RESOURCE.search(html)
+    found = run.folder.read_json("comparison.json")["mcq"]["accuracy"]
+    assert (found["ours"], found["theirs"], found["n"], found["verdict"]) == (
+        0.75,
+        0.25,
+        40,
+        "higher",
+    )
+    assert found["p_value"] == pytest.approx(2 * 0.5**20)
+    assert found["difference"]["low"] > 0
 
 
 def test_the_card_of_the_model_gets_the_numbers_once(tmp_path):

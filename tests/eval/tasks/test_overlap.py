@@ -88,7 +88,7 @@ def test_repetition_and_distinct_are_counted_by_hand():
 
 
 def test_the_jackknife_is_the_one_with_each_answer_left_out():
-    answers = [f"{a} and {b} or {a}" for a in "abc" for b in "bcd"]
+    answers = [f"{a} and {b}" + " or" * (a < b) for a in "aabc" for b in "bcdefg"][:9]
     values = []
     for left in range(len(answers)):
         rest = [word for i, text in enumerate(answers) if i != left for word in text.split()]
