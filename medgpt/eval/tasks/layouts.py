@@ -176,18 +176,6 @@ def medqa(rows: Sequence[tuple[str, Row]]) -> Reader:
     )
 
 
-def sample(rows: Sequence[tuple[str, Row]]) -> Reader:
-    """id, question, options {letter: text}, answer, department: the sample corpus"""
-    return lambda row: Fields(
-        row["question"],
-        dict(row["options"]),
-        letters(row["answer"]),
-        multiple=False,
-        id=str(row["id"]),
-        slices=_named(row, department="department"),
-    )
-
-
 def cmb(rows: Sequence[tuple[str, Row]]) -> Reader:
     """question, option {letter: text}, answer, question_type, exam_type, exam_class, exam_subject;
     https://github.com/FreedomIntelligence/CMB"""
