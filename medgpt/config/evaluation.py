@@ -49,8 +49,8 @@ class EvalModelConfig(Config):
 
 
 class PoolConfig(Config):
-    batch_tokens: Count = 4096
-    """Most tokens, padding included, that one forward pass scores."""
+    batch_tokens: Count = 2048
+    """Most tokens, padding included, that one forward pass scores. A GPU wants more."""
     batch_replies: Count = 32
     """Replies that are generated together."""
     window_tokens: Annotated[int, Ge(16)] = 1024

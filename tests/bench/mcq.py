@@ -148,6 +148,7 @@ def _row(request: Choose, answer: str) -> dict[str, Any]:
 def main() -> None:
     parser = common.options(__doc__, rounds=3)
     parser.add_argument("--limit", type=int, default=500, help="questions of a task")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--model", type=Path, help="a model folder; default: fresh weights")
     parser.add_argument("--score", choices=list(TASKS), help=argparse.SUPPRESS)
@@ -156,7 +157,7 @@ def main() -> None:
         score(args.model, args.score, args.limit)
         return
     model = args.model or tiny_model(args.dir, args.size)
-    for name in TASKS:
+    for name in args.tasks:
         task = peer_task(name, args.limit, args.dir)
         count = len(questions(name, args.limit).questions)
         pairs = [
