@@ -5,6 +5,8 @@ Writes a line per optimizer step, with the tokens that TRL itself counts: none o
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,8 @@ def main() -> None:
     )
     lines.trainer = trainer
     trainer.train()
+    sys.stdout.flush()
+    os._exit(0)  # a thread that still runs may abort the interpreter's end, which is not timed
 
 
 if __name__ == "__main__":
