@@ -56,6 +56,8 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)  # of this thread
     if not job.gate.passed():
         return
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
