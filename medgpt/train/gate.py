@@ -4,10 +4,12 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from medgpt.config import ConfigError
 from medgpt.runs import Folder
 
 GO, STOP = "go", "stop"
 POLL_S, POLL_REMOTE_S = 0.1, 1.0
+WAIT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,18 @@ class Gate:
         self._folder.write_text(self.token, STOP)
 
     def passed(self) -> bool:
-        """Returns when the driver has decided; without a driver Ray ends the workers."""
-        folder = self._folder
+        """Returns when the driver has decided; without a driver Ray ends the workers.
+
+        Raises:
+            ConfigError: it did not in WAIT_S.
+        """
+        folder, deadline = self._folder, time.monotonic() + WAIT_S
         while not folder.exists(self.token):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{self.run_dir}: workers heard nothing for {WAIT_S} s while the data were "
+                    "prepared; repeat the command, it goes on where it stopped"
+                )
             time.sleep(POLL_S if folder.is_local else POLL_REMOTE_S)
         return folder.read_text(self.token) == GO
 

@@ -1,7 +1,7 @@
 """A supervised stage from config to finished run: prepare, train on Ray Train, export."""
 
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -55,14 +55,15 @@ def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleRepo
     try:
         with full_disk_told(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
-        reporter.say(_describe(data, plan))
-        run.update_manifest(
-            seed=config.run.seed,
-            parents=_parents(config),
-            data={key: value for key, value in data.items() if key != "files"},
-            plan={key: value for key, value in plan.items() if key != "files"},
-            hardware=run.manifest["hardware"] | {"cluster": _cluster()},
-        )
+            reporter.say(_describe(data, plan))
+            run.update_manifest(
+                seed=config.run.seed,
+                parents=_parents(config),
+                data={key: value for key, value in data.items() if key != "files"},
+                plan={key: value for key, value in plan.items() if key != "files"},
+                hardware=run.manifest["hardware"] | {"cluster": _cluster()},
+            )
+            training.gate.open()
     except Exception:
         training.refuse()
         raise
@@ -99,18 +100,18 @@ class Training:
     def refuse(self) -> None:
         """Let workers end that have nothing to train on; the user need not wait for them."""
         if self.thread is not None:
-            self.gate.refuse()
+            with suppress(OSError):  # the disk is full; then they end with this command
+                self.gate.refuse()
             self._stop_following()
             threading.Thread(target=self._clean_up, args=(self.thread,), daemon=True).start()
 
     def finish(self) -> None:
-        """Let the workers train, and return when they are done.
+        """Return when the workers have trained.
 
         Raises:
             ConfigError: whatever one of them refused.
             TrainingFailedError: they failed more often than the config allows.
         """
-        self.gate.open()
         if self.thread is None:
             self.start()
         assert self.thread is not None

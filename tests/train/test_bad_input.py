@@ -260,8 +260,12 @@ def test_workers_that_started_early_end_when_the_data_is_refused(
     path = write_rows(tmp_path / "data.jsonl", [{"text": CANARY + "高血压"}] * 30)
     config = sft_config(tmp_path / "run", tmp_path, base, data=data(path))
     assert "30 of 30 rows are malformed" in refusal(config)
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
-        assert time.monotonic() < deadline, "workers still hold CPUs"
+    deadline = time.monotonic() + 120
+    folder = Run(config.run.dir).folder
+    while folder.exists("gate") or _free_cpus() != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, "workers still wait, or hold CPUs"
         time.sleep(0.2)
-    assert not Run(config.run.dir).folder.exists("gate")
+
+
+def _free_cpus() -> float:
+    return ray.available_resources().get("CPU", 0)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from medgpt.config import ConfigError
+from medgpt.train import gate as gate_module
 from medgpt.train.gate import Gate
 
 
@@ -25,3 +27,9 @@ def test_a_worker_waits_and_does_what_the_driver_says(tmp_path: Path, go: bool) 
     assert found == [go]
     gate.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wait_ends_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "WAIT_S", 0.2)
+    with pytest.raises(ConfigError, match="heard nothing for 0.2 s .* repeat the command"):
+        Gate(str(tmp_path)).passed()
