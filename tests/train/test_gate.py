@@ -31,5 +31,5 @@ def test_a_worker_waits_and_does_what_the_driver_says(tmp_path: Path, go: bool) 
 
 def test_a_wait_ends_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_module, "WAIT_S", 0.2)
-    with pytest.raises(ConfigError, match="heard nothing for 0.2 s .* repeat the command"):
+    with pytest.raises(ConfigError, match=r"heard nothing for 0\.2 s .* repeat the command"):
         Gate(str(tmp_path)).passed()
