@@ -5,15 +5,12 @@ from collections.abc import Mapping
 import jieba
 
 from medgpt.config import ConfigError, GenerationConfig
-from medgpt.data.deny import DenyList
-from medgpt.data.readers import read_unit
-from medgpt.data.records import Conversation, Reject
-from medgpt.data.units import list_units
+from medgpt.data.records import Conversation
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
 from medgpt.eval.stats import Interval
 from medgpt.eval.task import Judged
 from medgpt.eval.tasks.overlap import corpus_bleu, corpus_distinct, overlap
-from medgpt.eval.tasks.rows import SHARD_MB, content_hash, draw
+from medgpt.eval.tasks.rows import content_hash, draw, records
 
 
 class GenerationTask:
@@ -36,17 +33,12 @@ class GenerationTask:
     def _conversations(self) -> dict[str, Conversation]:
         items: dict[str, Conversation] = {}
         for source in self._config.sources:
-            deny, found = DenyList.load(source.deny), 0
-            for unit in list_units(source, SHARD_MB):
-                for record in read_unit(unit, source):
-                    kept = record if isinstance(record, Reject) else deny.check(record)
-                    if isinstance(kept, Reject):
-                        if kept.malformed:
-                            raise ConfigError(f"{kept.file} row {kept.row}: {kept.reason}")
-                    elif isinstance(kept, Conversation):
-                        asked = [message.content for message in kept.messages[:-1]]
-                        items.setdefault(f"{source.name}-{content_hash(*asked)}", kept)
-                        found += 1
+            found = 0
+            for record in records(source):
+                if isinstance(record, Conversation):
+                    asked = [message.content for message in record.messages[:-1]]
+                    items.setdefault(f"{source.name}-{content_hash(*asked)}", record)
+                    found += 1
             if not found:
                 raise ConfigError(
                     f"source {source.name} has no conversation; name files of questions with "

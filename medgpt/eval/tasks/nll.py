@@ -5,13 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 
 from medgpt.config import ConfigError, NllConfig, SourceConfig
-from medgpt.data.deny import DenyList
-from medgpt.data.readers import read_unit
-from medgpt.data.records import Document, Reject
-from medgpt.data.units import list_units
+from medgpt.data.records import Document
 from medgpt.eval.requests import Request, Response, Weigh, Weighed
 from medgpt.eval.task import Judged
-from medgpt.eval.tasks.rows import SHARD_MB, content_hash, draw
+from medgpt.eval.tasks.rows import content_hash, draw, records
 
 GENERAL = ("general_zh", "general_en")
 PIECE = 500  # characters of the general texts in an item, at least
@@ -70,17 +67,11 @@ def _numbered(source: str, texts: Iterator[str]) -> list[tuple[str, str]]:
 
 def _texts(source: SourceConfig) -> Iterator[str]:
     """Documents, and conversations with a line for each turn, without what deny-lists set aside."""
-    deny = DenyList.load(source.deny)
-    for unit in list_units(source, SHARD_MB):
-        for record in read_unit(unit, source):
-            kept = record if isinstance(record, Reject) else deny.check(record)
-            if isinstance(kept, Reject):
-                if kept.malformed:
-                    raise ConfigError(f"{kept.file} row {kept.row}: {kept.reason}")
-            elif isinstance(kept, Document):
-                yield kept.text
-            else:
-                yield "\n".join(message.content for message in kept.messages)
+    for record in records(source):
+        if isinstance(record, Document):
+            yield record.text
+        else:
+            yield "\n".join(message.content for message in record.messages)
 
 
 def general_texts(name: str) -> Iterator[str]:

@@ -6,8 +6,10 @@ from typing import Any, TypeVar
 import xxhash
 
 from medgpt.config import ConfigError, SourceConfig
+from medgpt.data.deny import DenyList
 from medgpt.data.files import Broken, BrokenFile
-from medgpt.data.readers import read_rows
+from medgpt.data.readers import read_rows, read_unit
+from medgpt.data.records import Record, Reject
 from medgpt.data.units import list_units
 
 SHARD_MB = 1024  # files are read whole
@@ -48,3 +50,19 @@ def draw(items: Iterable[tuple[str, T]], limit: int | None, seed: int) -> list[T
         return [item for _, item in pairs]
     ranked = sorted(range(len(pairs)), key=lambda i: content_hash(str(seed), pairs[i][0]))
     return [pairs[i][1] for i in sorted(ranked[:limit])]
+
+
+def records(source: SourceConfig) -> Iterator[Record]:
+    """Documents and conversations of a source, without what its deny-lists set aside.
+
+    Raises:
+        ConfigError: a row is malformed.
+    """
+    deny = DenyList.load(source.deny)
+    for unit in list_units(source, SHARD_MB):
+        for record in read_unit(unit, source):
+            kept = record if isinstance(record, Reject) else deny.check(record)
+            if not isinstance(kept, Reject):
+                yield kept
+            elif kept.malformed:
+                raise ConfigError(f"{kept.file} row {kept.row}: {kept.reason}")

@@ -3,9 +3,9 @@ import re
 import pytest
 
 from medgpt.config import ConfigError, SafetyConfig
-from medgpt.eval.requests import Replied
 from medgpt.eval.tasks.refusal import refuses
 from medgpt.eval.tasks.safety import Question, SafetyTask, load_safety_set, own_questions
+from tests.eval.tasks import answering
 
 REFUSAL = {"zh": "抱歉，我不能提供这方面的帮助。", "en": "I'm sorry, but I can't help with that."}
 HELP = {
@@ -18,16 +18,7 @@ def scores(answer, **options) -> dict[str, float]:
     """Metrics of a model that gives `answer(question)`."""
     task = SafetyTask(SafetyConfig(**options), seed=0)
     asked = {question.id: question for question in own_questions(("zh", "en"))}
-    responses = {
-        request.id: Replied(request.id, [answer(asked[request.id])], [True])
-        for request in task.requests()
-    }
-    sums: dict[str, list[float]] = {}
-    for item in task.judge(responses):
-        for name, value in item.values.items():
-            assert isinstance(value, float)
-            sums.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in sums.items()}
+    return answering.scores(task, asked, answer)
 
 
 def oracle(question: Question) -> str:

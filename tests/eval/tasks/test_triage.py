@@ -3,9 +3,9 @@ from collections import Counter
 import pytest
 
 from medgpt.config import TriageConfig
-from medgpt.eval.requests import Replied
 from medgpt.eval.tasks.triage import Question, TriageTask, load_complaints, questions
 from medgpt.eval.tasks.urgency import Level
+from tests.eval.tasks import answering
 
 ORACLE: dict[str, dict[Level, str]] = {
     "zh": {
@@ -27,16 +27,7 @@ def scores(answer) -> dict[str, float]:
     """Metrics of a model that gives `answer(question)`."""
     task = TriageTask(TriageConfig(), seed=0)
     asked = {question.id: question for question in questions(0)}
-    responses = {
-        request.id: Replied(request.id, [answer(asked[request.id])], [True])
-        for request in task.requests()
-    }
-    sums: dict[str, list[float]] = {}
-    for item in task.judge(responses):
-        for name, value in item.values.items():
-            assert isinstance(value, float)
-            sums.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in sums.items()}
+    return answering.scores(task, asked, answer)
 
 
 def test_there_are_enough_pairs_and_both_halves_differ_in_the_finding_alone():
