@@ -1,0 +1,99 @@
+"""From a score per response to an advantage per token.
+
+Shapes: B sequences, T response tokens, padded on the right. Padding may hold any value, even nan.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WHITEN_EPS = 1e-8
+
+
+def token_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, score_clip: float | None = None
+) -> Tensor:
+    """(B, T) -kl_coef * kl, plus the score on the last token; a row without tokens is 0.
+
+    Stiennon et al., 2020, section 3.4, https://arxiv.org/abs/2009.01325.
+
+    Args:
+        scores: (B,) of whole responses.
+        kl: (B, T) in nats.
+        mask: (B, T) bool, True on response tokens.
+        score_clip: scores count as at most this, and at least its negative.
+    """
+    if score_clip is not None:
+        scores = scores.clamp(-score_clip, score_clip)
+    last = torch.zeros_like(mask)
+    last[:, :-1] = mask[:, :-1] & ~mask[:, 1:]
+    last[:, -1:] = mask[:, -1:]
+    penalty = torch.where(mask, -kl_coef * kl, 0.0)
+    return penalty + torch.where(last, scores[:, None], 0.0)
+
+
+class Advantages(NamedTuple):
+    advantages: Tensor  # (B, T)
+    returns: Tensor  # (B, T) what the values are fitted to
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    gae_lambda: float,
+    bootstrap_values: Tensor | None = None,
+) -> Advantages:
+    """Generalized advantage estimates and the returns, advantage plus value.
+
+    Schulman et al., 2015, https://arxiv.org/abs/1506.02438, equation 16.
+
+    Args:
+        rewards: (B, T)
+        values: (B, T) before each token.
+        mask: (B, T) bool, True on the first tokens of each row.
+        bootstrap_values: (B,) value after the last token; 0 by default, the end of an episode.
+    """
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    following = torch.zeros_like(values[:, 0]) if bootstrap_values is None else bootstrap_values
+    advantage = torch.zeros_like(rewards[:, 0])
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        here = mask[:, t]
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        # padding lies behind the last token: `following` still waits there for the last one
+        advantage = torch.where(here, delta + gamma * gae_lambda * advantage, 0.0)
+        following = torch.where(here, values[:, t], following)
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return Advantages(advantages, advantages + values)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    stats: tuple[Tensor | float, Tensor | float] | None = None,
+    shift_mean: bool = True,
+) -> Tensor:
+    """(B, T) scaled to variance 1, and to mean 0 unless the mean is to stay.
+
+    Args:
+        stats: mean and variance of the global batch; by default those of x under the mask, the
+            variance unbiased, and 0 for a single token.
+    """
+    x = torch.where(mask, x, 0.0)  # or the variance's gradient would be nan where padding is
+    mean, variance = masked_stats(x, mask) if stats is None else map(torch.as_tensor, stats)
+    white = (x - mean) * (variance + WHITEN_EPS).rsqrt()
+    return torch.where(mask, white if shift_mean else white + mean, 0.0)
+
+
+def masked_stats(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """() mean and () unbiased variance of x where mask is True; 0 where there is too little."""
+    count = mask.sum()
+    mean = torch.where(mask, x, 0.0).sum() / count.clamp(min=1)
+    squares = torch.where(mask, x - mean, 0.0).square().sum()
+    return mean, squares / (count - 1).clamp(min=1)
