@@ -17,8 +17,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from medgpt.config import ConfigError, EvalConfig
 from medgpt.eval.engine import Engine, size
 from medgpt.eval.requests import Reply, Request, Response, fingerprint, from_json, to_json
+from medgpt.models.base import local_folder
 from medgpt.models.fetch import model_folder
-from medgpt.models.load import local_folder
 from medgpt.runs import Folder
 
 CHUNK = 64  # requests; of replies as many as are generated together

@@ -20,7 +20,7 @@ from transformers import (
 from medgpt.config import ConfigError
 from medgpt.data.chat import generation_ids, stop_ids
 from medgpt.data.records import Message
-from medgpt.models.load import fitting_architectures
+from medgpt.models.base import fitting_architectures
 from medgpt.models.lora import load_merged
 from medgpt.models.tokenizer import load_base
 

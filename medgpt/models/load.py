@@ -1,18 +1,11 @@
 """Models from an architecture or in Hugging Face format. Only safetensors are read."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     BertConfig,
@@ -26,13 +19,16 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from medgpt.config import ArchitectureConfig, ConfigError, ModelConfig
 from medgpt.models.attention import VARLEN
-from medgpt.models.fetch import local_copy
+from medgpt.models.base import (
+    Objective,
+    check_positions,
+    local_folder,
+    named_config,
+    weight_files,
+)
 
-Objective = Literal["clm", "mlm"]
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AUTO = {"clm": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}
 EMBEDDING_SCALE = 2.0  # a power of two: exact in bf16
-MAPPING = {"clm": MODEL_FOR_CAUSAL_LM_MAPPING, "mlm": MODEL_FOR_MASKED_LM_MAPPING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,48 +96,6 @@ def empty_model(
     return _prepared(model, config.name)
 
 
-def weight_files(name: str) -> list[Path]:
-    """The safetensors files of model `name`, a folder or a hub id.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    folder = local_folder(name)
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()
-        files = [folder / shard for shard in sorted(set(shards))]
-    else:
-        files = [folder / WEIGHTS]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"model.name={name}: no {missing[0]} in {folder}; only safetensors are read, "
-            "save other weights with save_pretrained first"
-        )
-    return files
-
-
-def local_folder(name: str) -> Path:
-    """The folder of model `name`; a hub id or URI is downloaded and kept.
-
-    Raises:
-        ConfigError: there is no such folder or hub model, or it is not a model.
-    """
-    copy = Path(local_copy(name))
-    folder = copy if copy.is_absolute() else _download(name)
-    if not folder.is_dir():
-        raise ConfigError(f"model.name={name}: no such folder; give a folder, a URI or a hub id")
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        remedy = (
-            "it is a LoRA adapter, merge it into its base model first"
-            if adapter
-            else "give the folder that an earlier stage wrote, runs/NAME/model"
-        )
-        raise ConfigError(f"model.name={name}: no config.json in it; {remedy}")
-    return folder
-
-
 def load_config(
     config: ModelConfig, *, objective: Objective, vocab_size: int, special: SpecialIds
 ) -> PreTrainedConfig:
@@ -152,14 +106,7 @@ def load_config(
     """
     if config.architecture is not None:
         return _fresh_config(config.architecture, vocab_size, special)
-    assert config.name is not None
-    folder = local_folder(config.name)
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model.name={config.name}: {error}") from None
-    _check_objective(config.name, hf_config, objective)
-    return hf_config
+    return named_config(config, objective)
 
 
 def resolve_attention(attention: str, dtype: torch.dtype) -> str:
@@ -204,34 +151,6 @@ def _fresh_config(
     return {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture.kind](**common, **decoder)
 
 
-def fitting_architectures(hf_config: PreTrainedConfig, objective: Objective) -> set[str]:
-    """What `architectures` must name: transformers would also read a BERT as a causal model."""
-    remote = (hf_config.to_dict().get("auto_map") or {}).get(AUTO[objective].__name__)
-    known: Any = MAPPING[objective].get(type(hf_config), None)
-    fitting = {name.split(".")[-1] for name in (remote, known and known.__name__) if name}
-    if objective == "mlm":  # the same with a second head, which is not loaded
-        fitting |= {fit.replace("ForMaskedLM", "ForPreTraining") for fit in fitting}
-    return fitting
-
-
-def _check_objective(name: str, hf_config: PreTrainedConfig, objective: Objective) -> None:
-    fitting, found = fitting_architectures(hf_config, objective), hf_config.architectures or []
-    if not fitting.intersection(found):
-        raise ConfigError(
-            f"model.name={name}: config.json names {', '.join(found) or 'no architecture'}, "
-            f"objective.kind={objective} needs {' or '.join(sorted(fitting)) or 'another model'}"
-        )
-
-
-def check_positions(hf_config: PreTrainedConfig, max_length: int | None) -> None:
-    """Raises ConfigError if a piece of `max_length` tokens is longer than the model reads."""
-    positions = hf_config.to_dict().get("max_position_embeddings")
-    if max_length is not None and positions is not None and max_length > positions:
-        raise ConfigError(
-            f"data.max_length={max_length} exceeds the model's {positions} positions; lower it"
-        )
-
-
 def _read(
     config: ModelConfig,
     hf_config: PreTrainedConfig,
@@ -255,17 +174,6 @@ def _read(
     if wrong:  # transformers would fill them with random numbers
         raise ConfigError(f"model.name={config.name}: {len(wrong)} weights missing, as {wrong[0]}")
     return model
-
-
-def _download(name: str) -> Path:
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ConfigError(
-            f"model.name={name}: no folder of this name, and the hub says {type(error).__name__}; "
-            "check the spelling, the network and HF_TOKEN"
-        ) from None
 
 
 def _scale_fresh_weights(model: PreTrainedModel, num_layers: int) -> None:

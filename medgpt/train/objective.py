@@ -15,9 +15,10 @@ from medgpt.engine import Engine
 from medgpt.engine.export import gather_weights
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
+from medgpt.models.base import weight_files
 from medgpt.models.generate import generation_config
 from medgpt.models.language_model import LanguageModel
-from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
+from medgpt.models.load import SpecialIds, build_model, empty_model
 from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
 from medgpt.models.vocabulary_change import VocabularyChange, change_vocabulary

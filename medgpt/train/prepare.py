@@ -178,11 +178,10 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
 
 def check_model(config: TrainStageConfig) -> None:
     """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
-    from medgpt.models.load import SpecialIds, check_positions, load_config, weight_files
+    from medgpt.models.base import check_positions, named_config, weight_files
 
     objective = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
-    model = load_config(config.model, objective=objective, vocab_size=0, special=SpecialIds())
-    check_positions(model, config.data.max_length)
+    check_positions(named_config(config.model, objective), config.data.max_length)
     assert config.model.name is not None
     weight_files(config.model.name)
 

@@ -52,9 +52,16 @@ def connect(cluster: ClusterConfig) -> None:
         check_address(address)
         os.environ.update(QUIET)
         ray.init(address=address, **SILENT)
+        if isinstance(cluster.num_workers, int) and _one_node():
+            os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         _silence_libraries()
     else:
         start_local((os.cpu_count() or 1) + cluster.data_cpus)
+
+
+def _one_node() -> bool:
+    """Whether the cluster is this machine and stays so; it is not preempted without the command."""
+    return len(ray.nodes()) == 1 and ray_state.get_max_resources_from_cluster_config() is None
 
 
 def check_address(address: str) -> None:

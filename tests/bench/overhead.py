@@ -15,7 +15,8 @@ FIRST, LAST = 6, 22
 MICRO = 4
 
 
-def bare(args: argparse.Namespace) -> common.Window:
+def bare(args: argparse.Namespace, *, ranks: int = 2) -> common.Window:
+    """On the data that medgpt's run left."""
     _, base = common.workload(args.dir, args.size)
     metrics = args.dir / "bare.jsonl"
     command = common.torchrun(
@@ -26,6 +27,7 @@ def bare(args: argparse.Namespace) -> common.Window:
         f"--rows={ROWS}",
         f"--micro={MICRO}",
         f"--steps={LAST}",
+        ranks=ranks,
     )
     return common.measure(command, metrics, first=FIRST, last=LAST)
 

@@ -10,8 +10,9 @@ import torch
 
 from medgpt.config import ConfigError, LoraConfig, ModelConfig
 from medgpt.models import fetch
+from medgpt.models.base import weight_files
 from medgpt.models.fetch import local_copy, model_folder
-from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
+from medgpt.models.load import SpecialIds, build_model, empty_model
 from medgpt.models.lora import apply_lora, merge_adapter
 from medgpt.models.tokenizer import load_base
 from medgpt.runs import Folder

@@ -7,13 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertForPreTraining, BertModel
 
 from medgpt.config import ConfigError, ModelConfig
-from medgpt.models.load import (
-    SpecialIds,
-    build_model,
-    empty_model,
-    resolve_attention,
-    weight_files,
-)
+from medgpt.models.base import weight_files
+from medgpt.models.load import SpecialIds, build_model, empty_model, resolve_attention
 from tests.models.packing import KINDS, VOCAB, tiny_config, tiny_model
 
 SPECIAL = SpecialIds(bos=1, eos=2, pad=0)
