@@ -3,7 +3,7 @@
 Shapes: B sequences, L tokens, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,70 @@ class _LabelLogprobs(torch.autograd.Function):
             if grad.dtype != torch.float32:
                 grad[rows] = block
         return grad, None
+
+
+class PolicyTerms(NamedTuple):
+    logprobs: Tensor  # (...) float32, of the labels, in nats
+    entropy: Tensor  # (...) float32, of the distributions, in nats; 0 unless asked for
+
+
+def policy_terms(
+    logits: Tensor, labels: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+) -> PolicyTerms:
+    """What PPO needs of the distribution softmax(logits / temperature) at each position.
+
+    Both terms, and their gradients, are exactly 0 for negative labels.
+
+    Args:
+        logits: (..., V) of any floating dtype.
+        labels: (...) int64, the tokens that were sampled.
+        with_entropy: costs as much again.
+    """
+    flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    logprobs, entropy = _PolicyTerms.apply(*flat, temperature, with_entropy)
+    return PolicyTerms(logprobs.view(labels.shape), entropy.view(labels.shape))
+
+
+class _PolicyTerms(torch.autograd.Function):
+    """With z = x / temperature, p = softmax(z), H = -sum p log p: the gradient by z of log p[label]
+    is onehot(label) - p, of H it is -p (log p + H). Memory as in _LabelLogprobs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:  # (M, V), (M,) -> (M,), (M,)
+        log_z = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+        entropy = torch.zeros_like(log_z)
+        for rows in _blocks(logits):
+            z = logits[rows].float() / temperature
+            log_z[rows] = z.logsumexp(-1)
+            if with_entropy:
+                p = (z - log_z[rows, None]).exp_()
+                entropy[rows] = log_z[rows] - p.mul_(z).sum(-1)
+        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() / temperature
+        ctx.save_for_backward(logits, labels, log_z, entropy)
+        ctx.temperature = temperature
+        counts = labels >= 0
+        return torch.where(counts, picked - log_z, 0.0), torch.where(counts, entropy, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, labels, log_z, entropy = ctx.saved_tensors
+        ignored = labels < 0
+        index = labels.clamp(min=0)[:, None]
+        by_logprob, by_entropy = (torch.where(ignored, 0.0, g)[:, None] for g in grads)
+        has_entropy = bool(by_entropy.any())
+        grad = torch.empty_like(logits)
+        for rows in _blocks(logits):
+            logp = logits[rows].float() / ctx.temperature - log_z[rows, None]
+            scale = -by_logprob[rows]
+            if has_entropy:
+                scale = scale - by_entropy[rows] * (logp + entropy[rows, None])
+            block = logp.exp_() * scale
+            block.scatter_add_(1, index[rows], by_logprob[rows])
+            grad[rows] = block.div_(ctx.temperature).masked_fill_(ignored[rows, None], 0.0)
+        return grad, None, None, None
 
 
 def _blocks(logits: Tensor) -> list[slice]:

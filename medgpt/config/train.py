@@ -6,6 +6,8 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from medgpt.config.base import Config, Count, Share, Workers
 
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+
 
 class ObjectiveConfig(Config):
     kind: Literal["clm", "mlm"] = "clm"
@@ -19,7 +21,7 @@ class ObjectiveConfig(Config):
 class OptimizerConfig(Config):
     learning_rate: Annotated[float, Gt(0)] = 3e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     """After warm-up: cosine or linear to min_lr_ratio; wsd stays and decays linearly at the end."""
     warmup_share: Share = 0.03
     """Share of all steps with linearly rising learning rate."""

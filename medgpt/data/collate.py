@@ -48,7 +48,7 @@ def causal_batch(rows: Sequence[Row]) -> PackedBatch:
     labels = np.full_like(input_ids, IGNORE)
     labels[:-1] = np.where(targets[1:], input_ids[1:], IGNORE)
     labels[np.cumsum(lengths) - 1] = IGNORE  # the last token of a piece has no next one
-    return _batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
+    return packed_batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
 
 
 def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
@@ -77,16 +77,17 @@ def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) ->
             input_ids.append(masked[0][0])
             labels.append(masked[1][0])
     lengths = np.concatenate([row.lengths for row in rows])
-    return _batch(torch.cat(input_ids), torch.cat(labels), lengths)
+    return packed_batch(torch.cat(input_ids), torch.cat(labels), lengths)
 
 
 def empty_batch(token_id: int) -> PackedBatch:
     """Two tokens without a label: what a worker without rows computes to keep in step."""
     ids = torch.full((2,), token_id)
-    return _batch(ids, torch.full_like(ids, IGNORE), np.array([2]))
+    return packed_batch(ids, torch.full_like(ids, IGNORE), np.array([2]))
 
 
-def _batch(input_ids: torch.Tensor, labels: torch.Tensor, lengths: np.ndarray) -> PackedBatch:
+def packed_batch(input_ids: torch.Tensor, labels: torch.Tensor, lengths: np.ndarray) -> PackedBatch:
+    """Pieces (N,) of these lengths (S,), end to end, with what each position must predict (N,)."""
     bounds = np.append(0, np.cumsum(lengths))
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return PackedBatch(

@@ -78,11 +78,11 @@ class LanguageModel(nn.Module):
             noise_seeds: S seeds, one per piece, for NEFTune and dropout.
         """
         loss = partial(causal_lm_loss, num_tokens=num_tokens)
-        return torch.stack(self._per_chunk(loss, batch, _targets(batch), noise_seeds)).sum()
+        return torch.stack(self._per_chunk(loss, batch, label_positions(batch), noise_seeds)).sum()
 
     def token_logprobs(self, batch: PackedBatch) -> Tensor:
         """(1, N) float32: log p(label) of every position, 0 where there is no label."""
-        positions = _targets(batch)
+        positions = label_positions(batch)
         found = torch.cat(self._per_chunk(label_logprobs, batch, positions))
         return found.new_zeros(batch.labels.shape[1]).index_copy(0, positions, found)[None]
 
@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         return output.last_hidden_state[0]
 
 
-def _targets(batch: PackedBatch) -> Tensor:
+def label_positions(batch: PackedBatch) -> Tensor:
     """(M,) positions with a label, or one without, so that there is something to run."""
     positions = (batch.labels[0] != IGNORE).nonzero()[:, 0]
     return positions if len(positions) else positions.new_zeros(1)

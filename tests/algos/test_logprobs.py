@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medgpt.algos import logprobs
-from medgpt.algos.logprobs import IGNORE, label_logprobs, token_logprobs
+from medgpt.algos.logprobs import IGNORE, label_logprobs, policy_terms, token_logprobs
 
 NAN = float("nan")
 
@@ -100,3 +100,39 @@ def test_the_logits_are_all_of_their_size_that_is_kept_for_the_backward():
 
     large = [tensor for tensor in kept if tensor.numel() >= 50]
     assert [tensor.data_ptr() for tensor in large] == [logits.data_ptr()]
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_policy_terms_and_their_gradient_equal_the_definition(temperature):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 5, 11, requires_grad=True), torch.randint(11, (3, 5))
+    labels[0, 1] = labels[2, 4] = IGNORE
+    counts, weights = labels >= 0, torch.randn(2, 3, 5)
+
+    out = policy_terms(logits, labels, temperature=temperature, with_entropy=True)
+    logp = (logits / temperature).log_softmax(-1)
+    want = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts
+    want_entropy = -(logp.exp() * logp).sum(-1) * counts
+
+    torch.testing.assert_close(out.logprobs, want)
+    torch.testing.assert_close(out.entropy, want_entropy)
+    for weight in (weights, weights * torch.tensor([1.0, 0.0])[:, None, None]):
+        found = (out.logprobs * weight[0] + out.entropy * weight[1]).sum()
+        wanted = (want * weight[0] + want_entropy * weight[1]).sum()
+        (grad,) = torch.autograd.grad(found, logits, retain_graph=True)
+        (want_grad,) = torch.autograd.grad(wanted, logits, retain_graph=True)
+        torch.testing.assert_close(grad, want_grad)
+
+
+def test_policy_terms_ignore_what_has_no_label():
+    logits = torch.full((1, 2, 3), NAN)
+    logits[0, 1] = 0.0
+    logits.requires_grad_()
+    out = policy_terms(logits, torch.tensor([[IGNORE, 2]]), with_entropy=True)
+    (grad,) = torch.autograd.grad(sum(out).sum(), logits)
+
+    assert out.logprobs.tolist() == [[0.0, pytest.approx(-math.log(3))]]
+    assert out.entropy.tolist() == [[0.0, pytest.approx(math.log(3))]]
+    assert grad[0, 0].eq(0).all()
+    assert grad[0, 1].tolist() == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
