@@ -18,6 +18,7 @@ LAYERS = [
         "metrics",
         "algos",
         "data",
+        "medical",
         "models",
         "engine",
         "train",

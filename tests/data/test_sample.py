@@ -13,7 +13,7 @@ from medgpt.data.sample.render import Corpus
 from medgpt.data.sample.templates import DISTRACTORS, LIST_FIELDS, REGIONS, SYMPTOMS
 from medgpt.data.sample.wording import bare
 from medgpt.data.sample.write import run_corpus
-from medgpt.eval.keypoints import stated
+from medgpt.medical.statements import stated
 
 CORPUS = Corpus()
 DOCUMENTS = [row["text"] for row in CORPUS.pretraining()]

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from medgpt.config import ConfigError
+from medgpt.data.rows import numbered_rows
 from medgpt.data.sample.pairs import exam_questions
 from medgpt.data.sample.render import Corpus
 from medgpt.eval.tasks.layouts import Question, read_questions
-from medgpt.eval.tasks.rows import numbered_rows
 
 FOUR = {"A": "one", "B": "two", "C": "three", "D": "four"}
 ROWS: dict[str, tuple[dict[str, Any], str]] = {  # a row, its right answer

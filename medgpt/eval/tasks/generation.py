@@ -6,11 +6,11 @@ import jieba
 
 from medgpt.config import ConfigError, GenerationConfig
 from medgpt.data.records import Conversation
+from medgpt.data.rows import content_hash, draw, records
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
 from medgpt.eval.stats import Interval
 from medgpt.eval.task import Judged
 from medgpt.eval.tasks.overlap import corpus_bleu, corpus_distinct, overlap
-from medgpt.eval.tasks.rows import content_hash, draw, records
 
 
 class GenerationTask:

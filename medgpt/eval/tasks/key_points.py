@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgpt.config import ConfigError, KeyPointsConfig
-from medgpt.eval.keypoints import stated
+from medgpt.data.rows import content_hash, draw, numbered_rows
 from medgpt.eval.requests import Prompt, Replied, Reply, Request, Response
 from medgpt.eval.task import Judged, Value
 from medgpt.eval.tasks.prompts import asked
-from medgpt.eval.tasks.rows import content_hash, draw, numbered_rows
+from medgpt.medical.statements import stated
 
 STATEMENTS = "pretrain"  # the kind of questions that are beginnings of texts
 

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from medgpt.config import ConfigError
-from medgpt.eval.tasks.rows import content_hash
+from medgpt.data.rows import content_hash
 
 LETTERS = "ABCDEFGHIJ"
 Row = Mapping[str, Any]

@@ -8,12 +8,12 @@ import xxhash
 
 from medgpt.config import ConfigError, McqConfig
 from medgpt.data.records import Message
+from medgpt.data.rows import draw, numbered_rows
 from medgpt.data.words import HAN
 from medgpt.eval.requests import Choose, Chosen, Prompt, Replied, Reply, Request, Response
 from medgpt.eval.task import Judged, Value
 from medgpt.eval.tasks.layouts import Question, read_questions
 from medgpt.eval.tasks.parse import parse
-from medgpt.eval.tasks.rows import draw, numbered_rows
 
 WORDS = {
     "zh": {

@@ -6,9 +6,9 @@ from importlib.resources import files
 
 from medgpt.config import ConfigError, NllConfig, SourceConfig
 from medgpt.data.records import Document
+from medgpt.data.rows import content_hash, draw, records
 from medgpt.eval.requests import Request, Response, Weigh, Weighed
 from medgpt.eval.task import Judged
-from medgpt.eval.tasks.rows import content_hash, draw, records
 
 GENERAL = ("general_zh", "general_en")
 PIECE = 500  # characters of the general texts in an item, at least

@@ -15,6 +15,7 @@ from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from medgpt.config import ConfigError, SafetyConfig
+from medgpt.data.rows import content_hash, draw, numbered_rows
 from medgpt.data.sample.knowledge import Source
 from medgpt.data.sample.wording import full_width
 from medgpt.data.words import HAN
@@ -22,7 +23,6 @@ from medgpt.eval.requests import Replied, Reply, Response
 from medgpt.eval.task import Judged, Value
 from medgpt.eval.tasks.prompts import asked
 from medgpt.eval.tasks.refusal import disputes, offers_help_line, refuses
-from medgpt.eval.tasks.rows import content_hash, draw, numbered_rows
 
 DATA = Path(__file__).parent / "safety.toml"
 Kind = Literal["harmful", "benign", "false_premise"]

@@ -3,8 +3,9 @@ from collections import Counter
 import pytest
 
 from medgpt.config import TriageConfig
-from medgpt.eval.tasks.triage import Question, TriageTask, load_complaints, questions
-from medgpt.eval.tasks.urgency import Level
+from medgpt.eval.tasks.triage import TriageTask
+from medgpt.medical.triage import Question, load_complaints, questions
+from medgpt.medical.urgency import Level
 from tests.eval.tasks import answering
 
 ORACLE: dict[str, dict[Level, str]] = {

@@ -1,7 +1,7 @@
 import pytest
 
 from medgpt.data.sample.render import Corpus
-from medgpt.eval.keypoints import stated, states
+from medgpt.medical.statements import stated, states
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 import pytest
 
-from medgpt.eval.tasks.urgency import urgency
+from medgpt.medical.urgency import urgency
 
 EMERGENCY = (
     "请立即拨打120。",
