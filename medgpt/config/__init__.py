@@ -35,6 +35,12 @@ from medgpt.config.replies import (
     TaskConfig,
     TriageConfig,
 )
+from medgpt.config.rewards import (
+    DiagnosisConfig,
+    JudgeConfig,
+    RewardFunctionConfig,
+    RewardsConfig,
+)
 from medgpt.config.stages import (
     CorpusConfig,
     PipelineConfig,
@@ -60,10 +66,12 @@ __all__ = [
     "ConfigError",
     "CorpusConfig",
     "DataConfig",
+    "DiagnosisConfig",
     "EngineConfig",
     "EvalConfig",
     "EvalModelConfig",
     "GenerationConfig",
+    "JudgeConfig",
     "KeyPointsConfig",
     "LoraConfig",
     "MappingConfig",
@@ -78,6 +86,8 @@ __all__ = [
     "PoolConfig",
     "PretrainConfig",
     "ReportConfig",
+    "RewardFunctionConfig",
+    "RewardsConfig",
     "RunConfig",
     "SFTConfig",
     "SafetyConfig",
