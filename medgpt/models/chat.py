@@ -1,24 +1,19 @@
 """`medgpt chat`: a conversation with a trained model in the terminal."""
 
+import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Event
-from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedTokenizerFast,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-)
+from transformers import PreTrainedTokenizerFast, TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from medgpt.data.chat import generation_ids
 from medgpt.data.records import Message
 from medgpt.models.fetch import model_folder
-from medgpt.models.generate import answer, load_for_generation
+from medgpt.models.generate import decode, load_for_generation, stream_answer
 
 with suppress(ImportError):  # not everywhere; without it a terminal cuts lines at 4096 bytes
     import readline  # noqa: F401
@@ -29,7 +24,6 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_for_generation(str(model_folder(run)), device)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
     room = min(max_new_tokens, positions // 2)
     print(f"{run}. An empty line ends, Ctrl-C stops an answer.")
@@ -40,27 +34,26 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
         if not asked:
             print("(too long for this model; ask with fewer words)")
             continue
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        options = {"max_new_tokens": room, "temperature": temperature, "seed": secrets.randbits(64)}
         with ctrl_c() as pressed:
-            ends = StoppingCriteriaList([Pressed(pressed)])
-            options = {"streamer": streamer, "stopping_criteria": ends, **sampling}
-            reply = answer(model, tokenizer, asked, max_new_tokens=room, **options)
+            ids = _show(stream_answer(model, tokenizer, asked, **options), tokenizer, pressed)
         if pressed.is_set():
             print("\n(stopped and forgotten)")
             continue
-        messages = [*asked, Message("assistant", reply)]
+        messages = [*asked, Message("assistant", decode(tokenizer, ids))]
 
 
-class Pressed(StoppingCriteria):
-    """Ends the generation after the token in which `event` was set."""
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        """(B,) bool"""
-        done = self.event.is_set()
-        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+def _show(tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast, pressed: Event) -> list[int]:
+    """Print tokens as they come until `pressed` is set, and return them."""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
+    ids: list[int] = []
+    for token in tokens:
+        ids.append(token)
+        streamer.put(torch.tensor([token]))
+        if pressed.is_set():
+            break
+    streamer.end()
+    return ids
 
 
 @contextmanager

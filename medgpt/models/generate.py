@@ -1,26 +1,27 @@
-"""Text from a finished model, one batch of prompts at a time."""
+"""Text from a finished model.
 
-from collections.abc import Sequence
+Nothing but the temperature shapes what is said: of a model's generation_config.json, such as a
+repetition penalty, nothing is applied, so that a score is the model's own.
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    TextStreamer,
 )
 
 from medgpt.config import ConfigError
 from medgpt.data.chat import generation_ids, stop_ids
 from medgpt.data.records import Message
 from medgpt.models.base import fitting_architectures
+from medgpt.models.decode import Generator
 from medgpt.models.lora import load_merged
 from medgpt.models.tokenizer import load_base
 
@@ -58,21 +59,23 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     )
 
 
-def answer(
+def stream_answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    question: str | Sequence[Message],
+    messages: Sequence[Message],
     *,
     max_new_tokens: int,
-    streamer: TextStreamer | None = None,
-    **sampling: Any,
-) -> str:
-    """The assistant's next turn, greedy unless `sampling` says otherwise."""
-    messages = [Message("user", question)] if isinstance(question, str) else question
-    prompt = generation_ids(tokenizer, messages)
-    ends = stop_ids(tokenizer)
-    options = {"streamer": streamer, **sampling}
-    return _generate_all(model, tokenizer, [prompt], ends, max_new_tokens, **options)[0]
+    temperature: float,
+    seed: int,
+) -> Iterator[int]:
+    """Ids of the assistant's next turn as they come, its end token included."""
+    return Generator(model).stream(
+        generation_ids(tokenizer, messages),
+        seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        ends=stop_ids(tokenizer),
+    )
 
 
 def answer_all(
@@ -82,9 +85,9 @@ def answer_all(
     *,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to single questions, generated together."""
+    """Greedy answers to single questions."""
     prompts = [generation_ids(tokenizer, [Message("user", text)]) for text in questions]
-    return _generate_all(model, tokenizer, prompts, stop_ids(tokenizer), max_new_tokens)
+    return _say_all(model, tokenizer, prompts, stop_ids(tokenizer), max_new_tokens)
 
 
 def continue_all(
@@ -94,9 +97,9 @@ def continue_all(
     *,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy continuations of documents, generated together."""
+    """Greedy continuations of documents."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return _generate_all(model, tokenizer, prompts, document_ends(tokenizer), max_new_tokens)
+    return _say_all(model, tokenizer, prompts, document_ends(tokenizer), max_new_tokens)
 
 
 def reply_all(
@@ -115,32 +118,12 @@ def reply_all(
         seeds: one for each prompt; a sampled reply depends on it, not on the others of the batch.
         temperature: 0 always takes the likeliest token.
     """
-    sampler = [Sampler(temperature, seeds)] if temperature else []
-    options: dict[str, Any] = {"logits_processor": LogitsProcessorList(sampler)}
-    options["repetition_penalty"] = 1.0  # a score is the model's, not of what was tuned around it
-    rows = _generate_ids(model, prompts, ends, max_new_tokens, **options)
+    options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    found = Generator(model).generate(prompts, seeds, ends=ends, **options)
     return [
-        (_decode(tokenizer, _until(row, ends)), any(token in ends for token in row)) for row in rows
+        (decode(tokenizer, reply.ids[:-1] if reply.finished else reply.ids), reply.finished)
+        for reply in found
     ]
-
-
-class Sampler(LogitsProcessor):
-    """Makes the likeliest token a sample at `temperature`, by Gumbel noise of a row's own seed.
-
-    Maddison et al., 2014, https://arxiv.org/abs/1411.0030: argmax(logits / T + Gumbel) is a draw
-    from softmax(logits / T).
-    """
-
-    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V)"""
-        noise = torch.stack(
-            [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
-        )
-        return scores.float() / self.temperature - noise.log().to(scores.device)
 
 
 def document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -152,46 +135,18 @@ def document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [end]
 
 
-def _generate_all(
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of generated ids, without special tokens and the space around it."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def _say_all(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
     ends: list[int],
     max_new_tokens: int,
-    **options: Any,
 ) -> list[str]:
-    """Texts generated after the prompts, up to the token that ends each."""
-    rows = _generate_ids(model, prompts, ends, max_new_tokens, **options)
-    return [_decode(tokenizer, _until(row, ends)) for row in rows]
-
-
-@torch.inference_mode()
-def _generate_ids(
-    model: Any,  # transformers does not type generate()
-    prompts: list[list[int]],
-    ends: list[int],
-    max_new_tokens: int,
-    **options: Any,
-) -> list[list[int]]:
-    """Token ids after the prompts (padded left), with what follows an end in a longer batch."""
-    width = max(len(prompt) for prompt in prompts)
-    padded = [[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts]
-    real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    output = model.generate(
-        torch.tensor(padded, device=model.device),
-        attention_mask=torch.tensor(real, device=model.device),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-        **{"do_sample": False, **options},
-    )
-    return output[:, width:].tolist()
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def _until(ids: list[int], ends: list[int]) -> list[int]:
-    """`ids` before the first that is in `ends`."""
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+    options: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
+    replies = reply_all(model, tokenizer, prompts, ends, seeds=[0] * len(prompts), **options)
+    return [text for text, _ in replies]
