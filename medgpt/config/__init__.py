@@ -27,6 +27,7 @@ from medgpt.config.model import (
     ModelConfig,
     TokenizerConfig,
 )
+from medgpt.config.pools import PoolsConfig, RoleConfig, RoleName
 from medgpt.config.reading import StageConfig, load, validate
 from medgpt.config.replies import (
     GenerationConfig,
@@ -84,10 +85,13 @@ __all__ = [
     "PipelineConfig",
     "PipelineStage",
     "PoolConfig",
+    "PoolsConfig",
     "PretrainConfig",
     "ReportConfig",
     "RewardFunctionConfig",
     "RewardsConfig",
+    "RoleConfig",
+    "RoleName",
     "RunConfig",
     "SFTConfig",
     "SafetyConfig",

@@ -24,6 +24,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # the first error of a pool is raised; what its other workers say then is not read
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     # an elastic restart may count on a node that is gone, and looks again only after this
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",

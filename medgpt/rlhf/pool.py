@@ -1,0 +1,253 @@
+"""Pools of Ray actors: one for each role, started together, waited for together.
+
+A role is a plain class. `pool.call(Actor.update, ref)` runs `Actor.update(role, value)` in every
+worker of the pool and returns a ref for each; refs go from pool to pool, the driver sees metrics.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from medgpt.config import ConfigError, PoolsConfig, RoleConfig
+from medgpt.rlhf.placement import Gang, acquire
+from medgpt.rlhf.worker import Seat, Worker
+
+Role = TypeVar("Role")
+Say = Callable[[str], None]
+SAID_AFTER_S = 30  # a wait that takes longer is told
+PING_S = 5  # in which Ray knows that a worker died
+SETTLE_S = 0.5  # in which workers that died together are all known to have died
+
+
+class PoolDied(Exception):
+    """Workers of a pool are gone, or do not answer; `Pools.rebuild` makes the pool work again."""
+
+    def __init__(self, role: str, ranks: Sequence[int], why: str) -> None:
+        super().__init__(role, list(ranks), why)
+        self.role, self.ranks, self.why = role, list(ranks), why
+
+    def __str__(self) -> str:
+        return f"{self.role} pool: rank {', '.join(map(str, self.ranks))} {self.why}"
+
+
+class Pool(Generic[Role]):
+    """All workers of one role; `Pools` starts it.
+
+    Args:
+        make: runs in every worker, with torch.distributed's default group set up, and returns the
+            role. A ConfigError of it reaches the driver as such.
+        independent: no rank needs another one's memory, so a dead one is replaced alone; the
+            others keep their role. Else the death of one ends and rebuilds all.
+    """
+
+    def __init__(
+        self,
+        role: str,
+        config: RoleConfig,
+        make: Callable[[], Role],
+        *,
+        independent: bool = False,
+    ) -> None:
+        self.role, self.config, self.make, self.independent = role, config, make, independent
+        self.workers: list[Any] = []
+        self.epoch = 0
+        """Process groups formed so far."""
+        self.timeout_s = 0.0
+        self.sharers = 1
+        self._group: PlacementGroup | None = None
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
+        """Run `method(role, *args, **kwargs)` in every worker; a ref for each, by rank.
+
+        Refs among the arguments arrive as their values. Calls run in the order in which they are
+        made.
+        """
+        return [worker.call.remote(method, *args, **kwargs) for worker in self.workers]
+
+    def begin(self, group: PlacementGroup, *, sharers: int, timeout_s: float) -> list[Any]:
+        """Start all workers on the bundles of `group`; refs that resolve when they are ready."""
+        self._group, self.sharers, self.timeout_s = group, sharers, timeout_s
+        self.workers = [self._start(rank) for rank in range(self.config.num_workers)]
+        return self._form(range(len(self.workers)))
+
+    def replace(self, dead: Iterable[int]) -> list[Any]:
+        """Make new workers for `dead`, or for all ranks; refs as of `begin`."""
+        ranks = list(dead) if self.independent else list(range(len(self.workers)))
+        for rank in ranks:
+            ray.kill(self.workers[rank])
+            self.workers[rank] = self._start(rank)
+        return self._form(ranks)
+
+    def end(self) -> None:
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+
+    def dead(self, timeout_s: float) -> list[int]:
+        """Ranks that are known to have died; a busy one is not."""
+        pings = [worker.ping.remote() for worker in self.workers]
+        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)
+        return [rank for rank, ping in enumerate(pings) if ping in ready and _is_dead(ping)]
+
+    def rank_of(self, ref: Any) -> int | None:
+        """Of the worker that makes `ref`, if it is one of this pool."""
+        actor = ref.task_id().actor_id()
+        for rank, worker in enumerate(self.workers):
+            if worker._actor_id == actor:
+                return rank
+        return None
+
+    def has(self, actor_id: str) -> bool:
+        """Whether one of the workers has this id, in hexadecimal."""
+        return any(worker._actor_id.hex() == actor_id for worker in self.workers)
+
+    def _start(self, rank: int) -> Any:
+        assert self._group is not None, "not started"
+        config = self.config
+        seat = Seat(
+            role=self.role,
+            rank=rank,
+            world_size=config.num_workers,
+            threads=max(1, int(config.cpus_per_worker)),
+            gpu=config.gpus_per_worker > 0,
+            timeout_s=self.timeout_s,
+        )
+        remote: Any = ray.remote(
+            num_cpus=config.cpus_per_worker / self.sharers,
+            num_gpus=config.gpus_per_worker / self.sharers,
+            resources={name: n / self.sharers for name, n in config.resources.items()},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=rank
+            ),
+        )(Worker)
+        return remote.remote(seat)
+
+    def _form(self, fresh: Iterable[int]) -> list[Any]:
+        """A new process group of all workers, then roles in the `fresh` ones."""
+        self.epoch += 1
+        loads = [self.workers[rank].load.remote(self.make) for rank in fresh]
+        address = self.workers[0].offer.remote()
+        joins = [worker.join.remote(address, self.epoch) for worker in self.workers]
+        return [*loads, *joins, *(self.workers[rank].build.remote() for rank in fresh)]
+
+
+class Pools:
+    """All pools of a job."""
+
+    def __init__(
+        self, pools: Sequence[Pool[Any]], config: PoolsConfig, *, wait_s: float, say: Say
+    ) -> None:
+        self.pools: Mapping[str, Pool[Any]] = {pool.role: pool for pool in pools}
+        self.config, self.wait_s, self.say = config, wait_s, say
+        self._gang: Gang | None = None
+
+    def start(self) -> None:
+        """Place all pools and have every role made; all start at the same time.
+
+        Raises:
+            ConfigError: no room within `wait_s`, or what a role refused.
+            PoolDied: a worker did not live through it.
+        """
+        roles = {name: pool.config for name, pool in self.pools.items()}
+        gang = self._gang = acquire(roles, wait_s=self.wait_s, say=self.say)
+        refs = []
+        for name, pool in self.pools.items():
+            group = gang.groups[name]
+            sharers = sum(other.id == group.id for other in gang.groups.values())
+            refs += pool.begin(group, sharers=sharers, timeout_s=self.config.call_timeout_s)
+        self.get(refs, "starting workers", timeout_s=self.config.join_timeout_s)
+
+    def get(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> list[Any]:
+        """Values of `refs`, in their order; the first error ends the wait for the others.
+
+        Args:
+            what: names the wait in messages and errors.
+            timeout_s: default pools.call_timeout_s.
+
+        Raises:
+            ConfigError: of a role.
+            PoolDied: a worker is gone, or did not answer in time.
+            RayTaskError: any other error of a role.
+        """
+        limit = self.config.call_timeout_s if timeout_s is None else timeout_s
+        began, said, pending = time.monotonic(), False, list(refs)
+        while pending:
+            left = began + limit - time.monotonic()
+            done, pending = ray.wait(pending, timeout=max(0.0, min(SAID_AFTER_S, left)))
+            for ref in done:
+                self._check(ref)
+            if pending and time.monotonic() > began + limit:
+                self._give_up(pending, f"did not answer within {limit:g} s of {what}")
+            if not done and not said:
+                workers = ", ".join(f"{role} {rank}" for role, rank in self._whose(pending))
+                self.say(f"{what}: waiting up to {limit:g} s for {workers}")
+                said = True
+        return ray.get(list(refs))
+
+    def rebuild(self, died: PoolDied) -> None:
+        """Make the dead pool work again; other pools stay as they are.
+
+        Raises:
+            ConfigError, PoolDied: as of `start`.
+        """
+        pool = self.pools[died.role]
+        also = pool.dead(SETTLE_S) if pool.independent else []
+        refs = pool.replace({*died.ranks, *also})
+        self.get(refs, f"rebuilding the {died.role} pool", timeout_s=self.wait_s)
+
+    def close(self) -> None:
+        for pool in self.pools.values():
+            pool.end()
+        if self._gang is not None:
+            self._gang.release()
+
+    def _check(self, ref: Any) -> None:
+        """Raise what the ready `ref` holds, as the caller can use it."""
+        try:
+            ray.get(ref)
+        except (RayTaskError, RayActorError) as error:
+            self._raise(ref, error)
+
+    def _raise(self, ref: Any, error: RayTaskError | RayActorError) -> NoReturn:
+        cause: BaseException = error
+        while (
+            isinstance(cause, RayTaskError) and cause.cause is not None
+        ):  # of an argument, perhaps
+            cause = cause.cause
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        for pool in self.pools.values():
+            if isinstance(cause, RayActorError) and pool.has(cause.actor_id):
+                raise PoolDied(pool.role, pool.dead(SETTLE_S), "died") from error
+        for pool in self.pools.values():
+            # a collective fails when another rank dies, perhaps before Ray knows
+            if pool.rank_of(ref) is not None and (dead := pool.dead(PING_S)):
+                raise PoolDied(pool.role, dead, "died") from error
+        raise error
+
+    def _whose(self, refs: Iterable[Any]) -> list[tuple[str, int]]:
+        found = [
+            (name, rank)
+            for ref in refs
+            for name, pool in self.pools.items()
+            if (rank := pool.rank_of(ref)) is not None
+        ]
+        return sorted(set(found))
+
+    def _give_up(self, refs: Sequence[Any], why: str) -> NoReturn:
+        late = self._whose(refs)
+        role = late[0][0]
+        raise PoolDied(role, [rank for name, rank in late if name == role], why)
+
+
+def _is_dead(ref: Any) -> bool:
+    try:
+        ray.get(ref)
+    except RayActorError:
+        return True
+    return False

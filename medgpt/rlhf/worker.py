@@ -1,0 +1,94 @@
+"""What runs in one process of a pool. Light until it is told to load: the driver imports it too."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import ray
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seat:
+    """Which worker of which pool a process is."""
+
+    role: str
+    rank: int
+    world_size: int
+    threads: int
+    gpu: bool
+    timeout_s: float
+    """Of a collective, and of the wait for the other ranks."""
+
+
+class Worker:
+    """One rank of a pool: imports, joins the pool's process group, then holds one role."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self.store: Any = None
+        self.role: Any = None
+
+    def load(self, make: Callable[[], Any]) -> None:
+        """Unpickling `make` has imported the role's libraries, in all processes at once."""
+        import torch
+
+        torch.set_num_threads(self.seat.threads)
+        self.make = make
+
+    def offer(self) -> Address:
+        """Rank 0 opens the store where the ranks of a new group meet."""
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        host = ray.util.get_node_ip_address()
+        self.store = TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
+        )
+        return host, self.store.port
+
+    def join(self, address: Address, epoch: int) -> None:
+        """Become a rank of the group of this epoch, after leaving an earlier one."""
+        import torch.distributed as dist
+        from torch.distributed import (
+            PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+            TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+        )
+
+        seat = self.seat
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if seat.rank > 0:
+            self.store = TCPStore(*address, is_master=False, timeout=self._timeout)
+        os.environ |= {
+            "MASTER_ADDR": address[0],
+            "MASTER_PORT": str(address[1]),
+            "RANK": str(seat.rank),
+            "WORLD_SIZE": str(seat.world_size),
+            "LOCAL_RANK": "0",  # Ray shows a process its own devices only
+        }
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if seat.gpu else "gloo",
+            store=PrefixStore(f"{seat.role}/{epoch}", self.store),
+            rank=seat.rank,
+            world_size=seat.world_size,
+            timeout=self._timeout,
+        )
+
+    def build(self) -> None:
+        """Make the role, or make it anew."""
+        self.role = None  # its memory is free before the new one needs it
+        self.role = self.make()
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return method(self.role, *args, **kwargs)
+
+    def ping(self) -> int:
+        """The process id, once earlier calls are done."""
+        return os.getpid()
+
+    @property
+    def _timeout(self) -> timedelta:
+        return timedelta(seconds=self.seat.timeout_s)

@@ -1,0 +1,88 @@
+"""Pools: refs go from one to the other, errors reach the driver, deaths are repaired."""
+
+from collections.abc import Iterator
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from medgpt.config import ConfigError, PoolsConfig, RoleConfig
+from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from tests.rlhf.roles import Adder, refuse
+
+pytestmark = pytest.mark.ray
+SMALL = RoleConfig(num_workers=2, cpus_per_worker=0.5)
+CONFIG = PoolsConfig(call_timeout_s=60, join_timeout_s=120)
+
+
+def started(*pools: Pool[Adder], config: PoolsConfig = CONFIG) -> Pools:
+    together = Pools(pools, config, wait_s=60, say=print)
+    together.start()
+    return together
+
+
+@pytest.fixture(scope="module")
+def pools(ray_session: None) -> Iterator[Pools]:
+    together = started(Pool("actor", SMALL, Adder), Pool("reward", SMALL, Adder, independent=True))
+    yield together
+    together.close()
+
+
+def test_a_pool_is_one_process_group_and_refs_chain_between_pools(pools: Pools) -> None:
+    actor, reward = pools.pools["actor"], pools.pools["reward"]
+    first = actor.call(Adder.total, 10)
+    second = reward.call(Adder.total, first[0])
+    assert pools.get([*first, *second], "adding") == [21, 21, 43, 43]
+    facts = pools.get(actor.call(Adder.facts) + reward.call(Adder.facts), "facts")
+    assert [fact["rank"] for fact in facts] == [0, 1, 0, 1]
+    assert {(fact["ranks"], fact["threads"]) for fact in facts} == {(2, 1)}
+    assert len({fact["pid"] for fact in facts}) == 4
+
+
+def test_what_a_role_refuses_is_a_config_error_and_a_bug_is_not(pools: Pools) -> None:
+    actor = pools.pools["actor"]
+    with pytest.raises(ConfigError, match="has no head"):
+        pools.get(actor.call(Adder.refuse), "refusing")
+    refused = actor.call(Adder.refuse)
+    with pytest.raises(ConfigError, match="has no head"):  # also when it comes as an argument
+        pools.get(pools.pools["reward"].call(Adder.own, refused[0]), "refusing")
+    with pytest.raises(RayTaskError, match="a bug"):
+        pools.get(actor.call(Adder.fail), "failing")
+
+
+def test_a_worker_that_does_not_answer_in_time_is_named(pools: Pools) -> None:
+    refs = pools.pools["actor"].call(Adder.sleep, 3.0)
+    with pytest.raises(PoolDied, match="actor pool: rank 0, 1 did not answer within 1 s of sleep"):
+        pools.get(refs, "sleep", timeout_s=1)
+    pools.get(refs, "sleep")
+
+
+@pytest.mark.parametrize("then_sum", [True, False], ids=["in a collective", "alone"])
+def test_the_death_of_a_rank_ends_the_wait_and_is_repaired(pools: Pools, then_sum: bool) -> None:
+    actor, reward = pools.pools["actor"], pools.pools["reward"]
+    before = pools.get(actor.call(Adder.facts), "facts")
+    died = actor.call(Adder.die, 1, then_sum)
+    with pytest.raises(PoolDied, match="actor pool: rank 1 died") as caught:
+        pools.get(reward.call(Adder.own, died[1]) + died, "dying")
+    pools.rebuild(caught.value)
+    after = pools.get(actor.call(Adder.facts), "facts")
+    assert not {fact["pid"] for fact in before} & {fact["pid"] for fact in after}
+    assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
+
+
+def test_of_an_independent_pool_only_the_dead_rank_is_replaced(pools: Pools) -> None:
+    reward = pools.pools["reward"]
+    before = pools.get(reward.call(Adder.own, 0), "calls")
+    with pytest.raises(PoolDied, match="reward pool: rank 0 died") as caught:
+        pools.get(reward.call(Adder.die, 0, True), "dying")
+    pools.rebuild(caught.value)
+    after = pools.get(reward.call(Adder.own, 0), "calls")
+    assert after[0][2] != before[0][2]
+    assert after[1][1:] == (before[1][1] + 2, before[1][2])  # the same role, with its memory
+    assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
+
+
+def test_a_role_that_is_refused_when_made_ends_the_start(ray_session: None) -> None:
+    together = Pools([Pool("reward", SMALL, refuse)], CONFIG, wait_s=60, say=print)
+    with pytest.raises(ConfigError, match="this machine has none"):
+        together.start()
+    together.close()
