@@ -56,8 +56,12 @@ class Chaos:
 
     def data_worker(self) -> None:
         """A process that reads or has read rows; Ray names one after its task."""
+        self.driver.wait_for(lambda: bool(self._readers()), "data worker")
+        self._kill_one(self._readers())
+
+    def _readers(self) -> list[int]:
         pids = [pid for node in self.cluster.list_all_nodes() for pid in node_pids(node)]
-        self._kill_one(named(pids, "ray::MapBatches") or named(pids, "ray::IDLE"))
+        return named(pids, "ray::MapBatches") or named(pids, "ray::IDLE")
 
     def train_worker(self) -> None:
         self.driver.wait_for(lambda: bool(train_workers(self.cluster)), "training worker")
