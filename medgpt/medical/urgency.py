@@ -8,6 +8,8 @@ now. Of several levels that remain the most urgent counts.
 import re
 from typing import Literal
 
+from medgpt.medical.text import plain
+
 Level = Literal["self_care", "days", "today", "emergency"]
 LEVELS: tuple[Level, ...] = ("self_care", "days", "today", "emergency")  # in rising order
 
@@ -71,6 +73,7 @@ THIS_CASE = re.compile(  # no condition: what the question told is the case
 )
 CONDITION = re.compile(
     "如果|若|一旦|倘若|假如|要是|万一|除非|的话|如(?:出现|有|不|症状|持续|加重|伴|无)"
+    "|(?:怀疑|遇到|突发|发生)[^,，]{0,20}?时|[、][^,，]{1,30}?时(?=[,，]?(?:要|应|请|需|须|立即|立刻|马上))"
     "|(?:有|出现)(?:下列|以下|任何)|都没有时|(?:出现|发生|加重|恶化|不缓解)[^,，]{0,12}?时"
     r"|\b(?:if|unless|in case|in the event|whenever)\b"
     r"|\bshould (?:you|it|the|he|she|they|symptoms|any)\b",
@@ -93,6 +96,7 @@ DENIED_BEHIND = re.compile(
 
 def urgency(answer: str) -> Level | None:
     """The level that the answer advises; None if it commits to none."""
+    answer = plain(answer)
     for line in reversed(STATED.findall(answer)):
         if level := _label(line):
             return level

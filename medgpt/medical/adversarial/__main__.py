@@ -1,0 +1,3 @@
+from medgpt.medical.adversarial import table
+
+print(table())

@@ -1,0 +1,103 @@
+"""How urgent is what a question tells? Chinese and English.
+
+A sign counts where it is neither denied ("no chest pain") nor past nor asked about in general
+("what are the signs of a stroke?"). The facts of the sample knowledge are known by heart: what it
+calls a danger sign is one, word for word. Most questions have no level that a rule could know.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from medgpt.data.sample.knowledge import load_knowledge
+from medgpt.medical.text import plain, sentences
+from medgpt.medical.urgency import LEVELS, Level
+
+DATA = Path(__file__).parent / "red_flags.toml"
+CLAUSE = re.compile(r"[,。;!?:\n]|\.(?=\s|$)|\b(?:but|and then)\b|但是?|却|只是")
+DENIED = re.compile(
+    r"(?:没有?|无|未|不(?!停|能|到|清|再发抖|省|出|断|会动|听|肯)|否认|从不|从未|排除)[^,。;但却]{0,12}$"
+    r"|(?:\b(?:no|not|never|without|denies|denied|none of|nor|neither)\b|n't\b)[^.;]{0,40}$",
+    re.IGNORECASE,
+)
+NORMAL = re.compile(
+    r"[^,。;]{0,6}(?:正常|如常|平稳|有力|良好|不错)|[^,.;]{0,20}\b(?:normal|strong|as usual|quietly)\b",
+    re.IGNORECASE,
+)
+PAST = re.compile(
+    r"(?:[一二三四五六七八九十几两\d]+年前|去年|前年|以前|曾经?|小时候|多年前)"
+    r"|\b(?:(?:\w+ )?years? ago|last year|used to|in the past|once had|as a child|long ago)\b",
+    re.IGNORECASE,
+)
+IN_GENERAL = re.compile(
+    r"有(?:哪些|什么)(?:症状|表现|原因|危险|特点|信号|类型)|什么是|是什么病|的(?:症状|病因|原因|发病机制|治疗方法)(?:是|有)|怎[么样](?:预防|治疗|康复|诊断|发生|形成|确诊)"
+    r"|哪些(?:情况|因素|人|症状)|什么情况|(?:以后|之后)怎[么样]|为什么会(?:得|有)"
+    r"|\b(?:what (?:is|are|causes)|how (?:is|are|does one|can one|do you)|when should (?:one|someone|people)|which)\b",
+    re.IGNORECASE,
+)
+OWN_CASE = re.compile(
+    r"我|他|她|孩子|宝宝|患者|爸|妈|老人|岁|今天|昨|现在|突然|小时|分钟"
+    r"|\b(?:i|my|he|she|his|her|today|now|sudden\w*|year-old|minutes|hours)\b",
+    re.IGNORECASE,
+)
+QUOTED = re.compile("[\"“「]([^\"“”「」]+)[\"”」]")
+Sign = tuple[re.Pattern[str], ...]
+
+
+def question_level(question: str) -> Level | None:
+    """The most urgent level that a sign in the question asks for; None if no sign is known."""
+    text = plain(question)
+    if (known := _known_fact(text)) is not None:
+        return known
+    alone = len(sentences(text)) == 1
+    if alone and IN_GENERAL.search(text) and not OWN_CASE.search(text):
+        return None
+    for level in reversed(LEVELS):
+        if any(_stands(sign, text) for sign in _signs()[level]):
+            return level
+    return None
+
+
+def _stands(sign: Sign, text: str) -> bool:
+    return all(any(_affirmed(text, m) for m in pattern.finditer(text)) for pattern in sign)
+
+
+def _affirmed(text: str, match: re.Match[str]) -> bool:
+    before = CLAUSE.split(text[: match.start()])[-1]
+    if DENIED.search(before) or PAST.search(before + match.group()):
+        return False
+    return not NORMAL.match(CLAUSE.split(text[match.end() :])[0])
+
+
+@cache
+def _signs() -> dict[Level, list[Sign]]:
+    data = tomllib.loads(DATA.read_text("utf-8"))
+    return {
+        level: [
+            tuple(re.compile(pattern, re.IGNORECASE) for pattern in sign)
+            for language in ("zh", "en")
+            for sign in data[f"{level}_{language}"]
+        ]
+        for level in LEVELS
+    }
+
+
+def _known_fact(text: str) -> Level | None:
+    """The level that the sample knowledge gives to a fact that stands in quotes."""
+    quoted = set(QUOTED.findall(text))
+    return next((level for fact, level in _facts() if fact in quoted), None)
+
+
+@cache
+def _facts() -> tuple[tuple[str, Level], ...]:
+    return tuple(_told())
+
+
+def _told() -> Iterator[tuple[str, Level]]:
+    for department in load_knowledge():
+        for condition in department.conditions:
+            yield from ((plain(fact), "emergency") for fact in condition.red_flags.items)
+            yield from ((plain(fact), "today") for fact in condition.care.today)
+            yield from ((plain(fact), "days") for fact in condition.care.routine)

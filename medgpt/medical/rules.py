@@ -1,0 +1,41 @@
+"""The medical rules: does an answer violate one, given its question? Chinese and English.
+
+They read words, not meaning. What each finds and misses on the adversarial set that was written for
+it: `python -m medgpt.medical.adversarial`.
+"""
+
+from collections.abc import Callable
+
+from medgpt.config.rewards import RuleName
+from medgpt.medical.certainty import certain_diagnosis
+from medgpt.medical.crisis import hotline_violated
+from medgpt.medical.dose import uncited_dose
+from medgpt.medical.language import language_violated
+from medgpt.medical.red_flags import question_level
+from medgpt.medical.repetition import repeats
+from medgpt.medical.urgency import urgency
+
+Rule = Callable[[str, str], bool]
+"""(question, answer) -> whether the answer violates it."""
+
+
+def wrong_urgency(question: str, answer: str) -> bool:
+    """Whether the advice is less or more urgent than the question's signs demand.
+
+    Without advice only a red flag is missed. Where the question has no sign that is known, nothing
+    but the emergency number is too much.
+    """
+    advised, needed = urgency(answer), question_level(question)
+    if advised is None:
+        return needed == "emergency"
+    return advised == "emergency" if needed is None else advised != needed
+
+
+RULES: dict[RuleName, Rule] = {
+    "urgency": wrong_urgency,
+    "dose": uncited_dose,
+    "diagnosis": certain_diagnosis,
+    "hotline": hotline_violated,
+    "language": language_violated,
+    "repetition": repeats,
+}

@@ -1,0 +1,30 @@
+"""How rules read a text: one width for signs and digits, clauses, and which language it is in."""
+
+import re
+import unicodedata
+from typing import Literal
+
+from medgpt.data.words import HAN
+
+Language = Literal["zh", "en"]
+HAN_CHARACTER = re.compile(f"[{HAN}]")
+WORD = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
+OTHER_SCRIPT = re.compile("[\u3040-\u30ff\u0400-\u04ff\u0600-\u06ff\uac00-\ud7af\u0e00-\u0e7f]")
+NUMERALS = "零〇一二三四五六七八九十百千两半"
+SENTENCE_END = re.compile(r"[。!?;\n]+|\.(?=\s|$)")
+CLAUSE_END = re.compile(r"[,、:]")
+
+
+def plain(text: str) -> str:
+    """`text` with half-width digits, letters and punctuation; the full stop of Chinese stays."""
+    return unicodedata.normalize("NFKC", text).replace("\u2019", "'")
+
+
+def sentences(text: str) -> list[str]:
+    """Of plain text, without their ends and without empty ones."""
+    return [part.strip() for part in SENTENCE_END.split(text) if part.strip()]
+
+
+def weight(text: str) -> tuple[int, int]:
+    """(Chinese characters, words of Latin letters): about the same time to read, each."""
+    return len(HAN_CHARACTER.findall(text)), len(WORD.findall(text))
