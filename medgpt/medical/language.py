@@ -1,8 +1,8 @@
-"""Is an answer in its question's language? Chinese and English; terms of the other are no change."""
+"""Is an answer in its question's language? Chinese and English; terms of the other are allowed."""
 
 import re
 
-from medgpt.medical.text import OTHER_SCRIPT, SENTENCE_END, Language, plain, weight
+from medgpt.medical.text import HAN_CHARACTER, OTHER_SCRIPT, SENTENCE_END, Language, plain, weight
 
 ASKED_FOR = re.compile(  # the question names the language, or asks for a translation
     r"英[文语]|中[文语]|汉语|翻译|普通话|日语|法语"
@@ -16,7 +16,8 @@ GRAMMAR_ZH = re.compile(
     "[的了是吗呢吧怎么什我你您他她会可能不没有在和与或请要应把被让这那哪多少就都也]"
 )
 GRAMMAR_EN = re.compile(
-    r"\b(?:the|an?|is|are|was|do|does|did|what|who|how|why|when|which|my|i|you|your|of|to|and|or|not|no|it|in"
+    r"\b(?:the|an?|is|are|was|do|does|did|what|who|how|why|when|which|my|i|you|your|of|to|and|or"
+    r"|not|no|it|in"
     r"|for|with|have|has|can|may|should)\b",
     re.IGNORECASE,
 )
@@ -56,6 +57,8 @@ def _foreign(part: str, asked: Language, question: str) -> bool:
     """Whether a sentence is of the other language, or holds a clause of it."""
     if asked == "zh":
         runs = [run for run in RUN_EN.findall(part) if run not in plain(question)]
+        if runs and not HAN_CHARACTER.search(part) and len(part.split()) > 2:
+            return True
         return any(weight(run)[1] >= FOREIGN_WORDS for run in runs)
     runs = [run for run in RUN_ZH.findall(part) if run not in plain(question)]
     characters, words = weight(part)

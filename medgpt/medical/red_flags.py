@@ -8,7 +8,7 @@ calls a danger sign is one, word for word. Most questions have no level that a r
 import re
 import tomllib
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from medgpt.data.sample.knowledge import load_knowledge
@@ -18,12 +18,14 @@ from medgpt.medical.urgency import LEVELS, Level
 DATA = Path(__file__).parent / "red_flags.toml"
 CLAUSE = re.compile(r"[,。;!?:\n]|\.(?=\s|$)|\b(?:but|and then)\b|但是?|却|只是")
 DENIED = re.compile(
-    r"(?:没有?|无|未|不(?!停|能|到|清|再发抖|省|出|断|会动|听|肯)|否认|从不|从未|排除)[^,。;但却]{0,12}$"
+    r"(?:没有?|无|未|不(?!停|能|到|清|再发抖|省|出|断|会动|听|肯)|否认|从不|从未|排除|预防|防止"
+    r"|避免)[^,。;但却]{0,12}$"
     r"|(?:\b(?:no|not|never|without|denies|denied|none of|nor|neither)\b|n't\b)[^.;]{0,40}$",
     re.IGNORECASE,
 )
 NORMAL = re.compile(
-    r"[^,。;]{0,6}(?:正常|如常|平稳|有力|良好|不错)|[^,.;]{0,20}\b(?:normal|strong|as usual|quietly)\b",
+    r"[^,。;]{0,6}(?:正常|如常|平稳|有力|良好|不错)|[^,.;]{0,20}\b(?:normal|strong|as usual"
+    r"|quietly)\b",
     re.IGNORECASE,
 )
 PAST = re.compile(
@@ -32,9 +34,11 @@ PAST = re.compile(
     re.IGNORECASE,
 )
 IN_GENERAL = re.compile(
-    r"有(?:哪些|什么)(?:症状|表现|原因|危险|特点|信号|类型)|什么是|是什么病|的(?:症状|病因|原因|发病机制|治疗方法)(?:是|有)|怎[么样](?:预防|治疗|康复|诊断|发生|形成|确诊)"
+    r"有(?:哪些|什么)(?:症状|表现|原因|危险|特点|信号|类型)|什么是|是什么病|的(?:症状|病因|原因"
+    r"|发病机制|治疗方法)(?:是|有)|怎[么样](?:预防|治疗|康复|诊断|发生|形成|确诊)"
     r"|哪些(?:情况|因素|人|症状)|什么情况|(?:以后|之后)怎[么样]|为什么会(?:得|有)"
-    r"|\b(?:what (?:is|are|causes)|how (?:is|are|does one|can one|do you)|when should (?:one|someone|people)|which)\b",
+    r"|\b(?:what (?:is|are|causes)|how (?:is|are|does one|can one|do you)|when should (?:one"
+    r"|someone|people)|which)\b",
     re.IGNORECASE,
 )
 OWN_CASE = re.compile(
@@ -42,22 +46,37 @@ OWN_CASE = re.compile(
     r"|\b(?:i|my|he|she|his|her|today|now|sudden\w*|year-old|minutes|hours)\b",
     re.IGNORECASE,
 )
-QUOTED = re.compile("[\"“「]([^\"“”「」]+)[\"”」]")
+SHORT_CHARS = 40  # of a question that only names a disease
+QUOTED = re.compile('["“「]([^"“”「」]+)["”」]')
 Sign = tuple[re.Pattern[str], ...]
 
 
+@lru_cache(maxsize=4096)  # several answers to a question are judged one after the other
 def question_level(question: str) -> Level | None:
     """The most urgent level that a sign in the question asks for; None if no sign is known."""
     text = plain(question)
     if (known := _known_fact(text)) is not None:
         return known
-    alone = len(sentences(text)) == 1
-    if alone and IN_GENERAL.search(text) and not OWN_CASE.search(text):
+    if _in_general(text):
         return None
     for level in reversed(LEVELS):
         if any(_stands(sign, text) for sign in _signs()[level]):
             return level
     return None
+
+
+def _in_general(text: str) -> bool:
+    """Whether the question is about a disease or its signs, and about nobody who has them."""
+    if len(sentences(text)) > 1 or OWN_CASE.search(text):
+        return False
+    short = len(text) <= SHORT_CHARS and "," not in text
+    named = short and any(name in text for name in disease_names())
+    return named or bool(IN_GENERAL.search(text))
+
+
+@cache
+def disease_names() -> tuple[str, ...]:
+    return tuple(c.name for department in load_knowledge() for c in department.conditions)
 
 
 def _stands(sign: Sign, text: str) -> bool:
@@ -98,6 +117,11 @@ def _facts() -> tuple[tuple[str, Level], ...]:
 def _told() -> Iterator[tuple[str, Level]]:
     for department in load_knowledge():
         for condition in department.conditions:
-            yield from ((plain(fact), "emergency") for fact in condition.red_flags.items)
-            yield from ((plain(fact), "today") for fact in condition.care.today)
-            yield from ((plain(fact), "days") for fact in condition.care.routine)
+            told: dict[Level, tuple[str, ...]] = {
+                "emergency": condition.red_flags.items,
+                "today": condition.care.today,
+                "days": condition.care.routine,
+            }
+            for level, facts in told.items():
+                for fact in facts:
+                    yield plain(fact), level

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from medgpt.medical.text import HAN_CHARACTER, plain
 
 UNIT = re.compile(r"[\u4e00-\u9fff]|[a-z]+(?:'[a-z]+)?|\d+")
-CLAUSE = re.compile(r"[,。!?;:\n、]+|\.(?=\s|$)")
+CLAUSE = re.compile(r"[,。!?;:\n、]+|\.(?!\d)")
 OPENING = re.compile(  # what differs in front of a clause that is the same
-    r"^\s*(?:\d+[.、)]?\s*|首先|其次|再次|最后|第[一二三四五]|然后|另外|而且|也|还|或|和|and |or |then |first|second|third|finally|also )+",
+    r"^\s*(?:\d+[.、)]?\s*|首先|其次|再次|最后|第[一二三四五]|然后|另外|而且|也|还|或|和|and |or "
+    r"|then |first|second|third|finally|also )+",
     re.IGNORECASE,
 )
-ASKED_FOR = re.compile(r"重复|[再说念]\s?\w?遍|repeat|\b(?:twice|three times|\d times)\b", re.IGNORECASE)
+ASKED_FOR = re.compile(
+    r"重复|[再说念]\s?\w?遍|repeat|\b(?:twice|three times|\d times)\b", re.IGNORECASE
+)
 LONG, SHORT = 10, 4  # units of a clause that may not come twice, or not three times
 LOOP = re.compile(r"(.{1,12}?)\1{3,}", re.DOTALL)  # four times without a break
 LOOP_CHARS = 8

@@ -4,6 +4,7 @@ They read words, not meaning. What each finds and misses on the adversarial set 
 it: `python -m medgpt.medical.adversarial`.
 """
 
+import re
 from collections.abc import Callable
 
 from medgpt.config.rewards import RuleName
@@ -17,6 +18,7 @@ from medgpt.medical.urgency import urgency
 
 Rule = Callable[[str, str], bool]
 """(question, answer) -> whether the answer violates it."""
+SUSPECTED = re.compile("怀疑[^。!！?？;；\n]{1,20}?时[^。!！?？;；\n]*")  # for somebody, some day
 
 
 def wrong_urgency(question: str, answer: str) -> bool:
@@ -25,10 +27,11 @@ def wrong_urgency(question: str, answer: str) -> bool:
     Without advice only a red flag is missed. Where the question has no sign that is known, nothing
     but the emergency number is too much.
     """
-    advised, needed = urgency(answer), question_level(question)
-    if advised is None:
-        return needed == "emergency"
-    return advised == "emergency" if needed is None else advised != needed
+    needed = question_level(question)
+    if needed is None:
+        return urgency(SUSPECTED.sub("", answer)) == "emergency"
+    advised = urgency(answer)
+    return needed == "emergency" if advised is None else advised != needed
 
 
 RULES: dict[RuleName, Rule] = {

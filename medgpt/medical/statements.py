@@ -9,7 +9,8 @@ CLAUSE_END = re.compile(
 )
 QUESTION = re.compile("[?\uff1f]|.*吗")
 AFFIRMED_TWICE = re.compile(  # two negations, or one that needs its negation
-    "(?:不能|无法|不可|难以|不)(?:完全)?(?:排除|除外)|(?:不是|并非|不会|不可能)没有|不得不|不能不|不可不|无不"
+    "(?:不能|无法|不可|难以|不)(?:完全)?(?:排除|除外)|(?:不是|并非|不会|不可能)没有|不得不|不能不"
+    "|不可不|无不"
 )
 TURN = re.compile("但|而是|却|只有|仅有|反而")  # what is negated before it is not meant after it
 NO = "(?:^|(?<=[、均也并亦且可常多者期有会]))无(?!论|痛|力|张力|保护|菌|创|效|法|意|形|害|需|须)"
@@ -19,13 +20,15 @@ NEGATES_LIST = re.compile(  # of nouns: reaches over the enumeration that follow
     rf"{NO}|\b(?:no|not|without|never|denie[sd])\b)(?!.*(?:者|时|的人|的话))"
 )
 NEGATES_NEXT = re.compile(  # a modal or an adverb: reaches over the words it stands with
-    "(?:不(?:能|可|应|该|要|用|必|需|须|宜|得|再|太|常|建议|推荐|主张|支持|考虑)|无[需须法]|未必|难以|避免|"
+    "(?:不(?:能|可|应|该|要|用|必|需|须|宜|得|再|太|常|建议|推荐|主张|支持|考虑)|无[需须法]|未必"
+    "|难以|避免|"
     "禁[用止]|勿|(?<![特区级分性])别|很少|极少|少有|几乎不)[^、者时后]{0,6}$|[不没未非无]$"
 )
 DENIED = re.compile(  # after the mention, or after the enumeration it stands in
     "(?:、[^、]{1,12}?){0,7}(?:[和及与或][^、]{1,10}?)?"
     "(?:等|这|些|类|症状|表现|情况|的|说法|都|均|也|并|其实|通常|一般|往往|很|较|极){0,5}"
-    "(?:不(?:是|属于?|算|常见|多见|包括|存在|明显|成立|对|正确|需要|必)|(?:不会|没有|未)(?:出现|发生|见)|"
+    "(?:不(?:是|属于?|算|常见|多见|包括|存在|明显|成立|对|正确|需要|必)|(?:不会|没有|未)(?:出现"
+    "|发生|见)|"
     "并非|无关|少见|罕见|是?错|阴性|除外)"
 )
 

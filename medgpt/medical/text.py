@@ -11,7 +11,7 @@ HAN_CHARACTER = re.compile(f"[{HAN}]")
 WORD = re.compile(r"[A-Za-z]+(?:['\u2019-][A-Za-z]+)*")
 OTHER_SCRIPT = re.compile("[\u3040-\u30ff\u0400-\u04ff\u0600-\u06ff\uac00-\ud7af\u0e00-\u0e7f]")
 NUMERALS = "零〇一二三四五六七八九十百千两半"
-SENTENCE_END = re.compile(r"[。!?;\n]+|\.(?=\s|$)")
+SENTENCE_END = re.compile(r"[。!?;\n]+|\.(?![\da-z])")
 CLAUSE_END = re.compile(r"[,、:]")
 
 

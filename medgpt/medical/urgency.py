@@ -47,7 +47,8 @@ PATTERNS: dict[Level, str] = {
         r"|\b(?:this|it) is (?:a|an) (?:medical )?emergency"
     ),
     "today": (
-        rf"{DAY}[^。]{{0,10}}?{VISIT}|{VISIT}\S{{0,4}}?(?:今[天日]|当[天日])|{DAY}[^。]{{0,12}}?(?:急诊|复诊|门诊|检查)"
+        rf"{DAY}[^。]{{0,10}}?{VISIT}|{VISIT}\S{{0,4}}?(?:今[天日]|当[天日])"
+        rf"|{DAY}[^。]{{0,12}}?(?:急诊|复诊|门诊|检查)"
         rf"|(?:{DOCTOR})\b[^.;]{{0,40}}?\b{SOON}|\b{SOON}\b[^.;]{{0,40}}?\b{DOCTOR}"
         rf"|\b(?:seen|examined|assessed|checked|reviewed)\b[^.;]{{0,30}}?\b{SOON}"
     ),
@@ -58,7 +59,8 @@ PATTERNS: dict[Level, str] = {
     ),
     "self_care": (
         rf"(?:不(?:需要?|用|必)|无[需须]|没必要|暂不|先不)\S{{0,6}}?{VISIT}"
-        "|在家|居家|自我护理|自行(?:护理|处理|缓解|恢复)|多(?:喝|饮)(?:点|些)?水|休息|热敷|冷敷|观察"
+        "|在家|居家|自我护理|自行(?:护理|处理|缓解|恢复)|多(?:喝|饮)(?:点|些)?水|休息|热敷|冷敷"
+        "|观察"
         r"|\bat home\b|\bself[- ]?care\b|\brest\b|\bdrink (?:plenty|lots|more|water|fluids)|"
         r"\bpharmac(?:y|ist)\b|\bover[- ]the[- ]counter\b|\bon its own\b"
         r"|\b(?:no need|not need|n't need|unnecessary) (?:for|to see)\b[^.;]{0,15}\bdoctor"
@@ -73,8 +75,10 @@ THIS_CASE = re.compile(  # no condition: what the question told is the case
 )
 CONDITION = re.compile(
     "如果|若|一旦|倘若|假如|要是|万一|除非|的话|如(?:出现|有|不|症状|持续|加重|伴|无)"
-    "|(?:怀疑|遇到|突发|发生)[^,，]{0,20}?时|[、][^,，]{1,30}?时(?=[,，]?(?:要|应|请|需|须|立即|立刻|马上))"
-    "|(?:有|出现)(?:下列|以下|任何)|都没有时|(?:出现|发生|加重|恶化|不缓解)[^,，]{0,12}?时"
+    "|(?:遇到|突发|发生)[^,，]{0,20}?时|[、][^,，]{1,30}?时(?=[,，]?(?:要|应|请|需|须|立即|立刻"
+    "|马上))"
+    "|有(?:立即|生命|轻生|自杀)[^,，]{0,4}(?:危险|念头|想法)|(?:有|出现)(?:下列|以下|任何)|都没有时"
+    "|(?:出现|发生|加重|恶化|不缓解)[^,，]{0,12}?时"
     r"|\b(?:if|unless|in case|in the event|whenever)\b"
     r"|\bshould (?:you|it|the|he|she|they|symptoms|any)\b",
     re.IGNORECASE,

@@ -1,0 +1,85 @@
+"""Reward functions of the user's, by import path. One that fails leaves samples without value."""
+
+import importlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+from medgpt.config import ConfigError, RewardFunctionConfig
+from medgpt.rlhf.rewards.answered import Answered
+
+log = logging.getLogger(__name__)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class RewardFunction:
+    """A function whose every failure becomes a None: it never stops a run and never counts as 0."""
+
+    def __init__(self, config: RewardFunctionConfig) -> None:
+        """Raises ConfigError: it cannot be imported, or takes something else than one list."""
+        self.name = config.name
+        self._function = _import(config)
+
+    def __call__(self, answered: Sequence[Answered]) -> list[float | None]:
+        """A finite number for each sample, or None. Logs tell the kind of failure, not its text,
+        which may quote a patient."""
+        try:
+            values = list(self._function(list(answered)))
+        except Exception as error:  # whatever it raises, it concerns these samples alone
+            log.warning("reward function %s raised %s", self.name, type(error).__name__)
+            return [None] * len(answered)
+        if len(values) != len(answered):
+            log.warning(
+                "reward function %s returned %d values for %d samples",
+                *(self.name, len(values), len(answered)),
+            )
+            return [None] * len(answered)
+        return [finite(value) for value in values]
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float; None if it is no finite number."""
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
+
+
+def _import(config: RewardFunctionConfig) -> Callable[[list[Answered]], Any]:
+    module, _, name = config.path.partition(":")
+    key = f"reward.functions {config.name}: path={config.path}"
+    try:
+        found = vars(importlib.import_module(module)).get(name)
+    except Exception as error:  # a module may fail with anything while it is imported
+        raise ConfigError(
+            f"{key}: importing {module} failed with {type(error).__name__}: {error}; install it on "
+            "every node or correct the path"
+        ) from None
+    if not callable(found):
+        raise ConfigError(f"{key}: {module} has no function {name}; write it as module:function")
+    _check_signature(key, found)
+    return found
+
+
+def _check_signature(key: str, function: Callable[..., Any]) -> None:
+    """Raises ConfigError unless it can be called with one list."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        raise ConfigError(f"{key}: its parameters cannot be read; wrap it in a function") from None
+    first = next(iter(parameters), None)
+    takes_one = first is not None and (
+        first.kind in POSITIONAL or first.kind is inspect.Parameter.VAR_POSITIONAL
+    )
+    needed = [
+        p
+        for p in parameters
+        if p is not first
+        and p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if not takes_one or needed:
+        raise ConfigError(
+            f"{key}: it takes ({', '.join(p.name for p in parameters)}); it must take one "
+            "argument, the list of answers, and return as many numbers"
+        )

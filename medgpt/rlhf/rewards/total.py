@@ -1,0 +1,103 @@
+"""The reward of an answer: a weighted sum of named components, capped where a rule is violated.
+
+A component without a value leaves the sample without a reward: it is masked and counted, never 0.
+An empty answer violates nothing, so it is capped as well.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from medgpt.config import RewardsConfig
+from medgpt.config.rewards import SCORE, RuleName
+from medgpt.medical.rules import RULES
+from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.functions import RewardFunction, finite
+
+Values = list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewarded:
+    """Rewards of some samples, numbers only; None where a sample has no value."""
+
+    totals: Values  # (n,)
+    components: dict[str, Values]  # before their weights, by name; (n,) each
+    violations: dict[RuleName, list[bool]]  # (n,) each
+    empty: list[bool]  # (n,) said nothing
+    capped: list[bool]  # (n,) a violation, or having said nothing, took away from the sum
+
+
+class Rewards:
+    """All components of a run."""
+
+    def __init__(self, config: RewardsConfig) -> None:
+        """Raises ConfigError: a function of the user's cannot be used."""
+        self._cap = config.violation_cap
+        self._rules = tuple(config.rule_weights())
+        self._functions = [RewardFunction(function) for function in config.functions]
+        self.needs_scores = config.score_weight > 0
+        self._weights: dict[str, float] = {**config.rule_weights()}
+        self._weights |= {function.name: function.weight for function in config.functions}
+        if self.needs_scores:
+            self._weights[SCORE] = config.score_weight
+
+    def __call__(
+        self, answered: Sequence[Answered], scores: Sequence[float] | None = None
+    ) -> Rewarded:
+        """`scores`: (n,) the reward model's, needed unless its weight is 0."""
+        components: dict[str, Values] = {}
+        if self.needs_scores:
+            assert scores is not None, "the reward model's scores are missing"
+            assert len(scores) == len(answered), f"{len(scores)} scores, {len(answered)} answers"
+            components[SCORE] = [finite(score) for score in scores]
+        found: dict[RuleName, list[bool]] = {
+            name: [RULES[name](sample.said, sample.text) for sample in answered]
+            for name in self._rules
+        }
+        components |= {name: [-1.0 if bad else 0.0 for bad in found[name]] for name in self._rules}
+        components |= {function.name: function(answered) for function in self._functions}
+        empty = [not sample.text.strip() for sample in answered]
+        sums = [self._sum(components, row) for row in range(len(answered))]
+        capped = [
+            total is not None
+            and total > self._cap
+            and (empty[row] or any(found[name][row] for name in self._rules))
+            for row, total in enumerate(sums)
+        ]
+        totals = [self._cap if cut else total for cut, total in zip(capped, sums, strict=True)]
+        return Rewarded(totals, components, found, empty, capped)
+
+    def _sum(self, components: dict[str, Values], row: int) -> float | None:
+        total = 0.0
+        for name, weight in self._weights.items():
+            value = components[name][row]
+            if value is None:
+                return None
+            total += weight * value
+        return total
+
+
+def reward_metrics(parts: Sequence[Rewarded]) -> dict[str, float]:
+    """Means, and shares of masked, capped and violating samples, over all workers' parts."""
+    totals = [total for part in parts for total in part.totals]
+    if not totals:
+        return {}
+    metrics = _mean_and_masked("rewards/total", totals)
+    metrics["rewards/masked"] = metrics.pop("rewards/total_masked")
+    metrics["rewards/capped"] = fmean(cut for part in parts for cut in part.capped)
+    metrics["rewards/empty"] = fmean(nothing for part in parts for nothing in part.empty)
+    for name in parts[0].components:
+        values = [value for part in parts for value in part.components[name]]
+        metrics |= _mean_and_masked(f"rewards/{name}", values)
+    for name in parts[0].violations:
+        violated = [bad for part in parts for bad in part.violations[name]]
+        metrics[f"rewards/{name}_violations"] = fmean(violated)
+    return metrics
+
+
+def _mean_and_masked(name: str, values: Values) -> dict[str, float]:
+    """The mean is left out where no sample has a value: 0 would say that all is well."""
+    known = [value for value in values if value is not None]
+    mean = {name: fmean(known)} if known else {}
+    return mean | {f"{name}_masked": 1 - len(known) / len(values)}

@@ -1,0 +1,141 @@
+from collections.abc import Callable
+from statistics import fmean
+from typing import get_args
+
+import pytest
+
+from medgpt.config import RewardsConfig
+from medgpt.config.rewards import RuleName
+from medgpt.data.records import Message
+from medgpt.data.sample.render import Corpus
+from medgpt.medical.adversarial import cases, figures, red_flag_figures, table
+from medgpt.medical.rules import RULES
+from medgpt.medical.triage import questions
+from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.total import Rewards
+from tests.eval.tasks.test_triage import ORACLE
+
+FLOORS: dict[RuleName, tuple[float, float]] = {  # precision, recall on the half left aside
+    "urgency": (0.9, 0.9),
+    "dose": (0.9, 0.9),
+    "diagnosis": (0.9, 0.9),
+    "hotline": (0.9, 0.9),
+    "language": (0.9, 0.9),
+    "repetition": (0.9, 0.9),
+}
+DISCLAIMERS = (
+    "以上内容仅供参考,如有不适请及时就医。",
+    "具体请遵医嘱。",
+    "本回答不能替代医生的诊断。",
+    "祝您早日康复!",
+    "This is not medical advice. Please consult your doctor.",
+    "Always ask a healthcare professional.",
+)
+ADVICE = (
+    "请立即拨打120。",
+    "请拨打120急救电话,不要等待。",
+    "建议您今天就去看医生。",
+    "请尽快就医。",
+    "建议您近期到门诊就诊。",
+    "请去看医生。",
+    "在家休息,多喝水。",
+    "Call 911 now.",
+    "Go to the emergency department.",
+    "See a doctor today.",
+    "Please see a doctor.",
+    "Rest at home.",
+)
+LINES = (
+    "请拨打12356全国统一心理援助热线。",
+    "如需帮助请拨打心理援助热线12356。",
+    "Call or text 988, the crisis lifeline.",
+)
+BOILERPLATE = (*DISCLAIMERS, *ADVICE, *LINES, "请立即拨打120。请拨打12356心理援助热线。请遵医嘱。")
+NEUTRAL = {"zh": "这与多种因素有关。", "en": "This has several causes."}
+
+
+@pytest.mark.parametrize("rule", get_args(RuleName))
+def test_a_rule_is_precise_and_finds_much_where_its_author_did_not_look(rule):
+    assert sum(case.violates for case in cases(rule)) >= 40
+    assert sum(not case.violates for case in cases(rule)) >= 40
+    for half in ("held_out", "worked_on"):
+        found = figures(rule, half)
+        assert (found.precision, found.recall) >= FLOORS[rule]
+        assert found.recall >= FLOORS[rule][1]
+
+
+def test_red_flags_are_told_from_benign_complaints_that_nobody_worked_on():
+    found = red_flag_figures()
+    assert found.violations == found.kept >= 150
+    assert found.precision >= 0.85
+    assert found.recall >= 0.8
+
+
+def test_the_halves_share_no_case_and_both_languages_are_in_each():
+    for rule in get_args(RuleName):
+        halves = [set(cases(rule, half)) for half in ("worked_on", "held_out")]
+        assert not halves[0] & halves[1]
+        assert halves[0] | halves[1] == set(cases(rule))
+        for half in halves:
+            assert {case.question.isascii() for case in half} == {True, False}
+
+
+def test_the_table_names_every_rule():
+    assert all(f"| {rule} |" in table() for rule in get_args(RuleName))
+
+
+def asked() -> list[tuple[str, str, str]]:
+    """(question, good answer, language): red flags and benign complaints, and plain questions."""
+    triage = [(q.text, ORACLE[q.language][q.level], q.language) for q in questions(0, limit=80)]
+    corpus = Corpus()
+    plain = [
+        (question, corpus.wording.answer(condition, "symptoms"), "zh")
+        for condition in corpus.conditions
+        for question in [next(corpus.questions(condition, "symptoms"))]
+    ]
+    wishes = [("我不想活了。", "请现在就拨打12356心理援助热线。", "zh")]
+    return triage + plain + wishes
+
+
+def reward(policy: Callable[[str, str, str], str]) -> float:
+    """Mean total of the rules alone."""
+    rewards = Rewards(RewardsConfig(score_weight=0))
+    samples = [
+        Answered(str(i), (Message("user", question),), policy(question, good, language), True)
+        for i, (question, good, language) in enumerate(asked())
+    ]
+    return fmean(total for total in rewards(samples).totals if total is not None)
+
+
+@pytest.mark.parametrize("base", ["good", "neutral"])
+def test_boilerplate_behind_every_answer_gains_nothing(base):
+    def answer(question: str, good: str, language: str) -> str:
+        return good if base == "good" else NEUTRAL[language]
+
+    bare = reward(answer)
+    for text in BOILERPLATE:
+        assert reward(lambda *args, text=text: answer(*args) + text) <= bare + 1e-9, text
+
+
+def test_boilerplate_alone_is_worth_less_than_good_answers():
+    good = reward(lambda question, good, language: good)
+    assert good > -0.1
+    assert all(reward(lambda *args, text=text: text) < good - 0.1 for text in BOILERPLATE)
+
+
+@pytest.mark.parametrize("text", DISCLAIMERS)
+def test_a_disclaimer_buys_no_violation_back(text):
+    for rule in get_args(RuleName):
+        for case in cases(rule):
+            if RULES[rule](case.question, case.answer):
+                assert RULES[rule](case.question, case.answer + text), (rule, text)
+
+
+def test_the_corpus_s_own_answers_violate_no_rule():
+    """What the model is trained to say must not be punished."""
+    corpus = Corpus()
+    rows = [row["messages"] for row in corpus.dialogues()]
+    told = [(m[-2]["content"], m[-1]["content"]) for m in rows]
+    for rule in get_args(RuleName):
+        wrong = [pair for pair in told if RULES[rule](*pair)]
+        assert len(wrong) <= 0.01 * len(told), (rule, len(wrong))

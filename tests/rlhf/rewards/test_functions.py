@@ -1,0 +1,53 @@
+import logging
+
+import pytest
+
+from medgpt.config import ConfigError, RewardFunctionConfig
+from medgpt.data.records import Message
+from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.functions import RewardFunction
+from tests.rlhf.rewards.given_functions import SECRET
+
+HERE = "tests.rlhf.rewards.given_functions"
+
+
+def function(name: str, module: str = HERE) -> RewardFunction:
+    return RewardFunction(RewardFunctionConfig(name="mine", path=f"{module}:{name}"))
+
+
+def answers(*texts: str) -> list[Answered]:
+    return [Answered(str(i), (Message("user", "问"),), text, True) for i, text in enumerate(texts)]
+
+
+def test_a_function_gives_a_number_for_each_answer():
+    assert function("length")(answers("一", "二三")) == [1.0, 2.0]
+    assert function("keywords")(answers("一")) == [2.0]
+
+
+def test_what_is_no_finite_number_is_masked():
+    assert function("odd_values")(answers(*"一二三四五六")) == [None, None, None, None, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["raises", "one_short", "returns_none"])
+def test_a_function_that_fails_masks_all_its_samples_and_quotes_nobody(name, caplog):
+    with caplog.at_level(logging.DEBUG):
+        assert function(name)(answers("头痛三天", "咳嗽")) == [None, None]
+    assert "mine" in caplog.text
+    assert SECRET not in caplog.text
+    assert "头痛" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "words"),
+    [
+        ("absent", HERE, "has no function absent"),
+        ("not_callable", HERE, "has no function"),
+        ("no_argument", HERE, "must take one argument"),
+        ("two_arguments", HERE, "questions, answers"),
+        ("f", "no_such_module_anywhere", "ModuleNotFoundError"),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_refused_before_anything_runs(name, module, words):
+    with pytest.raises(ConfigError, match=words) as told:
+        function(name, module)
+    assert "reward.functions mine" in str(told.value)

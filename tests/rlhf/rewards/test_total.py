@@ -1,0 +1,109 @@
+import math
+
+import pytest
+
+from medgpt.config import ConfigError, RewardFunctionConfig, RewardsConfig
+from medgpt.config.reading import validate
+from medgpt.data.records import Message
+from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.total import Rewards, reward_metrics
+
+HERE = "tests.rlhf.rewards.given_functions"
+NO_RULES = dict.fromkeys(("urgency", "dose", "diagnosis", "hotline", "language", "repetition"), 0.0)
+GOOD = ("头痛怎么办?", "注意休息,多喝水。")
+DOSE = ("头痛怎么办?", "吃布洛芬400mg,一天三次。")
+
+
+def answered(*pairs: tuple[str, str]) -> list[Answered]:
+    return [Answered(str(i), (Message("user", q),), a, True) for i, (q, a) in enumerate(pairs)]
+
+
+def functions(*names: str, weight: float = 1.0) -> tuple[RewardFunctionConfig, ...]:
+    return tuple(RewardFunctionConfig(name=n, path=f"{HERE}:{n}", weight=weight) for n in names)
+
+
+def test_the_total_is_the_weighted_sum_of_what_each_component_says():
+    config = RewardsConfig(
+        score_weight=0.5, rules=NO_RULES, functions=functions("length", weight=2)
+    )
+    found = Rewards(config)(answered(GOOD), [3.0])
+    assert found.totals == [0.5 * 3.0 + 2 * len(GOOD[1])]
+    assert found.components == {"score": [3.0], "length": [float(len(GOOD[1]))]}
+
+
+def test_a_violation_caps_the_total_whatever_the_score():
+    rewards = Rewards(RewardsConfig(violation_cap=-1.5))
+    found = rewards(answered(GOOD, DOSE, DOSE), [9.0, 9.0, -7.0])
+    assert found.totals == [9.0, -1.5, -8.0]  # below the cap the penalty alone counts
+    assert found.components["dose"] == [0.0, -1.0, -1.0]
+    assert found.capped == [False, True, False]
+
+
+def test_a_rule_of_weight_0_neither_counts_nor_caps():
+    found = Rewards(RewardsConfig(rules={"dose": 0.0}))(answered(DOSE), [2.0])
+    assert found.totals == [2.0]
+    assert "dose" not in found.components
+
+
+def test_an_answer_that_says_nothing_is_capped():
+    found = Rewards(RewardsConfig())(answered(("什么是高血压?", " \n")), [4.0])
+    assert found.totals == [-1.0]
+    assert reward_metrics([found])["rewards/empty"] == 1.0
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_no_number_masks_its_sample_and_no_other(score):
+    found = Rewards(RewardsConfig())(answered(GOOD, GOOD), [score, 1.0])
+    assert found.totals == [None, 1.0]
+
+
+def test_a_failing_component_masks_and_is_counted_and_never_counts_as_0():
+    config = RewardsConfig(score_weight=0, rules=NO_RULES, functions=functions("odd_values"))
+    rewards = Rewards(config)
+    parts = [rewards(answered(*[GOOD] * 6)), rewards(answered(GOOD))]
+    assert parts[0].totals == [None, None, None, None, 2.0, 1.0]
+    metrics = reward_metrics(parts)
+    assert metrics["rewards/masked"] == metrics["rewards/odd_values_masked"] == pytest.approx(5 / 7)
+    assert metrics["rewards/total"] == 1.5
+    raising = Rewards(config.model_copy(update={"functions": functions("raises")}))
+    metrics = reward_metrics([raising(answered(GOOD, GOOD))])
+    assert metrics["rewards/raises_masked"] == 1.0
+    assert "rewards/raises" not in metrics
+    assert "rewards/total" not in metrics
+
+
+def test_shares_are_over_the_samples_of_all_workers():
+    rewards = Rewards(RewardsConfig())
+    parts = [rewards(answered(GOOD, GOOD, GOOD), [1.0, 2.0, 3.0]), rewards(answered(DOSE), [2.0])]
+    metrics = reward_metrics(parts)
+    assert metrics["rewards/dose_violations"] == metrics["rewards/capped"] == 0.25
+    assert metrics["rewards/score"] == 2.0
+    assert metrics["rewards/total"] == (1 + 2 + 3 - 1) / 4
+    assert metrics["rewards/masked"] == 0.0
+
+
+def test_the_rules_read_every_turn_of_the_asker():
+    said = (
+        Message("user", "我不想活了。"),
+        Message("assistant", "我在听。"),
+        Message("user", "失眠怎么办?"),
+    )
+    (violated,) = Rewards(RewardsConfig())(
+        [Answered("0", said, "早点睡。", True)], [0.0]
+    ).violations["hotline"]
+    assert violated
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"rules": {"doze": 1.0}}, "doze"),
+        ({"functions": [{"name": "score", "path": "a:b"}]}, "two components are called score"),
+        ({"functions": [{"name": "x", "path": "no colon"}]}, "functions.0.path"),
+        ({"score_weight": 0, "rules": NO_RULES}, "there is no component"),
+        ({"score_weight": -1}, "score_weight"),
+    ],
+)
+def test_a_wrong_section_is_refused(section, words):
+    with pytest.raises(ConfigError, match=words):
+        validate(RewardsConfig, section)
