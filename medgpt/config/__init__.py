@@ -28,6 +28,13 @@ from medgpt.config.model import (
     TokenizerConfig,
 )
 from medgpt.config.pools import PoolsConfig, RoleConfig, RoleName
+from medgpt.config.ppo import (
+    CriticConfig,
+    PPOConfig,
+    PPOStageConfig,
+    PtxConfig,
+    RolloutConfig,
+)
 from medgpt.config.reading import StageConfig, load, validate
 from medgpt.config.replies import (
     GenerationConfig,
@@ -66,6 +73,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CorpusConfig",
+    "CriticConfig",
     "DataConfig",
     "DiagnosisConfig",
     "EngineConfig",
@@ -82,16 +90,20 @@ __all__ = [
     "NllConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PPOConfig",
+    "PPOStageConfig",
     "PipelineConfig",
     "PipelineStage",
     "PoolConfig",
     "PoolsConfig",
     "PretrainConfig",
+    "PtxConfig",
     "ReportConfig",
     "RewardFunctionConfig",
     "RewardsConfig",
     "RoleConfig",
     "RoleName",
+    "RolloutConfig",
     "RunConfig",
     "SFTConfig",
     "SafetyConfig",

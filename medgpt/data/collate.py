@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ import xxhash
 
 from medgpt.algos.lm import mask_tokens
 from medgpt.data.batch import IGNORE, PackedBatch
-from medgpt.data.stream import Row
+
+if TYPE_CHECKING:  # a worker without a stream does without Ray Data
+    from medgpt.data.stream import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ def piece_seed(seed: int, epoch: int, sample_id: str, chunk: int, visit: int = 0
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
-def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
+def piece_seeds(rows: Sequence["Row"], *, seed: int, epoch: int) -> list[int]:
     """(S,) seeds of the pieces of a batch, in order."""
     return [
         piece_seed(seed, epoch, *piece)
@@ -40,7 +43,7 @@ def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
     ]
 
 
-def causal_batch(rows: Sequence[Row]) -> PackedBatch:
+def causal_batch(rows: Sequence["Row"]) -> PackedBatch:
     """Every position predicts the next token of its piece, where that is to be learnt."""
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     targets = np.concatenate([row.targets for row in rows])
@@ -51,7 +54,7 @@ def causal_batch(rows: Sequence[Row]) -> PackedBatch:
     return packed_batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
 
 
-def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
+def masked_batch(rows: Sequence["Row"], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
     """Masked tokens predict themselves; the masks depend on the pieces' seeds only."""
     input_ids, labels = [], []
     special = torch.tensor(masking.special_ids)

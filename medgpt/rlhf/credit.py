@@ -1,0 +1,206 @@
+"""From the parts of a rollout batch to what every token is worth. Each rank of actor and critic
+computes it for the whole batch, so it depends on no rank, and statistics are the global ones.
+
+Shapes: B sequences, T tokens of the longest response, N response tokens in all.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medgpt.algos.advantages import gae, masked_stats, token_rewards, whiten
+from medgpt.algos.kl import kl_estimate
+from medgpt.config import PPOConfig
+from medgpt.rlhf.experience import (
+    Logprobs,
+    Scores,
+    Sequences,
+    Values,
+    join_rows,
+    join_sequences,
+    join_tokens,
+)
+
+
+class RunningStats(NamedTuple):
+    """Mean and variance of all scores so far (Chan et al., 1979)."""
+
+    num: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def including(self, x: NDArray[np.floating[Any]]) -> "RunningStats":
+        if not len(x):
+            return self
+        num, mean = self.num + len(x), float(x.mean(dtype=np.float64))
+        squares = float(np.square(x - mean, dtype=np.float64).sum())
+        between = (mean - self.mean) ** 2 * self.num * len(x) / num
+        return RunningStats(
+            num,
+            self.mean + (mean - self.mean) * len(x) / num,
+            self.squares + squares + between,
+        )
+
+    @property
+    def std(self) -> float:
+        return (self.squares / max(1.0, self.num - 1)) ** 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """All that the pools found out about an iteration's rollouts, in any order."""
+
+    sequences: list[Sequences]
+    scores: list[Scores]
+    values: list[Values]
+    old: list[Logprobs]
+    """Of the policy before the updates."""
+    reference: list[Logprobs]
+
+    @staticmethod
+    def of(parts: Iterable[object]) -> "Parts":
+        """Tell the parts by their kinds."""
+        found: dict[object, list[Any]] = {}
+        for part in parts:
+            found.setdefault(part.of if isinstance(part, Logprobs) else type(part), []).append(part)
+        return Parts(
+            sequences=found[Sequences],
+            scores=found[Scores],
+            values=found[Values],
+            old=found["actor"],
+            reference=found["reference"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """A rollout batch with everything PPO needs to learn from it."""
+
+    sequences: Sequences
+    rows: NDArray[np.int64]  # sequences that count; a failed reward or an empty response does not
+    old_logprobs: Tensor  # (N,)
+    values: Tensor  # (N,) before the updates
+    advantages: Tensor  # (N,)
+    returns: Tensor  # (N,)
+    weights: Tensor | None  # (N,) truncated importance weights
+    score_stats: RunningStats  # with this batch
+    metrics: dict[str, float]
+
+
+def assign_credit(
+    parts: Parts, config: PPOConfig, *, kl_coef: float, score_stats: RunningStats
+) -> Experience:
+    """Scores and divergence as rewards of tokens, advantages and returns."""
+    sequences = join_sequences(parts.sequences)
+    responses = sequences.responses
+    old, reference = join_tokens(parts.old, responses), join_tokens(parts.reference, responses)
+    totals = join_rows([p.index for p in parts.scores], [p.totals for p in parts.scores])
+    flat_values = join_tokens(parts.values, responses)
+    after = join_rows([p.index for p in parts.values], [p.after for p in parts.values])
+    counts = ~np.isnan(totals) & (responses.lengths > 0)
+    rows = np.flatnonzero(counts)
+
+    scores, stats = shape_scores(totals, sequences, counts, config, score_stats)
+    real = _real_tokens(responses.lengths)  # (B, T)
+    mask = real & torch.from_numpy(counts)[:, None]
+    old_, reference_, values_ = (_padded(x, real) for x in (old, reference, flat_values))
+    kl = kl_estimate(old_, reference_, config.kl_estimator)
+    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, score_clip=config.score_clip)
+    cut_off = torch.from_numpy(~sequences.finished)
+    estimates = gae(
+        rewards,
+        values_,
+        mask,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        bootstrap_values=torch.from_numpy(after) * cut_off if config.bootstrap_truncated else None,
+    )
+    advantages = estimates.advantages
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    gap, weights = importance(old, sequences, config)
+    divergence = torch.where(mask, old_ - reference_, 0.0).sum(1)[rows]
+    return Experience(
+        sequences=sequences,
+        rows=rows,
+        old_logprobs=torch.from_numpy(old),
+        values=torch.from_numpy(flat_values),
+        advantages=advantages[real],
+        returns=estimates.returns[real],
+        weights=weights,
+        score_stats=stats,
+        metrics={
+            "actor/kl_ref": float(divergence.mean()) if len(rows) else 0.0,
+            "actor/entropy": sum(part.entropy for part in parts.old) / max(1, len(old)),
+            "critic/explained_variance": _explained(estimates.returns, values_, mask),
+            "ppo/score_mean": float(np.nanmean(totals)) if len(rows) else 0.0,
+            "ppo/score_std": float(np.nanstd(totals)) if len(rows) else 0.0,
+            "ppo/return_mean": float(masked_stats(estimates.returns, mask)[0]),
+            "ppo/kl_coef": kl_coef,
+            "ppo/masked": float(np.isnan(totals).sum()),
+            "rollout/response_tokens": float(responses.lengths.mean()),
+            "rollout/prompt_tokens": float(sequences.prompts.lengths.mean()),
+            "rollout/eos_rate": float(sequences.finished.mean()),
+            "rollout/empty": float((responses.lengths == 0).sum()),
+            **gap,
+        },
+    )
+
+
+def shape_scores(
+    totals: NDArray[np.float32],
+    sequences: Sequences,
+    counts: NDArray[np.bool_],
+    config: PPOConfig,
+    stats: RunningStats,
+) -> tuple[Tensor, RunningStats]:
+    """(B,) scores after the penalties, normalised if the config says so; and the running stats."""
+    scores = totals - np.float32(config.length_penalty) * sequences.responses.lengths
+    scores = scores - np.float32(config.missing_end_penalty) * ~sequences.finished
+    stats = stats.including(scores[counts])
+    if config.normalise_scores:
+        scores = (scores - stats.mean) / (stats.std + 1e-8)
+    return torch.from_numpy(scores.astype(np.float32)), stats
+
+
+def importance(
+    old: NDArray[np.float32], sequences: Sequences, config: PPOConfig
+) -> tuple[dict[str, float], Tensor | None]:
+    """How far the sampling was from the old policy; (N,) min(ratio, cap) where it is too far."""
+    if not len(old):
+        return {"rollout/logprob_gap": 0.0, "rollout/logprob_gap_max": 0.0}, None
+    distance = np.abs(old - sequences.logprobs)
+    metrics = {
+        "rollout/logprob_gap": float(distance.mean()),
+        "rollout/logprob_gap_max": float(distance.max()),
+    }
+    if distance.mean() <= config.max_logprob_gap and not config.async_rollouts:
+        return metrics, None
+    ratio = torch.from_numpy(old - sequences.logprobs).exp()
+    weights = ratio.clamp(max=config.max_importance_weight)
+    return metrics | {"rollout/importance_weight": float(weights.mean())}, weights
+
+
+def _real_tokens(lengths: NDArray[np.int64]) -> Tensor:
+    """(B, T) bool"""
+    width = max(1, int(lengths.max(initial=0)))
+    return torch.arange(width) < torch.from_numpy(lengths)[:, None]
+
+
+def _padded(flat: NDArray[np.float32], real: Tensor) -> Tensor:
+    """(B, T)"""
+    rows = torch.zeros(real.shape)
+    rows[real] = torch.from_numpy(flat)
+    return rows
+
+
+def _explained(returns: Tensor, values: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant one."""
+    variance = float(masked_stats(returns, mask)[1])
+    left = float(masked_stats(returns - values, mask)[1])
+    return 1 - left / variance if variance > 0 else 0.0

@@ -1,0 +1,103 @@
+"""Small configs and batches for the tests of rlhf/."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgpt.config import PPOStageConfig, load
+from medgpt.rlhf.experience import Logprobs, Ragged, Scores, Sequences, Values
+
+VOCAB = 300
+CONFIG = """
+[run]
+dir = "{folder}/run"
+[model]
+name = "{base}"
+[data]
+max_length = 32
+[[data.sources]]
+name = "s"
+paths = ["{base}"]
+licence = "none"
+[ppo]
+rollout_batch_size = 12
+global_batch_size = 4
+epochs = 2
+micro_batch_tokens = 48
+[reward]
+score_weight = 0.0
+[rollout]
+max_new_tokens = 8
+[optimizer]
+learning_rate = 1e-3
+[critic.optimizer]
+learning_rate = 1e-3
+[pools.actor.engine]
+zero_stage = 0
+[pools.critic.engine]
+zero_stage = 0
+"""
+
+
+def ppo_config(folder: Path, base: Path, *overrides: str) -> PPOStageConfig:
+    """A run from the model in `base`: 12 prompts an iteration, 4 a step."""
+    path = folder / "ppo.toml"
+    path.write_text(CONFIG.format(folder=folder, base=base), "utf-8")
+    return load(PPOStageConfig, path, overrides)
+
+
+def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
+    """Random prompts of 3 to 15 tokens and responses of 1 to `longest`, sampled by nobody."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(5, VOCAB, n) for n in rng.integers(3, 16, num)]
+    responses = [rng.integers(5, VOCAB, n) for n in rng.integers(1, longest + 1, num)]
+    ragged = Ragged.of(responses, np.int32)
+    return Sequences(
+        index=np.arange(num),
+        sample_ids=[f"sample-{i}" for i in range(num)],
+        prompts=Ragged.of(prompts, np.int32),
+        responses=ragged,
+        logprobs=rng.normal(-3, 1, len(ragged.values)).astype(np.float32),
+        finished=ragged.lengths < longest,
+        weight_version=0,
+    )
+
+
+def share(whole: Sequences, index: Any) -> Sequences:
+    """What one worker would have sampled of `whole`."""
+    index = np.asarray(index)
+    return Sequences(
+        index=index,
+        sample_ids=[whole.sample_ids[i] for i in index],
+        prompts=whole.prompts.take(index),
+        responses=whole.responses.take(index),
+        logprobs=whole.logprobs[whole.responses.places(index)],
+        finished=whole.finished[index],
+        weight_version=whole.weight_version,
+    )
+
+
+def scores(whole: Sequences, totals: Any = None) -> Scores:
+    """By default random."""
+    found = np.random.default_rng(1).normal(size=len(whole)) if totals is None else totals
+    made_of: Any = None  # only the driver asks
+    return Scores(index=whole.index, totals=np.asarray(found, np.float32), rewarded=made_of)
+
+
+def values(whole: Sequences, flat: Any = None, after: Any = None) -> Values:
+    """By default random."""
+    rng = np.random.default_rng(2)
+    flat = rng.normal(size=len(whole.responses.values)) if flat is None else flat
+    after = rng.normal(size=len(whole)) if after is None else after
+    return Values(
+        index=whole.index,
+        values=np.asarray(flat, np.float32),
+        after=np.asarray(after, np.float32),
+    )
+
+
+def logprobs(whole: Sequences, of: Any, flat: Any = None) -> Logprobs:
+    """By default those of the sampling."""
+    flat = whole.logprobs if flat is None else flat
+    return Logprobs(of=of, index=whole.index, values=np.asarray(flat, np.float32), entropy=0.0)

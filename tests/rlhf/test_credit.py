@@ -1,0 +1,142 @@
+"""What tokens are worth, by hand and against plain loops; failed rewards and stale policies."""
+
+import numpy as np
+import pytest
+import torch
+
+from medgpt.config import PPOConfig
+from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
+from tests.rlhf.cases import logprobs, scores, sequences, share, values
+
+NAN, NO_STATS = float("nan"), RunningStats()
+
+
+def credit(whole=None, *, totals=None, kl_coef=0.1, stats=NO_STATS, old=None, **options):
+    whole = sequences() if whole is None else whole
+    old = whole.logprobs + 0.1 if old is None else old
+    parts = [
+        whole,
+        scores(whole, totals),
+        values(whole),
+        logprobs(whole, "actor", old),
+        logprobs(whole, "reference", whole.logprobs - 0.2),
+    ]
+    config = PPOConfig(whiten_advantages=False, max_logprob_gap=1.0)
+    config = config.model_copy(update=options)
+    return assign_credit(Parts.of(parts), config, kl_coef=kl_coef, score_stats=stats)
+
+
+def test_with_gamma_and_lambda_1_a_return_is_the_score_less_the_divergence_to_come():
+    whole = sequences()
+    found = credit(whole, gae_lambda=1.0)
+    given = scores(whole).totals
+    for row in range(len(whole)):
+        places = whole.responses.places([row])
+        left = np.arange(len(places), 0, -1)
+        want = given[row] - 0.1 * 0.3 * left
+        np.testing.assert_allclose(found.returns[places], want, atol=1e-5)
+    flat = values(whole).values
+    np.testing.assert_allclose(found.advantages, found.returns - flat, atol=1e-5)
+
+
+def test_penalties_are_taken_from_the_score():
+    whole = sequences()
+    plain = credit(whole, gae_lambda=1.0, kl_coef=0.0)
+    found = credit(whole, gae_lambda=1.0, kl_coef=0.0, length_penalty=0.5, missing_end_penalty=2.0)
+    taken = 0.5 * whole.responses.lengths + 2.0 * ~whole.finished
+    want = np.repeat(taken, whole.responses.lengths)
+    np.testing.assert_allclose(plain.returns - found.returns, want, atol=1e-5)
+
+
+def test_scores_are_relative_to_all_so_far():
+    whole = sequences(3)
+    stats = RunningStats().including(np.array([1.0, 5.0], np.float32))
+    found = credit(
+        whole,
+        totals=[0.0, 2.0, 7.0],
+        stats=stats,
+        gae_lambda=1.0,
+        kl_coef=0.0,
+        normalise_scores=True,
+    )
+    everything = np.array([1.0, 5.0, 0.0, 2.0, 7.0])
+    assert found.score_stats.mean == pytest.approx(everything.mean())
+    assert found.score_stats.std == pytest.approx(everything.std(ddof=1))
+    want = (np.array([0.0, 2.0, 7.0]) - everything.mean()) / everything.std(ddof=1)
+    last = found.sequences.responses.offsets[1:] - 1
+    np.testing.assert_allclose(found.returns[last], want, atol=1e-5)
+
+
+def test_a_failed_reward_and_an_empty_response_take_no_part():
+    whole = sequences(6)
+    lengths = whole.responses.lengths
+    totals = scores(whole).totals.copy()
+    totals[2] = NAN
+    found = credit(whole, totals=totals, whiten_advantages=True)
+
+    assert found.rows.tolist() == [0, 1, 3, 4, 5]
+    assert found.metrics["ppo/masked"] == 1
+    kept = np.concatenate([whole.responses.places([row]) for row in found.rows])
+    assert found.advantages[kept].mean().item() == pytest.approx(0, abs=1e-6)
+    assert found.advantages[kept].std().item() == pytest.approx(1, abs=1e-5)
+    assert torch.isfinite(found.advantages).all()
+    assert found.metrics["ppo/score_mean"] == pytest.approx(np.nanmean(totals))
+    assert found.metrics["rollout/response_tokens"] == pytest.approx(lengths.mean())
+
+
+def test_nothing_is_left_where_every_reward_failed():
+    found = credit(sequences(3), totals=[NAN] * 3)
+    assert not len(found.rows)
+    assert all(np.isfinite(value) for value in found.metrics.values())
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+def test_only_a_truncated_response_goes_on_in_the_critics_eyes(bootstrap):
+    whole = sequences()
+    found = credit(whole, bootstrap_truncated=bootstrap, gae_lambda=1.0, kl_coef=0.0)
+    last = whole.responses.offsets[1:] - 1
+    goes_on = values(whole).after * ~whole.finished * bootstrap
+    np.testing.assert_allclose(found.returns[last], scores(whole).totals + goes_on, atol=1e-5)
+    assert not whole.finished.all()
+
+
+def test_workers_shares_give_the_same_as_one_worker():
+    whole = sequences()
+    one = credit(whole, whiten_advantages=True)
+    parts = []
+    for index in ([0, 3, 5, 7, 9], [11, 1, 2, 4, 6, 8, 10]):
+        part = share(whole, index)
+        places = whole.responses.places(index)
+        parts += [
+            part,
+            scores(part, scores(whole).totals[index]),
+            values(part, values(whole).values[places], values(whole).after[index]),
+            logprobs(part, "actor", part.logprobs + 0.1),
+            logprobs(part, "reference", part.logprobs - 0.2),
+        ]
+    config = PPOConfig(max_logprob_gap=1.0)
+    two = assign_credit(Parts.of(parts), config, kl_coef=0.1, score_stats=RunningStats())
+    torch.testing.assert_close(two.advantages, one.advantages, atol=0, rtol=0)
+    assert two.metrics == one.metrics
+
+
+def test_a_far_rollout_engine_is_corrected_by_truncated_weights():
+    whole = sequences()
+    shift = np.linspace(-1, 1, len(whole.logprobs), dtype=np.float32)
+    near = credit(whole, old=whole.logprobs + 1e-4)
+    far = credit(whole, old=whole.logprobs + shift, max_logprob_gap=0.01)
+    assert near.weights is None
+    assert near.metrics["rollout/logprob_gap"] == pytest.approx(1e-4, rel=1e-2)
+    assert far.weights is not None
+    np.testing.assert_allclose(far.weights, np.minimum(np.exp(shift), 2.0), rtol=1e-5)
+    assert far.metrics["rollout/logprob_gap_max"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_running_statistics_do_not_depend_on_how_they_were_gathered():
+    numbers = np.random.default_rng(0).normal(3, 2, 100).astype(np.float32)
+    stats = RunningStats()
+    for part in np.split(numbers, [1, 1, 30, 77]):
+        stats = stats.including(part)
+    assert stats.num == 100
+    assert stats.mean == pytest.approx(numbers.mean(), rel=1e-6)
+    assert stats.std == pytest.approx(numbers.std(ddof=1), rel=1e-6)
