@@ -56,6 +56,8 @@ class Chaos:
 
     def data_worker(self) -> None:
         """A process that reads or has read rows; Ray names one after its task."""
+        # before there are workers, an idle process may be on its way to be the run's controller
+        self.driver.wait_for(lambda: bool(train_workers(self.cluster)), "training worker")
         self.driver.wait_for(lambda: bool(self._readers()), "data worker")
         self._kill_one(self._readers())
 
