@@ -1,0 +1,169 @@
+"""Has a run diverged? Read from what it logged, and told in words with what to try.
+
+Pure functions of the history: one dict of metrics for each iteration, the oldest first. A metric
+that an iteration did not log is not looked at.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
+
+from medgpt.config import DiagnosisConfig
+
+History = Sequence[Mapping[str, float]]
+KL = "actor/kl_ref"  # nats of an answer, mean
+ENTROPY = "actor/entropy"  # nats of a token, mean
+SCORE = "ppo/score_mean"
+LENGTH = "rollout/response_tokens"  # mean
+STEPS, SKIPPED = "ppo/steps", "ppo/skipped_steps"  # optimizer steps of the iteration
+MASKED = "rewards/masked"  # share of the samples
+MARKS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
+WATCHED = (KL, ENTROPY, SCORE, LENGTH)
+
+
+class Diverged(RuntimeError):
+    """The run was halted; the message says why and what to try."""
+
+
+def diagnose(history: History, config: DiagnosisConfig) -> str | None:
+    """Why the run must halt after its last iteration, or None."""
+    return next((why for check in CHECKS if (why := check(history, config))), None)
+
+
+def not_finite(history: History, config: DiagnosisConfig) -> str | None:
+    """A metric of the last iteration is no number, or most steps were skipped as not finite."""
+    last = history[-1] if history else {}
+    for name in WATCHED:
+        if name in last and not math.isfinite(last[name]):
+            return f"{name} is {last[name]}; lower optimizer.learning_rate or compute in fp32"
+    recent = history[-config.window :]
+    steps = sum(line.get(STEPS, 0) for line in recent)
+    skipped = sum(line.get(SKIPPED, 0) for line in recent)
+    if config.max_skipped_share and steps and skipped / steps > config.max_skipped_share:
+        return (
+            f"{skipped:.0f} of {steps:.0f} optimizer steps in {len(recent)} iterations were not "
+            "finite and were skipped; lower optimizer.learning_rate or compute in fp32"
+        )
+    return None
+
+
+def masked(history: History, config: DiagnosisConfig) -> str | None:
+    """Too many samples have no reward."""
+    share = _recent(history, MASKED, config.window)
+    if share is None or not config.max_masked_share or share <= config.max_masked_share:
+        return None
+    names = [
+        name.removeprefix("rewards/").removesuffix("_masked")
+        for name, value in history[-1].items()
+        if name.startswith("rewards/") and name.endswith("_masked") and value
+    ]
+    whose = ", ".join(names) or "a component"
+    return (
+        f"{share:.0%} of the samples have no reward because {whose} failed; the log tells with "
+        "which error"
+    )
+
+
+def far_from_reference(history: History, config: DiagnosisConfig) -> str | None:
+    """The policy has left the reference."""
+    kl = _recent(history, KL, config.window)
+    if kl is None or not config.max_kl or kl <= config.max_kl:
+        return None
+    return (
+        f"the policy is {kl:.3g} nats an answer from the reference, more than diagnosis.max_kl="
+        f"{config.max_kl:g}; raise ppo.kl_coef or lower optimizer.learning_rate"
+    )
+
+
+def entropy_collapse(history: History, config: DiagnosisConfig) -> str | None:
+    """The policy says the same whatever it is asked."""
+    found = _first_and_recent(history, ENTROPY, config.window)
+    if found is None or not config.min_entropy_share:
+        return None
+    first, recent = found
+    if recent >= config.min_entropy_share * first:
+        return None
+    return (
+        f"entropy fell from {first:.3g} to {recent:.3g} nats a token, below "
+        f"{config.min_entropy_share:g} of where it began; raise ppo.kl_coef or ppo.entropy_coef, "
+        "or lower optimizer.learning_rate"
+    )
+
+
+def length_explosion(history: History, config: DiagnosisConfig) -> str | None:
+    """Answers grow and grow."""
+    found = _first_and_recent(history, LENGTH, config.window)
+    if found is None or not config.max_length_factor:
+        return None
+    first, recent = found
+    if recent <= config.max_length_factor * first:
+        return None
+    return (
+        f"answers grew from {first:.0f} to {recent:.0f} tokens, more than "
+        f"{config.max_length_factor:g} times; the reward may pay for length: look at its "
+        "components, or set ppo.length_penalty"
+    )
+
+
+def proxy_hacked(history: History, config: DiagnosisConfig) -> str | None:
+    """The training score rises while a held-out mark falls."""
+    if not config.judge_drop:
+        return None
+    for mark in MARKS:
+        if why := _hacked(history, mark, config):
+            return why
+    return None
+
+
+def _hacked(history: History, mark: str, config: DiagnosisConfig) -> str | None:
+    judged = [i for i, line in enumerate(history) if mark in line]
+    if len(judged) <= config.judge_patience:
+        return None
+    best = max(judged[: -config.judge_patience], key=lambda i: history[i][mark])
+    low = judged[-config.judge_patience :]
+    if not all(_below(history[i], history[best], mark, config.judge_drop) for i in low):
+        return None
+    then = _recent(history[: best + 1], SCORE, config.window)
+    now = _recent(history, SCORE, config.window)
+    if then is None or now is None or now <= then:
+        return None
+    was, told = history[best][mark], history[low[-1]][mark]
+    return (
+        f"the training score rose from {then:.3g} to {now:.3g} while the held-out {mark} fell from "
+        f"{was:.3g} to {told:.3g}: the policy exploits the reward; raise ppo.kl_coef, cap or drop "
+        "the component that rose, or stop earlier"
+    )
+
+
+def _below(line: Mapping[str, float], best: Mapping[str, float], mark: str, errors: float) -> bool:
+    """Whether a mark lies that many standard errors of the difference below the best."""
+    error = math.hypot(line.get(f"{mark}_se", 0.0), best.get(f"{mark}_se", 0.0))
+    return line[mark] < best[mark] - errors * error
+
+
+def _values(history: History, name: str) -> Iterator[float]:
+    yield from (line[name] for line in history if name in line)
+
+
+def _recent(history: History, name: str, window: int) -> float | None:
+    """Mean of the last window; None before there is a whole one."""
+    values = list(_values(history, name))[-window:]
+    return fmean(values) if len(values) == window else None
+
+
+def _first_and_recent(history: History, name: str, window: int) -> tuple[float, float] | None:
+    """Means of the first and of the last window; None while they overlap."""
+    values = list(_values(history, name))
+    if len(values) < 2 * window:
+        return None
+    return fmean(values[:window]), fmean(values[-window:])
+
+
+CHECKS: tuple[Callable[[History, DiagnosisConfig], str | None], ...] = (
+    not_finite,
+    masked,
+    far_from_reference,
+    entropy_collapse,
+    length_explosion,
+    proxy_hacked,
+)
