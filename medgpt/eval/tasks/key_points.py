@@ -1,27 +1,16 @@
 """Do answers state given facts? Questions that a sample corpus holds back, or a file of such."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from medgpt.config import ConfigError, KeyPointsConfig
-from medgpt.data.rows import content_hash, draw, numbered_rows
+from medgpt.config import KeyPointsConfig
+from medgpt.data.rows import content_hash, draw
 from medgpt.eval.requests import Prompt, Replied, Reply, Request, Response
 from medgpt.eval.task import Judged, Value
 from medgpt.eval.tasks.prompts import asked
+from medgpt.medical.key_points import Question, read_questions
 from medgpt.medical.statements import stated
 
 STATEMENTS = "pretrain"  # the kind of questions that are beginnings of texts
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    id: str
-    prompt: str
-    key_points: tuple[tuple[str, ...], ...]
-    kind: str
-    topic: str
 
 
 class KeyPointsTask:
@@ -34,13 +23,7 @@ class KeyPointsTask:
         """Raises ConfigError: the file cannot be read, or no question is of the kinds."""
         self.name, self.sensitive = config.name, config.sensitive
         self._config, self._seed = config, seed
-        found = [_question(place, row) for place, row in numbered_rows((config.path,))]
-        kept = [q for q in found if not config.kinds or q.kind in config.kinds]
-        if not kept:
-            kinds = ", ".join(sorted({q.kind for q in found})) or "nothing"
-            raise ConfigError(
-                f"kinds={list(config.kinds)}: no such question in {config.path}, it has {kinds}"
-            )
+        kept = read_questions(config.path, config.kinds)
         self._questions = draw(((q.id, q) for q in kept), config.limit, seed)
         self.template = f"key-points-1-{config.prompt}-{config.max_new_tokens}"
         self.data_hash = content_hash(*(repr(question) for question in self._questions))
@@ -94,20 +77,3 @@ class KeyPointsTask:
 def _texts(response: Response) -> list[str]:
     assert isinstance(response, Replied)
     return response.texts
-
-
-def _question(place: str, row: dict[str, Any]) -> Question:
-    """Raises ConfigError: the row is no question with key points."""
-    try:
-        points = tuple(tuple(wordings) for wordings in row["key_points"])
-        prompt = row["prompt"]
-    except (KeyError, TypeError):
-        points, prompt = (), ""
-    is_text = all(isinstance(wording, str) and wording for group in points for wording in group)
-    if not prompt or not points or not all(points) or not is_text:
-        raise ConfigError(
-            f'{place}: needs prompt and key_points, as [["fact", "synonym"], ["fact"]]'
-        )
-    kind = str(row.get("kind", "question"))
-    digest = content_hash(kind, prompt, json.dumps(points, ensure_ascii=False))
-    return Question(f"{kind}-{digest}", prompt, points, kind, str(row.get("condition", "")))
