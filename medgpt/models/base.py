@@ -13,17 +13,24 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from medgpt.config import ConfigError, ModelConfig
 from medgpt.models.fetch import local_copy
 
-Objective = Literal["clm", "mlm"]
+Objective = Literal["clm", "mlm", "value"]  # value: one number for every position
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AUTO = {
     "clm": ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "mlm": ("AutoModelForMaskedLM", MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "value": (
+        "AutoModelForSequenceClassification",
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
 }
+HEAD = "score"  # what transformers calls the head of a decoder that classifies
+HEAD_KEY = f"{HEAD}.weight"
 
 
 def weight_files(name: str) -> list[Path]:
@@ -81,6 +88,9 @@ def named_config(config: ModelConfig, objective: Objective) -> PreTrainedConfig:
     except (ValueError, OSError) as error:
         raise ConfigError(f"model.name={config.name}: {error}") from None
     _check_objective(config.name, found, objective)
+    if objective == "value":
+        _check_labels(config.name, found)
+        found.num_labels = 1
     return found
 
 
@@ -89,6 +99,8 @@ def fitting_architectures(hf_config: PreTrainedConfig, objective: Objective) -> 
     auto, mapping = AUTO[objective]
     remote = (hf_config.to_dict().get("auto_map") or {}).get(auto)
     fitting = {name.split(".")[-1] for name in (remote, mapping.get(hf_config.model_type)) if name}
+    if objective == "value":
+        fitting |= fitting_architectures(hf_config, "clm")  # gets a head
     if objective == "mlm":  # the same with a second head, which is not loaded
         fitting |= {fit.replace("ForMaskedLM", "ForPreTraining") for fit in fitting}
     return fitting
@@ -97,9 +109,24 @@ def fitting_architectures(hf_config: PreTrainedConfig, objective: Objective) -> 
 def _check_objective(name: str, hf_config: PreTrainedConfig, objective: Objective) -> None:
     fitting, found = fitting_architectures(hf_config, objective), hf_config.architectures or []
     if not fitting.intersection(found):
+        reader = "a value head" if objective == "value" else f"objective.kind={objective}"
         raise ConfigError(
             f"model.name={name}: config.json names {', '.join(found) or 'no architecture'}, "
-            f"objective.kind={objective} needs {' or '.join(sorted(fitting)) or 'another model'}"
+            f"{reader} needs {' or '.join(sorted(fitting)) or 'another model'}"
+        )
+
+
+def is_headless(hf_config: PreTrainedConfig) -> bool:
+    """Whether the value head of this model is still to be made: it was a language model."""
+    causal = fitting_architectures(hf_config, "clm")
+    return bool(causal.intersection(hf_config.architectures or []))
+
+
+def _check_labels(name: str, hf_config: PreTrainedConfig) -> None:
+    if not is_headless(hf_config) and hf_config.num_labels != 1:
+        raise ConfigError(
+            f"model.name={name}: its head gives {hf_config.num_labels} numbers, a reward or value "
+            "model's gives one; name a language model or what medgpt reward wrote"
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from medgpt.algos.lm import causal_lm_loss
 from medgpt.algos.logprobs import label_logprobs
 from medgpt.config import ConfigError
 from medgpt.data.batch import IGNORE, PackedBatch
-from medgpt.models.dropout import PieceDropout
+from medgpt.models.packed import Dropouts, plain_model, run_body
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.max_batch_tokens = max_batch_tokens
         self.neftune_alpha = neftune_alpha
-        self.dropouts = [m for m in model.modules() if isinstance(m, PieceDropout)]
+        self.dropouts = Dropouts(model)
         output_layer(self.pretrained)  # raises now rather than in the first step
         if activation_checkpointing:
             self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
@@ -56,10 +56,7 @@ class LanguageModel(nn.Module):
     @property
     def pretrained(self) -> PreTrainedModel:
         """The Hugging Face model, with LoRA layers inside where there are any."""
-        model = self.model
-        if not isinstance(model, PreTrainedModel):
-            model = model.get_base_model()
-        return cast(PreTrainedModel, model)
+        return plain_model(self.model)
 
     def forward(
         self,
@@ -112,28 +109,15 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
         """(N, H) last hidden state."""
-        body = self.pretrained.base_model
-        if self.training and self.dropouts:
-            assert noise_seeds is not None, "dropout needs a seed per piece"
-            lengths = batch.cu_seqlens.diff().tolist()
-            for dropout in self.dropouts:
-                dropout.lengths, dropout.seeds = lengths, noise_seeds
-        inputs = {"input_ids": batch.input_ids}
+        inputs = {}
+        if self.training:
+            self.dropouts.prepare(batch, noise_seeds)
         if self.training and self.neftune_alpha:
             assert noise_seeds is not None, "NEFTune needs a seed per piece"
             embeddings = self.pretrained.get_input_embeddings()(batch.input_ids)
             noise = neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha, noise_seeds)
             inputs = {"inputs_embeds": embeddings + noise}
-        output = body(
-            **inputs,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen,
-        )
-        return output.last_hidden_state[0]
+        return run_body(self.pretrained, batch, **inputs)
 
 
 def label_positions(batch: PackedBatch) -> Tensor:

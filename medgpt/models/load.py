@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     BertConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -15,11 +16,13 @@ from transformers import (
     Qwen2Config,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from medgpt.config import ArchitectureConfig, ConfigError, ModelConfig
 from medgpt.models.attention import VARLEN
 from medgpt.models.base import (
+    HEAD_KEY,
     Objective,
     check_positions,
     local_folder,
@@ -27,7 +30,11 @@ from medgpt.models.base import (
     weight_files,
 )
 
-AUTO = {"clm": AutoModelForCausalLM, "mlm": AutoModelForMaskedLM}
+AUTO = {
+    "clm": AutoModelForCausalLM,
+    "mlm": AutoModelForMaskedLM,
+    "value": AutoModelForSequenceClassification,
+}
 EMBEDDING_SCALE = 2.0  # a power of two: exact in bf16
 
 
@@ -160,6 +167,8 @@ def _read(
 ) -> PreTrainedModel:
     assert config.name is not None
     weight_files(config.name)  # its message says more than transformers'
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report is read here
     model, report = AUTO[objective].from_pretrained(
         local_folder(config.name),
         config=hf_config,
@@ -170,7 +179,11 @@ def _read(
         local_files_only=True,
         output_loading_info=True,
     )
-    wrong = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    logging.set_verbosity(verbosity)
+    missing = set(report["missing_keys"])
+    if objective == "value":
+        missing.discard(HEAD_KEY)  # value_model.install_head tells
+    wrong = sorted(missing) + sorted(report["mismatched_keys"])
     if wrong:  # transformers would fill them with random numbers
         raise ConfigError(f"model.name={config.name}: {len(wrong)} weights missing, as {wrong[0]}")
     return model

@@ -25,9 +25,13 @@ _ADAPTER = "adapter_config.json"
 
 
 def apply_lora(
-    model: PreTrainedModel, config: LoraConfig, *, new_token_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    new_token_ids: Sequence[int] = (),
+    head: str | None = None,
 ) -> peft.PeftModel:
-    """`model` frozen, with adapters to train and the embedding rows of `new_token_ids`.
+    """`model` frozen, with adapters to train, the embedding rows of `new_token_ids` and the `head`.
 
     Raises:
         ConfigError: no linear layer has a name in config.targets.
@@ -38,6 +42,8 @@ def apply_lora(
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number does
         target_modules=list(config.targets) or "all-linear",
         trainable_token_indices=_embeddings(model, list(new_token_ids)),
+        modules_to_save=None if head is None else [head],
+        task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear leaves it out
     )
     adapted = peft.PeftModel(model, settings)
     if config.dropout:

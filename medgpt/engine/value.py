@@ -1,0 +1,84 @@
+"""Value models to train, built so that they fit: at ZeRO-3 no rank holds the whole."""
+
+from typing import Any
+
+import torch
+
+from medgpt.config import ConfigError, EngineConfig, ModelConfig
+from medgpt.engine.loading import load_safetensors, partitioned_init
+from medgpt.engine.setup import compute_dtype
+from medgpt.models.base import HEAD, HEAD_KEY, local_folder, weight_files
+from medgpt.models.load import SpecialIds, empty_model
+from medgpt.models.lora import apply_lora
+from medgpt.models.value_model import Score, ValueModel, build_value_model, install_head
+
+
+def trainable_value_model(
+    config: ModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    max_length: int | None = None,
+    normalised: bool = True,
+) -> ValueModel:
+    """A language model with a fresh head, or a reward model with its own; with LoRA if asked for.
+
+    Every rank calls it. Without LoRA all its parameters are to be trained, else the adapters and
+    the head.
+
+    Args:
+        config: `name` must be set.
+        seed: of a fresh head and of LoRA's draws.
+        max_length: tokens of the longest piece.
+        normalised: values of a reward model are relative to its mean and deviation, as a critic's
+            that starts from it; False leaves the head's own.
+
+    Raises:
+        ConfigError: config.name is no such model, or its weights lack some.
+    """
+    assert config.name is not None
+    dtype = compute_dtype(engine, device)
+    if engine.zero_stage == 3:
+        model = _partitioned(config, engine, device, seed=seed, max_length=max_length)
+    else:
+        model = build_value_model(config, seed=seed, dtype=dtype, max_length=max_length)
+    if config.lora.rank:
+        torch.manual_seed(seed)  # LoRA's draws come from torch's global generator
+        model = apply_lora(model, config.lora, head=HEAD)
+    score = Score.read(local_folder(config.name)) if normalised else None
+    value_model = ValueModel(
+        model,
+        mean=score.mean if score else 0.0,
+        std=score.std if score else 1.0,
+        activation_checkpointing=engine.activation_checkpointing,
+    )
+    return value_model.train().to(device)
+
+
+def _partitioned(
+    config: ModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    max_length: int | None,
+) -> Any:
+    assert config.name is not None
+    with partitioned_init(engine, device):
+        model = empty_model(
+            config,
+            objective="value",
+            vocab_size=0,
+            special=SpecialIds(),
+            dtype=compute_dtype(engine, device),
+            max_length=max_length,
+        )
+    missing, _ = load_safetensors(model, weight_files(config.name))
+    missing = [name for name in missing if name != HEAD_KEY]
+    if missing:
+        raise ConfigError(
+            f"model.name={config.name}: {len(missing)} weights missing, as {missing[0]}"
+        )
+    install_head(model, config, seed=seed)  # whole on every rank until the engine is made
+    return model

@@ -1,0 +1,49 @@
+"""The body of a Hugging Face model over a packed batch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medgpt.data.batch import PackedBatch
+from medgpt.models.dropout import PieceDropout
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def plain_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
+    """The Hugging Face model, with LoRA layers inside where there are any."""
+    found = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    return cast(PreTrainedModel, found)
+
+
+def run_body(model: PreTrainedModel, batch: PackedBatch, **inputs: Any) -> Tensor:
+    """(N, H) last hidden state. `inputs` may be inputs_embeds (1, N, H) in place of the ids."""
+    output = model.base_model(
+        **(inputs or {"input_ids": batch.input_ids}),
+        position_ids=batch.position_ids,
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+    )
+    return output.last_hidden_state[0]
+
+
+class Dropouts:
+    """The PieceDropouts of a module, which must know the pieces of a batch before it runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = [m for m in module.modules() if isinstance(m, PieceDropout)]
+
+    def prepare(self, batch: PackedBatch, seeds: Sequence[int] | None) -> None:
+        """Args: seeds: S, one per piece."""
+        if not self.layers:
+            return
+        assert seeds is not None, "dropout needs a seed per piece"
+        lengths = batch.cu_seqlens.diff().tolist()
+        for layer in self.layers:
+            layer.lengths, layer.seeds = lengths, seeds

@@ -1,0 +1,214 @@
+"""A model that gives every position a number: reward models, which are read at the last token of
+an answer, and critics."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import peft
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from medgpt.config import ConfigError, ModelConfig
+from medgpt.data.batch import PackedBatch
+from medgpt.models.base import HEAD, HEAD_KEY, is_headless, local_folder, weight_files
+from medgpt.models.fetch import local_copy
+from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.packed import Dropouts, plain_model, run_body
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SCORE = "score.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a saved reward model says about its numbers; score.json beside its weights."""
+
+    mean: float  # of the raw scores of the texts it was normalised on
+    std: float
+    normalised_on: str
+    speech: dict[str, str]  # digests of what turns a conversation into ids, see models.speech
+
+    @staticmethod
+    def read(folder: Path) -> "Score | None":
+        """None for a folder that holds no reward model."""
+        file = folder / SCORE
+        return Score(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
+
+    def write(self, folder: Path) -> None:
+        (folder / SCORE).write_text(json.dumps(asdict(self), indent=2), "utf-8")
+
+
+class ValueModel(nn.Module):
+    """A decoder with a head of one output in place of its output layer.
+
+    Args:
+        model: of objective "value" (models.load), or the same with LoRA.
+        mean, std: of the head's numbers; what `forward` returns is relative to them.
+        activation_checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mean, self.std = mean, std
+        self.dropouts = Dropouts(model)
+        if activation_checkpointing:
+            self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def pretrained(self) -> PreTrainedModel:
+        """The Hugging Face model, with LoRA layers inside where there are any."""
+        return plain_model(self.model)
+
+    def forward(self, batch: PackedBatch, *, noise_seeds: Sequence[int] | None = None) -> Tensor:
+        """(1, N) float32: the value at every position, of its own piece up to there.
+
+        Args:
+            noise_seeds: S seeds, one per piece, for LoRA's dropout.
+        """
+        if self.training:
+            self.dropouts.prepare(batch, noise_seeds)
+        hidden = run_body(self.pretrained, batch)
+        values = self.pretrained.get_submodule(HEAD)(hidden)[:, 0]
+        return ((values - self.mean) / self.std)[None]
+
+
+def last_values(values: Tensor, batch: PackedBatch) -> Tensor:
+    """(S,) the values (1, N) at the last token of each piece: the scores of a reward model."""
+    return values[0, batch.cu_seqlens[1:].long() - 1]
+
+
+class ValueHead(nn.Linear):
+    """H to 1 without bias, computed in float32 whatever the dtype of the weights."""
+
+    def __init__(self, hidden_size: int, *, dtype: torch.dtype, seed: int) -> None:
+        """Normal weights of variance 1 / (H + 1) as in Stiennon et al., 2020 (2009.01325), B.1."""
+        super().__init__(hidden_size, 1, bias=False, dtype=dtype)
+        draws = torch.empty(1, hidden_size)
+        draws.normal_(std=(hidden_size + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
+        self.weight.data.copy_(draws)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float())
+
+
+def install_head(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> None:
+    """Put a ValueHead in the place of transformers' head: a saved model's own, else a fresh one.
+
+    Raises:
+        ConfigError: the model's head is of another kind, or not in its files.
+    """
+    found = dict(model.named_children()).get(HEAD)
+    if not isinstance(found, nn.Linear) or found.bias is not None:
+        raise ConfigError(
+            f"model.name={config.name}: {type(model).__name__} has no linear layer `{HEAD}` "
+            "without bias as its head; use a model like Qwen, Llama or Mistral"
+        )
+    head = ValueHead(found.in_features, dtype=found.weight.dtype, seed=seed)
+    if has_head(config):
+        head.weight.data.copy_(_saved_head(config))
+    model.add_module(HEAD, head)
+
+
+def has_head(config: ModelConfig) -> bool:
+    """Whether the model is saved with a value head, and not a language model."""
+    assert config.name is not None
+    folder, remote = local_folder(config.name), config.trust_remote_code
+    return not is_headless(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
+
+
+def _saved_head(config: ModelConfig) -> Tensor:
+    """(1, H)"""
+    assert config.name is not None
+    for file in weight_files(config.name):
+        with safe_open(file, framework="pt") as tensors:
+            if HEAD_KEY in tensors.keys():  # noqa: SIM118 - not a mapping
+                return tensors.get_tensor(HEAD_KEY)
+    raise ConfigError(
+        f"model.name={config.name}: its weights hold no {HEAD_KEY}, the head; name the folder that "
+        "medgpt reward wrote, or a language model to give a fresh head"
+    )
+
+
+def build_value_model(
+    config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None = None
+) -> PreTrainedModel:
+    """To train: a language model with a fresh head, or a reward model with its own.
+
+    Weights are on the CPU. ValueModel wraps it, after LoRA if there is to be any.
+
+    Raises:
+        ConfigError: config.name is no such model, or its weights lack some.
+    """
+    assert config.name is not None
+    model = build_model(
+        config,
+        objective="value",
+        vocab_size=0,
+        special=SpecialIds(),
+        seed=seed,
+        dtype=dtype,
+        max_length=max_length,
+    )
+    install_head(model, config, seed=seed)
+    return model
+
+
+def load_value_model(
+    name: str, *, dtype: torch.dtype = torch.float32, max_length: int | None = None
+) -> tuple[ValueModel, Score]:
+    """A reward model as `medgpt reward` wrote it, LoRA folded in, to score with; and its facts.
+
+    Weights are on the CPU and frozen; scores are normalised.
+
+    Raises:
+        ConfigError: `name` is no reward model, its head is missing, or the base of its adapters.
+    """
+    folder = _folder(name)
+    score = Score.read(folder)
+    if score is None:
+        raise ConfigError(
+            f"model.name={name}: no {SCORE} in it, so it is no reward model; name the folder that "
+            "medgpt reward wrote, runs/NAME/model"
+        )
+    adapter = (folder / ADAPTER).is_file()
+    config = ModelConfig(name=_base_of(name, folder) if adapter else name)
+    if not adapter and not has_head(config):
+        raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
+    model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
+    if adapter:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+        model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    scorer = ValueModel(model, mean=score.mean, std=score.std)
+    return scorer.requires_grad_(False).eval(), score
+
+
+def _base_of(name: str, folder: Path) -> str:
+    """The base of an adapter with a head; without one peft would go on with the base's."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
+        found = [key for key in tensors.keys() if key.endswith(f".{HEAD_KEY}")]  # noqa: SIM118
+    if not found:
+        raise ConfigError(f"model.name={name}: its adapter has no head; restore its export")
+    return str(peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+
+
+def _folder(name: str) -> Path:
+    """As load.local_folder, which refuses adapters."""
+    copy = Path(local_copy(name))
+    return copy if (copy / ADAPTER).is_file() else local_folder(name)

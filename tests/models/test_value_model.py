@@ -1,0 +1,198 @@
+"""A value depends on its own piece alone; a saved head is found, and missed when it is gone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medgpt.config import ConfigError, LoraConfig, ModelConfig
+from medgpt.models.base import HEAD, HEAD_KEY
+from medgpt.models.lora import apply_lora
+from medgpt.models.value_model import (
+    Score,
+    ValueModel,
+    build_value_model,
+    last_values,
+    load_value_model,
+)
+from tests.models.packing import VOCAB, pack, tiny_model
+
+LENGTHS = [7, 1, 20, 3]
+SCORE = Score(mean=0.25, std=0.5, normalised_on="chosen answers", speech={})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model with an output layer of its own, which value models leave behind."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model(tie_embeddings=False).save_pretrained(folder)
+    return folder
+
+
+def fresh(base: Path, **options) -> ValueModel:
+    model = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.float32)
+    return ValueModel(model, **options).eval()
+
+
+def saved(base: Path, folder: Path) -> Path:
+    """A reward model in `folder`."""
+    fresh(base).pretrained.save_pretrained(folder)
+    SCORE.write(folder)
+    return folder
+
+
+def pieces() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
+
+
+def values(model: ValueModel, chosen: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(pack(chosen, chosen))
+
+
+def scores(model: ValueModel, chosen: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        batch = pack(chosen, chosen)
+        return last_values(model(batch), batch)
+
+
+def test_a_score_does_not_depend_on_batch_size_or_neighbours(base):
+    model, texts = fresh(base), pieces()
+
+    together = scores(model, texts)
+    alone = torch.cat([scores(model, [text]) for text in texts])
+    reversed_ = scores(model, texts[::-1]).flip(0)
+
+    assert together.shape == (4,)
+    assert together.std() > 0.1
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(reversed_, together, rtol=0, atol=1e-5)
+
+
+def test_a_score_is_transformers_own_at_the_last_token_also_of_a_padding_token(base):
+    model, texts = fresh(base), pieces()
+    texts[0][-1] = 0  # the id of padding, as where pad doubles as end
+
+    ours = scores(model, texts)
+    plain = model.pretrained
+    plain.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        theirs = [
+            plain.get_submodule(HEAD)(plain.base_model(text[None]).last_hidden_state)[0, -1, 0]
+            for text in texts
+        ]
+
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=1e-5)
+
+
+def test_there_is_a_value_at_every_position_of_what_came_before(base):
+    model, (text, *_) = fresh(base), pieces()
+
+    whole = values(model, [text])
+    prefixes = torch.cat([scores(model, [text[:n]]) for n in range(1, len(text) + 1)])
+
+    assert whole.shape == (1, len(text))
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole[0], prefixes, rtol=0, atol=1e-5)
+
+
+def test_values_are_relative_to_mean_and_deviation(base):
+    raw, normalised = fresh(base), fresh(base, mean=0.25, std=0.5)
+
+    torch.testing.assert_close(values(normalised, pieces()), (values(raw, pieces()) - 0.25) / 0.5)
+
+
+def test_a_fresh_head_follows_from_the_seed(base):
+    first, again = fresh(base), fresh(base)
+    other = build_value_model(ModelConfig(name=str(base)), seed=4, dtype=torch.float32)
+    heads = [m.get_submodule(HEAD).weight for m in (first.pretrained, again.pretrained, other)]
+
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert heads[0].std().item() == pytest.approx(33**-0.5, rel=0.4)
+
+
+def test_the_head_computes_in_float32_under_bf16_weights(base):
+    model = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.bfloat16)
+    head = model.get_submodule(HEAD)
+
+    value = head(torch.ones(1, 32, dtype=torch.bfloat16))
+
+    assert head.weight.dtype == torch.bfloat16
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(head.weight.float().sum().item(), abs=1e-6)
+
+
+def test_a_saved_reward_model_scores_as_before_and_is_normalised(base, tmp_path):
+    expected = (scores(fresh(base), pieces()) - SCORE.mean) / SCORE.std
+
+    model, facts = load_value_model(str(saved(base, tmp_path)))
+
+    assert facts == SCORE
+    assert not any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(scores(model, pieces()), expected)
+
+
+def test_a_reward_model_of_adapters_is_folded_in(base, tmp_path):
+    plain = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.float32)
+    adapted = ValueModel(apply_lora(plain, LoraConfig(rank=2), head=HEAD))
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for p in trained.values():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    adapted.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    SCORE.write(tmp_path)
+
+    model, _ = load_value_model(str(tmp_path))
+
+    heads = [name for name in trained if HEAD in name]
+    assert len(heads) == 1
+    assert len(trained) == 1 + 2 * 7 * 2  # two matrices for seven layers of two blocks
+    expected = (scores(adapted.eval(), pieces()) - SCORE.mean) / SCORE.std
+    torch.testing.assert_close(scores(model, pieces()), expected, rtol=0, atol=1e-5)
+
+
+def test_what_is_no_reward_model_is_refused(base):
+    with pytest.raises(ConfigError, match=r"no score\.json.*medgpt reward"):
+        load_value_model(str(base))
+
+
+def test_a_reward_model_without_its_head_is_refused(base, tmp_path):
+    folder = saved(base, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    assert weights.pop(HEAD_KEY).shape == (1, 32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ConfigError, match=r"no score\.weight, the head"):
+        load_value_model(str(folder))
+
+
+def test_adapters_without_their_head_are_refused(base, tmp_path):
+    plain = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.float32)
+    apply_lora(plain, LoraConfig(rank=2)).save_pretrained(tmp_path)
+    SCORE.write(tmp_path)
+
+    with pytest.raises(ConfigError, match="its adapter has no head"):
+        load_value_model(str(tmp_path))
+
+
+def test_a_score_file_beside_a_language_model_is_refused(base, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    SCORE.write(tmp_path)
+
+    with pytest.raises(ConfigError, match="no head"):
+        load_value_model(str(tmp_path))
+
+
+def test_a_head_of_several_numbers_is_refused(base, tmp_path):
+    folder = saved(base, tmp_path)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    names = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    (folder / "config.json").write_text(json.dumps(config | names), "utf-8")
+
+    with pytest.raises(ConfigError, match="head gives 2 numbers"):
+        load_value_model(str(folder))
