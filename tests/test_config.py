@@ -205,8 +205,9 @@ def test_a_submitted_job_needs_an_absolute_run_directory(
             "qwen2 and llama with clm",
         ),
         (
-            "data.sources.0.mapping={user='{{ q }}'}",
-            "data.sources.0.mapping: set text, or user and assistant, or turns",
+            "data.sources.0.mapping={user='{{ q }}', chosen='{{ a }}'}",
+            "data.sources.0.mapping: set text, or turns, or user (a prompt) and with it assistant, "
+            "or chosen and rejected, or answers",
         ),
     ],
 )

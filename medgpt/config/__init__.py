@@ -13,7 +13,13 @@ from medgpt.config.base import (
     absolute_model,
     stable_run_dir,
 )
-from medgpt.config.data import DataConfig, MappingConfig, SourceConfig, TurnsMapping
+from medgpt.config.data import (
+    AnswersMapping,
+    DataConfig,
+    MappingConfig,
+    SourceConfig,
+    TurnsMapping,
+)
 from medgpt.config.evaluation import (
     EvalConfig,
     EvalModelConfig,
@@ -51,10 +57,12 @@ from medgpt.config.rewards import (
 )
 from medgpt.config.stages import (
     CorpusConfig,
+    Passes,
     PipelineConfig,
     PipelineStage,
     PretrainConfig,
     RunConfig,
+    Samples,
     SFTConfig,
     TrainStageConfig,
 )
@@ -68,6 +76,7 @@ from medgpt.config.train import (
 )
 
 __all__ = [
+    "AnswersMapping",
     "ArchitectureConfig",
     "ClusterConfig",
     "Config",
@@ -92,6 +101,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "PPOStageConfig",
+    "Passes",
     "PipelineConfig",
     "PipelineStage",
     "PoolConfig",
@@ -107,6 +117,7 @@ __all__ = [
     "RunConfig",
     "SFTConfig",
     "SafetyConfig",
+    "Samples",
     "SourceConfig",
     "StageConfig",
     "TaskConfig",

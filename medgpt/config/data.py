@@ -31,6 +31,26 @@ class TurnsMapping(Config):
     """Drop the assistant's words before the first and the user's after the last exchange."""
 
 
+class AnswersMapping(Config):
+    """Where a row keeps several answers to its prompt. Templates are Jinja over one answer."""
+
+    column: str
+    """Column with the list; `rows` after group_by."""
+    grade: str
+    """Template of a number, the higher the better."""
+    text: str | None = None
+    """Template of the answer."""
+    turns: TurnsMapping | None = None
+    """The answer is a list of turns under one of its keys; if it begins with the prompt, what
+    follows it."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Self:
+        if (self.text is None) == (self.turns is None):
+            raise ValueError("set exactly one of text and turns")
+        return self
+
+
 class MappingConfig(Config):
     """How a row of any other shape becomes a record. Templates are Jinja over the row's columns."""
 
@@ -44,12 +64,29 @@ class MappingConfig(Config):
     """Template of the system prompt."""
     turns: TurnsMapping | None = None
     """A list of turns in a column."""
+    chosen: str | None = None
+    """Template of the better of two answers to `user`."""
+    rejected: str | None = None
+    """Template of the worse one."""
+    answers: AnswersMapping | None = None
+    """Graded answers to `user`."""
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it makes prompts without an answer."""
+        answers = (self.assistant, self.chosen, self.answers)
+        return self.user is not None and all(answer is None for answer in answers)
 
     @model_validator(mode="after")
     def _one_shape(self) -> Self:
         shapes = [self.text is not None, self.user is not None, self.turns is not None]
-        if sum(shapes) != 1 or (self.user is None) != (self.assistant is None):
-            raise ValueError("set text, or user and assistant, or turns")
+        answers = [x is not None for x in (self.assistant, self.chosen, self.answers)]
+        paired = (self.chosen is None) == (self.rejected is None)
+        if sum(shapes) != 1 or sum(answers) > (self.user is not None) or not paired:
+            raise ValueError(
+                "set text, or turns, or user (a prompt) and with it assistant, or chosen and "
+                "rejected, or answers"
+            )
         return self
 
 
@@ -68,14 +105,20 @@ class SourceConfig(Config):
     """auto accepts UTF-8 and GB18030 (a superset of GBK)."""
     lines: bool = False
     """txt only: every line is a document, instead of every file."""
-    kind: Literal["auto", "text", "instruction", "history", "sharegpt", "messages", "qa"] = "auto"
-    """Shape of a row; auto recognises it from the columns."""
+    kind: Literal[
+        "auto", "text", "instruction", "history", "sharegpt", "messages", "qa", "pairs", "prompt"
+    ] = "auto"
+    """Shape of a row; auto recognises it from the columns, but for prompt: a column prompt and no
+    answer. pairs: prompt, chosen, rejected and perhaps margin."""
     question_column: str = "question"
     """kind qa: column of the question."""
     answer_column: str = "answer"
     """kind qa: column of the answer."""
     mapping: MappingConfig | None = None
     """For rows of any other shape."""
+    group_by: str | None = None
+    """Rows of a file with the same value in this column are one: the columns of the first, and all
+    of them in a list `rows`. A file is read whole."""
     weight: Annotated[float, Gt(0)] | None = None
     """Share of an epoch's tokens, relative to the other sources'; set it for all or for none."""
     deny: tuple[DenyPath, ...] = ("default",)

@@ -1,6 +1,6 @@
 """One root for each stage, with the rules that relate its sections."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from annotated_types import Ge, Len
 from pydantic import Field, model_validator
@@ -27,8 +27,20 @@ class RunConfig(Config):
     """Resume although the data or a training-relevant key changed since the run began."""
 
 
+Samples = Literal["documents", "conversations", "preferences", "prompts"]
+
+
+class Passes(NamedTuple):
+    """How often a stage goes through its data."""
+
+    epochs: int
+    max_rows: int | None  # it needs no more
+
+
 class TrainStageConfig(Config):
     """What every supervised stage has."""
+
+    samples: ClassVar[Samples]
 
     run: RunConfig
     model: ModelConfig
@@ -39,6 +51,11 @@ class TrainStageConfig(Config):
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     report: ReportConfig = ReportConfig()
+
+    @property
+    def passes(self) -> Passes:
+        steps, rows = self.train.max_steps, self.train.global_batch_size
+        return Passes(self.train.epochs, None if steps is None else steps * rows)
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
@@ -78,6 +95,7 @@ class TrainStageConfig(Config):
 class PretrainConfig(TrainStageConfig):
     """configs/pretrain.toml"""
 
+    samples: ClassVar[Samples] = "documents"
     objective: ObjectiveConfig = ObjectiveConfig()
 
     @model_validator(mode="after")
@@ -98,6 +116,8 @@ class PretrainConfig(TrainStageConfig):
 
 class SFTConfig(TrainStageConfig):
     """configs/sft.toml"""
+
+    samples: ClassVar[Samples] = "conversations"
 
     @model_validator(mode="after")
     def _can_answer(self) -> Self:

@@ -31,3 +31,30 @@ class PackedBatch:
             cu_seqlens=self.cu_seqlens.to(device),
             max_seqlen=self.max_seqlen,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceBatch:
+    """All answers to some prompts, each a piece of its own, and the M pairs that compare them."""
+
+    packed: PackedBatch  # no labels
+    better: Tensor  # (M,) int64, piece of each pair's better answer
+    worse: Tensor  # (M,) int64
+    leads: Tensor  # (M,) float32 > 0, difference of their grades
+    weights: Tensor  # (M,) float32, 1 / C(K, 2) of a prompt with K answers
+    num_prompts: int
+
+    @property
+    def num_targets(self) -> int:
+        """What the loss is a mean over."""
+        return self.num_prompts
+
+    def to(self, device: torch.device) -> "PreferenceBatch":
+        return PreferenceBatch(
+            packed=self.packed.to(device),
+            better=self.better.to(device),
+            worse=self.worse.to(device),
+            leads=self.leads.to(device),
+            weights=self.weights.to(device),
+            num_prompts=self.num_prompts,
+        )

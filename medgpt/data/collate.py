@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import comb
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import xxhash
 
 from medgpt.algos.lm import mask_tokens
-from medgpt.data.batch import IGNORE, PackedBatch
+from medgpt.data.batch import IGNORE, PackedBatch, PreferenceBatch
 
 if TYPE_CHECKING:  # a worker without a stream does without Ray Data
     from medgpt.data.stream import Row
@@ -81,6 +83,60 @@ def masked_batch(rows: Sequence["Row"], masking: Masking, seeds: Sequence[int]) 
             labels.append(masked[1][0])
     lengths = np.concatenate([row.lengths for row in rows])
     return packed_batch(torch.cat(input_ids), torch.cat(labels), lengths)
+
+
+def preference_batch(rows: "Sequence[Row]") -> PreferenceBatch:
+    """The answers of the rows' prompts, and each pair of a prompt of which one is better."""
+    better: list[int] = []
+    worse: list[int] = []
+    leads: list[float] = []
+    weights: list[float] = []
+    first = 0  # piece of the prompt's first answer
+    for row in rows:
+        assert row.grades is not None
+        grades = row.grades.tolist()
+        for one, other in combinations(range(len(grades)), 2):
+            if grades[one] == grades[other]:
+                continue
+            up, down = (one, other) if grades[one] > grades[other] else (other, one)
+            better.append(first + up)
+            worse.append(first + down)
+            leads.append(grades[up] - grades[down])
+            weights.append(1 / comb(len(grades), 2))
+        first += len(grades)
+    return PreferenceBatch(
+        packed=_answers(rows),
+        better=torch.tensor(better, dtype=torch.int64),
+        worse=torch.tensor(worse, dtype=torch.int64),
+        leads=torch.tensor(leads, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        num_prompts=len(rows),
+    )
+
+
+def empty_preferences(token_id: int) -> PreferenceBatch:
+    """No prompt: what a worker without rows computes to keep in step."""
+    nothing = torch.zeros(0)
+    return PreferenceBatch(
+        packed=empty_batch(token_id),
+        better=nothing.long(),
+        worse=nothing.long(),
+        leads=nothing,
+        weights=nothing,
+        num_prompts=0,
+    )
+
+
+def _answers(rows: "Sequence[Row]") -> PackedBatch:
+    """A piece for each answer."""
+    input_ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
+    lengths = np.concatenate([_pieces(row) for row in rows]).astype(np.int64)
+    return packed_batch(input_ids, torch.full_like(input_ids, IGNORE), lengths)
+
+
+def _pieces(row: "Row") -> np.ndarray:
+    assert row.pieces is not None
+    return row.pieces
 
 
 def empty_batch(token_id: int) -> PackedBatch:

@@ -22,6 +22,9 @@ class Encoded:
     targets: NDArray[np.bool_]  # (N,) True: the model must learn to produce this token
     word_ids: NDArray[np.int32] | None = None  # (N,) word a token belongs to, -1 = none
     num_truncated_turns: int = 0  # messages left out so that it fits
+    pieces: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
+    grades: NDArray[np.float32] | None = None  # (K,) of the answers
+    messages: str | None = None  # JSON of [role, content] pairs, where the text is needed, too
 
 
 class DocumentEncoder:
@@ -69,7 +72,7 @@ class DocumentEncoder:
         return [
             self._encode(batch, row, text)
             if text.strip() and batch["input_ids"][row]
-            else _reject(record, "empty text")
+            else reject(record, "empty text")
             for row, (record, text) in enumerate(zip(records, texts, strict=True))
         ]
 
@@ -114,7 +117,7 @@ class ConversationEncoder:
                 assert isinstance(record, Conversation)
                 waiting[i] = record
             else:
-                results[i] = _reject(record, reason)
+                results[i] = reject(record, reason)
         num_messages = {i: len(conversation.messages) for i, conversation in waiting.items()}
         while waiting:  # once, and again for those that lost a turn
             shorter = {}
@@ -131,7 +134,8 @@ class ConversationEncoder:
 
     def _why_not(self, record: Record) -> str | None:
         if not isinstance(record, Conversation):
-            return "document where a conversation is needed"
+            kind = type(record).__name__.lower()
+            return f"{kind} where a conversation is needed"
         reason = check_conversation(record.messages)
         if reason is not None:
             return reason
@@ -167,16 +171,14 @@ class ConversationEncoder:
         self, conversation: Conversation, batch: BatchEncoding, row: int, spans: list[chat.Span]
     ) -> Encoded | Reject | Conversation:
         ids = np.array(batch["input_ids"][row], dtype=np.int32)
-        turns = [tokens for span in spans if (tokens := _tokens(batch, row, span)) is not None]
+        turns = [tokens for span in spans if (tokens := tokens_of(batch, row, span)) is not None]
         if len(turns) < sum(message.role == "assistant" for message in conversation.messages):
-            return _reject(
-                conversation, "the chat template does not keep an answer from its prompt"
-            )
+            return reject(conversation, "the chat template does not keep an answer from its prompt")
         excess = len(ids) - self._max_length
         if excess > 0:
             if len(turns) == 1:
                 reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
-                return _reject(conversation, reason, malformed=False)
+                return reject(conversation, reason, malformed=False)
             # the fewest pairs that can be enough: no more is freed than what precedes their end
             enough = [k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess]
             return _without_pairs(conversation, enough[0] if enough else len(turns) - 1)
@@ -202,7 +204,7 @@ def check_conversation(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def _tokens(batch: BatchEncoding, row: int, span: chat.Span) -> tuple[int, int] | None:
+def tokens_of(batch: BatchEncoding, row: int, span: chat.Span) -> tuple[int, int] | None:
     """[start, end) in tokens of a span of characters; None if its first token begins before it."""
     first, last = (batch.char_to_token(row, char) for char in (span[0], span[1] - 1))
     if first is None or last is None:
@@ -224,7 +226,7 @@ def _text(record: Record) -> str:
     return "\n".join(message.content.strip() for message in record.messages)
 
 
-def _reject(record: Record, reason: str, *, malformed: bool = True) -> Reject:
+def reject(record: Record, reason: str, *, malformed: bool = True) -> Reject:
     return Reject(
         source=record.source, file=record.file, row=record.row, reason=reason, malformed=malformed
     )

@@ -31,7 +31,7 @@ from medgpt.data.inputs import (
 )
 from medgpt.data.order import num_chunks
 from medgpt.data.readers import read_unit
-from medgpt.data.records import Conversation, Record, Reject
+from medgpt.data.records import Document, Preferences, Record, Reject
 from medgpt.data.shards import ShardWriter, read_index, write_index
 from medgpt.data.stream import Pace
 from medgpt.data.units import Unit, file_size, list_files, list_units
@@ -60,6 +60,7 @@ class IndexJob:
     config: DataConfig
     encoding: Mapping[str, Any]  # JSON; what decides how a record becomes tokens
     make_encode: Callable[[], Encode]
+    packed: bool = True  # samples share rows; else each has one of its own, uncut
     allow_changes: bool = False  # of files and settings since the data was tokenised
 
 
@@ -200,7 +201,7 @@ def index_unit(unit: Unit, number: int, *, job: IndexJob) -> dict[str, Any]:
                 continue
             record, encoded = item
             content = content_hash(record)
-            held_out = is_validation(content, job.config.validation_share)
+            held_out = is_validation(split_key(record, content), job.config.validation_share)
             account.keep(record, encoded, held_out=held_out)
             (validation if held_out else train).add(
                 encoded, content_hash=content, source=numbers[unit.source], origin=record
@@ -231,12 +232,23 @@ def _encoded(
 
 def content_hash(record: Record) -> str:
     """32 hexadecimal characters of what the record says, wherever it stands."""
-    text = (
-        json.dumps([(m.role, m.content) for m in record.messages], ensure_ascii=False)
-        if isinstance(record, Conversation)
-        else record.text
-    )
+    if isinstance(record, Document):
+        text = record.text
+    else:
+        said: list[Any] = [(m.role, m.content) for m in record.messages]
+        if isinstance(record, Preferences):
+            answers = [[(m.role, m.content) for m in answer] for answer in record.answers]
+            said = [len(record.prompt), said, answers, record.grades]
+        text = json.dumps(said, ensure_ascii=False)
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def split_key(record: Record, content: str) -> str:
+    """Preferences about one prompt fall on the same side, or answers would be known there."""
+    if not isinstance(record, Preferences):
+        return content
+    prompt = json.dumps([(m.role, m.content) for m in record.prompt], ensure_ascii=False)
+    return xxhash.xxh3_128_hexdigest(prompt.encode("utf-8", "surrogatepass"))
 
 
 def is_validation(content: str, share: float) -> bool:
@@ -269,7 +281,7 @@ def finish_index(
     for split in SPLITS:
         shards = [file.name for file in files if file.name.startswith(f"{split}-")]
         files += write_index(folder, split, shards)
-    totals = {split: _totals(folder, split, job.config) for split in SPLITS}
+    totals = {split: _totals(folder, split, job) for split in SPLITS}
     digests = {u.file: r["digest"] for u, r in zip(units, results, strict=True) if r["digest"]}
     digests |= {file: file_digest(file) for file in stamps if file not in digests}  # deny-lists
     commit(
@@ -305,13 +317,14 @@ def _account(source: Mapping[str, Any]) -> Account:
     return Account(**{n: v for n, v in source.items() if n not in ("licence", "sensitive")})
 
 
-def _totals(folder: Folder, split: str, config: DataConfig) -> dict[str, Any]:
-    index = read_index(folder, split)
+def _totals(folder: Folder, split: str, job: IndexJob) -> dict[str, Any]:
+    index, config = read_index(folder, split), job.config
+    max_length = config.max_length if job.packed else None
     by_source = np.bincount(index.source, weights=index.length, minlength=len(config.sources))
     names = [source.name for source in config.sources]
     return {
         "num_samples": len(index),
-        "num_chunks": int(num_chunks(index.length, config.max_length).sum()),
+        "num_chunks": int(num_chunks(index.length, max_length).sum()),
         "num_tokens": int(index.length.sum()),
         "tokens_by_source": {n: int(t) for n, t in zip(names, by_source, strict=True)},
         "dropped_tail_tokens": 0,  # the last batch of an epoch is short, not dropped

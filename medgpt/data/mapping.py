@@ -6,8 +6,9 @@ from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from medgpt.config import ConfigError, MappingConfig
+from medgpt.data.ranked import Ranked, after, number_of
 from medgpt.data.records import Message
-from medgpt.data.turns import Malformed, Row, kind_of, read_turns, text_of
+from medgpt.data.turns import Malformed, Row, kind_of, list_of, read_turns, text_of
 
 # what a template may raise because of the row it gets
 ROW_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
@@ -69,16 +70,20 @@ class Mapper:
             "system": mapping.system,
             "user": mapping.user,
             "assistant": mapping.assistant,
+            "chosen": mapping.chosen,
+            "rejected": mapping.rejected,
+            "answers.text": mapping.answers and mapping.answers.text,
+            "answers.grade": mapping.answers and mapping.answers.grade,
         }
         self._templates = {
             name: compile_template(source, f"mapping.{name}", text)
             for name, text in texts.items()
             if text is not None
         }
-        self._turns = mapping.turns
+        self._turns, self._answers = mapping.turns, mapping.answers
 
-    def __call__(self, row: Row) -> str | list[Message]:
-        """A document's text, or messages. Raises Malformed."""
+    def __call__(self, row: Row) -> str | list[Message] | Ranked:
+        """A document's text, messages, or answers to compare. Raises Malformed."""
         templates = self._templates
         if "text" in templates:
             return templates["text"].render(row)
@@ -87,5 +92,33 @@ class Mapper:
         )
         if self._turns is not None:
             return system + read_turns(row, self._turns)
-        user, assistant = templates["user"].render(row), templates["assistant"].render(row)
-        return [*system, Message("user", user), Message("assistant", assistant)]
+        prompt = [*system, Message("user", templates["user"].render(row))]
+        if self._answers is not None:
+            return self._graded(row, prompt)
+        said = {
+            name: [Message("assistant", templates[name].render(row))]
+            for name in ("assistant", "chosen", "rejected")
+            if name in templates
+        }
+        if "chosen" in said:
+            return Ranked(prompt, [said["chosen"], said["rejected"]], [1.0, 0.0])
+        return prompt + said.get("assistant", [])
+
+    def _graded(self, row: Row, prompt: list[Message]) -> Ranked:
+        """The answers in a column with their grades."""
+        assert self._answers is not None
+        answers, grades = [], []
+        for number, item in enumerate(list_of(row, self._answers.column), start=1):
+            what = f"column {self._answers.column}, answer {number}"
+            if not isinstance(item, dict):
+                raise Malformed(f"{what} is {kind_of(item)}, must be an object")
+            try:
+                if self._answers.turns is None:
+                    text = self._templates["answers.text"].render(item)
+                    answers.append([Message("assistant", text)])
+                else:
+                    answers.append(after(prompt, read_turns(item, self._answers.turns)))
+                grades.append(number_of(self._templates["answers.grade"].render(item), "its grade"))
+            except Malformed as problem:
+                raise Malformed(f"{what}: {problem}") from None
+        return Ranked(prompt, answers, grades)

@@ -158,9 +158,9 @@ class Plan:
                 mine = np.flatnonzero((slot % world_size == rank) & (step >= start) & (step < end))
                 yield table.take(mine).append_column("step", pa.array(step[mine]))
 
-    def validation(self, *, rank: int, world_size: int, limit: int) -> pa.Table:
-        """A worker's share of the first `limit` held-out rows."""
-        parts = [table for _, table in self._groups(epoch_file(VALIDATION), 0, limit)]
+    def first(self, epoch: int, *, rank: int, world_size: int, limit: int) -> pa.Table:
+        """A worker's share of the first `limit` rows of an epoch, or of VALIDATION."""
+        parts = [table for _, table in self._groups(epoch_file(epoch), 0, limit)]
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
         mine = np.arange(min(limit, table.num_rows))[rank::world_size]
         steps = pa.array(np.zeros(len(mine), np.int64))

@@ -42,7 +42,10 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Record | Reject]:
     recognise = Recogniser(source)
     last = 0
     try:
-        for number, row in read_rows(unit, source):
+        rows = read_rows(unit, source)
+        if source.group_by is not None:
+            rows = iter(_grouped(rows, source.group_by).values())
+        for number, row in rows:
             last = number
             origin = Origin(source=source.name, file=unit.file, row=number)
             yield _reject(origin, row.reason) if isinstance(row, Broken) else recognise(row, origin)
@@ -50,6 +53,23 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Record | Reject]:
         origin = Origin(source=source.name, file=unit.file, row=last + 1 if last else 0)
         reason = f"the file cannot be read further: {problem}"
         yield _reject(origin, reason, unreadable=True)
+
+
+def _grouped(rows: Iterable[NumberedRow], column: str) -> dict[Any, NumberedRow]:
+    """Rows with one value in `column` under the number of the first; others as they are."""
+    groups: dict[Any, NumberedRow] = {}
+    for number, row in rows:
+        if isinstance(row, Broken):
+            groups[number] = (number, row)
+        elif not isinstance(row.get(column), (str, int)):
+            found = kind_of(row[column]) if column in row else "missing"
+            broken = Broken(f"column {column} is {found}, must be text or a number to group by")
+            groups[number] = (number, broken)
+        else:
+            _, first = groups.setdefault(("", row[column]), (number, {**row, "rows": []}))
+            assert isinstance(first, dict)
+            first["rows"].append(row)
+    return groups
 
 
 def _reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Reject:

@@ -5,8 +5,19 @@ from typing import Any
 from medgpt.config import SourceConfig, TurnsMapping
 from medgpt.data.clean import clean
 from medgpt.data.mapping import Mapper
-from medgpt.data.records import Conversation, Document, Message, Origin, Record, Reject
-from medgpt.data.turns import Malformed, Row, cell, check_turns, list_of, read_turns, text_of, trim
+from medgpt.data.ranked import Ranked, pair_columns, preferences, read_pair
+from medgpt.data.records import Conversation, Document, Message, Origin, Record, Reject, Role
+from medgpt.data.turns import (
+    Malformed,
+    Row,
+    Unusable,
+    cell,
+    check_turns,
+    list_of,
+    read_turns,
+    text_of,
+    trim,
+)
 
 QA_COLUMNS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
 SHAREGPT = TurnsMapping(column="conversations", role="from", content="value")
@@ -23,6 +34,9 @@ class Recogniser:
         self._mapper = None if source.mapping is None else Mapper(source.name, source.mapping)
         turns = None if source.mapping is None else source.mapping.turns
         self._trim = turns is not None and turns.trim
+        mapped = source.mapping is not None and source.mapping.is_prompt
+        prompts = mapped or (source.mapping is None and source.kind == "prompt")
+        self._last: Role = "user" if prompts else "assistant"
 
     def __call__(self, row: Row, origin: Origin) -> Record | Reject:
         place: dict[str, Any] = {"source": origin.source, "file": origin.file, "row": origin.row}
@@ -30,16 +44,19 @@ class Recogniser:
             found = self._mapper(row) if self._mapper else self._by_kind(row)
             if isinstance(found, str):
                 return Document(text=found, **place)
+            if isinstance(found, Ranked):
+                return preferences(found, origin)
             kept = trim(found, "the conversation") if self._trim else found
             return Conversation(
-                messages=check_turns(kept, "the conversation"),
+                messages=check_turns(kept, "the conversation", last=self._last),
                 num_trimmed=len(found) - len(kept),
                 **place,
             )
         except Malformed as problem:
-            return Reject(reason=str(problem), **place)
+            malformed = not isinstance(problem, Unusable)
+            return Reject(reason=str(problem), malformed=malformed, **place)
 
-    def _by_kind(self, row: Row) -> str | list[Message]:
+    def _by_kind(self, row: Row) -> str | list[Message] | Ranked:
         kind = self._kind(row) if self._source.kind == "auto" else self._source.kind
         try:
             match kind:
@@ -60,12 +77,19 @@ class Recogniser:
                         Message("user", text_of(cell(row, question), f"column {question}")),
                         Message("assistant", text_of(cell(row, answer), f"column {answer}")),
                     ]
+                case "pairs":
+                    return read_pair(row, _system(row) + _history(row))
+                case "prompt":
+                    prompt = Message("user", text_of(cell(row, "prompt"), "column prompt"))
+                    return [*_system(row), *_history(row), prompt]
         except Malformed as problem:
             raise Malformed(f"kind {kind}: {problem}") from None
         raise AssertionError(kind)
 
     def _kind(self, row: Row) -> str:
         """The kind that the columns show."""
+        if pair_columns(row) or ("chosen" in row and "rejected" in row):
+            return "pairs"
         if "messages" in row:
             return "messages"
         if "conversations" in row:

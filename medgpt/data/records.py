@@ -28,10 +28,25 @@ class Document(Origin):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation(Origin):
-    """An optional system message, then user and assistant in turn, ending with the assistant."""
+    """An optional system message, then user and assistant in turn, ending with the assistant; with
+    the user where a source holds prompts alone."""
 
     messages: tuple[Message, ...]
     num_trimmed: int = 0  # messages left out before the first and after the last exchange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preferences(Origin):
+    """A prompt and K >= 2 answers to it, some of them better than others."""
+
+    prompt: tuple[Message, ...]  # with its history, ends with the user
+    answers: tuple[tuple[Message, ...], ...]  # (K,) each ends with the assistant
+    grades: tuple[float, ...]  # (K,) the higher the better; equal grades compare nothing
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt with its best answer."""
+        return self.prompt + self.answers[self.grades.index(max(self.grades))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,4 +58,4 @@ class Reject(Origin):
     unreadable: bool = False  # the file cannot be read from here on, its other rows are unknown
 
 
-Record = Document | Conversation
+Record = Document | Conversation | Preferences

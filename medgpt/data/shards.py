@@ -27,6 +27,9 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "targets": pa.list_(pa.bool_()),  # True where the token is to be learnt
         "word_ids": pa.list_(pa.int32()),  # null unless words are masked as a whole
+        "pieces": pa.list_(pa.int32()),  # null unless a sample is several answers: tokens of each
+        "grades": pa.list_(pa.float32()),  # of the answers
+        "messages": pa.string(),  # null unless the text of a prompt is needed
         "length": pa.int32(),
         "content_hash": pa.string(),
         "source": pa.int16(),
@@ -34,6 +37,7 @@ SCHEMA = pa.schema(
         "row": pa.int64(),
     }
 )
+EXTRAS = ("pieces", "grades", "messages")
 INDEX_SCHEMA = pa.schema(
     {
         "length": pa.int32(),
@@ -86,6 +90,9 @@ class ShardWriter:
                 "input_ids": encoded.input_ids,
                 "targets": encoded.targets,
                 "word_ids": encoded.word_ids,
+                "pieces": encoded.pieces,
+                "grades": encoded.grades,
+                "messages": encoded.messages,
                 "length": len(encoded.input_ids),
                 "content_hash": content_hash,
                 "source": source,
@@ -176,12 +183,15 @@ def data_version(url: str) -> str:
 
 
 class Tokens(NamedTuple):
-    """The samples of a block. Sample i is values[offsets[i]:offsets[i + 1]]."""
+    """The R samples of a block. Sample i is values[offsets[i]:offsets[i + 1]]."""
 
     offsets: NDArray[np.int64]
     input_ids: NDArray[np.int32]
     targets: NDArray[np.bool_]
     word_ids: NDArray[np.int32] | None
+    extras: dict[str, list[Any]]
+    """(R,) each: `pieces` and `grades` of samples that are several answers, `messages` of prompts;
+    only what there is."""
 
 
 @lru_cache(maxsize=CACHED_BLOCKS)
@@ -191,15 +201,17 @@ def read_block(url: str, split: str, block: int, version: str) -> Tokens:
     file, row_group = _blocks(url, split, version)[block]
     with folder.fs.open(folder.path(file)) as handle:
         table = pq.ParquetFile(handle).read_row_group(
-            row_group, columns=["input_ids", "targets", "word_ids"]
+            row_group, columns=["input_ids", "targets", "word_ids", *EXTRAS]
         )
     lists = {name: table[name].combine_chunks() for name in table.column_names}
     words = lists["word_ids"]
+    extras = [name for name in EXTRAS if not table[name].null_count]
     return Tokens(
         offsets=lists["input_ids"].offsets.to_numpy().astype(np.int64),
         input_ids=lists["input_ids"].flatten().to_numpy(),
         targets=lists["targets"].flatten().to_numpy(zero_copy_only=False),
         word_ids=None if words.null_count else words.flatten().to_numpy(),
+        extras={name: table[name].to_pylist() for name in extras},
     )
 
 

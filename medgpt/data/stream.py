@@ -19,8 +19,9 @@ import ray.data
 from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from medgpt.data.order import VALIDATION
 from medgpt.data.plan import Plan, column, offsets
-from medgpt.data.shards import read_block
+from medgpt.data.shards import EXTRAS, SCHEMA, read_block
 
 TOKENS_PER_TASK = 2**18  # a task costs Ray Data 20 ms and more, whatever it reads
 ROWS_PER_TASK = 64  # where rows have no common length
@@ -39,6 +40,11 @@ class Row:
     sample_ids: list[str]  # (C,)
     chunks: list[int]  # (C,)
     visits: list[int]  # (C,) how often the epoch had the sample before
+    pieces: NDArray[np.int32] | None = (
+        None  # (K,) tokens of each answer with its prompt, then C = 1
+    )
+    grades: NDArray[np.float32] | None = None  # (K,) of the answers
+    messages: str | None = None  # JSON of [role, content] pairs of a prompt, then C = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +87,16 @@ def _steps(
     assert pending is None, "the stream holds rows of steps that are not in the plan"
 
 
-def validation_rows(
-    plan: Plan, data_url: str, *, rank: int, world_size: int, limit: int
+def first_rows(
+    plan: Plan, data_url: str, *, epoch: int, rank: int, world_size: int, limit: int
 ) -> list[Row]:
-    """This worker's share of the first `limit` rows of the held-out split; it reads them itself."""
-    table = plan.validation(rank=rank, world_size=world_size, limit=limit)
+    """This worker's share of the first `limit` rows of an epoch, or of VALIDATION, the held-out
+    split; it reads them itself."""
+    table = plan.first(epoch, rank=rank, world_size=world_size, limit=limit)
     if not table.num_rows:
         return []
-    batch = assemble(table, url=data_url, split="validation", version=plan.data_version)
+    split = "validation" if epoch == VALIDATION else "train"
+    batch = assemble(table, url=data_url, split=split, version=plan.data_version)
     return [row for _, row in unpack(batch)]
 
 
@@ -160,6 +168,7 @@ def assemble(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:
     plan = plan.combine_chunks()
     start, stop = column(plan, "start"), column(plan, "stop")
     parts: dict[str, list[NDArray[Any]]] = {"input_ids": [], "targets": [], "word_ids": []}
+    extras: dict[str, list[Any]] = {name: [] for name in EXTRAS}
     blocks = (read_block(url, split, int(number), version) for number in column(plan, "block"))
     for tokens, row, a, b in zip(blocks, column(plan, "row"), start, stop, strict=True):
         span = slice(tokens.offsets[row] + a, tokens.offsets[row] + b)
@@ -167,6 +176,8 @@ def assemble(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:
         parts["targets"].append(tokens.targets[span])
         if tokens.word_ids is not None:
             parts["word_ids"].append(tokens.word_ids[span])
+        for name, values in tokens.extras.items():
+            extras[name].append(values[row])
     lengths = stop - start
     rows = offsets(plan, "chunk")
     token_offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))[rows]
@@ -176,7 +187,9 @@ def assemble(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:
         if values
     }
     kept = {name: plan[name] for name in ("step", "chunk", "visit", "sample_id")}
-    return pa.table({**kept, **columns, "lengths": _lists(rows, lengths)})
+    told = {name: pa.array(values, SCHEMA.field(name).type) for name, values in extras.items()}
+    told = {name: values for name, values in told.items() if len(values)}
+    return pa.table({**kept, **columns, **told, "lengths": _lists(rows, lengths)})
 
 
 def _lists(bounds: NDArray[np.int64], values: NDArray[Any]) -> pa.ListArray:
@@ -186,7 +199,8 @@ def _lists(bounds: NDArray[np.int64], values: NDArray[Any]) -> pa.ListArray:
 def unpack(batch: pa.Table) -> Iterator[tuple[int, Row]]:
     """(step, row) of every packed row."""
     batch = batch.combine_chunks()
-    names = [name for name in batch.column_names if name != "step"]
+    names = [name for name in batch.column_names if name not in ("step", "messages")]
+    messages = batch["messages"].to_pylist() if "messages" in batch.column_names else None
     values = {name: column(batch, name) for name in names}
     bounds = {name: offsets(batch, name) for name in names}
     for i, step in enumerate(batch["step"].to_pylist()):
@@ -201,5 +215,8 @@ def unpack(batch: pa.Table) -> Iterator[tuple[int, Row]]:
                 sample_ids=cut["sample_id"].tolist(),
                 chunks=cut["chunk"].tolist(),
                 visits=cut["visit"].tolist(),
+                pieces=cut.get("pieces"),
+                grades=cut.get("grades"),
+                messages=messages and messages[i],
             ),
         )

@@ -16,6 +16,10 @@ class Malformed(Exception):
     """A row that cannot be trained on. The message names columns and rules, never values."""
 
 
+class Unusable(Malformed):
+    """A good row with nothing to learn from."""
+
+
 def kind_of(value: object) -> str:
     """The JSON type of `value` in words."""
     if value is None:
@@ -125,8 +129,10 @@ def trim(messages: Sequence[Message], what: str) -> list[Message]:
     return [*system, *rest]
 
 
-def check_turns(messages: Sequence[Message], what: str) -> tuple[Message, ...]:
-    """An optional system message, then user and assistant in turn, ending with the assistant."""
+def check_turns(
+    messages: Sequence[Message], what: str, *, last: Role = "assistant"
+) -> tuple[Message, ...]:
+    """An optional system message, then user and assistant in turn, ending with `last`."""
     spoken = [m for m in messages if m.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
         raise Malformed(f"{what} has a system message that is not the first")
@@ -139,6 +145,6 @@ def check_turns(messages: Sequence[Message], what: str) -> tuple[Message, ...]:
             raise Malformed(
                 f"{what}: turns {number} and {number + 1} have one speaker, must alternate"
             )
-    if spoken[-1].role != "assistant":
-        raise Malformed(f"{what} ends with the user, must end with the assistant")
+    if spoken[-1].role != last:
+        raise Malformed(f"{what} ends with the {spoken[-1].role}, must end with the {last}")
     return tuple(messages)

@@ -137,6 +137,8 @@ def _error(source: SourceConfig, path: str, rule: str, remedy: str) -> ConfigErr
 
 def _cut(file: str, name: str, source: SourceConfig, step: int) -> tuple[str, list[Cut]]:
     """The encoding and the beginnings of units of about `step` bytes."""
+    if source.group_by is not None:
+        return source.encoding, [Cut(0, 1)]
     if name == "parquet":
         return source.encoding, cut_row_groups(file, step)
     splits = name == "jsonl" or (name == "txt" and source.lines)

@@ -3,17 +3,22 @@
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.config import (
+    ClusterConfig,
     ConfigError,
+    DataConfig,
+    ModelConfig,
+    Passes,
     PretrainConfig,
-    SFTConfig,
+    RunConfig,
+    Samples,
     SourceConfig,
-    TrainStageConfig,
+    TokenizerConfig,
 )
 from medgpt.data.deny import DenyList
 from medgpt.data.index import Encode, IndexJob, build_index
@@ -29,6 +34,26 @@ TOKENIZER = "tokenizer"
 PROBE_TEXTS, PROBE_CHARACTERS = 4, 200  # of every source, to measure a changed vocabulary on
 
 
+class DataStage(Protocol):
+    """What a stage says of its data: a config with these sections."""
+
+    samples: ClassVar[Samples]
+
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def tokenizer(self) -> TokenizerConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+    @property
+    def passes(self) -> Passes: ...
+    def model_dump_json(self) -> str: ...
+
+
 class Prepared(NamedTuple):
     """Manifests of what a stage trains on."""
 
@@ -36,9 +61,7 @@ class Prepared(NamedTuple):
     plan: dict[str, Any]
 
 
-def prepare(
-    run: Run, config: TrainStageConfig, on_progress: Callable[[str, int, int], None]
-) -> Prepared:
+def prepare(run: Run, config: DataStage, on_progress: Callable[[str, int, int], None]) -> Prepared:
     """Tokenizer, data and plan of the run, made unless they are there."""
     cpus = config.cluster.data_cpus
     check_sources(config.data)  # before anything is started
@@ -55,6 +78,7 @@ def prepare(
         config=config.data,
         encoding=_encoding(folder, config),
         make_encode=partial(load_encoder, folder.url, config.model_dump_json(), type(config)),
+        packed=_packed(config),
         allow_changes=config.run.allow_changes,
     )
     data = build_index(job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
@@ -79,47 +103,57 @@ def _run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
         raise
 
 
-def _order(run: Run, config: TrainStageConfig) -> Order:
+def _order(run: Run, config: DataStage) -> Order:
     """What decides which rows the run trains, and when."""
-    train = config.train
     weights = [source.weight for source in config.data.sources]
     return Order(
         data_version=data_version(run.data.url),
-        max_length=config.data.max_length,
+        max_length=config.data.max_length if _packed(config) else None,
         seed=config.run.seed,
-        epochs=train.epochs,
+        epochs=config.passes.epochs,
         weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
-        max_rows=None if train.max_steps is None else train.max_steps * train.global_batch_size,
+        max_rows=config.passes.max_rows,
     )
 
 
-def _encoding(folder: Folder, config: TrainStageConfig) -> dict[str, Any]:
+def _packed(config: DataStage) -> bool:
+    """Whether samples share rows; preferences and prompts are taken one by one."""
+    return config.samples in ("documents", "conversations")
+
+
+def _encoding(folder: Folder, config: DataStage) -> dict[str, Any]:
     """What decides how a record becomes tokens: the tokenizer's files and the objective."""
     tokenizer = committed(folder)
     assert tokenizer is not None
     encoding: dict[str, Any] = {f["name"]: f["xxh128"] for f in tokenizer["files"]}
     if isinstance(config, PretrainConfig):
         encoding |= config.objective.model_dump(include={"kind", "whole_word"})
+    if not _packed(config):
+        encoding["samples"] = config.samples
     return encoding
 
 
-def _made_from(config: TrainStageConfig) -> dict[str, Any]:
+def _made_from(config: DataStage) -> dict[str, Any]:
     """What the tokenizer follows from, besides the data."""
     model = config.model.model_dump(mode="json", include={"name", "architecture"})
     return {"tokenizer": config.tokenizer.model_dump(mode="json"), "model": model}
 
 
 @cache
-def load_encoder(tokenizer_url: str, config_json: str, cls: type[TrainStageConfig]) -> Encode:
+def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> Encode:
     """The function that turns records into tokens; once in each process."""
     from medgpt.data.encode import ConversationEncoder, DocumentEncoder
+    from medgpt.data.encode_answers import PreferenceEncoder, PromptEncoder
 
-    config = cls.model_validate_json(config_json)
-    tokenizer = load_tokenizer(tokenizer_url)
+    config: DataStage = cls.model_validate_json(config_json)
+    tokenizer, max_length = load_tokenizer(tokenizer_url), config.data.max_length
     if isinstance(config, PretrainConfig):
         objective = config.objective
         return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
-    return ConversationEncoder(tokenizer, config.data.max_length).encode_batch
+    if config.samples == "conversations":
+        return ConversationEncoder(tokenizer, max_length).encode_batch
+    encoder = PreferenceEncoder if config.samples == "preferences" else PromptEncoder
+    return encoder(tokenizer, max_length).encode_batch
 
 
 def load_tokenizer(url: str) -> Any:
@@ -136,7 +170,7 @@ def load_tokenizer(url: str) -> Any:
         return load_base(str(directory))
 
 
-def make_tokenizer(url: str, config: TrainStageConfig) -> None:
+def make_tokenizer(url: str, config: DataStage) -> None:
     """Write the stage's tokenizer: the base's, or trained, extended or trimmed on the data."""
     from medgpt.data.chat import for_chat
     from medgpt.models.saved_tokenizer import class_path
@@ -153,7 +187,7 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     else:
         assert model.name is not None
         tokenizer = load_base(model.name, model.trust_remote_code)
-        if isinstance(config, SFTConfig):
+        if config.samples == "conversations":
             tokenizer = for_chat(tokenizer)
         if mode == "extend":
             from medgpt.models.vocabulary import extend_tokenizer
@@ -165,8 +199,13 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
             from medgpt.models.vocabulary import trim_tokenizer
 
             tokenizer, _ = trim_tokenizer(tokenizer, texts)
-    if isinstance(config, SFTConfig):
+    if config.samples == "conversations":
         tokenizer = for_chat(tokenizer)
+    if not _packed(config) and tokenizer.chat_template is None:
+        raise ConfigError(
+            f"model.name={model.name}: its tokenizer has no chat template, so it never learnt to "
+            "answer; name a model that medgpt sft wrote, or another chat model"
+        )
     folder = Folder(url)
     with folder.staging() as directory:
         tokenizer.save_pretrained(directory)
@@ -176,7 +215,7 @@ def make_tokenizer(url: str, config: TrainStageConfig) -> None:
     commit(folder, files, class_path=path, **facts)
 
 
-def check_model(config: TrainStageConfig) -> None:
+def check_model(config: DataStage) -> None:
     """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
     from medgpt.models.base import check_positions, named_config, weight_files
 
@@ -186,7 +225,7 @@ def check_model(config: TrainStageConfig) -> None:
     weight_files(config.model.name)
 
 
-def corpus_texts(config: TrainStageConfig) -> Iterator[str]:
+def corpus_texts(config: DataStage) -> Iterator[str]:
     """Texts of all sources, at most `tokenizer.max_train_mb`, the same share of every unit."""
     sources = config.data.sources
     for source in sources:
@@ -202,7 +241,7 @@ def corpus_texts(config: TrainStageConfig) -> Iterator[str]:
                     break
 
 
-def first_texts(config: TrainStageConfig) -> Iterator[str]:
+def first_texts(config: DataStage) -> Iterator[str]:
     """The beginnings of the first few texts of every source."""
     for source in config.data.sources:
         units, deny = list_units(source, config.data.shard_mb), DenyList.load(source.deny)

@@ -55,6 +55,21 @@ def test_tokens_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert block.word_ids is None
 
 
+def test_what_only_some_samples_have_comes_back(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    several = replace(
+        encoded([1, 2, 3]), pieces=np.array([2, 1], np.int32), grades=np.array([1, 0.5], np.float32)
+    )
+    prompts = [replace(encoded([n]), messages=f'[["user", "{n}"]]') for n in (1, 2)]
+    for name, samples, extras in (
+        ("train", [several], {"pieces": [[2, 1]], "grades": [[1.0, 0.5]]}),
+        ("validation", prompts, {"messages": ['[["user", "1"]]', '[["user", "2"]]']}),
+    ):
+        files = write(folder, f"{name}-0.parquet", samples)
+        write_index(folder, name, [file.name for file in files])
+        assert read_block(folder.url, name, 0, "v").extras == extras
+
+
 def test_word_ids_are_kept(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     files = write(folder, "train-0.parquet", [encoded([1, 2], word_ids=[-1, 7])])

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from medgpt.data import plan as plan_module
 from medgpt.data import stream as stream_module
 from medgpt.data.encode import Encoded
-from medgpt.data.order import Index, num_chunks
+from medgpt.data.order import VALIDATION, Index, num_chunks
 from medgpt.data.plan import Order, Plan, existing_plan, make_plan
 from medgpt.data.records import Origin
 from medgpt.data.shards import ShardWriter, data_version, read_index, write_index
-from medgpt.data.stream import Row, Step, assemble, training_stream, unpack, validation_rows
+from medgpt.data.stream import Row, Step, assemble, first_rows, training_stream, unpack
 from medgpt.runs import Folder, commit
 
 MAX_LENGTH = 32
@@ -269,7 +269,9 @@ def test_validation_rows_are_shared_among_workers(plan: Plan, data: str) -> None
         return sorted(
             row.input_ids.tolist()
             for rank in range(world_size)
-            for row in validation_rows(plan, data, rank=rank, world_size=world_size, limit=limit)
+            for row in first_rows(
+                plan, data, epoch=VALIDATION, rank=rank, world_size=world_size, limit=limit
+            )
         )
 
     everything = rows(1, 10_000)
