@@ -12,7 +12,6 @@ from medgpt.data.batch import PackedBatch
 from medgpt.data.collate import Masking, causal_batch, empty_batch, masked_batch, piece_seeds
 from medgpt.data.stream import Row
 from medgpt.engine import Engine
-from medgpt.engine.export import gather_weights
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
 from medgpt.models.base import weight_files
@@ -22,6 +21,8 @@ from medgpt.models.load import SpecialIds, build_model, empty_model
 from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
 from medgpt.models.vocabulary_change import VocabularyChange, change_vocabulary
+from medgpt.train.exporting import export_model
+from medgpt.train.worker import Loss, Trainer
 
 
 class Objective:
@@ -30,6 +31,8 @@ class Objective:
     `vocabulary` says what changed if the base model speaks another than `tokenizer`'s. A causal
     model's loss is then measured on the texts of `probe`, before and after.
     """
+
+    num_counts = 0
 
     def __init__(
         self,
@@ -66,24 +69,22 @@ class Objective:
         seeds = piece_seeds(rows, seed=self.seed, epoch=epoch)
         return {"noise_seeds": seeds or [0]}  # the empty batch is one piece
 
+    def loss(
+        self, engine: Engine, batch: PackedBatch, *, num_targets: float, **options: Any
+    ) -> Loss:
+        return Loss(engine(batch, num_tokens=num_targets, **options))
+
+    def metrics(self, counts: Sequence[float], *, held_out: bool) -> dict[str, float]:
+        return {}
+
+    def finish(self, trainer: Trainer) -> None:
+        """Nothing is left to do."""
+
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder (an adapter folder under LoRA). Collective."""
-        model = self.module.model
-        if self.config.model.lora.rank:
-            trained = {name for name, p in model.named_parameters() if p.requires_grad}
-            weights = {n: tensor for n, tensor in gather_weights(model) if n in trained}
-            if dist.get_rank() == 0:
-                model.save_pretrained(str(directory), state_dict=weights)
-        else:
-            engine.export(directory, self.module.pretrained)
-            if dist.get_rank() == 0:
-                model_config = self.module.pretrained.config
-                model_config.architectures = [type(self.module.pretrained).__name__]
-                model_config.save_pretrained(directory)
-                if self.kind == "clm":
-                    generation_config(self.tokenizer).save_pretrained(directory)
-        if dist.get_rank() == 0:
-            self.tokenizer.save_pretrained(directory)
+        export_model(engine, self.module.model, self.tokenizer, directory)
+        if self.kind == "clm" and not self.config.model.lora.rank and dist.get_rank() == 0:
+            generation_config(self.tokenizer).save_pretrained(directory)
 
     def _model(self, device: torch.device, probe: Iterable[str]) -> Any:
         config, tokenizer = self.config, self.tokenizer

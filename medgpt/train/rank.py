@@ -84,6 +84,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     finally:
         progress.flush()
     if committed(run.model) is None:
+        objective.finish(trainer)
         refusal, files = None, []
         try:
             with full_disk_told(run.folder.url, "model"):

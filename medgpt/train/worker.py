@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import psutil
@@ -13,10 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.config import ConfigError, TrainStageConfig
-from medgpt.data.batch import PackedBatch
 from medgpt.data.order import VALIDATION
 from medgpt.data.plan import Plan
-from medgpt.data.stream import Row, Step, training_stream, validation_rows
+from medgpt.data.stream import Row, Step, first_rows, training_stream
 from medgpt.disk import full_disk_told
 from medgpt.engine import Engine
 from medgpt.metrics import MetricsWriter
@@ -29,14 +29,41 @@ VALIDATION_ROWS = 256  # packed rows in a validation pass, at most
 ASK_EVERY_S = 2  # whether Ray has announced the end of a node
 
 
+class Loss(NamedTuple):
+    """Of a micro-batch."""
+
+    share: Tensor  # () float32, of the loss of the global batch
+    counts: Tensor | None = None  # (num_counts,) float32, what metrics are made of
+
+
+def flat(loss: Loss) -> Tensor:
+    """(1 + num_counts,) float32: the share of the loss, then the counts."""
+    share = loss.share.detach()[None]
+    return share if loss.counts is None else torch.cat([share, loss.counts])
+
+
 class Objective(Protocol):
-    """What a stage trains: a module that turns a batch into its share of the loss."""
+    """What a stage trains: a module, and the loss of what it makes of a batch."""
 
     @property
+    def num_counts(self) -> int: ...
+    @property
     def module(self) -> torch.nn.Module: ...
-    def batch(self, rows: Sequence[Row], *, epoch: int) -> PackedBatch: ...
-    def empty_batch(self) -> PackedBatch: ...
+    def batch(self, rows: Sequence[Row], *, epoch: int) -> Any: ...
+    def empty_batch(self) -> Any: ...
     def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]: ...
+    def loss(self, engine: Engine, batch: Any, *, num_targets: float, **options: Any) -> Loss: ...
+    def metrics(self, counts: Sequence[float], *, held_out: bool) -> dict[str, float]:
+        """Of a step's counts, or of a validation's, summed over micro-batches and ranks."""
+        ...
+
+    def finish(self, trainer: "Trainer") -> None:
+        """After the last step, before the export. Collective."""
+        ...
+
+    def export(self, engine: Engine, directory: Path) -> None:
+        """Write a Hugging Face folder. Collective."""
+        ...
 
 
 class Progress(Protocol):
@@ -129,16 +156,8 @@ class Trainer:
             if self.rank == 0
             else None
         )
-        rows = validation_rows(
-            self.plan,
-            run.data.url,
-            rank=self.rank,
-            world_size=self.world_size,
-            limit=VALIDATION_ROWS,
-        )
-        self.validation = self._micro_batches(
-            rows, num_rows=int(self._sum(float(len(rows)), op=dist.ReduceOp.MAX)), epoch=VALIDATION
-        )
+        rows = self.first_rows(epoch=VALIDATION, limit=VALIDATION_ROWS)
+        self.validation = self.micro_batches(rows, num_rows=self.most_rows(rows), epoch=VALIDATION)
 
     def fit(self) -> None:
         """Train from the newest checkpoint to the end; the last step is validated and saved.
@@ -183,7 +202,7 @@ class Trainer:
         began = time.monotonic()
         # for models whose own code draws; all that medgpt draws is keyed by sample
         torch.manual_seed(self.config.run.seed * 1_000_003 + step.step * 4099 + self.rank)
-        batches = self._micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
+        batches = self.micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
         num_tokens = sum(int(row.lengths.sum()) for row in step.rows)
         targets, tokens, sequences, *votes = self._sums(
             sum(batch.num_targets for batch, _ in batches),
@@ -191,14 +210,14 @@ class Trainer:
             sum(len(row.lengths) for row in step.rows),
             *self._votes(),
         )
-        loss = torch.zeros((), device=self.device)
         self.engine.module.train()
+        sums = torch.zeros(1 + self.objective.num_counts, device=self.device)
         for batch, options in batches:
-            share = self.engine(batch, num_tokens=max(1.0, targets), **options)
-            self.engine.backward(share)
-            loss += share.detach()
+            loss = self.objective.loss(self.engine, batch, num_targets=max(1.0, targets), **options)
+            self.engine.backward(loss.share)
+            sums += flat(loss)
         grad_norm = self.engine.step()
-        loss_sum = self._sum(float(loss))
+        loss_sum, *counts = self._sums(*sums.tolist())
         if self.config.train.audit:
             self.audit.add(step)
         self.position.step += 1
@@ -213,6 +232,7 @@ class Trainer:
                 "train/tokens": tokens,
                 "train/target_tokens": targets,
                 "train/sequences": sequences,
+                **self.objective.metrics(counts, held_out=False),
                 "train/epoch": step.epoch,
                 "time/step_s": elapsed,
                 "time/data_s": data_s,
@@ -239,21 +259,41 @@ class Trainer:
             return False
         began = time.monotonic()
         self.engine.module.eval()
-        loss = sum(
-            float(self.engine(batch, num_tokens=targets, **options))
-            for batch, options in self.validation
-        )
-        mean = self._sum(loss)
+        sums = torch.zeros(1 + self.objective.num_counts, device=self.device, dtype=torch.float64)
+        for batch, options in self.validation:
+            sums += flat(self.objective.loss(self.engine, batch, num_targets=targets, **options))
+        mean, *counts = self._sums(*sums.tolist())
         best = self.position.best_loss
         improved = self.position.step > 0 and (best is None or mean < best)
         if improved:
             self.position.best_loss, self.position.best_step = mean, self.position.step
-        self._report({"validation/loss": mean, "time/validation_s": time.monotonic() - began})
+        self._report(
+            {
+                "validation/loss": mean,
+                **self.objective.metrics(counts, held_out=True),
+                "time/validation_s": time.monotonic() - began,
+            }
+        )
         return improved
 
-    def _micro_batches(
+    def first_rows(self, *, epoch: int, limit: int) -> list[Row]:
+        """This worker's share of the first rows of an epoch, or of VALIDATION."""
+        return first_rows(
+            self.plan,
+            self.run.data.url,
+            epoch=epoch,
+            rank=self.rank,
+            world_size=self.world_size,
+            limit=limit,
+        )
+
+    def most_rows(self, rows: Sequence[Row]) -> int:
+        """Of any worker. Collective."""
+        return int(self._sum(float(len(rows)), op=dist.ReduceOp.MAX))
+
+    def micro_batches(
         self, rows: Sequence[Row], *, num_rows: int, epoch: int
-    ) -> list[tuple[PackedBatch, dict[str, Any]]]:
+    ) -> list[tuple[Any, dict[str, Any]]]:
         """Batches of micro_batch_size rows, as many as the worker with `num_rows` rows makes."""
         size = self.config.train.micro_batch_size
         groups = [rows[i : i + size] for i in range(0, num_rows, size)]
