@@ -85,7 +85,7 @@ def masked_batch(rows: Sequence["Row"], masking: Masking, seeds: Sequence[int]) 
     return packed_batch(torch.cat(input_ids), torch.cat(labels), lengths)
 
 
-def preference_batch(rows: "Sequence[Row]") -> PreferenceBatch:
+def preference_batch(rows: Sequence["Row"]) -> PreferenceBatch:
     """The answers of the rows' prompts, and each pair of a prompt of which one is better."""
     better: list[int] = []
     worse: list[int] = []
@@ -127,7 +127,7 @@ def empty_preferences(token_id: int) -> PreferenceBatch:
     )
 
 
-def _answers(rows: "Sequence[Row]") -> PackedBatch:
+def _answers(rows: Sequence["Row"]) -> PackedBatch:
     """A piece for each answer."""
     input_ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
     lengths = np.concatenate([_pieces(row) for row in rows]).astype(np.int64)
