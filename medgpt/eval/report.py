@@ -37,7 +37,7 @@ def write_report(run: Run) -> None:
     """Write report.html from what the run directory holds."""
     metrics = run.metrics()
     samples = run.folder.read_json("samples.json") if run.folder.exists("samples.json") else []
-    curves = [(title, _curve(metrics, unit, lines)) for title, unit, lines in CURVES]
+    curves = [(title, curve(metrics, unit, lines)) for title, unit, lines in CURVES]
     html = page(
         "report.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
@@ -59,7 +59,7 @@ def page(template: str, **values: Any) -> str:
     )
 
 
-def _curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
+def curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
     """An SVG of metrics over steps, empty if there are none."""
     points = {
         label: thinned([(line["step"], line[name]) for line in metrics if name in line])
