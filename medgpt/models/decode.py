@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from medgpt.models.scoring import batches
 
+BLOCK = 128  # tokens of the vocabulary that are added up first
 COMPACT_SHARE = 0.875  # of a batch's rows; when no more are unfinished, the others are dropped
 
 
@@ -232,22 +233,43 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:
 def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token of each row (B, V) and its log-probability, by the inverse of the distribution.
 
+    Found in two steps, a block of the vocabulary and the token in it: one pass over all
+    probabilities adds them up, cumulating is for few.
+
     Args:
         noise: (B,) float64 in [0, 1); one number a token, however large the vocabulary.
 
     Returns:
         (B,) int64 and (B,) float32.
     """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-    if temperature:
-        # float64: the many unlikely tokens of a large vocabulary add up, and none of probability 0
-        # is drawn by rounding
-        cumulated = logprobs.exp().cumsum(-1, dtype=torch.float64)
-        target = noise[:, None] * cumulated[:, -1:]
-        tokens = torch.searchsorted(cumulated, target, right=True)
-    else:
-        tokens = logprobs.argmax(-1, keepdim=True)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+    if not temperature:
+        logprobs = logits.float().log_softmax(-1)
+        best = logprobs.argmax(-1, keepdim=True)
+        return best[:, 0], logprobs.gather(1, best)[:, 0]
+    rows, size = logits.shape
+    weights = logits.new_zeros(rows, -(-size // BLOCK) * BLOCK, dtype=torch.float32)
+    scaled = torch.div(logits.float(), temperature, out=weights[:, :size])
+    top = scaled.amax(-1, keepdim=True)
+    scaled.sub_(top).exp_()
+    blocks = weights.view(rows, -1, BLOCK)
+    # float64: many unlikely tokens add up, and none of probability 0 is drawn by rounding
+    cumulated = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, V / BLOCK)
+    total = cumulated[:, -1:]
+    block, before = _find(cumulated, noise[:, None] * total)
+    inside = blocks[torch.arange(rows, device=block.device), block[:, 0]]  # (B, BLOCK)
+    token, _ = _find(inside.cumsum(-1, dtype=torch.float64), noise[:, None] * total - before)
+    tokens = block * BLOCK + token
+    logprobs = logits.gather(1, tokens).float() / temperature - top - total.log().float()
+    return tokens[:, 0], logprobs[:, 0]
+
+
+def _find(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) where rows (B, K) first exceed `target` (B, 1), and how much they hold before."""
+    # a rounded target may be the whole sum: not beyond what counts
+    target = target.minimum(torch.nextafter(cumulated[:, -1:], torch.zeros_like(target)))
+    found = torch.searchsorted(cumulated, target, right=True)
+    before = cumulated.gather(1, (found - 1).clamp(min=0))
+    return found, torch.where(found > 0, before, 0.0)
 
 
 def _cut(tokens: Tensor, logprobs: Tensor, ends: Sequence[int]) -> Iterator[Generated]:
