@@ -19,6 +19,7 @@ from medgpt.config import ConfigError, LoraConfig
 from medgpt.models.dropout import PieceDropout
 from medgpt.models.fetch import local_copy, model_folder
 from medgpt.models.tokenizer import load_base
+from medgpt.models.value_model import Score, load_value_model
 from medgpt.models.vocabulary import resize_for_new_tokens
 
 _ADAPTER = "adapter_config.json"
@@ -66,9 +67,15 @@ def merge_adapter(adapter: str, out: Path) -> None:
         raise ConfigError(
             f"RUN={adapter}: has no {_ADAPTER}; name a run trained with model.lora.rank > 0"
         )
-    model, tokenizer = load_merged(folder)
+    score = Score.read(folder)
+    if score is not None:  # of a reward model
+        model, tokenizer = load_value_model(str(folder))[0].pretrained, load_base(str(folder))
+    else:
+        model, tokenizer = load_merged(folder)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    if score is not None:
+        score.write(out)
 
 
 def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medgpt.config import ConfigError, LoraConfig, ModelConfig
+from medgpt.config import ConfigError, LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.models.base import HEAD, HEAD_KEY
-from medgpt.models.lora import apply_lora
+from medgpt.models.lora import apply_lora, merge_adapter
+from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.value_model import (
     Score,
     ValueModel,
@@ -149,11 +150,18 @@ def test_a_reward_model_of_adapters_is_folded_in(base, tmp_path):
 
     model, _ = load_value_model(str(tmp_path))
 
+    tokenizer = train_tokenizer(iter(["头痛"]), TokenizerConfig(vocab_size=300), "bpe")
+    tokenizer.save_pretrained(tmp_path)
+    merge_adapter(str(tmp_path), tmp_path / "merged")
+    merged, facts = load_value_model(str(tmp_path / "merged"))
+
     heads = [name for name in trained if HEAD in name]
     assert len(heads) == 1
     assert len(trained) == 1 + 2 * 7 * 2  # two matrices for seven layers of two blocks
     expected = (scores(adapted.eval(), pieces()) - SCORE.mean) / SCORE.std
     torch.testing.assert_close(scores(model, pieces()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(merged, pieces()), expected, rtol=0, atol=1e-5)
+    assert facts == SCORE
 
 
 def test_what_is_no_reward_model_is_refused(base):
