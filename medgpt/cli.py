@@ -16,6 +16,7 @@ from medgpt.config import (
     EvalConfig,
     PipelineConfig,
     PretrainConfig,
+    RewardConfig,
     SFTConfig,
     StageConfig,
     absolute_model,
@@ -50,6 +51,12 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune on conversations."""
     _run("medgpt.eval.stages:run_sft", config, _load(SFTConfig, config, overrides))
+
+
+@app.command()
+def reward(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a reward model on preferences: pairs, or several graded answers to a prompt."""
+    _run("medgpt.eval.stages:run_reward", config, _load(RewardConfig, config, overrides))
 
 
 @app.command(name="eval")

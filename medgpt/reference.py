@@ -21,6 +21,7 @@ from medgpt.config import (
     EvalConfig,
     PipelineConfig,
     PretrainConfig,
+    RewardConfig,
     SFTConfig,
     absolute,
     absolute_model,
@@ -31,6 +32,7 @@ BEGIN, END = "<!-- reference: begin -->\n", "<!-- reference: end -->"
 STAGES: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
+    "reward": RewardConfig,
     "eval": EvalConfig,
     "corpus": CorpusConfig,
     "pipeline": PipelineConfig,

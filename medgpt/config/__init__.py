@@ -49,6 +49,7 @@ from medgpt.config.replies import (
     TaskConfig,
     TriageConfig,
 )
+from medgpt.config.reward import PreferenceStageConfig, RewardConfig, RewardObjectiveConfig
 from medgpt.config.rewards import (
     DiagnosisConfig,
     JudgeConfig,
@@ -106,10 +107,13 @@ __all__ = [
     "PipelineStage",
     "PoolConfig",
     "PoolsConfig",
+    "PreferenceStageConfig",
     "PretrainConfig",
     "PtxConfig",
     "ReportConfig",
+    "RewardConfig",
     "RewardFunctionConfig",
+    "RewardObjectiveConfig",
     "RewardsConfig",
     "RoleConfig",
     "RoleName",

@@ -129,7 +129,8 @@ class DataConfig(Config):
     sources: Annotated[tuple[SourceConfig, ...], Len(1)]
     """What to train on."""
     max_length: Annotated[int, Ge(16)] = 1024
-    """Tokens in a packed row. Longer documents span rows, conversations lose their oldest turns."""
+    """Tokens in a packed row. Longer documents span rows, conversations lose their oldest turns. Of
+    preferences: tokens of a prompt with an answer. Of prompts: longer ones are set aside."""
     validation_share: Share = 0.02
     """Share of the samples held out, chosen by the hash of their content."""
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01

@@ -13,6 +13,7 @@ from medgpt.config import (
     PipelineConfig,
     PipelineStage,
     PretrainConfig,
+    RewardConfig,
     SFTConfig,
     load,
 )
@@ -21,14 +22,20 @@ from medgpt.eval.evaluate import run_eval
 from medgpt.eval.gates import GateFailure
 from medgpt.eval.pipeline_report import write_pipeline_report
 from medgpt.eval.results import RESULTS, read_items
-from medgpt.eval.stages import run_pretrain, run_sft
+from medgpt.eval.stages import run_pretrain, run_reward, run_sft
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
 
-CONFIGS = {"corpus": CorpusConfig, "pretrain": PretrainConfig, "sft": SFTConfig, "eval": EvalConfig}
+CONFIGS = {
+    "corpus": CorpusConfig,
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "eval": EvalConfig,
+}
 QUESTIONS = ("pretrain", "sft", "rlhf")  # kinds of key points whose answers the console shows
 
-StageConfig = CorpusConfig | PretrainConfig | SFTConfig | EvalConfig
+StageConfig = CorpusConfig | PretrainConfig | SFTConfig | RewardConfig | EvalConfig
 
 
 @dataclass(frozen=True)
@@ -124,6 +131,8 @@ def _run(config: StageConfig) -> None:
             run_pretrain(config)
         case SFTConfig():
             run_sft(config)
+        case RewardConfig():
+            run_reward(config)
         case EvalConfig():
             run_eval(config)
 

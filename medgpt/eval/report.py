@@ -13,9 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.typing import RcKeyType
 
 from medgpt.runs import Run
+from medgpt.train.findings import FINDINGS
 
+LOSS = "Loss"
 CURVES = (  # title, unit, metric -> label
-    ("Loss", "nats per target token", {"train/loss": "train", "validation/loss": "validation"}),
+    (LOSS, "nats per target token", {"train/loss": "train", "validation/loss": "validation"}),
+    (
+        "Pairs in the right order",
+        "share",
+        {"reward/accuracy": "train", "validation/accuracy": "validation"},
+    ),
     ("Throughput", "tokens per second", {"train/tokens_per_s": "all workers"}),
     ("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}),
     ("Learning rate", "", {"train/learning_rate": "learning rate"}),
@@ -37,7 +44,11 @@ def write_report(run: Run) -> None:
     """Write report.html from what the run directory holds."""
     metrics = run.metrics()
     samples = run.folder.read_json("samples.json") if run.folder.exists("samples.json") else []
-    curves = [(title, curve(metrics, unit, lines)) for title, unit, lines in CURVES]
+    findings = run.folder.read_json(FINDINGS) if run.folder.exists(FINDINGS) else None
+    units = {LOSS: "nats per prompt"} if findings else {}
+    curves = [
+        (title, curve(metrics, units.get(title, unit), lines)) for title, unit, lines in CURVES
+    ]
     html = page(
         "report.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
@@ -46,6 +57,8 @@ def write_report(run: Run) -> None:
         curves=[(title, svg) for title, svg in curves if svg],
         facts=_facts(metrics),
         samples=samples,
+        findings=findings,
+        leads=_histogram(findings["leads"]) if findings and findings["pairs"] else "",
     )
     run.folder.write_text("report.html", html)
 
@@ -79,8 +92,24 @@ def curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
-        svg = io.StringIO()
-        figure.savefig(svg, format="svg", metadata=dict.fromkeys(NO_METADATA))
+        return _svg(figure)
+
+
+def _histogram(leads: dict[str, list[float]]) -> str:
+    """An SVG of how far better answers' scores lead; what is left of 0 is in the wrong order."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+        axes = figure.subplots()
+        axes.stairs(leads["counts"], leads["edges"], fill=True)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_xlabel("score of the better answer less that of the worse, in deviations")
+        axes.set_ylabel("pairs")
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata=dict.fromkeys(NO_METADATA))
     return svg.getvalue()[svg.getvalue().index("<svg") :]
 
 

@@ -1,6 +1,6 @@
 """Training stages as commands: train, then report."""
 
-from medgpt.config import PretrainConfig, SFTConfig, TrainStageConfig
+from medgpt.config import PretrainConfig, RewardConfig, SFTConfig, TrainStageConfig
 from medgpt.runs import Run
 from medgpt.train.stage import run_stage
 
@@ -11,6 +11,10 @@ def run_pretrain(config: PretrainConfig) -> Run:
 
 def run_sft(config: SFTConfig) -> Run:
     return _trained("sft", config)
+
+
+def run_reward(config: RewardConfig) -> Run:
+    return _trained("reward", config)
 
 
 def _trained(stage: str, config: TrainStageConfig) -> Run:

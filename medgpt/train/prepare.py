@@ -15,6 +15,7 @@ from medgpt.config import (
     ModelConfig,
     Passes,
     PretrainConfig,
+    RewardConfig,
     RunConfig,
     Samples,
     SourceConfig,
@@ -219,7 +220,9 @@ def check_model(config: DataStage) -> None:
     """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
     from medgpt.models.base import check_positions, named_config, weight_files
 
-    objective = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
+    objective = "value" if isinstance(config, RewardConfig) else "clm"
+    if isinstance(config, PretrainConfig):
+        objective = config.objective.kind
     check_positions(named_config(config.model, objective), config.data.max_length)
     assert config.model.name is not None
     weight_files(config.model.name)

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medgpt.config import ConfigError, TrainStageConfig
+from medgpt.config import ConfigError, RewardConfig, TrainStageConfig
 from medgpt.disk import full_disk_told
 from medgpt.runs import Run, commit, committed, entries
 from medgpt.train.gate import Gate
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
+
+    from medgpt.train.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
 
     from medgpt.engine.setup import keep_freed_memory
     from medgpt.train.card import model_card
-    from medgpt.train.objective import Objective
-    from medgpt.train.prepare import TOKENIZER, first_texts, load_tokenizer
+    from medgpt.train.prepare import TOKENIZER, load_tokenizer
     from medgpt.train.progress import Posted
     from medgpt.train.samples import write_samples
     from medgpt.train.saving import raise_together
@@ -61,13 +62,12 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if not job.gate.passed():
         return
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
-    unmeasured = dist.get_rank() == 0 and "vocabulary" not in run.manifest
-    objective = Objective(
-        config, tokenizer, device, probe=first_texts(config) if unmeasured else ()
-    )
-    if unmeasured and objective.vocabulary is not None:
-        run.update_manifest(vocabulary=objective.vocabulary.facts())
-        job.progress.put(str(objective.vocabulary))
+    if isinstance(config, RewardConfig):
+        from medgpt.train.reward import RewardObjective
+
+        objective = RewardObjective(config, tokenizer, device)
+    else:
+        objective = _language_modelling(job, run, tokenizer, device)
     progress = Posted(job.progress)
     trainer = Trainer(
         run,
@@ -102,3 +102,21 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if dist.get_rank() == 0 and config.report.prompts:
         write_samples(run, config, device)
     dist.barrier()
+
+
+def _language_modelling(job: WorkerJob, run: Run, tokenizer: Any, device: Any) -> "Objective":
+    """The objective; rank 0 tells what changed if the base speaks another vocabulary."""
+    import torch.distributed as dist
+
+    from medgpt.train.objective import Objective
+    from medgpt.train.prepare import first_texts
+
+    config = job.config
+    unmeasured = dist.get_rank() == 0 and "vocabulary" not in run.manifest
+    objective = Objective(
+        config, tokenizer, device, probe=first_texts(config) if unmeasured else ()
+    )
+    if unmeasured and objective.vocabulary is not None:
+        run.update_manifest(vocabulary=objective.vocabulary.facts())
+        job.progress.put(str(objective.vocabulary))
+    return objective

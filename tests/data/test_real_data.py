@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import PretrainConfig, SFTConfig, SourceConfig, load
+from medgpt.config import PretrainConfig, RewardConfig, SFTConfig, SourceConfig, load
 from medgpt.data.deny import DenyList
 from medgpt.data.readers import read_unit
-from medgpt.data.records import Conversation, Document, Record, Reject
+from medgpt.data.records import Conversation, Document, Preferences, Record, Reject
 from medgpt.data.units import list_units
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +107,20 @@ def test_relations_read_as_sentences() -> None:
         assert isinstance(item, Document)
         # no list, key or empty clause of the raw row shines through
         assert not re.search(r"[\[\]{}]'|': |。。|，。|有。|\n", item.text), item.row
+
+
+def test_real_preferences_are_ranked_or_compare_nothing() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        reward = load(RewardConfig, ROOT / "configs/real/reward.toml")
+    counts = {}
+    for source in reward.data.sources:
+        items = [item for unit in list_units(source, 32) for item in read_unit(unit, source)]
+        kept = [item for item in items if isinstance(item, Preferences)]
+        assert not any(isinstance(item, Reject) and item.malformed for item in items)
+        counts[source.name] = (len(items), len(kept), sum(len(item.answers) for item in kept))
+    # questions of therapists of which most have one answer; six systems for every patient
+    assert counts == {"counsel-chat": (700, 179, 1033), "disc-cmd": (114, 114, 684)}
 
 
 def test_few_records_break_the_deny_list() -> None:
