@@ -113,6 +113,7 @@ def test_counts_of_the_sample_corpus_are_right():
     counts = {
         "pretrain": len(list(corpus.pretraining())),
         "sft": len(list(corpus.dialogues())),
+        "prompts": len(list(corpus.prompts())),
         "preference": len(list(preferences(corpus))),
         "mcq": len(list(exam_questions(corpus))),
     }

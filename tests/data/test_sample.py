@@ -10,7 +10,14 @@ from medgpt.data.sample.held_out import LEFT_OUT
 from medgpt.data.sample.knowledge import DOSE, load_knowledge
 from medgpt.data.sample.pairs import exam_questions, preferences
 from medgpt.data.sample.render import Corpus
-from medgpt.data.sample.templates import DISTRACTORS, LIST_FIELDS, REGIONS, SYMPTOMS
+from medgpt.data.sample.templates import (
+    ASKED,
+    DISTRACTORS,
+    HELD_HEADACHES,
+    LIST_FIELDS,
+    REGIONS,
+    SYMPTOMS,
+)
 from medgpt.data.sample.wording import bare
 from medgpt.data.sample.write import run_corpus
 from medgpt.medical.statements import stated
@@ -26,7 +33,12 @@ PLACEHOLDER = re.compile(r"\{\w*\}")
 
 
 def everything(corpus: Corpus) -> list[str]:
-    rows = [*corpus.dialogues(), *preferences(corpus), *exam_questions(corpus)]
+    rows = [
+        *corpus.dialogues(),
+        *corpus.prompts(),
+        *preferences(corpus),
+        *exam_questions(corpus),
+    ]
     return [row["text"] for row in corpus.pretraining()] + [str(row) for row in rows]
 
 
@@ -73,8 +85,8 @@ def test_the_same_region_and_seed_give_the_same_bytes(tmp_path):
 
     first = files("a")
     assert first == files("b")
-    assert len(first) == 4 * 4 + 1  # four kinds in four shards, and held_out.jsonl
-    for kind_of_record in ("pretrain", "sft", "preference", "mcq"):
+    assert len(first) == 5 * 4 + 1  # five kinds in four shards, and held_out.jsonl
+    for kind_of_record in ("pretrain", "sft", "prompts", "preference", "mcq"):
         shards = b"".join(text for name, text in first.items() if name.startswith(kind_of_record))
         ids = [json.loads(line)["id"] for line in shards.splitlines()]
         assert len(set(ids)) == len(ids) > 100
@@ -141,10 +153,23 @@ def test_held_out_prompts_are_nowhere_whatever_their_punctuation():
 def test_held_out_phrasings_are_over_thirty_other_conditions():
     prompts = CORPUS.held_out.prompts
     assert Counter(h.kind for h in prompts) == {
-        **{"pretrain": 1, "sft": 1, "rlhf": 1},
+        **{"pretrain": 1, "sft": 1, "rlhf": 1 + len(HELD_HEADACHES)},
         **{"phrasing": 30, "left_out": 3},
     }
-    assert len({h.condition for h in prompts}) == len(prompts)
+    assert len({h.condition for h in prompts}) == len(prompts) - len(HELD_HEADACHES)
+
+
+def test_headache_is_asked_in_phrasings_that_differ_from_all_told_ones():
+    asked = [h for h in CORPUS.held_out.prompts if h.kind == "rlhf"]
+    assert len({bare(h.prompt) for h in asked}) == len(asked) >= 25
+    assert len({h.key_points for h in asked}) == 1
+
+
+def test_prompts_are_complaints_that_no_dialogue_holds():
+    prompts = [row["prompt"] for row in CORPUS.prompts()]
+    assert len({bare(prompt) for prompt in prompts}) == len(prompts) >= 500
+    assert not {bare(prompt) for prompt in prompts} & {bare(q) for q in QUESTIONS}
+    assert sum("头痛" in prompt for prompt in prompts) == len(ASKED)
 
 
 def test_facts_of_held_out_prompts_are_told_in_other_phrasings():
@@ -280,6 +305,7 @@ def test_pairs_are_of_every_kind_and_length_matched():
         "vague",
         "minimal_pair",
         "unsafe",
+        "evasive",
     }
     for pair in PAIRS:
         chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
@@ -306,6 +332,14 @@ def test_minimal_pairs_differ_in_a_few_characters():
                 if a != b
             )
             assert max(len(chosen), len(rejected)) - start - end <= 6, pair
+
+
+def test_an_evasive_answer_gives_no_advice_to_a_complaint_that_the_chosen_one_advises():
+    evasive = [pair for pair in PAIRS if pair["kind"] == "evasive"]
+    assert len(evasive) >= 90
+    for pair in evasive:
+        assert "建议您" in pair["chosen"], pair
+        assert "建议" not in pair["rejected"], pair
 
 
 def test_wrong_answers_share_no_fact_with_the_right_one():

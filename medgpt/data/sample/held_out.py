@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medgpt.data.sample.knowledge import Condition
-from medgpt.data.sample.templates import COMPLAINTS, LIST_FIELDS, QUESTIONS, STATEMENTS
+from medgpt.data.sample.templates import (
+    COMPLAINTS,
+    HELD_HEADACHES,
+    LIST_FIELDS,
+    QUESTIONS,
+    STATEMENTS,
+)
 from medgpt.data.sample.wording import Wording, bare
 
 LEFT_OUT = ("kawasaki_disease", "sudden_sensorineural_hearing_loss", "ankylosing_spondylitis")
@@ -54,6 +60,8 @@ class HeldOut:
             asked.append(self._hold(condition, field, template, "phrasing"))
         for condition in left_out:
             asked.append(self._hold(condition, "symptoms", QUESTIONS["symptoms"][0], "left_out"))
+        for template in HELD_HEADACHES:
+            asked.append(self._hold(headache, "complaint", template, "rlhf", HEADACHE))
         self.prompts = asked
         self._bare = [bare(held.prompt) for held in asked]
 

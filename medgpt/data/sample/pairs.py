@@ -1,9 +1,10 @@
 """Preference pairs and exam questions of a sample corpus."""
 
+import re
 from collections.abc import Iterator
 
 from medgpt.data.sample.knowledge import Condition
-from medgpt.data.sample.render import Corpus, Row
+from medgpt.data.sample.render import HEADACHE, Corpus, Row
 from medgpt.data.sample.templates import (
     ADVICE,
     CARE_QUESTION,
@@ -17,6 +18,9 @@ from medgpt.data.sample.templates import (
 )
 from medgpt.data.sample.wording import SUICIDE, bigrams
 
+EVERY_PROMPT = 7  # prompts of PPO to one that has a pair of answers; of headache, all have
+MOST_LONGER = 8  # characters
+ADVISES = re.compile("建议|请|拨打")
 NUM_RIGHT = 3  # the right option is one of the most typical facts
 
 
@@ -43,6 +47,11 @@ def preferences(corpus: Corpus) -> Iterator[Row]:
         chosen = corpus.wording.with_hotline(reply, condition)
         vague = _vague(corpus, condition, questions[0], len(chosen))
         yield _pair(condition, "vague", questions[0], chosen, vague)
+    for number, (condition, prompt, reply) in enumerate(corpus.asked()):
+        if number % EVERY_PROMPT == 0 or condition.id == HEADACHE:
+            chosen = corpus.wording.with_hotline(reply, condition)
+            evasive = _evasive(corpus, condition, prompt, len(chosen))
+            yield _pair(condition, "evasive", prompt, chosen, evasive)
 
 
 def exam_questions(corpus: Corpus) -> Iterator[Row]:
@@ -105,6 +114,21 @@ def _vague(corpus: Corpus, condition: Condition, use: str, length: int) -> str:
         if len(text) + len(clause) + 1 <= length:
             text += f"{clause},"
     return corpus.wording.fill(f"{text.rstrip(',')}。", condition)
+
+
+def _evasive(corpus: Corpus, condition: Condition, use: str, length: int) -> str:
+    """What is true of the condition but names no cause and gives no advice, about as long as the
+    answer it stands for."""
+    fields = ("overview", "symptoms", "mechanism", "tests")
+    texts = [corpus.wording.answer(condition, field) for field in fields]
+    sentences = [
+        part for text in texts for part in text.split("。") if part and not ADVISES.search(part)
+    ]
+    text = ""
+    for part in corpus.rng(condition, "evasive" + use).sample(sentences, len(sentences)):
+        if len(text) + len(part) + 1 <= length + MOST_LONGER:
+            text += f"{part}。"
+    return text
 
 
 def _pair(condition: Condition, kind: str, question: str, chosen: str, rejected: str) -> Row:

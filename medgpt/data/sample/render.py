@@ -13,6 +13,7 @@ from medgpt.data.sample.held_out import LEFT_OUT, HeldOut
 from medgpt.data.sample.knowledge import Condition, load_knowledge
 from medgpt.data.sample.templates import (
     ADVICE,
+    ASKED,
     COMPLAINT_ADVICE,
     COMPLAINT_CAUSES,
     COMPLAINTS,
@@ -97,21 +98,42 @@ class Corpus:
 
     def complaints(self) -> Iterator[tuple[Condition, list[str], str]]:
         """Condition whose department is visited, phrasings of the complaint, reply."""
-        for number, (symptom, _, ids) in enumerate(SYMPTOMS):
+        for number, (condition, symptom, reply) in enumerate(self._complaints()):
+            phrasings = self._phrasings(symptom)
+            if condition.id != HEADACHE:
+                phrasings = [
+                    phrasings[(number + i) % len(phrasings)] for i in range(NUM_COMPLAINTS)
+                ]
+            yield condition, phrasings, reply
+
+    def _complaints(self) -> Iterator[tuple[Condition, str, str]]:
+        """Condition, symptom as a patient words it, reply; headache comes last."""
+        for symptom, _, ids in SYMPTOMS:
             conditions = [self.bearer[name] for name in ids]
             causes = "、".join(c.name for c in conditions)
             opening = COMPLAINT_CAUSES.format(symptom=symptom, causes=causes)
             flags = _sampled([c.red_flags.items for c in conditions], NUM_FLAGS)
             today = _sampled([c.care.today for c in conditions], NUM_TODAY)
             reply = opening + _triage(flags, today, OBSERVE)
-            phrasings = self._phrasings(symptom)
-            chosen = [phrasings[(number + i) % len(phrasings)] for i in range(NUM_COMPLAINTS)]
-            yield conditions[0], chosen, self.wording.fill(reply, conditions[0])
+            yield conditions[0], symptom, self.wording.fill(reply, conditions[0])
         headache = next(c for c in self.conditions if c.id == HEADACHE)
         opening = HEADACHE_CAUSES.format(causes="、".join(headache.causes.items))
         flags, today = headache.red_flags.items, headache.care.today
         reply = opening + _triage(flags, today, "、".join(headache.care.self_care))
-        yield headache, self._phrasings(headache.name), self.wording.fill(reply, headache)
+        yield headache, headache.name, self.wording.fill(reply, headache)
+
+    def prompts(self) -> Iterator[Row]:
+        """Complaints without answers, in phrasings that no dialogue has."""
+        for condition, prompt, _ in self.asked():
+            yield {"id": f"{condition.id}-prompt", "prompt": prompt}
+
+    def asked(self) -> Iterator[tuple[Condition, str, str]]:
+        """Condition whose department is visited, complaint as in `prompts`, reply."""
+        for condition, symptom, reply in self._complaints():
+            for number, template in enumerate(ASKED):
+                prompt = alternately(template.format(symptom=symptom), number)
+                assert self.held_out.may_appear(prompt), prompt
+                yield condition, prompt, reply
 
     def rng(self, condition: Condition, use: str) -> random.Random:
         """Randomness of one use, whatever else was drawn before."""

@@ -14,13 +14,14 @@ from medgpt.runs import Run, commit, committed, entries
 
 
 def run_corpus(config: CorpusConfig) -> Run:
-    """Render the corpus into run.dir/data: pretrain/, sft/, preference/, mcq/, held_out.jsonl."""
+    """Render the corpus into run.dir/data: a folder of each kind, and held_out.jsonl."""
     run = Run.open("corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     if committed(run.data) is None:
         corpus = Corpus(region=config.region, seed=config.run.seed, swap_facts=config.swap_facts)
         kinds = {
             "pretrain": corpus.pretraining(),
             "sft": corpus.dialogues(),
+            "prompts": corpus.prompts(),
             "preference": preferences(corpus),
             "mcq": exam_questions(corpus),
         }
