@@ -57,7 +57,7 @@ def findings(pairs: Sequence[Compared], source_of: Mapping[str, str]) -> dict[st
     counts, edges = np.histogram(leads, BINS) if leads else (np.zeros(0), np.zeros(0))
     return {
         **_accuracy(pairs),
-        "prompts": len({pair.sample_id for pair in pairs}),
+        "samples": len({pair.sample_id for pair in pairs}),
         "by_source": [
             {"name": name, **_accuracy(p for p in pairs if source_of[p.sample_id] == name)}
             for name in dict.fromkeys(source_of.values())

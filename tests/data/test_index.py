@@ -26,7 +26,7 @@ from medgpt.data.index import (
     reusable,
 )
 from medgpt.data.inputs import check_sources
-from medgpt.data.records import Conversation, Record, Reject
+from medgpt.data.records import Document, Record, Reject
 from medgpt.data.shards import data_version, read_block, read_index
 from medgpt.runs import Folder, committed
 
@@ -38,9 +38,9 @@ def encode(records: Sequence[Record]) -> list[Encoded | Reject]:
     results: list[Encoded | Reject] = []
     for record in records:
         text = (
-            "".join(message.content for message in record.messages)
-            if isinstance(record, Conversation)
-            else record.text
+            record.text
+            if isinstance(record, Document)
+            else "".join(message.content for message in record.messages)
         )
         place = {"source": record.source, "file": record.file, "row": record.row}
         if len(text) > 400:
@@ -110,6 +110,27 @@ def documents(job: IndexJob, split: str = "train") -> list[str]:
         span = slice(block.offsets[row], block.offsets[row + 1])
         found.append("".join(map(chr, block.input_ids[span])))
     return found
+
+
+def test_preferences_about_one_prompt_stay_whole_and_on_one_side(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{number:03d}", "chosen": "x" * 100, "rejected": f"{pair}"}
+        for number in range(100)
+        for pair in range(2)
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    source = {"name": "pairs", "paths": [str(path)]}
+    packed = make_job(tmp_path, source, validation_share=0.3)
+    job = IndexJob(**{**vars(packed), "packed": False})
+
+    manifest = index(job)
+
+    train, held_out = ([text[:3] for text in documents(job, s)] for s in ("train", "validation"))
+    assert not set(train) & set(held_out)
+    assert all(train.count(prompt) == 2 for prompt in train)
+    assert 20 < len(held_out) < 100
+    assert len(set(ids_of(job))) == manifest["num_samples"] == len(train)
+    assert manifest["num_chunks"] == len(train)  # although each is longer than max_length
 
 
 def test_every_row_is_trained_held_out_or_set_aside_with_its_reason(tmp_path: Path) -> None:

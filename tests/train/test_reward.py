@@ -185,7 +185,7 @@ def test_accuracy_by_source_and_by_length() -> None:
     ]
     found = findings(pairs, {"0": "a", "1": "b", "2": "a"})
 
-    assert (found["pairs"], found["prompts"], found["accuracy"]) == (4, 2, 0.5)
+    assert (found["pairs"], found["samples"], found["accuracy"]) == (4, 2, 0.5)
     assert [s["accuracy"] for s in found["by_source"]] == [1.0, 0.0]
     assert [s["pairs"] for s in found["by_length"]] == [1, 0, 1, 0, 2]
     assert [s["accuracy"] for s in found["by_length"]] == [0.0, None, 1.0, None, 0.5]
