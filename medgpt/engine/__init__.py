@@ -36,7 +36,7 @@ for handler in logging.getLogger("DeepSpeed").handlers:
     handler.setStream(sys.stderr)  # stdout belongs to the program's own output
 
 from medgpt.engine.engine import Engine  # noqa: E402
-from medgpt.engine.export import gather_weights, save_safetensors  # noqa: E402
+from medgpt.engine.export import gather_weights, plain_weights, save_safetensors  # noqa: E402
 from medgpt.engine.loading import load_safetensors, partitioned_init  # noqa: E402
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "gather_weights",
     "load_safetensors",
     "partitioned_init",
+    "plain_weights",
     "save_safetensors",
 ]

@@ -3,13 +3,18 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from medgpt.engine import state
+
+if TYPE_CHECKING:
+    from medgpt.models.lora import Part
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -30,6 +35,22 @@ def gather_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             copy = tensor.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
         if copy is not None:
             yield name, copy.contiguous()
+
+
+def plain_weights(parts: "Iterable[Part]") -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of each part, on the device of the model, where ZeRO-3 gathers it.
+
+    Collective like `gather_weights`. A tensor is read before the next one is asked for; it may be
+    the weight itself.
+    """
+    rank = dist.get_rank()
+    for part in parts:
+        params = [source for source in part.sources if state.is_zero_param(source)]
+        with deepspeed.zero.GatheredParameters(params, enabled=bool(params)):
+            if rank == 0:
+                with torch.no_grad():
+                    weight = part.make()
+                yield part.name, weight
 
 
 def save_safetensors(

@@ -1,11 +1,15 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): put on, loaded, folded into the base model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +27,7 @@ from medgpt.models.value_model import Score, load_value_model
 from medgpt.models.vocabulary import resize_for_new_tokens
 
 _ADAPTER = "adapter_config.json"
+_NAME = "default"  # of the adapter, peft's own choice
 
 
 def apply_lora(
@@ -100,6 +105,58 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
     if (folder / "generation_config.json").is_file():
         merged.generation_config = GenerationConfig.from_pretrained(folder)
     return merged, tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of a plain model: the parameters that it is made of, and how."""
+
+    name: str
+    sources: list[Tensor]
+    make: Callable[[], Tensor]
+    """The sources must be whole. What comes out may be one of them."""
+
+
+def plain_parts(model: PreTrainedModel | peft.PeftModel) -> Iterator[Part]:
+    """The weights of the plain model that `model` stands for, adapters folded in.
+
+    Parameters and persistent buffers under their Hugging Face names; tied ones once, by the first.
+    """
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    seen: set[int] = set()
+    for key, tensor in base.state_dict(keep_vars=True).items():
+        adapted, _, last = key.partition(".base_layer.")
+        is_adapter = not last and any(
+            isinstance(module, LoraLayer | TrainableTokensLayer) for module in _above(base, key)
+        )
+        if id(tensor) in seen or is_adapter:
+            continue
+        seen.add(id(tensor))
+        if last != "weight":
+            yield Part(key.replace(".base_layer.", "."), [tensor], tensor.detach)
+            continue
+        layer = base.get_submodule(adapted)
+        name = f"{adapted.removesuffix('.token_adapter')}.weight"
+        if isinstance(layer, TrainableTokensLayer):
+            sources = [tensor, layer.trainable_tokens_delta[_NAME]]
+            yield Part(name, sources, partial(layer.get_merged_weights, [_NAME]))
+        else:
+            assert isinstance(layer, LoraLinear), type(layer)
+            sources = [tensor, layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight]
+            yield Part(name, sources, partial(_merged, layer))
+
+
+def _merged(layer: LoraLinear) -> Tensor:
+    """peft's own sum, without changing the layer."""
+    weight = layer.get_base_layer().weight
+    return weight + layer.get_delta_weight(_NAME).to(weight.dtype)
+
+
+def _above(model: nn.Module, key: str) -> Iterator[nn.Module]:
+    """The modules on the way to a weight."""
+    for name in key.split(".")[:-1]:
+        model = model.get_submodule(name)
+        yield model
 
 
 def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

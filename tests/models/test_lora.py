@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from medgpt.config import ConfigError, LoraConfig, TokenizerConfig
-from medgpt.models.lora import apply_lora, merge_adapter
+from medgpt.models.lora import apply_lora, merge_adapter, plain_parts
 from medgpt.models.tokenizer import load_base, train_tokenizer
 from medgpt.models.vocabulary import (
     extend_tokenizer,
@@ -101,6 +101,22 @@ def test_merged_logits_are_the_adapters_with_an_extended_vocabulary(tmp_path, ti
     for text, want in expected.items():
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
         torch.testing.assert_close(logits(merged, loaded, text), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_parts_are_the_weights_of_the_merged_model(tmp_path, tied):
+    save_base(tmp_path, tied=tied)
+    model, _ = load(tmp_path)
+    plain = {part.name: part.make() for part in plain_parts(model)}
+    assert plain.keys() == dict(model.named_parameters()).keys()
+    adapted = disturb(apply_lora(model, CONFIG, new_token_ids=[3, 5]))
+    parts = {part.name: part.make() for part in plain_parts(adapted)}
+    assert parts.keys() == plain.keys()
+    merged = adapted.merge_and_unload()
+    weights = dict(merged.named_parameters())
+    for name, weight in parts.items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
+    assert any(not torch.equal(parts[name], plain[name]) for name in plain)
 
 
 def test_only_the_new_rows_of_the_embedding_change(tmp_path):
