@@ -33,7 +33,7 @@ from medgpt.config.model import (
     ModelConfig,
     TokenizerConfig,
 )
-from medgpt.config.pools import PoolsConfig, RoleConfig, RoleName
+from medgpt.config.pools import PoolsConfig, RoleConfig, RoleName, SyncConfig
 from medgpt.config.ppo import (
     CriticConfig,
     PPOConfig,
@@ -124,6 +124,7 @@ __all__ = [
     "Samples",
     "SourceConfig",
     "StageConfig",
+    "SyncConfig",
     "TaskConfig",
     "TokenizerConfig",
     "TrainConfig",

@@ -56,6 +56,18 @@ class ScoringRoleConfig(RoleConfig):
     """DeepSpeed ZeRO: 0 a whole model on every worker, 3 the weights are partitioned."""
 
 
+class SyncConfig(Config):
+    """How weights go from the actor to the rollout workers."""
+
+    transport: Literal["auto", "nccl", "gloo", "object_store"] = "auto"
+    """auto: nccl where all have GPUs of their own, else gloo; Ray's object store where the
+    pools cannot reach each other. The others: that or an error."""
+    bucket_mb: Count = 16
+    """MiB that travel together; a larger weight travels alone."""
+    timeout_s: Annotated[float, Gt(0)] = 300
+    """Longest wait for the other side of a transfer."""
+
+
 class PoolsConfig(Config):
     """Each role has its own pool; all are placed together or not at all."""
 
@@ -66,6 +78,7 @@ class PoolsConfig(Config):
     rollout: RolloutRoleConfig = RolloutRoleConfig()
     reference_in_actor: bool = False
     """With LoRA: the actor's base with the adapter off is the reference, which has no pool then."""
+    sync: SyncConfig = SyncConfig()
     call_timeout_s: Annotated[float, Gt(0)] = 1800
     """Longest time that one call to a pool may take; then its workers count as dead."""
     join_timeout_s: Annotated[float, Gt(0)] = 300

@@ -149,6 +149,7 @@ def plain_parts(model: PreTrainedModel | peft.PeftModel) -> Iterator[Part]:
 def _merged(layer: LoraLinear) -> Tensor:
     """peft's own sum, without changing the layer."""
     weight = layer.get_base_layer().weight
+    assert isinstance(weight, Tensor)
     return weight + layer.get_delta_weight(_NAME).to(weight.dtype)
 
 

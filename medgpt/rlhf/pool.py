@@ -10,6 +10,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.experimental import get_local_object_locations
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -20,7 +21,7 @@ from medgpt.rlhf.worker import Seat, Worker
 Role = TypeVar("Role")
 Say = Callable[[str], None]
 SAID_AFTER_S = 30  # a wait that takes longer is told
-PING_S = 5  # in which Ray knows that a worker died
+PING_S = 3  # in which Ray knows that a worker died
 SETTLE_S = 0.5  # in which workers that died together are all known to have died
 
 
@@ -93,6 +94,12 @@ class Pool(Generic[Role]):
         pings = [worker.ping.remote() for worker in self.workers]
         ready, _ = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)
         return [rank for rank, ping in enumerate(pings) if ping in ready and _is_dead(ping)]
+
+    def silent(self, timeout_s: float) -> list[int]:
+        """Ranks that do nothing for so long: stopped, cut off, or busy with an earlier call."""
+        pings = [worker.ping.remote() for worker in self.workers]
+        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)
+        return [rank for rank, ping in enumerate(pings) if ping not in ready]
 
     def rank_of(self, ref: Any) -> int | None:
         """Of the worker that makes `ref`, if it is one of this pool."""
@@ -174,11 +181,17 @@ class Pools:
             PoolDied: a worker is gone, or did not answer in time.
             RayTaskError: any other error of a role.
         """
+        self.wait(refs, what, timeout_s=timeout_s)
+        return ray.get(list(refs))
+
+    def wait(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> None:
+        """Return when all `refs` are there; as `get`, but values stay where they are."""
         limit = self.config.call_timeout_s if timeout_s is None else timeout_s
         began, said, pending = time.monotonic(), False, list(refs)
         while pending:
             left = began + limit - time.monotonic()
-            done, pending = ray.wait(pending, timeout=max(0.0, min(SAID_AFTER_S, left)))
+            patience = max(0.0, min(SAID_AFTER_S, left))
+            done, pending = ray.wait(pending, timeout=patience, fetch_local=False)
             for ref in done:
                 self._check(ref)
             if pending and time.monotonic() > began + limit:
@@ -187,7 +200,6 @@ class Pools:
                 workers = ", ".join(f"{role} {rank}" for role, rank in self._whose(pending))
                 self.say(f"{what}: waiting up to {limit:g} s for {workers}")
                 said = True
-        return ray.get(list(refs))
 
     def rebuild(self, died: PoolDied) -> None:
         """Make the dead pool work again; other pools stay as they are.
@@ -207,7 +219,9 @@ class Pools:
             self._gang.release()
 
     def _check(self, ref: Any) -> None:
-        """Raise what the ready `ref` holds, as the caller can use it."""
+        """Raise the error that the ready `ref` holds, as the caller can use it."""
+        if get_local_object_locations([ref])[ref]["node_ids"]:
+            return  # a large value; errors are small and come to the owner of the ref
         try:
             ray.get(ref)
         except (RayTaskError, RayActorError) as error:

@@ -3,9 +3,11 @@
 import os
 import signal
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from medgpt.config import ConfigError
 
@@ -56,3 +58,45 @@ class Adder:
 
 def refuse() -> Adder:
     raise ConfigError("pools.reward.precision=bf16: this machine has none")
+
+
+SHAPES = {"embed": (700, 512), "norm": (5,), "half": (3, 7), "count": (), "wide": (3, 333)}
+
+
+class Holder:
+    """Sends its weights or receives them: one larger than a bucket of 1 MiB, some odd ones."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.held = {
+            name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
+        }
+        self.held["half"] = self.held["half"].bfloat16()
+        self.weight_version = -1
+        self.missing = set(self.held)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.held.items():
+            dist.barrier()  # as ZeRO-3 gathers
+            if dist.get_rank() == 0:
+                yield name, weight
+
+    def train(self) -> None:
+        for weight in self.held.values():
+            weight += 1
+
+    def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            self.held[name].copy_(weight)
+            self.missing.remove(name)
+
+    def weights_loaded(self, version: int) -> None:
+        assert not self.missing, self.missing
+        self.missing = set(self.held)
+        self.weight_version = version
+
+    def sums(self) -> tuple[int, dict[str, float]]:
+        return self.weight_version, {n: float(w.double().sum()) for n, w in self.held.items()}
+
+    def pid(self) -> int:
+        return os.getpid()

@@ -1,0 +1,116 @@
+"""Weights packed into buckets: what is in one, and whether it arrived as it was."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import xxhash
+from torch import Tensor
+
+HEADER_BYTES = 1 << 15
+ALIGNMENT = 16  # bytes; no dtype needs more
+
+
+class SyncError(RuntimeError):
+    """Weights did not arrive, or not as they were sent."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight in a bucket."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * torch.empty(0, dtype=self.torch_dtype).element_size()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What precedes a bucket. One without entries is the end."""
+
+    entries: list[Entry]
+    num_bytes: int
+    checksum: int
+
+    def to_tensor(self) -> Tensor:  # (HEADER_BYTES,) uint8
+        text = json.dumps(asdict(self)).encode()
+        assert len(text) <= HEADER_BYTES, len(text)
+        return torch.frombuffer(bytearray(text.ljust(HEADER_BYTES)), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "Header":
+        tree = json.loads(tensor.numpy().tobytes())
+        entries = [Entry(**{**one, "shape": tuple(one["shape"])}) for one in tree["entries"]]
+        return cls(entries, tree["num_bytes"], tree["checksum"])
+
+
+END = Header([], 0, 0)
+
+
+def pack(
+    weights: Iterable[tuple[str, Tensor]], buffers: Iterator[Tensor]
+) -> Iterator[tuple[Header, Tensor]]:
+    """Buckets of `weights`: header and the used part of a uint8 buffer.
+
+    `buffers` yields where to pack; a weight larger than a buffer has a bucket of its own.
+    """
+    entries: list[Entry] = []
+    end, names = 0, 0
+    buffer = next(buffers)
+    for name, weight in weights:
+        size = weight.numel() * weight.element_size()
+        names += len(name) + 80  # of its entry as JSON
+        if entries and (end + size > len(buffer) or names > HEADER_BYTES):
+            yield _closed(entries, buffer[:end])
+            entries, end, names, buffer = [], 0, len(name) + 80, next(buffers)
+        if size > len(buffer):
+            buffer = buffer.new_empty(size)
+        entry = Entry(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), end)
+        entries.append(entry)
+        _view(buffer, entry).copy_(weight)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+        end = min(end, len(buffer))
+    if entries:
+        yield _closed(entries, buffer[:end])
+
+
+def unpack(header: Header, data: Tensor, *, where: str) -> list[tuple[str, Tensor]]:
+    """Names and views of the weights in a bucket.
+
+    Raises:
+        SyncError: the checksum is another one.
+    """
+    found = checksum(data)
+    if found != header.checksum:
+        names = f"{header.entries[0].name} to {header.entries[-1].name}"
+        raise SyncError(f"{where}: {names} arrived changed, {found:x}, not {header.checksum:x}")
+    return [(entry.name, _view(data, entry)) for entry in header.entries]
+
+
+def checksum(data: Tensor) -> int:
+    """Of a uint8 tensor; on a GPU a sum, which needs no copy to the host."""
+    if data.device.type == "cpu":
+        return xxhash.xxh3_64_intdigest(data.numpy().data)
+    whole = len(data) // 8 * 8
+    return int(data[:whole].view(torch.int64).sum() + data[whole:].sum()) % 2**64
+
+
+def _closed(entries: list[Entry], data: Tensor) -> tuple[Header, Tensor]:
+    return Header(entries, len(data), checksum(data)), data
+
+
+def _view(buffer: Tensor, entry: Entry) -> Tensor:
+    part = buffer[entry.start : entry.start + entry.size]
+    return part.view(entry.torch_dtype).view(entry.shape)

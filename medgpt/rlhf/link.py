@@ -1,0 +1,194 @@
+"""The workers' side of weight sync: a process group of actor rank 0 and all rollout workers.
+
+It lies beside the default groups of the pools. Functions here run in workers, by `Pool.call`.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import ray
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from medgpt.config import SyncConfig
+from medgpt.rlhf.buckets import END, HEADER_BYTES, Header, SyncError, pack, unpack
+
+Meeting = tuple[str, int]
+Shipped = list[tuple[Header, Any]]  # with refs
+UNSYNCED = -1  # the version of a rollout worker whose weights are not one version's
+
+
+class Sender(Protocol):
+    """What the actor role offers."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Plain Hugging Face names and whole weights on rank 0, nothing elsewhere. Collective."""
+        ...
+
+
+class Receiver(Protocol):
+    """What the rollout role offers."""
+
+    weight_version: int
+
+    def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        """Copy some of the weights into the model; the tensors are valid during the call."""
+        ...
+
+    def weights_loaded(self, version: int) -> None:
+        """All weights have come. Raises ValueError if some are missing."""
+        ...
+
+
+class Link:
+    """One end: rank 0 sends, the others receive."""
+
+    def __init__(
+        self, store: Any, key: str, rank: int, size: int, backend: str, config: SyncConfig
+    ) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.me = "actor rank 0" if rank == 0 else f"rollout rank {rank - 1}"
+        self.peers = f"rollout ranks 0 to {size - 2}" if rank == 0 else "actor rank 0"
+        self.timeout_s = config.timeout_s
+        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        timeout = timedelta(seconds=config.timeout_s)
+        prefixed = PrefixStore(f"sync/{key}", store)
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self.group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+        else:
+            self.group = dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+        self.buffers = [self._bytes(config.bucket_mb * 2**20) for _ in range(2)]
+
+    def send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> int:
+        """Broadcast; one bucket is on its way while the next is packed. Returns the bytes."""
+        total = 0
+        works: list[Any] = []
+        for header, data in pack(weights, itertools.cycle(self.buffers)):
+            self._wait(works, version)
+            works = [self._start(header.to_tensor().to(self.device)), self._start(data)]
+            total += len(data)
+        self._wait([*works, self._start(END.to_tensor().to(self.device))], version)
+        return total
+
+    def receive(self, role: Receiver, version: int) -> int:
+        """Load what rank 0 sends; one bucket is on its way while the one before is loaded."""
+        total, where = 0, f"version {version}, {self.peers} to {self.me}"
+        role.weight_version = UNSYNCED  # until all is there, it is a mixture
+        head = self._bytes(HEADER_BYTES)
+        loaded: tuple[Header, Tensor] | None = None
+        for buffer in itertools.cycle(self.buffers):
+            self._wait([self._start(head)], version)
+            header = Header.from_tensor(head.cpu())
+            data = buffer if header.num_bytes <= len(buffer) else self._bytes(header.num_bytes)
+            data = data[: header.num_bytes]
+            work = [self._start(data)] if header.entries else []
+            if loaded is not None:
+                role.load_weights(unpack(*loaded, where=where))
+            self._wait(work, version)
+            loaded = (header, data)
+            total += len(data)
+            if not header.entries:
+                break
+        role.weights_loaded(version)
+        return total
+
+    def _start(self, tensor: Tensor) -> Any:
+        return self.group.broadcast(tensor, 0)
+
+    def _wait(self, works: Sequence[Any], version: int) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise SyncError(
+                f"version {version}: {self.me} lost {self.peers}, or waited {self.timeout_s:g} s "
+                f"for it: {str(error).splitlines()[0]}"
+            ) from None
+
+    def _bytes(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
+
+
+# of this process, which holds one role
+_meeting: Any = None
+_link: Link | None = None
+
+
+def meet(role: Sender, timeout_s: float) -> Meeting | None:
+    """On actor rank 0, open the store where the ends meet."""
+    global _meeting
+    if dist.get_rank() > 0:
+        return None
+    host = ray.util.get_node_ip_address()
+    _meeting = TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+    return host, _meeting.port
+
+
+def connect(
+    role: object, meeting: Meeting, key: str, *, rank: int | None, size: int, backend: str,
+    config: SyncConfig,
+) -> None:  # fmt: skip
+    """Become an end of the link. Collective over its ends.
+
+    Args:
+        rank: 0 for the actor pool, None for rollout workers, who take theirs from their pool.
+    """
+    global _link
+    _link = None
+    if rank == 0 and dist.get_rank() > 0:
+        return
+    if rank == 0:
+        store = _meeting
+    else:
+        timeout = timedelta(seconds=config.timeout_s)
+        store = TCPStore(*meeting, is_master=False, timeout=timeout)
+    number = dist.get_rank() + 1 if rank is None else rank
+    _link = Link(store, key, number, size, backend, config)
+
+
+def send(role: Sender, version: int) -> int:
+    """Bytes that rank 0 sent. Collective over the actor pool."""
+    if dist.get_rank() > 0:
+        return sum(0 for _ in role.weights())
+    assert _link is not None
+    weights = role.weights()
+    try:
+        return _link.send(weights, version)
+    finally:  # after an error the other ranks still gather
+        for _ in weights:
+            pass
+
+
+def receive(role: Receiver, version: int) -> int:
+    """Bytes that came."""
+    assert _link is not None
+    return _link.receive(role, version)
+
+
+def ship(role: Sender, version: int, bucket_mb: int) -> Shipped:
+    """Put all buckets into the object store. Collective over the actor pool."""
+    fresh = (torch.empty(bucket_mb * 2**20, dtype=torch.uint8) for _ in itertools.count())
+    buckets = pack(((name, weight.cpu()) for name, weight in role.weights()), fresh)
+    return [(header, ray.put(data.numpy())) for header, data in buckets]
+
+
+def unship(role: Receiver, shipped: Shipped, version: int, timeout_s: float) -> int:
+    """Load all buckets from the object store; the bytes."""
+    where = f"version {version}, object store to rollout rank {dist.get_rank()}"
+    role.weight_version = UNSYNCED
+    for header, ref in shipped:
+        data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
+        role.load_weights(unpack(header, data, where=where))
+    role.weights_loaded(version)
+    return sum(header.num_bytes for header, _ in shipped)
