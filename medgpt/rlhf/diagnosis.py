@@ -123,7 +123,7 @@ def _hacked(history: History, mark: str, config: DiagnosisConfig) -> str | None:
     low = judged[-config.judge_patience :]
     if not all(_below(history[i], history[best], mark, config.judge_drop) for i in low):
         return None
-    then = _recent(history[: best + 1], SCORE, config.window)
+    then = _recent(history[: max(best + 1, config.window)], SCORE, config.window)
     now = _recent(history, SCORE, config.window)
     if then is None or now is None or now <= then:
         return None

@@ -72,6 +72,11 @@ def test_the_score_rises_while_the_judge_s_mark_falls(mark):
     assert f"held-out {mark} fell from 0.8 to 0.3" in str(whys[9])
 
 
+def test_a_mark_that_falls_from_the_first_judgement_on_is_seen():
+    lines = history(**judged("judge/checks", {0: 0.9, 3: 0.5, 6: 0.3}))
+    assert "fell from 0.9 to 0.3" in str(diagnose(lines, CONFIG))
+
+
 def test_a_falling_mark_within_its_error_is_noise():
     assert diagnose(history(**judged("judge/checks", {0: 0.6, 6: 0.5, 9: 0.45})), CONFIG) is None
 
