@@ -13,6 +13,7 @@ from medgpt.data.sample.render import Corpus
 from medgpt.data.sample.templates import (
     ASKED,
     DISTRACTORS,
+    GREETINGS,
     HELD_HEADACHES,
     LIST_FIELDS,
     REGIONS,
@@ -169,7 +170,7 @@ def test_prompts_are_complaints_that_no_dialogue_holds():
     prompts = [row["prompt"] for row in CORPUS.prompts()]
     assert len({bare(prompt) for prompt in prompts}) == len(prompts) >= 500
     assert not {bare(prompt) for prompt in prompts} & {bare(q) for q in QUESTIONS}
-    assert sum("头痛" in prompt for prompt in prompts) == len(ASKED)
+    assert sum("头痛" in prompt for prompt in prompts) == len(ASKED) * len(GREETINGS)
 
 
 def test_facts_of_held_out_prompts_are_told_in_other_phrasings():
@@ -306,6 +307,7 @@ def test_pairs_are_of_every_kind_and_length_matched():
         "minimal_pair",
         "unsafe",
         "evasive",
+        "wrong_causes",
     }
     for pair in PAIRS:
         chosen, rejected = len(pair["chosen"]), len(pair["rejected"])
@@ -340,6 +342,16 @@ def test_an_evasive_answer_gives_no_advice_to_a_complaint_that_the_chosen_one_ad
     for pair in evasive:
         assert "建议您" in pair["chosen"], pair
         assert "建议" not in pair["rejected"], pair
+
+
+def test_wrong_causes_name_no_condition_that_the_chosen_answer_names():
+    names = [c.name for c in CORPUS.conditions if c.name != "头痛"]
+    wrong = [pair for pair in PAIRS if pair["kind"] == "wrong_causes"]
+    assert len(wrong) >= 170
+    for pair in wrong:
+        chosen, rejected = pair["chosen"].split("。")[0], pair["rejected"].split("。")[0]
+        assert chosen != rejected
+        assert not [name for name in names if name in chosen and name in rejected], pair
 
 
 def test_wrong_answers_share_no_fact_with_the_right_one():

@@ -19,6 +19,7 @@ from medgpt.data.sample.templates import (
 from medgpt.data.sample.wording import SUICIDE, bigrams
 
 EVERY_PROMPT = 7  # prompts of PPO to one that has a pair of answers; of headache, all have
+WITHIN = 0.15  # of the chosen answer's length
 MOST_LONGER = 8  # characters
 ADVISES = re.compile("建议|请|拨打")
 NUM_RIGHT = 3  # the right option is one of the most typical facts
@@ -52,6 +53,8 @@ def preferences(corpus: Corpus) -> Iterator[Row]:
             chosen = corpus.wording.with_hotline(reply, condition)
             evasive = _evasive(corpus, condition, prompt, len(chosen))
             yield _pair(condition, "evasive", prompt, chosen, evasive)
+            wrong = _another_complaint(corpus, condition, prompt, reply, chosen)
+            yield _pair(condition, "wrong_causes", prompt, chosen, wrong)
 
 
 def exam_questions(corpus: Corpus) -> Iterator[Row]:
@@ -129,6 +132,25 @@ def _evasive(corpus: Corpus, condition: Condition, use: str, length: int) -> str
         if len(text) + len(part) + 1 <= length + MOST_LONGER:
             text += f"{part}。"
     return text
+
+
+def _another_complaint(
+    corpus: Corpus, condition: Condition, use: str, reply: str, chosen: str
+) -> str:
+    """Causes of another symptom, told of this one, then the other's advice if it is about as long,
+    else the own."""
+    replies = {text: symptom for _, symptom, text in corpus.replies()}
+    causes, advice = chosen.split("。", 1)
+    named = [c.name for c in corpus.conditions if c.name in causes]
+    strange = [
+        replies[reply] + text.removeprefix(symptom)
+        for text, symptom in replies.items()
+        if text != reply and not any(name in text for name in named)
+    ]
+    other = corpus.rng(condition, "wrong_causes" + use).choice(strange)
+    if abs(len(other) - len(chosen)) <= WITHIN * len(chosen):
+        return other
+    return f"{other.split('。', 1)[0]}。{advice}"
 
 
 def _pair(condition: Condition, kind: str, question: str, chosen: str, rejected: str) -> Row:

@@ -7,6 +7,7 @@ altogether, and one phrasing of one fact for each condition that a check asks ab
 import random
 import re
 from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import Any
 
 from medgpt.data.sample.held_out import LEFT_OUT, HeldOut
@@ -19,6 +20,7 @@ from medgpt.data.sample.templates import (
     COMPLAINTS,
     FIELDS,
     FOLLOW_UPS,
+    GREETINGS,
     HEADACHE_CAUSES,
     MISUNDERSTANDING,
     OBSERVE,
@@ -98,7 +100,7 @@ class Corpus:
 
     def complaints(self) -> Iterator[tuple[Condition, list[str], str]]:
         """Condition whose department is visited, phrasings of the complaint, reply."""
-        for number, (condition, symptom, reply) in enumerate(self._complaints()):
+        for number, (condition, symptom, reply) in enumerate(self.replies()):
             phrasings = self._phrasings(symptom)
             if condition.id != HEADACHE:
                 phrasings = [
@@ -106,8 +108,9 @@ class Corpus:
                 ]
             yield condition, phrasings, reply
 
-    def _complaints(self) -> Iterator[tuple[Condition, str, str]]:
-        """Condition, symptom as a patient words it, reply; headache comes last."""
+    def replies(self) -> Iterator[tuple[Condition, str, str]]:
+        """Condition, symptom as a patient words it, reply, which begins with the symptom; headache
+        comes last."""
         for symptom, _, ids in SYMPTOMS:
             conditions = [self.bearer[name] for name in ids]
             causes = "、".join(c.name for c in conditions)
@@ -129,9 +132,10 @@ class Corpus:
 
     def asked(self) -> Iterator[tuple[Condition, str, str]]:
         """Condition whose department is visited, complaint as in `prompts`, reply."""
-        for condition, symptom, reply in self._complaints():
-            for number, template in enumerate(ASKED):
-                prompt = alternately(template.format(symptom=symptom), number)
+        for condition, symptom, reply in self.replies():
+            greetings = GREETINGS if condition.id == HEADACHE else GREETINGS[:1]
+            for number, (greeting, template) in enumerate(product(greetings, ASKED)):
+                prompt = alternately(greeting + template.format(symptom=symptom), number)
                 assert self.held_out.may_appear(prompt), prompt
                 yield condition, prompt, reply
 

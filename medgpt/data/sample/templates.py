@@ -131,6 +131,7 @@ ASKED = (  # complaints that only the prompts of PPO and pairs of answers hold
     "我先生最近{symptom},要不要紧?",
     "想问一下,总{symptom}是怎么回事?",
 )
+GREETINGS = ("", "您好,", "请问医生,", "想咨询一下,", "大夫,")  # in front of complaints of headache
 HELD_HEADACHES = (  # in no file but held_out.jsonl
     "头痛会是什么原因呢?",
     "我头痛好几天了,可能是什么病?",
