@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import peft
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -44,7 +43,7 @@ class Score:
         return Score(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
     def write(self, folder: Path) -> None:
-        (folder / SCORE).write_text(json.dumps(asdict(self), indent=2), "utf-8")
+        (folder / SCORE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
 class ValueModel(nn.Module):
@@ -193,7 +192,9 @@ def load_value_model(
         raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
     if adapter:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder))
+        from peft import PeftModel  # which imports a lot, for few
+
+        adapted = PeftModel.from_pretrained(model, str(folder))
         model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
     scorer = ValueModel(model, mean=score.mean, std=score.std)
     return scorer.requires_grad_(False).eval(), score
@@ -205,7 +206,7 @@ def _base_of(name: str, folder: Path) -> str:
         found = [key for key in tensors.keys() if key.endswith(f".{HEAD_KEY}")]  # noqa: SIM118
     if not found:
         raise ConfigError(f"model.name={name}: its adapter has no head; restore its export")
-    return str(peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    return str(json.loads((folder / ADAPTER).read_text("utf-8"))["base_model_name_or_path"])
 
 
 def _folder(name: str) -> Path:

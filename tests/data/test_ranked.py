@@ -165,11 +165,13 @@ def test_rows_of_one_question_become_one_row_wherever_they_stand(tmp_path: Path)
         {"id": 1, "q": "一", "a": "丙", "votes": "5"},
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows) * 2000, "utf-8")
+    many = "".join(json.dumps(row | {"more": "x" * 1000}) + "\n" for row in rows)
+    file.write_text(many * 600, "utf-8")  # over 2 MiB
     answers = {"column": "rows", "text": "{{ a }}", "grade": "{{ votes }}"}
     one = source(paths=[str(file)], group_by="id", mapping={"user": "{{ q }}", "answers": answers})
-    units = list_units(one, 1)  # MiB would be several pieces, of which none sees all rows
+    units = list_units(one, 1)
     assert len(units) == 1
+    assert len(list_units(source(paths=[str(file)]), 1)) > 1  # of which none would see all rows
 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     first, single, broken = read_unit(units[0], one)

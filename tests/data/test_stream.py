@@ -168,6 +168,36 @@ def test_samples_that_stay_apart_stream_in_the_same_way(planned: MakePlan, data:
     assert [len(names) for names in seen.values()] == [NUM_SAMPLES, NUM_SAMPLES]
 
 
+def test_answers_and_prompts_stream_with_what_belongs_to_them(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "data"))
+    several = {"pieces": np.array([2, 3], np.int32), "grades": np.array([1, 0], np.float32)}
+    files = []
+    for split, extras in (("train", several), ("validation", {"messages": '[["user", "q"]]'})):
+        with ShardWriter(folder, f"{split}-0.parquet") as writer:
+            for n in range(3):
+                ids = np.arange(5, dtype=np.int32) + 10 * n
+                encoded = Encoded(input_ids=ids, targets=ids > 2, **extras)
+                origin = Origin(source="s", file="f", row=n)
+                writer.add(encoded, content_hash=f"{n:032x}", source=0, origin=origin)
+        files += [*writer.files, *write_index(folder, split, [f"{split}-0.parquet"])]
+    commit(folder, files)
+    order = Order(data_version(folder.url), None, seed=0, epochs=1, weights=None, max_rows=None)
+    make_plan(str(tmp_path / "plan"), folder.url, order)
+    plan = Plan(str(tmp_path / "plan"), global_batch_size=2, max_steps=None)
+
+    answers = first_rows(plan, folder.url, epoch=0, rank=0, world_size=1, limit=9)
+    prompts = first_rows(plan, folder.url, epoch=VALIDATION, rank=0, world_size=1, limit=9)
+
+    assert sorted(row.input_ids[0] for row in answers) == [0, 10, 20]
+    for row in answers:
+        assert row.pieces is not None
+        assert row.grades is not None
+        assert (row.pieces.tolist(), row.grades.tolist()) == ([2, 3], [1.0, 0.0])
+        assert row.messages is None
+    assert [row.messages for row in prompts] == ['[["user", "q"]]'] * 3
+    assert [row.pieces for row in prompts] == [None] * 3
+
+
 def test_workers_shares_differ_by_one_row_at_most(plan: Plan, data: str) -> None:
     shares = np.zeros((5, plan.num_steps), int)
     for rank in range(5):
