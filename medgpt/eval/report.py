@@ -49,6 +49,8 @@ def write_report(run: Run) -> None:
     curves = [
         (title, curve(metrics, units.get(title, unit), lines)) for title, unit, lines in CURVES
     ]
+    if findings and findings["pairs"]:
+        curves.insert(0, ("Lead of the better answer, held out", _histogram(findings["leads"])))
     html = page(
         "report.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
@@ -58,7 +60,6 @@ def write_report(run: Run) -> None:
         facts=_facts(metrics),
         samples=samples,
         findings=findings,
-        leads=_histogram(findings["leads"]) if findings and findings["pairs"] else "",
     )
     run.folder.write_text("report.html", html)
 
