@@ -13,6 +13,7 @@ import typer
 from medgpt.config import (
     ConfigError,
     CorpusConfig,
+    DPOConfig,
     EvalConfig,
     PipelineConfig,
     PretrainConfig,
@@ -57,6 +58,12 @@ def sft(config: ConfigPath, overrides: Overrides = None) -> None:
 def reward(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a reward model on preferences: pairs, or several graded answers to a prompt."""
     _run("medgpt.eval.stages:run_reward", config, _load(RewardConfig, config, overrides))
+
+
+@app.command()
+def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train on preferences without a reward model: DPO, KTO and their kin."""
+    _run("medgpt.eval.stages:run_dpo", config, _load(DPOConfig, config, overrides))
 
 
 @app.command(name="eval")

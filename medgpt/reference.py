@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from medgpt.config import (
     CorpusConfig,
+    DPOConfig,
     EvalConfig,
     PipelineConfig,
     PretrainConfig,
@@ -33,6 +34,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
+    "dpo": DPOConfig,
     "eval": EvalConfig,
     "corpus": CorpusConfig,
     "pipeline": PipelineConfig,

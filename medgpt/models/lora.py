@@ -42,8 +42,29 @@ def apply_lora(
     Raises:
         ConfigError: no linear layer has a name in config.targets.
     """
+    settings = lora_settings(model, config, new_token_ids=new_token_ids, head=head)
+    adapted = peft.PeftModel(model, settings)
+    if config.dropout:
+        layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+        for number, layer in enumerate(layers):
+            layer.lora_dropout["default"] = PieceDropout(config.dropout, number)
+    return adapted
+
+
+def lora_settings(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    new_token_ids: Sequence[int] = (),
+    head: str | None = None,
+) -> peft.LoraConfig:
+    """The same as peft takes it, without dropout.
+
+    Raises:
+        ConfigError: no linear layer has a name in config.targets.
+    """
     _check_targets(model, config)
-    settings = peft.LoraConfig(
+    return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number does
         target_modules=list(config.targets) or "all-linear",
@@ -51,12 +72,6 @@ def apply_lora(
         modules_to_save=None if head is None else [head],
         task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear leaves it out
     )
-    adapted = peft.PeftModel(model, settings)
-    if config.dropout:
-        layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-        for number, layer in enumerate(layers):
-            layer.lora_dropout["default"] = PieceDropout(config.dropout, number)
-    return adapted
 
 
 def merge_adapter(adapter: str, out: Path) -> None:

@@ -1,10 +1,11 @@
 """What a Ray Train worker runs. The controller imports this file too: it is light until called."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medgpt.config import ConfigError, RewardConfig, TrainStageConfig
+from medgpt.config import ConfigError, DPOConfig, RewardConfig, TrainStageConfig
 from medgpt.disk import full_disk_told
 from medgpt.runs import Run, commit, committed, entries
 from medgpt.train.gate import Gate
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ray.util.queue import Queue
 
     from medgpt.train.objective import Objective
+    from medgpt.train.progress import Posted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +43,12 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _train_and_export(job: WorkerJob, run: Run) -> None:
     import torch
     import torch.distributed as dist
-    from ray.exceptions import RayActorError
-    from ray.train import get_preemption_info
     from ray.train.torch import get_device
 
     from medgpt.engine.setup import keep_freed_memory
-    from medgpt.train.card import model_card
     from medgpt.train.prepare import TOKENIZER, load_tokenizer
     from medgpt.train.progress import Posted
     from medgpt.train.samples import write_samples
-    from medgpt.train.saving import raise_together
-    from medgpt.train.worker import NodeEnds, Trainer
 
     config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -62,13 +59,39 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if not job.gate.passed():
         return
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
+    progress = Posted(job.progress)
+    try:
+        if isinstance(config, DPOConfig):
+            from medgpt.train.offline import train_offline
+
+            export = train_offline(run, config, tokenizer, device, progress)
+        else:
+            export = _train(job, run, tokenizer, device, progress)
+    finally:
+        progress.flush()
+    if committed(run.model) is None:
+        _export(run, config, export)
+    if dist.get_rank() == 0 and config.report.prompts:
+        write_samples(run, config, device)
+    dist.barrier()
+
+
+def _train(
+    job: WorkerJob, run: Run, tokenizer: Any, device: Any, progress: "Posted"
+) -> Callable[[Path], None]:
+    """Train on the exact stream; returns what writes the model into a folder on all ranks."""
+    from ray.exceptions import RayActorError
+    from ray.train import get_preemption_info
+
+    from medgpt.train.worker import NodeEnds, Trainer
+
+    config = job.config
     if isinstance(config, RewardConfig):
         from medgpt.train.reward import RewardObjective
 
         objective = RewardObjective(config, tokenizer, device)
     else:
         objective = _language_modelling(job, run, tokenizer, device)
-    progress = Posted(job.progress)
     trainer = Trainer(
         run,
         config,
@@ -81,27 +104,35 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
         trainer.fit()
     except NodeEnds as end:  # Ray Train counts this kind of error as a preemption, not as a failure
         raise RayActorError(error_msg=str(end), preempted=True) from None
-    finally:
-        progress.flush()
-    if committed(run.model) is None:
+
+    def export(directory: Path) -> None:
         objective.finish(trainer)
-        refusal, files = None, []
-        try:
-            with full_disk_told(run.folder.url, "model"):
-                with run.model.staging() as directory:
-                    objective.export(trainer.engine, Path(directory))
-                    if dist.get_rank() == 0:
-                        (directory / "README.md").write_text(model_card(run, config), "utf-8")
-                        files = entries(directory)
+        objective.export(trainer.engine, directory)
+
+    return export
+
+
+def _export(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -> None:
+    """All ranks write the model. Raises ConfigError on all of them if the disk of one is full."""
+    import torch.distributed as dist
+
+    from medgpt.train.card import model_card
+    from medgpt.train.saving import raise_together
+
+    refusal, files = None, []
+    try:
+        with full_disk_told(run.folder.url, "model"):
+            with run.model.staging() as directory:
+                write(directory)
                 if dist.get_rank() == 0:
-                    commit(run.model, files)
-        except ConfigError as error:
-            refusal = error
-            run.model.remove()
-        raise_together(refusal)
-    if dist.get_rank() == 0 and config.report.prompts:
-        write_samples(run, config, device)
-    dist.barrier()
+                    (directory / "README.md").write_text(model_card(run, config), "utf-8")
+                    files = entries(directory)
+            if dist.get_rank() == 0:
+                commit(run.model, files)
+    except ConfigError as error:
+        refusal = error
+        run.model.remove()
+    raise_together(refusal)
 
 
 def _language_modelling(job: WorkerJob, run: Run, tokenizer: Any, device: Any) -> "Objective":

@@ -1,0 +1,97 @@
+"""Training on preferences without rollouts: DPO and its kin."""
+
+from typing import Annotated, Literal, Self
+
+from annotated_types import Ge, Gt, Len, Lt
+from pydantic import model_validator
+
+from medgpt.config.base import Config
+from medgpt.config.reward import PreferenceStageConfig
+
+PairLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+SingleLoss = Literal["kto", "apo_zero_unpaired"]
+SINGLE: tuple[SingleLoss, ...] = ("kto", "apo_zero_unpaired")
+SMOOTHED = ("sigmoid", "exo_pair", "robust", "sigmoid_norm")
+
+
+class OfflineConfig(Config):
+    loss: Annotated[tuple[PairLoss | SingleLoss, ...], Len(1)] = ("sigmoid",)
+    """TRL's loss types of pairs; several are summed. `kto` and `apo_zero_unpaired` learn from
+    single answers and stand alone."""
+    loss_weights: tuple[float, ...] | None = None
+    """Of each loss; unset: 1."""
+    beta: Annotated[float, Gt(0)] = 0.1
+    """Strength of the tie to the model that training starts from."""
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
+    """Share of pairs whose order is taken to be wrong; exo_pair needs some, such as 1e-3."""
+    desirable_weight: Annotated[float, Ge(0)] = 1.0
+    """kto: weight of the better answers."""
+    undesirable_weight: Annotated[float, Ge(0)] = 1.0
+    """kto: weight of the worse answers."""
+
+    @property
+    def unpaired(self) -> bool:
+        return self.loss[0] in SINGLE
+
+    @model_validator(mode="after")
+    def _relations(self) -> Self:
+        if len(self.loss) > 1 and any(loss in SINGLE for loss in self.loss):
+            raise ValueError(f"loss={list(self.loss)}: {' and '.join(SINGLE)} stand alone")
+        if len(set(self.loss)) < len(self.loss):
+            raise ValueError(f"loss={list(self.loss)}: names each loss once")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} numbers for {len(self.loss)} losses"
+            )
+        if self.loss_weights is not None and self.unpaired:
+            raise ValueError(f"loss_weights: not with loss={list(self.loss)}; leave it out")
+        if "exo_pair" in self.loss and not self.label_smoothing:
+            raise ValueError("label_smoothing=0: exo_pair needs more, such as 1e-3")
+        if self.label_smoothing and not any(loss in SMOOTHED for loss in self.loss):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g}: only {', '.join(SMOOTHED)} use it"
+            )
+        return self
+
+
+class DPOConfig(PreferenceStageConfig):
+    """configs/dpo.toml"""
+
+    dpo: OfflineConfig = OfflineConfig()
+
+    @model_validator(mode="after")
+    def _what_the_library_can(self) -> Self:
+        if "://" in self.run.dir and not self.run.dir.startswith("file://"):
+            raise ValueError(
+                f"run.dir={self.run.dir}: TRL's trainer writes its checkpoints to a folder; give "
+                "one that all workers share"
+            )
+        if not isinstance(self.cluster.num_workers, int):
+            raise ValueError(
+                f"cluster.num_workers={self.cluster.workers}: TRL's trainer resumes with as many "
+                "workers as before; give one number"
+            )
+        if self.dpo.unpaired and self.train.micro_batch_size < 2:
+            raise ValueError(
+                f"train.micro_batch_size={self.train.micro_batch_size}: {self.dpo.loss[0]} "
+                "compares answers of a micro-batch; give 2 or more"
+            )
+        if self.train.audit:
+            raise ValueError("train.audit=true: the order of the samples is TRL's; leave it out")
+        return self
