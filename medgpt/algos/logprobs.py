@@ -124,16 +124,22 @@ class _PolicyTerms(torch.autograd.Function):
         ignored = labels < 0
         index = labels.clamp(min=0)[:, None]
         by_logprob, by_entropy = (torch.where(ignored, 0.0, g)[:, None] for g in grads)
-        has_entropy = bool(by_entropy.any())
+        has_entropy, any_ignored = bool(by_entropy.any()), bool(ignored.any())
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
-            logp = logits[rows].float() / ctx.temperature - log_z[rows, None]
-            scale = -by_logprob[rows]
+            # in place: a pass over the logits costs more than what is computed in it
+            block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
+            torch.div(logits[rows].float(), ctx.temperature, out=block).sub_(log_z[rows, None])
+            scale = by_logprob[rows] / -ctx.temperature
             if has_entropy:
-                scale = scale - by_entropy[rows] * (logp + entropy[rows, None])
-            block = logp.exp_() * scale
-            block.scatter_add_(1, index[rows], by_logprob[rows])
-            grad[rows] = block.div_(ctx.temperature).masked_fill_(ignored[rows, None], 0.0)
+                by_h = by_entropy[rows] / ctx.temperature
+                scale = scale - by_h * (block + entropy[rows, None])
+            block.exp_().mul_(scale)
+            block.scatter_add_(1, index[rows], by_logprob[rows] / ctx.temperature)
+            if any_ignored:
+                block.masked_fill_(ignored[rows, None], 0.0)
+            if grad.dtype != torch.float32:
+                grad[rows] = block
         return grad, None, None, None
 
 
