@@ -154,14 +154,14 @@ def test_held_out_prompts_are_nowhere_whatever_their_punctuation():
 def test_held_out_phrasings_are_over_thirty_other_conditions():
     prompts = CORPUS.held_out.prompts
     assert Counter(h.kind for h in prompts) == {
-        **{"pretrain": 1, "sft": 1, "rlhf": 1 + len(HELD_HEADACHES)},
+        **{"pretrain": 1, "sft": 1, "rlhf": 1, "rlhf_phrasing": len(HELD_HEADACHES)},
         **{"phrasing": 30, "left_out": 3},
     }
     assert len({h.condition for h in prompts}) == len(prompts) - len(HELD_HEADACHES)
 
 
 def test_headache_is_asked_in_phrasings_that_differ_from_all_told_ones():
-    asked = [h for h in CORPUS.held_out.prompts if h.kind == "rlhf"]
+    asked = [h for h in CORPUS.held_out.prompts if h.kind.startswith("rlhf")]
     assert len({bare(h.prompt) for h in asked}) == len(asked) >= 25
     assert len({h.key_points for h in asked}) == 1
 

@@ -31,7 +31,7 @@ class Held:
     field: str
     prompt: str
     key_points: KeyPoints
-    kind: str  # pretrain, sft, rlhf: the stage asked; phrasing; left_out
+    kind: str  # pretrain, sft, rlhf: the stage asked; phrasing, rlhf_phrasing; left_out
 
 
 class HeldOut:
@@ -61,7 +61,7 @@ class HeldOut:
         for condition in left_out:
             asked.append(self._hold(condition, "symptoms", QUESTIONS["symptoms"][0], "left_out"))
         for template in HELD_HEADACHES:
-            asked.append(self._hold(headache, "complaint", template, "rlhf", HEADACHE))
+            asked.append(self._hold(headache, "complaint", template, "rlhf_phrasing", HEADACHE))
         self.prompts = asked
         self._bare = [bare(held.prompt) for held in asked]
 
