@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from medgpt.data.sample.knowledge import Condition
-from medgpt.data.sample.render import HEADACHE, Corpus, Row
+from medgpt.data.sample.render import Corpus, Row
 from medgpt.data.sample.templates import (
     ADVICE,
     CARE_QUESTION,
@@ -18,7 +18,6 @@ from medgpt.data.sample.templates import (
 )
 from medgpt.data.sample.wording import SUICIDE, bigrams
 
-EVERY_PROMPT = 7  # prompts of PPO to one that has a pair of answers; of headache, all have
 WITHIN = 0.15  # of the chosen answer's length
 MOST_LONGER = 8  # characters
 ADVISES = re.compile("建议|请|拨打")
@@ -48,13 +47,12 @@ def preferences(corpus: Corpus) -> Iterator[Row]:
         chosen = corpus.wording.with_hotline(reply, condition)
         vague = _vague(corpus, condition, questions[0], len(chosen))
         yield _pair(condition, "vague", questions[0], chosen, vague)
-    for number, (condition, prompt, reply) in enumerate(corpus.asked()):
-        if number % EVERY_PROMPT == 0 or condition.id == HEADACHE:
-            chosen = corpus.wording.with_hotline(reply, condition)
-            evasive = _evasive(corpus, condition, prompt, len(chosen))
-            yield _pair(condition, "evasive", prompt, chosen, evasive)
-            wrong = _another_complaint(corpus, condition, prompt, reply, chosen)
-            yield _pair(condition, "wrong_causes", prompt, chosen, wrong)
+    for condition, prompt, reply in corpus.asked():
+        chosen = corpus.wording.with_hotline(reply, condition)
+        evasive = _evasive(corpus, condition, prompt, len(chosen))
+        yield _pair(condition, "evasive", prompt, chosen, evasive)
+        wrong = _another_complaint(corpus, condition, prompt, reply, chosen)
+        yield _pair(condition, "wrong_causes", prompt, chosen, wrong)
 
 
 def exam_questions(corpus: Corpus) -> Iterator[Row]:

@@ -35,6 +35,7 @@ from medgpt.data.sample.wording import SUICIDE, Wording, alternately, bigrams
 HEADACHE = "headache"  # asked about after RLHF: all its situations and complaints are told
 NUM_SITUATIONS = {"emergency": 2, "today": 1, "routine": 1}  # for each other condition
 NUM_COMPLAINTS = 2  # phrasings of each complaint
+EVERY_PROMPT = 7  # of the prompts about another complaint than headache, one
 NUM_FLAGS, NUM_TODAY = 6, 3  # about this many in the answer to a complaint
 TREATED = re.compile("药|服|术后|治疗|抗凝|透析|确诊|出院")
 
@@ -131,12 +132,18 @@ class Corpus:
             yield {"id": f"{condition.id}-prompt", "prompt": prompt}
 
     def asked(self) -> Iterator[tuple[Condition, str, str]]:
-        """Condition whose department is visited, complaint as in `prompts`, reply."""
+        """Condition whose department is visited, complaint as in `prompts`, reply. Of headache in
+        all phrasings, of the others in every few."""
+        for number, (condition, prompt, reply) in enumerate(self._all_asked()):
+            if condition.id == HEADACHE or number % EVERY_PROMPT == 0:
+                assert self.held_out.may_appear(prompt), prompt
+                yield condition, prompt, reply
+
+    def _all_asked(self) -> Iterator[tuple[Condition, str, str]]:
         for condition, symptom, reply in self.replies():
             greetings = GREETINGS if condition.id == HEADACHE else GREETINGS[:1]
             for number, (greeting, template) in enumerate(product(greetings, ASKED)):
                 prompt = alternately(greeting + template.format(symptom=symptom), number)
-                assert self.held_out.may_appear(prompt), prompt
                 yield condition, prompt, reply
 
     def rng(self, condition: Condition, use: str) -> random.Random:
