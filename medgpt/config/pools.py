@@ -31,7 +31,8 @@ class RoleConfig(Config):
     share_with: RoleName | None = None
     """Work on the bundles of this role's pool, in turns, instead of on own ones."""
     offload: bool = False
-    """Keep the weights in host memory while the role is idle. Needed where roles share a GPU."""
+    """Keep the weights in host memory while the role is idle; not where it trains or zero_stage is
+    3. Needed where roles share a GPU."""
 
 
 class TrainedRoleConfig(RoleConfig):
@@ -93,6 +94,19 @@ class PoolsConfig(Config):
             "rollout": self.rollout,
         }
         return roles[name]
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> Self:
+        for name in ROLES:
+            role = self.role(name)
+            trains = isinstance(role, TrainedRoleConfig)
+            partitioned = isinstance(role, ScoringRoleConfig) and role.zero_stage == 3
+            if role.offload and (trains or partitioned):
+                raise ValueError(
+                    f"pools.{name}.offload=true: only a whole model that does not train can leave "
+                    f"the GPU; set it to false{'' if trains else ', or zero_stage to 0'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _sharing_fits(self) -> Self:

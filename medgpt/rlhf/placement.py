@@ -6,9 +6,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from medgpt.config import ConfigError, RoleConfig
+from medgpt.rlhf.capacity import bundle
 
 TRY_S = 20.0  # that part of a gang may be held while the rest is not there
 PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
@@ -25,40 +28,46 @@ class Gang:
             remove_placement_group(group)
 
 
-def bundles(config: RoleConfig) -> list[dict[str, float]]:
-    """What each worker of a pool reserves."""
-    one = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
-    return [{name: amount for name, amount in one.items() if amount}] * config.num_workers
-
-
-def acquire(roles: Mapping[str, RoleConfig], *, wait_s: float, say: Callable[[str], None]) -> Gang:
+def acquire(
+    roles: Mapping[str, RoleConfig],
+    *,
+    wait_s: float,
+    say: Callable[[str], None],
+    try_s: float = TRY_S,
+) -> Gang:
     """Place all pools, or none of them.
 
-    What is placed in part is released and tried again after a random pause, so that two jobs that
-    each hold half of a cluster do not wait for each other for ever.
+    What is placed in part is released after `try_s` and tried again after a random pause, so that
+    two jobs that each hold half of a cluster do not wait for each other for ever.
 
     Raises:
         ConfigError: a pool had no room within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
-    pause, said = PAUSE_S, False
-    while True:
-        gang = _request(roles)
-        missing = _missing(gang, min(TRY_S, max(0.0, deadline - time.monotonic())))
-        if not missing:
-            return gang
-        gang.release()
-        names = ", ".join(missing)
-        if time.monotonic() + pause > deadline:
-            raise ConfigError(
-                f"cluster.wait_s={wait_s:g}: no room for all pools in this time, last not for "
-                f"{names}; use fewer or smaller workers in [pools], or a larger cluster"
-            )
-        if not said:
-            say(f"waiting up to {wait_s:g} s for room for all pools, now none for {names}")
-            said = True
-        time.sleep(random.uniform(0.5, 1.5) * pause)
-        pause = min(2 * pause, TRY_S)
+    pause, asked = min(PAUSE_S, try_s), False
+    try:
+        while True:
+            gang = _request(roles)
+            missing = _missing(gang, min(try_s, max(0.0, deadline - time.monotonic())))
+            if not missing:
+                return gang
+            state = f"{', '.join(missing)}, {_free()}"
+            gang.release()
+            if time.monotonic() + pause > deadline:
+                raise ConfigError(
+                    f"cluster.wait_s={wait_s:g}: no room for all pools in this time, last not for "
+                    f"{state}; use fewer or smaller workers in [pools], or a larger cluster"
+                )
+            if not asked:
+                say(f"waiting up to {wait_s:g} s for room for all pools: none for {state}")
+                # an autoscaler forgets what is released here, but not this
+                request_resources(bundles=_all_bundles(roles))
+                asked = True
+            time.sleep(random.uniform(0.5, 1.5) * pause)
+            pause = min(2 * pause, TRY_S)
+    finally:
+        if asked:
+            request_resources(bundles=[])
 
 
 def _request(roles: Mapping[str, RoleConfig]) -> Gang:
@@ -67,7 +76,7 @@ def _request(roles: Mapping[str, RoleConfig]) -> Gang:
     for name, config in roles.items():
         if config.share_with is None:
             groups[name] = placement_group(
-                bundles(config),
+                [bundle(config)] * config.num_workers,
                 strategy=config.strategy,
                 name=f"medgpt-{name}-{job}",
                 bundle_label_selector=[config.labels] * config.num_workers,
@@ -78,9 +87,17 @@ def _request(roles: Mapping[str, RoleConfig]) -> Gang:
 
 def _missing(gang: Gang, seconds: float) -> list[str]:
     """Roles whose groups are not placed after so many seconds."""
-    deadline = time.monotonic() + seconds
-    return [
-        name
-        for name, group in gang.groups.items()
-        if not group.wait(max(0.0, deadline - time.monotonic()))
-    ]
+    ready = {name: group.ready() for name, group in gang.groups.items()}
+    placed, _ = ray.wait(list(ready.values()), num_returns=len(ready), timeout=seconds)
+    return [name for name, ref in ready.items() if ref not in placed]
+
+
+def _all_bundles(roles: Mapping[str, RoleConfig]) -> list[dict[str, float]]:
+    own = [config for config in roles.values() if config.share_with is None]
+    return [bundle(config) for config in own for _ in range(config.num_workers)]
+
+
+def _free() -> str:
+    free, whole = ray.available_resources(), ray.cluster_resources()
+    parts = [f"{free.get(n, 0):g} of {whole[n]:g} {n}" for n in ("CPU", "GPU") if n in whole]
+    return f"free now {' and '.join(parts) or 'nothing'}"

@@ -5,7 +5,9 @@ worker of the pool and returns a ref for each; refs go from pool to pool, the dr
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TypeVar
 
 import ray
@@ -15,6 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
+from medgpt.rlhf.capacity import preflight
 from medgpt.rlhf.placement import Gang, acquire
 from medgpt.rlhf.worker import Seat, Worker
 
@@ -34,6 +37,26 @@ class PoolDied(Exception):
 
     def __str__(self) -> str:
         return f"{self.role} pool: rank {', '.join(map(str, self.ranks))} {self.why}"
+
+
+@dataclass
+class Turn:
+    """Whose calls run on bundles that several pools share: in the order in which they are made.
+
+    The driver orders them. Locks in the workers could give one rank to one pool and the next rank
+    to another, and collectives of both would wait for ever.
+    """
+
+    sharers: int
+    role: str = ""
+    latest: list[Any] = field(default_factory=list)
+    """Refs of the last call."""
+
+    def before(self, role: str) -> list[Any]:
+        """What a call of `role` must wait for."""
+        after = [] if role == self.role else self.latest
+        self.role = role
+        return after
 
 
 class Pool(Generic[Role]):
@@ -59,7 +82,7 @@ class Pool(Generic[Role]):
         self.epoch = 0
         """Process groups formed so far."""
         self.timeout_s = 0.0
-        self.sharers = 1
+        self.turn = Turn(sharers=1)
         self._group: PlacementGroup | None = None
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
@@ -68,11 +91,14 @@ class Pool(Generic[Role]):
         Refs among the arguments arrive as their values. Calls run in the order in which they are
         made.
         """
-        return [worker.call.remote(method, *args, **kwargs) for worker in self.workers]
+        after = self.turn.before(self.role)
+        refs = [worker.call.remote(method, after, *args, **kwargs) for worker in self.workers]
+        self.turn.latest = refs
+        return refs
 
-    def begin(self, group: PlacementGroup, *, sharers: int, timeout_s: float) -> list[Any]:
+    def begin(self, group: PlacementGroup, turn: "Turn", *, timeout_s: float) -> list[Any]:
         """Start all workers on the bundles of `group`; refs that resolve when they are ready."""
-        self._group, self.sharers, self.timeout_s = group, sharers, timeout_s
+        self._group, self.turn, self.timeout_s = group, turn, timeout_s
         self.workers = [self._start(rank) for rank in range(self.config.num_workers)]
         return self._form(range(len(self.workers)))
 
@@ -122,12 +148,13 @@ class Pool(Generic[Role]):
             world_size=config.num_workers,
             threads=max(1, int(config.cpus_per_worker)),
             gpu=config.gpus_per_worker > 0,
+            offload=config.offload,
             timeout_s=self.timeout_s,
         )
         remote: Any = ray.remote(
-            num_cpus=config.cpus_per_worker / self.sharers,
-            num_gpus=config.gpus_per_worker / self.sharers,
-            resources={name: n / self.sharers for name, n in config.resources.items()},
+            num_cpus=config.cpus_per_worker / self.turn.sharers,
+            num_gpus=config.gpus_per_worker / self.turn.sharers,
+            resources={name: n / self.turn.sharers for name, n in config.resources.items()},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._group, placement_group_bundle_index=rank
             ),
@@ -144,29 +171,44 @@ class Pool(Generic[Role]):
 
 
 class Pools:
-    """All pools of a job."""
+    """All pools of a job.
+
+    Args:
+        data_cpus: what a data task needs beside the pools.
+    """
 
     def __init__(
-        self, pools: Sequence[Pool[Any]], config: PoolsConfig, *, wait_s: float, say: Say
+        self,
+        pools: Sequence[Pool[Any]],
+        config: PoolsConfig,
+        *,
+        wait_s: float,
+        say: Say,
+        data_cpus: float = 0,
     ) -> None:
         self.pools: Mapping[str, Pool[Any]] = {pool.role: pool for pool in pools}
-        self.config, self.wait_s, self.say = config, wait_s, say
+        self.config, self.wait_s, self.say, self.data_cpus = config, wait_s, say, data_cpus
         self._gang: Gang | None = None
+
+    def preflight(self) -> None:
+        """Raises ConfigError if the cluster can never hold all pools."""
+        preflight(self._configs(), data_cpus=self.data_cpus)
 
     def start(self) -> None:
         """Place all pools and have every role made; all start at the same time.
 
         Raises:
-            ConfigError: no room within `wait_s`, or what a role refused.
+            ConfigError: no room within `wait_s` or ever, or what a role refused.
             PoolDied: a worker did not live through it.
         """
-        roles = {name: pool.config for name, pool in self.pools.items()}
-        gang = self._gang = acquire(roles, wait_s=self.wait_s, say=self.say)
+        self.preflight()
+        gang = self._gang = acquire(self._configs(), wait_s=self.wait_s, say=self.say)
         refs = []
+        sharers = Counter(group.id for group in gang.groups.values())
+        turns = {group: Turn(sharers=count) for group, count in sharers.items()}
         for name, pool in self.pools.items():
             group = gang.groups[name]
-            sharers = sum(other.id == group.id for other in gang.groups.values())
-            refs += pool.begin(group, sharers=sharers, timeout_s=self.config.call_timeout_s)
+            refs += pool.begin(group, turns[group.id], timeout_s=self.config.call_timeout_s)
         self.get(refs, "starting workers", timeout_s=self.config.join_timeout_s)
 
     def get(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> list[Any]:
@@ -217,6 +259,13 @@ class Pools:
             pool.end()
         if self._gang is not None:
             self._gang.release()
+
+    def put(self, value: Any) -> Any:
+        """A ref of `value`, for calls."""
+        return ray.put(value)
+
+    def _configs(self) -> dict[str, RoleConfig]:
+        return {name: pool.config for name, pool in self.pools.items()}
 
     def _check(self, ref: Any) -> None:
         """Raise the error that the ready `ref` holds, as the caller can use it."""

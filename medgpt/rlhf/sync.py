@@ -71,6 +71,8 @@ class WeightSync:
     def _stored(self) -> bool:
         """Whether to go through the object store; connects, if that is to be avoided."""
         epochs = (self.actor.epoch, self.rollout.epoch)
+        if self._takes_turns():
+            return True
         if not self._through_store and self._linked != epochs:
             try:
                 self._connect()
@@ -83,6 +85,10 @@ class WeightSync:
                 self.pools.say(f"weights go through the object store: no process group ({reason})")
                 self._through_store = True
         return self._through_store
+
+    def _takes_turns(self) -> bool:
+        """On shared bundles one side never waits for the other."""
+        return self.actor.turn is self.rollout.turn
 
     def _connect(self) -> None:
         self.attempts += 1

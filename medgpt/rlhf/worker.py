@@ -1,7 +1,7 @@
 """What runs in one process of a pool. Light until it is told to load: the driver imports it too."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,7 @@ class Seat:
     world_size: int
     threads: int
     gpu: bool
+    offload: bool
     timeout_s: float
     """Of a collective, and of the wait for the other ranks."""
 
@@ -81,9 +82,26 @@ class Worker:
         """Make the role, or make it anew."""
         self.role = None  # its memory is free before the new one needs it
         self.role = self.make()
+        if self.seat.offload:
+            self.role.offload()
 
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return method(self.role, *args, **kwargs)
+    def call(
+        self, method: Callable[..., Any], after: Sequence[Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run `method` on the role, on the device only then if it is told to offload.
+
+        Args:
+            after: refs of calls that must have ended, well or not, before this one.
+        """
+        if after:
+            ray.wait(list(after), num_returns=len(after), fetch_local=False)
+        if not self.seat.offload:
+            return method(self.role, *args, **kwargs)
+        self.role.onload()
+        try:
+            return method(self.role, *args, **kwargs)
+        finally:
+            self.role.offload()
 
     def ping(self) -> int:
         """The process id, once earlier calls are done."""

@@ -100,3 +100,25 @@ class Holder:
 
     def pid(self) -> int:
         return os.getpid()
+
+
+class Guest:
+    """Knows when it had the device."""
+
+    def __init__(self) -> None:
+        self.resident = True
+
+    def onload(self) -> None:
+        self.resident = True
+
+    def offload(self) -> None:
+        self.resident = False
+
+    def occupy(self, seconds: float) -> tuple[bool, float, float]:
+        began = time.time()
+        time.sleep(seconds)
+        dist.barrier()
+        return self.resident, began, time.time()
+
+    def peek(self) -> bool:
+        return self.resident

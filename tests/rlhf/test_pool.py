@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
 from medgpt.rlhf.pool import Pool, PoolDied, Pools
-from tests.rlhf.roles import Adder, refuse
+from tests.rlhf.roles import Adder, Guest, refuse
 
 pytestmark = pytest.mark.ray
 SMALL = RoleConfig(num_workers=2, cpus_per_worker=0.5)
@@ -85,4 +86,22 @@ def test_a_role_that_is_refused_when_made_ends_the_start(ray_session: None) -> N
     together = Pools([Pool("reward", SMALL, refuse)], CONFIG, wait_s=60, say=print)
     with pytest.raises(ConfigError, match="this machine has none"):
         together.start()
+    together.close()
+
+
+def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) -> None:
+    host = SMALL.model_copy(update={"offload": True})
+    guest = host.model_copy(update={"share_with": "actor"})
+    actor, critic = Pool("actor", host, Guest), Pool("critic", guest, Guest)
+    together = Pools([actor, critic], CONFIG, wait_s=60, say=print)
+    free = ray.available_resources()["CPU"]
+    together.start()
+    assert ray.available_resources()["CPU"] == free - 1  # one bundle of 0.5 for each rank
+    refs = [
+        ref for _ in range(2) for pool in (actor, critic) for ref in pool.call(Guest.occupy, 0.2)
+    ]
+    spans = together.get(refs, "taking turns")
+    assert all(resident for resident, _, _ in spans)
+    for earlier, later in zip(spans[:-2], spans[2:], strict=True):
+        assert earlier[2] <= later[1] + 0.01
     together.close()

@@ -1,0 +1,155 @@
+"""What pools need and what the cluster can hold, before anything is loaded."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state as ray_state
+
+from medgpt.config import ConfigError, RoleConfig
+
+Amounts = Mapping[str, float]
+OWN = ("CPU", "GPU")  # of Ray's resources; others are named by the user
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes that are alike."""
+
+    resources: Amounts
+    labels: Mapping[str, str] | None
+    """None: of nodes that the autoscaler would add they are not known."""
+    count: float
+
+    def fits(self, need: Amounts, labels: Mapping[str, str]) -> bool:
+        known = self.labels is None or labels.items() <= self.labels.items()
+        return known and all(self.resources.get(name, 0) >= n for name, n in need.items())
+
+
+def bundle(config: RoleConfig) -> dict[str, float]:
+    """What one worker reserves."""
+    one = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
+    return {name: amount for name, amount in one.items() if amount}
+
+
+def preflight(roles: Mapping[str, RoleConfig], *, data_cpus: float) -> None:
+    """Check that the cluster, grown as far as its autoscaler may, can hold all pools at once.
+
+    Only what certainly cannot be placed is refused; how workers pack on nodes is Ray's business.
+
+    Args:
+        data_cpus: what one data task needs beside the pools.
+
+    Raises:
+        ConfigError: names the pool, what there is and what could be added.
+    """
+    present, addable = cluster_nodes()
+    check(roles, present, addable, data_cpus=data_cpus)
+
+
+def check(
+    roles: Mapping[str, RoleConfig],
+    present: Sequence[Nodes],
+    addable: Sequence[Nodes],
+    *,
+    data_cpus: float,
+) -> None:
+    """`preflight` of a cluster with these nodes. Raises ConfigError."""
+    cluster = _told(present, addable)
+    every = [*present, *addable]
+    now, grown = _sum(present), _sum(addable)  # which may count the same nodes
+    most = {key: max(now.get(key, 0), grown.get(key, 0)) for key in now.keys() | grown.keys()}
+    used: dict[str, float] = {"CPU": data_cpus}
+    for name, config in roles.items():
+        if config.share_with is not None:
+            continue
+        need = bundle(config)
+        pool = _pool(name, config)
+        _check_nodes(
+            config, [nodes for nodes in every if nodes.fits(need, config.labels)], pool, cluster
+        )
+        together = {key: amount * config.num_workers for key, amount in need.items()}
+        for key, amount in together.items():
+            if used.get(key, 0) + amount > most.get(key, 0) + 1e-6:
+                others = _amounts({key: used.get(key, 0)})
+                raise ConfigError(
+                    f"{pool} can never be placed: the pools before it and data tasks take {others}"
+                    f" of {most.get(key, 0):g}; {cluster}; lower num_workers, cpus_per_worker or "
+                    "gpus_per_worker in [pools] (fractions are fine), let roles share bundles by "
+                    "share_with, or use a larger cluster"
+                )
+            used[key] = used.get(key, 0) + amount
+
+
+def _check_nodes(config: RoleConfig, fitting: Sequence[Nodes], pool: str, cluster: str) -> None:
+    """Whether nodes that can hold one worker, `fitting`, can hold them as `strategy` wants."""
+    if not fitting:
+        raise ConfigError(f"{pool} can never be placed: no node is like that; {cluster}")
+    together = {key: amount * config.num_workers for key, amount in bundle(config).items()}
+    packed = config.strategy == "STRICT_PACK"
+    if packed and not any(nodes.fits(together, config.labels) for nodes in fitting):
+        raise ConfigError(
+            f"{pool} can never be placed: strategy=STRICT_PACK wants all workers on one node, and "
+            f"none is large enough; {cluster}"
+        )
+    spread = config.strategy == "STRICT_SPREAD"
+    if spread and sum(nodes.count for nodes in fitting) < config.num_workers:
+        raise ConfigError(
+            f"{pool} can never be placed: strategy=STRICT_SPREAD wants a node for each worker; "
+            f"{cluster}"
+        )
+
+
+def _pool(name: str, config: RoleConfig) -> str:
+    labels = "".join(f", {key}={value}" for key, value in config.labels.items())
+    return f"pools.{name} ({config.num_workers} x ({_amounts(bundle(config))}{labels}))"
+
+
+def cluster_nodes() -> tuple[list[Nodes], list[Nodes]]:
+    """Living nodes, and all that an autoscaler may have at once (none without one)."""
+    present = [
+        Nodes(_named(node["Resources"]), node["Labels"], 1) for node in ray.nodes() if node["Alive"]
+    ]
+    limit = ray_state.get_max_resources_from_cluster_config()
+    config = ray_state.get_cluster_config()
+    if limit is None or config is None:
+        return present, []
+    return present, [
+        Nodes(_named(group.resources), None, math.inf if group.max_count < 0 else group.max_count)
+        for group in config.node_group_configs
+        if group.resources and group.max_count
+    ]
+
+
+def _named(resources: Mapping[str, float]) -> dict[str, float]:
+    """Without what Ray adds for itself: memory, node:1.2.3.4, accelerator_type:H100."""
+    return {
+        name: float(amount)
+        for name, amount in resources.items()
+        if name in OWN or not (":" in name or "memory" in name)
+    }
+
+
+def _sum(nodes: Sequence[Nodes]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for one in nodes:
+        for name, amount in one.resources.items():
+            total[name] = total.get(name, 0) + (amount * one.count if amount else 0)
+    return total
+
+
+def _told(present: Sequence[Nodes], addable: Sequence[Nodes]) -> str:
+    kinds: dict[str, float] = {}
+    for nodes in present:
+        text = _amounts(nodes.resources)
+        kinds[text] = kinds.get(text, 0) + nodes.count
+    has = ", ".join(f"{count:g} x ({text})" for text, count in kinds.items())
+    if not addable:
+        return f"the cluster has {has} and no autoscaler"
+    more = ", ".join(f"{nodes.count:g} x ({_amounts(nodes.resources)})" for nodes in addable)
+    return f"the cluster has {has}, its autoscaler may have up to {more}"
+
+
+def _amounts(resources: Amounts) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items()) or "nothing"

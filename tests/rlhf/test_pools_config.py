@@ -1,0 +1,44 @@
+"""Pools that cannot work are refused with the key, before any cluster is asked."""
+
+import pytest
+
+from medgpt.config import ConfigError, PoolsConfig, validate
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"reward": {"zero_stage": 2}}, r"reward.zero_stage=2"),
+        ({"reward": {"num_workers": 0}}, r"reward.num_workers=0"),
+        ({"actor": {"share_with": "actor"}}, "name a pool that has bundles of its own"),
+        (
+            {"reward": {"share_with": "reference"}, "reference": {"share_with": "actor"}},
+            r"pools.reward.share_with=reference: name a pool that has bundles of its own",
+        ),
+        (
+            {"reward": {"share_with": "reference", "num_workers": 2}},
+            r"pools.reward.num_workers=2 must equal pools.reference.num_workers=1",
+        ),
+        (
+            {
+                "reward": {"share_with": "reference", "gpus_per_worker": 1, "offload": True},
+                "reference": {"gpus_per_worker": 1},
+            },
+            r"set pools.reward.offload=true and pools.reference.offload=true",
+        ),
+        ({"actor": {"offload": True}}, r"pools.actor.offload=true: only a whole model"),
+        (
+            {"reward": {"offload": True, "zero_stage": 3}},
+            r"pools.reward.offload=true: .* or zero_stage to 0",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused(tree: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        validate(PoolsConfig, tree)
+
+
+def test_reward_and_reference_share_a_gpu_in_turns() -> None:
+    one = {"gpus_per_worker": 1, "offload": True}
+    pools = validate(PoolsConfig, {"reward": {"share_with": "reference", **one}, "reference": one})
+    assert pools.role("reward").share_with == "reference"
