@@ -16,6 +16,7 @@ from medgpt.config import (
     DPOConfig,
     EvalConfig,
     PipelineConfig,
+    PPOStageConfig,
     PretrainConfig,
     RewardConfig,
     SFTConfig,
@@ -64,6 +65,12 @@ def reward(config: ConfigPath, overrides: Overrides = None) -> None:
 def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train on preferences without a reward model: DPO, KTO and their kin."""
     _run("medgpt.eval.stages:run_dpo", config, _load(DPOConfig, config, overrides))
+
+
+@app.command()
+def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Learn from rewards: PPO on separate pools of actor, critic, reward, reference, rollout."""
+    _run("medgpt.eval.stages:run_ppo", config, _load(PPOStageConfig, config, overrides))
 
 
 @app.command(name="eval")

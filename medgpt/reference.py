@@ -21,6 +21,7 @@ from medgpt.config import (
     DPOConfig,
     EvalConfig,
     PipelineConfig,
+    PPOStageConfig,
     PretrainConfig,
     RewardConfig,
     SFTConfig,
@@ -35,6 +36,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "sft": SFTConfig,
     "reward": RewardConfig,
     "dpo": DPOConfig,
+    "ppo": PPOStageConfig,
     "eval": EvalConfig,
     "corpus": CorpusConfig,
     "pipeline": PipelineConfig,
@@ -49,19 +51,31 @@ HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
 
 
 def reference() -> str:
-    """One table for each section, those of several stages once."""
-    stages: dict[tuple[str, type[BaseModel]], list[str]] = {}
+    """One table for each kind of section, with all places where it stands."""
+    stages: dict[type[BaseModel], dict[str, list[str]]] = {}
     for stage, cls in STAGES.items():
         for header, section in _sections(cls):
-            stages.setdefault((header, section), []).append(stage)
+            stages.setdefault(section, {}).setdefault(header, []).append(stage)
     tables = []
-    for (header, section), users in stages.items():
-        title = f"`{header}`" if header else "Keys of the file itself"
-        where = "all stages" if len(users) == len(STAGES) else ", ".join(users)
+    for section, headers in stages.items():
         rows = "".join(_row(name, field) for name, field in _keys(section))
-        note = f"{_text(section.__doc__)}\n\n" if header and section.__doc__ else ""
-        tables.append(f"**{title}** ({where})\n\n{note}{HEAD}{rows}")
+        note = f"{_text(section.__doc__)}\n\n" if any(headers) and section.__doc__ else ""
+        tables.append(f"{_title(headers)}\n\n{note}{HEAD}{rows}")
     return "\n".join(tables)
+
+
+def _title(headers: dict[str, list[str]]) -> str:
+    """The headers of a section, those of the same stages together."""
+    places: dict[str, list[str]] = {}
+    for header, users in headers.items():
+        where = "all stages" if len(users) == len(STAGES) else ", ".join(users)
+        places.setdefault(where, []).append(header)
+    return "; ".join(
+        "**"
+        + ", ".join(f"`{header}`" if header else "Keys of the file itself" for header in found)
+        + f"** ({where})"
+        for where, found in places.items()
+    )
 
 
 def replace_block(text: str) -> str:

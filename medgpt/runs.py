@@ -50,6 +50,14 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "data.max_malformed_share",
     "pool.batch_tokens",
     "pool.batch_replies",
+    "pools",
+    "diagnosis",
+    "ppo.micro_batch_tokens",
+    "ppo.checkpoint_every",
+    "ppo.keep_checkpoints",
+    "ppo.log_every",
+    "rollout.batch_tokens",
+    "rollout.gpu_memory_share",
 }
 
 

@@ -7,9 +7,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,15 @@ def ray_session(s3: str) -> Iterator[None]:
     session.start_local(4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    """`two_ranks(function, *args)` runs a module-level function on both ranks; their results."""
+    from tests.engine.ranks import start_ranks
+
+    with start_ranks(tmp_path_factory.mktemp("ranks") / "store") as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

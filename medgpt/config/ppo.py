@@ -1,6 +1,6 @@
 """PPO: the algorithm's choices, and the root of its stage."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
@@ -10,7 +10,7 @@ from medgpt.config.data import DataConfig
 from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.config.pools import ROLES, PoolsConfig
 from medgpt.config.rewards import DiagnosisConfig, JudgeConfig, RewardsConfig
-from medgpt.config.stages import RunConfig
+from medgpt.config.stages import Passes, RunConfig, Samples
 from medgpt.config.train import ClusterConfig, OptimizerConfig, Schedule
 
 Positive = Annotated[float, Gt(0)]
@@ -118,6 +118,8 @@ class RolloutConfig(Config):
     """Of sampling. Policy, old policy and reference are compared at it, too."""
     batch_tokens: Count = 65536
     """hf: most tokens of a batch, room for responses included: what its keys and values need."""
+    gpu_memory_share: Annotated[float, Gt(0), Le(1)] = 0.85
+    """vllm: share of a GPU's memory that it takes for weights, keys and values."""
 
 
 class PolicyOptimizerConfig(OptimizerConfig):
@@ -188,6 +190,13 @@ class PPOStageConfig(Config):
     pools: PoolsConfig = PoolsConfig()
     cluster: ClusterConfig = ClusterConfig()
     report: PPOReportConfig = PPOReportConfig()
+
+    samples: ClassVar[Samples] = "prompts"
+
+    @property
+    def passes(self) -> Passes:
+        limit, size = self.ppo.max_iterations, self.ppo.rollout_batch_size
+        return Passes(self.ppo.prompt_epochs, None if limit is None else limit * size)
 
     @property
     def tokenizer(self) -> TokenizerConfig:

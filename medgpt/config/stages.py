@@ -129,7 +129,7 @@ class SFTConfig(TrainStageConfig):
 
 
 class PipelineStage(Config):
-    stage: Literal["corpus", "pretrain", "sft", "reward", "dpo", "eval"]
+    stage: Literal["corpus", "pretrain", "sft", "reward", "dpo", "ppo", "eval"]
     """Which stage to run."""
     name: Name | None = None
     """What reports and gates call it; unset: its kind, the second of a kind pretrain-2, and so

@@ -13,6 +13,7 @@ from medgpt.config import (
     EvalConfig,
     PipelineConfig,
     PipelineStage,
+    PPOStageConfig,
     PretrainConfig,
     RewardConfig,
     SFTConfig,
@@ -23,7 +24,7 @@ from medgpt.eval.evaluate import run_eval
 from medgpt.eval.gates import GateFailure
 from medgpt.eval.pipeline_report import write_pipeline_report
 from medgpt.eval.results import RESULTS, read_items
-from medgpt.eval.stages import run_dpo, run_pretrain, run_reward, run_sft
+from medgpt.eval.stages import run_dpo, run_ppo, run_pretrain, run_reward, run_sft
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
 
@@ -33,11 +34,20 @@ CONFIGS = {
     "sft": SFTConfig,
     "reward": RewardConfig,
     "dpo": DPOConfig,
+    "ppo": PPOStageConfig,
     "eval": EvalConfig,
 }
 QUESTIONS = ("pretrain", "sft", "rlhf")  # kinds of key points whose answers the console shows
 
-StageConfig = CorpusConfig | PretrainConfig | SFTConfig | RewardConfig | DPOConfig | EvalConfig
+StageConfig = (
+    CorpusConfig
+    | PretrainConfig
+    | SFTConfig
+    | RewardConfig
+    | DPOConfig
+    | PPOStageConfig
+    | EvalConfig
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,8 @@ def _run(config: StageConfig) -> None:
             run_reward(config)
         case DPOConfig():
             run_dpo(config)
+        case PPOStageConfig():
+            run_ppo(config)
         case EvalConfig():
             run_eval(config)
 

@@ -1,6 +1,14 @@
 """Training stages as commands: train, then report."""
 
-from medgpt.config import DPOConfig, PretrainConfig, RewardConfig, SFTConfig, TrainStageConfig
+from medgpt.config import (
+    ConfigError,
+    DPOConfig,
+    PPOStageConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    TrainStageConfig,
+)
 from medgpt.runs import Run
 from medgpt.train.stage import run_stage
 
@@ -19,6 +27,29 @@ def run_reward(config: RewardConfig) -> Run:
 
 def run_dpo(config: DPOConfig) -> Run:
     return _trained("dpo", config)
+
+
+def run_ppo(config: PPOStageConfig) -> Run:
+    """Raises ConfigError: also where the run has diverged, with the diagnosis."""
+    from medgpt.rlhf.diagnosis import Diverged
+    from medgpt.rlhf.stage import run_ppo_stage
+
+    try:
+        run = run_ppo_stage(config)
+    except Diverged as diverged:
+        run = Run(config.run.dir)
+        _report_ppo(run)
+        raise ConfigError(f"halted {diverged}; report in {run.folder.url}/report.html") from None
+    if not run.folder.exists("report.html"):
+        _report_ppo(run)
+    print(f"ppo: report in {run.folder.url}/report.html")
+    return run
+
+
+def _report_ppo(run: Run) -> None:
+    from medgpt.eval.ppo_report import write_ppo_report
+
+    write_ppo_report(run)
 
 
 def _trained(stage: str, config: TrainStageConfig) -> Run:

@@ -48,17 +48,23 @@ class Checkpoint:
 
     Args:
         parts: by subfolder, what waits for the files its writers wrote.
+        keep: newest checkpoints that stay, this one included.
     """
 
     def __init__(
-        self, run: Run, state: State, parts: dict[str, Callable[[], list[FileEntry]]]
+        self,
+        run: Run,
+        state: State,
+        parts: dict[str, Callable[[], list[FileEntry]]],
+        *,
+        keep: int,
     ) -> None:
-        self.run, self.parts = run, parts
+        self.run, self.parts, self.keep = run, parts, keep
         self.tree = asdict(state) | {"score_stats": list(state.score_stats)}
         self.iteration = state.iteration
         self.folder = run.checkpoint(state.iteration)
 
-    def finish(self, *, keep: int, in_flight: Sequences | None) -> None:
+    def finish(self, *, in_flight: Sequences | None) -> None:
         """Wait for all files and commit them; older checkpoints are removed."""
         files = [
             FileEntry(f"{name}/{file.name}", file.size, file.xxh128)
@@ -68,7 +74,7 @@ class Checkpoint:
         if in_flight is not None:
             files += write_sequences(self.folder, in_flight)
         commit(self.folder, files, state=self.tree)
-        self.run.prune_checkpoints(newest=self.iteration, keep=keep, best_step=None)
+        self.run.prune_checkpoints(newest=self.iteration, keep=self.keep, best_step=None)
 
 
 def newest(run: Run) -> tuple[Folder, State] | None:

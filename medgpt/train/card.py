@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from medgpt.config import TrainStageConfig
+from medgpt.config import PPOStageConfig, TrainStageConfig
 from medgpt.runs import FileEntry, Run, commit, committed
 
 CARD = "README.md"
@@ -16,7 +16,7 @@ WARNING = (
 )
 
 
-def model_card(run: Run, config: TrainStageConfig) -> str:
+def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
     """Markdown with the front matter that Hugging Face reads."""
     manifest, name = run.manifest, config.model.name
     data = manifest["data"]

@@ -55,13 +55,13 @@ def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleRepo
     try:
         with full_disk_told(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
-            reporter.say(_describe(data, plan))
+            reporter.say(describe(data, plan))
             run.update_manifest(
                 seed=config.run.seed,
-                parents=_parents(config),
+                parents=parents(config.model.name),
                 data={key: value for key, value in data.items() if key != "files"},
                 plan={key: value for key, value in plan.items() if key != "files"},
-                hardware=run.manifest["hardware"] | {"cluster": _cluster()},
+                hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
             )
             training.gate.open()
     except Exception:
@@ -175,7 +175,8 @@ class Training:
         )
 
 
-def _describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
+def describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What was prepared, in a line."""
     set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
     rows = sum(source["rows"] for source in data["sources"].values())
     unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
@@ -187,16 +188,15 @@ def _describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
     )
 
 
-def _cluster() -> dict[str, float]:
+def cluster_resources() -> dict[str, float]:
     """CPUs, GPUs and their types in the cluster."""
     resources = ray.cluster_resources()
     wanted = ("CPU", "GPU", "accelerator_type")
     return {name: n for name, n in sorted(resources.items()) if name.startswith(wanted)}
 
 
-def _parents(config: TrainStageConfig) -> list[str]:
-    """The run (else the model) that this one starts from."""
-    name = config.model.name
+def parents(name: str | None) -> list[str]:
+    """The run, else the model, that one starts from which has `name` as its model."""
     if name is None:
         return []
     above, _, last = name.rpartition("/")

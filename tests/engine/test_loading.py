@@ -15,7 +15,7 @@ from medgpt.config import OptimizerConfig
 from medgpt.engine import Engine, gather_weights, load_safetensors, partitioned_init
 from medgpt.engine import save_safetensors as write
 from tests.engine.cases import CPU, Case, new_engine, new_net, save, train_step
-from tests.engine.conftest import start_ranks
+from tests.engine.ranks import start_ranks
 
 TwoRanks = Callable[..., list[Any]]
 QWEN = Qwen2Config(

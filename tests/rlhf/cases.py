@@ -8,7 +8,7 @@ import numpy as np
 from medgpt.config import PPOStageConfig, load
 from medgpt.rlhf.experience import Logprobs, Ragged, Scores, Sequences, Values
 
-VOCAB = 300
+VOCAB = 200
 CONFIG = """
 [run]
 dir = "{folder}/run"

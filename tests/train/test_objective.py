@@ -11,7 +11,7 @@ from medgpt.data.stream import Row
 from medgpt.engine import Engine, state
 from medgpt.models.tokenizer import load_base
 from medgpt.train.objective import Objective
-from tests.engine.conftest import start_ranks
+from tests.engine.ranks import start_ranks
 from tests.train.cases import sft_config
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from medgpt.train.findings import Compared, compared, findings
 from medgpt.train.own_answers import own_answers
 from medgpt.train.prepare import make_tokenizer
 from medgpt.train.reward import RewardObjective
-from tests.engine.conftest import start_ranks
+from tests.engine.ranks import start_ranks
 
 CPU = torch.device("cpu")
 GRADES = [[1.0, 0.0], [3.0, 1.0, 2.0, 1.0], [0.0, 1.0]]

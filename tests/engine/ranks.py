@@ -1,4 +1,4 @@
-"""Two gloo ranks in processes of their own that serve all tests of the session."""
+"""Two gloo ranks in processes of their own."""
 
 import datetime
 from collections.abc import Callable, Iterator
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -26,6 +25,7 @@ def join(rank: int, store: str) -> None:
 
 @contextmanager
 def start_ranks(store: Path) -> Iterator[TwoRanks]:
+    """Yields a function that runs a module-level function on both ranks; their results."""
     spawn = mp.get_context("spawn")
     pools = [
         ProcessPoolExecutor(1, mp_context=spawn, initializer=join, initargs=(rank, str(store)))
@@ -42,10 +42,3 @@ def start_ranks(store: Path) -> Iterator[TwoRanks]:
     yield run
     for pool in pools:
         pool.shutdown()
-
-
-@pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoRanks]:
-    """`two_ranks(function, *args)` runs a module-level function on both ranks; their results."""
-    with start_ranks(tmp_path_factory.mktemp("ranks") / "store") as run:
-        yield run

@@ -1,0 +1,61 @@
+"""Causal models to train by reinforcement, built so that they fit: at ZeRO-3 no rank holds the
+whole."""
+
+from typing import Any
+
+import torch
+
+from medgpt.config import ConfigError, EngineConfig, ModelConfig
+from medgpt.engine.loading import load_safetensors, partitioned_init
+from medgpt.engine.setup import compute_dtype
+from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
+from medgpt.models.lora import apply_lora
+from medgpt.models.policy import Policy
+
+
+def build_policy(
+    config: ModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    seed: int,
+    max_batch_tokens: int,
+) -> Policy:
+    """The policy of `config.name`, to train: all weights, or adapters if the config asks for them.
+
+    Every rank calls it; at ZeRO-3 none ever holds the whole model.
+
+    Args:
+        seed: of the adapters' first weights.
+        max_batch_tokens: of the largest forward pass.
+
+    Raises:
+        ConfigError: config.name is no causal model.
+    """
+    options: dict[str, Any] = {
+        "objective": "clm",
+        "vocab_size": 0,  # a saved model's own
+        "special": SpecialIds(),
+        "dtype": compute_dtype(engine, device),
+    }
+    if engine.zero_stage == 3:
+        assert config.name is not None
+        with partitioned_init(engine, device):
+            model: Any = empty_model(config, **options)
+        missing, _ = load_safetensors(model, weight_files(config.name))
+        if missing:
+            raise ConfigError(
+                f"model.name={config.name}: {len(missing)} weights missing, as {missing[0]}"
+            )
+    else:
+        model = build_model(config, seed=seed, **options)
+    if config.lora.rank:
+        torch.manual_seed(seed)  # LoRA's draws come from torch's global generator
+        model = apply_lora(model, config.lora)
+    policy = Policy(
+        model,
+        loss_chunk_tokens=engine.loss_chunk_tokens,
+        max_batch_tokens=max_batch_tokens,
+        activation_checkpointing=engine.activation_checkpointing,
+    )
+    return policy.to(device)

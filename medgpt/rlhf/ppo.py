@@ -1,0 +1,296 @@
+"""PPO over the pools: the whole system in one loop.
+
+The driver moves refs from pool to pool. It sees metrics, not tensors.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from medgpt.config import PPOStageConfig
+from medgpt.metrics import ConsoleReporter, MetricsWriter
+from medgpt.rlhf.diagnosis import Diverged, diagnose
+from medgpt.rlhf.experience import Prompts, Sequences, join_sequences
+from medgpt.rlhf.judging import Judging
+from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.rewards.total import reward_metrics
+from medgpt.rlhf.roles.actor import Actor
+from medgpt.rlhf.roles.common import Learnt, Task
+from medgpt.rlhf.roles.critic import Critic
+from medgpt.rlhf.roles.reference import Reference
+from medgpt.rlhf.roles.reward import Reward
+from medgpt.rlhf.roles.rollout import Rollout
+from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
+from medgpt.runs import FileEntry, Run
+
+Refs = Sequence[Any]  # of what each worker of a pool answers
+PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
+SAMPLES = "rollouts.json"
+FACTS = (  # label, metric, format
+    ("score", "ppo/score_mean", ".3f"),
+    ("kl", "actor/kl_ref", ".3f"),
+    ("tokens", "rollout/response_tokens", ".0f"),
+    ("samples/s", "ppo/samples_per_s", ".1f"),
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rollouts of an iteration, done or on their way."""
+
+    iteration: int
+    weight_version: int
+    prompts: Any  # ref
+    num_prompts: int
+    rollouts: Refs
+
+
+class PPO:
+    """A run from its newest checkpoint to its end."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: PPOStageConfig,
+        pools: Pools,
+        *,
+        prompts: PromptStream,
+        sync: Callable[[int], dict[str, float]],
+        num_iterations: int,
+        reporter: ConsoleReporter,
+    ) -> None:
+        """`sync` gives the rollout pool the actor's weights under a version."""
+        self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
+        self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
+        self.actor: Pool[Actor] = pools.pools["actor"]
+        self.critic: Pool[Critic] = pools.pools["critic"]
+        self.reward: Pool[Reward] = pools.pools["reward"]
+        self.rollout: Pool[Rollout] = pools.pools["rollout"]
+        self.reference: Pool[Reference] | None = pools.pools.get("reference")
+        self.judging = Judging(config, pools)
+        sensitive = any(source.sensitive for source in config.data.sources)
+        self.shown = 0 if sensitive else config.report.samples
+        self.deaths = 0
+        self.times: dict[str, float] = {}  # of an iteration's phases
+        self.sync_metrics: dict[str, float] = {}
+        self.saving: Checkpoint | None = None
+        self.metrics: MetricsWriter | None = None  # of this attempt
+
+    @property
+    def _log(self) -> MetricsWriter:
+        assert self.metrics is not None
+        return self.metrics
+
+    def fit(self) -> None:
+        """Iterate to the end; the last iteration is saved.
+
+        Raises:
+            PoolDied: workers died more often than cluster.max_failures.
+            Diverged: what the run became is not worth going on with.
+        """
+        died: PoolDied | None = None
+        while True:
+            try:
+                if died is not None:
+                    self._recover(died)
+                elif self.metrics is None:
+                    self._rewind()
+                died = None
+                self._examine()
+                if self.state.iteration == self.num_iterations:
+                    self._finish_save()
+                    break
+                self._iterate()
+            except PoolDied as error:  # perhaps in the middle of a recovery
+                died = error
+                self.deaths += 1
+                if 0 <= self.config.cluster.max_failures < self.deaths:
+                    raise
+        self._log.close()
+
+    def _iterate(self) -> None:
+        began, self.times = time.monotonic(), {}
+        state, config = self.state, self.config.ppo
+        batch = self.in_flight or self._generate(state.iteration)
+        with self._timed("generate"):
+            self.pools.wait(batch.rollouts, "generate")
+        self._finish_save()  # actor and critic wrote it meanwhile
+        self.in_flight = None
+        if config.async_rollouts and state.iteration + 1 < self.num_iterations:
+            self.in_flight = self._generate(state.iteration + 1)
+
+        with self._timed("score"):
+            scores = self.reward.call(Reward.score, batch.prompts, *batch.rollouts)
+            values = self.critic.call(Critic.values, *batch.rollouts)
+            logprobs = self.actor.call(Actor.logprobs, *batch.rollouts)
+            reference = self._reference_logprobs(batch.rollouts)
+            parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
+            self.pools.wait(parts, "score")
+
+        with self._timed("update"):
+            task = Task(
+                iteration=state.iteration,
+                weight_version=batch.weight_version,
+                kl_coef=state.kl_coef,
+                score_stats=state.score_stats,
+                actor_learns=state.iteration >= self.config.critic.warmup_iterations,
+            )
+            fitted = self.critic.call(Critic.update, task, *parts)
+            improved = self.actor.call(Actor.update, task, *parts)
+            answers = self.pools.get([*improved, *fitted], "update")
+        learnt: Learnt = answers[0]
+        state.iteration += 1
+        state.score_stats = learnt.score_stats
+        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
+
+        rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
+        metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
+        self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
+        if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
+            self._save()
+
+    def _generate(self, iteration: int) -> Batch:
+        """Begin the rollouts of an iteration, with weights as new as the actor has them."""
+        self._bring_weights()
+        with self._timed("prompts"):
+            prompts = self._prompts(iteration)
+            ref = self.pools.put(prompts)
+        rollouts = self.rollout.call(Rollout.generate, ref, iteration)
+        return Batch(iteration, self.synced, ref, len(prompts), rollouts)
+
+    def _bring_weights(self) -> None:
+        """Give the rollout pool the actor's weights, if it has not got them."""
+        if self.synced != self.state.iteration:
+            with self._timed("sync"):
+                self.sync_metrics = self.sync(self.state.iteration)
+            self.synced = self.state.iteration
+
+    def _reference_logprobs(self, rollouts: Refs) -> Refs:
+        if self.reference is None:
+            return self.actor.call(Actor.reference_logprobs, *rollouts)
+        return self.reference.call(Reference.logprobs, *rollouts)
+
+    def _prompts(self, iteration: int) -> Prompts:
+        if self.prompts_at != iteration:  # after a rewind, or for a batch that is done again
+            self.prompts, self.prompts_at = self.prompts_from(iteration), iteration
+        self.prompts_at += 1
+        return next(self.prompts)
+
+    def _recover(self, died: PoolDied) -> None:
+        """Make the pool work again. What was learnt since the last checkpoint is lost if it was the
+        actor's or the critic's; else the batch is done again."""
+        self.reporter.say(f"{died}; the pool is rebuilt")
+        self.pools.rebuild(died)
+        self.synced, self.in_flight = -1, None
+        if died.role in ("actor", "critic"):
+            if newest(self.run) is None:  # back to the first weights
+                other = self.critic if died.role == "actor" else self.actor
+                ranks = range(len(other.workers))
+                self.pools.rebuild(PoolDied(other.role, ranks, "starts again"))
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
+        found = newest(self.run)
+        self.state = State(kl_coef=self.config.ppo.kl_coef)
+        self.synced, self.prompts_at = -1, -1
+        self.in_flight: Batch | None = None
+        self.saving = None
+        if found is not None:
+            folder, self.state = found
+            loads = self.actor.call(Actor.load, (folder / "actor").url)
+            loads += self.critic.call(Critic.load, (folder / "critic").url)
+            self.pools.get(loads, "load checkpoint")
+            sequences = read_sequences(folder)
+            if sequences is not None:
+                self.in_flight = self._as_batch(sequences)
+        self.attempt = self.run.manifest["attempt"] + 1
+        self.run.update_manifest(attempt=self.attempt)
+        self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
+        self.history = [
+            {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
+            for line in self.run.metrics()
+            if line["step"] <= self.state.iteration
+        ]
+        if self.attempt > 1:
+            done = self.state.iteration
+            self.reporter.say(f"attempt {self.attempt} continues after iteration {done}")
+
+    def _as_batch(self, sequences: Sequences) -> Batch:
+        """Rollouts of the next iteration that an earlier attempt has sampled."""
+        iteration, version = self.state.iteration, sequences.weight_version
+        prompts = self._prompts(iteration)
+        assert prompts.sample_ids == sequences.sample_ids
+        refs = [self.pools.put(sequences)]
+        return Batch(iteration, version, self.pools.put(prompts), len(prompts), refs)
+
+    def _save(self) -> None:
+        """Begin a checkpoint; actor and critic write it before their next work."""
+        folder = self.run.checkpoint(self.state.iteration)
+        folder.remove()  # of an attempt that died while writing it
+        self.state.time_s = self._log.time_s
+        self._log.sync()
+        actor = self.actor.call(Actor.save, (folder / "actor").url)
+        critic = self.critic.call(Critic.save, (folder / "critic").url)
+        parts = {"actor": self._files(actor), "critic": self._files(critic)}
+        self.saving = Checkpoint(self.run, self.state, parts, keep=self.config.ppo.keep_checkpoints)
+
+    def _finish_save(self) -> None:
+        """Wait for what is being written and make it a checkpoint."""
+        if self.saving is not None:
+            batch, sequences = self.in_flight, None
+            if batch is not None:
+                sequences = join_sequences(self.pools.get(batch.rollouts, "generate"))
+            self.saving.finish(in_flight=sequences)
+            self.saving = None
+
+    def _files(self, refs: Refs) -> Callable[[], list[FileEntry]]:
+        return lambda: [file for part in self.pools.get(refs, "save") for file in part]
+
+    def _examine(self) -> None:
+        """Have the policy judged, if that is due. Raises Diverged if the run must end here."""
+        step = self.state.iteration
+        latest = self.history.pop() if self.history and self.history[-1]["step"] == step else {}
+        if self.judging.due(step) and "time/judge_s" not in latest:
+            began = time.monotonic()
+            self._bring_weights()
+            latest |= {"step": step, **self.judging.metrics()}
+            latest["time/judge_s"] = time.monotonic() - began
+            self._log.log(step, latest)
+        self.history += [latest] if latest else []
+        if self.history and (why := diagnose(self.history, self.config.diagnosis)):
+            raise Diverged(f"after iteration {step}: {why}")
+
+    def _speed(self, num_samples: int, elapsed_s: float) -> dict[str, float]:
+        return self.sync_metrics | {
+            "ppo/samples_per_s": num_samples / elapsed_s,
+            "time/iteration_s": elapsed_s,
+            "time/wait_s": elapsed_s - sum(self.times.values()),
+            **{f"time/{phase}_s": seconds for phase, seconds in self.times.items()},
+        }
+
+    def _report(self, metrics: dict[str, float]) -> None:
+        step = self.state.iteration
+        self._log.log(step, metrics)
+        self.history.append({"step": step, **metrics})
+        if self.shown and (step == 1 or step % self.config.report.every == 0):
+            self._keep_samples()
+        facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
+        due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
+        self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)
+
+    def _keep_samples(self) -> None:
+        """A few of the latest rollouts, for the report."""
+        folder, step = self.run.folder, self.state.iteration
+        known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
+        refs = self.reward.call(Reward.samples, self.shown)
+        found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
+        folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.times[phase] = self.times.get(phase, 0.0) + time.monotonic() - began

@@ -1,0 +1,23 @@
+"""The prompts of each iteration, in the order that the plan of the run says."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from medgpt.data.plan import Plan
+from medgpt.data.stream import Step, training_stream
+from medgpt.rlhf.experience import Prompts, Ragged
+
+
+def prompt_stream(plan: Plan, data_url: str, start: int, *, data_cpus: float) -> Iterator[Prompts]:
+    """Those of iteration `start` and all after it."""
+    steps = training_stream(plan, data_url, rank=0, world_size=1, start=start, data_cpus=data_cpus)
+    return map(as_prompts, steps)
+
+
+def as_prompts(step: Step) -> Prompts:
+    return Prompts(
+        sample_ids=[row.sample_ids[0] for row in step.rows],
+        ids=Ragged.of([row.input_ids for row in step.rows], np.int32),
+        messages=[row.messages or "[]" for row in step.rows],
+    )

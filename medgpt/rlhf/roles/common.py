@@ -1,0 +1,138 @@
+"""What the roles that run a model over response tokens have in common."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medgpt.config import PPOStageConfig
+from medgpt.config.pools import Precision
+from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
+from medgpt.rlhf.credit import Experience, RunningStats
+from medgpt.rlhf.experience import Logprobs, Sequences
+
+if TYPE_CHECKING:  # Ray Data is for the driver
+    from medgpt.data.stream import Row
+
+RATIO_TOLERANCE = 1e-4  # of the first step's ratios from 1, in fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What actor and critic are told of an iteration."""
+
+    iteration: int  # from 0
+    weight_version: int  # that sampled the rollouts
+    kl_coef: float
+    score_stats: RunningStats
+    actor_learns: bool  # False while the critic warms up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lessons:
+    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
+
+    steps: "list[list[Row]]" = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """What an update reports; the same on every rank."""
+
+    metrics: dict[str, float]
+    score_stats: RunningStats
+    mean_kl: float  # nats per response, policy to reference
+    num_sequences: int
+
+
+def role_device() -> torch.device:
+    """The GPU that this worker was given, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Of a model that does not learn."""
+    auto = "fp32" if device.type == "cpu" else "bf16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[
+        auto if precision == "auto" else precision
+    ]
+
+
+def max_tokens(config: PPOStageConfig) -> int:
+    """Of a forward pass: the budget, or one sequence that is longer."""
+    longest = config.data.max_length + config.rollout.max_new_tokens
+    return max(config.ppo.micro_batch_tokens, longest)
+
+
+def my_forwards(sequences: Sequences, rows: Rows, config: PPOStageConfig) -> Iterator[Forward]:
+    """This rank's share of the passes over `rows`."""
+    return forwards(
+        sequences,
+        rows,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        max_tokens=config.ppo.micro_batch_tokens,
+    )
+
+
+@torch.no_grad()
+def response_logprobs(
+    policy: Callable[..., Tensor],
+    sequences: Sequences,
+    config: PPOStageConfig,
+    device: torch.device,
+    *,
+    of: Literal["actor", "reference"],
+) -> Logprobs:
+    """This rank's share of the log-probabilities, at the temperature of sampling."""
+    index, values, entropy = [], [], torch.zeros((), device=device)
+    for forward in my_forwards(sequences, np.arange(len(sequences)), config):
+        terms = policy(
+            forward.batch.to(device),
+            temperature=config.rollout.temperature,
+            with_entropy=of == "actor",
+        )
+        num_tokens = int(sequences.responses.lengths[forward.rows].sum())
+        index.append(forward.rows)
+        values.append(terms[0, :num_tokens])
+        entropy += terms[1].sum()
+    return Logprobs(
+        of=of,
+        index=np.concatenate(index),
+        values=torch.cat(values).cpu().numpy(),
+        entropy=float(entropy),
+    )
+
+
+def step_rows(experience: Experience, config: PPOStageConfig, iteration: int) -> Iterator[Rows]:
+    """The sequences of each optimizer step; those that do not count are left out."""
+    for epoch in range(config.ppo.epochs):
+        for rows in mini_batches(
+            len(experience.sequences),
+            config.ppo.global_batch_size,
+            seed=config.run.seed,
+            iteration=iteration,
+            epoch=epoch,
+        ):
+            yield rows[np.isin(rows, experience.rows)]
+
+
+def num_steps(config: PPOStageConfig) -> int:
+    """Optimizer steps of a full iteration."""
+    return config.ppo.epochs * (config.ppo.rollout_batch_size // config.ppo.global_batch_size)
+
+
+def places_of(sequences: Sequences, rows: Rows) -> Tensor:
+    """(n,) where the response tokens of `rows` are among all."""
+    return torch.from_numpy(sequences.responses.places(rows))
+
+
+def summed(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Reduced over the ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, op=op)
+    return values

@@ -1,0 +1,143 @@
+"""The critic role: what a response will be worth, before each of its tokens."""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medgpt.algos.ppo import ppo_value_loss
+from medgpt.config import ModelConfig, PPOStageConfig
+from medgpt.data.batch import IGNORE, PackedBatch
+from medgpt.engine import Engine
+from medgpt.engine.value import trainable_value_model
+from medgpt.models.tokenizer import load_base
+from medgpt.models.value_model import last_values
+from medgpt.rlhf.batching import Rows
+from medgpt.rlhf.credit import Experience, Parts, assign_credit
+from medgpt.rlhf.experience import Sequences, Values, join_sequences
+from medgpt.rlhf.roles.common import (
+    Lessons,
+    Task,
+    my_forwards,
+    num_steps,
+    places_of,
+    role_device,
+    step_rows,
+    summed,
+)
+from medgpt.runs import FileEntry, Folder, entries
+from medgpt.train.exporting import export_model
+
+
+class Critic:
+    """One rank of the critic. Knows PPO's value function; knows nothing about Ray."""
+
+    def __init__(self, config: PPOStageConfig, *, total_iterations: int) -> None:
+        self.config, self.device = config, role_device()
+        engine = config.pools.critic.engine
+        self.start = config.critic.model or config.reward.model or config.model.name
+        model = ModelConfig(name=self.start, lora=config.critic.lora)
+        self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
+        self.engine = Engine(
+            self.model,
+            engine=engine,
+            optimizer=config.critic.optimizer,
+            total_steps=total_iterations * num_steps(config),
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def values(self, *rollouts: Sequences) -> Values:
+        """This rank's share of the values before each response token and after the last."""
+        self.model.eval()
+        whole = join_sequences(rollouts)
+        index, values, after = [], [], []
+        for forward in my_forwards(whole, np.arange(len(whole)), self.config):
+            batch = forward.batch.to(self.device)
+            found = self.engine(batch)
+            index.append(forward.rows)
+            values.append(_before_tokens(found, batch))
+            after.append(last_values(found, batch)[: len(forward.rows)])
+        return Values(
+            index=np.concatenate(index),
+            values=torch.cat(values).cpu().numpy(),
+            after=torch.cat(after).cpu().numpy(),
+        )
+
+    def update(self, task: Task, *parts: object) -> dict[str, float]:
+        """The optimizer steps of an iteration. The parts are all pools' answers."""
+        experience = assign_credit(
+            Parts.of(part for part in parts if not isinstance(part, Lessons)),
+            self.config.ppo,
+            kl_coef=task.kl_coef,
+            score_stats=task.score_stats,
+        )
+        self.model.train()
+        self.engine.steps = task.iteration * num_steps(self.config)
+        sums, norms, skipped = np.zeros(2), [], 0
+        for rows in step_rows(experience, self.config, task.iteration):
+            if not len(rows):
+                continue
+            means = summed(self._accumulate(experience, rows)).numpy()
+            norm = self.engine.step()
+            if math.isfinite(norm):
+                norms.append(norm)
+                sums += means
+            else:
+                skipped += 1
+        loss, clip_frac = sums / max(1, len(norms))
+        return {
+            "critic/loss": float(loss),
+            "critic/clip_frac": float(clip_frac),
+            "critic/grad_norm": float(np.mean(norms)) if norms else math.nan,
+            "critic/learning_rate": self.engine.learning_rate,
+            "critic/skipped_steps": float(skipped),
+        }
+
+    def _accumulate(self, experience: Experience, rows: Rows) -> Tensor:
+        """Gradients of one optimizer step; (2,) this rank's shares of loss and clipped share."""
+        sequences, means = experience.sequences, torch.zeros(2, dtype=torch.float64)
+        num_tokens = int(sequences.responses.lengths[rows].sum())
+        for forward in my_forwards(sequences, rows, self.config):
+            batch = forward.batch.to(self.device)
+            found = self.engine(batch)
+            places = places_of(sequences, forward.rows)
+            if not len(places):
+                self.engine.backward(found.sum() * 0)
+                continue
+            values = _before_tokens(found, batch)[None]
+            value = ppo_value_loss(
+                values,
+                experience.values[places].to(self.device)[None],
+                experience.returns[places].to(self.device)[None],
+                torch.ones_like(values, dtype=torch.bool),
+                clip_range=self.config.critic.value_clip_range,
+                num_tokens=num_tokens,
+            )
+            self.engine.backward(value.loss)
+            means += torch.stack([x.detach().cpu().double() for x in value])
+        return means
+
+    def save(self, url: str) -> list[FileEntry]:
+        """Write this rank's part of a checkpoint."""
+        with Folder(url).staging() as directory:
+            return entries(directory, self.engine.snapshot().write(directory))
+
+    def load(self, url: str) -> None:
+        with Folder(url).local() as directory:
+            self.engine.load(directory)
+
+    def export(self, url: str) -> list[FileEntry]:
+        """Write the critic as a Hugging Face folder with its head; files of rank 0."""
+        assert self.config.model.name is not None
+        with Folder(url).staging() as directory:
+            tokenizer = load_base(self.config.model.name)
+            export_model(self.engine, self.model.model, tokenizer, directory)
+            return entries(directory) if dist.get_rank() == 0 else []
+
+
+def _before_tokens(values: Tensor, batch: PackedBatch) -> Tensor:
+    """(n,) of the values (1, N), those from which a response token is predicted."""
+    return values[0, batch.labels[0] != IGNORE]

@@ -1,0 +1,42 @@
+"""Roles, made in the workers. The driver imports this file too: it is light until called."""
+
+from typing import TYPE_CHECKING
+
+from medgpt.config import PPOStageConfig
+
+if TYPE_CHECKING:
+    from medgpt.rlhf.roles.actor import Actor
+    from medgpt.rlhf.roles.critic import Critic
+    from medgpt.rlhf.roles.reference import Reference
+    from medgpt.rlhf.roles.reward import Reward
+    from medgpt.rlhf.roles.rollout import Rollout
+
+
+def make_actor(config: PPOStageConfig, total_iterations: int) -> "Actor":
+    from medgpt.rlhf.roles.actor import Actor
+
+    return Actor(config, total_iterations=total_iterations)
+
+
+def make_critic(config: PPOStageConfig, total_iterations: int) -> "Critic":
+    from medgpt.rlhf.roles.critic import Critic
+
+    return Critic(config, total_iterations=total_iterations)
+
+
+def make_reward(config: PPOStageConfig) -> "Reward":
+    from medgpt.rlhf.roles.reward import Reward
+
+    return Reward(config)
+
+
+def make_reference(config: PPOStageConfig) -> "Reference":
+    from medgpt.rlhf.roles.reference import Reference
+
+    return Reference(config)
+
+
+def make_rollout(config: PPOStageConfig) -> "Rollout":
+    from medgpt.rlhf.roles.rollout import Rollout
+
+    return Rollout(config)

@@ -1,0 +1,55 @@
+"""The reference role: the policy as it was before PPO."""
+
+from typing import Any
+
+from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
+from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.policy import Policy
+from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
+from medgpt.rlhf.roles.common import max_tokens, response_logprobs, role_device, role_dtype
+
+
+class Reference:
+    """One rank of the reference. Knows nothing about Ray."""
+
+    def __init__(self, config: PPOStageConfig) -> None:
+        self.config, self.device = config, role_device()
+        self.policy = self._partitioned() if config.pools.reference.zero_stage else self._whole()
+
+    def logprobs(self, *rollouts: Sequences) -> Logprobs:
+        """This rank's share."""
+        whole = join_sequences(rollouts)
+        return response_logprobs(self.policy, whole, self.config, self.device, of="reference")
+
+    @property
+    def _model(self) -> ModelConfig:
+        model = self.config.model
+        return ModelConfig(
+            name=model.name,
+            attention=model.attention,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def _whole(self) -> Any:
+        model = build_model(
+            self._model,
+            objective="clm",
+            vocab_size=0,  # the saved model's own
+            special=SpecialIds(),
+            seed=0,
+            dtype=role_dtype(self.config.pools.reference.precision, self.device),
+        )
+        policy = Policy(model, max_batch_tokens=max_tokens(self.config))
+        return policy.requires_grad_(False).eval().to(self.device)
+
+    def _partitioned(self) -> Any:
+        """DeepSpeed is imported only where it is used: it takes seconds."""
+        from medgpt.engine.frozen import FrozenEngine
+        from medgpt.engine.policy import build_policy
+
+        pool = self.config.pools.reference
+        engine = EngineConfig(zero_stage=pool.zero_stage, precision=pool.precision)
+        policy = build_policy(
+            self._model, engine, self.device, seed=0, max_batch_tokens=max_tokens(self.config)
+        )
+        return FrozenEngine(policy, engine, self.device)

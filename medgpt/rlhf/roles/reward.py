@@ -1,0 +1,103 @@
+"""The reward role: what each response is worth, by the reward model, the rules and the user's
+functions."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.data.records import Message
+from medgpt.models.speech import check_same_speech
+from medgpt.models.tokenizer import load_base
+from medgpt.models.value_model import ValueModel, last_values, load_value_model
+from medgpt.rlhf.batching import share_by_length
+from medgpt.rlhf.experience import Prompts, Scores, Sequences, join_sequences
+from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.total import Rewarded, Rewards
+from medgpt.rlhf.roles.common import my_forwards, role_device, role_dtype
+
+
+class Reward:
+    """One rank of the reward pool. Knows nothing about Ray."""
+
+    def __init__(self, config: PPOStageConfig) -> None:
+        assert config.model.name is not None
+        self.config, self.device = config, role_device()
+        self.tokenizer = load_base(config.model.name)
+        self.rewards = Rewards(config.reward)
+        self.model = self._load(
+            "reward", config.reward.model if self.rewards.needs_scores else None
+        )
+        self.judging = self._load("judge", config.judge.model if config.judge.every else None)
+        self.latest: tuple[list[Answered], Rewarded] | None = None
+        """For samples in the report."""
+
+    @torch.no_grad()
+    def score(self, prompts: Prompts, *rollouts: Sequences) -> Scores:
+        """This rank's share. An empty response, or one whose component failed, has no score."""
+        whole = join_sequences(rollouts)
+        index, scores = self._model_scores(self.model, whole)
+        answered = [
+            Answered(
+                sample_id=whole.sample_ids[i],
+                messages=tuple(Message(*turn) for turn in json.loads(prompts.messages[i])),
+                text=str(self.tokenizer.decode(whole.responses.row(i), skip_special_tokens=True)),
+                finished=bool(whole.finished[i]),
+            )
+            for i in index
+        ]
+        rewarded = self.rewards(answered, scores)
+        self.latest = answered, rewarded
+        totals = [np.nan if total is None else total for total in rewarded.totals]
+        return Scores(index=index, totals=np.array(totals, np.float32), rewarded=rewarded)
+
+    @torch.no_grad()
+    def judge(self, *answers: Sequences) -> tuple[NDArray[np.int64], list[float]]:
+        """Rows of this rank's share, and the score of each by the judge's reward model."""
+        index, scores = self._model_scores(self.judging, join_sequences(answers))
+        assert scores is not None
+        return index, scores
+
+    def samples(self, num: int) -> list[dict[str, Any]]:
+        """The first few of the latest call, for the report."""
+        assert self.latest is not None
+        answered, rewarded = self.latest
+        return [
+            {
+                "prompt": answered[i].question,
+                "answer": answered[i].text,
+                "total": rewarded.totals[i],
+                "components": {name: xs[i] for name, xs in rewarded.components.items()},
+            }
+            for i in range(min(num, len(answered)))
+        ]
+
+    def _model_scores(
+        self, model: ValueModel | None, whole: Sequences
+    ) -> tuple[NDArray[np.int64], list[float] | None]:
+        """Rows of this rank's share, and the model's score of each."""
+        if model is None:
+            shares = share_by_length(whole.lengths, dist.get_world_size())
+            return shares[dist.get_rank()], None
+        index, scores = [], []
+        for forward in my_forwards(whole, np.arange(len(whole)), self.config):
+            batch = forward.batch.to(self.device)
+            index.append(forward.rows)
+            scores.append(last_values(model(batch), batch)[: len(forward.rows)])
+        return np.concatenate(index), torch.cat(scores).tolist()
+
+    def _load(self, section: str, name: str | None) -> ValueModel | None:
+        """Raises ConfigError: it reads other token ids than the actor writes."""
+        if name is None:
+            return None
+        pool = self.config.pools.reward
+        if pool.zero_stage:
+            raise ConfigError("pools.reward.zero_stage=3 is not there yet; set 0")
+        model, _ = load_value_model(name, dtype=role_dtype(pool.precision, self.device))
+        names = "the actor", f"{section}.model={name}"
+        check_same_speech(self.tokenizer, load_base(name), names=names)
+        return model.to(self.device)

@@ -1,0 +1,138 @@
+"""The rollout role: answers to prompts, with the weights that the actor sent last."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.data.chat import stop_ids
+from medgpt.models.base import local_folder
+from medgpt.models.decode import Generated, Generator
+from medgpt.models.generate import load_for_generation
+from medgpt.models.tokenizer import load_base
+from medgpt.rlhf.batching import share_by_length
+from medgpt.rlhf.experience import Prompts, Ragged, Sequences, sample_seed
+from medgpt.rlhf.roles.common import role_device
+
+NO_WEIGHTS = -1  # version before the first sync
+
+
+class RolloutEngine(Protocol):
+    """What samples. Token ids in and out, log-probabilities as they were when sampling."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        ends: Sequence[int],
+    ) -> list[Generated]: ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over some of the weights, under their Hugging Face names."""
+        ...
+
+    def weights_loaded(self) -> None:
+        """All have come: forget what was computed with the ones before. Raises ValueError if some
+        are missing."""
+        ...
+
+
+class Rollout:
+    """One rank of the rollout pool; every rank has a whole model."""
+
+    def __init__(self, config: PPOStageConfig) -> None:
+        assert config.model.name is not None
+        self.config = config
+        self.folder = str(local_folder(config.model.name))
+        self.ends = stop_ids(load_base(self.folder))
+        self.engine: RolloutEngine = make_engine(config, self.folder)
+        self.weight_version = NO_WEIGHTS
+
+    def generate(self, prompts: Prompts, iteration: int) -> Sequences:
+        """This rank's share of the answers; noise is a function of (seed, iteration, sample id)."""
+        seeds = [sample_seed(self.config.run.seed, iteration, i) for i in prompts.sample_ids]
+        config = self.config.rollout
+        return self._generate(
+            prompts.ids, prompts.sample_ids, seeds, config.max_new_tokens, config.temperature
+        )
+
+    def answer(self, prompts: Ragged, max_new_tokens: int) -> Sequences:
+        """This rank's share of the greedy answers; the sample ids are the rows' numbers."""
+        ids = [str(i) for i in range(len(prompts))]
+        return self._generate(prompts, ids, [0] * len(prompts), max_new_tokens, 0.0)
+
+    def _generate(
+        self,
+        prompts: Ragged,
+        sample_ids: Sequence[str],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+    ) -> Sequences:
+        lengths = prompts.lengths + max_new_tokens  # a row costs more than its prompt's tokens
+        mine = share_by_length(lengths, dist.get_world_size())[dist.get_rank()]
+        found = self.engine.generate(
+            [prompts.row(i).tolist() for i in mine],
+            [seeds[i] for i in mine],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            ends=self.ends,
+        )
+        return Sequences(
+            index=mine,
+            sample_ids=[sample_ids[int(i)] for i in mine],
+            prompts=prompts.take(mine),
+            responses=Ragged.of([row.ids for row in found], np.int32),
+            logprobs=Ragged.of([row.logprobs for row in found], np.float32).values,
+            finished=np.array([row.finished for row in found], np.bool_),
+            weight_version=self.weight_version,
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Some of the actor's weights, under their Hugging Face names."""
+        self.weight_version = NO_WEIGHTS  # half of one version and half of another
+        self.engine.load_weights(weights)
+
+    def weights_loaded(self, version: int) -> None:
+        """All of the weights of `version` have come."""
+        self.engine.weights_loaded()
+        self.weight_version = version
+
+
+class HuggingFaceEngine:
+    """medgpt's own loop over the Hugging Face model in `folder`."""
+
+    def __init__(self, folder: str, *, dtype: torch.dtype, batch_tokens: int) -> None:
+        model: Any = load_for_generation(folder, role_device())[0]
+        self.model = model.to(dtype).requires_grad_(False)
+        self.generate = Generator(self.model, batch_tokens=batch_tokens).generate
+        self.came: set[int] = set()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        mine = self.model.state_dict(keep_vars=True)  # tied weights under both their names
+        for name, weight in weights:
+            mine[name].copy_(weight)
+            self.came.add(id(mine[name]))
+
+    def weights_loaded(self) -> None:
+        missing = [name for name, p in self.model.named_parameters() if id(p) not in self.came]
+        self.came.clear()
+        if missing:
+            raise ValueError(f"{len(missing)} weights have not come, as {missing[0]}")
+
+
+def make_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
+    """The engine that the config names."""
+    on_gpu = role_device().type == "cuda"
+    bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.pools.rollout.precision]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if config.rollout.engine == "hf":
+        return HuggingFaceEngine(folder, dtype=dtype, batch_tokens=config.rollout.batch_tokens)
+    raise ConfigError(f"rollout.engine={config.rollout.engine} is not there yet; set hf")

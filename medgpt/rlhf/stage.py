@@ -1,0 +1,143 @@
+"""The PPO stage from config to finished run: prompts, pools, iterations, export."""
+
+from functools import partial
+from typing import Any
+
+from medgpt.config import PPOStageConfig
+from medgpt.data.plan import Plan
+from medgpt.disk import full_disk_told
+from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.pool import Pool, Pools
+from medgpt.rlhf.rewards.total import Rewards
+from medgpt.rlhf.roles.make import (
+    make_actor,
+    make_critic,
+    make_reference,
+    make_reward,
+    make_rollout,
+)
+from medgpt.runs import Folder, Run, commit, committed, entries
+from medgpt.train import session
+from medgpt.train.card import model_card
+from medgpt.train.prepare import prepare
+from medgpt.train.stage import cluster_resources, describe, parents
+
+CRITIC = "critic"  # the folder of its export
+
+
+def run_ppo_stage(config: PPOStageConfig) -> Run:
+    """Run or resume PPO; a finished run is returned as it is.
+
+    Raises:
+        ConfigError: whatever the user can repair, in words.
+    """
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
+    reporter = ConsoleReporter("ppo")
+    try:
+        if run.finished:
+            reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
+            return run
+        reporter.say(f"run directory {run.folder.url}")
+        Rewards(config.reward)  # a function that cannot be imported is told before all else
+        session.connect(config.cluster)
+        plan = _prepare(run, config, reporter)
+        pools = make_pools(config, plan.num_steps, reporter)
+        try:
+            pools.start()
+            _train(run, config, plan, pools, reporter)
+            _export(run, config, pools)
+        finally:
+            pools.close()
+        run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
+        reporter.say(f"model in {run.model.url}")
+    finally:
+        reporter.close()
+    return run
+
+
+def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
+    """The pools of the config, not started yet."""
+    pools = config.pools
+    found: list[Pool[Any]] = [
+        Pool("actor", pools.actor, partial(make_actor, config, num_iterations)),
+        Pool("critic", pools.critic, partial(make_critic, config, num_iterations)),
+        Pool(
+            "reward",
+            pools.reward,
+            partial(make_reward, config),
+            independent=pools.reward.zero_stage == 0,
+        ),
+        Pool(
+            "rollout",
+            pools.rollout,
+            partial(make_rollout, config),
+            independent=config.rollout.engine == "hf",
+        ),
+    ]
+    if not pools.reference_in_actor:
+        make = partial(make_reference, config)
+        independent = pools.reference.zero_stage == 0
+        found.append(Pool("reference", pools.reference, make, independent=independent))
+    return Pools(found, pools, wait_s=config.cluster.wait_s, say=reporter.say)
+
+
+def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
+    with full_disk_told(run.folder.url, "data"):
+        data, plan = prepare(run, config, reporter.advance)
+    reporter.say(describe(data, plan))
+    sources = [config.model.name, config.reward.model, config.critic.model]
+    run.update_manifest(
+        seed=config.run.seed,
+        parents=list(dict.fromkeys(name for source in sources for name in parents(source))),
+        data={key: value for key, value in data.items() if key != "files"},
+        plan={key: value for key, value in plan.items() if key != "files"},
+        hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
+    )
+    return Plan(
+        run.plan.url,
+        global_batch_size=config.ppo.rollout_batch_size,
+        max_steps=config.ppo.max_iterations,
+    )
+
+
+def _train(
+    run: Run, config: PPOStageConfig, plan: Plan, pools: Pools, reporter: ConsoleReporter
+) -> None:
+    # after the workers have begun to load the same libraries
+    from medgpt.rlhf.ppo import PPO
+    from medgpt.rlhf.prompts import prompt_stream
+    from medgpt.rlhf.sync import WeightSync
+
+    sync = WeightSync(pools.pools["actor"], pools.pools["rollout"], pools, config.pools.sync)
+    PPO(
+        run,
+        config,
+        pools,
+        prompts=partial(prompt_stream, plan, run.data.url, data_cpus=config.cluster.data_cpus),
+        sync=sync.run,
+        num_iterations=plan.num_steps,
+        reporter=reporter,
+    ).fit()
+
+
+def _export(run: Run, config: PPOStageConfig, pools: Pools) -> None:
+    """The policy in model/, the critic beside it."""
+    from medgpt.rlhf.roles.actor import Actor
+    from medgpt.rlhf.roles.critic import Critic
+
+    for pool, method, folder in (
+        (pools.pools["actor"], Actor.export, run.model),
+        (pools.pools["critic"], Critic.export, run.folder / CRITIC),
+    ):
+        if committed(folder) is None:
+            with full_disk_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
+                files = pools.get(pool.call(method, folder.url), "export")[0]
+                if folder is run.model:
+                    files += _card(run, config, folder)
+                commit(folder, files)
+
+
+def _card(run: Run, config: PPOStageConfig, folder: Folder) -> list[Any]:
+    with folder.staging() as directory:
+        (directory / "README.md").write_text(model_card(run, config), "utf-8")
+        return entries(directory, ["README.md"])

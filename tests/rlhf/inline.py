@@ -1,0 +1,135 @@
+"""Pools whose one worker is this process: the driver's loop without Ray."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from medgpt.config import PPOStageConfig
+from medgpt.data.chat import stop_ids
+from medgpt.metrics import ConsoleReporter
+from medgpt.models.tokenizer import load_base
+from medgpt.rlhf.experience import Prompts, Ragged
+from medgpt.rlhf.pool import PoolDied
+from medgpt.rlhf.ppo import PPO
+from medgpt.rlhf.roles.make import (
+    make_actor,
+    make_critic,
+    make_reference,
+    make_reward,
+    make_rollout,
+)
+from medgpt.runs import Run
+
+
+class Ref:
+    """A value, or the error that making it raised."""
+
+    def __init__(self, value: Any = None, error: Exception | None = None) -> None:
+        self.value, self.error = value, error
+
+    def get(self) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class InlinePool:
+    """Calls its role at once; `dies_at` says which call finds it dead."""
+
+    def __init__(self, role: str, make: Callable[[], Any]) -> None:
+        self.role, self.make, self.worker = role, make, make()
+        self.workers = [self]
+        self.calls: list[str] = []
+        self.dies_at: tuple[str, int] | None = None
+
+    def call(self, method: Callable[..., Any], *args: Any) -> list[Ref]:
+        self.calls.append(method.__name__)
+        if self.dies_at == (method.__name__, self.calls.count(method.__name__)):
+            self.dies_at, self.worker = None, None
+        if self.worker is None:
+            return [Ref(error=PoolDied(self.role, [0], "died"))]
+        try:
+            values = [arg.get() if isinstance(arg, Ref) else arg for arg in args]
+            return [Ref(method(self.worker, *values))]
+        except PoolDied as died:
+            return [Ref(error=died)]
+
+
+class InlinePools:
+    def __init__(self, config: PPOStageConfig, num_iterations: int) -> None:
+        make = {
+            "actor": lambda: make_actor(config, num_iterations),
+            "critic": lambda: make_critic(config, num_iterations),
+            "reward": lambda: make_reward(config),
+            "reference": lambda: make_reference(config),
+            "rollout": lambda: make_rollout(config),
+        }
+        if config.pools.reference_in_actor:
+            del make["reference"]
+        self.pools = {role: InlinePool(role, made) for role, made in make.items()}
+        self.rebuilt: list[str] = []
+
+    def put(self, value: Any) -> Ref:
+        return Ref(value)
+
+    def wait(self, refs: Sequence[Ref], what: str) -> None:
+        for ref in refs:
+            ref.get()
+
+    def get(self, refs: Sequence[Ref], what: str) -> list[Any]:
+        return [ref.get() for ref in refs]
+
+    def rebuild(self, died: PoolDied) -> None:
+        self.rebuilt.append(died.role)
+        self.pools[died.role].worker = self.pools[died.role].make()
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Through memory."""
+        actor, rollout = self.pools["actor"].worker, self.pools["rollout"].worker
+        for role, worker in (("actor", actor), ("rollout", rollout)):
+            if worker is None:
+                raise PoolDied(role, [0], "died")
+        rollout.load_weights(actor.weights())
+        rollout.weights_loaded(version)
+        return {"sync/version": float(version)}
+
+
+def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
+    """Random prompts that a response may end: the same for the same iteration."""
+    assert config.model.name is not None
+    ends = stop_ids(load_base(config.model.name))
+
+    def stream(start: int) -> Iterator[Prompts]:
+        iteration = start
+        while True:
+            rng = np.random.default_rng(iteration)
+            rows = [rng.integers(5, 200, n) for n in rng.integers(3, 10, 12)]
+            rows = [row[~np.isin(row, ends)] for row in rows]
+            yield Prompts(
+                sample_ids=[f"{iteration}-{i}" for i in range(len(rows))],
+                ids=Ragged.of([np.append(row, 50) for row in rows], np.int32),
+                messages=['[["user", "?"]]'] * len(rows),
+            )
+            iteration += 1
+
+    return stream
+
+
+def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
+    """A run at its newest checkpoint; `changes` replace the driver's arguments."""
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
+    pools = InlinePools(config, num_iterations)
+    options: dict[str, Any] = {"prompts": prompt_stream(config), "sync": pools.sync}
+    reporter = ConsoleReporter("ppo")
+    options |= {"num_iterations": num_iterations, "reporter": reporter, **changes}
+    return PPO(run, config, pools, **options)  # type: ignore[arg-type]
+
+
+def numbers(run: Run) -> list[dict[str, float]]:
+    """Metrics of each step that do not depend on the machine."""
+    unequal = ("time", "memory", "attempt", "ppo/samples_per_s")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(unequal)}
+        for line in run.metrics()
+    ]

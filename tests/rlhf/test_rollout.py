@@ -1,0 +1,102 @@
+"""A rollout worker answers by the prompt, the iteration and the weights: by nothing else."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from medgpt.models.decode import Generator
+from medgpt.rlhf.experience import Prompts, Ragged, Sequences, join_sequences
+from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout
+from tests.rlhf.cases import ppo_config
+
+
+@contextmanager
+def rank_of(rank: int, world_size: int) -> Iterator[None]:
+    """As if this process were one rank of several; they need not talk to generate."""
+    with (
+        patch.object(dist, "get_rank", lambda: rank),
+        patch.object(dist, "get_world_size", lambda: world_size),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def rollout(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Rollout:
+    return Rollout(ppo_config(tmp_path_factory.mktemp("rollout"), base))
+
+
+def prompts(num: int = 9) -> Prompts:
+    rng = np.random.default_rng(4)
+    rows = [rng.integers(5, 300, 3 + 4 * i) for i in range(num)]
+    ids = [f"sample-{i}" for i in range(num)]
+    return Prompts(sample_ids=ids, ids=Ragged.of(rows, np.int32), messages=["[]"] * num)
+
+
+def generate(rollout: Rollout, *, ranks: int = 1, iteration: int = 0) -> Sequences:
+    """What all ranks answer together."""
+    parts = []
+    for rank in range(ranks):
+        with rank_of(rank, ranks):
+            parts.append(rollout.generate(prompts(), iteration))
+    assert all(len(part) for part in parts)
+    return join_sequences(parts)
+
+
+def test_answers_do_not_depend_on_the_number_of_workers(rollout: Rollout):
+    one, three = generate(rollout), generate(rollout, ranks=3)
+    assert one.sample_ids == three.sample_ids == prompts().sample_ids
+    assert np.array_equal(one.responses.values, three.responses.values)
+    assert np.allclose(one.logprobs, three.logprobs, atol=1e-5)
+    assert np.array_equal(one.prompts.values, prompts().ids.values)
+
+
+def test_every_iteration_and_every_sample_has_its_own_noise(rollout: Rollout):
+    first, again, second = (generate(rollout, iteration=i) for i in (0, 0, 1))
+    assert np.array_equal(first.responses.values, again.responses.values)
+    assert not np.array_equal(first.responses.values, second.responses.values)
+
+
+def test_the_weights_that_came_are_those_that_sample(rollout: Rollout):
+    assert isinstance(rollout.engine, HuggingFaceEngine)
+    model = rollout.engine.model
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    assert "lm_head.weight" not in before  # tied: it comes once
+    rollout.load_weights(before.items())
+    rollout.weights_loaded(3)
+    first = generate(rollout)
+    new = [(name, weight + 0.05 * torch.randn_like(weight)) for name, weight in before.items()]
+    rollout.load_weights(new[:2])
+    assert rollout.weight_version == NO_WEIGHTS  # half of them
+    rollout.load_weights(new[2:])
+    rollout.weights_loaded(4)
+    second = generate(rollout)
+    assert (first.weight_version, second.weight_version) == (3, 4)
+    assert not np.array_equal(first.responses.values, second.responses.values)
+    with torch.no_grad():
+        ids = torch.from_numpy(np.append(second.prompts.row(0), second.responses.row(0))).long()
+        expected = model(ids[None]).logits[0].log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+    length = second.responses.lengths[0]
+    assert np.allclose(second.logprobs[:length], expected[-length:], atol=1e-4)
+    rollout.load_weights(new[1:])
+    with pytest.raises(ValueError, match=r"1 weights have not come, as model\.embed_tokens"):
+        rollout.weights_loaded(5)
+    assert rollout.weight_version == NO_WEIGHTS
+    rollout.load_weights(before.items())
+    rollout.weights_loaded(3)
+
+
+def test_a_question_is_answered_greedily(rollout: Rollout):
+    with rank_of(0, 1):
+        found = rollout.answer(prompts().ids, 5)
+    assert isinstance(rollout.engine, HuggingFaceEngine)
+    rows = [prompts().ids.row(i).tolist() for i in range(9)]
+    expected = Generator(rollout.engine.model).generate(  # pyright: ignore[reportArgumentType]
+        rows, [1] * 9, max_new_tokens=5, temperature=0.0, ends=rollout.ends
+    )
+    assert [found.responses.row(i).tolist() for i in range(9)] == [row.ids for row in expected]
