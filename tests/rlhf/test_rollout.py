@@ -1,5 +1,6 @@
 """A rollout worker answers by the prompt, the iteration and the weights: by nothing else."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from medgpt.config import ConfigError
 from medgpt.models.decode import Generator
 from medgpt.rlhf.experience import Prompts, Ragged, Sequences, join_sequences
 from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout
@@ -100,3 +102,9 @@ def test_a_question_is_answered_greedily(rollout: Rollout):
         rows, [1] * 9, max_new_tokens=5, temperature=0.0, ends=rollout.ends
     )
     assert [found.responses.row(i).tolist() for i in range(9)] == [row.ids for row in expected]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="there is vLLM here")
+def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, base: Path):
+    with pytest.raises(ConfigError, match=r"rollout\.engine=vllm needs the package vllm"):
+        Rollout(ppo_config(tmp_path, base, "rollout.engine=vllm"))

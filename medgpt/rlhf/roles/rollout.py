@@ -1,5 +1,6 @@
 """The rollout role: answers to prompts, with the weights that the actor sent last."""
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -135,4 +136,11 @@ def make_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.rollout.engine == "hf":
         return HuggingFaceEngine(folder, dtype=dtype, batch_tokens=config.rollout.batch_tokens)
-    raise ConfigError(f"rollout.engine={config.rollout.engine} is not there yet; set hf")
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm needs the package vllm where the rollout pool runs; install "
+            "medgpt[vllm] there, or set hf"
+        )
+    from medgpt.rlhf.vllm_engine import VllmEngine  # loaded only when asked for
+
+    return VllmEngine(folder, dtype=dtype, config=config.rollout)

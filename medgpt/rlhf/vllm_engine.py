@@ -1,0 +1,156 @@
+"""vLLM as a rollout engine, inside the rollout worker's process. Needs the package `vllm`.
+
+Weights take vLLM's own way in (its weight-transfer interface, which undoes its fusing and repacking
+of layers), handed over in memory. The prefix cache is emptied after every sync: it holds keys and
+values of the weights before.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from medgpt.config import RolloutConfig
+from medgpt.models.decode import Generated
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model lives in this process
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of a CPU's
+
+from vllm import LLM, SamplingParams, TokensPrompt  # pyright: ignore
+from vllm.distributed.weight_transfer.base import (  # pyright: ignore
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import (  # pyright: ignore
+    WeightTransferEngineFactory,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ignore
+    ParallelLMHead,
+)
+from vllm.model_executor.model_loader.reload import (  # pyright: ignore
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+IN_MEMORY = "medgpt"
+
+
+@dataclass
+class NoInfo(WeightTransferInitInfo):
+    """There is nobody to meet."""
+
+
+@dataclass
+class Weights(WeightTransferUpdateInfo):
+    """Some weights under their Hugging Face names."""
+
+    weights: list[tuple[str, Tensor]] = field(default_factory=list)
+
+
+class InMemory(WeightTransferEngine):
+    """Takes weights from the same process."""
+
+    init_info_cls = NoInfo
+    update_info_cls = Weights
+
+    def init_transfer_engine(self, init_info: NoInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(Weights(**update_info))
+
+    def receive_weights(self, update_info: Weights) -> None:
+        self.model.load_weights(update_info.weights)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.model_config.hf_config.tie_word_embeddings:
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):  # no weight of its own came: packed copies
+                    layer.quant_method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        pass
+
+
+WeightTransferEngineFactory.register_engine(IN_MEMORY, InMemory)
+
+
+class VllmEngine:
+    """Samples with the model in `folder`, then with the weights that it is given."""
+
+    def __init__(self, folder: str, *, dtype: torch.dtype, config: RolloutConfig) -> None:
+        self.llm: Any = LLM(
+            model=folder,
+            dtype=str(dtype).removeprefix("torch."),
+            skip_tokenizer_init=True,  # ids in, ids out
+            generation_config="vllm",  # not the sampling that the model's file asks for
+            logprobs_mode="processed_logprobs",  # under the temperature
+            weight_transfer_config={"backend": IN_MEMORY},
+            gpu_memory_utilization=config.gpu_memory_share,
+            enforce_eager=not torch.cuda.is_available(),
+            disable_log_stats=True,
+        )
+        self.llm.collective_rpc("init_weight_transfer_engine", args=({},))
+        self.names = set[str]()
+        for file in Path(folder).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                self.names.update(tensors.keys())
+        self.came: set[str] | None = None
+        """Names of the weights of a sync that is under way."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        ends: Sequence[int],
+    ) -> list[Generated]:
+        """As `Generator.generate`; the noise is vLLM's, also a function of a row's seed."""
+        options: dict[str, Any] = {
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "stop_token_ids": list(ends),
+            "ignore_eos": True,  # the ends above are all there are
+            "logprobs": 0,  # of the sampled token alone
+            "detokenize": False,
+        }
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+            [SamplingParams(seed=seed, **options) for seed in seeds],
+            use_tqdm=False,
+        )
+        return [_generated(output.outputs[0]) for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.came is None:
+            self.llm.collective_rpc("start_weight_update")
+            self.came = set()
+        bucket = list(weights)
+        self.llm.collective_rpc("update_weights", args=({"weights": bucket},))
+        self.came.update(name for name, _ in bucket)
+
+    def weights_loaded(self) -> None:
+        missing = sorted(self.names - (self.came or set()))
+        self.came = None
+        self.llm.collective_rpc("finish_weight_update")
+        self.llm.reset_prefix_cache()
+        if missing:
+            raise ValueError(f"{len(missing)} weights have not come, as {missing[0]}")
+
+
+def _generated(completion: Any) -> Generated:
+    ids = list(completion.token_ids)
+    found = [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
+    return Generated(ids, found, completion.finish_reason == "stop")
