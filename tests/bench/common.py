@@ -117,7 +117,7 @@ def messages(row: dict[str, str]) -> list[dict[str, str]]:
     return [{"role": role, "content": row[key]} for role, key in roles]
 
 
-def write_base(base: Path, data: Path, size: Size) -> None:
+def write_base(base: Path, data: Path, size: Size, kind: str = "qwen2") -> None:
     """A base model with fresh weights and a tokenizer trained on the messages in `data`."""
     from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
     from medgpt.data.chat import for_chat
@@ -128,8 +128,13 @@ def write_base(base: Path, data: Path, size: Size) -> None:
     texts = (m["content"] for line in lines for m in json.loads(line)["messages"])
     config = TokenizerConfig(mode="train", vocab_size=size.vocab)
     tokenizer = for_chat(train_tokenizer(texts, config, "bpe"))
-    architecture = ArchitectureConfig(
-        hidden_size=size.hidden, num_layers=size.layers, intermediate_size=size.hidden * 11 // 4
+    architecture = ArchitectureConfig.model_validate(
+        {
+            "kind": kind,
+            "hidden_size": size.hidden,
+            "num_layers": size.layers,
+            "intermediate_size": size.hidden * 11 // 4,
+        }
     )
     model = build_model(
         ModelConfig(architecture=architecture),
@@ -190,8 +195,12 @@ def measure(
     first: int,
     last: int,
     env: Mapping[str, str] | None = None,
+    counted: str = "train/tokens",
 ) -> Window:
     """Run `command` to its end and look at steps `first` + 1 to `last`.
+
+    Args:
+        counted: a number that every step's line has; the window's `tokens` are its sum.
 
     Raises:
         RuntimeError: it failed or ended too early, with the end of what it said.
@@ -205,18 +214,18 @@ def measure(
         usage, cpu, peak, looked = Usage(process.pid), {}, 0.0, 0.0
         while process.poll() is None:
             time.sleep(POLL_S)
-            done = _num_steps(metrics)
+            done = _num_steps(metrics, counted)
             reached = [step for step in (first, last) if step not in cpu and done >= step]
             if reached or time.monotonic() - looked > MEMORY_EVERY_S:
                 cpu_s, gb = usage()
                 peak, looked = max(peak, gb), time.monotonic()
                 cpu |= dict.fromkeys(reached, cpu_s)
-    lines = read_steps(metrics)
+    lines = read_steps(metrics, counted)
     if process.returncode or last not in lines:
         raise RuntimeError(f"{' '.join(command)}\n{log.read_text()[-3000:]}")
     inside = [lines[step] for step in range(first + 1, last + 1)]
     return Window(
-        tokens=sum(line["train/tokens"] for line in inside),
+        tokens=sum(line[counted] for line in inside),
         targets=sum(line.get("train/target_tokens", 0) for line in inside),
         wall_s=lines[last]["time_s"] - lines[first]["time_s"],
         cpu_s=cpu[last] - cpu[first],
@@ -248,14 +257,14 @@ class Usage:
         return sum(self.cpu.values()), resident / 2**30
 
 
-def _num_steps(metrics: Path) -> int:
-    return metrics.read_bytes().count(b'"train/tokens"') if metrics.exists() else 0
+def _num_steps(metrics: Path, counted: str) -> int:
+    return metrics.read_bytes().count(f'"{counted}"'.encode()) if metrics.exists() else 0
 
 
-def read_steps(metrics: Path) -> dict[int, dict[str, float]]:
-    """The line of each optimizer step."""
+def read_steps(metrics: Path, counted: str = "train/tokens") -> dict[int, dict[str, float]]:
+    """The line of each step."""
     lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() else ()
-    return {line["step"]: line for line in lines if "train/tokens" in line}
+    return {line["step"]: line for line in lines if counted in line}
 
 
 def alternate(
