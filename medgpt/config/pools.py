@@ -63,7 +63,7 @@ class SyncConfig(Config):
     transport: Literal["auto", "nccl", "gloo", "object_store"] = "auto"
     """auto: nccl where all have GPUs of their own, else gloo; Ray's object store where the
     pools cannot reach each other. The others: that or an error."""
-    bucket_mb: Count = 16
+    bucket_mb: Count = 32
     """MiB that travel together; a larger weight travels alone."""
     timeout_s: Annotated[float, Gt(0)] = 300
     """Longest wait for the other side of a transfer."""

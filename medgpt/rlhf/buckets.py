@@ -62,9 +62,10 @@ END = Header([], 0, 0)
 def pack(
     weights: Iterable[tuple[str, Tensor]], buffers: Iterator[Tensor]
 ) -> Iterator[tuple[Header, Tensor]]:
-    """Buckets of `weights`: header and the used part of a uint8 buffer.
+    """Buckets of `weights`: header and bytes, which are the used part of a uint8 buffer.
 
-    `buffers` yields where to pack; a weight larger than a buffer has a bucket of its own.
+    `buffers` yields where to pack. A weight larger than a buffer is a bucket of its own and is not
+    copied if it lies on the same device: its bytes are valid until the next bucket is asked for.
     """
     entries: list[Entry] = []
     end, names = 0, 0
@@ -75,13 +76,14 @@ def pack(
         if entries and (end + size > len(buffer) or names > HEADER_BYTES):
             yield _closed(entries, buffer[:end])
             entries, end, names, buffer = [], 0, len(name) + 80, next(buffers)
-        if size > len(buffer):
-            buffer = buffer.new_empty(size)
         entry = Entry(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), end)
+        if size > len(buffer):
+            whole = weight.detach().to(buffer.device).contiguous()
+            yield _closed([entry], whole.flatten().view(torch.uint8))
+            continue
         entries.append(entry)
         _view(buffer, entry).copy_(weight)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-        end = min(end, len(buffer))
+        end = min(end + -(-size // ALIGNMENT) * ALIGNMENT, len(buffer))
     if entries:
         yield _closed(entries, buffer[:end])
 

@@ -4,6 +4,7 @@ It lies beside the default groups of the pools. Functions here run in workers, b
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from medgpt.rlhf.buckets import END, HEADER_BYTES, Header, SyncError, pack, unpa
 
 Meeting = tuple[str, int]
 Shipped = list[tuple[Header, Any]]  # with refs
+NUM_BUFFERS = 3  # one is packed or loaded, two are on their way
 UNSYNCED = -1  # the version of a rollout worker whose weights are not one version's
 
 
@@ -66,40 +68,53 @@ class Link:
             self.group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
         else:
             self.group = dist.ProcessGroupGloo(prefixed, rank, size, timeout)
-        self.buffers = [self._bytes(config.bucket_mb * 2**20) for _ in range(2)]
+        self.buffers = [self._bytes(config.bucket_mb * 2**20) for _ in range(NUM_BUFFERS)]
 
     def send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> int:
-        """Broadcast; one bucket is on its way while the next is packed. Returns the bytes."""
+        """Broadcast; buckets are on their way while the next is packed. Returns the bytes."""
         total = 0
-        works: list[Any] = []
+        under_way: deque[list[Any]] = deque()
         for header, data in pack(weights, itertools.cycle(self.buffers)):
-            self._wait(works, version)
-            works = [self._start(header.to_tensor().to(self.device)), self._start(data)]
+            under_way.append([self._start(header.to_tensor().to(self.device)), self._start(data)])
             total += len(data)
-        self._wait([*works, self._start(END.to_tensor().to(self.device))], version)
+            # the next bucket takes the oldest buffer; a larger weight is sent from where it lies
+            left = 0 if len(data) > len(self.buffers[0]) else len(self.buffers) - 1
+            while len(under_way) > left:
+                self._wait(under_way.popleft(), version)
+        under_way.append([self._start(END.to_tensor().to(self.device))])
+        for works in under_way:
+            self._wait(works, version)
         return total
 
     def receive(self, role: Receiver, version: int) -> int:
-        """Load what rank 0 sends; one bucket is on its way while the one before is loaded."""
+        """Load what rank 0 sends; a bucket is on its way while the one before is loaded."""
         total, where = 0, f"version {version}, {self.peers} to {self.me}"
         role.weight_version = UNSYNCED  # until all is there, it is a mixture
         head = self._bytes(HEADER_BYTES)
+        coming = self._start(head)
         loaded: tuple[Header, Tensor] | None = None
-        for buffer in itertools.cycle(self.buffers):
-            self._wait([self._start(head)], version)
+        for turn in itertools.cycle(range(len(self.buffers))):
+            self._wait([coming], version)
             header = Header.from_tensor(head.cpu())
-            data = buffer if header.num_bytes <= len(buffer) else self._bytes(header.num_bytes)
-            data = data[: header.num_bytes]
-            work = [self._start(data)] if header.entries else []
+            data = self._room(turn, header.num_bytes)
+            works = [self._start(data)] if header.entries else []
+            if header.entries:
+                coming = self._start(head)
             if loaded is not None:
                 role.load_weights(unpack(*loaded, where=where))
-            self._wait(work, version)
+            self._wait(works, version)
             loaded = (header, data)
             total += len(data)
             if not header.entries:
                 break
         role.weights_loaded(version)
         return total
+
+    def _room(self, turn: int, size: int) -> Tensor:
+        """So many bytes; larger than any before, the buffer is exchanged for good."""
+        if size > len(self.buffers[turn]):
+            self.buffers[turn] = self._bytes(size)
+        return self.buffers[turn][:size]
 
     def _start(self, tensor: Tensor) -> Any:
         return self.group.broadcast(tensor, 0)
