@@ -47,6 +47,7 @@ class Saver:
         began = time.monotonic()
         folder = self.run.checkpoint(position["step"])
         if self.rank == 0:
+            self._check_newest()  # its checkpoint of this step is not ours to remove
             folder.remove()  # of an attempt that died while writing it
         dist.barrier()
         files = self.thread.submit(self._write, folder, take(), before)
@@ -89,12 +90,16 @@ class Saver:
             with folder.staging() as directory:
                 return entries(directory, snapshot.write(directory))
 
-    def _commit(self, pending: Pending, files: list[FileEntry]) -> ConfigError | None:
+    def _check_newest(self) -> None:
+        """Raises RuntimeError in an attempt that was given up, as after a network partition."""
         newest = self.run.manifest["attempt"]
-        if newest != self.attempt:  # of a driver that was given up, as after a network partition
+        if newest != self.attempt:
             raise RuntimeError(
                 f"attempt {newest} of the run has begun, attempt {self.attempt} ends"
             )
+
+    def _commit(self, pending: Pending, files: list[FileEntry]) -> ConfigError | None:
+        self._check_newest()
         position = pending.position
         try:
             with full_disk_told(self.run.folder.url, _name(pending.folder)):
