@@ -222,6 +222,8 @@ class Run:
         self.plan = self.folder / "plan"
         self.checkpoints = self.folder / "checkpoints"
         self.model = self.folder / "model"
+        self.accepted: list[str] = []
+        """Changes of the config since the run began, with run.allow_changes."""
 
     @classmethod
     def open(cls, stage: str, config: BaseModel, *, run_dir: str, allow_changes: bool) -> "Run":
@@ -306,6 +308,7 @@ class Run:
                 f"run.dir={self.folder.url} was begun with another config: {'; '.join(changes)}. "
                 "Restore it, choose another run.dir, or accept with run.allow_changes=true"
             )
+        self.accepted = changes
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of all checkpoint folders, complete or not, oldest first."""

@@ -24,7 +24,8 @@ class RunConfig(Config):
     seed: Annotated[int, Ge(0)] = 0
     """Every random decision derives from it."""
     allow_changes: bool = False
-    """Resume although the data or a training-relevant key changed since the run began."""
+    """Resume although the data or a training-relevant key changed since the run began. It goes on
+    at the same step; of an order that is another one now, rows may be repeated or left out."""
 
 
 Samples = Literal["documents", "conversations", "preferences", "prompts"]

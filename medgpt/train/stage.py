@@ -36,6 +36,11 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
+        if run.accepted:
+            reporter.say(
+                f"goes on with changes, at the same step: {'; '.join(run.accepted)}. If they or "
+                "the data change the order, rows of this epoch may be repeated or left out"
+            )
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
         _prepare_and_train(run, config, reporter)
