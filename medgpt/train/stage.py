@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from medgpt.config import TrainStageConfig
+from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.inputs import check_sources, input_bytes
-from medgpt.disk import full_disk_told
+from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import MANIFEST, Folder, Run
 from medgpt.train import session
@@ -38,8 +38,9 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
         reporter.say(f"run directory {run.folder.url}")
         session.connect(config.cluster)
         session.await_resources(config.cluster, reporter.say)
-        _prepare_and_train(run, config, reporter)
-        run.update_manifest(finished=True, timings=_timings(run))
+        with storage_told(run.folder.url, "the run"):
+            _prepare_and_train(run, config, reporter)
+            run.update_manifest(finished=True, timings=_timings(run))
         reporter.say(f"model in {run.model.url}")
     finally:
         reporter.close()
@@ -53,7 +54,7 @@ def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleRepo
     if input_bytes(config.data) < EARLY_BYTES:
         training.start()
     try:
-        with full_disk_told(run.folder.url, "data"):
+        with storage_told(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
             reporter.say(describe(data, plan))
             run.update_manifest(
@@ -130,7 +131,8 @@ class Training:
     def _clean_up(self, thread: threading.Thread) -> None:
         thread.join()
         self.progress.shutdown()
-        self.gate.remove()
+        with suppress(ConfigError), storage_told(self.run.folder.url, "gate"):
+            self.gate.remove()
 
     def _fit(self) -> None:
         from medgpt.train.reservation import reserved_for_data

@@ -11,7 +11,7 @@ Chunk = tuple[str, int]
 def counted(run: Run) -> list[dict[str, int | str]]:
     """Lines of the audit that count, in training order: of each step the highest attempt's."""
     folder = run.folder / "audit"
-    tables = [pq.read_table(folder.path(name)) for name in folder.names()]
+    tables = [pq.read_table(folder.path(name), filesystem=folder.fs) for name in folder.names()]
     lines = pa.concat_tables(tables).to_pylist()
     last: dict[tuple[int, int], int] = {}
     for line in lines:
