@@ -16,6 +16,7 @@ from medgpt.train.gate import Gate
 from medgpt.train.prepare import prepare
 from medgpt.train.progress import Display
 from medgpt.train.rank import WorkerJob, train_worker
+from medgpt.train.room import await_room
 
 if TYPE_CHECKING:
     from medgpt.train.trainer import LeanTrainer
@@ -37,7 +38,7 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             return run
         reporter.say(f"run directory {run.folder.url}")
         session.connect(config.cluster)
-        session.await_resources(config.cluster, reporter.say)
+        await_room(config.cluster, reporter.say)
         with storage_told(run.folder.url, "the run"):
             _prepare_and_train(run, config, reporter)
             run.update_manifest(finished=True, timings=_timings(run))
@@ -164,6 +165,7 @@ class Training:
                 elastic_resize_monitor_interval_s=cluster.resize_check_s,
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker={name: n for name, n in resources.items() if n},
+                label_selector=cluster.labels or None,
             ),
             run_config=RunConfig(
                 name="ray",
