@@ -55,7 +55,8 @@ def test_commands_and_files_of_the_readme_exist():
     commands = set(get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
     used = set(re.findall(r"\bmedgpt (\w+) (?:configs|runs)/", PROSE))
     assert used == commands
-    for path in re.findall(r"(?:configs|jobs|tests|medgpt)/[\w./-]*\w\.(?:toml|sh|txt|py)", PROSE):
+    folders, kinds = "configs|jobs|tests|medgpt|clusters", "toml|sh|txt|py|yaml"
+    for path in re.findall(rf"(?:{folders})/[\w./-]*\w\.(?:{kinds})", PROSE):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"^\| `([\w./-]+)`", section("Layout"), re.MULTILINE):
         assert (ROOT / path).exists(), path

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -273,6 +274,15 @@ def test_an_address_that_cannot_hold_a_run_is_refused(run_dir: str, words: str) 
     config = make_config("/unused")
     with pytest.raises(ConfigError, match=f"run.dir={run_dir}.*{words}"):
         Run.open("pretrain", config, run_dir=run_dir, allow_changes=False)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("oss", "ossfs")])
+def test_a_store_whose_package_is_missing_is_told_with_its_name(scheme: str, package: str) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    run_dir = f"{scheme}://bucket/run"
+    with pytest.raises(ConfigError, match=f"run.dir={run_dir}: .*nstall {package}"):
+        Run.open("pretrain", make_config("/unused"), run_dir=run_dir, allow_changes=False)
 
 
 # checkpoints

@@ -26,6 +26,7 @@ from medgpt.models.tokenizer import load_base
 from medgpt.runs import Run, checksum
 from medgpt.train import session
 from medgpt.train.card import add_scores
+from medgpt.train.room import await_room
 
 TASKS: dict[str, Callable[[Any, int], Task]] = {
     "mcq": McqTask,
@@ -137,7 +138,7 @@ def _answer(
     whole: dict[str, dict[str, Interval]] = {}
     reporter.say(f"run directory {run.folder.url}")
     session.connect(config.cluster)
-    session.await_resources(config.cluster, reporter.say)
+    await_room(config.cluster, reporter.say)
     pool = Pool(config)
     try:
         for task in tasks:

@@ -98,6 +98,7 @@ class Pool:
         remote: Any = ray.remote(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
+            label_selector=cluster.labels,
             max_restarts=failures,
             max_task_retries=failures,
         )(Worker)

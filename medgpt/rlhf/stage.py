@@ -5,7 +5,7 @@ from typing import Any
 
 from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
-from medgpt.disk import full_disk_told
+from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
@@ -82,7 +82,7 @@ def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRep
 
 
 def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
-    with full_disk_told(run.folder.url, "data"):
+    with storage_told(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)
     reporter.say(describe(data, plan))
     sources = [config.model.name, config.reward.model, config.critic.model]
@@ -130,7 +130,7 @@ def _export(run: Run, config: PPOStageConfig, pools: Pools) -> None:
         (pools.pools["critic"], Critic.export, run.folder / CRITIC),
     ):
         if committed(folder) is None:
-            with full_disk_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
+            with storage_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
                 files = pools.get(pool.call(method, folder.url), "export")[0]
                 if folder is run.model:
                     files += _card(run, config, folder)

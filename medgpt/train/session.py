@@ -3,18 +3,16 @@
 import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import psutil
 import ray
-from ray._private.state import state as ray_state
-from ray.autoscaler.sdk import request_resources
 
 from medgpt.config import ClusterConfig, ConfigError
+from medgpt.train.room import may_grow
 
 TIMED_OUT = "timed out during startup"  # in the message of Ray's error
 CONNECT_S = 20  # longest wait for a cluster to answer
@@ -63,7 +61,7 @@ def connect(cluster: ClusterConfig) -> None:
 
 def _one_node() -> bool:
     """Whether the cluster is this machine and stays so; it is not preempted without the command."""
-    return len(ray.nodes()) == 1 and ray_state.get_max_resources_from_cluster_config() is None
+    return len(ray.nodes()) == 1 and not may_grow()
 
 
 def check_address(address: str) -> None:
@@ -142,49 +140,3 @@ def _silence_libraries() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-
-
-def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Return when the cluster can hold the fewest workers and one data task beside them.
-
-    Raises:
-        ConfigError: it never can, or not within `cluster.wait_s`.
-    """
-    need = {
-        "CPU": cluster.fewest_workers * cluster.cpus_per_worker + cluster.data_cpus,
-        "GPU": cluster.fewest_workers * cluster.gpus_per_worker,
-    }
-    remedy = "lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
-    # the only place where Ray tells how far the autoscaler may go; None without autoscaler
-    limit = ray_state.get_max_resources_from_cluster_config()
-    most = ray.cluster_resources() if limit is None else limit
-    if lack := _lacking(need, most):
-        raise ConfigError(f"cluster.num_workers={cluster.workers} {lack} at most; {remedy}")
-    deadline, asked = time.monotonic() + cluster.wait_s, False
-    while lack := _lacking(need, ray.cluster_resources()):
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"cluster.num_workers={cluster.workers} {lack} after cluster.wait_s="
-                f"{cluster.wait_s:g} s; {remedy}"
-            )
-        if not asked:
-            say(f"waiting up to {cluster.wait_s:g} s for the cluster to grow: {lack} now")
-            request_resources(bundles=_bundles(cluster))
-            asked = True
-        time.sleep(1)
-
-
-def _bundles(cluster: ClusterConfig) -> list[dict[str, float]]:
-    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    data = {"CPU": cluster.data_cpus}
-    return [{k: v for k, v in worker.items() if v}] * cluster.fewest_workers + [data]
-
-
-def _lacking(need: Mapping[str, float], have: Mapping[str, float]) -> str:
-    short = [
-        f"needs {amount:g} {name} in all (data tasks included), the cluster has "
-        f"{have.get(name, 0):g}"
-        for name, amount in need.items()
-        if amount > have.get(name, 0)
-    ]
-    return " and ".join(short)

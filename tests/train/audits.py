@@ -12,7 +12,7 @@ def counted(run: Run) -> list[dict[str, int | str]]:
     """Lines of the audit that count, in training order: of each step the highest attempt's."""
     folder = run.folder / "audit"
     whole = [name for name in folder.names() if not name.startswith(".")]
-    tables = [pq.read_table(folder.path(name)) for name in whole]
+    tables = [pq.read_table(folder.path(name), filesystem=folder.fs) for name in whole]
     lines = pa.concat_tables(tables).to_pylist()
     last: dict[tuple[int, int], int] = {}
     for line in lines:
