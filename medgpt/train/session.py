@@ -15,6 +15,7 @@ from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
 
 from medgpt.config import ClusterConfig, ConfigError
+from medgpt.train.capacity import bundle, of_workers, preflight
 
 TIMED_OUT = "timed out during startup"  # in the message of Ray's error
 CONNECT_S = 20  # longest wait for a cluster to answer
@@ -150,34 +151,26 @@ def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError: it never can, or not within `cluster.wait_s`.
     """
+    claims = of_workers(cluster)
+    preflight(claims, data_cpus=cluster.data_cpus)
     need = {
         "CPU": cluster.fewest_workers * cluster.cpus_per_worker + cluster.data_cpus,
         "GPU": cluster.fewest_workers * cluster.gpus_per_worker,
     }
-    remedy = "lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
-    # the only place where Ray tells how far the autoscaler may go; None without autoscaler
-    limit = ray_state.get_max_resources_from_cluster_config()
-    most = ray.cluster_resources() if limit is None else limit
-    if lack := _lacking(need, most):
-        raise ConfigError(f"cluster.num_workers={cluster.workers} {lack} at most; {remedy}")
     deadline, asked = time.monotonic() + cluster.wait_s, False
     while lack := _lacking(need, ray.cluster_resources()):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"cluster.num_workers={cluster.workers} {lack} after cluster.wait_s="
-                f"{cluster.wait_s:g} s; {remedy}"
+                f"{cluster.wait_s:g} s; lower cluster.num_workers or the CPUs or GPUs of each, or "
+                "use a larger cluster"
             )
         if not asked:
             say(f"waiting up to {cluster.wait_s:g} s for the cluster to grow: {lack} now")
-            request_resources(bundles=_bundles(cluster))
+            workers = [bundle(role) for role in claims.values() for _ in range(role.num_workers)]
+            request_resources(bundles=[*workers, {"CPU": cluster.data_cpus}])
             asked = True
         time.sleep(1)
-
-
-def _bundles(cluster: ClusterConfig) -> list[dict[str, float]]:
-    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    data = {"CPU": cluster.data_cpus}
-    return [{k: v for k, v in worker.items() if v}] * cluster.fewest_workers + [data]
 
 
 def _lacking(need: Mapping[str, float], have: Mapping[str, float]) -> str:
