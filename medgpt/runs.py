@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -58,6 +59,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "ppo.log_every",
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
+    "stages.config",  # of every stage; its own run knows what was in the file
 }
 
 
@@ -372,7 +374,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
         before, after = _numbered(old.get(key)), _numbered(new.get(key))
-        if path in FREE_TO_CHANGE or before == after:
+        if re.sub(r"\.\d+\.", ".", path) in FREE_TO_CHANGE or before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{path}.")

@@ -42,7 +42,7 @@ from medgpt.config.ppo import (
     PtxConfig,
     RolloutConfig,
 )
-from medgpt.config.reading import StageConfig, load, validate
+from medgpt.config.reading import StageConfig, load, read_tree, validate
 from medgpt.config.replies import (
     GenerationConfig,
     KeyPointsConfig,
@@ -137,6 +137,7 @@ __all__ = [
     "absolute",
     "absolute_model",
     "load",
+    "read_tree",
     "stable_run_dir",
     "validate",
 ]

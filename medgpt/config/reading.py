@@ -1,6 +1,7 @@
 """From a TOML file and overrides to a checked config, with errors that name the remedy."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,11 @@ def load(cls: type[StageConfig], path: Path, overrides: Sequence[str] = ()) -> S
     Raises:
         ConfigError: names every wrong key with its value, the rule and what would be right.
     """
+    return validate(cls, read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file and the overrides say, not checked yet. Raises ConfigError like `load`."""
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -33,7 +39,7 @@ def load(cls: type[StageConfig], path: Path, overrides: Sequence[str] = ()) -> S
         raise ConfigError(f"is not a TOML file: {error}") from None
     for text in overrides:
         _merge(tree, _parse_override(text))
-    return validate(cls, tree)
+    return tree
 
 
 def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
@@ -94,7 +100,7 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = re.sub(r"(://[^/:]*:)[^/]*@", r"\1***@", repr(value))  # of a password
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 

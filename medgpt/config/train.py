@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, model_validator
 
-from medgpt.config.base import Config, Count, Share, Workers
+from medgpt.config.base import Config, Count, DataPath, Share, Workers
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -96,6 +96,10 @@ class ClusterConfig(Config):
     """Time between looks whether a run with a range of workers can have more."""
     wait_s: Annotated[float, Gt(0)] = 600
     """Longest wait for the cluster's resources."""
+    spill_dir: DataPath | None = None
+    """Where a Ray that the command itself starts puts what its memory has no room for, in a folder
+    that only the user can enter. Unset: beside Ray's logs, in such a folder of RAY_TMPDIR or
+    /tmp."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:

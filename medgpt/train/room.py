@@ -2,37 +2,17 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import ray
-from ray._private.state import state as ray_state
-from ray._private.worker import global_worker
-from ray.core.generated import autoscaler_pb2
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from medgpt.config import ClusterConfig, ConfigError
+from medgpt.train.autoscaler import autoscaling_state, limits, may_grow
+from medgpt.train.capacity import of_workers, preflight
 
 PAUSE_S = 1  # between looks whether there is room
 
 Amounts = Mapping[str, float]
-
-
-def autoscaling_state() -> Any | None:
-    """What the cluster's autoscaler said last, an AutoscalingState; None without one."""
-    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore  # generated code
-    worker: Any = global_worker
-    reply.ParseFromString(worker.gcs_client.get_cluster_status())
-    state = reply.autoscaling_state
-    return state if state.autoscaler_state_version else None
-
-
-def limits() -> Amounts | None:
-    """Resources that the cluster may have at most, by what `clusters/report.py` told; else None."""
-    return ray_state.get_max_resources_from_cluster_config()
-
-
-def may_grow() -> bool:
-    return limits() is not None or autoscaling_state() is not None
 
 
 def await_room(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
@@ -41,6 +21,7 @@ def await_room(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
     Raises:
         ConfigError: it never can, or not within `cluster.wait_s`.
     """
+    preflight(of_workers(cluster), data_cpus=cluster.data_cpus)
     remedy = "lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
     lack = _lacking(cluster, _resources({}), _resources(cluster.labels))
     if not lack:

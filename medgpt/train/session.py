@@ -3,16 +3,19 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import psutil
 import ray
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import ray_constants
 
 from medgpt.config import ClusterConfig, ConfigError
-from medgpt.train.room import may_grow
+from medgpt.train.autoscaler import may_grow
 
 TIMED_OUT = "timed out during startup"  # in the message of Ray's error
 CONNECT_S = 20  # longest wait for a cluster to answer
@@ -56,7 +59,7 @@ def connect(cluster: ClusterConfig) -> None:
             os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         _silence_libraries()
     else:
-        start_local((os.cpu_count() or 1) + cluster.data_cpus)
+        start_local((os.cpu_count() or 1) + cluster.data_cpus, cluster.spill_dir)
 
 
 def _one_node() -> bool:
@@ -78,28 +81,73 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def start_local(num_cpus: float) -> None:
+def start_local(num_cpus: float, spill_dir: str | None = None) -> None:
     """Start a Ray on this machine and connect to it.
 
-    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly.
+    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly. Its
+    objects are patients' texts, so nobody else can enter the folders of its logs and spilled
+    objects, and none of its ports can be reached from outside.
 
     Raises:
-        ConfigError: the machine is too busy.
+        ConfigError: the machine is too busy, or a folder cannot be made private.
     """
     os.environ.update(QUIET | LOCAL)
+    # Ray opens the folder that it is given to everyone, but nobody gets there
+    folder = f"{private_folder(get_default_system_temp_dir())}/ray"
     start = partial(
         ray.init,
         address="local",
         num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        object_spilling_directory=private_folder(spill_dir) if spill_dir else None,
+        _temp_dir=folder,
         **SILENT,
     )
-    start_patiently(start)
+    with _on_loopback():
+        start_patiently(start)
     # nothing is forwarded to this process, but Ray looks for it ten times a second
     children = psutil.Process().children()
     _end(child for child in children if any("log_monitor" in word for word in child.cmdline()))
     _silence_libraries()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that starts open its ports to this machine alone, as it does on macOS.
+
+    On Linux it opens them to every interface, and changes `_node_ip_address="127.0.0.1"` to one
+    that others reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def private_folder(parent: str) -> str:
+    """A folder in `parent` that only its owner can enter; made if there is none.
+
+    Raises:
+        ConfigError: it cannot be made, or somebody else has made it.
+    """
+    path = f"{parent}/medgpt-{os.getuid()}"
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)  # a link could lead to a folder of somebody else
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise ConfigError(
+                f"{path} is not a folder of your own; remove it, or set another RAY_TMPDIR or "
+                "cluster.spill_dir"
+            )
+        os.chmod(path, 0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be made private: {error}; set another RAY_TMPDIR or cluster.spill_dir"
+        ) from None
+    return path
 
 
 def start_patiently(start: Callable[[], Any]) -> None:

@@ -3,7 +3,8 @@
 import pytest
 
 from medgpt.config import ClusterConfig, ConfigError
-from medgpt.train.room import autoscaling_state, await_room, may_grow
+from medgpt.train.autoscaler import autoscaling_state, may_grow
+from medgpt.train.room import await_room
 
 pytestmark = pytest.mark.ray
 
@@ -19,16 +20,16 @@ def refusal(cluster: ClusterConfig) -> str:
 def test_a_cluster_without_autoscaler_is_not_waited_for(ray_session: None) -> None:
     assert autoscaling_state() is None
     assert not may_grow()
-    assert refusal(ClusterConfig(num_workers=9)) == (
-        "cluster.num_workers=9 needs 10 CPU in all (data tasks included), the cluster has 4 at "
-        "most; lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
-    )
-    assert "needs 1 GPU in all" in refusal(ClusterConfig(gpus_per_worker=1))
+    told = refusal(ClusterConfig(num_workers=9))
+    assert told.startswith("cluster.num_workers=9 (9 x (1 CPU)) can never be placed: ")
+    assert "the cluster has 1 x (4 CPU) and no autoscaler" in told
+    told = refusal(ClusterConfig(gpus_per_worker=1))
+    assert "(1 x (1 CPU, 1 GPU)) can never be placed: no node is like that" in told
 
 
 def test_labels_are_looked_for_on_nodes(ray_session: None) -> None:
     told = refusal(ClusterConfig(labels={"role": "poet"}))
-    assert "needs 1 CPU on nodes with role=poet, which have 0 at most" in told
+    assert "(1 x (1 CPU, role=poet)) can never be placed: no node is like that" in told
 
 
 def test_room_that_is_there_is_not_waited_for(ray_session: None) -> None:
