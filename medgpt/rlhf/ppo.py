@@ -170,7 +170,8 @@ class PPO:
     def _reference_logprobs(self, rollouts: Refs) -> Refs:
         if self.reference is None:
             return self.actor.call(Actor.reference_logprobs, *rollouts)
-        return self.reference.call(Reference.logprobs, *rollouts)
+        temperature = self.config.rollout.temperature
+        return self.reference.call(Reference.logprobs, temperature, *rollouts)
 
     def _prompts(self, iteration: int) -> Prompts:
         if self.prompts_at != iteration:  # after a rewind, or for a batch that is done again
