@@ -97,8 +97,9 @@ class Space(Config):
         if self.values is not None:
             return value in self.values
         assert self.bounds is not None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and self.bounds[0] <= value <= self.bounds[1]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        return self.bounds[0] <= value <= self.bounds[1]
 
     def nearest(self, value: Any) -> Any:
         """`value`, or the end of the range that it lies beyond."""
