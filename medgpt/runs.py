@@ -58,6 +58,11 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "ppo.log_every",
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
+    "base",  # a file; what it says is compared by itself
+    "overrides",
+    "tune.num_trials",
+    "tune.max_concurrent",
+    "tune.max_failures",
 }
 
 

@@ -1,5 +1,6 @@
 """A search over PPO's keys: which values, in what order, and what counts as better."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -16,7 +17,7 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.reading import load, with_values
 from medgpt.config.stages import RunConfig
 
-Value = bool | int | float | str | tuple[float, ...]
+Value = bool | int | float | str
 Params = dict[str, Any]  # searched keys with a trial's values
 KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
 FROZEN: tuple[RoleName, ...] = ("reward", "reference")  # pools that all trials can share
@@ -180,8 +181,9 @@ class TuneStageConfig(Config):
     @cached_property
     def stage(self) -> PPOStageConfig:
         """What all trials have in common. Raises ConfigError."""
+        own = f"run.dir={json.dumps(f'{self.run.dir}/base', ensure_ascii=False)}"
         try:
-            return load(PPOStageConfig, Path(self.base), self.overrides)
+            return load(PPOStageConfig, Path(self.base), [*self.overrides, own])
         except ConfigError as error:
             raise ConfigError(f"base={self.base}: {error}") from None
 

@@ -144,8 +144,7 @@ class _Scale:
     def _value(self, outcome: Outcome) -> Any:
         if self.space is None:
             return outcome.last and outcome.last.mark
-        value = outcome.record.params[self.key]
-        return tuple(value) if isinstance(value, list) else value
+        return outcome.record.params[self.key]
 
     def _height(self, value: Any) -> float:
         if self.listed:

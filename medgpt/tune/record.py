@@ -10,7 +10,7 @@ from typing import Any, Literal
 from medgpt.config import Params
 from medgpt.runs import Folder, Run
 
-FILE = "trial.json"
+SUFFIX = ".json"
 Status = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]
 DONE: tuple[Status, ...] = ("finished", "stopped", "diverged", "refused")
 
@@ -49,7 +49,7 @@ def name_of(number: int) -> str:
 
 
 class Records:
-    """Of the trials in a folder at `url`, each with its run directory."""
+    """Of the trials in a folder at `url`, each beside its run directory."""
 
     def __init__(self, url: str) -> None:
         self.folder = Folder(url)
@@ -58,15 +58,16 @@ class Records:
         return Run((self.folder / name).url)
 
     def read(self, name: str) -> Record | None:
-        folder = self.folder / name
-        return Record.read(folder.read_json(FILE)) if folder.exists(FILE) else None
+        file = f"{name}{SUFFIX}"
+        return Record.read(self.folder.read_json(file)) if self.folder.exists(file) else None
 
     def all(self) -> list[Record]:
         """By name."""
-        return [record for name in self.folder.names() if (record := self.read(name))]
+        names = [name for name in self.folder.names() if name.endswith(SUFFIX)]
+        return [Record.read(self.folder.read_json(name)) for name in names]
 
     def write(self, record: Record) -> Record:
-        (self.folder / record.name).write_json(FILE, asdict(record))
+        self.folder.write_json(f"{record.name}{SUFFIX}", asdict(record))
         return record
 
     def end(self, name: str, status: Status, why: str) -> None:

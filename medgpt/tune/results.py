@@ -84,7 +84,7 @@ def write_table(run: Run, found: Sequence[Outcome], config: TuneStageConfig) -> 
             "pareto": outcome in efficient,
             "winner": outcome is best,
             "copied": json.dumps([[c.trial, c.iteration] for c in outcome.record.copied]),
-            **{key: _cell(value) for key, value in outcome.record.params.items()},
+            **outcome.record.params,
         }
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
@@ -110,7 +110,3 @@ def write_best(run: Run, best: Outcome, config: TuneStageConfig) -> None:
 def repeated(config: TuneStageConfig, params: Params, url: str) -> PPOStageConfig:
     """The base with a trial's values, as a run of its own."""
     return with_values(PPOStageConfig, config.stage, {**params, "run.dir": url})
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | tuple) else value

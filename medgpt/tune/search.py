@@ -98,6 +98,9 @@ class Follow(tune.Callback):
     def __init__(self, records: Records, num_iterations: int, say: Say) -> None:
         self.records, self.num_iterations, self.say = records, num_iterations, say
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray Tune pickles it into its own record
+
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:

@@ -21,7 +21,6 @@ from medgpt.tune.search import run_search
 from medgpt.tune.space import listed
 from medgpt.tune.trial import Setup
 
-BASE = "base"  # a run directory inside of the search's
 WIDEST = ("ppo.rollout_batch_size", "ppo.micro_batch_tokens", "rollout.max_new_tokens")
 PBT_STATES = 4  # newest checkpoints that a trial keeps for those who copy it
 
@@ -39,7 +38,7 @@ def run_tune_stage(config: TuneStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to search again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        base = _base(run, config)
+        base = _base(config)
         Rewards(config.stage.reward)  # a function that cannot be imported is told before all else
         session.connect(config.stage.cluster)
         concurrent = _room(config)
@@ -62,7 +61,7 @@ def _search(run: Run, config: TuneStageConfig, concurrent: int, reporter: Consol
             stage=stage,
             config=config.tune,
             trials_url=trials_url(config),
-            base_url=f"{config.run.dir}/{BASE}",
+            base_url=config.stage.run.dir,
             front=front,
             num_workers=num_workers,
         )
@@ -114,15 +113,14 @@ def _unchecked(stage: PPOStageConfig, values: Mapping[str, object]) -> PPOStageC
     return stage
 
 
-def _base(run: Run, config: TuneStageConfig) -> Run:
+def _base(config: TuneStageConfig) -> Run:
     """A run directory for what all trials have in common: the base's config, and its prompts.
 
     Raises:
         ConfigError: the base has changed since the search began.
     """
-    url = f"{run.folder.url}/{BASE}"
-    stage = with_values(PPOStageConfig, config.stage, {"run.dir": url})
-    return Run.open("ppo", stage, run_dir=url, allow_changes=config.run.allow_changes)
+    stage, allowed = config.stage, config.run.allow_changes
+    return Run.open("ppo", stage, run_dir=stage.run.dir, allow_changes=allowed)
 
 
 def _room(config: TuneStageConfig) -> int:

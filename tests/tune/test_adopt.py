@@ -7,7 +7,15 @@ import pytest
 from medgpt.runs import FileEntry, Run, commit, entries
 from medgpt.tune.adopt import adopt
 from medgpt.tune.record import Record, Records
+from tests.rlhf.cases import ppo_config
+from tests.rlhf.inline import driver, numbers
+from tests.rlhf.test_ppo import stop_at
 
+LETTERS = 'reward.functions=[{name="letters",path="tests.tune.cases:letters"}]'
+EVERY = (
+    "ppo.checkpoint_every=2", "ppo.kl_controller=adaptive", "ppo.kl_horizon=50",
+    "judge.every=2", "judge.triage=4", "judge.max_new_tokens=2",
+)  # fmt: skip
 STATE = {"iteration": 4, "kl_coef": 0.05, "score_stats": [9, 0.5, 2.0], "time_s": 30.0}
 PARAMS = {"ppo.kl_coef": 0.2}
 
@@ -96,3 +104,33 @@ def test_what_was_copied_before_a_death_is_not_copied_again(records):
 def test_a_donor_without_a_state_is_an_error(records):
     with pytest.raises(RuntimeError, match="no state from iteration 8 on"):
         copy(records, iteration=8)
+
+
+def test_training_goes_on_from_the_copied_state_under_the_new_values(base, tmp_path):
+    records = Records(str(tmp_path))
+
+    def train(name: str, until: int, *overrides: str) -> list[dict[str, float]]:
+        """Metrics of a trial that is stopped before iteration `until`, of four."""
+        folder = tmp_path / f"config-{name}"
+        folder.mkdir(exist_ok=True)
+        changes = (f"run.dir={tmp_path / name}", "run.allow_changes=true", *overrides)
+        ppo = driver(ppo_config(folder, base, LETTERS, *EVERY, *changes), 4)
+        if until < 4:
+            stop_at(until, ppo)
+        else:
+            ppo.fit()
+        return numbers(ppo.run)
+
+    donor = train("002", 4)
+    train("001", 3, "ppo.kl_coef=0.01", "optimizer.learning_rate=2e-3")
+    params = {"ppo.kl_coef": 0.2, "optimizer.learning_rate": 4e-4}
+    adopt(records, Record("001", {}), params, {"trial": "002", "iteration": 2})
+    found = train("001", 4, *(f"{key}={value}" for key, value in params.items()))
+
+    assert found[:3] == donor[:3]  # iterations 0, 1 and 2 are the donor's
+    third, donors_third = found[3], donor[3]
+    same = [name for name in third if name.startswith(("rollout/", "rewards/", "actor/kl_ref"))]
+    assert {name: third[name] for name in same} == {name: donors_third[name] for name in same}
+    assert third["ppo/kl_coef"] == 0.2 != donors_third["ppo/kl_coef"]
+    assert third["actor/learning_rate"] == pytest.approx(0.4 * donors_third["actor/learning_rate"])
+    assert third["critic/loss"] != donors_third["critic/loss"]

@@ -79,6 +79,12 @@ def test_with_pools_of_their_own_trials_may_have_different_rewards(tmp_path):
     assert found.own_values["reward.functions.0.weight"] == 1.0
 
 
+def test_an_item_of_a_list_is_a_key(tmp_path):
+    keys = '"optimizer.betas.1" = { uniform = [0.9, 0.999] }'
+    found = search_config(tmp_path, tmp_path, keys=keys)
+    assert listed(found)[0] == {"optimizer.betas.1": 0.95}
+
+
 def test_combinations_are_checked_as_well(tmp_path):
     with pytest.raises(ConfigError, match=r"ppo.rollout_batch_size=8, .*ppo.global_batch_size=6"):
         config(
