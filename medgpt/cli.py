@@ -21,6 +21,7 @@ from medgpt.config import (
     RewardConfig,
     SFTConfig,
     StageConfig,
+    TuneStageConfig,
     absolute_model,
     load,
 )
@@ -81,6 +82,12 @@ def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
 def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Learn from rewards: PPO on separate pools of actor, critic, reward, reference, rollout."""
     _run("medgpt.eval.stages:run_ppo", config, _load(PPOStageConfig, config, overrides))
+
+
+@app.command()
+def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Search PPO's keys: many trials, the best config, and what it is worth."""
+    _run("medgpt.eval.stages:run_tune", config, _load(TuneStageConfig, config, overrides))
 
 
 @app.command(name="eval")

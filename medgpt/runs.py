@@ -60,6 +60,11 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
     "stages.config",  # of every stage; its own run knows what was in the file
+    "base",  # a file; what it says is compared by itself
+    "overrides",
+    "tune.num_trials",
+    "tune.max_concurrent",
+    "tune.max_failures",
 }
 
 

@@ -32,6 +32,7 @@ HOMES = {  # the only layers that may import these libraries
     "tokenizers": {"data", "models"},
     "peft": {"models"},
     "trl": {"data", "train"},
+    "optuna": {"tune"},
     "typer": {"cli"},
     "torch": {"algos", "data", "models", "engine", "train", "rlhf", "tune", "eval"},
 }

@@ -76,10 +76,12 @@ from medgpt.config.train import (
     ReportConfig,
     TrainConfig,
 )
+from medgpt.config.tune import CheckConfig, Params, Space, TuneConfig, TuneStageConfig
 
 __all__ = [
     "AnswersMapping",
     "ArchitectureConfig",
+    "CheckConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -105,6 +107,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "PPOStageConfig",
+    "Params",
     "Passes",
     "PipelineConfig",
     "PipelineStage",
@@ -126,6 +129,7 @@ __all__ = [
     "SafetyConfig",
     "Samples",
     "SourceConfig",
+    "Space",
     "StageConfig",
     "SyncConfig",
     "TaskConfig",
@@ -133,6 +137,8 @@ __all__ = [
     "TrainConfig",
     "TrainStageConfig",
     "TriageConfig",
+    "TuneConfig",
+    "TuneStageConfig",
     "TurnsMapping",
     "absolute",
     "absolute_model",

@@ -3,7 +3,7 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -50,6 +50,19 @@ def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
         problems = error.errors()
         inner = [p for p in problems if not any(_inside(q["loc"], p["loc"]) for q in problems)]
         raise ConfigError("; ".join(_explain(cls, problem) for problem in inner)) from None
+
+
+def with_values(
+    cls: type[StageConfig], config: StageConfig, values: Mapping[str, Any]
+) -> StageConfig:
+    """`config` with other values of some keys, `{"ppo.epochs": 2}`, checked as when it was read."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for key, value in values.items():
+        branch: Any = value
+        for name in reversed(key.split(".")):
+            branch = {name: branch}
+        _merge(tree, branch)
+    return validate(cls, tree)
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -106,13 +119,14 @@ def _short(value: object) -> str:
 
 def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for name in path:
-        if not name.isdigit():  # an index into a list of sections
+        if name in cls.model_fields:  # else an index into a list of sections, or a key of a table
             cls = _model_in(cls.model_fields[name].annotation)
     return cls
 
 
-def _model_in(annotation: Any) -> type[BaseModel]:
-    """The pydantic model inside `X | None`, `tuple[X, ...]` or `Annotated[X, ...]`."""
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside `X | None`, `tuple[X, ...]`, `dict[str, X]` or `Annotated[X, ...]`;
+    None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_model_in(t) for t in get_args(annotation) if t not in (type(None), ...))
+    return next((found for t in get_args(annotation) if (found := _model_in(t))), None)

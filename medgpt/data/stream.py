@@ -130,6 +130,8 @@ def _begin(
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=data_cpus,
+        # said here, tasks are never caught in the placement group of whoever reads
+        scheduling_strategy="SPREAD",
     )
     batches = iter(
         dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)

@@ -11,7 +11,7 @@ from typing import Any
 
 from medgpt.config import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
-from medgpt.rlhf.diagnosis import Diverged, diagnose
+from medgpt.rlhf.diagnosis import Diverged, History, diagnose
 from medgpt.rlhf.experience import Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
 from medgpt.rlhf.pool import Pool, PoolDied, Pools
@@ -60,10 +60,17 @@ class PPO:
         sync: Callable[[int], dict[str, float]],
         num_iterations: int,
         reporter: ConsoleReporter,
+        judged: Callable[[History], None] | None = None,
     ) -> None:
-        """`sync` gives the rollout pool the actor's weights under a version."""
+        """
+        Args:
+            sync: gives the rollout pool the actor's weights under a version.
+            judged: is told all metrics up to an iteration that was judged and, if that was due,
+                saved; before training goes on. After a restart perhaps of the same one again.
+        """
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
         self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
+        self.judged = judged
         self.actor: Pool[Actor] = pools.pools["actor"]
         self.critic: Pool[Critic] = pools.pools["critic"]
         self.reward: Pool[Reward] = pools.pools["reward"]
@@ -170,7 +177,8 @@ class PPO:
     def _reference_logprobs(self, rollouts: Refs) -> Refs:
         if self.reference is None:
             return self.actor.call(Actor.reference_logprobs, *rollouts)
-        return self.reference.call(Reference.logprobs, *rollouts)
+        temperature = self.config.rollout.temperature
+        return self.reference.call(Reference.logprobs, temperature, *rollouts)
 
     def _prompts(self, iteration: int) -> Prompts:
         if self.prompts_at != iteration:  # after a rewind, or for a batch that is done again
@@ -262,6 +270,10 @@ class PPO:
         self.history += [latest] if latest else []
         if self.history and (why := diagnose(self.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {why}")
+        if self.judged is not None and "time/judge_s" in latest:
+            self._finish_save()
+            self._log.sync()
+            self.judged(self.history)
 
     def _speed(self, num_samples: int, elapsed_s: float) -> dict[str, float]:
         return self.sync_metrics | {

@@ -40,12 +40,12 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
         reporter.say(f"run directory {run.folder.url}")
         Rewards(config.reward)  # a function that cannot be imported is told before all else
         session.connect(config.cluster)
-        plan = _prepare(run, config, reporter)
+        plan = prepare_prompts(run, config, reporter)
         pools = make_pools(config, plan.num_steps, reporter)
         try:
             pools.start()
             _train(run, config, plan, pools, reporter)
-            _export(run, config, pools)
+            export(run, config, pools)
         finally:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
@@ -57,6 +57,12 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
 
 def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
     """The pools of the config, not started yet."""
+    found = role_pools(config, num_iterations)
+    return Pools(found, config.pools, wait_s=config.cluster.wait_s, say=reporter.say)
+
+
+def role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
+    """A pool for every role that has one of its own."""
     pools = config.pools
     found: list[Pool[Any]] = [
         Pool("actor", pools.actor, partial(make_actor, config, num_iterations)),
@@ -78,10 +84,11 @@ def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRep
         make = partial(make_reference, config)
         independent = pools.reference.zero_stage == 0
         found.append(Pool("reference", pools.reference, make, independent=independent))
-    return Pools(found, pools, wait_s=config.cluster.wait_s, say=reporter.say)
+    return found
 
 
-def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
+def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
+    """The order of the prompts, made unless it is there; the manifest says what it is made of."""
     with storage_told(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)
     reporter.say(describe(data, plan))
@@ -120,15 +127,15 @@ def _train(
     ).fit()
 
 
-def _export(run: Run, config: PPOStageConfig, pools: Pools) -> None:
-    """The policy in model/, the critic beside it."""
+def export(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = True) -> None:
+    """The policy in model/, and the critic beside it."""
     from medgpt.rlhf.roles.actor import Actor
     from medgpt.rlhf.roles.critic import Critic
 
-    for pool, method, folder in (
-        (pools.pools["actor"], Actor.export, run.model),
-        (pools.pools["critic"], Critic.export, run.folder / CRITIC),
-    ):
+    exports: list[Any] = [(pools.pools["actor"], Actor.export, run.model)]
+    if critic:
+        exports.append((pools.pools["critic"], Critic.export, run.folder / CRITIC))
+    for pool, method, folder in exports:
         if committed(folder) is None:
             with storage_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
                 files = pools.get(pool.call(method, folder.url), "export")[0]

@@ -16,6 +16,7 @@ from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
 from medgpt.rlhf.experience import Sequences
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Task, step_rows
+from medgpt.rlhf.roles.reference import Reference
 from tests.rlhf.cases import logprobs, ppo_config, scores, sequences, share, values
 
 ITERATIONS = 3
@@ -231,3 +232,12 @@ def test_without_adapters_the_actor_is_the_reference(base, tmp_path):
 
     np.testing.assert_allclose(actor.reference_logprobs(whole).values, first, atol=1e-6)
     assert np.abs(actor.logprobs(whole).values - first).max() > 1e-3
+
+
+def test_the_reference_is_asked_at_the_temperature_of_the_one_who_asks(base, tmp_path):
+    reference, whole = Reference(ppo_config(tmp_path, base)), sequences()
+    for temperature in (1.0, 0.7):
+        config = ppo_config(tmp_path, base, f"rollout.temperature={temperature}")
+        policy = Actor(config, total_iterations=1).logprobs(whole)
+        same = reference.logprobs(temperature, whole)
+        np.testing.assert_allclose(same.values, policy.values, atol=1e-5)

@@ -1,8 +1,8 @@
 """The actor role: the policy in training."""
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -67,16 +67,25 @@ class Actor:
 
     def logprobs(self, *rollouts: Sequences) -> Logprobs:
         """This rank's share, under the policy as it is now."""
-        self.policy.eval()
-        whole = join_sequences(rollouts)
-        return response_logprobs(self.engine, whole, self.config, self.device, of="actor")
+        return self._logprobs(rollouts, of="actor")
 
     def reference_logprobs(self, *rollouts: Sequences) -> Logprobs:
         """This rank's share under the base model: the adapters are off."""
-        self.policy.eval()
-        whole = join_sequences(rollouts)
         with self.policy.model.disable_adapter():  # pyright: ignore[reportCallIssue] - of LoRA
-            return response_logprobs(self.engine, whole, self.config, self.device, of="reference")
+            return self._logprobs(rollouts, of="reference")
+
+    def _logprobs(
+        self, rollouts: Sequence[Sequences], *, of: Literal["actor", "reference"]
+    ) -> Logprobs:
+        self.policy.eval()
+        return response_logprobs(
+            self.engine,
+            join_sequences(rollouts),
+            self.config,
+            self.device,
+            of=of,
+            temperature=self.config.rollout.temperature,
+        )
 
     def update(self, task: Task, *parts: object) -> Learnt:
         """The optimizer steps of an iteration. The parts are all pools' answers, and Lessons.

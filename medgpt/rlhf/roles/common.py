@@ -87,13 +87,14 @@ def response_logprobs(
     device: torch.device,
     *,
     of: Literal["actor", "reference"],
+    temperature: float,
 ) -> Logprobs:
     """This rank's share of the log-probabilities, at the temperature of sampling."""
     index, values, entropy = [], [], torch.zeros((), device=device)
     for forward in my_forwards(sequences, np.arange(len(sequences)), config):
         terms = policy(
             forward.batch.to(device),
-            temperature=config.rollout.temperature,
+            temperature=temperature,
             with_entropy=of == "actor",
         )
         num_tokens = int(sequences.responses.lengths[forward.rows].sum())

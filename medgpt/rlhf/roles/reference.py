@@ -16,10 +16,17 @@ class Reference:
         self.config, self.device = config, role_device()
         self.policy = self._partitioned() if config.pools.reference.zero_stage else self._whole()
 
-    def logprobs(self, *rollouts: Sequences) -> Logprobs:
-        """This rank's share."""
-        whole = join_sequences(rollouts)
-        return response_logprobs(self.policy, whole, self.config, self.device, of="reference")
+    def logprobs(self, temperature: float, *rollouts: Sequences) -> Logprobs:
+        """This rank's share. Whoever asks says at which temperature it has sampled: a pool may
+        serve several runs."""
+        return response_logprobs(
+            self.policy,
+            join_sequences(rollouts),
+            self.config,
+            self.device,
+            of="reference",
+            temperature=temperature,
+        )
 
     @property
     def _model(self) -> ModelConfig:
