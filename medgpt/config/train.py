@@ -40,6 +40,10 @@ class OptimizerConfig(Config):
     """Gradient norm is clipped to this; 0 does not clip."""
 
 
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients reduced in one call: 200 MB in fp32, allocated in every backward pass."""
+
+
 class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights are partitioned. In

@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 
 from medgpt.config import ConfigError, EngineConfig
-
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients reduced in one call: 200 MB in fp32, allocated in every backward pass."""
+from medgpt.config.train import BUCKET_ELEMENTS
 
 
 def keep_freed_memory() -> None:
