@@ -111,6 +111,24 @@ def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft, reward, dpo, ppo.")],
+    config: ConfigPath,
+    cluster: Annotated[Path, typer.Option(help="A Ray cluster definition, of clusters/.")],
+    overrides: Overrides = None,
+    hardware: Annotated[
+        Path | None, typer.Option(help="Prices and devices; unset: CLUSTER ending in .toml.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="To train on, as 2e9.", min=1)] = None,
+    mfu: Annotated[float, typer.Option(help="Assumed share of the peak.", min=0.01, max=1)] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers, as JSON.")] = False,
+) -> None:
+    """What a stage needs on a cluster, what fits, how long it takes and what it costs."""
+    arguments = (stage, config, overrides or [], cluster, hardware, tokens, mfu, as_json)
+    _run("medgpt.planning.show:run_plan", config, *arguments)
+
+
+@app.command()
 def submit(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="What to run, as above.")],
     config: ConfigPath,

@@ -23,10 +23,10 @@ LAYERS = [
         "engine",
         "train",
     ),
-    *("rlhf", "tune", "eval", "jobs", "cli", "__main__", "__init__"),
+    *("rlhf", "tune", "eval", "planning", "jobs", "cli", "__main__", "__init__"),
 ]
 HOMES = {  # the only layers that may import these libraries
-    "ray": {"data", "train", "rlhf", "tune", "eval", "jobs"},
+    "ray": {"data", "train", "rlhf", "tune", "eval", "planning", "jobs"},
     "deepspeed": {"engine"},
     "transformers": {"data", "models"},
     "tokenizers": {"data", "models"},

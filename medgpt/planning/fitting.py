@@ -1,0 +1,196 @@
+"""Whether workers fit nodes, and the smallest change that would make them."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medgpt.config import ConfigError, PPOStageConfig, validate
+from medgpt.planning.hardware import Cluster, NodeType
+from medgpt.planning.memory import GIB
+from medgpt.planning.needs import Pool, StageConfig, pools_of
+from medgpt.train.capacity import bundle
+
+USABLE = 0.9
+"""Of a memory: what an allocator wastes, and what no formula here knows, needs the rest."""
+PROCESS_BYTES = 0.6 * GIB
+"""On a host, of a worker's process: torch, transformers, DeepSpeed and Ray once they are imported.
+Measured without Ray 0.4 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a node type has for one worker; None where the host's memory is not known."""
+
+    node: str
+    device_gb: float | None
+    host_gb: float | None
+    fits: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """What one worker needs, with the roles that share its bundle, and where there is room."""
+
+    device_gb: float
+    host_gb: float
+    rooms: Mapping[str, Room]
+    """By node type that has the resources and labels for it."""
+
+
+def fits_of(pools: Sequence[Pool], cluster: Cluster) -> dict[str, Fit]:
+    """By pool that has bundles of its own."""
+    hosts = [pool for pool in pools if pool.role.share_with is None]
+    return {
+        pool.name: _fit([pool, *(p for p in pools if p.role.share_with == pool.name)], cluster)
+        for pool in hosts
+    }
+
+
+def _fit(together: Sequence[Pool], cluster: Cluster) -> Fit:
+    """Roles on one bundle: a GPU has one of them at a time, a CPU all."""
+    first = together[0]
+    devices = [pool.memory.device.total for pool in together]
+    if first.on_gpu:
+        device = max(devices)
+        host = sum(pool.memory.host + PROCESS_BYTES for pool in together)
+    else:
+        device, host = sum(devices) + PROCESS_BYTES * len(together), 0.0
+    rooms = {
+        node.name: _room(first, node, device, host)
+        for node in cluster.workers
+        if node.as_nodes().fits(bundle(first.role), first.role.labels)
+    }
+    return Fit(device_gb=device / GIB, host_gb=host / GIB, rooms=rooms)
+
+
+def workers_on(node: NodeType, pool: Pool) -> int:
+    """As many as its resources hold."""
+    need = bundle(pool.role)
+    return max(1, math.floor(min(node.resources[name] / n + 1e-9 for name, n in need.items())))
+
+
+def _room(pool: Pool, node: NodeType, device: float, host: float) -> Room:
+    share = None if node.host_gb is None else node.host_gb / workers_on(node, pool)
+    if not pool.on_gpu:
+        enough = None if share is None else device <= USABLE * share * GIB
+        return Room(node=node.name, device_gb=share, host_gb=share, fits=enough)
+    assert node.device.memory_gb is not None, node.device_name
+    gpu = node.device.memory_gb * min(1.0, pool.role.gpus_per_worker)
+    enough = device <= USABLE * gpu * GIB
+    if enough and share is not None:
+        enough = host <= USABLE * share * GIB
+    return Room(node=node.name, device_gb=gpu, host_gb=share, fits=enough)
+
+
+def told(name: str, fit: Fit) -> str:
+    """Why a pool fits nowhere."""
+    where = "; ".join(
+        f"{room.node} has {room.device_gb:.0f} GiB"
+        + (f" and {room.host_gb:.0f} GiB on the host" if room.host_gb and fit.host_gb else "")
+        for room in fit.rooms.values()
+        if room.device_gb is not None
+    )
+    host = f" and {fit.host_gb:.1f} GiB on the host" if fit.host_gb else ""
+    return (
+        f"a worker of {name} needs {fit.device_gb:.1f} GiB{host}, no node type has so much within "
+        f"{USABLE:.0%} of its memory: {where}"
+    )
+
+
+# ---- what would fit ----
+
+
+def smallest_change(config: StageConfig, name: str, cluster: Cluster) -> str | None:
+    """The fewest keys, the cheapest first, with which the pool fits some node type."""
+    for change in _changes(config, name):
+        try:
+            changed = with_keys(config, change)
+        except ConfigError:  # keys that do not go together
+            continue
+        fit = fits_of(pools_of(changed)[0], cluster)[name]
+        if any(room.fits is not False for room in fit.rooms.values()):
+            keys = " and ".join(f"{key}={_toml(value)}" for key, value in change.items())
+            return f"it would fit with {keys} ({fit.device_gb:.1f} GiB)"
+    return None
+
+
+def _changes(config: StageConfig, name: str) -> Iterator[dict[str, object]]:
+    """Sets of keys to try: one key before two, and cheap ones first."""
+    choices = _choices(config, name)
+    for size in range(1, len(choices) + 1):
+        for keys in itertools.combinations(choices, size):
+            for values in itertools.product(*(choices[key] for key in keys)):
+                yield dict(zip(keys, values, strict=True))
+
+
+def _choices(config: StageConfig, name: str) -> dict[str, list[object]]:
+    """Values that need less memory than the present one, by key, in the order of what they cost."""
+    if isinstance(config, PPOStageConfig):
+        return _ppo_choices(config, name)
+    train, engine, workers = config.train, config.engine, config.cluster.fewest_workers
+    return _given(
+        {
+            "engine.zero_stage": list(range(engine.zero_stage + 1, 4)),
+            "engine.activation_checkpointing": [] if engine.activation_checkpointing else [True],
+            "train.micro_batch_size": _halves(train.micro_batch_size),
+            "engine.offload_optimizer": [] if engine.offload_optimizer else [True],
+            "cluster.num_workers": _doubles(workers, train.global_batch_size),
+        }
+    )
+
+
+def _ppo_choices(config: PPOStageConfig, name: str) -> dict[str, list[object]]:
+    pools, prefix = config.pools, f"pools.{name}"
+    workers = pools.role(name).num_workers  # type: ignore[arg-type] - one of the roles
+    if name in ("actor", "critic"):
+        engine = pools.actor.engine if name == "actor" else pools.critic.engine
+        return _given(
+            {
+                f"{prefix}.engine.zero_stage": list(range(engine.zero_stage + 1, 4)),
+                f"{prefix}.engine.activation_checkpointing": (
+                    [] if engine.activation_checkpointing else [True]
+                ),
+                "ppo.micro_batch_tokens": _halves(config.ppo.micro_batch_tokens),
+                f"{prefix}.engine.offload_optimizer": [] if engine.offload_optimizer else [True],
+                f"{prefix}.num_workers": _doubles(workers, config.ppo.global_batch_size),
+            }
+        )
+    if name == "rollout":
+        return _given({"rollout.batch_tokens": _halves(config.rollout.batch_tokens)})
+    choices: dict[str, list[Any]] = {
+        "ppo.micro_batch_tokens": _halves(config.ppo.micro_batch_tokens)
+    }
+    if name == "reference" and not pools.reference.zero_stage:
+        choices["pools.reference.zero_stage"] = [3]
+        choices["pools.reference.num_workers"] = _doubles(workers, config.ppo.rollout_batch_size)
+    return _given(choices)
+
+
+def _given(choices: Mapping[str, list[Any]]) -> dict[str, list[object]]:
+    return {key: values for key, values in choices.items() if values}
+
+
+def _halves(value: int) -> list[int]:
+    return [value >> times for times in range(1, 20) if value >> times]
+
+
+def _doubles(workers: int, most: int) -> list[int]:
+    return [workers << times for times in range(1, 10) if workers << times <= most]
+
+
+def with_keys(config: StageConfig, keys: Mapping[str, object]) -> StageConfig:
+    """The config with other values of some keys. Raises ConfigError if they do not fit the rest."""
+    tree = config.model_dump()
+    for key, value in keys.items():
+        *path, last = key.split(".")
+        section = tree
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return validate(type(config), tree)
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,239 @@
+"""The cluster of a plan: a Ray cluster definition, and a file with what Ray does not know of it."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from annotated_types import Ge, Gt
+from pydantic import Field
+
+from medgpt.config import Config, ConfigError, validate
+from medgpt.train.capacity import Nodes
+
+Positive = Annotated[float, Gt(0)]
+CPU = "CPU"  # the device of a node without GPUs: one core
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+ACCELERATOR_RESOURCE = "accelerator_type:"
+TYPES, PRICES = "available_node_types", "usd_per_hour"
+
+
+class Device(Config):
+    """One GPU, or one CPU core."""
+
+    memory_gb: Positive | None = None
+    """GiB that a program can have; unset: a CPU's, which is the node's."""
+    tflops: Positive
+    """Dense peak in the precision that medgpt computes in (GPU: bf16, CPU: fp32), 1e12 FLOP/s."""
+    memory_gb_per_s: Positive
+    """1e9 bytes/s that it reads from its memory."""
+    link_gb_per_s: Positive
+    """1e9 bytes/s that it sends to another device of its node."""
+    source: str
+    """Where the numbers are from."""
+
+
+class NodeFacts(Config):
+    """What Ray does not know of a node type."""
+
+    device: str | None = None
+    """Name of its device; unset: its GPU by Ray's label or resource, else CPU."""
+    price_per_hour: Annotated[float, Ge(0)] | None = None
+    """Of one node; unset: what the cluster definition has under metadata.usd_per_hour."""
+    memory_gb: Positive | None = None
+    """GiB of the host; unset: Ray's resource `memory`."""
+    network_gb_per_s: Positive | None = None
+    """1e9 bytes/s that the node sends to other nodes; unset: 1.25, 10 Gbit/s."""
+
+
+class Hardware(Config):
+    """A hardware file."""
+
+    currency: str = "USD"
+    """Of prices."""
+    nodes: dict[str, NodeFacts] = Field(default={})
+    """By node type of the cluster definition."""
+    devices: dict[str, Device] = Field(default={})
+    """Beside those that medgpt knows, or in their place."""
+
+
+NETWORK_GB_PER_S = 1.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeType:
+    """One of the node types that the autoscaler may start."""
+
+    name: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+    fewest: int
+    most: float
+    device: Device
+    device_name: str
+    facts: NodeFacts
+    price_per_hour: float | None
+    """None: not known."""
+
+    @property
+    def num_gpus(self) -> float:
+        return self.resources.get("GPU", 0)
+
+    @property
+    def num_cpus(self) -> float:
+        return self.resources.get("CPU", 0)
+
+    @property
+    def host_gb(self) -> float | None:
+        """GiB of the node's memory, where it is known."""
+        known = self.resources.get("memory")
+        return self.facts.memory_gb or (known / 2**30 if known else None)
+
+    @property
+    def network_gb_per_s(self) -> float:
+        return self.facts.network_gb_per_s or NETWORK_GB_PER_S
+
+    def as_nodes(self) -> Nodes:
+        own = {name: n for name, n in self.resources.items() if "memory" not in name}
+        return Nodes(own, self.labels, self.most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What a plan may use."""
+
+    file: str
+    head: NodeType
+    workers: tuple[NodeType, ...]
+    most_workers: float
+    """Nodes of all types together, the head not counted."""
+    currency: str
+
+
+def read_cluster(path: Path, hardware: Path | None) -> Cluster:
+    """The cluster of a Ray cluster definition.
+
+    Args:
+        hardware: unset: the file beside it that ends in .toml, if there is one.
+
+    Raises:
+        ConfigError: a file is missing or says what makes no sense.
+    """
+    key = f"--cluster={path}"
+    tree = _read_yaml(path, key)
+    found = tree.get(TYPES)
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(
+            f"{key}: has no section {TYPES}; name a Ray cluster definition, as clusters/aws.yaml"
+        )
+    head = tree.get("head_node_type")
+    if head not in found:
+        raise ConfigError(f"{key}: head_node_type={head} is none of {TYPES}: {', '.join(found)}")
+    facts = _read_hardware(hardware, path)
+    devices = known_devices() | facts.devices
+    prices = (tree.get("metadata") or {}).get(PRICES) or {}
+    for where, named in (("--hardware: nodes", facts.nodes), (f"{key}: metadata.{PRICES}", prices)):
+        for name in named:
+            if name not in found:
+                raise ConfigError(
+                    f"{where}.{name} is no node type of the cluster; known: {', '.join(found)}"
+                )
+    most = tree.get("max_workers", math.inf)
+    types = {
+        name: _node_type(
+            name,
+            section,
+            key,
+            most=most,
+            facts=facts.nodes.get(name, NodeFacts()),
+            price=prices.get(name),
+            devices=devices,
+        )
+        for name, section in found.items()
+    }
+    return Cluster(
+        file=str(path),
+        head=types[head],
+        workers=tuple(node for name, node in types.items() if name != head and node.most),
+        most_workers=most,
+        currency=facts.currency,
+    )
+
+
+def _read_yaml(path: Path, key: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot be read ({error.strerror}); see clusters/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: is not YAML: {str(error).splitlines()[0]}") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _read_hardware(path: Path | None, cluster: Path) -> Hardware:
+    chosen = cluster.with_suffix(".toml") if path is None else path
+    if path is None and not chosen.exists():
+        return Hardware()
+    key = f"--hardware={chosen}"
+    try:
+        return validate(Hardware, tomllib.loads(chosen.read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}: is not TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
+def known_devices() -> dict[str, Device]:
+    """By name, those that ship with medgpt."""
+    text = files("medgpt.planning").joinpath("devices.toml").read_text("utf-8")
+    return validate(Hardware, tomllib.loads(text)).devices
+
+
+def _node_type(
+    name: str,
+    section: Any,
+    key: str,
+    *,
+    most: float,
+    facts: NodeFacts,
+    price: float | None,
+    devices: Mapping[str, Device],
+) -> NodeType:
+    resources = section.get("resources") if isinstance(section, dict) else None
+    if not resources or "CPU" not in resources:
+        raise ConfigError(
+            f"{key}: {TYPES}.{name} has no resources; write them, as resources: {{CPU: 8, GPU: 1}}"
+        )
+    labels = section.get("labels") or {}
+    device = facts.device or _accelerator(resources, labels)
+    if device not in devices:
+        raise ConfigError(
+            f"{TYPES}.{name}: the device {device} is not known; describe it as [devices.{device}] "
+            f"in the hardware file, or set nodes.{name}.device to one of {', '.join(devices)}"
+        )
+    return NodeType(
+        name=name,
+        resources={key: float(amount) for key, amount in resources.items()},
+        labels=labels,
+        fewest=section.get("min_workers", 0),
+        most=section.get("max_workers", most),
+        device=devices[device],
+        device_name=device,
+        facts=facts,
+        price_per_hour=price if facts.price_per_hour is None else facts.price_per_hour,
+    )
+
+
+def _accelerator(resources: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """The GPU by Ray's own label or resource; a GPU that nothing names is called GPU."""
+    if not resources.get("GPU"):
+        return CPU
+    named = [key.removeprefix(ACCELERATOR_RESOURCE) for key in resources]
+    named = [name for key, name in zip(resources, named, strict=True) if name != key]
+    return labels.get(ACCELERATOR_LABEL) or (named[0] if named else "GPU")
