@@ -54,7 +54,7 @@ def test_every_key_is_in_the_reference_with_its_meaning():
 def test_commands_and_files_of_the_readme_exist():
     commands = set(get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
     used = set(re.findall(r"\bmedgpt (\w+) (?:configs|runs)/", PROSE))
-    used |= set(re.findall(r"\bmedgpt (submit|job) \w+ ", PROSE))  # of a stage, and of a job
+    used |= set(re.findall(r"\bmedgpt (submit|job|plan) \w+ ", PROSE))  # of a stage, and of a job
     assert used == commands
     folders, kinds = "configs|jobs|tests|medgpt|clusters", "toml|sh|txt|py|yaml"
     for path in re.findall(rf"(?:{folders})/[\w./-]*\w\.(?:{kinds})", PROSE):
