@@ -88,6 +88,11 @@ class PPOConfig(Config):
     max_importance_weight: Annotated[float, Ge(1)] = 2.0
     """Importance weights are cut off here (arXiv 2505.24034 and others)."""
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a full iteration."""
+        return self.epochs * (self.rollout_batch_size // self.global_batch_size)
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
         rollout, batch = self.rollout_batch_size, self.global_batch_size

@@ -7,6 +7,7 @@ from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.disk import full_disk_told
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.lessons import FOLDER, lesson_stream, prepare_lessons
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.make import (
@@ -93,11 +94,18 @@ def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Pla
         plan={key: value for key, value in plan.items() if key != "files"},
         hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
     )
-    return Plan(
+    found = Plan(
         run.plan.url,
         global_batch_size=config.ppo.rollout_batch_size,
         max_steps=config.ppo.max_iterations,
     )
+    if config.ptx is not None:
+        with full_disk_told(run.folder.url, FOLDER):
+            data, plan = prepare_lessons(run, config, found.num_steps, reporter.advance)
+        reporter.say(f"PPO-ptx: {describe(data, plan)}")
+        facts = {key: value for key, value in data.items() if key != "files"}
+        run.update_manifest(ptx=facts)
+    return found
 
 
 def _train(
@@ -117,6 +125,7 @@ def _train(
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
+        lessons=None if config.ptx is None else partial(lesson_stream, run, config),
     ).fit()
 
 

@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 
 from medgpt.config import PPOStageConfig, load
-from medgpt.rlhf.experience import Logprobs, Ragged, Scores, Sequences, Values
+from medgpt.data.packed_row import Row
+from medgpt.rlhf.experience import Lessons, Logprobs, Ragged, Scores, Sequences, Values
 
 VOCAB = 200
+PTX = (
+    "ptx={coef=0.5,batch_size=3,data={max_length=24,sources=[{name='p',paths=['p'],licence='-'}]}}"
+)
 CONFIG = """
 [run]
 dir = "{folder}/run"
@@ -101,3 +105,23 @@ def logprobs(whole: Sequences, of: Any, flat: Any = None) -> Logprobs:
     """By default those of the sampling."""
     flat = whole.logprobs if flat is None else flat
     return Logprobs(of=of, index=whole.index, values=np.asarray(flat, np.float32), entropy=0.0)
+
+
+def lessons(*sizes: int, seed: int = 0) -> Lessons:
+    """Steps of so many rows, each of two random pieces, of which the second half is learnt."""
+    rng = np.random.default_rng(seed)
+    return Lessons(steps=[[_row(rng) for _ in range(size)] for size in sizes])
+
+
+def _row(rng: np.random.Generator) -> Row:
+    lengths = rng.integers(4, 13, 2)
+    learnt = [np.arange(length) >= length // 2 for length in lengths]
+    return Row(
+        input_ids=rng.integers(5, VOCAB, lengths.sum()).astype(np.int32),
+        targets=np.concatenate(learnt),
+        word_ids=None,
+        lengths=lengths,
+        sample_ids=["a", "b"],
+        chunks=[0, 0],
+        visits=[0, 0],
+    )

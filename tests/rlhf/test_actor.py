@@ -1,6 +1,8 @@
 """The policy's update against plain torch on sequences one by one; ranks, ZeRO, bad steps."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from medgpt.config import PPOStageConfig
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
-from medgpt.rlhf.experience import Sequences
+from medgpt.rlhf.experience import Lessons, Sequences
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Task, step_rows
 from tests.rlhf.cases import logprobs, ppo_config, scores, sequences, share, values
@@ -34,11 +36,15 @@ def response_logprobs(model, whole: Sequences, row: int, temperature: float) -> 
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def train(actor: Actor, whole: Sequences, value=None, **changes) -> dict[str, float]:
+def train(
+    actor: Actor, whole: Sequences, value=None, *, beside: Lessons | None = None, **changes
+) -> dict[str, float]:
     """One iteration, with the actor's own old log-probabilities and a reference a bit off."""
     old = gathered(actor.logprobs(whole))
     reference = logprobs(whole, "reference", shifted(whole))
     parts = [whole, scores(whole), values(whole, value), *old, reference]
+    if beside is not None:
+        parts.append(beside)
     return actor.update(task(**changes), *parts).metrics
 
 
@@ -61,8 +67,10 @@ def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, fl
     return metrics, weights
 
 
-def plain_torch(config: PPOStageConfig, base: Path) -> tuple[float, dict]:
-    """Mean loss and weights after the same iteration."""
+def plain_torch(
+    config: PPOStageConfig, base: Path, beside: Callable[[Any, int], torch.Tensor] | None = None
+) -> tuple[float, dict]:
+    """Mean loss and weights after the same iteration; `beside` gives a step another loss."""
     whole = sequences()
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa").train()
     temperature = config.rollout.temperature
@@ -92,7 +100,7 @@ def plain_torch(config: PPOStageConfig, base: Path) -> tuple[float, dict]:
             mask = torch.ones_like(new, dtype=torch.bool)
             loss = loss + ppo_policy_loss(new, old[row][None], advantages, mask, **options).loss
         adam.zero_grad()
-        loss.backward()
+        (loss if beside is None else loss + beside(model, number)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         for group in adam.param_groups:
             group["lr"] = learning_rate(number, ITERATIONS * len(steps), config.optimizer)

@@ -1,8 +1,8 @@
 """What the roles that run a model over response tokens have in common."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from medgpt.config.pools import Precision
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
 from medgpt.rlhf.credit import Experience, RunningStats
 from medgpt.rlhf.experience import Logprobs, Sequences
-
-if TYPE_CHECKING:  # Ray Data is for the driver
-    from medgpt.data.stream import Row
 
 RATIO_TOLERANCE = 1e-4  # of the first step's ratios from 1, in fp32
 
@@ -30,13 +27,6 @@ class Task:
     kl_coef: float
     score_stats: RunningStats
     actor_learns: bool  # False while the critic warms up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lessons:
-    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
-
-    steps: "list[list[Row]]" = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +53,10 @@ def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def max_tokens(config: PPOStageConfig) -> int:
-    """Of a forward pass: the budget, or one sequence that is longer."""
+    """Of a forward pass: the budget, or one sequence or row that is longer."""
     longest = config.data.max_length + config.rollout.max_new_tokens
-    return max(config.ppo.micro_batch_tokens, longest)
+    row = config.ptx.data.max_length if config.ptx else 0
+    return max(config.ppo.micro_batch_tokens, longest, row)
 
 
 def my_forwards(sequences: Sequences, rows: Rows, config: PPOStageConfig) -> Iterator[Forward]:
@@ -119,11 +110,6 @@ def step_rows(experience: Experience, config: PPOStageConfig, iteration: int) ->
             epoch=epoch,
         ):
             yield rows[np.isin(rows, experience.rows)]
-
-
-def num_steps(config: PPOStageConfig) -> int:
-    """Optimizer steps of a full iteration."""
-    return config.ppo.epochs * (config.ppo.rollout_batch_size // config.ppo.global_batch_size)
 
 
 def places_of(sequences: Sequences, rows: Rows) -> Tensor:

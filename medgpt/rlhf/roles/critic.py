@@ -16,12 +16,10 @@ from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import last_values
 from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.credit import Experience, Parts, assign_credit
-from medgpt.rlhf.experience import Sequences, Values, join_sequences
+from medgpt.rlhf.experience import Lessons, Sequences, Values, join_sequences
 from medgpt.rlhf.roles.common import (
-    Lessons,
     Task,
     my_forwards,
-    num_steps,
     places_of,
     role_device,
     step_rows,
@@ -44,7 +42,7 @@ class Critic:
             self.model,
             engine=engine,
             optimizer=config.critic.optimizer,
-            total_steps=total_iterations * num_steps(config),
+            total_steps=total_iterations * config.ppo.num_steps,
             device=self.device,
         )
 
@@ -75,7 +73,7 @@ class Critic:
             score_stats=task.score_stats,
         )
         self.model.train()
-        self.engine.steps = task.iteration * num_steps(self.config)
+        self.engine.steps = task.iteration * self.config.ppo.num_steps
         sums, norms, skipped = np.zeros(2), [], 0
         for rows in step_rows(experience, self.config, task.iteration):
             if not len(rows):
