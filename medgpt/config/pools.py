@@ -31,8 +31,8 @@ class RoleConfig(Config):
     share_with: RoleName | None = None
     """Work on the bundles of this role's pool, in turns, instead of on own ones."""
     offload: bool = False
-    """Keep the weights in host memory while the role is idle; not where it trains or zero_stage is
-    3. Needed where roles share a GPU."""
+    """Keep the weights in host memory while the role is idle; not where it trains, zero_stage is 3
+    or vLLM generates. Needed where roles share a GPU."""
 
 
 class TrainedRoleConfig(RoleConfig):
@@ -115,6 +115,10 @@ class PoolsConfig(Config):
             if guest.share_with is None:
                 continue
             key = f"pools.{name}.share_with={guest.share_with}"
+            if guest.share_with == "reference" and self.reference_in_actor:
+                raise ValueError(
+                    f"{key}: it has no pool with reference_in_actor=true; name another"
+                )
             host = self.role(guest.share_with)
             if guest.share_with == name or host.share_with is not None:
                 raise ValueError(f"{key}: name a pool that has bundles of its own")

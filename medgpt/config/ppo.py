@@ -230,6 +230,15 @@ class PPOStageConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _the_engine_leaves_its_gpu(self) -> Self:
+        if self.pools.rollout.offload and self.rollout.engine == "vllm":
+            raise ValueError(
+                "pools.rollout.offload=true: vLLM keeps weights, keys and values on its GPU; set "
+                "false and give the rollout pool GPUs of its own, or set rollout.engine=hf"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _every_worker_has_work(self) -> Self:
         ppo = self.ppo
         for role in ROLES:

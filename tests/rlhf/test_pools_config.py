@@ -28,6 +28,10 @@ from medgpt.config import ConfigError, PoolsConfig, validate
         ),
         ({"actor": {"offload": True}}, r"pools.actor.offload=true: only a whole model"),
         (
+            {"reward": {"share_with": "reference"}, "reference_in_actor": True},
+            r"pools.reward.share_with=reference: it has no pool with reference_in_actor=true",
+        ),
+        (
             {"reward": {"offload": True, "zero_stage": 3}},
             r"pools.reward.offload=true: .* or zero_stage to 0",
         ),

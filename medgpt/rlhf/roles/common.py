@@ -1,13 +1,13 @@
 """What the roles that run a model over response tokens have in common."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from medgpt.config import PPOStageConfig
 from medgpt.config.pools import Precision
@@ -50,6 +50,14 @@ def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[
         auto if precision == "auto" else precision
     ]
+
+
+def move(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Take weights to `device`; memory that they leave on a GPU is free for other processes."""
+    for module in modules:
+        module.to(device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def max_tokens(config: PPOStageConfig) -> int:

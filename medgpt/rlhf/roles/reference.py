@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import torch
+
 from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.policy import Policy
 from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
-from medgpt.rlhf.roles.common import max_tokens, response_logprobs, role_device, role_dtype
+from medgpt.rlhf.roles.common import max_tokens, move, response_logprobs, role_device, role_dtype
 
 
 class Reference:
@@ -20,6 +22,13 @@ class Reference:
         """This rank's share."""
         whole = join_sequences(rollouts)
         return response_logprobs(self.policy, whole, self.config, self.device, of="reference")
+
+    def offload(self) -> None:
+        """Wait in host memory; not at ZeRO-3."""
+        move([self.policy], torch.device("cpu"))
+
+    def onload(self) -> None:
+        move([self.policy], self.device)
 
     @property
     def _model(self) -> ModelConfig:

@@ -18,7 +18,7 @@ from medgpt.rlhf.batching import share_by_length
 from medgpt.rlhf.experience import Prompts, Scores, Sequences, join_sequences
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.total import Rewarded, Rewards
-from medgpt.rlhf.roles.common import my_forwards, role_device, role_dtype
+from medgpt.rlhf.roles.common import move, my_forwards, role_device, role_dtype
 
 
 class Reward:
@@ -62,6 +62,13 @@ class Reward:
         assert scores is not None
         return index, scores
 
+    def offload(self) -> None:
+        """Wait in host memory; not at ZeRO-3."""
+        move(self._models, torch.device("cpu"))
+
+    def onload(self) -> None:
+        move(self._models, self.device)
+
     def samples(self, num: int) -> list[dict[str, Any]]:
         """The first few of the latest call, for the report."""
         assert self.latest is not None
@@ -75,6 +82,10 @@ class Reward:
             }
             for i in range(min(num, len(answered)))
         ]
+
+    @property
+    def _models(self) -> list[ValueModel]:
+        return [model for model in (self.model, self.judging) if model is not None]
 
     def _model_scores(
         self, model: ValueModel | None, whole: Sequences

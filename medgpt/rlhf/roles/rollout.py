@@ -17,7 +17,7 @@ from medgpt.models.generate import load_for_generation
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.batching import share_by_length
 from medgpt.rlhf.experience import Prompts, Ragged, Sequences, sample_seed
-from medgpt.rlhf.roles.common import role_device
+from medgpt.rlhf.roles.common import move, role_device
 
 NO_WEIGHTS = -1  # version before the first sync
 
@@ -105,6 +105,17 @@ class Rollout:
         """All of the weights of `version` have come."""
         self.engine.weights_loaded()
         self.weight_version = version
+
+    def offload(self) -> None:
+        """Wait in host memory."""
+        self._move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        self._move(role_device())
+
+    def _move(self, device: torch.device) -> None:
+        assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other
+        move([self.engine.model], device)
 
 
 class HuggingFaceEngine:
