@@ -1,6 +1,7 @@
 """What the roles that run a model over response tokens have in common."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config import PPOStageConfig
+from medgpt.config import ConfigError, PPOStageConfig
 from medgpt.config.pools import Precision
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
 from medgpt.rlhf.credit import Experience, RunningStats
@@ -58,6 +59,15 @@ def move(modules: Iterable[nn.Module], device: torch.device) -> None:
         module.to(device)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def told_as(key: str) -> Iterator[None]:
+    """What is wrong with a model is told of the key that names it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.name=", f"{key}=")) from None
 
 
 def max_tokens(config: PPOStageConfig) -> int:
