@@ -40,6 +40,14 @@ class TrainedRoleConfig(RoleConfig):
 
     engine: EngineConfig = EngineConfig()
 
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
+            raise ValueError(
+                "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
+            )
+        return self
+
 
 class RolloutRoleConfig(RoleConfig):
     """The pool that generates; every worker has a whole model."""
