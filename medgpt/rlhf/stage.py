@@ -79,7 +79,13 @@ def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRep
         make = partial(make_reference, config)
         independent = pools.reference.zero_stage == 0
         found.append(Pool("reference", pools.reference, make, independent=independent))
-    return Pools(found, pools, wait_s=config.cluster.wait_s, say=reporter.say)
+    return Pools(
+        found,
+        pools,
+        wait_s=config.cluster.wait_s,
+        say=reporter.say,
+        data_cpus=config.cluster.data_cpus,
+    )
 
 
 def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:

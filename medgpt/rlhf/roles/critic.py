@@ -12,6 +12,7 @@ from medgpt.config import ModelConfig, PPOStageConfig
 from medgpt.data.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
+from medgpt.models.speech import check_same_speech
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import last_values
 from medgpt.rlhf.batching import Rows
@@ -24,6 +25,7 @@ from medgpt.rlhf.roles.common import (
     role_device,
     step_rows,
     summed,
+    told_as,
 )
 from medgpt.runs import FileEntry, Folder, entries
 from medgpt.train.exporting import export_model
@@ -35,9 +37,15 @@ class Critic:
     def __init__(self, config: PPOStageConfig, *, total_iterations: int) -> None:
         self.config, self.device = config, role_device()
         engine = config.pools.critic.engine
-        self.start = config.critic.model or config.reward.model or config.model.name
-        model = ModelConfig(name=self.start, lora=config.critic.lora)
-        self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
+        actor = config.model.name
+        assert actor is not None
+        key, start = _start(config, actor)
+        model = ModelConfig(name=start, lora=config.critic.lora)
+        with told_as(key):
+            check_same_speech(
+                load_base(actor), load_base(start), names=("the actor", f"{key}={start}")
+            )
+            self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
         self.engine = Engine(
             self.model,
             engine=engine,
@@ -134,6 +142,15 @@ class Critic:
             tokenizer = load_base(self.config.model.name)
             export_model(self.engine, self.model.model, tokenizer, directory)
             return entries(directory) if dist.get_rank() == 0 else []
+
+
+def _start(config: PPOStageConfig, actor: str) -> tuple[str, str]:
+    """The key that names what the critic starts from, and the name."""
+    if config.critic.model is not None:
+        return "critic.model", config.critic.model
+    if config.reward.model is not None:
+        return "reward.model", config.reward.model
+    return "model.name", actor
 
 
 def _before_tokens(values: Tensor, batch: PackedBatch) -> Tensor:
