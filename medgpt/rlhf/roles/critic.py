@@ -99,6 +99,7 @@ class Critic:
             "critic/clip_frac": float(clip_frac),
             "critic/grad_norm": float(np.mean(norms)) if norms else math.nan,
             "critic/learning_rate": self.engine.learning_rate,
+            "critic/steps": float(len(norms) + skipped),
             "critic/skipped_steps": float(skipped),
         }
 
