@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
@@ -94,9 +93,11 @@ def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) 
     guest = host.model_copy(update={"share_with": "actor"})
     actor, critic = Pool("actor", host, Guest), Pool("critic", guest, Guest)
     together = Pools([actor, critic], CONFIG, wait_s=60, say=print)
-    free = ray.available_resources()["CPU"]
     together.start()
-    assert ray.available_resources()["CPU"] == free - 1  # one bundle of 0.5 for each rank
+    assert together._gang is not None
+    groups = together._gang.groups
+    assert groups["actor"].id == groups["critic"].id
+    assert groups["actor"].bundle_specs == [{"CPU": 0.5}] * 2  # for four workers
     refs = [
         ref for _ in range(2) for pool in (actor, critic) for ref in pool.call(Guest.occupy, 0.2)
     ]
