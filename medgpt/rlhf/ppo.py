@@ -69,6 +69,7 @@ class PPO:
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
         self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
         self.prompts = Cursor(lambda start: self.prompts_from(start))
+        assert (lessons is None) == (config.ptx is None), "lessons go with [ptx]"
         self.lessons = None if lessons is None else Cursor(lessons)
         self.actor: Pool[Actor] = pools.pools["actor"]
         self.critic: Pool[Critic] = pools.pools["critic"]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config import ConfigError, PPOStageConfig, RoleConfig
 from medgpt.config.pools import Precision
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
 from medgpt.rlhf.credit import Experience, RunningStats
@@ -51,6 +51,11 @@ def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[
         auto if precision == "auto" else precision
     ]
+
+
+def resting_device(pool: RoleConfig) -> torch.device:
+    """Where a model is made: not on a GPU that another role may be using."""
+    return torch.device("cpu") if pool.offload else role_device()
 
 
 def move(modules: Iterable[nn.Module], device: torch.device) -> None:

@@ -8,7 +8,14 @@ from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.policy import Policy
 from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
-from medgpt.rlhf.roles.common import max_tokens, move, response_logprobs, role_device, role_dtype
+from medgpt.rlhf.roles.common import (
+    max_tokens,
+    move,
+    response_logprobs,
+    resting_device,
+    role_device,
+    role_dtype,
+)
 
 
 class Reference:
@@ -49,7 +56,7 @@ class Reference:
             dtype=role_dtype(self.config.pools.reference.precision, self.device),
         )
         policy = Policy(model, max_batch_tokens=max_tokens(self.config))
-        return policy.requires_grad_(False).eval().to(self.device)
+        return policy.requires_grad_(False).eval().to(resting_device(self.config.pools.reference))
 
     def _partitioned(self) -> Any:
         """DeepSpeed is imported only where it is used: it takes seconds."""

@@ -21,7 +21,14 @@ from medgpt.rlhf.batching import share_by_length
 from medgpt.rlhf.experience import Prompts, Scores, Sequences, join_sequences
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.total import Rewarded, Rewards
-from medgpt.rlhf.roles.common import move, my_forwards, role_device, role_dtype, told_as
+from medgpt.rlhf.roles.common import (
+    move,
+    my_forwards,
+    resting_device,
+    role_device,
+    role_dtype,
+    told_as,
+)
 
 Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of the positions
 
@@ -120,7 +127,7 @@ class Reward:
 
     def _whole(self, name: str) -> ValueModel:
         model, _ = load_value_model(name, dtype=role_dtype(self.pool.precision, self.device))
-        return model.to(self.device)
+        return model.to(resting_device(self.pool))
 
     def _partitioned(self, name: str) -> Scorer:
         """DeepSpeed is imported only where it is used: it takes seconds."""
