@@ -49,6 +49,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "engine.loss_chunk_tokens",
     "model.attention",
     "data.max_malformed_share",
+    "ptx.data.max_malformed_share",
     "pool.batch_tokens",
     "pool.batch_replies",
     "pools",

@@ -127,6 +127,10 @@ def flat_spaces(tree: object) -> object:
     return {name: space for key, value in tree.items() for name, space in leaves(key, value)}
 
 
+STEPS = ("ppo.epochs", "ppo.global_batch_size", "ppo.rollout_batch_size", "ptx.batch_size")
+"""Keys that decide how many rows of [ptx] an iteration takes."""
+
+
 class TuneConfig(Config):
     num_trials: Count = 8
     """Trials in all; searcher=grid has as many as there are combinations."""
@@ -214,6 +218,11 @@ class TuneStageConfig(Config):
     @model_validator(mode="after")
     def _keys_may_be_searched(self) -> Self:
         for key in self.search:
+            if self.stage.ptx is not None and key in STEPS:
+                raise ValueError(
+                    f'search."{key}" cannot be searched: the base has [ptx], whose rows are dealt '
+                    "to the steps of an iteration, and it changes how many; leave it out"
+                )
             if why := _reason(key, FIXED):
                 raise ValueError(f'search."{key}" cannot be searched: {why}')
             if self.tune.shared_pools and (pool := _reason(key, SHARED)):

@@ -7,6 +7,7 @@ from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.lessons import FOLDER, lesson_stream, prepare_lessons
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.make import (
@@ -58,7 +59,13 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
 def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
     """The pools of the config, not started yet."""
     found = role_pools(config, num_iterations)
-    return Pools(found, config.pools, wait_s=config.cluster.wait_s, say=reporter.say)
+    return Pools(
+        found,
+        config.pools,
+        wait_s=config.cluster.wait_s,
+        say=reporter.say,
+        data_cpus=config.cluster.data_cpus,
+    )
 
 
 def role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
@@ -100,11 +107,18 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
         plan={key: value for key, value in plan.items() if key != "files"},
         hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
     )
-    return Plan(
+    found = Plan(
         run.plan.url,
         global_batch_size=config.ppo.rollout_batch_size,
         max_steps=config.ppo.max_iterations,
     )
+    if config.ptx is not None:
+        with storage_told(run.folder.url, FOLDER):
+            data, plan = prepare_lessons(run, config, found.num_steps, reporter.advance)
+        reporter.say(f"PPO-ptx: {describe(data, plan)}")
+        facts = {key: value for key, value in data.items() if key != "files"}
+        run.update_manifest(ptx=facts)
+    return found
 
 
 def _train(
@@ -124,6 +138,7 @@ def _train(
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
+        lessons=None if config.ptx is None else partial(lesson_stream, run, config),
     ).fit()
 
 

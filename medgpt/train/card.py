@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from medgpt.config import PPOStageConfig, TrainStageConfig
+from medgpt.config import DataConfig, PPOStageConfig, TrainStageConfig
 from medgpt.runs import FileEntry, Run, commit, committed
 
 CARD = "README.md"
@@ -26,11 +26,9 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
         tags=["medical", "medgpt", manifest["stage"]],
         base_model=name if name and not name.startswith("/") and "://" not in name else None,
     )
-    rows = [
-        f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
-        f"{data['sources'][source.name]['train']:,} |"
-        for source in config.data.sources
-    ]
+    rows = _sources(config.data, data)
+    if isinstance(config, PPOStageConfig) and config.ptx is not None:
+        rows += _sources(config.ptx.data, manifest["ptx"])
     return "\n".join(
         [
             "---",
@@ -52,6 +50,15 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
             "",
         ]
     )
+
+
+def _sources(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
+    """A line of the table for each."""
+    return [
+        f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
+        f"{manifest['sources'][source.name]['train']:,} |"
+        for source in config.sources
+    ]
 
 
 def add_scores(results: dict[str, Any]) -> None:

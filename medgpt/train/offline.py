@@ -20,7 +20,7 @@ from trl.trainer.kto_config import KTOConfig as KTOArguments
 from trl.trainer.kto_trainer import KTOTrainer
 
 from medgpt.config import DPOConfig, OptimizerConfig
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.export import export_weights
 from medgpt.engine.hugging_face import load_weights_only, trainer_config, use_process_group

@@ -147,6 +147,7 @@ class Trial:
             reporter.close()
 
     def _iterate(self, stage: PPOStageConfig, reporter: ConsoleReporter) -> None:
+        from medgpt.rlhf.lessons import lesson_stream
         from medgpt.rlhf.ppo import PPO
         from medgpt.rlhf.prompts import prompt_stream
         from medgpt.rlhf.sync import WeightSync
@@ -167,6 +168,7 @@ class Trial:
             sync=sync.run,
             num_iterations=self.setup.num_iterations,
             reporter=reporter,
+            lessons=None if stage.ptx is None else partial(lesson_stream, base, stage),
             judged=self.judged,
         ).fit()
 

@@ -94,8 +94,11 @@ def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) 
     actor, critic = Pool("actor", host, Guest), Pool("critic", guest, Guest)
     together = Pools([actor, critic], CONFIG, wait_s=60, say=print)
     together.start()
+    assert together._gang is not None
+    groups = together._gang.groups
+    assert groups["actor"].id == groups["critic"].id
+    assert groups["actor"].bundle_specs == [{"CPU": 0.5}] * 2  # for four workers
     try:
-        assert together.pools["actor"]._group == together.pools["critic"]._group
         refs = [
             ref
             for _ in range(2)
