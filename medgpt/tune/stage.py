@@ -8,11 +8,11 @@ from medgpt.config import ConfigError, PPOStageConfig, RoleConfig, TuneStageConf
 from medgpt.config.reading import with_values
 from medgpt.config.tune import FROZEN
 from medgpt.metrics import ConsoleReporter
-from medgpt.rlhf.capacity import check, cluster_nodes
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.stage import prepare_prompts, role_pools
 from medgpt.runs import Run
 from medgpt.train import session
+from medgpt.train.capacity import check, cluster_nodes, of_pools
 from medgpt.tune.check import check_winner
 from medgpt.tune.front import start_front
 from medgpt.tune.results import outcomes, trials_url, winner, write_best, write_table
@@ -133,7 +133,7 @@ def _room(config: TuneStageConfig) -> int:
     roles = {pool.role: pool.config for pool in role_pools(stage, 1)}
     present, addable = cluster_nodes()
     data_cpus = stage.cluster.data_cpus
-    check(roles, present, addable, data_cpus=data_cpus)
+    check(of_pools(roles), present, addable, data_cpus=data_cpus)
     shared: dict[str, RoleConfig] = {}
     if tune.shared_pools:
         shared = {name: config for name, config in roles.items() if name in FROZEN}

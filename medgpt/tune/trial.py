@@ -28,7 +28,14 @@ if TYPE_CHECKING:
 
 ITERATION, OBJECTIVE = "iteration", "objective"  # what Ray Tune compares
 POINTER = "pointer.json"
-FACTS = ("seed", "parents", "data", "plan", "hardware")  # of the base that a trial's run repeats
+FACTS = (
+    "seed",
+    "parents",
+    "data",
+    "plan",
+    "ptx",
+    "hardware",
+)  # of the base that a trial's run repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +185,7 @@ class Trial:
         url = self.ppo_run.folder.url
         self.ppo_run = Run.open("ppo", self.stage, run_dir=url, allow_changes=True)
         known = Run(self.setup.base_url).manifest
-        self.ppo_run.update_manifest(**{name: known[name] for name in FACTS})
+        self.ppo_run.update_manifest(**{name: known[name] for name in FACTS if name in known})
 
     def _repeat(self) -> None:
         """Tell Ray Tune again what it knew before a death or a kill, for its decisions on others:

@@ -20,7 +20,7 @@ COLD = "rollout.temperature=0.7"
 def all_logprobs(folder: Path, base: Path, *overrides: str) -> np.ndarray:
     """(N,) of this process's ranks together."""
     whole = sequences()
-    part = Reference(ppo_config(folder, base, COLD, *overrides)).logprobs(whole)
+    part = Reference(ppo_config(folder, base, COLD, *overrides)).logprobs(0.7, whole)
     return join_tokens(gathered(part), whole.responses)
 
 
@@ -44,7 +44,7 @@ def test_ranks_and_zero_stages_change_nothing(base, tmp_path, two_ranks, stage, 
 def test_offloaded_and_back_the_numbers_are_the_same(base, tmp_path):
     join_process_group(CPU)
     reference, whole = Reference(ppo_config(tmp_path, base)), sequences()
-    before = reference.logprobs(whole).values
+    before = reference.logprobs(1.0, whole).values
     reference.offload()
     reference.onload()
-    np.testing.assert_array_equal(reference.logprobs(whole).values, before)
+    np.testing.assert_array_equal(reference.logprobs(1.0, whole).values, before)
