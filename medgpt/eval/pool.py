@@ -32,19 +32,25 @@ class Responses:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.next = len(folder.names())
+        self.next = len(self._files())
 
     def read(self, requests: Sequence[Request]) -> dict[str, Response]:
         """By id, those that answer one of `requests` as it is now."""
         wanted = {request.id: fingerprint(request) for request in requests}
         found = {}
-        for name in self.folder.names():
-            for line in self.folder.read_text(name).splitlines():
+        for name in self._files():
+            # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
+            *lines, _ = self.folder.read_text(name).split("\n")
+            for line in lines:
                 tree = json.loads(line)
                 if wanted.get(tree["response"]["id"]) == tree["request"]:
                     response = from_json(tree["response"])
                     found[response.id] = response
         return found
+
+    def _files(self) -> list[str]:
+        """Without what a writer that was killed left behind."""
+        return [name for name in self.folder.names() if not name.startswith(".")]
 
     def write(self, requests: Sequence[Request], responses: Sequence[Response]) -> None:
         """All or none of them."""

@@ -11,5 +11,6 @@ GATES = "gates.json"
 
 def read_items(run: Run, name: str) -> list[Judged]:
     """items/NAME.jsonl"""
-    lines = (run.folder / "items").read_text(f"{name}.jsonl").splitlines()
+    # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
+    *lines, _ = (run.folder / "items").read_text(f"{name}.jsonl").split("\n")
     return [Judged(**json.loads(line)) for line in lines]

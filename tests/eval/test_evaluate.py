@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import ray
 
-from medgpt.config import ConfigError, EvalConfig, validate
-from medgpt.eval.evaluate import read_items, run_eval
+from medgpt.config import ConfigError, EvalConfig, NllConfig, validate
+from medgpt.eval.evaluate import read_items, run_eval, write_items
 from medgpt.eval.pool import Pool, Responses
 from medgpt.eval.requests import Replied, Reply, Weigh
+from medgpt.eval.task import Judged
+from medgpt.eval.tasks.nll import NllTask
 from medgpt.runs import Folder, Run
 from tests.models.packing import tiny_model
 
@@ -167,6 +169,31 @@ def test_a_kept_response_answers_only_the_request_it_was_made_for(tmp_path: Path
     assert again.read(changed) == {"b": replies[1]}
     again.write(asked, replies)  # beside the first file, not over it
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_what_only_python_calls_the_end_of_a_line_stays_in_a_text(tmp_path: Path, separator: str):
+    text = f"one{separator}two\nthree"
+    asked = [Reply("a", text, 5), Reply("b", "two", 5)]
+    replies = [Replied(request.id, [text], [True]) for request in asked]
+    responses = Responses(Folder(str(tmp_path / "responses")))
+    responses.write(asked, replies)
+    assert responses.read(asked) == {"a": replies[0], "b": replies[1]}
+
+    run = Run(str(tmp_path))
+    judged = [Judged("a", {"accuracy": 1.0}, {}, {"answer": text}), Judged("b", {}, {}, {})]
+    write_items(run, NllTask(NllConfig(name="said", general=True), 0), judged)
+    assert read_items(run, "said") == judged
+
+
+def test_what_a_killed_writer_left_is_no_response(tmp_path: Path):
+    asked = [Reply("a", "one", 5)]
+    Responses(Folder(str(tmp_path))).write(asked, [Replied("a", ["text"], [True])])
+    (tmp_path / ".000001.jsonl.0123").write_text('{"request": "ab', "utf-8")
+    again = Responses(Folder(str(tmp_path)))
+    assert list(again.read(asked)) == ["a"]
+    again.write(asked, [Replied("a", ["text"], [True])])
+    assert (tmp_path / "000001.jsonl").exists()
 
 
 # ---- what a user gets wrong ----
