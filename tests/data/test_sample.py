@@ -6,7 +6,7 @@ import pytest
 
 from medgpt.config import CorpusConfig, RunConfig
 from medgpt.data.deny import DenyList
-from medgpt.data.sample.held_out import LEFT_OUT
+from medgpt.data.sample.held_out import LEFT_OUT, synonyms
 from medgpt.data.sample.knowledge import DOSE, load_knowledge
 from medgpt.data.sample.pairs import exam_questions, preferences
 from medgpt.data.sample.render import Corpus
@@ -181,6 +181,28 @@ def test_facts_of_held_out_prompts_are_told_in_other_phrasings():
     pretrain = CORPUS.held_out.prompts[0]
     told = [t for t in DOCUMENTS if all(stated(t, pretrain.key_points)) and "糖尿病" in t]
     assert len(told) >= 5
+
+
+def test_a_fact_may_be_stated_in_other_words_but_every_fact_must_be():
+    diabetes = CORPUS.held_out.prompts[0].key_points
+    answer = "常见的有饮水增多、尿量增多、食量增大和消瘦。"
+    assert stated(answer, diabetes) == [True] * 4
+    assert stated(answer.replace("消瘦", "乏力"), diabetes) == [True] * 3 + [False]
+    assert stated(answer.replace("饮水增多", "没有饮水增多"), diabetes)[0] is False
+
+
+def test_synonyms_are_of_phrases_that_are_asked_for_and_of_no_other_of_the_same_condition():
+    conditions = [c for d in load_knowledge() for c in d.conditions]
+    lists = [getattr(c, field).items for c in conditions for field in LIST_FIELDS]
+    phrases = {phrase for items in lists for phrase in items}
+    for phrase, others in synonyms().items():
+        assert phrase in phrases, phrase
+        assert len(set(others)) == len(others) > 0, phrase
+        assert not [other for other in others if phrase in other], phrase  # counts already
+        for items in lists:
+            if phrase in items:
+                rest = [item for item in items if item != phrase]
+                assert not [o for o in others for item in rest if o in item], phrase
 
 
 def test_left_out_conditions_are_nowhere():
