@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from medgpt.config import (
@@ -19,11 +19,12 @@ from medgpt.config import (
     SFTConfig,
     load,
 )
+from medgpt.config.gates import parse_gate
 from medgpt.data.sample.write import run_corpus
 from medgpt.eval.evaluate import run_eval
-from medgpt.eval.gates import GateFailure
+from medgpt.eval.gates import Evidence, GateFailure, check_gates, require
 from medgpt.eval.pipeline_report import write_pipeline_report
-from medgpt.eval.results import RESULTS, read_items
+from medgpt.eval.results import GATES, RESULTS, REWARD, read_items, reward_results
 from medgpt.eval.stages import run_dpo, run_ppo, run_pretrain, run_reward, run_sft
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
@@ -57,6 +58,7 @@ class Stage:
     name: str
     kind: str
     config: StageConfig
+    gates: tuple[str, ...] = ()  # of a reward stage; an evaluation's are in its config
 
     @property
     def run(self) -> Run:
@@ -77,6 +79,8 @@ def run_pipeline(config: PipelineConfig) -> Run:
     try:
         for stage in stages:
             _run(stage.config)
+            if stage.gates:
+                require(_check_reward(stage))
     except GateFailure as failure:
         write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
         raise GateFailure(f"{failure}; report in {pipeline.folder.url}/report.html") from None
@@ -100,15 +104,17 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
         name = item.name or (item.stage if number == 1 else f"{item.stage}-{number}")
         if any(stage.name == name for stage in stages):
             raise ConfigError(f"two stages are called {name}; give each a name of its own")
-        stages.append(Stage(name, item.stage, _stage_config(config, item, name)))
-    scored = [stage.name for stage in stages if stage.kind == "eval"]
+        gates = config.gates.get(name, ()) if item.stage == "reward" else ()
+        _check_reward_gates(name, gates)
+        stages.append(Stage(name, item.stage, _stage_config(config, item, name), gates))
+    gated = [stage.name for stage in stages if stage.kind in ("eval", "reward")]
     for name in config.gates:
-        if name not in scored:
-            close = difflib.get_close_matches(name, scored, n=1)
+        if name not in gated:
+            close = difflib.get_close_matches(name, gated, n=1)
             hint = (
-                f"did you mean {close[0]}?" if close else f"there are {', '.join(scored) or 'none'}"
+                f"did you mean {close[0]}?" if close else f"there are {', '.join(gated) or 'none'}"
             )
-            raise ConfigError(f"gates.{name}: no eval stage is called that; {hint}")
+            raise ConfigError(f"gates.{name}: no eval or reward stage is called that; {hint}")
     taken = {config.run.dir: "the pipeline"}
     for stage in stages:
         folder = stage.config.run.dir
@@ -122,7 +128,8 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
 
 
 def _stage_config(config: PipelineConfig, stage: PipelineStage, name: str) -> StageConfig:
-    overrides = [text.replace("{dir}", config.run.dir) for text in stage.overrides]
+    shared = config.overrides.get(stage.stage, ())
+    overrides = [text.replace("{dir}", config.run.dir) for text in (*shared, *stage.overrides)]
     try:
         found = load(CONFIGS[stage.stage], Path(stage.config), overrides)
         if isinstance(found, EvalConfig) and name in config.gates:
@@ -133,6 +140,29 @@ def _stage_config(config: PipelineConfig, stage: PipelineStage, name: str) -> St
     except ConfigError as error:
         raise ConfigError(f"stage {stage.stage}, {stage.config}: {error}") from None
     return found
+
+
+def _check_reward_gates(name: str, gates: Sequence[str]) -> None:
+    """Raises ConfigError: one is none, or names what a reward model is not measured by."""
+    for text in gates:
+        try:
+            gate = parse_gate(text)
+        except ValueError as error:
+            raise ConfigError(f"gates.{name}: {error}") from None
+        if gate.name != (REWARD, "accuracy") or gate.needs_parent:
+            raise ConfigError(
+                f"gates.{name}: gate {text!r} is not about {REWARD}.accuracy, all that a reward "
+                "model is measured by, or compares it with a parent, which it has not"
+            )
+
+
+def _check_reward(stage: Stage) -> list[Evidence]:
+    """What the gates of a reward stage saw, also in its gates.json."""
+    evidence = check_gates(stage.gates, reward_results(stage.run), None)
+    stage.run.folder.write_json(GATES, [asdict(item) for item in evidence])
+    for item in evidence:
+        print(f"{stage.name}: gate {'passed' if item.passed else 'FAILED'}: {item}")
+    return evidence
 
 
 def _run(config: StageConfig) -> None:

@@ -1,7 +1,6 @@
 """Questions with options, from rows as the public data sets write them."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -264,8 +263,7 @@ def safetybench(rows: Sequence[tuple[str, Row]]) -> Reader:
 def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
     """Question or question, A to D, Answer or answer: the CSV files of CMMLU
     (https://github.com/haonan-li/CMMLU) and C-Eval (https://github.com/hkust-nlp/ceval)"""
-    subjects = {id(row): PurePosixPath(place.rsplit(" row ")[0]).stem for place, row in rows}
-    ids = Counter(subjects.values())
+    subjects = {id(row): _subject(place) for place, row in rows}
 
     def read(row: Row) -> Fields:
         return Fields(
@@ -273,10 +271,18 @@ def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
             {letter: str(row[letter]) for letter in "ABCD"},
             letters(row["Answer"] if "Answer" in row else row["answer"]),
             multiple=False,
-            slices={"subject": subjects[id(row)]} if len(ids) > 1 else {},
+            slices={"subject": subjects[id(row)]},
         )
 
     return read
+
+
+def _subject(place: str) -> str:
+    """`anatomy` of `dev/anatomy.csv row 1` or `anatomy_dev.csv row 1`."""
+    return re.sub("_(?:dev|val|test)$", "", PurePosixPath(place.rsplit(" row ")[0]).stem)
+
+
+SUBJECT_FILES = ("cmmlu", "ceval")  # layouts of which a file is a subject
 
 
 LAYOUTS: dict[str, Callable[[Sequence[tuple[str, Row]]], Reader]] = {
