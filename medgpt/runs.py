@@ -37,6 +37,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "cluster",
     "report",
     "gates",
+    "model.parent",
     "train.micro_batch_size",
     "train.log_every",
     "train.eval_every",
@@ -249,7 +250,7 @@ class Run:
         if run.finished:
             return run
         try:
-            run.folder.write_text("config.toml", tomli_w.dumps(_tree(config)))
+            run.record(config)
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             began = run.manifest.get("started", now)
             run.update_manifest(stage=stage, started=began, **environment())
@@ -290,6 +291,12 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         return tomllib.loads(self.folder.read_text("config.toml"))
+
+    def record(self, config: BaseModel) -> None:
+        """Write config.toml, unless it is there already."""
+        text = tomli_w.dumps(_tree(config))
+        if not self.folder.exists("config.toml") or self.folder.read_text("config.toml") != text:
+            self.folder.write_text("config.toml", text)
 
     def _check_empty(self) -> None:
         """A new run starts in a new or empty folder."""

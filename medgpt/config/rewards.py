@@ -94,6 +94,8 @@ class JudgeConfig(Config):
     def _something_to_ask(self) -> Self:
         if self.every and not (self.key_points or self.triage):
             raise ValueError("has no questions; set key_points or triage, or every=0")
+        if self.triage == 1:
+            raise ValueError("triage=1 holds no pair of notes; use 2 or more, or 0")
         return self
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from medgpt.config import DataConfig, PPOStageConfig, TrainStageConfig
-from medgpt.runs import FileEntry, Run, commit, committed
+from medgpt.runs import MANIFEST, FileEntry, Folder, Run, commit, committed
 
 CARD = "README.md"
 SCORES = "## Evaluation"
@@ -62,26 +62,34 @@ def _sources(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
 
 
 def add_scores(results: dict[str, Any]) -> None:
-    """Put an evaluation's scores into the card of the run whose model it scored, if it was a run.
+    """Put an evaluation's scores into the card of the model that it scored, if medgpt wrote it.
 
-    The card's last section is the evaluation's; a newer one takes its place.
+    The card's last section is the evaluation's; a newer one takes its place. From then on the
+    manifest does not speak of the card: whoever is killed, or writes at the same time, leaves a
+    complete model.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
-    model = Run(results["model"]).model
-    manifest = committed(model)
-    if manifest is None or not model.exists(CARD):
+    model = _written_model(results["model"])
+    if model is None:
         return
     old = model.read_text(CARD)
     card = old.split(f"\n{SCORES}\n")[0].rstrip("\n") + "\n\n" + "\n".join(_score_lines(results))
     if card == old:
         return
+    manifest = model.read_json(MANIFEST)
+    files = [FileEntry(**file) for file in manifest.pop("files")]
+    kept = [file for file in files if file.name != CARD]
+    if kept != files:
+        commit(model, kept, **manifest)
     model.write_text(CARD, card)
-    files = [
-        FileEntry(CARD, model.size(CARD), model.checksum(CARD))
-        if file["name"] == CARD
-        else FileEntry(**file)
-        for file in manifest["files"]
-    ]
-    commit(model, files, **{key: value for key, value in manifest.items() if key != "files"})
+
+
+def _written_model(name: str) -> Folder | None:
+    """The complete model with a card of a run, or at `name` itself."""
+    folders = (Run(name).model, Folder(name))
+    return next((f for f in folders if f.exists(CARD) and committed(f)), None)
 
 
 def _score_lines(results: dict[str, Any]) -> list[str]:
@@ -94,7 +102,7 @@ def _score_lines(results: dict[str, Any]) -> list[str]:
     return [
         SCORES,
         "",
-        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %, bootstrap over items.",
+        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %.",
         "",
         "| Task | Metric | Score | Interval | n | Data | Prompt |",
         "|---|---|---|---|---|---|---|",
