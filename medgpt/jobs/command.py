@@ -37,7 +37,7 @@ class Command:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Of `medgpt`, which wants the model of an evaluation by itself."""
-        named = [self.config.model.name] if isinstance(self.config, EvalConfig) else []
+        named = [str(self.config.model.name)] if isinstance(self.config, EvalConfig) else []
         return (self.stage, *named, self.files[0], *self.overrides)
 
     def texts(self) -> list[str]:

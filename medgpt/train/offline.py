@@ -110,17 +110,18 @@ def train_offline(
     trainer = _trainer(run, config, tokenizer, device)
     trainer.add_callback(_Reported(run, config, progress))
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
+    model: Any = trainer.model
 
     def export(directory: Path) -> None:
         if config.model.lora.rank:
             trainer.save_model(str(directory))
         else:
-            export_weights(trainer.model, directory)  # TRL's would write tied weights twice
+            export_weights(model, directory)  # TRL's would write tied weights twice
         if dist.get_rank() == 0:
             if config.model.lora.rank:
                 (directory / "training_args.bin").unlink()  # a pickle
             else:
-                trainer.model.config.save_pretrained(directory)
+                model.config.save_pretrained(directory)
                 generation_config(tokenizer).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         dist.barrier()
