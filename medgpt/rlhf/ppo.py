@@ -5,7 +5,7 @@ The driver moves refs from pool to pool. It sees metrics, not tensors.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +128,8 @@ class PPO:
             reference = self._reference_logprobs(batch.rollouts)
             parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
             self.pools.wait(parts, "score")
+            # before anything is learnt: a death from now on may lose them
+            rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
 
         with self._timed("update"):
             task = Task(
@@ -145,11 +147,12 @@ class PPO:
         state.score_stats = learnt.score_stats
         state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
 
-        rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
         self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
+        if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
+            self._keep_samples()
 
     def _generate(self, iteration: int) -> Batch:
         """Begin the rollouts of an iteration, with weights as new as the actor has them."""
@@ -208,6 +211,8 @@ class PPO:
                 self.in_flight = self._as_batch(sequences)
         self.attempt = self.run.manifest["attempt"] + 1
         self.run.update_manifest(attempt=self.attempt)
+        if self.metrics is not None:
+            self.metrics.close()
         self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
@@ -252,14 +257,15 @@ class PPO:
     def _examine(self) -> None:
         """Have the policy judged, if that is due. Raises Diverged if the run must end here."""
         step = self.state.iteration
-        latest = self.history.pop() if self.history and self.history[-1]["step"] == step else {}
+        has_line = bool(self.history) and self.history[-1]["step"] == step
+        latest = self.history[-1] if has_line else {"step": step}
         if self.judging.due(step) and "time/judge_s" not in latest:
             began = time.monotonic()
             self._bring_weights()
-            latest |= {"step": step, **self.judging.metrics()}
-            latest["time/judge_s"] = time.monotonic() - began
+            marks = self.judging.metrics()
+            latest = latest | marks | {"time/judge_s": time.monotonic() - began}
             self._log.log(step, latest)
-        self.history += [latest] if latest else []
+            self.history = self.history[: -1 if has_line else None] + [latest]
         if self.history and (why := diagnose(self.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {why}")
 
@@ -275,18 +281,18 @@ class PPO:
         step = self.state.iteration
         self._log.log(step, metrics)
         self.history.append({"step": step, **metrics})
-        if self.shown and (step == 1 or step % self.config.report.every == 0):
-            self._keep_samples()
         facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
         self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)
 
     def _keep_samples(self) -> None:
-        """A few of the latest rollouts, for the report."""
+        """A few of the latest rollouts, for the report; none if the pool that has them dies, which
+        the next call to it tells."""
         folder, step = self.run.folder, self.state.iteration
         known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
-        refs = self.reward.call(Reward.samples, self.shown)
-        found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
+        refs, found = self.reward.call(Reward.samples, self.shown), []
+        with suppress(PoolDied):
+            found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
         folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
 
     @contextmanager

@@ -69,6 +69,8 @@ class InlinePools:
             del make["reference"]
         self.pools = {role: InlinePool(role, made) for role, made in make.items()}
         self.rebuilt: list[str] = []
+        self.dies_in_get: tuple[str, str] | None = None
+        """What is fetched, and the role that is then found dead."""
 
     def put(self, value: Any) -> Ref:
         return Ref(value)
@@ -78,6 +80,10 @@ class InlinePools:
             ref.get()
 
     def get(self, refs: Sequence[Ref], what: str) -> list[Any]:
+        if self.dies_in_get is not None and self.dies_in_get[0] == what:
+            role, self.dies_in_get = self.dies_in_get[1], None
+            self.pools[role].worker = None
+            raise PoolDied(role, [0], "died")
         return [ref.get() for ref in refs]
 
     def rebuild(self, died: PoolDied) -> None:

@@ -1,5 +1,6 @@
 """The driver's loop on roles in this process: it learns, repeats itself, resumes, survives."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,6 +102,51 @@ def test_a_pool_that_dies_changes_no_number(base, tmp_path, uninterrupted, role,
 
     assert role in ppo.pools.rebuilt
     assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+@pytest.mark.parametrize("what", ["score", "update"])
+def test_what_is_lost_while_it_is_fetched_costs_no_line(base, tmp_path, uninterrupted, what):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.pools.dies_in_get = (what, "actor" if what == "update" else "reward")
+    ppo.fit()
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_samples_that_die_with_their_pool_cost_no_checkpoint(base, tmp_path):
+    config = config_of(tmp_path, base, "ppo.checkpoint_every=1", "report.every=1")
+    ppo = driver(config, 3)
+    ppo.pools.pools["reward"].dies_at = ("samples", 2)
+    ppo.fit()
+    assert ppo.pools.pools["actor"].calls.count("save") == 3
+    assert ppo.pools.rebuilt == ["reward"]
+    kept = ppo.run.folder.read_json("rollouts.json")
+    assert {sample["iteration"] for sample in kept} == {1, 3}
+
+
+JUDGED = ("judge.every=1", "judge.triage=4", "judge.max_new_tokens=4")
+
+
+def test_a_death_while_the_policy_is_judged_costs_the_diagnosis_nothing(base, tmp_path):
+    histories = []
+    for role, call in (("rollout", None), ("rollout", ("answer", 3)), ("actor", ("logprobs", 2))):
+        folder = tmp_path / f"{role}-{call}"
+        ppo = driver(config_of(folder, base, "ppo.checkpoint_every=1", *JUDGED), 3)
+        ppo.pools.pools[role].dies_at = call
+        ppo.fit()
+        assert [line["step"] for line in ppo.history] == [0, 1, 2, 3]
+        assert all("judge/checks" in line for line in ppo.history)
+        assert all("ppo/score_mean" in line for line in ppo.history[1:])
+        histories.append(numbers(ppo.run))
+    assert histories[0] == histories[1] == histories[2]
+
+
+def test_a_run_that_starts_over_leaves_no_writer_behind(base, tmp_path):
+    before = set(threading.enumerate())
+    ppo = driver(config_of(tmp_path, base), 2)
+    ppo.pools.pools["actor"].dies_at = ("update", 2)
+    ppo.fit()
+    assert ppo.attempt == 2
+    assert set(threading.enumerate()) == before
 
 
 def test_too_many_deaths_end_the_run(base, tmp_path):
