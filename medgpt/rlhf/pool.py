@@ -115,6 +115,14 @@ class Pool(Generic[Role]):
             ray.kill(worker)
         self.workers = []
 
+    def pings(self) -> list[ray.ObjectRef]:
+        """A ref for each worker, ready when its earlier calls are done."""
+        return [worker.ping.remote() for worker in self.workers]
+
+    def usage(self) -> list[ray.ObjectRef]:
+        """A ref for each worker to the Usage of the latest call before this one."""
+        return [worker.usage.remote() for worker in self.workers]
+
     def dead(self, timeout_s: float) -> list[int]:
         """Ranks that are known to have died; a busy one is not."""
         pings = [worker.ping.remote() for worker in self.workers]
