@@ -14,7 +14,7 @@ from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, diagnose
 from medgpt.rlhf.experience import Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Learnt, Task
@@ -73,6 +73,11 @@ class PPO:
         sensitive = any(source.sensitive for source in config.data.sources)
         self.shown = 0 if sensitive else config.report.samples
         self.deaths = 0
+        self.learning = False
+        """Updates are on their way: if they end in a loss, one rank may have learnt and another
+        wait for it."""
+        self.renewed: set[str] = set()
+        """Roles whose pools were rebuilt since the loss that is being recovered from."""
         self.times: dict[str, float] = {}  # of an iteration's phases
         self.sync_metrics: dict[str, float] = {}
         self.saving: Checkpoint | None = None
@@ -87,28 +92,34 @@ class PPO:
         """Iterate to the end; the last iteration is saved.
 
         Raises:
-            PoolDied: workers died more often than cluster.max_failures.
+            PoolDied, DataLost: it happened more often than cluster.max_failures.
             Diverged: what the run became is not worth going on with.
         """
-        died: PoolDied | None = None
+        try:
+            self._go_on()
+        finally:  # a run that halts has a report, too
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _go_on(self) -> None:
+        loss: PoolDied | DataLost | None = None
         while True:
             try:
-                if died is not None:
-                    self._recover(died)
+                if loss is not None:
+                    self._recover(loss)
                 elif self.metrics is None:
                     self._rewind()
-                died = None
+                loss = None
                 self._examine()
                 if self.state.iteration == self.num_iterations:
                     self._finish_save()
                     break
                 self._iterate()
-            except PoolDied as error:  # perhaps in the middle of a recovery
-                died = error
+            except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
+                loss = error
                 self.deaths += 1
                 if 0 <= self.config.cluster.max_failures < self.deaths:
                     raise
-        self._log.close()
 
     def _iterate(self) -> None:
         began, self.times = time.monotonic(), {}
@@ -139,9 +150,11 @@ class PPO:
                 score_stats=state.score_stats,
                 actor_learns=state.iteration >= self.config.critic.warmup_iterations,
             )
+            self.learning = True
             fitted = self.critic.call(Critic.update, task, *parts)
             improved = self.actor.call(Actor.update, task, *parts)
             answers = self.pools.get([*improved, *fitted], "update")
+            self.learning = False
         learnt: Learnt = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
@@ -181,18 +194,26 @@ class PPO:
         self.prompts_at += 1
         return next(self.prompts)
 
-    def _recover(self, died: PoolDied) -> None:
-        """Make the pool work again. What was learnt since the last checkpoint is lost if it was the
-        actor's or the critic's; else the batch is done again."""
-        self.reporter.say(f"{died}; the pool is rebuilt")
-        self.pools.rebuild(died)
+    def _recover(self, loss: PoolDied | DataLost) -> None:
+        """Make the pools work again. If the actor or the critic died or was learning, what was
+        learnt since the last checkpoint is lost; else the batch is done again."""
+        if isinstance(loss, PoolDied):
+            self.reporter.say(f"{loss}; the pool is rebuilt")
+            self.renewed.add(loss.role)  # though it may not live through it
+            self.renewed |= self.pools.rebuild(loss)
+        else:
+            self.reporter.say(f"{loss}; it is made again")
         self.synced, self.in_flight = -1, None
-        if died.role in ("actor", "critic"):
-            if newest(self.run) is None:  # back to the first weights
-                other = self.critic if died.role == "actor" else self.actor
-                ranks = range(len(other.workers))
-                self.pools.rebuild(PoolDied(other.role, ranks, "starts again"))
+        if self.learning or self.renewed & {"actor", "critic"}:
+            if self.learning or newest(self.run) is None:  # then back to the first weights
+                for pool in (self.actor, self.critic):
+                    if pool.role not in self.renewed:
+                        self.renewed.add(pool.role)
+                        ranks = range(len(pool.workers))
+                        self.pools.rebuild(PoolDied(pool.role, ranks, "starts again"))
             self._rewind()
+        self.learning = False
+        self.renewed.clear()
 
     def _rewind(self) -> None:
         """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
@@ -213,6 +234,7 @@ class PPO:
         self.run.update_manifest(attempt=self.attempt)
         if self.metrics is not None:
             self.metrics.close()
+            self.metrics = None
         self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
@@ -265,7 +287,9 @@ class PPO:
             marks = self.judging.metrics()
             latest = latest | marks | {"time/judge_s": time.monotonic() - began}
             self._log.log(step, latest)
-            self.history = self.history[: -1 if has_line else None] + [latest]
+            if has_line:
+                self.history.pop()
+            self.history.append(latest)
         if self.history and (why := diagnose(self.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {why}")
 
@@ -276,6 +300,23 @@ class PPO:
             "time/wait_s": elapsed_s - sum(self.times.values()),
             **{f"time/{phase}_s": seconds for phase, seconds in self.times.items()},
         }
+
+    def _usage(self, batch: Batch, num_tokens: float) -> dict[str, float]:
+        """Resident memory of the largest workers, and how fast the slowest rollout worker let
+        `num_tokens` come. Nothing if a pool dies meanwhile, which its next call tells."""
+        refs = {role: pool.usage() for role, pool in self.pools.pools.items() if role != "rollout"}
+        if batch.usage:
+            refs["rollout"] = batch.usage
+        metrics: dict[str, float] = {}
+        with suppress(PoolDied, DataLost):
+            for role, mine in refs.items():
+                used: list[Usage] = self.pools.get(mine, "usage")
+                metrics[f"memory/{role}_rss_gb"] = max(u.rss_gb for u in used)
+                if role == "rollout":
+                    speed = num_tokens / max(u.call_s for u in used)
+                    metrics["rollout/tokens_per_s"] = speed
+            metrics["memory/rss_gb"] = max(n for name, n in metrics.items() if "rss" in name)
+        return metrics
 
     def _report(self, metrics: dict[str, float]) -> None:
         step = self.state.iteration
@@ -291,7 +332,7 @@ class PPO:
         folder, step = self.run.folder, self.state.iteration
         known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
         refs, found = self.reward.call(Reward.samples, self.shown), []
-        with suppress(PoolDied):
+        with suppress(PoolDied, DataLost):
             found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
         folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
 

@@ -10,7 +10,7 @@ from medgpt.data.chat import stop_ids
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pool import PoolDied
+from medgpt.rlhf.pool import DataLost, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.roles.make import (
     make_actor,
@@ -42,6 +42,8 @@ class InlinePool:
         self.workers = [self]
         self.calls: list[str] = []
         self.dies_at: tuple[str, int] | None = None
+        self.loses_at: tuple[str, int | None] | None = None
+        """Which call finds its arguments gone; None: each of these."""
 
     def call(self, method: Callable[..., Any], *args: Any) -> list[Ref]:
         self.calls.append(method.__name__)
@@ -49,11 +51,17 @@ class InlinePool:
             self.dies_at, self.worker = None, None
         if self.worker is None:
             return [Ref(error=PoolDied(self.role, [0], "died"))]
+        times = self.calls.count(method.__name__)
+        if self.loses_at in ((method.__name__, times), (method.__name__, None)):
+            return [Ref(error=DataLost("gone"))]
         try:
             values = [arg.get() if isinstance(arg, Ref) else arg for arg in args]
             return [Ref(method(self.worker, *values))]
-        except PoolDied as died:
-            return [Ref(error=died)]
+        except (PoolDied, DataLost) as loss:
+            return [Ref(error=loss)]
+
+    def usage(self) -> list[Ref]:
+        return [Ref(Usage(rss_gb=0.5, call_s=2.0))]
 
 
 class InlinePools:
@@ -70,7 +78,7 @@ class InlinePools:
         self.pools = {role: InlinePool(role, made) for role, made in make.items()}
         self.rebuilt: list[str] = []
         self.dies_in_get: tuple[str, str] | None = None
-        """What is fetched, and the role that is then found dead."""
+        """What is fetched, and the roles that are then found dead."""
 
     def put(self, value: Any) -> Ref:
         return Ref(value)
@@ -81,14 +89,18 @@ class InlinePools:
 
     def get(self, refs: Sequence[Ref], what: str) -> list[Any]:
         if self.dies_in_get is not None and self.dies_in_get[0] == what:
-            role, self.dies_in_get = self.dies_in_get[1], None
-            self.pools[role].worker = None
-            raise PoolDied(role, [0], "died")
+            roles, self.dies_in_get = self.dies_in_get[1].split(), None
+            for role in roles:
+                self.pools[role].worker = None
+            raise PoolDied(roles[0], [0], "died")
         return [ref.get() for ref in refs]
 
-    def rebuild(self, died: PoolDied) -> None:
-        self.rebuilt.append(died.role)
-        self.pools[died.role].worker = self.pools[died.role].make()
+    def rebuild(self, died: PoolDied) -> set[str]:
+        dead = {role for role, pool in self.pools.items() if pool.worker is None}
+        for role in sorted({died.role} | dead):
+            self.rebuilt.append(role)
+            self.pools[role].worker = self.pools[role].make()
+        return {died.role} | dead
 
     def sync(self, version: int) -> dict[str, float]:
         """Through memory."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,6 +32,13 @@ class Adder:
     def own(self, number: int) -> tuple[int, int, int]:
         self.calls += 1
         return number + self.offset, self.calls, os.getpid()
+
+    def hold(self, size: int) -> list[ray.ObjectRef]:
+        """What is lost when this worker is."""
+        return [ray.put(torch.zeros(size))]
+
+    def size(self, data: Tensor) -> int:
+        return len(data)
 
     def facts(self) -> dict[str, int]:
         return {

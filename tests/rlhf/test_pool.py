@@ -1,13 +1,14 @@
 """Pools: refs go from one to the other, errors reach the driver, deaths are repaired."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
 from tests.rlhf.roles import Adder, Guest, refuse
 
 pytestmark = pytest.mark.ray
@@ -82,6 +83,44 @@ def test_of_an_independent_pool_only_the_dead_rank_is_replaced(pools: Pools) -> 
     assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
 
 
+def read_on(ref: ray.ObjectRef) -> None:
+    while len(ray.get(ref)):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("and_dies", [False, True], ids=["alone", "with a worker"])
+def test_data_that_is_lost_on_its_way_is_told_or_who_died_with_it(
+    pools: Pools, and_dies: bool
+) -> None:
+    actor, reward = pools.pools["actor"], pools.pools["reward"]
+    (held,), *_ = pools.get(reward.call(Adder.hold, 10**6), "holding")
+    with pytest.raises(PoolDied) as caught:
+        pools.get(reward.call(Adder.die, 0, True)[:1], "dying")
+    with pytest.raises(ObjectLostError):  # its owner is gone, which takes its time to be known
+        read_on(held)
+    if not and_dies:
+        assert pools.rebuild(caught.value) == {"reward"}
+    expected = (PoolDied, "reward pool: rank 0 died") if and_dies else (DataLost, "is gone")
+    with pytest.raises(expected[0], match=expected[1]):
+        pools.get(actor.call(Adder.size, held), "reading")
+    with pytest.raises(expected[0], match=expected[1]):
+        pools.get([held], "fetching")
+    if and_dies:
+        pools.rebuild(caught.value)
+    assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
+
+
+def test_pools_that_died_together_are_rebuilt_together(pools: Pools) -> None:
+    actor, reward = pools.pools["actor"], pools.pools["reward"]
+    deaths = [*actor.call(Adder.die, 0, True)[:1], *reward.call(Adder.die, 1, True)[1:]]
+    with pytest.raises(PoolDied) as caught:
+        pools.get(deaths, "dying")
+    ray.wait(deaths, num_returns=2)
+    assert pools.rebuild(caught.value) == {"actor", "reward"}
+    assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
+    assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
+
+
 def test_a_role_that_is_refused_when_made_ends_the_start(ray_session: None) -> None:
     together = Pools([Pool("reward", SMALL, refuse)], CONFIG, wait_s=60, say=print)
     with pytest.raises(ConfigError, match="this machine has none"):
@@ -89,14 +128,21 @@ def test_a_role_that_is_refused_when_made_ends_the_start(ray_session: None) -> N
     together.close()
 
 
+def await_free_cpus(num: float) -> None:
+    deadline = time.monotonic() + 20
+    while (free := ray.available_resources()["CPU"]) != num:
+        assert time.monotonic() < deadline, f"{free:g} CPUs are free, not {num:g}"
+        time.sleep(0.1)
+
+
 def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) -> None:
     host = SMALL.model_copy(update={"offload": True})
     guest = host.model_copy(update={"share_with": "actor"})
     actor, critic = Pool("actor", host, Guest), Pool("critic", guest, Guest)
     together = Pools([actor, critic], CONFIG, wait_s=60, say=print)
-    free = ray.available_resources()["CPU"]
+    await_free_cpus(2)  # what was released is known a little later
     together.start()
-    assert ray.available_resources()["CPU"] == free - 1  # one bundle of 0.5 for each rank
+    await_free_cpus(1)  # one bundle of 0.5 for each rank
     refs = [
         ref for _ in range(2) for pool in (actor, critic) for ref in pool.call(Guest.occupy, 0.2)
     ]

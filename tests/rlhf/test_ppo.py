@@ -9,7 +9,7 @@ import pytest
 
 from medgpt.config import PPOStageConfig
 from medgpt.rlhf.diagnosis import Diverged
-from medgpt.rlhf.pool import PoolDied
+from medgpt.rlhf.pool import DataLost, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.state import newest
@@ -112,6 +112,41 @@ def test_what_is_lost_while_it_is_fetched_costs_no_line(base, tmp_path, uninterr
     assert numbers(ppo.run) == numbers(uninterrupted)
 
 
+@pytest.mark.parametrize(
+    ("role", "call", "rebuilt"),
+    [
+        ("reward", ("score", 4), []),
+        ("critic", ("values", 1), []),
+        ("actor", ("update", 4), ["actor", "critic"]),
+        ("critic", ("update", 1), ["actor", "critic"]),
+    ],
+)
+def test_a_batch_whose_data_is_lost_is_done_again(
+    base, tmp_path, uninterrupted, role, call, rebuilt
+):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.pools.pools[role].loses_at = call
+    ppo.fit()
+    assert ppo.pools.rebuilt == rebuilt
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_data_that_is_lost_again_and_again_ends_the_run(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base, "cluster.max_failures=2"), 2)
+    ppo.pools.pools["reward"].loses_at = ("score", None)
+    with pytest.raises(DataLost, match="gone"):
+        ppo.fit()
+    assert ppo.deaths == 3
+
+
+def test_a_node_that_takes_several_pools_with_it_is_one_death(base, tmp_path, uninterrupted):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2", "cluster.max_failures=1"), 6)
+    ppo.pools.dies_in_get = ("update", "actor reward rollout")
+    ppo.fit()
+    assert ppo.pools.rebuilt == ["actor", "reward", "rollout", "critic"]
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
 def test_samples_that_die_with_their_pool_cost_no_checkpoint(base, tmp_path):
     config = config_of(tmp_path, base, "ppo.checkpoint_every=1", "report.every=1")
     ppo = driver(config, 3)
@@ -206,6 +241,16 @@ def test_a_policy_that_leaves_the_reference_is_halted_with_a_diagnosis(base, tmp
     with pytest.raises(Diverged, match="nats"):
         ppo.fit()
     assert 2 < len(ppo.run.metrics()) < 40
+
+
+def test_a_halted_run_behind_a_uri_keeps_its_metrics(base, tmp_path):
+    url = f"memory://{tmp_path.name}/run"
+    limits = ("diagnosis.max_kl=1e-9", "diagnosis.window=2", "ppo.checkpoint_every=100")
+    ppo = driver(config_of(tmp_path, base, f"run.dir={url}", *limits), 5)
+    with pytest.raises(Diverged, match="nats"):
+        ppo.fit()
+    assert [line["step"] for line in ppo.run.metrics()] == [1, 2]
+    ppo.run.folder.remove()
 
 
 def test_samples_without_a_reward_are_counted_and_left_out(base, tmp_path):
