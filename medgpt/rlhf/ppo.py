@@ -23,6 +23,7 @@ from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
+from medgpt.rlhf.worker import Usage
 from medgpt.runs import FileEntry, Run
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
@@ -45,6 +46,7 @@ class Batch:
     prompts: Any  # ref
     num_prompts: int
     rollouts: Refs
+    usage: Refs = ()  # of the rollout workers that sampled, if this attempt has seen them
 
 
 class PPO:
@@ -161,7 +163,9 @@ class PPO:
         state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
 
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
-        self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
+        metrics |= self._speed(batch.num_prompts, time.monotonic() - began)
+        tokens = metrics["rollout/response_tokens"] * batch.num_prompts
+        self._report(metrics | self._usage(batch, tokens))
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
         if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
@@ -173,8 +177,8 @@ class PPO:
         with self._timed("prompts"):
             prompts = self._prompts(iteration)
             ref = self.pools.put(prompts)
-        rollouts = self.rollout.call(Rollout.generate, ref, iteration)
-        return Batch(iteration, self.synced, ref, len(prompts), rollouts)
+        rollouts = self.rollout.call(Rollout.generate, ref, iteration, self.synced)
+        return Batch(iteration, self.synced, ref, len(prompts), rollouts, self.rollout.usage())
 
     def _bring_weights(self) -> None:
         """Give the rollout pool the actor's weights, if it has not got them."""

@@ -19,6 +19,7 @@ from medgpt.rlhf.roles.make import (
     make_reward,
     make_rollout,
 )
+from medgpt.rlhf.worker import Usage
 from medgpt.runs import Run
 
 
@@ -146,7 +147,7 @@ def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
 
 def numbers(run: Run) -> list[dict[str, float]]:
     """Metrics of each step that do not depend on the machine."""
-    unequal = ("time", "memory", "attempt", "ppo/samples_per_s")
+    unequal = ("time", "memory", "attempt", "ppo/samples_per_s", "rollout/tokens_per_s")
     return [
         {name: value for name, value in line.items() if not name.startswith(unequal)}
         for line in run.metrics()

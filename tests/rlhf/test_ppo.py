@@ -16,6 +16,7 @@ from medgpt.rlhf.state import newest
 from medgpt.runs import Run
 from tests.rlhf.cases import ppo_config
 from tests.rlhf.inline import driver, numbers
+from tests.rlhf.models import saved_reward_model
 
 NO_RULES = (
     "reward.rules={urgency=0.0,dose=0.0,diagnosis=0.0,hotline=0.0,language=0.0,repetition=0.0}"
@@ -173,6 +174,53 @@ def test_a_death_while_the_policy_is_judged_costs_the_diagnosis_nothing(base, tm
         assert all("ppo/score_mean" in line for line in ppo.history[1:])
         histories.append(numbers(ppo.run))
     assert histories[0] == histories[1] == histories[2]
+
+
+def test_the_actor_s_base_as_reference_is_the_reference(base, tmp_path):
+    lora = ("model.lora.rank=4", "model.lora.alpha=64.0")
+    found = []
+    for in_actor in ("true", "false"):
+        config = config_of(tmp_path / in_actor, base, *lora, f"pools.reference_in_actor={in_actor}")
+        ppo = driver(config, 3)
+        ppo.fit()
+        assert ("reference" in ppo.pools.pools) == (in_actor == "false")
+        assert "reference_logprobs" in ppo.pools.pools["actor"].calls or in_actor == "false"
+        found.append(numbers(ppo.run))
+    assert found[0][-1]["actor/kl_ref"] != 0
+    for one, other in zip(*found, strict=True):
+        assert one == {name: pytest.approx(value, abs=1e-5) for name, value in other.items()}
+
+
+def test_the_judge_s_own_reward_model_marks_the_policy(base, tmp_path):
+    judge = saved_reward_model(base, tmp_path / "judge")
+    options = ("judge.every=2", "judge.triage=4", "judge.max_new_tokens=4")
+    ppo = driver(config_of(tmp_path, base, f"judge.model={judge}", *options), 3)
+    ppo.fit()
+    lines = numbers(ppo.run)
+    assert [line["step"] for line in lines if "judge/score" in line] == [0, 2]
+    assert "rewards/score" not in lines[1]  # training does not see it
+    asked = ppo.judging.judge.asked
+    reward, rollout = (ppo.pools.pools[role].worker for role in ("reward", "rollout"))
+    ppo.sync(9)
+    answers = rollout.answer(ppo.judging.prompts.get(), 4)
+    assert len(answers) == len(asked) == 4
+    index, scores = reward.judge(answers)
+    metrics = ppo.judging.metrics()
+    assert metrics["judge/score"] == pytest.approx(np.mean(scores))
+    assert sorted(index) == [0, 1, 2, 3]
+    assert len(set(scores)) == 4
+
+
+def test_speed_and_memory_are_those_of_the_workers(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base), 2)
+    ppo.fit()
+    for line in ppo.run.metrics():
+        tokens = line["rollout/response_tokens"] * 12
+        assert line["rollout/tokens_per_s"] == pytest.approx(tokens / 2.0)
+        assert {n: x for n, x in line.items() if n.startswith("memory/")} == {
+            "memory/rss_gb": 0.5,
+            **{f"memory/{role}_rss_gb": 0.5 for role in ppo.pools.pools},
+        }
 
 
 def test_a_run_that_starts_over_leaves_no_writer_behind(base, tmp_path):
