@@ -7,6 +7,8 @@ from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.disk import full_disk_told
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.checks import check_models
+from medgpt.rlhf.judge import Judge
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.make import (
@@ -19,7 +21,7 @@ from medgpt.rlhf.roles.make import (
 from medgpt.runs import Folder, Run, commit, committed, entries
 from medgpt.train import session
 from medgpt.train.card import model_card
-from medgpt.train.prepare import prepare
+from medgpt.train.prepare import prepare, run_task
 from medgpt.train.stage import cluster_resources, describe, parents
 
 CRITIC = "critic"  # the folder of its export
@@ -38,8 +40,12 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        Rewards(config.reward)  # a function that cannot be imported is told before all else
+        # what the user can repair is told before anything is prepared or loaded
+        Rewards(config.reward)
+        Judge(config.judge, config.run.seed)
         session.connect(config.cluster)
+        make_pools(config, 0, reporter).preflight()
+        run_task(check_models, config, cpus=config.cluster.data_cpus)
         plan = _prepare(run, config, reporter)
         pools = make_pools(config, plan.num_steps, reporter)
         try:
@@ -78,7 +84,8 @@ def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRep
         make = partial(make_reference, config)
         independent = pools.reference.zero_stage == 0
         found.append(Pool("reference", pools.reference, make, independent=independent))
-    return Pools(found, pools, wait_s=config.cluster.wait_s, say=reporter.say)
+    cluster = config.cluster
+    return Pools(found, pools, wait_s=cluster.wait_s, say=reporter.say, data_cpus=cluster.data_cpus)
 
 
 def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
@@ -113,7 +120,14 @@ def _train(
         run,
         config,
         pools,
-        prompts=partial(prompt_stream, plan, run.data.url, data_cpus=config.cluster.data_cpus),
+        prompts=partial(
+            prompt_stream,
+            plan,
+            run.data.url,
+            data_cpus=config.cluster.data_cpus,
+            wait_s=config.cluster.wait_s,
+            say=reporter.say,
+        ),
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from medgpt.algos.ppo import ppo_value_loss
+from medgpt.config import ConfigError
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
+from medgpt.models.tokenizer import load_base
+from medgpt.models.value_model import load_value_model
 from medgpt.rlhf.batching import response_batch
 from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
 from medgpt.rlhf.roles.common import step_rows
 from medgpt.rlhf.roles.critic import Critic
 from tests.rlhf.cases import logprobs, ppo_config, scores, sequences
+from tests.rlhf.models import saved_reward_model
 from tests.rlhf.test_actor import (
     ITERATIONS,
     assert_same,
@@ -97,6 +101,54 @@ def test_two_ranks_agree_with_one_at_every_zero_stage(base, tmp_path, one_rank, 
     assert_same_metrics(metrics, one_rank[0])
     assert_same_metrics(others, one_rank[0])
     assert_same(weights, one_rank[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
+def test_a_critic_starts_as_the_reward_model_and_comes_back_as_it_was(base, tmp_path, lora, stage):
+    reward = saved_reward_model(base, tmp_path / "reward", lora=lora)
+    options = (f"reward.model={reward}", f"pools.critic.engine.zero_stage={stage}")
+    critic, whole = Critic(ppo_config(tmp_path, base, *options), total_iterations=2), sequences()
+    scorer, _ = load_value_model(str(reward))
+    with torch.no_grad():
+        found = critic.values(whole)
+        want = [values_alone(scorer, whole, row)[-1] for row in found.index]
+    np.testing.assert_allclose(found.after, torch.stack(want), atol=1e-5)
+
+    critic.update(task(), *parts_of(critic, whole))
+    learnt = critic.values(whole).values
+    files = {file.name for file in critic.export(str(tmp_path / "critic"))}
+    assert {"value.json", "config.json", "model.safetensors", "tokenizer.json"} <= files
+    again = Critic(
+        ppo_config(tmp_path, base, *options, f"critic.model={tmp_path / 'critic'}"),
+        total_iterations=1,
+    )
+    np.testing.assert_allclose(again.values(whole).values, learnt, atol=1e-5)
+
+
+def test_adapters_of_a_critic_on_adapters_of_a_reward_model_come_back(base, tmp_path):
+    reward = saved_reward_model(base, tmp_path / "reward", lora=True)
+    lora = (f"reward.model={reward}", "critic.lora.rank=2")
+    critic, whole = Critic(ppo_config(tmp_path, base, *lora), total_iterations=2), sequences()
+    critic.update(task(), *parts_of(critic, whole))
+    learnt = critic.values(whole).values
+    critic.export(str(tmp_path / "critic"))
+    start = f"critic.model={tmp_path / 'critic'}"
+    again = Critic(ppo_config(tmp_path, base, start), total_iterations=1)
+    np.testing.assert_allclose(again.values(whole).values, learnt, atol=1e-5)
+
+
+def test_what_a_critic_cannot_start_from_is_told_with_its_key(base, tmp_path):
+    reward = saved_reward_model(base, tmp_path / "reward", lora=True)
+    tokenizer = load_base(str(base))
+    tokenizer.add_tokens(["偏头痛"])
+    tokenizer.save_pretrained(reward)
+    with pytest.raises(ConfigError, match=r"the actor and reward\.model=.* 1 tokens"):
+        Critic(ppo_config(tmp_path, base, f"reward.model={reward}"), total_iterations=1)
+    with pytest.raises(ConfigError, match=r"the actor and critic\.model=.* 1 tokens"):
+        Critic(ppo_config(tmp_path, base, f"critic.model={reward}"), total_iterations=1)
+    with pytest.raises(ConfigError, match=r"^critic\.model=.*none: no such folder"):
+        Critic(ppo_config(tmp_path, base, f"critic.model={tmp_path}/none"), total_iterations=1)
 
 
 def test_a_saved_critic_continues_as_if_it_had_not_stopped(base, tmp_path):

@@ -1,6 +1,7 @@
 """What the roles that run a model over response tokens have in common."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt.config import PPOStageConfig
+from medgpt.config import ConfigError, PPOStageConfig
 from medgpt.config.pools import Precision
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
 from medgpt.rlhf.credit import Experience, RunningStats
@@ -60,6 +61,15 @@ def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[
         auto if precision == "auto" else precision
     ]
+
+
+@contextmanager
+def told_as(key: str) -> Iterator[None]:
+    """Errors about a model speak of the key that names it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.name=", f"{key}=")) from None
 
 
 def max_tokens(config: PPOStageConfig) -> int:

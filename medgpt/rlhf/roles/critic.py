@@ -12,8 +12,9 @@ from medgpt.config import ModelConfig, PPOStageConfig
 from medgpt.data.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
+from medgpt.models.speech import check_same_speech
 from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import last_values
+from medgpt.models.value_model import Scale, last_values
 from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.credit import Experience, Parts, assign_credit
 from medgpt.rlhf.experience import Sequences, Values, join_sequences
@@ -26,6 +27,7 @@ from medgpt.rlhf.roles.common import (
     role_device,
     step_rows,
     summed,
+    told_as,
 )
 from medgpt.runs import FileEntry, Folder, entries
 from medgpt.train.exporting import export_model
@@ -37,9 +39,13 @@ class Critic:
     def __init__(self, config: PPOStageConfig, *, total_iterations: int) -> None:
         self.config, self.device = config, role_device()
         engine = config.pools.critic.engine
-        self.start = config.critic.model or config.reward.model or config.model.name
+        key, self.start = _start(config)
         model = ModelConfig(name=self.start, lora=config.critic.lora)
-        self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
+        with told_as(key):
+            self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
+        assert config.model.name is not None
+        tokenizers = load_base(config.model.name), load_base(self.start)
+        check_same_speech(*tokenizers, names=("the actor", f"{key}={self.start}"))
         self.engine = Engine(
             self.model,
             engine=engine,
@@ -135,7 +141,20 @@ class Critic:
         with Folder(url).staging() as directory:
             tokenizer = load_base(self.config.model.name)
             export_model(self.engine, self.model.model, tokenizer, directory)
-            return entries(directory) if dist.get_rank() == 0 else []
+            if dist.get_rank() > 0:
+                return []
+            Scale(mean=self.model.mean, std=self.model.std).write(directory)
+            return entries(directory)
+
+
+def _start(config: PPOStageConfig) -> tuple[str, str]:
+    """What the critic starts from, and the key that says so."""
+    models = {
+        "critic.model": config.critic.model,
+        "reward.model": config.reward.model,
+        "model.name": config.model.name,
+    }
+    return next((key, name) for key, name in models.items() if name is not None)
 
 
 def _before_tokens(values: Tensor, batch: PackedBatch) -> Tensor:

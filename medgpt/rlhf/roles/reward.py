@@ -18,7 +18,7 @@ from medgpt.rlhf.batching import share_by_length
 from medgpt.rlhf.experience import Prompts, Scores, Sequences, join_sequences
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.total import Rewarded, Rewards
-from medgpt.rlhf.roles.common import my_forwards, role_device, role_dtype
+from medgpt.rlhf.roles.common import my_forwards, role_device, role_dtype, told_as
 
 
 class Reward:
@@ -98,7 +98,8 @@ class Reward:
         pool = self.config.pools.reward
         if pool.zero_stage:
             raise ConfigError("pools.reward.zero_stage=3 is not there yet; set 0")
-        model, _ = load_value_model(name, dtype=role_dtype(pool.precision, self.device))
+        with told_as(f"{section}.model"):
+            model, _ = load_value_model(name, dtype=role_dtype(pool.precision, self.device))
         names = "the actor", f"{section}.model={name}"
         check_same_speech(self.tokenizer, load_base(name), names=names)
         return model.to(self.device)
