@@ -106,14 +106,23 @@ def empty_model(
 def load_config(
     config: ModelConfig, *, objective: Objective, vocab_size: int, special: SpecialIds
 ) -> PreTrainedConfig:
-    """The Hugging Face config of the model.
+    """The Hugging Face config of the model, without dropout.
 
     Raises:
         ConfigError: model.name is no model for this objective.
     """
     if config.architecture is not None:
-        return _fresh_config(config.architecture, vocab_size, special)
-    return named_config(config, objective)
+        return _without_dropout(_fresh_config(config.architecture, vocab_size, special))
+    return _without_dropout(named_config(config, objective))
+
+
+def _without_dropout(hf_config: PreTrainedConfig) -> PreTrainedConfig:
+    """Many models pass a rate of their config to attention, which no module shows."""
+    for config in (hf_config, hf_config.get_text_config()):
+        for name, value in config.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+    return hf_config
 
 
 def resolve_attention(attention: str, dtype: torch.dtype) -> str:

@@ -9,7 +9,15 @@ from transformers import AutoModelForSequenceClassification, BertForPreTraining,
 from medgpt.config import ConfigError, ModelConfig
 from medgpt.models.base import weight_files
 from medgpt.models.load import SpecialIds, build_model, empty_model, resolve_attention
-from tests.models.packing import KINDS, VOCAB, tiny_config, tiny_model
+from medgpt.models.packed import run_body
+from tests.models.packing import (
+    KINDS,
+    VOCAB,
+    changed_copy,
+    random_batch,
+    tiny_config,
+    tiny_model,
+)
 
 SPECIAL = SpecialIds(bos=1, eos=2, pad=0)
 
@@ -60,6 +68,27 @@ def test_the_architecture_is_as_configured():
     assert model.generation_config.eos_token_id == 2
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     assert model.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_rate_of_dropout_is_not_applied(saved, tmp_path, kind):
+    changes = {"attention_dropout": 0.5, "hidden_dropout_prob": 0.5, "attn_pdrop": 0.5}
+    changes["attention_probs_dropout_prob"] = 0.5
+    changed_copy(saved / kind, tmp_path / kind, **changes)
+    model = build(ModelConfig(name=str(tmp_path / kind)), objective=objective_of(kind))
+    assert model.training
+    batch = random_batch([9, 5])
+    with torch.no_grad():
+        first, second = run_body(model, batch), run_body(model, batch)
+    assert torch.equal(first, second)
+    assert {model.config.to_dict().get(name, 0.0) for name in changes} == {0.0}
+    empty = empty_model(
+        ModelConfig(name=str(tmp_path / kind)),
+        objective=objective_of(kind),
+        vocab_size=VOCAB,
+        special=SPECIAL,
+    )
+    assert {empty.config.to_dict().get(name, 0.0) for name in changes} == {0.0}
 
 
 def test_tied_embeddings_are_one_matrix():
