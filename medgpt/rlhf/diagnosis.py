@@ -16,6 +16,7 @@ ENTROPY = "actor/entropy"  # nats of a token, mean
 SCORE = "ppo/score_mean"
 LENGTH = "rollout/response_tokens"  # mean
 STEPS, SKIPPED = "ppo/steps", "ppo/skipped_steps"  # optimizer steps of the iteration
+NOT_FINITE = "ppo/not_finite"  # share of the samples that were left out as such
 MASKED = "rewards/masked"  # share of the samples
 MARKS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
 WATCHED = (KL, ENTROPY, SCORE, LENGTH)
@@ -31,7 +32,7 @@ def diagnose(history: History, config: DiagnosisConfig) -> str | None:
 
 
 def not_finite(history: History, config: DiagnosisConfig) -> str | None:
-    """A metric of the last iteration is no number, or most steps were skipped as not finite."""
+    """A metric of the last iteration is no number, or most steps or samples were left out."""
     last = history[-1] if history else {}
     for name in WATCHED:
         if name in last and not math.isfinite(last[name]):
@@ -43,6 +44,12 @@ def not_finite(history: History, config: DiagnosisConfig) -> str | None:
         return (
             f"{skipped:.0f} of {steps:.0f} optimizer steps in {len(recent)} iterations were not "
             "finite and were skipped; lower optimizer.learning_rate or compute in fp32"
+        )
+    left_out = _recent(history, NOT_FINITE, config.window)
+    if config.max_skipped_share and left_out and left_out > config.max_skipped_share:
+        return (
+            f"{left_out:.0%} of the samples were left out: a model gave them numbers that are not "
+            "finite; lower optimizer.learning_rate or compute in fp32"
         )
     return None
 
