@@ -308,7 +308,8 @@ class PPO:
     def _usage(self, batch: Batch, num_tokens: float) -> dict[str, float]:
         """Resident memory of the largest workers, and how fast the slowest rollout worker let
         `num_tokens` come. Nothing if a pool dies meanwhile, which its next call tells."""
-        refs = {role: pool.usage() for role, pool in self.pools.pools.items() if role != "rollout"}
+        others = (pool for pool in self.pools.pools.values() if pool is not self.rollout)
+        refs: dict[str, Refs] = {pool.role: pool.usage() for pool in others}
         if batch.usage:
             refs["rollout"] = batch.usage
         metrics: dict[str, float] = {}

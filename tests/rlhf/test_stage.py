@@ -66,7 +66,10 @@ def test_questions_of_the_judge_that_cannot_be_read_are_told_first(
         ),
         (("critic.model={short}",), r"critic.model=.*short has 36 positions"),
         (("reward.model={short}", "reward.score_weight=1.0"), r"reward.model=.*short has 36"),
-        (("judge.every=1", "judge.model={short}"), r"judge.model=.*short has 36 positions"),
+        (
+            ("judge.every=1", "judge.max_new_tokens=8", "judge.model={short}"),
+            r"judge.model=.*short has 36 positions",
+        ),
     ],
 )
 def test_every_model_must_read_what_it_will_be_given(
