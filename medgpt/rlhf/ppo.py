@@ -24,6 +24,7 @@ from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
 from medgpt.runs import FileEntry, Run
+from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
 PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
@@ -42,6 +43,7 @@ class Batch:
 
     iteration: int
     weight_version: int
+    epoch: int
     prompts: Any  # ref
     num_prompts: int
     rollouts: Refs
@@ -143,11 +145,14 @@ class PPO:
         learnt: Learnt = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
-        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
+        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, len(learnt.sample_ids), config)
 
         rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
         self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
+        if config.audit:
+            self.audit.note(batch.epoch, batch.iteration, ((id, 0) for id in learnt.sample_ids))
+            self.audit.write(self.audit.take())
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
 
@@ -158,7 +163,7 @@ class PPO:
             prompts = self._prompts(iteration)
             ref = self.pools.put(prompts)
         rollouts = self.rollout.call(Rollout.generate, ref, iteration)
-        return Batch(iteration, self.synced, ref, len(prompts), rollouts)
+        return Batch(iteration, self.synced, prompts.epoch, ref, len(prompts), rollouts)
 
     def _bring_weights(self) -> None:
         """Give the rollout pool the actor's weights, if it has not got them."""
@@ -209,6 +214,7 @@ class PPO:
         self.attempt = self.run.manifest["attempt"] + 1
         self.run.update_manifest(attempt=self.attempt)
         self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
+        self.audit = Audit(self.run.folder / "audit", attempt=self.attempt, rank=0)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
             for line in self.run.metrics()
@@ -224,7 +230,9 @@ class PPO:
         prompts = self._prompts(iteration)
         assert prompts.sample_ids == sequences.sample_ids
         refs = [self.pools.put(sequences)]
-        return Batch(iteration, version, self.pools.put(prompts), len(prompts), refs)
+        return Batch(
+            iteration, version, prompts.epoch, self.pools.put(prompts), len(prompts), refs
+        )
 
     def _save(self) -> None:
         """Begin a checkpoint; actor and critic write it before their next work."""

@@ -15,6 +15,7 @@ from medgpt.rlhf.state import newest
 from medgpt.runs import Run
 from tests.rlhf.cases import ppo_config
 from tests.rlhf.inline import driver, numbers
+from tests.train.audits import counted
 
 NO_RULES = (
     "reward.rules={urgency=0.0,dose=0.0,diagnosis=0.0,hotline=0.0,language=0.0,repetition=0.0}"
@@ -169,6 +170,18 @@ def test_samples_without_a_reward_are_counted_and_left_out(base, tmp_path):
     assert line["ppo/masked"] == 4
     assert line["rewards/masked"] == pytest.approx(1 / 3)
     assert line["ppo/score_mean"] == 1
+
+
+def test_the_audit_tells_what_was_learnt_from_in_which_iteration(base, tmp_path):
+    config = config_of(tmp_path, base, "ppo.audit=true", reward="every_third")
+    stop_at(1, driver(config, 2))  # before a checkpoint: the first iteration is done again
+    ppo = driver(config, 2)
+    ppo.fit()
+    lines = counted(ppo.run)
+    assert {line["attempt"] for line in lines} == {2}
+    found = {(line["step"], line["sample_id"]) for line in lines}
+    assert found == {(k, f"{k}-{i}") for k in range(2) for i in range(12) if i % 3}
+    assert len(lines) == len(found)
 
 
 def test_the_critic_warms_up_alone(base, tmp_path):
