@@ -85,8 +85,11 @@ class PPO:
         assert self.metrics is not None
         return self.metrics
 
-    def fit(self) -> None:
+    def fit(self, finish: Callable[[], object] = lambda: None) -> None:
         """Iterate to the end; the last iteration is saved.
+
+        Args:
+            finish: is called at the end, and again if a pool dies in it.
 
         Raises:
             PoolDied: workers died more often than cluster.max_failures.
@@ -103,6 +106,7 @@ class PPO:
                 self._examine()
                 if self.state.iteration == self.num_iterations:
                     self._finish_save()
+                    finish()
                     break
                 self._iterate()
             except PoolDied as error:  # perhaps in the middle of a recovery
@@ -142,12 +146,12 @@ class PPO:
             fitted = self.critic.call(Critic.update, task, *parts)
             improved = self.actor.call(Actor.update, task, *parts)
             answers = self.pools.get([*improved, *fitted], "update")
+        rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         learnt: Learnt = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
         state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, len(learnt.sample_ids), config)
 
-        rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
         self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
         if config.audit:
@@ -155,6 +159,8 @@ class PPO:
             self.audit.write(self.audit.take())
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
+        if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
+            self._keep_samples()
 
     def _generate(self, iteration: int) -> Batch:
         """Begin the rollouts of an iteration, with weights as new as the actor has them."""
@@ -283,8 +289,6 @@ class PPO:
         step = self.state.iteration
         self._log.log(step, metrics)
         self.history.append({"step": step, **metrics})
-        if self.shown and (step == 1 or step % self.config.report.every == 0):
-            self._keep_samples()
         facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
         self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)

@@ -45,7 +45,6 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
         try:
             pools.start()
             _train(run, config, plan, pools, reporter)
-            _export(run, config, pools)
         finally:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
@@ -117,7 +116,7 @@ def _train(
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
-    ).fit()
+    ).fit(partial(_export, run, config, pools))
 
 
 def _export(run: Run, config: PPOStageConfig, pools: Pools) -> None:

@@ -11,6 +11,7 @@ from medgpt.rlhf.diagnosis import Diverged
 from medgpt.rlhf.pool import PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.state import newest
 from medgpt.runs import Run
 from tests.rlhf.cases import ppo_config
@@ -102,6 +103,25 @@ def test_a_pool_that_dies_changes_no_number(base, tmp_path, uninterrupted, role,
 
     assert role in ppo.pools.rebuilt
     assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_a_pool_that_dies_at_the_very_end_costs_nothing(base, tmp_path, uninterrupted):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.actor.dies_at = ("export", 1)
+    url = (ppo.run.folder / "model").url
+    ppo.fit(lambda: ppo.pools.get(ppo.actor.call(Actor.export, url), "export"))
+    assert ppo.pools.rebuilt == ["actor"]
+    assert ppo.run.model.exists("model.safetensors")
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_a_death_after_an_iteration_is_logged_costs_no_checkpoint(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base), 1)
+    ppo.reward.dies_at = ("samples", 1)
+    ppo.fit()
+    found = newest(ppo.run)
+    assert found is not None
+    assert found[1].iteration == 1
 
 
 def test_too_many_deaths_end_the_run(base, tmp_path):
