@@ -24,7 +24,7 @@ ROLES, LINK = "medgpt.rlhf.roles.", "medgpt.rlhf.link"  # modules of what a pool
 @dataclass(frozen=True)
 class Hold:
     """Where a worker is to be held: in the `time`-th call of `function` inside of `method`, the
-    first time that the run has logged so many steps."""
+    first time after the run has logged so many steps."""
 
     method: str  # of a role, as Actor.update, or a function of medgpt.rlhf.link
     function: str  # qualified name
@@ -55,7 +55,7 @@ def told(folder: Path, module: str, method: str) -> None:
         pid_file(folder, role, rank).write_text(str(os.getpid()))
     hold = pending(folder)
     if hold is not None and (hold.method, hold.rank) == (method, rank):
-        if steps_logged(folder / "run" / "metrics.jsonl") >= hold.step:
+        if max(0, steps_logged(folder / "run" / "metrics.jsonl")) >= hold.step:
             watch(folder, hold)
 
 
