@@ -6,7 +6,7 @@ Heavy libraries load only after a config has been read and found right.
 import importlib
 import json
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ from medgpt.config import (
     RewardConfig,
     SFTConfig,
     StageConfig,
+    TuneStageConfig,
     absolute_model,
     load,
 )
@@ -31,7 +32,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a medical language model. Each stage takes a TOML file; see configs/.",
 )
+job = typer.Typer(no_args_is_help=True, help="Jobs of `medgpt submit`: status, logs, stop.")
+app.add_typer(job, name="job")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="A file from configs/.")]
+DASHBOARD = "http://127.0.0.1:8265"
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."
+    ),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Its id, or its run directory.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="section.key=value", help="On top of the file.")
 ]
@@ -73,6 +84,12 @@ def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
     _run("medgpt.eval.stages:run_ppo", config, _load(PPOStageConfig, config, overrides))
 
 
+@app.command()
+def tune(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Search PPO's keys: many trials, the best config, and what it is worth."""
+    _run("medgpt.eval.stages:run_tune", config, _load(TuneStageConfig, config, overrides))
+
+
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="What to score.")],
@@ -91,6 +108,48 @@ def evaluate(
 def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run several stages in order on one Ray; finished ones are skipped."""
     _run("medgpt.eval.pipeline:run_pipeline", config, _load(PipelineConfig, config, overrides))
+
+
+@app.command()
+def submit(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="What to run, as above.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = DASHBOARD,
+    secret_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=FILE]", help="A secret that the job has from its nodes."),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+) -> None:
+    """Run a stage or a pipeline on a Ray cluster; submitted again, it resumes."""
+    arguments = (stage, config, overrides or [], address, secret_env or [], detach)
+    raise typer.Exit(_run("medgpt.jobs.submit:run_submit", config, *arguments))
+
+
+@job.command()
+def status(
+    name: Annotated[str | None, typer.Argument(metavar="JOB", help="Unset: all jobs.")] = None,
+    address: Address = DASHBOARD,
+) -> None:
+    """How jobs are doing."""
+    _run("medgpt.jobs.submit:run_status", "job status", name, address)
+
+
+@job.command()
+def logs(
+    name: JobName,
+    address: Address = DASHBOARD,
+    follow: Annotated[bool, typer.Option("--follow", help="Until its end.")] = False,
+) -> None:
+    """What a job says."""
+    raise typer.Exit(_run("medgpt.jobs.submit:run_logs", name, name, address, follow))
+
+
+@job.command()
+def stop(name: JobName, address: Address = DASHBOARD) -> None:
+    """End a job; submitted again, it resumes."""
+    _run("medgpt.jobs.submit:run_stop", name, name, address)
 
 
 @app.command()
@@ -124,11 +183,11 @@ def _load(cls: type[StageConfig], path: Path, overrides: list[str] | None) -> St
         _fail(f"{path}: {error}")
 
 
-def _run(target: str, subject: object, *arguments: object) -> None:
+def _run(target: str, subject: object, *arguments: object) -> Any:
     """Call `module:function`; what the user can repair is printed without a traceback."""
     module, function = target.split(":")
     try:
-        getattr(importlib.import_module(module), function)(*arguments)
+        return getattr(importlib.import_module(module), function)(*arguments)
     except ConfigError as error:
         _fail(f"{subject}: {error}")
 

@@ -1,4 +1,4 @@
-"""A full disk, in words that a user can act on."""
+"""A full disk or a store that does not answer, in words that a user can act on."""
 
 import errno
 import os
@@ -9,18 +9,37 @@ from medgpt.config import ConfigError
 
 # by their words: safetensors, pyarrow and Ray wrap the error, and only the text comes through
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+UNREACHABLE = (  # where a run directory has a scheme: what its clients say after their own tries
+    "Could not connect to the endpoint URL",  # s3
+    "Connection was closed before we received a valid response",
+    "Connect timeout on endpoint URL",
+    "Read timeout on endpoint URL",
+    "Cannot connect to host",  # gs, az, http
+    "Server disconnected",
+    "Max retries exceeded with url",  # oss
+)
 
 
 @contextmanager
-def full_disk_told(run_dir: str, what: str) -> Iterator[None]:
-    """Raises ConfigError in place of an error that says there is no space left for `what`."""
+def storage_told(run_dir: str, what: str) -> Iterator[None]:
+    """Raises ConfigError in place of an error that says why `what` could not be written or read."""
     try:
         yield
     except Exception as error:
-        reasons = [reason for reason in FULL if reason in str(error)]
-        if not reasons or isinstance(error, ConfigError):
+        if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"run.dir={run_dir}: {reasons[0]} while writing {what}; free space and repeat the "
-            "command, the run continues from its newest complete checkpoint"
-        ) from None
+        if full := _word(error, FULL):
+            raise ConfigError(
+                f"run.dir={run_dir}: {full} while writing {what}; free space and repeat the "
+                "command, the run continues from its newest complete checkpoint"
+            ) from None
+        if "://" in run_dir and (lost := _word(error, UNREACHABLE)):
+            raise ConfigError(
+                f"run.dir={run_dir}: the store does not answer ({lost}) at {what}; repeat the "
+                "command when it does, the run continues from its newest complete checkpoint"
+            ) from None
+        raise
+
+
+def _word(error: Exception, words: tuple[str, ...]) -> str | None:
+    return next((word for word in words if word in str(error)), None)

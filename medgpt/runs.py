@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -36,6 +37,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "cluster",
     "report",
     "gates",
+    "model.parent",
     "train.micro_batch_size",
     "train.log_every",
     "train.eval_every",
@@ -48,6 +50,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "engine.loss_chunk_tokens",
     "model.attention",
     "data.max_malformed_share",
+    "ptx.data.max_malformed_share",
     "pool.batch_tokens",
     "pool.batch_replies",
     "pools",
@@ -59,6 +62,12 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "ppo.audit",
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
+    "stages.config",  # of every stage; its own run knows what was in the file
+    "base",  # a file; what it says is compared by itself
+    "overrides",
+    "tune.num_trials",
+    "tune.max_concurrent",
+    "tune.max_failures",
 }
 
 
@@ -223,6 +232,8 @@ class Run:
         self.plan = self.folder / "plan"
         self.checkpoints = self.folder / "checkpoints"
         self.model = self.folder / "model"
+        self.accepted: list[str] = []
+        """Changes of the config since the run began, with run.allow_changes."""
 
     @classmethod
     def open(cls, stage: str, config: BaseModel, *, run_dir: str, allow_changes: bool) -> "Run":
@@ -240,7 +251,7 @@ class Run:
         if run.finished:
             return run
         try:
-            run.folder.write_text("config.toml", tomli_w.dumps(_tree(config)))
+            run.record(config)
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             began = run.manifest.get("started", now)
             run.update_manifest(stage=stage, started=began, **environment())
@@ -282,6 +293,12 @@ class Run:
     def config(self) -> dict[str, Any]:
         return tomllib.loads(self.folder.read_text("config.toml"))
 
+    def record(self, config: BaseModel) -> None:
+        """Write config.toml, unless it is there already."""
+        text = tomli_w.dumps(_tree(config))
+        if not self.folder.exists("config.toml") or self.folder.read_text("config.toml") != text:
+            self.folder.write_text("config.toml", text)
+
     def _check_empty(self) -> None:
         """A new run starts in a new or empty folder."""
         url, root = self.folder.url, self.folder.root
@@ -307,6 +324,7 @@ class Run:
                 f"run.dir={self.folder.url} was begun with another config: {'; '.join(changes)}. "
                 "Restore it, choose another run.dir, or accept with run.allow_changes=true"
             )
+        self.accepted = changes
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of all checkpoint folders, complete or not, oldest first."""
@@ -370,7 +388,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
         before, after = _numbered(old.get(key)), _numbered(new.get(key))
-        if path in FREE_TO_CHANGE or before == after:
+        if re.sub(r"\.\d+\.", ".", path) in FREE_TO_CHANGE or before == after:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{path}.")

@@ -229,6 +229,13 @@ def test_a_range_of_workers_need_not_divide_the_batch(toml: Path) -> None:
     assert PretrainConfig.model_validate_json(config.model_dump_json()) == config
 
 
+def test_labels_go_with_a_number_of_workers(toml: Path) -> None:
+    config = load(PretrainConfig, toml, ['cluster.labels={role="train"}'])
+    assert config.cluster.labels == {"role": "train"}
+    told = refusal(toml, 'cluster.labels={role="train"}', "cluster.num_workers=[1, 2]")
+    assert "set num_workers to one number instead of [1, 2], or leave labels out" in told
+
+
 def test_offload_needs_a_partitioned_optimizer(toml: Path) -> None:
     message = refusal(toml, "engine.offload_optimizer=true", "engine.zero_stage=0")
     assert message == "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"

@@ -23,15 +23,16 @@ LAYERS = [
         "engine",
         "train",
     ),
-    *("rlhf", "tune", "eval", "cli", "__main__", "__init__"),
+    *("rlhf", "tune", "eval", "jobs", "cli", "__main__", "__init__"),
 ]
 HOMES = {  # the only layers that may import these libraries
-    "ray": {"data", "train", "rlhf", "tune", "eval"},
+    "ray": {"data", "train", "rlhf", "tune", "eval", "jobs"},
     "deepspeed": {"engine"},
     "transformers": {"data", "models"},
     "tokenizers": {"data", "models"},
     "peft": {"models"},
     "trl": {"data", "train"},
+    "optuna": {"tune"},
     "typer": {"cli"},
     "torch": {"algos", "data", "models", "engine", "train", "rlhf", "tune", "eval"},
 }

@@ -54,8 +54,10 @@ def test_every_key_is_in_the_reference_with_its_meaning():
 def test_commands_and_files_of_the_readme_exist():
     commands = set(get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
     used = set(re.findall(r"\bmedgpt (\w+) (?:configs|runs)/", PROSE))
+    used |= set(re.findall(r"\bmedgpt (submit|job) \w+ ", PROSE))  # of a stage, and of a job
     assert used == commands
-    for path in re.findall(r"(?:configs|jobs|tests|medgpt)/[\w./-]*\w\.(?:toml|sh|txt|py)", PROSE):
+    folders, kinds = "configs|jobs|tests|medgpt|clusters", "toml|sh|txt|py|yaml"
+    for path in re.findall(rf"(?:{folders})/[\w./-]*\w\.(?:{kinds})", PROSE):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"^\| `([\w./-]+)`", section("Layout"), re.MULTILINE):
         assert (ROOT / path).exists(), path
@@ -116,6 +118,8 @@ def test_counts_of_the_sample_corpus_are_right():
         "prompts": len(list(corpus.prompts())),
         "preference": len(list(preferences(corpus))),
         "mcq": len(list(exam_questions(corpus))),
+        "held_out_documents": len(list(corpus.held_out_documents())),
+        "held_out_dialogues": len(list(corpus.held_out_dialogues())),
     }
     text = section("The sample corpus")
     for folder, count in counts.items():

@@ -1,12 +1,21 @@
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 import pytest
 
-from medgpt.config import ConfigError, EvalConfig, PPOStageConfig, PretrainConfig, validate
+from medgpt.config import (
+    ConfigError,
+    EvalConfig,
+    PipelineStage,
+    PPOStageConfig,
+    PretrainConfig,
+    TuneStageConfig,
+    validate,
+)
 from medgpt.runs import FREE_TO_CHANGE, FileEntry, Folder, Run, checksum, commit, committed, entries
 
 
@@ -205,12 +214,24 @@ def test_what_alters_the_result_is_refused_by_name_unless_told(
     open_run(url, **{key: value})  # is the run's config from now on
 
 
+def section_of(cls: Any, names: list[str]) -> Any:
+    """The class of a section inside sections, which may be optional."""
+    for name in names:
+        annotation = cls.model_fields[name].annotation
+        cls = next(iter(get_args(annotation)), annotation)
+    return cls
+
+
 def test_keys_that_may_change_exist() -> None:
     for path in FREE_TO_CHANGE:
-        section, _, name = path.partition(".")
-        stages = (PretrainConfig, EvalConfig, PPOStageConfig)
-        field = next(c.model_fields[section] for c in stages if section in c.model_fields)
-        assert not name or name in field.annotation.model_fields  # type: ignore
+        *sections, name = path.split(".")
+        first = path.split(".")[0]
+        if first == "stages":  # a list of them
+            assert name in PipelineStage.model_fields
+            continue
+        stages = (PretrainConfig, EvalConfig, PPOStageConfig, TuneStageConfig)
+        stage = next(stage for stage in stages if first in stage.model_fields)
+        assert name in section_of(stage, sections).model_fields, path
 
 
 def test_a_key_that_a_newer_version_added_is_no_change(tmp_path: Path) -> None:
@@ -273,6 +294,15 @@ def test_an_address_that_cannot_hold_a_run_is_refused(run_dir: str, words: str) 
     config = make_config("/unused")
     with pytest.raises(ConfigError, match=f"run.dir={run_dir}.*{words}"):
         Run.open("pretrain", config, run_dir=run_dir, allow_changes=False)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("oss", "ossfs")])
+def test_a_store_whose_package_is_missing_is_told_with_its_name(scheme: str, package: str) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    run_dir = f"{scheme}://bucket/run"
+    with pytest.raises(ConfigError, match=f"run.dir={run_dir}: .*nstall {package}"):
+        Run.open("pretrain", make_config("/unused"), run_dir=run_dir, allow_changes=False)
 
 
 # checkpoints

@@ -42,7 +42,7 @@ from medgpt.config.ppo import (
     PtxConfig,
     RolloutConfig,
 )
-from medgpt.config.reading import StageConfig, load, validate
+from medgpt.config.reading import StageConfig, load, read_tree, validate
 from medgpt.config.replies import (
     GenerationConfig,
     KeyPointsConfig,
@@ -76,10 +76,12 @@ from medgpt.config.train import (
     ReportConfig,
     TrainConfig,
 )
+from medgpt.config.tune import CheckConfig, Params, Space, TuneConfig, TuneStageConfig
 
 __all__ = [
     "AnswersMapping",
     "ArchitectureConfig",
+    "CheckConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -105,6 +107,7 @@ __all__ = [
     "OptimizerConfig",
     "PPOConfig",
     "PPOStageConfig",
+    "Params",
     "Passes",
     "PipelineConfig",
     "PipelineStage",
@@ -126,6 +129,7 @@ __all__ = [
     "SafetyConfig",
     "Samples",
     "SourceConfig",
+    "Space",
     "StageConfig",
     "SyncConfig",
     "TaskConfig",
@@ -133,10 +137,13 @@ __all__ = [
     "TrainConfig",
     "TrainStageConfig",
     "TriageConfig",
+    "TuneConfig",
+    "TuneStageConfig",
     "TurnsMapping",
     "absolute",
     "absolute_model",
     "load",
+    "read_tree",
     "stable_run_dir",
     "validate",
 ]

@@ -1,6 +1,7 @@
 """What every section of a configuration is made of: its base class and its checked types."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,13 @@ class ConfigError(ValueError):
 
 
 def absolute(path: str) -> str:
-    """`path` as an absolute path; a URI stays as it is."""
+    """`path` as an absolute path; a URI stays as it is.
+
+    Raises:
+        ValueError: a URI with a password, which would go to manifests and logs.
+    """
+    if re.search(r"://[^/]*:[^/]*@", path):
+        raise ValueError("a URI must not hold a password; give it in the environment")
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 

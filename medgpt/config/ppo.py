@@ -90,6 +90,11 @@ class PPOConfig(Config):
     max_importance_weight: Annotated[float, Ge(1)] = 2.0
     """Importance weights are cut off here (arXiv 2505.24034 and others)."""
 
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a full iteration."""
+        return self.epochs * (self.rollout_batch_size // self.global_batch_size)
+
     @model_validator(mode="after")
     def _relations(self) -> Self:
         rollout, batch = self.rollout_batch_size, self.global_batch_size
@@ -223,6 +228,15 @@ class PPOStageConfig(Config):
             raise ValueError(
                 "pools.reference_in_actor=true needs adapters that can be switched off; set "
                 "model.lora.rank, or leave the reference its pool"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_leaves_its_gpu(self) -> Self:
+        if self.pools.rollout.offload and self.rollout.engine == "vllm":
+            raise ValueError(
+                "pools.rollout.offload=true: vLLM keeps weights, keys and values on its GPU; set "
+                "false and give the rollout pool GPUs of its own, or set rollout.engine=hf"
             )
         return self
 

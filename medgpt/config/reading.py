@@ -1,8 +1,9 @@
 """From a TOML file and overrides to a checked config, with errors that name the remedy."""
 
 import difflib
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -25,6 +26,11 @@ def load(cls: type[StageConfig], path: Path, overrides: Sequence[str] = ()) -> S
     Raises:
         ConfigError: names every wrong key with its value, the rule and what would be right.
     """
+    return validate(cls, read_tree(path, overrides))
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file and the overrides say, not checked yet. Raises ConfigError like `load`."""
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -33,7 +39,7 @@ def load(cls: type[StageConfig], path: Path, overrides: Sequence[str] = ()) -> S
         raise ConfigError(f"is not a TOML file: {error}") from None
     for text in overrides:
         _merge(tree, _parse_override(text))
-    return validate(cls, tree)
+    return tree
 
 
 def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
@@ -44,6 +50,19 @@ def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
         problems = error.errors()
         inner = [p for p in problems if not any(_inside(q["loc"], p["loc"]) for q in problems)]
         raise ConfigError("; ".join(_explain(cls, problem) for problem in inner)) from None
+
+
+def with_values(
+    cls: type[StageConfig], config: StageConfig, values: Mapping[str, Any]
+) -> StageConfig:
+    """`config` with other values of some keys, `{"ppo.epochs": 2}`, checked as when it was read."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for key, value in values.items():
+        branch: Any = value
+        for name in reversed(key.split(".")):
+            branch = {name: branch}
+        _merge(tree, branch)
+    return validate(cls, tree)
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -94,19 +113,20 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = re.sub(r"(://[^/:]*:)[^/]*@", r"\1***@", repr(value))  # of a password
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for name in path:
-        if not name.isdigit():  # an index into a list of sections
+        if name in cls.model_fields:  # else an index into a list of sections, or a key of a table
             cls = _model_in(cls.model_fields[name].annotation)
     return cls
 
 
-def _model_in(annotation: Any) -> type[BaseModel]:
-    """The pydantic model inside `X | None`, `tuple[X, ...]` or `Annotated[X, ...]`."""
+def _model_in(annotation: Any) -> Any:
+    """The pydantic model inside `X | None`, `tuple[X, ...]`, `dict[str, X]` or `Annotated[X, ...]`;
+    None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_model_in(t) for t in get_args(annotation) if t not in (type(None), ...))
+    return next((found for t in get_args(annotation) if (found := _model_in(t))), None)

@@ -86,11 +86,16 @@ class JudgeConfig(Config):
     """Of the notes."""
     max_new_tokens: Count = 192
     """Longest answer."""
+    part: tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0), Le(1)]] = (0.0, 1.0)
+    """Of all questions only those whose hash lies between the two: [0.0, 0.5] and [0.5, 1.0] are
+    two judges without a common question."""
 
     @model_validator(mode="after")
     def _something_to_ask(self) -> Self:
         if self.every and not (self.key_points or self.triage):
             raise ValueError("has no questions; set key_points or triage, or every=0")
+        if self.triage == 1:
+            raise ValueError("triage=1 holds no pair of notes; use 2 or more, or 0")
         return self
 
 

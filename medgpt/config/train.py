@@ -1,10 +1,11 @@
 """How training goes: objective, optimizer, engine, loop, cluster and report."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import Field, model_validator
 
-from medgpt.config.base import Config, Count, Share, Workers
+from medgpt.config.base import Config, Count, DataPath, Share, Workers
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -83,6 +84,8 @@ class ClusterConfig(Config):
     """CPUs each reserves; its number of threads follows."""
     gpus_per_worker: Annotated[float, Ge(0)] = 0
     """GPUs each reserves; 0 trains on the CPU."""
+    labels: dict[str, str] = Field(default={})
+    """Node labels that each worker needs, in Ray's words: `{ role = "train" }`."""
     data_cpus: Annotated[float, Gt(0)] = 1
     """CPUs of one data task."""
     max_failures: Annotated[int, Ge(-1)] = 3
@@ -93,6 +96,19 @@ class ClusterConfig(Config):
     """Time between looks whether a run with a range of workers can have more."""
     wait_s: Annotated[float, Gt(0)] = 600
     """Longest wait for the cluster's resources."""
+    spill_dir: DataPath | None = None
+    """Where a Ray that the command itself starts puts what its memory has no room for, in a folder
+    that only the user can enter. Unset: beside Ray's logs, in such a folder of RAY_TMPDIR or
+    /tmp."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        if self.labels and not isinstance(self.num_workers, int):
+            raise ValueError(
+                f"labels: Ray counts the room for a range of workers on nodes without them, too; "
+                f"set num_workers to one number instead of {self.workers}, or leave labels out"
+            )
+        return self
 
     @property
     def fewest_workers(self) -> int:

@@ -114,22 +114,24 @@ def render(
 
 
 def render_answers(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], end: str
-) -> tuple[str, list[Span]]:
-    """The template's text and where in it the assistant's turns are, each with its end token `end`.
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[Message]], end: str
+) -> list[tuple[str, list[Span]]]:
+    """Of each the template's text and where in it the assistant's turns are, each with its end
+    token `end`.
 
     A template that marks its {% generation %} is believed; under any other, a turn starts where the
     prompt for it stops. A turn that the template writes otherwise in its prompt is left out.
     """
     if _GENERATION_MARK.search(_template(tokenizer)):
-        text, spans = _render_marked(tokenizer, messages)
+        rendered = _render_marked(tokenizer, conversations)
     else:
-        text = render(tokenizer, messages)
-        answers = (i for i, message in enumerate(messages) if message.role == "assistant")
-        prompts = [render(tokenizer, messages[:i], add_generation_prompt=True) for i in answers]
-        spans = [(len(prompt), len(prompt)) for prompt in prompts if text.startswith(prompt)]
+        rendered = [_render_unmarked(tokenizer, messages) for messages in conversations]
+    return [(text, _with_ends(text, spans, end)) for text, spans in rendered]
+
+
+def _with_ends(text: str, spans: Sequence[Span], end: str) -> list[Span]:
     ends = [(start, stop, text.find(end, start) + len(end)) for start, stop in spans]
-    return text, [(start, max(stop, after)) for start, stop, after in ends if after > start]
+    return [(start, max(stop, after)) for start, stop, after in ends if after > start]
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -155,16 +157,25 @@ def takes_system_message(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _render_marked(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
-) -> tuple[str, list[Span]]:
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[Message]]
+) -> list[tuple[str, list[Span]]]:
     special: dict[str, Any] = tokenizer.special_tokens_map
     texts, spans = render_jinja_template(
-        conversations=[_as_dicts(messages)],
+        conversations=[_as_dicts(messages) for messages in conversations],
         chat_template=_template(tokenizer),
         return_assistant_tokens_mask=True,
         **special,
     )
-    return texts[0], cast(list[Span], spans[0])
+    return list(zip(texts, cast(list[list[Span]], spans), strict=True))
+
+
+def _render_unmarked(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
+) -> tuple[str, list[Span]]:
+    text = render(tokenizer, messages)
+    answers = (i for i, message in enumerate(messages) if message.role == "assistant")
+    prompts = [render(tokenizer, messages[:i], add_generation_prompt=True) for i in answers]
+    return text, [(len(prompt), len(prompt)) for prompt in prompts if text.startswith(prompt)]
 
 
 def _template(tokenizer: PreTrainedTokenizerFast) -> str:

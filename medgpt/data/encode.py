@@ -150,10 +150,8 @@ class ConversationEncoder:
         self, conversations: list[Conversation]
     ) -> list[Encoded | Reject | Conversation]:
         """Each encoded, or without some of its oldest turns if it is too long."""
-        rendered = [
-            chat.render_answers(self._tokenizer, conversation.messages, self._end)
-            for conversation in conversations
-        ]
+        messages = [conversation.messages for conversation in conversations]
+        rendered = chat.render_answers(self._tokenizer, messages, self._end)
         batch = self._tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,

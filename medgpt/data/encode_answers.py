@@ -82,7 +82,7 @@ class PreferenceEncoder:
     ) -> tuple[NDArray[np.int32], NDArray[np.bool_]] | None:
         """(N,) ids and targets of one answer; None if its tokens are not its own."""
         messages = (*prompt, *answer)
-        text, spans = chat.render_answers(self._tokenizer, messages, self._end)
+        ((text, spans),) = chat.render_answers(self._tokenizer, [messages], self._end)
         batch = self._tokenizer(
             [text], add_special_tokens=False, return_attention_mask=False, verbose=False
         )

@@ -40,7 +40,7 @@ from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 if TYPE_CHECKING:
     from medgpt.data.encode import Encoded  # transformers
 
-FEWEST_UNITS = 64  # of a corpus of as many MiB
+FEWEST_UNITS = 24  # of a corpus of as many MiB
 BATCH_RECORDS = 256  # records tokenised together
 SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")

@@ -40,6 +40,12 @@ def content_hash(*parts: str) -> str:
     return xxhash.xxh3_64_hexdigest("\x1f".join(parts).encode())
 
 
+def within(text: str, part: tuple[float, float]) -> bool:
+    """Whether the hash of the text, from 0 to 1, is in this part, the upper end not included."""
+    place = (int(content_hash("part", text), 16) >> 11) / 2**53  # below 1
+    return part[0] <= place < part[1]
+
+
 def draw(items: Iterable[tuple[str, T]], limit: int | None, seed: int) -> list[T]:
     """At most `limit` of the (id, item) pairs, in their order; which ones depends on ids and seed.
 

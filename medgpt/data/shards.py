@@ -135,7 +135,7 @@ def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileE
         tables.append(table.append_column("row", pa.array(np.concatenate(rows), pa.int32())))
         blocks += [{"file": name, "row_group": g} for g in range(len(sizes))]
     index = pa.concat_tables(tables) if tables else _empty_index()
-    ids = pa.array(sample_ids(index["content_hash"].to_pylist()), pa.string())
+    ids = pa.array(sample_ids(_fixed(index["content_hash"]))).cast(pa.string())
     index = index.append_column("sample_id", ids).select(INDEX_SCHEMA.names)
     files = []
     with folder.staging() as directory:
@@ -154,15 +154,30 @@ def _empty_index() -> pa.Table:
     return schema.append(pa.field("content_hash", pa.string())).empty_table()
 
 
-def sample_ids(hashes: Sequence[str]) -> list[str]:
-    """Hash of content hash and occurrence number: unique even where contents repeat."""
-    seen: dict[str, int] = {}
-    ids = []
-    for content_hash in hashes:
-        occurrence = seen.get(content_hash, 0)
-        seen[content_hash] = occurrence + 1
-        ids.append(xxhash.xxh3_128_hexdigest(f"{content_hash}:{occurrence}".encode()))
-    return ids
+def sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+    """(N,) hash of content hash and occurrence number: unique even where contents repeat.
+
+    Arrays of 32 bytes a sample and no Python objects: a corpus has many short samples.
+    """
+    order = np.argsort(hashes, kind="stable")
+    place, ordered = np.arange(len(hashes)), hashes[order]
+    again = np.append(False, ordered[1:] == ordered[:-1])[: len(hashes)]
+    occurrence = np.empty_like(place)
+    occurrence[order] = place - np.maximum.accumulate(np.where(again, 0, place))
+    return np.fromiter(
+        (
+            xxhash.xxh3_128_hexdigest(b"%b:%d" % pair).encode()
+            for pair in zip(hashes, occurrence, strict=True)
+        ),
+        dtype="S32",
+        count=len(hashes),
+    )
+
+
+def _fixed(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
+    """(N,) S32 of a column of 32 characters."""
+    values = column.combine_chunks().cast(pa.binary()).cast(pa.binary(32))
+    return np.frombuffer(values.buffers()[1], "S32", count=len(values), offset=32 * values.offset)
 
 
 def read_index(folder: Folder, split: str) -> Index:
@@ -173,8 +188,7 @@ def read_index(folder: Folder, split: str) -> Index:
         name: table[name].to_numpy().astype(np.int64)
         for name in ("length", "source", "block", "row")
     }
-    ids = table["sample_id"].to_pylist()
-    return Index(**columns, sample_id=np.array(ids, dtype="S32"))
+    return Index(**columns, sample_id=_fixed(table["sample_id"]))
 
 
 def data_version(url: str) -> str:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from medgpt.data.order import VALIDATION
+from medgpt.data.packed_row import Row
 from medgpt.data.plan import Plan, column, offsets
 from medgpt.data.shards import EXTRAS, SCHEMA, read_block
 
@@ -27,24 +28,6 @@ TOKENS_PER_TASK = 2**18  # a task costs Ray Data 20 ms and more, whatever it rea
 ROWS_PER_TASK = 64  # where rows have no common length
 TASKS_PER_PIPELINE = 64
 PACE_S = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A packed row of C chunks with N tokens."""
-
-    input_ids: NDArray[np.int32]  # (N,)
-    targets: NDArray[np.bool_]  # (N,) True where the token is to be learnt
-    word_ids: NDArray[np.int32] | None  # (N,)
-    lengths: NDArray[np.int64]  # (C,) tokens of each chunk
-    sample_ids: list[str]  # (C,)
-    chunks: list[int]  # (C,)
-    visits: list[int]  # (C,) how often the epoch had the sample before
-    pieces: NDArray[np.int32] | None = (
-        None  # (K,) tokens of each answer with its prompt, then C = 1
-    )
-    grades: NDArray[np.float32] | None = None  # (K,) of the answers
-    messages: str | None = None  # JSON of [role, content] pairs of a prompt, then C = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +113,8 @@ def _begin(
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=data_cpus,
+        # said here, tasks are never caught in the placement group of whoever reads
+        scheduling_strategy="SPREAD",
     )
     batches = iter(
         dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
@@ -156,11 +141,23 @@ class Pace(ExecutionCallback):
     """Gives the trainer its core back.
 
     Ray Data's scheduling loop waits only for running tasks; while its output is full, most of the
-    time here, it would spin and hold the interpreter's lock for half of it.
+    time here, it would spin and hold the interpreter's lock for half of it. A step that neither
+    waited nor moved anything is made to wait.
     """
 
+    def __init__(self) -> None:
+        self.moved: list[tuple[int, int]] = []
+        self.ended = time.monotonic()
+
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(PACE_S)
+        moved = [
+            (op.metrics.num_tasks_submitted, op.metrics.num_task_outputs_generated)
+            for op in executor._topology
+        ]
+        left = self.ended + PACE_S - time.monotonic()
+        if moved == self.moved and left > 0:
+            time.sleep(left)
+        self.moved, self.ended = moved, time.monotonic()
 
 
 def assemble(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:

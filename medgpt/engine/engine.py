@@ -1,7 +1,6 @@
 """DeepSpeed behind a few calls: forward, backward, step, save, load, export."""
 
 import math
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from medgpt.config import EngineConfig, OptimizerConfig
 from medgpt.engine import checkpoint, schedule, state
-from medgpt.engine.export import gather_weights, save_safetensors
+from medgpt.engine.export import export_weights
 from medgpt.engine.setup import deepspeed_config, join_process_group
 
 
@@ -105,11 +104,7 @@ class Engine:
 
     def export(self, directory: Path, part: nn.Module | None = None) -> None:
         """Write the weights of the module, or a `part` of it, as safetensors shards. Collective."""
-        weights = gather_weights(self.module if part is None else part)
-        try:
-            save_safetensors(weights, directory)
-        finally:  # after an error the other ranks still gather
-            deque(weights, maxlen=0)
+        export_weights(self.module if part is None else part, directory)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}

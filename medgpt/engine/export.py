@@ -1,6 +1,7 @@
 """Weights out of an engine, one at a time, and into Hugging Face's safetensors layout."""
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,15 @@ def gather_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             copy = tensor.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
         if copy is not None:
             yield name, copy.contiguous()
+
+
+def export_weights(module: nn.Module, directory: Path) -> None:
+    """Write the weights of `module` as safetensors shards, tied ones once. Collective."""
+    weights = gather_weights(module)
+    try:
+        save_safetensors(weights, directory)
+    finally:  # after an error the other ranks still gather
+        deque(weights, maxlen=0)
 
 
 def plain_weights(parts: "Iterable[Part]") -> Iterator[tuple[str, Tensor]]:

@@ -1,16 +1,23 @@
-"""Value models to train, built so that they fit: at ZeRO-3 no rank holds the whole."""
+"""Value models that train or score, built so that they fit: at ZeRO-3 no rank holds the whole."""
 
 from typing import Any
 
 import torch
 
 from medgpt.config import ConfigError, EngineConfig, ModelConfig
+from medgpt.engine.frozen import FrozenEngine
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
 from medgpt.models.base import HEAD, HEAD_KEY, local_folder, weight_files
 from medgpt.models.load import SpecialIds, empty_model
 from medgpt.models.lora import apply_lora
-from medgpt.models.value_model import Score, ValueModel, build_value_model, install_head
+from medgpt.models.value_model import (
+    Score,
+    ValueModel,
+    build_value_model,
+    install_head,
+    saved_reward_model,
+)
 
 
 def trainable_value_model(
@@ -54,6 +61,21 @@ def trainable_value_model(
         activation_checkpointing=engine.activation_checkpointing,
     )
     return value_model.train().to(device)
+
+
+def partitioned_reward_model(name: str, engine: EngineConfig, device: torch.device) -> FrozenEngine:
+    """A reward model as `medgpt reward` wrote it, to score with; every rank calls it.
+
+    Raises:
+        ConfigError: `name` is no reward model, its head is missing, or it holds adapters.
+    """
+    if saved_reward_model(name).is_adapter:
+        raise ConfigError(
+            f"model.name={name}: it holds adapters, and zero_stage=3 reads whole models; fold them "
+            "in with medgpt merge and name the result, or set 0"
+        )
+    model = trainable_value_model(ModelConfig(name=name), engine, device, seed=0)
+    return FrozenEngine(model, engine, device)
 
 
 def _partitioned(

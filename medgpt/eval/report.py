@@ -102,7 +102,7 @@ def curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(frameon=False)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _histogram(leads: dict[str, list[float]]) -> str:
@@ -114,10 +114,10 @@ def _histogram(leads: dict[str, list[float]]) -> str:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("score of the better answer less that of the worse, in deviations")
         axes.set_ylabel("pairs")
-        return _svg(figure)
+        return as_svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
     svg = io.StringIO()
     figure.savefig(svg, format="svg", metadata=dict.fromkeys(NO_METADATA))
     return svg.getvalue()[svg.getvalue().index("<svg") :]

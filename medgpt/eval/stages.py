@@ -8,6 +8,7 @@ from medgpt.config import (
     RewardConfig,
     SFTConfig,
     TrainStageConfig,
+    TuneStageConfig,
 )
 from medgpt.runs import Run
 from medgpt.train.stage import run_stage
@@ -43,6 +44,17 @@ def run_ppo(config: PPOStageConfig) -> Run:
     if not run.folder.exists("report.html"):
         _report_ppo(run)
     print(f"ppo: report in {run.folder.url}/report.html")
+    return run
+
+
+def run_tune(config: TuneStageConfig) -> Run:
+    from medgpt.eval.tune_report import write_tune_report
+    from medgpt.tune.stage import run_tune_stage
+
+    run = run_tune_stage(config)
+    if not run.folder.exists("report.html"):
+        write_tune_report(run, config)
+    print(f"tune: report in {run.folder.url}/report.html")
     return run
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from medgpt.data.rows import within
 from medgpt.data.sample.knowledge import Source
 from medgpt.data.sample.wording import full_width
 from medgpt.medical.urgency import Level
@@ -104,12 +105,20 @@ def load_complaints() -> Complaints:
 
 
 def questions(
-    seed: int, languages: Sequence[Language] = ("zh", "en"), limit: int | None = None
+    seed: int,
+    languages: Sequence[Language] = ("zh", "en"),
+    limit: int | None = None,
+    part: tuple[float, float] = (0.0, 1.0),
 ) -> list[Question]:
-    """Whole pairs, at most `limit` questions; patients and wordings are drawn with the seed."""
+    """Whole pairs, at most `limit` questions; patients and wordings are drawn with the seed.
+
+    Args:
+        part: of the complaints, only those whose hash lies within it.
+    """
     drawn = [
         halves
         for complaint in load_complaints().complaints
+        if within(complaint.id, part)
         for number, pair in enumerate(complaint.pairs)
         for language in languages
         for halves in _phrased(complaint, number, pair, language, seed)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,27 @@ def build_value_model(
     return model
 
 
+class SavedRewardModel(NamedTuple):
+    folder: Path
+    score: Score
+    is_adapter: bool
+
+
+def saved_reward_model(name: str) -> SavedRewardModel:
+    """What `medgpt reward` wrote. Raises ConfigError: `name` is no reward model, or has no head."""
+    folder = _folder(name)
+    score = Score.read(folder)
+    if score is None:
+        raise ConfigError(
+            f"model.name={name}: no {SCORE} in it, so it is no reward model; name the folder that "
+            "medgpt reward wrote, runs/NAME/model"
+        )
+    is_adapter = (folder / ADAPTER).is_file()
+    if not is_adapter and not has_head(ModelConfig(name=name)):
+        raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
+    return SavedRewardModel(folder, score, is_adapter)
+
+
 def load_value_model(
     name: str, *, dtype: torch.dtype = torch.float32, max_length: int | None = None
 ) -> tuple[ValueModel, Score]:
@@ -179,25 +200,16 @@ def load_value_model(
     Raises:
         ConfigError: `name` is no reward model, its head is missing, or the base of its adapters.
     """
-    folder = _folder(name)
-    score = Score.read(folder)
-    if score is None:
-        raise ConfigError(
-            f"model.name={name}: no {SCORE} in it, so it is no reward model; name the folder that "
-            "medgpt reward wrote, runs/NAME/model"
-        )
-    adapter = (folder / ADAPTER).is_file()
-    config = ModelConfig(name=_base_of(name, folder) if adapter else name)
-    if not adapter and not has_head(config):
-        raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
+    saved = saved_reward_model(name)
+    config = ModelConfig(name=_base_of(name, saved.folder) if saved.is_adapter else name)
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
-    if adapter:
+    if saved.is_adapter:
         from peft import PeftModel  # which imports a lot, for few
 
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(model, str(saved.folder))
         model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    scorer = ValueModel(model, mean=score.mean, std=score.std)
-    return scorer.requires_grad_(False).eval(), score
+    scorer = ValueModel(model, mean=saved.score.mean, std=saved.score.std)
+    return scorer.requires_grad_(False).eval(), saved.score
 
 
 def _base_of(name: str, folder: Path) -> str:

@@ -15,7 +15,10 @@ KL = "actor/kl_ref"  # nats of an answer, mean
 ENTROPY = "actor/entropy"  # nats of a token, mean
 SCORE = "ppo/score_mean"
 LENGTH = "rollout/response_tokens"  # mean
-STEPS, SKIPPED = "ppo/steps", "ppo/skipped_steps"  # optimizer steps of the iteration
+STEPS = (  # optimizer steps of the iteration, those not finite, whose rate to lower
+    ("ppo/steps", "ppo/skipped_steps", "optimizer.learning_rate"),
+    ("critic/steps", "critic/skipped_steps", "critic.optimizer.learning_rate"),
+)
 MASKED = "rewards/masked"  # share of the samples
 MARKS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
 WATCHED = (KL, ENTROPY, SCORE, LENGTH)
@@ -37,13 +40,15 @@ def not_finite(history: History, config: DiagnosisConfig) -> str | None:
         if name in last and not math.isfinite(last[name]):
             return f"{name} is {last[name]}; lower optimizer.learning_rate or compute in fp32"
     recent = history[-config.window :]
-    steps = sum(line.get(STEPS, 0) for line in recent)
-    skipped = sum(line.get(SKIPPED, 0) for line in recent)
-    if config.max_skipped_share and steps and skipped / steps > config.max_skipped_share:
-        return (
-            f"{skipped:.0f} of {steps:.0f} optimizer steps in {len(recent)} iterations were not "
-            "finite and were skipped; lower optimizer.learning_rate or compute in fp32"
-        )
+    for made, left_out, key in STEPS:
+        steps = sum(line.get(made, 0) for line in recent)
+        skipped = sum(line.get(left_out, 0) for line in recent)
+        if config.max_skipped_share and steps and skipped / steps > config.max_skipped_share:
+            whose = "the critic's " if key.startswith("critic") else ""
+            return (
+                f"{skipped:.0f} of {whose}{steps:.0f} optimizer steps in {len(recent)} iterations "
+                f"were not finite and were skipped; lower {key} or compute in fp32"
+            )
     return None
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from medgpt.data.packed_row import Row
+
 if TYPE_CHECKING:
     from medgpt.rlhf.rewards.total import Rewarded
 
@@ -111,6 +113,13 @@ class Scores:
     index: NDArray[np.int64]  # (b,)
     totals: NDArray[np.float32]  # (b,)
     rewarded: "Rewarded"  # of which components they are made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lessons:
+    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
+
+    steps: list[list[Row]]
 
 
 def join_sequences(parts: Iterable[Sequences]) -> Sequences:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from medgpt.config import JudgeConfig
+from medgpt.config import ConfigError, JudgeConfig
 from medgpt.data.records import Message
+from medgpt.data.rows import within
 from medgpt.medical.key_points import read_questions
 from medgpt.medical.statements import stated
 from medgpt.medical.triage import questions
@@ -44,16 +45,21 @@ class Judge:
     """Greedy answers to `asked`, in its order, are worth `metrics(answers, scores)`."""
 
     def __init__(self, config: JudgeConfig, seed: int) -> None:
-        """Raises ConfigError: the file of key points cannot be read or holds no such question."""
+        """Raises ConfigError: the file of key points cannot be read, or there is no question."""
         self._every = config.every
         found: list[Asked] = []
         if config.key_points:
             for question in read_questions(config.key_points, config.kinds):
-                found.append(Asked(question.id, _said(question.prompt), question.key_points))
+                if within(question.id, config.part):
+                    found.append(Asked(question.id, _said(question.prompt), question.key_points))
         if config.triage:
-            notes = questions(seed, config.languages, config.triage)
+            notes = questions(seed, config.languages, config.triage, part=config.part)
             found += [Asked(note.id, _said(note.text), level=note.level) for note in notes]
         self.asked = tuple(found)
+        if config.every and not found:
+            raise ConfigError(
+                f"judge.part={list(config.part)} leaves no question; widen it or ask more questions"
+            )
 
     def due(self, iteration: int) -> bool:
         """Whether to judge the policy as it is before this iteration, from 0."""

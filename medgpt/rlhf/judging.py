@@ -1,5 +1,7 @@
 """The held-out questions put to the policy by the pools, for the judge to mark."""
 
+from typing import Any
+
 import numpy as np
 
 from medgpt.config import PPOStageConfig
@@ -30,7 +32,11 @@ class Judging:
 
     def metrics(self) -> dict[str, float]:
         """Marks of the policy whose weights the rollout pool has."""
-        answers = self.rollout.call(Rollout.answer, self.prompts, self.config.judge.max_new_tokens)
+        longest = self.config.judge.max_new_tokens
+        return self.marks(self.rollout.call(Rollout.answer, self.prompts, longest))
+
+    def marks(self, answers: list[Any]) -> dict[str, float]:
+        """Of refs of answers to all questions."""
         scores = None
         if self.config.judge.model is not None:
             parts = self.pools.get(self.reward.call(Reward.judge, *answers), "judge")

@@ -11,7 +11,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from medgpt.config import ConfigError, RoleConfig
-from medgpt.rlhf.capacity import bundle
+from medgpt.train.capacity import bundle
 
 TRY_S = 20.0  # that part of a gang may be held while the rest is not there
 PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S

@@ -17,9 +17,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.capacity import preflight
 from medgpt.rlhf.placement import Gang, acquire
 from medgpt.rlhf.worker import Seat, Worker
+from medgpt.train.capacity import of_pools, preflight
 
 Role = TypeVar("Role")
 Say = Callable[[str], None]
@@ -192,7 +192,7 @@ class Pools:
 
     def preflight(self) -> None:
         """Raises ConfigError if the cluster can never hold all pools."""
-        preflight(self._configs(), data_cpus=self.data_cpus)
+        preflight(of_pools(self._configs()), data_cpus=self.data_cpus)
 
     def start(self) -> None:
         """Place all pools and have every role made; all start at the same time.

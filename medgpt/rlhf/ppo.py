@@ -11,10 +11,11 @@ from typing import Any
 
 from medgpt.config import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
-from medgpt.rlhf.diagnosis import Diverged, diagnose
-from medgpt.rlhf.experience import Prompts, Sequences, join_sequences
+from medgpt.rlhf.diagnosis import Diverged, History, diagnose
+from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
 from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Learnt, Task
@@ -28,6 +29,7 @@ from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
 PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
+LessonStream = Callable[[int], Iterator[Lessons]]
 SAMPLES = "rollouts.json"
 FACTS = (  # label, metric, format
     ("score", "ppo/score_mean", ".3f"),
@@ -62,10 +64,22 @@ class PPO:
         sync: Callable[[int], dict[str, float]],
         num_iterations: int,
         reporter: ConsoleReporter,
+        lessons: LessonStream | None = None,
+        judged: Callable[[History], None] | None = None,
     ) -> None:
-        """`sync` gives the rollout pool the actor's weights under a version."""
+        """
+        Args:
+            sync: gives the rollout pool the actor's weights under a version.
+            lessons: PPO-ptx's.
+            judged: is told all metrics up to an iteration that was judged and, if that was due,
+                saved; before training goes on. After a restart perhaps of the same one again.
+        """
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
         self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
+        self.judged = judged
+        self.prompts = Cursor(lambda start: self.prompts_from(start))
+        assert (lessons is None) == (config.ptx is None), "lessons go with [ptx]"
+        self.lessons = None if lessons is None else Cursor(lessons)
         self.actor: Pool[Actor] = pools.pools["actor"]
         self.critic: Pool[Critic] = pools.pools["critic"]
         self.reward: Pool[Reward] = pools.pools["reward"]
@@ -133,6 +147,7 @@ class PPO:
             logprobs = self.actor.call(Actor.logprobs, *batch.rollouts)
             reference = self._reference_logprobs(batch.rollouts)
             parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
+            lessons = self._lessons(state.iteration)  # meanwhile
             self.pools.wait(parts, "score")
 
         with self._timed("update"):
@@ -144,7 +159,7 @@ class PPO:
                 actor_learns=state.iteration >= self.config.critic.warmup_iterations,
             )
             fitted = self.critic.call(Critic.update, task, *parts)
-            improved = self.actor.call(Actor.update, task, *parts)
+            improved = self.actor.call(Actor.update, task, *parts, *lessons)
             answers = self.pools.get([*improved, *fitted], "update")
         rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         learnt: Learnt = answers[0]
@@ -181,13 +196,17 @@ class PPO:
     def _reference_logprobs(self, rollouts: Refs) -> Refs:
         if self.reference is None:
             return self.actor.call(Actor.reference_logprobs, *rollouts)
-        return self.reference.call(Reference.logprobs, *rollouts)
+        temperature = self.config.rollout.temperature
+        return self.reference.call(Reference.logprobs, temperature, *rollouts)
 
     def _prompts(self, iteration: int) -> Prompts:
-        if self.prompts_at != iteration:  # after a rewind, or for a batch that is done again
-            self.prompts, self.prompts_at = self.prompts_from(iteration), iteration
-        self.prompts_at += 1
-        return next(self.prompts)
+        return self.prompts.take(iteration)
+
+    def _lessons(self, iteration: int) -> Refs:
+        """Of PPO-ptx, none without it or while the critic warms up."""
+        if self.lessons is None or iteration < self.config.critic.warmup_iterations:
+            return []
+        return [self.pools.put(self.lessons.take(iteration))]
 
     def _recover(self, died: PoolDied) -> None:
         """Make the pool work again. What was learnt since the last checkpoint is lost if it was the
@@ -206,7 +225,7 @@ class PPO:
         """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
         found = newest(self.run)
         self.state = State(kl_coef=self.config.ppo.kl_coef)
-        self.synced, self.prompts_at = -1, -1
+        self.synced = -1
         self.in_flight: Batch | None = None
         self.saving = None
         if found is not None:
@@ -276,6 +295,10 @@ class PPO:
         self.history += [latest] if latest else []
         if self.history and (why := diagnose(self.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {why}")
+        if self.judged is not None and "time/judge_s" in latest:
+            self._finish_save()
+            self._log.sync()
+            self.judged(self.history)
 
     def _speed(self, num_samples: int, elapsed_s: float) -> dict[str, float]:
         return self.sync_metrics | {

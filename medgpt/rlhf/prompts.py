@@ -1,12 +1,31 @@
 """The prompts of each iteration, in the order that the plan of the run says."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from medgpt.data.plan import Plan
 from medgpt.data.stream import Step, training_stream
 from medgpt.rlhf.experience import Prompts, Ragged
+
+T = TypeVar("T")
+
+
+class Cursor(Generic[T]):
+    """What a stream has for an iteration; it begins anew where that is not the next one, as after a
+    rewind or for a batch that is done again."""
+
+    def __init__(self, begin: Callable[[int], Iterator[T]]) -> None:
+        """`begin` yields what belongs to an iteration and to all after it."""
+        self._begin, self._at = begin, -1
+        self._stream: Iterator[T] = iter(())
+
+    def take(self, iteration: int) -> T:
+        if self._at != iteration:
+            self._stream, self._at = self._begin(iteration), iteration
+        self._at += 1
+        return next(self._stream)
 
 
 def prompt_stream(plan: Plan, data_url: str, start: int, *, data_cpus: float) -> Iterator[Prompts]:

@@ -5,8 +5,9 @@ from typing import Any
 
 from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
-from medgpt.disk import full_disk_told
+from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.lessons import FOLDER, lesson_stream, prepare_lessons
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.make import (
@@ -40,7 +41,7 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
         reporter.say(f"run directory {run.folder.url}")
         Rewards(config.reward)  # a function that cannot be imported is told before all else
         session.connect(config.cluster)
-        plan = _prepare(run, config, reporter)
+        plan = prepare_prompts(run, config, reporter)
         pools = make_pools(config, plan.num_steps, reporter)
         try:
             pools.start()
@@ -56,6 +57,18 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
 
 def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
     """The pools of the config, not started yet."""
+    found = role_pools(config, num_iterations)
+    return Pools(
+        found,
+        config.pools,
+        wait_s=config.cluster.wait_s,
+        say=reporter.say,
+        data_cpus=config.cluster.data_cpus,
+    )
+
+
+def role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
+    """A pool for every role that has one of its own."""
     pools = config.pools
     found: list[Pool[Any]] = [
         Pool("actor", pools.actor, partial(make_actor, config, num_iterations)),
@@ -77,11 +90,12 @@ def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRep
         make = partial(make_reference, config)
         independent = pools.reference.zero_stage == 0
         found.append(Pool("reference", pools.reference, make, independent=independent))
-    return Pools(found, pools, wait_s=config.cluster.wait_s, say=reporter.say)
+    return found
 
 
-def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
-    with full_disk_told(run.folder.url, "data"):
+def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
+    """The order of the prompts, made unless it is there; the manifest says what it is made of."""
+    with storage_told(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)
     reporter.say(describe(data, plan))
     sources = [config.model.name, config.reward.model, config.critic.model]
@@ -92,11 +106,18 @@ def _prepare(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Pla
         plan={key: value for key, value in plan.items() if key != "files"},
         hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
     )
-    return Plan(
+    found = Plan(
         run.plan.url,
         global_batch_size=config.ppo.rollout_batch_size,
         max_steps=config.ppo.max_iterations,
     )
+    if config.ptx is not None:
+        with storage_told(run.folder.url, FOLDER):
+            data, plan = prepare_lessons(run, config, found.num_steps, reporter.advance)
+        reporter.say(f"PPO-ptx: {describe(data, plan)}")
+        facts = {key: value for key, value in data.items() if key != "files"}
+        run.update_manifest(ptx=facts)
+    return found
 
 
 def _train(
@@ -116,20 +137,21 @@ def _train(
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
-    ).fit(partial(_export, run, config, pools))
+        lessons=None if config.ptx is None else partial(lesson_stream, run, config),
+    ).fit(partial(export, run, config, pools))
 
 
-def _export(run: Run, config: PPOStageConfig, pools: Pools) -> None:
-    """The policy in model/, the critic beside it."""
+def export(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = True) -> None:
+    """The policy in model/, and the critic beside it."""
     from medgpt.rlhf.roles.actor import Actor
     from medgpt.rlhf.roles.critic import Critic
 
-    for pool, method, folder in (
-        (pools.pools["actor"], Actor.export, run.model),
-        (pools.pools["critic"], Critic.export, run.folder / CRITIC),
-    ):
+    exports: list[Any] = [(pools.pools["actor"], Actor.export, run.model)]
+    if critic:
+        exports.append((pools.pools["critic"], Critic.export, run.folder / CRITIC))
+    for pool, method, folder in exports:
         if committed(folder) is None:
-            with full_disk_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
+            with storage_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
                 files = pools.get(pool.call(method, folder.url), "export")[0]
                 if folder is run.model:
                     files += _card(run, config, folder)

@@ -42,10 +42,12 @@ class Audit:
         return lines
 
     def write(self, lines: list[dict[str, int | str]]) -> None:
-        """Write a file of its own. May run in a thread while others are added."""
+        """Write a file of its own, complete or absent, perhaps while a thread adds others."""
         if not lines:
             return
         step = lines[-1]["step"]
         name = f"attempt-{self.attempt:04d}-rank-{self.rank:05d}-step-{step:08d}.parquet"
         with self.folder.staging() as directory:
-            pq.write_table(pa.Table.from_pylist(lines, SCHEMA), directory / name)
+            partial = directory / f".{name}"
+            pq.write_table(pa.Table.from_pylist(lines, SCHEMA), partial)
+            partial.replace(directory / name)

@@ -20,8 +20,9 @@ from trl.trainer.kto_config import KTOConfig as KTOArguments
 from trl.trainer.kto_trainer import KTOTrainer
 
 from medgpt.config import DPOConfig, OptimizerConfig
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.engine.engine import parameter_groups
+from medgpt.engine.export import export_weights
 from medgpt.engine.hugging_face import load_weights_only, trainer_config, use_process_group
 from medgpt.engine.schedule import learning_rate
 from medgpt.engine.setup import compute_dtype
@@ -111,10 +112,15 @@ def train_offline(
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
 
     def export(directory: Path) -> None:
-        trainer.save_model(str(directory))
+        if config.model.lora.rank:
+            trainer.save_model(str(directory))
+        else:
+            export_weights(trainer.model, directory)  # TRL's would write tied weights twice
         if dist.get_rank() == 0:
-            (directory / "training_args.bin").unlink()  # a pickle
-            if not config.model.lora.rank:
+            if config.model.lora.rank:
+                (directory / "training_args.bin").unlink()  # a pickle
+            else:
+                trainer.model.config.save_pretrained(directory)
                 generation_config(tokenizer).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         dist.barrier()

@@ -14,6 +14,7 @@ from medgpt.config import (
     DataConfig,
     ModelConfig,
     Passes,
+    PPOStageConfig,
     PretrainConfig,
     RewardConfig,
     RunConfig,
@@ -218,12 +219,20 @@ def make_tokenizer(url: str, config: DataStage) -> None:
 
 def check_model(config: DataStage) -> None:
     """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
-    from medgpt.models.base import check_positions, named_config, weight_files
+    from medgpt.models.base import (
+        check_answer_positions,
+        check_positions,
+        named_config,
+        weight_files,
+    )
 
     objective = "value" if isinstance(config, RewardConfig) else "clm"
     if isinstance(config, PretrainConfig):
         objective = config.objective.kind
-    check_positions(named_config(config.model, objective), config.data.max_length)
+    hf_config = named_config(config.model, objective)
+    check_positions(hf_config, config.data.max_length)
+    if isinstance(config, PPOStageConfig):
+        check_answer_positions(hf_config, config.data.max_length, config.rollout.max_new_tokens)
     assert config.model.name is not None
     weight_files(config.model.name)
 

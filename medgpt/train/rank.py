@@ -1,12 +1,13 @@
 """What a Ray Train worker runs. The controller imports this file too: it is light until called."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgpt.config import ConfigError, DPOConfig, RewardConfig, TrainStageConfig
-from medgpt.disk import full_disk_told
+from medgpt.disk import storage_told
 from medgpt.runs import Run, commit, committed, entries
 from medgpt.train.gate import Gate
 
@@ -121,7 +122,7 @@ def _export(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -
 
     refusal, files = None, []
     try:
-        with full_disk_told(run.folder.url, "model"):
+        with storage_told(run.folder.url, "model"):
             with run.model.staging() as directory:
                 write(directory)
                 if dist.get_rank() == 0:
@@ -131,7 +132,8 @@ def _export(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -
                 commit(run.model, files)
     except ConfigError as error:
         refusal = error
-        run.model.remove()
+        with suppress(ConfigError), storage_told(run.folder.url, "model"):
+            run.model.remove()
     raise_together(refusal)
 
 

@@ -14,7 +14,7 @@ from medgpt.config import RewardConfig
 from medgpt.data.batch import PreferenceBatch
 from medgpt.data.collate import empty_preferences, piece_seed, preference_batch
 from medgpt.data.order import VALIDATION
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
 from medgpt.models.speech import speech

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from medgpt.config import ConfigError
-from medgpt.disk import full_disk_told
+from medgpt.disk import storage_told
 from medgpt.engine.checkpoint import Snapshot
 from medgpt.runs import FileEntry, Folder, Run, commit, entries
 
@@ -42,13 +42,23 @@ class Saver:
     def begin(
         self, take: Callable[[], Snapshot], position: dict[str, Any], before: Callable[[], None]
     ) -> None:
-        """Take a snapshot and start to write it, after `before`. Collective; none is pending."""
+        """Take a snapshot and start to write it, after `before`. Collective; none is pending.
+
+        Raises:
+            ConfigError: on all ranks, if the store does not answer.
+        """
         assert self.pending is None
         began = time.monotonic()
         folder = self.run.checkpoint(position["step"])
+        refusal = None
         if self.rank == 0:
-            folder.remove()  # of an attempt that died while writing it
-        dist.barrier()
+            try:
+                with storage_told(self.run.folder.url, _name(folder)):
+                    self._check_newest()  # its checkpoint of this step is not ours to remove
+                    folder.remove()  # of an attempt that died while writing it
+            except ConfigError as error:
+                refusal = error
+        raise_together(refusal)
         files = self.thread.submit(self._write, folder, take(), before)
         self.pending = Pending(folder, dict(position), files, began, time.monotonic() - began)
 
@@ -56,7 +66,8 @@ class Saver:
         """Wait for all ranks and commit. Collective. Returns metrics of the checkpoint.
 
         Raises:
-            ConfigError: on all ranks, if the disk of one was full; the files are gone then.
+            ConfigError: on all ranks, if the disk of one was full or its store did not answer; the
+                files are gone then, or will be when the run is resumed.
         """
         pending, self.pending = self.pending, None
         assert pending is not None
@@ -69,10 +80,9 @@ class Saver:
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, part)
         refusal = next((part for part in parts if isinstance(part, ConfigError)), None)
-        if self.rank == 0 and refusal is None:
-            refusal = self._commit(pending, [file for part in parts for file in part])
-        if self.rank == 0 and refusal is not None:
-            pending.folder.remove()
+        if self.rank == 0:
+            files = [] if refusal else [file for part in parts for file in part]
+            refusal = self._conclude(pending, files, refusal)
         raise_together(refusal)
         now = time.monotonic()
         return {
@@ -84,27 +94,48 @@ class Saver:
     def _write(
         self, folder: Folder, snapshot: Snapshot, before: Callable[[], None]
     ) -> list[FileEntry]:
-        with full_disk_told(self.run.folder.url, _name(folder)):
+        with storage_told(self.run.folder.url, _name(folder)):
             before()
             with folder.staging() as directory:
                 return entries(directory, snapshot.write(directory))
 
-    def _commit(self, pending: Pending, files: list[FileEntry]) -> ConfigError | None:
+    def _conclude(
+        self, pending: Pending, files: list[FileEntry], refusal: ConfigError | None
+    ) -> ConfigError | None:
+        """Commit and prune, or remove what was written; what one of the ranks or the store refused.
+
+        Files of a checkpoint that is committed stay, whatever comes then.
+        """
+        position, name = pending.position, _name(pending.folder)
+        try:
+            with storage_told(self.run.folder.url, name):
+                if refusal is None:
+                    self._commit(pending, files)
+        except ConfigError as error:
+            refusal = error
+        try:
+            with storage_told(self.run.folder.url, name):
+                if refusal is not None:
+                    pending.folder.remove()
+                else:
+                    self.run.prune_checkpoints(
+                        newest=position["step"], keep=self.keep, best_step=position["best_step"]
+                    )
+        except ConfigError as error:
+            refusal = refusal or error
+        return refusal
+
+    def _check_newest(self) -> None:
+        """Raises RuntimeError in an attempt that was given up, as after a network partition."""
         newest = self.run.manifest["attempt"]
-        if newest != self.attempt:  # of a driver that was given up, as after a network partition
+        if newest != self.attempt:
             raise RuntimeError(
                 f"attempt {newest} of the run has begun, attempt {self.attempt} ends"
             )
-        position = pending.position
-        try:
-            with full_disk_told(self.run.folder.url, _name(pending.folder)):
-                commit(pending.folder, files, position=position, world_size=self.world_size)
-        except ConfigError as error:
-            return error
-        self.run.prune_checkpoints(
-            newest=position["step"], keep=self.keep, best_step=position["best_step"]
-        )
-        return None
+
+    def _commit(self, pending: Pending, files: list[FileEntry]) -> None:
+        self._check_newest()
+        commit(pending.folder, files, position=pending.position, world_size=self.world_size)
 
 
 def raise_together(error: ConfigError | None) -> None:

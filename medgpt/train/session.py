@@ -3,18 +3,19 @@
 import logging
 import os
 import socket
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import psutil
 import ray
-from ray._private.state import state as ray_state
-from ray.autoscaler.sdk import request_resources
+from ray._common.utils import get_default_system_temp_dir
+from ray._private import ray_constants
 
 from medgpt.config import ClusterConfig, ConfigError
+from medgpt.train.autoscaler import may_grow
 
 TIMED_OUT = "timed out during startup"  # in the message of Ray's error
 CONNECT_S = 20  # longest wait for a cluster to answer
@@ -58,12 +59,12 @@ def connect(cluster: ClusterConfig) -> None:
             os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         _silence_libraries()
     else:
-        start_local((os.cpu_count() or 1) + cluster.data_cpus)
+        start_local((os.cpu_count() or 1) + cluster.data_cpus, cluster.spill_dir)
 
 
 def _one_node() -> bool:
     """Whether the cluster is this machine and stays so; it is not preempted without the command."""
-    return len(ray.nodes()) == 1 and ray_state.get_max_resources_from_cluster_config() is None
+    return len(ray.nodes()) == 1 and not may_grow()
 
 
 def check_address(address: str) -> None:
@@ -80,28 +81,73 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def start_local(num_cpus: float) -> None:
+def start_local(num_cpus: float, spill_dir: str | None = None) -> None:
     """Start a Ray on this machine and connect to it.
 
-    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly.
+    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly. Its
+    objects are patients' texts, so nobody else can enter the folders of its logs and spilled
+    objects, and none of its ports can be reached from outside.
 
     Raises:
-        ConfigError: the machine is too busy.
+        ConfigError: the machine is too busy, or a folder cannot be made private.
     """
     os.environ.update(QUIET | LOCAL)
+    # Ray opens the folder that it is given to everyone, but nobody gets there
+    folder = f"{private_folder(get_default_system_temp_dir())}/ray"
     start = partial(
         ray.init,
         address="local",
         num_cpus=num_cpus,
         include_dashboard=False,
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        object_spilling_directory=private_folder(spill_dir) if spill_dir else None,
+        _temp_dir=folder,
         **SILENT,
     )
-    start_patiently(start)
+    with _on_loopback():
+        start_patiently(start)
     # nothing is forwarded to this process, but Ray looks for it ten times a second
     children = psutil.Process().children()
     _end(child for child in children if any("log_monitor" in word for word in child.cmdline()))
     _silence_libraries()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that starts open its ports to this machine alone, as it does on macOS.
+
+    On Linux it opens them to every interface, and changes `_node_ip_address="127.0.0.1"` to one
+    that others reach.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def private_folder(parent: str) -> str:
+    """A folder in `parent` that only its owner can enter; made if there is none.
+
+    Raises:
+        ConfigError: it cannot be made, or somebody else has made it.
+    """
+    path = f"{parent}/medgpt-{os.getuid()}"
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.lstat(path)  # a link could lead to a folder of somebody else
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise ConfigError(
+                f"{path} is not a folder of your own; remove it, or set another RAY_TMPDIR or "
+                "cluster.spill_dir"
+            )
+        os.chmod(path, 0o700)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be made private: {error}; set another RAY_TMPDIR or cluster.spill_dir"
+        ) from None
+    return path
 
 
 def start_patiently(start: Callable[[], Any]) -> None:
@@ -142,49 +188,3 @@ def _silence_libraries() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-
-
-def await_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Return when the cluster can hold the fewest workers and one data task beside them.
-
-    Raises:
-        ConfigError: it never can, or not within `cluster.wait_s`.
-    """
-    need = {
-        "CPU": cluster.fewest_workers * cluster.cpus_per_worker + cluster.data_cpus,
-        "GPU": cluster.fewest_workers * cluster.gpus_per_worker,
-    }
-    remedy = "lower cluster.num_workers or the CPUs or GPUs of each, or use a larger cluster"
-    # the only place where Ray tells how far the autoscaler may go; None without autoscaler
-    limit = ray_state.get_max_resources_from_cluster_config()
-    most = ray.cluster_resources() if limit is None else limit
-    if lack := _lacking(need, most):
-        raise ConfigError(f"cluster.num_workers={cluster.workers} {lack} at most; {remedy}")
-    deadline, asked = time.monotonic() + cluster.wait_s, False
-    while lack := _lacking(need, ray.cluster_resources()):
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"cluster.num_workers={cluster.workers} {lack} after cluster.wait_s="
-                f"{cluster.wait_s:g} s; {remedy}"
-            )
-        if not asked:
-            say(f"waiting up to {cluster.wait_s:g} s for the cluster to grow: {lack} now")
-            request_resources(bundles=_bundles(cluster))
-            asked = True
-        time.sleep(1)
-
-
-def _bundles(cluster: ClusterConfig) -> list[dict[str, float]]:
-    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    data = {"CPU": cluster.data_cpus}
-    return [{k: v for k, v in worker.items() if v}] * cluster.fewest_workers + [data]
-
-
-def _lacking(need: Mapping[str, float], have: Mapping[str, float]) -> str:
-    short = [
-        f"needs {amount:g} {name} in all (data tasks included), the cluster has "
-        f"{have.get(name, 0):g}"
-        for name, amount in need.items()
-        if amount > have.get(name, 0)
-    ]
-    return " and ".join(short)

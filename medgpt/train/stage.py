@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from medgpt.config import TrainStageConfig
+from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.inputs import check_sources, input_bytes
-from medgpt.disk import full_disk_told
+from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import MANIFEST, Folder, Run
 from medgpt.train import session
@@ -16,6 +16,7 @@ from medgpt.train.gate import Gate
 from medgpt.train.prepare import prepare
 from medgpt.train.progress import Display
 from medgpt.train.rank import WorkerJob, train_worker
+from medgpt.train.room import await_room
 
 if TYPE_CHECKING:
     from medgpt.train.trainer import LeanTrainer
@@ -36,10 +37,16 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
+        if run.accepted:
+            reporter.say(
+                f"goes on with changes, at the same step: {'; '.join(run.accepted)}. If they or "
+                "the data change the order, rows of this epoch may be repeated or left out"
+            )
         session.connect(config.cluster)
-        session.await_resources(config.cluster, reporter.say)
-        _prepare_and_train(run, config, reporter)
-        run.update_manifest(finished=True, timings=_timings(run))
+        await_room(config.cluster, reporter.say)
+        with storage_told(run.folder.url, "the run"):
+            _prepare_and_train(run, config, reporter)
+            run.update_manifest(finished=True, timings=_timings(run))
         reporter.say(f"model in {run.model.url}")
     finally:
         reporter.close()
@@ -53,7 +60,7 @@ def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleRepo
     if input_bytes(config.data) < EARLY_BYTES:
         training.start()
     try:
-        with full_disk_told(run.folder.url, "data"):
+        with storage_told(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
             reporter.say(describe(data, plan))
             run.update_manifest(
@@ -130,7 +137,8 @@ class Training:
     def _clean_up(self, thread: threading.Thread) -> None:
         thread.join()
         self.progress.shutdown()
-        self.gate.remove()
+        with suppress(ConfigError), storage_told(self.run.folder.url, "gate"):
+            self.gate.remove()
 
     def _fit(self) -> None:
         from medgpt.train.reservation import reserved_for_data
@@ -162,6 +170,7 @@ class Training:
                 elastic_resize_monitor_interval_s=cluster.resize_check_s,
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker={name: n for name, n in resources.items() if n},
+                label_selector=cluster.labels or None,
             ),
             run_config=RunConfig(
                 name="ray",

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.order import VALIDATION
+from medgpt.data.packed_row import Row
 from medgpt.data.plan import Plan
-from medgpt.data.stream import Row, Step, first_rows, training_stream
-from medgpt.disk import full_disk_told
+from medgpt.data.stream import Step, first_rows, training_stream
+from medgpt.disk import storage_told
 from medgpt.engine import Engine
 from medgpt.metrics import MetricsWriter
 from medgpt.runs import Folder, Run
@@ -319,7 +320,7 @@ class Trainer:
     def _refusal_kept(self) -> Iterator[None]:
         """A full disk for metrics ends the run in the next step, when the other ranks know."""
         try:
-            with full_disk_told(self.run.folder.url, "metrics"):
+            with storage_told(self.run.folder.url, "metrics"):
                 yield
         except ConfigError as error:
             self.refusal = error

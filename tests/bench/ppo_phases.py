@@ -85,7 +85,7 @@ def _iterate(timed: Timed, sync: WeightSync, prompts: Any, version: int) -> None
         "reward": lambda: pools["reward"].call(Reward.score, prompts, *rollouts),
         "values": lambda: pools["critic"].call(Critic.values, *rollouts),
         "logprobs": lambda: pools["actor"].call(Actor.logprobs, *rollouts),
-        "reference": lambda: pools["reference"].call(Reference.logprobs, *rollouts),
+        "reference": lambda: pools["reference"].call(Reference.logprobs, 1.0, *rollouts),
     }
     parts = list(rollouts)
     for name, call in calls.items():

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -32,16 +33,35 @@ PORTS = (
 
 def to_first_step(args: argparse.Namespace, env: dict[str, str]) -> float:
     """Seconds; the command then runs to its end."""
-    data, base = common.workload(args.dir, args.size)
     run = args.dir / "startup"
+    return first_step(one_step(args, run), run, env)
+
+
+def one_step(args: argparse.Namespace, run: Path) -> list[str]:
+    """The command that fine-tunes for one step, from raw rows, in a new run."""
+    data, base = common.workload(args.dir, args.size)
     shutil.rmtree(run, ignore_errors=True)
     keys = {"train.max_steps": 1, "train.global_batch_size": 8, "train.micro_batch_size": 4}
-    command = common.medgpt_sft(data, base, run, **keys)
+    return common.medgpt_sft(data, base, run, **keys)
+
+
+def first_step(
+    command: Sequence[str], run: Path, env: Mapping[str, str], folder: Path | None = None
+) -> float:
+    """Seconds from the start of `command` in `folder` to the first step of `run`.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it said.
+    """
     log = run.with_suffix(".log")
     began, seconds = time.monotonic(), 0.0
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=common.environment(**env)
+            command,
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=common.environment(**env),
         )
         while process.poll() is None:
             time.sleep(POLL_S)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 
 from medgpt.data.encode import Encoded
 from medgpt.data.records import Origin
@@ -144,7 +145,8 @@ def test_shards_made_anew_in_the_same_place_are_not_served_from_memory(tmp_path:
 
 
 def test_equal_contents_have_different_ids_and_the_same_ones_in_any_order() -> None:
-    ids = sample_ids(["a", "b", "a", "a"])
+    ids = sample_ids(np.array([b"a", b"b", b"a", b"a"])).tolist()
     assert len(set(ids)) == 4
-    assert set(sample_ids(["a", "a", "b", "a"])) == set(ids)
-    assert sample_ids(["a"]) == ids[:1]
+    assert set(sample_ids(np.array([b"a", b"a", b"b", b"a"])).tolist()) == set(ids)
+    assert sample_ids(np.array([b"a"])).tolist() == ids[:1]
+    assert ids[2] == xxhash.xxh3_128_hexdigest(b"a:1").encode()

@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_a_path_without_files_is_an_error_that_names_it(tmp_path: Path, path: st
     with pytest.raises(ConfigError, match=r"data\.sources s paths") as error:
         list_units(source(full), 1)
     assert full in str(error.value)
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("oss", "ossfs")])
+def test_a_store_whose_package_is_missing_is_told_with_its_name(scheme: str, package: str) -> None:
+    if find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ConfigError, match=f"nstall {package}"):
+        list_units(source(f"{scheme}://bucket/x.jsonl"), 1)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "no-such-codec"])

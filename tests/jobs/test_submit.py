@@ -1,120 +1,148 @@
-"""A stage submitted with plain `ray job submit` leaves its run where it was told to."""
+"""Stages as jobs on a cluster: submitted, followed, killed, resumed, and discreet."""
 
-import os
-import secrets
-import shutil
-import socket
+import json
+import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
+import requests
+import tomli_w
 from transformers import AutoModelForCausalLM
 
+from medgpt.config import TrainStageConfig
 from medgpt.runs import Run
+from tests.jobs.clusters import Cluster, started
+from tests.train.cases import pretrain_config, source, write_toml
+from tests.train.hooks import steps_logged
+from tests.train.test_resume import train_losses
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
-ROOT = Path(__file__).parents[2]
-PORTS = (
-    "port",
-    "dashboard-port",
-    "dashboard-agent-listen-port",
-    "dashboard-agent-grpc-port",
-    "ray-client-server-port",
-    "runtime-env-agent-port",
-    "metrics-export-port",
-)
-
-
-class Cluster:
-    """A head node of its own: own ports, own folder, own token; others' Rays are left alone."""
-
-    def __init__(self, folder: str) -> None:
-        binaries = Path(sys.executable).parent  # jobs run with the PATH of `ray start`
-        ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
-        self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-            "PATH": f"{binaries}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        }
-        options = [f"--{name}={port}" for name, port in ports.items()]
-        self.ray = str(binaries / "ray")
-        self.head = subprocess.Popen(
-            [
-                self.ray,
-                "start",
-                "--head",
-                "--block",
-                "--num-cpus=3",
-                f"--temp-dir={folder}",
-                *options,
-            ],
-            env=self.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self._await_port(ports["dashboard-port"])
-
-    def _await_port(self, port: int) -> None:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
-            assert self.head.poll() is None, "ray start ended"
-            time.sleep(0.3)
-        raise TimeoutError(f"no dashboard on port {port}")
-
-    def submit(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as a job; returns when it has ended, with its output."""
-        submit = [self.ray, "job", "submit", "--address", self.address, "--working-dir", "."]
-        return subprocess.run(
-            [*submit, "--", *command],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-        )
-
-    def stop(self) -> None:
-        """End the head's processes, and only those."""
-        head = psutil.Process(self.head.pid)
-        for process in [head, *head.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.head.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+SECRET = "planted-secret-7f3a9c"
+PATIENT = {"name": "欧阳慕寒", "id": "11010119870307561X", "phone": "13912345678"}
+NODE_TYPES = {  # of a cluster that may have two nodes with four GPUs each
+    "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+    "gpu": {
+        "resources": {"CPU": 8, "GPU": 4},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 2,
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths must be short
-    cluster = Cluster(folder)
-    yield cluster
-    cluster.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with started(MEDGPT_TEST_SECRET=SECRET) as cluster:
+        yield cluster
 
 
-def test_a_submitted_job_leaves_its_run_in_the_absolute_run_directory(
+def found_in(paths: Iterable[Path], *words: str) -> list[str]:
+    """Files below `paths` that hold one of the words."""
+    files = [file for path in paths for file in [path, *path.rglob("*")] if file.is_file()]
+    assert files
+    return [str(file) for file in files if any(w.encode() in file.read_bytes() for w in words)]
+
+
+def job_infos(cluster: Cluster) -> str:
+    """All that the dashboard tells about jobs."""
+    token = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+    answer = requests.get(f"{cluster.address}/api/jobs/", headers=token)
+    answer.raise_for_status()
+    return answer.text
+
+
+def typed(folder: Path, config: TrainStageConfig) -> tuple[Path, str]:
+    """A folder with this config and nothing else, and the name of the config."""
+    folder.mkdir()
+    return folder, write_toml(config, folder / "stage.toml").name
+
+
+def test_a_submitted_stage_is_followed_and_known_by_its_run(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus.toml").write_text("shards = 1")
+    run, here = tmp_path / "runs/corpus", {"folder": tmp_path, "MEDGPT_TEST_SECRET": SECRET}
+    submit = ("submit", "corpus", "corpus.toml", f"run.dir={run}")
+    secret = ("--secret-env", "MEDGPT_TEST_SECRET")
+
+    relative = cluster.medgpt(*submit[:-1], "run.dir=runs/corpus", folder=tmp_path)
+    assert relative.returncode == 2
+    assert "run.dir='runs/corpus': a submitted job needs an absolute path" in relative.stderr
+
+    told = cluster.medgpt(*submit[:-1], f"run.dir={tmp_path}/{SECRET}", *secret, **here)
+    assert told.returncode == 2
+    assert "the value of MEDGPT_TEST_SECRET stands in the config" in told.stderr
+    assert SECRET not in told.stdout + told.stderr
+
+    first = cluster.medgpt(*submit, *secret, **here)
+    assert first.returncode == 0, first.stdout + first.stderr
+    name = first.stdout.split()[1].rstrip(":")
+    assert f"submitted {name}: begins {run}" in first.stdout
+    assert "Running entrypoint" in first.stdout
+    assert f"{name}  SUCCEEDED" in first.stdout
+    assert Run(str(run)).finished
+
+    again = cluster.medgpt(*submit, **here)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"submitted {name[:-1]}2: resumes {run}" in again.stdout
+    listed = cluster.medgpt("job", "status").stdout.splitlines()
+    assert [line.split()[:2] for line in listed[-2:]] == [
+        [name, "SUCCEEDED"],
+        [f"{name[:-1]}2", "SUCCEEDED"],
+    ]
+    assert cluster.medgpt("job", "status", str(run)).stdout.startswith(f"{name[:-1]}2  SUCCEEDED")
+    assert "Running entrypoint" in cluster.medgpt("job", "logs", name).stdout
+    unknown = cluster.medgpt("job", "logs", "nothing")
+    assert unknown.returncode == 2
+    assert f"no job of this name or run directory; there are {name}, " in unknown.stderr
+
+    assert SECRET not in first.stdout + first.stderr + job_infos(cluster)
+    assert "MEDGPT_TEST_SECRET" in job_infos(cluster)
+    assert found_in([run, cluster.folder], SECRET) == []
+
+
+def test_a_wrong_config_or_a_missing_secret_ends_a_job_at_once_with_its_reason(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus.toml").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    submit = ("submit", "corpus", "corpus.toml")
+    ended = cluster.medgpt(*submit, f"run.dir={tmp_path}/full", folder=tmp_path)
+    assert ended.returncode == 2
+    assert "holds mine.txt but no config.toml" in ended.stdout
+    assert "restart" not in ended.stdout
+    ended = cluster.medgpt(
+        *submit, f"run.dir={tmp_path}/run", "--secret-env", "NOT_THERE", folder=tmp_path
+    )
+    assert ended.returncode == 2
+    assert "--secret-env NOT_THERE is not in the environment of Ray on" in ended.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_submits_without_the_cluster_s_token(cluster: Cluster, tmp_path: Path) -> None:
+    refused = cluster.medgpt("job", "status", RAY_AUTH_TOKEN="0" * 64)
+    assert refused.returncode == 2
+    assert "RAY_AUTH_TOKEN" in refused.stderr
+    nobody = subprocess.run(
+        [*cluster.command("job", "status")[:-1], "http://127.0.0.1:1"],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert nobody.returncode == 2
+    assert "http://127.0.0.1:1: no Ray dashboard answers" in nobody.stderr
+
+
+@pytest.mark.slow
+def test_plain_ray_job_submit_leaves_its_run_in_the_absolute_run_directory(
     cluster: Cluster, base: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    job = cluster.submit(
+    job = cluster.ray_submit(
         *["medgpt", "sft", "configs/debug/sft.toml", f"run.dir={tmp_path}/run"],
         *[f"model.name={base}", f'data.sources.0.paths=["{tiny_corpus}/sft"]'],
         *["train.max_steps=3", "train.epochs=1", "report.prompts=[]"],
@@ -127,10 +155,205 @@ def test_a_submitted_job_leaves_its_run_in_the_absolute_run_directory(
     AutoModelForCausalLM.from_pretrained(run.model.url)
 
 
-def test_a_relative_run_directory_is_refused_in_a_job(cluster: Cluster) -> None:
-    job = cluster.submit("medgpt", "sft", "configs/debug/sft.toml", "train.max_steps=3")
+@pytest.mark.slow
+def test_plain_ray_job_submit_refuses_a_relative_run_directory(cluster: Cluster) -> None:
+    job = cluster.ray_submit("medgpt", "sft", "configs/debug/sft.toml", "train.max_steps=3")
     assert job.returncode != 0
     assert (
         "run.dir='runs/debug/sft': a submitted job needs an absolute path or URI, its working "
         "directory is a cached copy" in job.stdout
     )
+
+
+class Submitted:
+    """`medgpt submit pretrain` of a run long enough to be disturbed."""
+
+    def __init__(self, cluster: Cluster, corpus: Path, folder: Path) -> None:
+        self.cluster, self.run = cluster, Run(f"{folder}/run")
+        train = {"epochs": 6, "checkpoint_every": 5, "eval_every": 1000}
+        config = pretrain_config(folder / "run", corpus, train=train)
+        self.folder, self.config = typed(folder / "typed", config)
+
+    def start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.cluster.command("submit", "pretrain", self.config),
+            cwd=self.folder,
+            env=self.cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 300
+        while steps_logged(Path(self.run.folder.path("metrics.jsonl"))) < step:
+            assert time.monotonic() < deadline, f"no step {step}"
+            time.sleep(0.1)
+
+    def finish(self, job: "subprocess.Popen[str]") -> str:
+        said, _ = job.communicate(timeout=400)
+        assert job.returncode == 0, said
+        assert self.run.finished
+        return said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_killed_driver_and_a_stopped_job_end_with_the_metrics_of_an_undisturbed_run(
+    cluster: Cluster, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    for name in ("quiet", "disturbed"):
+        (tmp_path / name).mkdir()
+    quiet = Submitted(cluster, tiny_corpus, tmp_path / "quiet")
+    quiet.finish(quiet.start())
+
+    disturbed = Submitted(cluster, tiny_corpus, tmp_path / "disturbed")
+    job = disturbed.start()
+    disturbed.wait_for_step(12)
+    refused = cluster.medgpt("submit", "pretrain", disturbed.config, folder=disturbed.folder)
+    assert refused.returncode == 2
+    assert f"run.dir={disturbed.run.folder.url} is being worked on by job" in refused.stderr
+    drivers = [
+        process
+        for process in cluster.processes("-m", "medgpt", "pretrain")
+        if "medgpt.jobs.supervise" not in process.cmdline()
+    ]
+    drivers[-1].send_signal(signal.SIGKILL)
+    disturbed.wait_for_step(40)
+    assert disturbed.run.manifest["attempt"] == 2
+
+    stopped = cluster.medgpt("job", "stop", disturbed.run.folder.url)
+    assert "STOPPED" in stopped.stdout, stopped.stderr
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 1
+    assert "signal 9 ended the command; restart 1 of 5" in said
+    assert not disturbed.run.finished
+
+    disturbed.finish(disturbed.start())
+    assert disturbed.run.manifest["attempt"] == 3
+    assert train_losses(disturbed.run) == pytest.approx(train_losses(quiet.run), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_one_job_that_goes_on_at_the_stage_that_failed(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus.toml").write_text("")
+    stages: list[dict[str, Any]] = [
+        {"stage": "corpus", "config": "corpus.toml", "overrides": ["run.dir={dir}/a"]},
+        {
+            "stage": "corpus",
+            "config": "corpus.toml",
+            "overrides": ["run.dir={dir}/b", "shards=2"],
+        },
+    ]
+    tree = {"run": {"dir": f"{tmp_path}/runs"}, "stages": stages}
+    (tmp_path / "pipeline.toml").write_text(tomli_w.dumps(tree))
+    (tmp_path / "runs/b").mkdir(parents=True)
+    (tmp_path / "runs/b/mine.txt").write_text("mine")
+    submit = ("submit", "pipeline", "pipeline.toml")
+    failed = cluster.medgpt(*submit, folder=tmp_path)
+    assert failed.returncode == 2
+    assert "runs/b holds mine.txt" in failed.stdout
+    (tmp_path / "runs/b/mine.txt").unlink()
+    (tmp_path / "another.py").write_text("# so that the copy lies elsewhere")
+    before = (tmp_path / "runs/a/manifest.json").read_text()
+    done = cluster.medgpt(*submit, folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "runs/a/manifest.json").read_text() == before
+    assert Run(f"{tmp_path}/runs").finished
+
+
+@pytest.mark.slow
+def test_workers_that_can_never_be_placed_are_refused_at_submission(
+    base: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    with started(*autoscaling(tmp_path), num_cpus=1, RAY_FAKE_CLUSTER="1") as cluster:
+        config = {
+            "run": {"dir": f"{tmp_path}/run"},
+            "model": {"name": str(base)},
+            "data": {"sources": [source("sft", tiny_corpus / "sft")]},
+            "reward": {"score_weight": 0, "rules": {}},
+            "pools": {"rollout": {"num_workers": 1, "gpus_per_worker": 8}},
+        }
+        (tmp_path / "ppo.toml").write_text(tomli_w.dumps(config))
+        refused = cluster.medgpt("submit", "ppo", "ppo.toml", "--detach", folder=tmp_path)
+        assert refused.returncode == 2, refused.stdout
+        assert (
+            "pools.rollout (1 x (1 CPU, 8 GPU)) can never be placed: no node is like that; the "
+            "cluster has 1 x (1 CPU), its autoscaler may have up to 2 x (8 CPU, 4 GPU)"
+            in refused.stderr
+        )
+        assert not (tmp_path / "run").exists()
+        assert json.loads(job_infos(cluster)) == []
+
+
+def autoscaling(folder: Path) -> list[str]:
+    """Options of a head that has Ray's fake autoscaler; it is asked for nothing here."""
+    nothing = ("auth", "docker", "file_mounts")
+    commands = (
+        *("initialization_commands", "setup_commands", "head_setup_commands"),
+        *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+        *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
+    )
+    config = {
+        "cluster_name": "fake",
+        "max_workers": 2,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 1,
+        "provider": {
+            "type": "fake_multinode",
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "available_node_types": NODE_TYPES,
+        "head_node_type": "head",
+        **{name: {} for name in nothing},
+        **{name: [] for name in commands},
+    }
+    (folder / "autoscaling.yaml").write_text(json.dumps(config))
+    return [f"--autoscaling-config={folder}/autoscaling.yaml"]
+
+
+@pytest.mark.slow
+def test_patients_are_in_no_log_metric_report_or_job_metadata(
+    cluster: Cluster, base: Path, tmp_path: Path
+) -> None:
+    question = f"患者{PATIENT['name']},身份证{PATIENT['id']},电话{PATIENT['phone']},头痛三天怎么办?"
+    answer = f"{PATIENT['name']}您好,请先测量血压。"
+    good = {"messages": [_said("user", question), _said("assistant", answer)]}
+    bad = [{"messages": [_said("assistant", question)]}, {"messages": question}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in [good] * 200 + bad]
+    (tmp_path / "patients.jsonl").write_text("\n".join([*lines, '{"broken": "' + question]))
+    patients = source("patients", tmp_path / "patients.jsonl") | {"sensitive": True}
+    for name, share in (("trained", 0.1), ("refused", 0.0)):
+        tree = {
+            "run": {"dir": f"{tmp_path}/{name}"},
+            "model": {"name": str(base)},
+            "data": {"sources": [patients], "max_malformed_share": share, "max_length": 256},
+            "train": {"max_steps": 4, "global_batch_size": 8, "audit": True, "log_every": 1},
+            "cluster": {"num_workers": 2},
+        }
+        (tmp_path / f"{name}.toml").write_text(tomli_w.dumps(tree))
+    job = cluster.medgpt("submit", "sft", "trained.toml", folder=tmp_path)
+    assert job.returncode == 0, job.stdout
+    refused = cluster.medgpt("submit", "sft", "refused.toml", folder=tmp_path)
+    assert "3 of 203 rows are malformed" in refused.stdout
+
+    kept = {"data", "plan", "checkpoints"}  # what training is made of
+    written = [path for path in (tmp_path / "trained").iterdir() if path.name not in kept]
+    assert {"metrics.jsonl", "report.html", "rejected", "manifest.json"} <= {
+        path.name for path in written
+    }
+    logs = [*cluster.folder.glob("session_*/logs")]
+    assert found_in([*written, *logs, tmp_path / "refused/rejected"], *PATIENT.values()) == []
+    said = job.stdout + job.stderr + refused.stdout + job_infos(cluster)
+    assert not [word for word in PATIENT.values() if word in said or _escaped(word) in said]
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text)[1:-1]

@@ -1,4 +1,4 @@
-"""`medgpt ppo` as a user types it, on the session's Ray; its workers are held and killed."""
+"""`medgpt ppo` as a user types it, on some Ray; its workers are held and killed."""
 
 import json
 import os
@@ -22,10 +22,15 @@ ROOT = Path(__file__).parents[2]
 
 
 class Command:
-    """A command whose config is FOLDER/ppo.toml and whose run directory FOLDER/run."""
+    """A command whose config is FOLDER/ppo.toml and whose run directory FOLDER/run.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        cluster: environment by which it finds one; by default the Ray that this process uses.
+    """
+
+    def __init__(self, folder: Path, *, cluster: dict[str, str] | None = None) -> None:
         self.folder, self.run, self.log = folder, Run(str(folder / "run")), folder / "command.log"
+        self.cluster = cluster or {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         self.process: subprocess.Popen[bytes] | None = None
         self.holds = 0
 
@@ -49,7 +54,7 @@ class Command:
                 env={
                     **os.environ,
                     "PYTHONPATH": str(ROOT),
-                    "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+                    **self.cluster,
                     "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env}),
                 },
                 stdout=log,

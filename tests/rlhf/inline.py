@@ -118,7 +118,7 @@ def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
 
 def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
     """A run at its newest checkpoint; `changes` replace the driver's arguments."""
-    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     pools = InlinePools(config, num_iterations)
     options: dict[str, Any] = {"prompts": prompt_stream(config), "sync": pools.sync}
     reporter = ConsoleReporter("ppo")

@@ -39,6 +39,38 @@ def test_with_gamma_and_lambda_1_a_return_is_the_score_less_the_divergence_to_co
     np.testing.assert_allclose(found.advantages, found.returns - flat, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("estimator", "divergence"), [("k1", 0.3), ("k2", 0.045), ("k3", np.exp(-0.3) - 1 + 0.3)]
+)
+def test_the_divergence_is_estimated_as_told(estimator, divergence):
+    whole = sequences()
+    found = credit(whole, gae_lambda=1.0, kl_estimator=estimator)
+    first = whole.responses.offsets[:-1]
+    want = scores(whole).totals - 0.1 * divergence * whole.responses.lengths
+    np.testing.assert_allclose(found.returns[first], want, atol=1e-5)
+    assert found.metrics["actor/kl_ref"] == pytest.approx(0.3 * whole.responses.lengths.mean())
+
+
+def test_scores_are_clipped():
+    found = credit(gae_lambda=1.0, kl_coef=0.0, score_clip=0.5)
+    last = found.sequences.responses.offsets[1:] - 1
+    given = scores(found.sequences).totals
+    np.testing.assert_allclose(found.returns[last], given.clip(-0.5, 0.5), atol=1e-6)
+    assert np.abs(given).max() > 0.5
+
+
+def test_later_rewards_are_discounted_and_advantages_cut_short():
+    whole = sequences()
+    first = whole.responses.offsets[:-1]
+    discounted = credit(whole, gae_lambda=1.0, kl_coef=0.0, gamma=0.5)
+    want = scores(whole).totals * 0.5 ** (whole.responses.lengths - 1)
+    np.testing.assert_allclose(discounted.returns[first], want, atol=1e-5)
+    one_step = credit(whole, gae_lambda=0.0, kl_coef=0.0)
+    longer = np.flatnonzero(whole.responses.lengths > 1)
+    following = values(whole).values[first[longer] + 1]
+    np.testing.assert_allclose(one_step.returns[first[longer]], following, atol=1e-5)
+
+
 def test_penalties_are_taken_from_the_score():
     whole = sequences()
     plain = credit(whole, gae_lambda=1.0, kl_coef=0.0)
@@ -120,15 +152,17 @@ def test_workers_shares_give_the_same_as_one_worker():
     assert two.metrics == one.metrics
 
 
-def test_a_far_rollout_engine_is_corrected_by_truncated_weights():
+@pytest.mark.parametrize("largest", [1.0, 2.0])
+def test_a_far_rollout_engine_is_corrected_by_truncated_weights(largest):
     whole = sequences()
     shift = np.linspace(-1, 1, len(whole.logprobs), dtype=np.float32)
     near = credit(whole, old=whole.logprobs + 1e-4)
-    far = credit(whole, old=whole.logprobs + shift, max_logprob_gap=0.01)
+    options = {"max_logprob_gap": 0.01, "max_importance_weight": largest}
+    far = credit(whole, old=whole.logprobs + shift, **options)
     assert near.weights is None
     assert near.metrics["rollout/logprob_gap"] == pytest.approx(1e-4, rel=1e-2)
     assert far.weights is not None
-    np.testing.assert_allclose(far.weights, np.minimum(np.exp(shift), 2.0), rtol=1e-5)
+    np.testing.assert_allclose(far.weights, np.minimum(np.exp(shift), largest), rtol=1e-5)
     assert far.metrics["rollout/logprob_gap_max"] == pytest.approx(1.0, abs=1e-6)
 
 

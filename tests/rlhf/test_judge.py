@@ -69,6 +69,22 @@ def test_the_questions_are_fixed_and_chosen_by_kind(held_out):
         judge(key_points=held_out, kinds=("sft",))
 
 
+def test_parts_of_the_questions_have_none_in_common_and_keep_pairs_whole(held_out):
+    whole = {asked.id for asked in judge(key_points=held_out, triage=1000).asked}
+    first, second = (
+        {asked.id for asked in judge(key_points=held_out, triage=1000, part=part).asked}
+        for part in ((0.0, 0.5), (0.5, 1.0))
+    )
+    assert first | second == whole
+    assert not first & second
+    assert len(first) > 100 < len(second)
+    complaints = [{i.split("-")[0] for i in ids if "-red" in i or "-benign" in i}
+                  for ids in (first, second)]  # fmt: skip
+    assert not complaints[0] & complaints[1]
+    with pytest.raises(ConfigError, match="leaves no question"):
+        judge(triage=10, part=(0.0, 1e-9))
+
+
 def test_it_is_due_every_so_many_iterations_or_never():
     assert [i for i in range(7) if judge().due(i)] == [0, 2, 4, 6]
     assert not any(Judge(JudgeConfig(), 0).due(i) for i in range(7))

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
@@ -94,14 +93,21 @@ def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) 
     guest = host.model_copy(update={"share_with": "actor"})
     actor, critic = Pool("actor", host, Guest), Pool("critic", guest, Guest)
     together = Pools([actor, critic], CONFIG, wait_s=60, say=print)
-    free = ray.available_resources()["CPU"]
     together.start()
-    assert ray.available_resources()["CPU"] == free - 1  # one bundle of 0.5 for each rank
-    refs = [
-        ref for _ in range(2) for pool in (actor, critic) for ref in pool.call(Guest.occupy, 0.2)
-    ]
-    spans = together.get(refs, "taking turns")
+    assert together._gang is not None
+    groups = together._gang.groups
+    assert groups["actor"].id == groups["critic"].id
+    assert groups["actor"].bundle_specs == [{"CPU": 0.5}] * 2  # for four workers
+    try:
+        refs = [
+            ref
+            for _ in range(2)
+            for pool in (actor, critic)
+            for ref in pool.call(Guest.occupy, 0.2)
+        ]
+        spans = together.get(refs, "taking turns")
+    finally:
+        together.close()
     assert all(resident for resident, _, _ in spans)
     for earlier, later in zip(spans[:-2], spans[2:], strict=True):
         assert earlier[2] <= later[1] + 0.01
-    together.close()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medgpt.config import PPOStageConfig
-from medgpt.rlhf.diagnosis import Diverged
+from medgpt.rlhf.diagnosis import Diverged, History
 from medgpt.rlhf.pool import PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
@@ -238,3 +238,21 @@ def test_samples_are_kept_for_the_report_unless_a_source_is_sensitive(base, tmp_
     ppo = driver(config_of(tmp_path / "closed", base, "data.sources.0.sensitive=true"), 1)
     ppo.fit()
     assert not ppo.run.folder.exists("rollouts.json")
+
+
+def test_who_asks_is_told_of_every_judgement_once_it_is_saved_also_after_a_kill(base, tmp_path):
+    told: list[tuple[int, bool]] = []
+
+    def judged(history: History) -> None:
+        found = newest(ppo.run)
+        step = int(history[-1]["step"])
+        told.append((step, found is not None and found[1].iteration == step))
+
+    overrides = ("judge.every=2", "judge.triage=4", "ppo.checkpoint_every=2")
+    config = config_of(tmp_path, base, *overrides, "judge.max_new_tokens=4")
+    ppo = driver(config, 4, judged=judged)
+    stop_at(3, ppo)
+    assert told == [(0, False), (2, True)]
+    ppo = driver(config, 4, judged=judged)
+    ppo.fit()
+    assert told[2:] == [(2, True), (4, True)]

@@ -93,6 +93,27 @@ def test_the_weights_that_came_are_those_that_sample(rollout: Rollout):
     rollout.weights_loaded(3)
 
 
+def test_offloaded_and_back_it_samples_the_same(rollout: Rollout):
+    before = generate(rollout)
+    rollout.offload()
+    rollout.onload()
+    after = generate(rollout)
+    assert np.array_equal(before.responses.values, after.responses.values)
+    assert np.array_equal(before.logprobs, after.logprobs)
+
+
+def test_a_worker_may_have_nothing_to_answer(rollout: Rollout):
+    few = prompts(2)
+    with rank_of(2, 3):
+        part = rollout.generate(few, 0)
+    assert len(part) == len(part.logprobs) == 0
+    parts = []
+    for rank in range(3):
+        with rank_of(rank, 3):
+            parts.append(rollout.generate(few, 0))
+    assert join_sequences(parts).sample_ids == few.sample_ids
+
+
 def test_a_question_is_answered_greedily(rollout: Rollout):
     with rank_of(0, 1):
         found = rollout.answer(prompts().ids, 5)

@@ -11,7 +11,8 @@ Chunk = tuple[str, int]
 def counted(run: Run) -> list[dict[str, int | str]]:
     """Lines of the audit that count, in training order: of each step the highest attempt's."""
     folder = run.folder / "audit"
-    tables = [pq.read_table(folder.path(name)) for name in folder.names()]
+    whole = [name for name in folder.names() if not name.startswith(".")]
+    tables = [pq.read_table(folder.path(name), filesystem=folder.fs) for name in whole]
     lines = pa.concat_tables(tables).to_pylist()
     last: dict[tuple[int, int], int] = {}
     for line in lines:
@@ -30,8 +31,9 @@ def chunks_by_epoch(run: Run) -> dict[int, list[Chunk]]:
 
 def assert_every_chunk_once(run: Run) -> None:
     """Every epoch trained every chunk of every sample, and none twice."""
-    data = run.manifest["data"]
-    for chunks in chunks_by_epoch(run).values():
+    data, epochs = run.manifest["data"], chunks_by_epoch(run)
+    assert sorted(epochs) == list(range(len(run.manifest["plan"]["epochs"])))
+    for chunks in epochs.values():
         assert len(chunks) == len(set(chunks)) == data["num_chunks"]
         assert len({sample for sample, _ in chunks}) == data["num_samples"]
 

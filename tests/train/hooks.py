@@ -1,9 +1,12 @@
 """Runs at the start of every process of a test cluster: lets a test decide how far a run may go.
 
-Ray calls `install` (runtime_env's worker_process_setup_hook). Nothing of medgpt is changed: Python
-itself tells when rank 0 is about to log a step, and the run waits there.
+Ray calls `install` (runtime_env's worker_process_setup_hook). Python itself tells when rank 0 is
+about to log a step, and the run waits there. The tasks that read rows are made small and slow, so
+that some run at any time, as on a large corpus.
 """
 
+import functools
+import importlib.machinery
 import os
 import sys
 import time
@@ -12,6 +15,10 @@ from typing import Any
 
 GATE = "MEDGPT_TEST_GATE"  # a file that holds the last step that may be logged
 TAIL_BYTES = 4096
+STREAM = "medgpt.data.stream"
+TOKENS_PER_TASK = 256
+TASKS_PER_PIPELINE = 4
+TASK_S = 0.2
 
 
 def install() -> None:
@@ -23,6 +30,32 @@ def install() -> None:
                 time.sleep(0.05)
 
     sys.addaudithook(before)
+    sys.meta_path.insert(0, SmallTasks())
+
+
+class SmallTasks:
+    """Changes the sizes of the stream's tasks as soon as a process imports it."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == STREAM else None
+        if spec is not None:
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(self._exec, loader.exec_module)
+        return spec
+
+    def _exec(self, exec_module: Any, module: Any) -> None:
+        exec_module(module)
+        module.TOKENS_PER_TASK, module.TASKS_PER_PIPELINE = TOKENS_PER_TASK, TASKS_PER_PIPELINE
+        module.assemble = _slow(module.assemble)
+
+
+def _slow(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(TASK_S)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def steps_logged(path: Path) -> int:

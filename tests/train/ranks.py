@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,14 +41,16 @@ class Point:
     what: str
 
 
-def run_ranks(config: Any, folder: Path, death: Point | None = None) -> list[int | None]:
+def run_ranks(
+    config: Any, folder: Path, death: Point | None = None, environment: Mapping[str, str] = {}
+) -> list[int | None]:
     """Train; exit codes of the ranks. What each did is in `folder`/rank-N.json."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__, "medgpt.train.worker", "medgpt.train.objective"])
     store = folder / "store"
     store.unlink(missing_ok=True)
     processes = [
-        context.Process(target=_rank, args=(rank, store, config, folder, death))
+        context.Process(target=_rank, args=(rank, store, config, folder, death, environment))
         for rank in range(2)
     ]
     for process in processes:
@@ -69,7 +71,15 @@ def recorded(folder: Path) -> list[Point]:
     ]
 
 
-def _rank(rank: int, store: Path, config: Any, folder: Path, death: Point | None) -> None:
+def _rank(
+    rank: int,
+    store: Path,
+    config: Any,
+    folder: Path,
+    death: Point | None,
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.update(environment)
     with (folder / f"rank-{rank}.log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -202,8 +202,8 @@ def test_more_workers_than_the_cluster_can_give_are_refused_before_anything_is_l
         train={"global_batch_size": 64},
     )
     message = refusal(config)
-    assert message.startswith(f"cluster.num_workers={workers} needs 9 CPU in all")
-    assert "the cluster has 4 at most" in message
+    assert message.startswith(f"cluster.num_workers={workers} (8 x (1 CPU)) can never be")
+    assert "data tasks and pools before it take 1 CPU of 4; the cluster has 1 x (4 CPU)" in message
     assert not (tmp_path / "run/tokenizer").exists()
 
 

@@ -102,3 +102,13 @@ def test_an_attempt_that_was_replaced_commits_nothing(run: Run) -> None:
     with pytest.raises(RuntimeError, match="attempt 2 of the run has begun"):
         saver.finish()
     assert committed(run.checkpoint(5)) is None
+
+
+def test_an_attempt_that_was_given_up_removes_no_checkpoint_of_the_next(run: Run) -> None:
+    snapshot = SlowSnapshot()
+    snapshot.go.set()
+    begun(run, snapshot).finish()
+    run.update_manifest(attempt=2)
+    with pytest.raises(RuntimeError, match="attempt 2 of the run has begun"):
+        begun(run, snapshot)
+    assert run.newest_checkpoint() is not None

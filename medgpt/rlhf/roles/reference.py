@@ -2,11 +2,20 @@
 
 from typing import Any
 
+import torch
+
 from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.policy import Policy
 from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
-from medgpt.rlhf.roles.common import max_tokens, response_logprobs, role_device, role_dtype
+from medgpt.rlhf.roles.common import (
+    max_tokens,
+    move,
+    response_logprobs,
+    resting_device,
+    role_device,
+    role_dtype,
+)
 
 
 class Reference:
@@ -16,10 +25,24 @@ class Reference:
         self.config, self.device = config, role_device()
         self.policy = self._partitioned() if config.pools.reference.zero_stage else self._whole()
 
-    def logprobs(self, *rollouts: Sequences) -> Logprobs:
-        """This rank's share."""
-        whole = join_sequences(rollouts)
-        return response_logprobs(self.policy, whole, self.config, self.device, of="reference")
+    def logprobs(self, temperature: float, *rollouts: Sequences) -> Logprobs:
+        """This rank's share. Whoever asks says at which temperature it has sampled: a pool may
+        serve several runs."""
+        return response_logprobs(
+            self.policy,
+            join_sequences(rollouts),
+            self.config,
+            self.device,
+            of="reference",
+            temperature=temperature,
+        )
+
+    def offload(self) -> None:
+        """Wait in host memory; not at ZeRO-3."""
+        move([self.policy], torch.device("cpu"))
+
+    def onload(self) -> None:
+        move([self.policy], self.device)
 
     @property
     def _model(self) -> ModelConfig:
@@ -40,7 +63,7 @@ class Reference:
             dtype=role_dtype(self.config.pools.reference.precision, self.device),
         )
         policy = Policy(model, max_batch_tokens=max_tokens(self.config))
-        return policy.requires_grad_(False).eval().to(self.device)
+        return policy.requires_grad_(False).eval().to(resting_device(self.config.pools.reference))
 
     def _partitioned(self) -> Any:
         """DeepSpeed is imported only where it is used: it takes seconds."""

@@ -17,7 +17,7 @@ from medgpt.models.generate import load_for_generation
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.batching import share_by_length
 from medgpt.rlhf.experience import Prompts, Ragged, Sequences, sample_seed
-from medgpt.rlhf.roles.common import role_device
+from medgpt.rlhf.roles.common import move, resting_device, role_device
 
 NO_WEIGHTS = -1  # version before the first sync
 
@@ -106,12 +106,25 @@ class Rollout:
         self.engine.weights_loaded()
         self.weight_version = version
 
+    def offload(self) -> None:
+        """Wait in host memory."""
+        self._move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        self._move(role_device())
+
+    def _move(self, device: torch.device) -> None:
+        assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other
+        move([self.engine.model], device)
+
 
 class HuggingFaceEngine:
     """medgpt's own loop over the Hugging Face model in `folder`."""
 
-    def __init__(self, folder: str, *, dtype: torch.dtype, batch_tokens: int) -> None:
-        model: Any = load_for_generation(folder, role_device())[0]
+    def __init__(
+        self, folder: str, device: torch.device, *, dtype: torch.dtype, batch_tokens: int
+    ) -> None:
+        model: Any = load_for_generation(folder, device)[0]
         self.model = model.to(dtype).requires_grad_(False)
         self.generate = Generator(self.model, batch_tokens=batch_tokens).generate
         self.came: set[int] = set()
@@ -135,7 +148,8 @@ def make_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
     bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.pools.rollout.precision]
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.rollout.engine == "hf":
-        return HuggingFaceEngine(folder, dtype=dtype, batch_tokens=config.rollout.batch_tokens)
+        device, size = resting_device(config.pools.rollout), config.rollout.batch_tokens
+        return HuggingFaceEngine(folder, device, dtype=dtype, batch_tokens=size)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine=vllm needs the package vllm where the rollout pool runs; install "

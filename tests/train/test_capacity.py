@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from medgpt.config import ConfigError, RoleConfig
-from medgpt.rlhf.capacity import Nodes, check
+from medgpt.config import ClusterConfig, ConfigError, RoleConfig
+from medgpt.train.capacity import Nodes, check, of_pools, of_workers
 
 LAPTOP = [Nodes({"CPU": 4}, {}, 1)]
 GPUS = [Nodes({"CPU": 8, "GPU": 1}, {"zone": "a"}, 1), Nodes({"CPU": 8, "GPU": 1}, {}, 1)]
@@ -29,7 +29,7 @@ def role(workers: int = 1, cpus: float = 1, **more: object) -> RoleConfig:
     ],
 )
 def test_what_may_be_placed_passes(present, addable, roles) -> None:
-    check(roles, present, addable, data_cpus=1)
+    check(of_pools(roles), present, addable, data_cpus=1)
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,15 @@ def test_what_may_be_placed_passes(present, addable, roles) -> None:
 )  # fmt: skip
 def test_what_can_never_be_placed_is_named(present, addable, roles, words) -> None:
     with pytest.raises(ConfigError, match=words):
-        check(roles, present, addable, data_cpus=1)
+        check(of_pools(roles), present, addable, data_cpus=1)
+
+
+@pytest.mark.parametrize("workers", [2, [2, 8]])
+def test_a_worker_that_no_node_can_hold_is_refused_although_the_sum_would_do(workers) -> None:
+    four = [Nodes({"CPU": 8, "GPU": 4}, None, 4)]
+    cluster = ClusterConfig.model_validate({"num_workers": workers, "gpus_per_worker": 8})
+    words = (
+        r"num_workers=\[?2.* \(2 x \(1 CPU, 8 GPU\)\) can never be placed: no node is like that; "
+    )
+    with pytest.raises(ConfigError, match=words + r".* up to 4 x \(8 CPU, 4 GPU\)"):
+        check(of_workers(cluster), LAPTOP, four, data_cpus=1)

@@ -1,0 +1,63 @@
+"""Nodes of the local cluster: raylets on this machine, by Ray's provider for its own tests.
+
+That one lets all nodes unpack jobs' files in the same folder, where a node that starts deletes the
+working directory of the jobs that run. Here each has its own.
+"""
+
+import json
+from typing import Any
+
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray._private.ray_constants import LABELS_ENVIRONMENT_VARIABLE, RESOURCES_ENVIRONMENT_VARIABLE
+from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+from ray.autoscaler.tags import (
+    NODE_KIND_WORKER,
+    STATUS_UP_TO_DATE,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_NAME,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
+
+
+class Nodes(FakeMultiNodeProvider):
+    def _create_node_with_resources_and_labels(
+        self,
+        node_config: dict[str, Any],
+        tags: dict[str, str],
+        count: int,
+        resources: dict[str, float],
+        labels: dict[str, str],
+    ) -> None:
+        """Start one node; the caller does so `count` times."""
+        with self.lock:
+            name = self._next_hex_node_id()
+            others = {**resources}
+            parameters = RayParams(
+                gcs_address=self._gcs_address,
+                redis_address=self._gcs_address,
+                num_cpus=others.pop("CPU", 0),
+                num_gpus=others.pop("GPU", 0),
+                object_store_memory=others.pop("object_store_memory", None),
+                resources=others,
+                labels=labels,
+                min_worker_port=0,
+                max_worker_port=0,
+                dashboard_agent_listen_port=0,
+                runtime_env_dir_name=f"runtime_resources_{name[-5:]}",
+                env_vars={
+                    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": name,
+                    "RAY_CLOUD_INSTANCE_ID": name,
+                    "RAY_NODE_TYPE_NAME": tags[TAG_RAY_USER_NODE_TYPE],
+                    RESOURCES_ENVIRONMENT_VARIABLE: json.dumps(others),
+                    LABELS_ENVIRONMENT_VARIABLE: json.dumps(labels),
+                },
+            )
+            node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+            own = {
+                TAG_RAY_NODE_KIND: NODE_KIND_WORKER,
+                TAG_RAY_NODE_NAME: name,
+                TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
+            }
+            self._nodes[name] = {"tags": {**own, **tags}, "node": node}

@@ -1,0 +1,125 @@
+"""What a pipeline consists of: read and checked without any heavy library."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medgpt.config import (
+    ConfigError,
+    CorpusConfig,
+    DPOConfig,
+    EvalConfig,
+    PipelineConfig,
+    PipelineStage,
+    PPOStageConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    load,
+)
+from medgpt.config.gates import REWARD, parse_gate
+from medgpt.runs import Run
+
+CONFIGS = {
+    "corpus": CorpusConfig,
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOStageConfig,
+    "eval": EvalConfig,
+}
+StageConfig = (
+    CorpusConfig
+    | PretrainConfig
+    | SFTConfig
+    | RewardConfig
+    | DPOConfig
+    | PPOStageConfig
+    | EvalConfig
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline. `name` is its kind, numbered from the second of a kind on."""
+
+    name: str
+    kind: str
+    config: StageConfig
+    gates: tuple[str, ...] = ()  # of a reward stage; an evaluation's are in its config
+
+    @property
+    def run(self) -> Run:
+        return Run(self.config.run.dir)
+
+
+def read_stages(config: PipelineConfig) -> list[Stage]:
+    """The stages with their configs.
+
+    Raises:
+        ConfigError: one is wrong, two have the same name or run directory, or gates are for none.
+    """
+    stages: list[Stage] = []
+    for item in config.stages:
+        number = 1 + sum(stage.kind == item.stage for stage in stages)
+        name = item.name or (item.stage if number == 1 else f"{item.stage}-{number}")
+        if any(stage.name == name for stage in stages):
+            raise ConfigError(f"two stages are called {name}; give each a name of its own")
+        gates = config.gates.get(name, ()) if item.stage == "reward" else ()
+        _check_reward_gates(name, gates)
+        stages.append(Stage(name, item.stage, _stage_config(config, item, name), gates))
+    gated = [stage.name for stage in stages if stage.kind in ("eval", "reward")]
+    for name in config.gates:
+        if name not in gated:
+            close = difflib.get_close_matches(name, gated, n=1)
+            hint = (
+                f"did you mean {close[0]}?" if close else f"there are {', '.join(gated) or 'none'}"
+            )
+            raise ConfigError(f"gates.{name}: no eval or reward stage is called that; {hint}")
+    taken = {config.run.dir: "the pipeline"}
+    for stage in stages:
+        folder = stage.config.run.dir
+        if folder in taken:
+            raise ConfigError(
+                f"stage {stage.name}: run.dir={folder} is that of {taken[folder]}, too; give each "
+                "stage its own"
+            )
+        taken[folder] = f"stage {stage.name}"
+    return stages
+
+
+def stage_overrides(config: PipelineConfig, stage: PipelineStage) -> list[str]:
+    """What is set on top of the stage's file: for all stages of its kind, then for this one."""
+    shared = config.overrides.get(stage.stage, ())
+    return [text.replace("{dir}", config.run.dir) for text in (*shared, *stage.overrides)]
+
+
+def _stage_config(config: PipelineConfig, stage: PipelineStage, name: str) -> StageConfig:
+    overrides = stage_overrides(config, stage)
+    try:
+        found = load(CONFIGS[stage.stage], Path(stage.config), overrides)
+        if isinstance(found, EvalConfig) and name in config.gates:
+            gates = json.dumps([*found.gates, *config.gates[name]], ensure_ascii=False)
+            found = load(EvalConfig, Path(stage.config), [*overrides, f"gates={gates}"])
+        if isinstance(found, EvalConfig) and found.model.name is None:
+            raise ConfigError("model.name is unset; name the run whose model is scored")
+    except ConfigError as error:
+        raise ConfigError(f"stage {stage.stage}, {stage.config}: {error}") from None
+    return found
+
+
+def _check_reward_gates(name: str, gates: Sequence[str]) -> None:
+    """Raises ConfigError: one is none, or names what a reward model is not measured by."""
+    for text in gates:
+        try:
+            gate = parse_gate(text)
+        except ValueError as error:
+            raise ConfigError(f"gates.{name}: {error}") from None
+        if gate.name != (REWARD, "accuracy") or gate.needs_parent:
+            raise ConfigError(
+                f"gates.{name}: gate {text!r} is not about {REWARD}.accuracy, all that a reward "
+                "model is measured by, or compares it with a parent, which it has not"
+            )

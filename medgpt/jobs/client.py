@@ -1,0 +1,196 @@
+"""Jobs on a cluster through its dashboard: which there are, what they say, how they end."""
+
+import asyncio
+import hashlib
+import logging
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import requests
+from aiohttp import ClientError
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.util.state import list_nodes
+
+from medgpt.config import ConfigError
+from medgpt.metrics import ConsoleReporter
+from medgpt.train.capacity import Nodes, named
+
+STAGE, RUN_DIR = "medgpt-stage", "medgpt-run-dir"  # in the metadata of a job
+PROGRESS = re.compile(r"\w+: (?P<phase>\D+) (?P<done>\d+)/(?P<total>\d+)(?: +(?P<facts>.*))?")
+POLL_S = 0.5
+RECONNECT_S = 2
+STOP_S = 60
+LOST_S = 60.0  # a dashboard may start again
+NODES = 10_000  # the most that Ray lists
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's n-th job on this cluster."""
+
+    details: JobDetails
+
+    @property
+    def id(self) -> str:
+        return str(self.details.submission_id)
+
+    @property
+    def run_dir(self) -> str:
+        return (self.details.metadata or {})[RUN_DIR]
+
+    @property
+    def stage(self) -> str:
+        return (self.details.metadata or {})[STAGE]
+
+    @property
+    def attempt(self) -> int:
+        return int(self.id.rpartition("-")[2])
+
+    @property
+    def ended(self) -> bool:
+        return self.details.status.is_terminal()
+
+    def __str__(self) -> str:
+        status, code = self.details.status, self.details.driver_exit_code
+        began = time.strftime(
+            "%Y-%m-%d %H:%M", time.localtime((self.details.start_time or 0) / 1e3)
+        )
+        with_code = f" ({code})" if status == JobStatus.FAILED and code is not None else ""
+        return f"{self.id}  {status}{with_code}  since {began}  {self.run_dir}"
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """Raises ConfigError: no dashboard answers at this URL, or it knows us not."""
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"--address {address}: give the URL of the cluster's dashboard, http://HOST:8265"
+        )
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # RAY_ADDRESS would be taken instead
+    try:
+        client = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ConfigError(
+            f"--address {address}: {str(error).splitlines()[0]} Set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
+        ) from None
+    except (OSError, RuntimeError, requests.RequestException) as error:
+        raise ConfigError(
+            f"--address {address}: no Ray dashboard answers ({error}); start the cluster, or "
+            "forward its port 8265 to this machine"
+        ) from None
+    for name in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    return client
+
+
+def run_id(run_dir: str) -> str:
+    """What the ids of all jobs of a run begin with."""
+    name = re.sub(r"[^\w.-]", "-", run_dir.rstrip("/").rpartition("/")[2])
+    return f"{name}-{hashlib.sha256(run_dir.rstrip('/').encode()).hexdigest()[:8]}"
+
+
+def jobs(client: JobSubmissionClient) -> list[Job]:
+    """Those that `medgpt submit` started, the newest last."""
+    found = [Job(details) for details in client.list_jobs() if RUN_DIR in (details.metadata or {})]
+    return sorted(found, key=lambda job: (job.details.start_time or 0, job.id))
+
+
+def jobs_of(client: JobSubmissionClient, run_dir: str) -> list[Job]:
+    """Of a run, by attempt."""
+    prefix = run_id(run_dir)
+    found = [job for job in jobs(client) if job.id.rpartition("-")[0] == prefix]
+    return sorted(found, key=lambda job: job.attempt)
+
+
+def find(client: JobSubmissionClient, name: str) -> Job:
+    """The job with this id, or the newest of the run in this directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    every = jobs(client)
+    found = [job for job in every if name in (job.id, job.run_dir)]
+    if not found:
+        known = ", ".join(job.id for job in every) or "none"
+        raise ConfigError(f"no job of this name or run directory; there are {known}")
+    return found[-1]
+
+
+def present_nodes(address: str) -> list[Nodes]:
+    """What is there now, without what the autoscaler could add: the dashboard does not tell."""
+    states = list_nodes(address, limit=NODES, filters=[("state", "=", "ALIVE")])
+    return [Nodes(named(one.resources_total), one.labels, 1) for one in states]
+
+
+class Follower:
+    """Shows what a job says, each line once, over connections that may break."""
+
+    def __init__(self, client: JobSubmissionClient, job: Job) -> None:
+        self.client, self.job, self.num_shown = client, job, 0
+        self.reporter = ConsoleReporter(job.stage)
+
+    def to_the_end(self) -> Job:
+        """The job when it has ended.
+
+        Raises:
+            ConfigError: the cluster does not answer any more.
+        """
+        deadline = time.monotonic() + LOST_S
+        try:
+            while True:
+                before = self.num_shown
+                with suppress(RuntimeError, ClientError, OSError):
+                    asyncio.run(self._show_log())
+                with suppress(OSError, RuntimeError):
+                    if (job := find(self.client, self.job.id)).ended:
+                        return job
+                    deadline = time.monotonic() + LOST_S
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"the cluster has not answered for {LOST_S:g} s; if its head is lost, "
+                        "submit the same run to a new one, it resumes"
+                    )
+                time.sleep(POLL_S if self.num_shown > before else RECONNECT_S)
+        finally:
+            self.reporter.close()
+
+    async def _show_log(self) -> None:
+        number, rest = 0, ""
+        async for chunk in self.client.tail_job_logs(self.job.id):
+            *lines, rest = (rest + chunk).split("\n")
+            for line in lines:
+                number += 1
+                self._show(number, line)
+        if rest:
+            self._show(number + 1, rest)
+
+    def _show(self, number: int, line: str) -> None:
+        """Once. The job has no terminal; on one, its progress is a bar."""
+        if number <= self.num_shown:
+            return
+        self.num_shown = number
+        if self.reporter.console.is_terminal and (found := PROGRESS.fullmatch(line)):
+            done, total = int(found["done"]), int(found["total"])
+            self.reporter.advance(found["phase"], done, total, found["facts"] or "")
+        else:
+            self.reporter.console.print(line, markup=False)
+
+
+def stop(client: JobSubmissionClient, job: Job) -> Job:
+    """End a job; returns when it has.
+
+    Raises:
+        ConfigError: it did not in time.
+    """
+    client.stop_job(job.id)
+    deadline = time.monotonic() + STOP_S
+    while not job.ended:
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{job.id} has not ended after {STOP_S} s; look at its node")
+        time.sleep(POLL_S)
+        job = find(client, job.id)
+    return job

@@ -1,0 +1,43 @@
+"""What a job gets of the folder in which it was submitted: code and configs, in a zip."""
+
+import logging
+import zipfile
+from pathlib import Path
+
+from ray._private.runtime_env.packaging import create_package
+
+from medgpt.config import ConfigError
+
+# patterns of .gitignore, without the slash at the end of a folder: Ray would look at all in it
+EXCLUDES = (
+    *(".git", "__pycache__", ".*_cache", "*.egg-info", ".venv*", "venv", "node_modules"),
+    *("/runs", "/data", "/build", "/dist"),
+    *(".env*", ".netrc", ".pypirc", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
+    *(".aws", ".ssh", ".kube", ".config"),
+)
+MAX_MB = 100  # Ray keeps it in the head's memory, and takes no more than 500
+
+
+def pack(folder: Path, target: Path) -> frozenset[str]:
+    """Write the zip `target` without EXCLUDES and what .gitignore and .rayignore name.
+
+    Returns:
+        The names in it.
+
+    Raises:
+        ConfigError: it is too large.
+    """
+    quiet = logging.getLogger(__name__)
+    create_package(
+        str(folder), target, include_gitignore=True, excludes=list(EXCLUDES), logger=quiet
+    )
+    with zipfile.ZipFile(target) as archive:
+        entries = archive.infolist()
+    if target.stat().st_size > MAX_MB * 2**20:
+        largest = sorted(entries, key=lambda entry: entry.compress_size)[-3:]
+        told = ", ".join(f"{one.filename} ({one.compress_size >> 20} MiB)" for one in largest)
+        raise ConfigError(
+            f"{folder}: the job would get a copy of more than {MAX_MB} MiB, of it {told}; name in "
+            ".rayignore what it does not need"
+        )
+    return frozenset(entry.filename for entry in entries)

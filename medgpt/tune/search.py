@@ -1,0 +1,254 @@
+"""The search itself: Ray Tune proposes values, starts trials and decides which go on."""
+
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import optuna
+import pyarrow.fs
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from medgpt.config import Params, Space, TuneStageConfig
+from medgpt.runs import Folder
+from medgpt.tune.goal import BEYOND, WORST
+from medgpt.tune.record import Records, name_of
+from medgpt.tune.space import listed
+from medgpt.tune.trial import ITERATION, OBJECTIVE, Setup, run_trial
+
+TRIAL_BYTES = 512 * 2**20  # of memory that Ray counts for a trial's own process
+QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every trial has a run directory with all of it
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**6),  # never read back, see record.py
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; repeating it goes on
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+Say = Callable[[str], None]
+
+
+def run_search(config: TuneStageConfig, setup: Setup, *, concurrent: int, say: Say) -> None:
+    """All trials of the search, to their ends; what became of them is in their records."""
+    records = Records(setup.trials_url)
+    param_space, searcher = _proposals(config, records, concurrent)
+    random.seed(config.run.seed)  # of Ray Tune's PBT
+    np.random.seed(config.run.seed)
+    _run(setup, param_space, searcher, _scheduler(config, setup), say)
+
+
+def run_listed(trials: Mapping[str, Params], setup: Setup, *, concurrent: int, say: Say) -> None:
+    """These trials by name, to their ends; none is compared with another."""
+    space = [_trial(name, params)["trial"] for name, params in trials.items()]
+    searcher = BasicVariantGenerator(max_concurrent=concurrent)
+    _run(setup, {"trial": tune.grid_search(space)}, searcher, None, say)
+
+
+def _run(
+    setup: Setup, param_space: dict[str, Any], searcher: Any, scheduler: Any, say: Say
+) -> None:
+    os.environ.update(QUIET)
+    folder = Folder(f"{setup.trials_url}-tune")
+    folder.remove()  # of a search that was killed
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, setup=setup),
+        # the pools have room of their own, and so does the data: nothing of a trial is in here
+        tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}]),
+    )
+    parent, name = folder.root.rsplit("/", 1)
+    tuner = tune.Tuner(
+        trainable,
+        param_space=param_space,
+        tune_config=tune.TuneConfig(
+            metric=OBJECTIVE,
+            mode="max",
+            search_alg=searcher,
+            scheduler=scheduler,
+            reuse_actors=True,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=parent,
+            storage_filesystem=_filesystem(folder),
+            failure_config=tune.FailureConfig(max_failures=setup.config.max_failures),
+            callbacks=[Follow(Records(setup.trials_url), setup.num_iterations, say)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    folder.remove()
+
+
+class Follow(tune.Callback):
+    """Says how trials go, and records how Ray Tune ended them."""
+
+    def __init__(self, records: Records, num_iterations: int, say: Say) -> None:
+        self.records, self.num_iterations, self.say = records, num_iterations, say
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray Tune pickles it into its own record
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
+    ) -> None:
+        where = f"trial {trial} iteration {result[ITERATION]}/{self.num_iterations}"
+        if result[OBJECTIVE] <= WORST:
+            self.say(f"{where}  no use")
+            return
+        beyond = "  beyond tune.max_kl" if result[OBJECTIVE] <= BEYOND else ""
+        self.say(
+            f"{where}  {result['mark']:.3f} ± {result['error']:.3f}  kl {result['kl']:.2f}{beyond}"
+        )
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
+    ) -> None:
+        self.records.end(str(trial), "stopped", "behind other trials")
+        record = self.records.read(str(trial))
+        assert record is not None
+        self.say(f"trial {trial} {record.status}{f': {record.why}' if record.why else ''}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        error = trial.get_error()
+        why = str(error).strip().splitlines()[-1] if error else "died"
+        self.records.end(str(trial), "failed", why)
+        self.say(f"trial {trial} failed: {why}")
+
+
+class Named(Searcher):
+    """Another searcher's proposals, each under the next of some names."""
+
+    def __init__(self, inner: Searcher, names: Iterable[str]) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        self.inner, self.names = inner, iter(names)
+
+    def suggest(self, trial_id: str) -> Any:
+        name = next(self.names, None)
+        if name is None:
+            return Searcher.FINISHED
+        params = self.inner.suggest(trial_id)
+        assert params is not None
+        return _trial(name, params)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.inner.on_trial_result(trial_id, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        self.inner.on_trial_complete(trial_id, result, error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: see record.py."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+def _proposals(
+    config: TuneStageConfig, records: Records, concurrent: int
+) -> tuple[dict[str, Any], Any]:
+    """Ray Tune's parameter space and searcher. What is recorded comes first and as it was."""
+    known = {record.name: record.params for record in records.all()}
+    if config.tune.searcher != "tpe":
+        fresh = {name_of(number): params for number, params in enumerate(listed(config), 1)}
+        space = [_trial(name, params)["trial"] for name, params in (fresh | known).items()]
+        # PBT has all of its trials at the same time, or it compares those that there are
+        limit = 0 if config.tune.scheduler == "pbt" else concurrent
+        return {"trial": tune.grid_search(space)}, BasicVariantGenerator(max_concurrent=limit)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    first = [config.own_values] if config.tune.default_first and not known else []
+    inner = OptunaSearch(
+        {key: _distribution(space) for key, space in config.search.items()},
+        metric=OBJECTIVE,
+        mode="max",
+        points_to_evaluate=[*known.values(), *first],
+        seed=config.run.seed,
+    )
+    names = dict.fromkeys([*known, *map(name_of, range(1, config.tune.num_trials + 1))])
+    return {}, ConcurrencyLimiter(Named(inner, names), max_concurrent=concurrent)
+
+
+def _trial(name: str, params: Params) -> dict[str, Any]:
+    return {"trial": {"name": name, "params": params}}
+
+
+def _name(trial: Trial) -> str:
+    """Chosen once, so that it stays when PBT gives the trial another's values."""
+    return trial.config["trial"]["name"]
+
+
+def _scheduler(config: TuneStageConfig, setup: Setup) -> TrialScheduler | None:
+    settings, every = config.tune, setup.stage.judge.every
+    if settings.scheduler == "asha":
+        return ASHAScheduler(
+            time_attr=ITERATION,
+            max_t=setup.num_iterations,
+            grace_period=min(settings.grace_judgements * every, setup.num_iterations),
+            reduction_factor=settings.reduction_factor,
+        )
+    if settings.scheduler == "pbt":
+        mutations = {key: _domain(space) for key, space in config.search.items()}
+        return PopulationBasedTraining(
+            time_attr=ITERATION,
+            perturbation_interval=settings.perturb_judgements * every,
+            hyperparam_mutations={"trial": {"params": mutations}},
+            custom_explore_fn=_Kept(config.search),
+            log_config=False,
+        )
+    return None
+
+
+def _distribution(space: Space) -> BaseDistribution:
+    """The same in Optuna's words."""
+    if space.uniform is not None:
+        return FloatDistribution(*space.uniform)
+    if space.loguniform is not None:
+        return FloatDistribution(*space.loguniform, log=True)
+    if space.randint is not None:
+        return IntDistribution(*space.randint)
+    assert space.values is not None
+    return CategoricalDistribution(space.values)
+
+
+def _domain(space: Space) -> Any:
+    """The same in Ray Tune's words. A list has neighbours, which its PBT steps to."""
+    if space.uniform is not None:
+        return tune.uniform(*space.uniform)
+    if space.loguniform is not None:
+        return tune.loguniform(*space.loguniform)
+    if space.randint is not None:
+        return tune.randint(space.randint[0], space.randint[1] + 1)
+    assert space.values is not None
+    return list(space.values)
+
+
+class _Kept:
+    """PBT multiplies; what left its range is brought back."""
+
+    def __init__(self, search: Mapping[str, Space]) -> None:
+        self.search = search
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        params = config["trial"]["params"]
+        kept = {key: space.nearest(params[key]) for key, space in self.search.items()}
+        return {**config, "trial": {**config["trial"], "params": kept}}
+
+
+def _filesystem(folder: Folder) -> pyarrow.fs.FileSystem | None:
+    if folder.is_local:
+        return None
+    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs))

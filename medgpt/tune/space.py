@@ -1,0 +1,64 @@
+"""The values of trials, for searchers that do not learn: all there are, or drawn at random."""
+
+import math
+import random
+from collections.abc import Iterator
+from itertools import chain, islice, product
+from typing import Any
+
+from medgpt.config import ConfigError, Params, PPOStageConfig, Space, TuneStageConfig
+from medgpt.config.reading import with_values
+
+MAX_DRAWS = 1000  # in which values that go together must be found
+
+
+def listed(config: TuneStageConfig) -> list[Params]:
+    """Of every trial, in order; more trials never change those before.
+
+    Raises:
+        ConfigError: hardly any of the values go together, or a point of the grid does not.
+    """
+    own = config.own_values
+    first = [own] if config.tune.default_first else []
+    if config.tune.searcher == "grid":
+        points = [point for point in grid(config.search) if point not in first]
+        for point in points:
+            with_values(PPOStageConfig, config.stage, point)
+        return first + points
+    rng = random.Random(config.run.seed)
+    return list(islice(chain(first, _fitting(config, rng)), config.tune.num_trials))
+
+
+def grid(search: dict[str, Space]) -> list[Params]:
+    """All combinations of the listed values."""
+    values = [space.values or () for space in search.values()]
+    return [dict(zip(search, point, strict=True)) for point in product(*values)]
+
+
+def draw(space: Space, rng: random.Random) -> Any:
+    if space.uniform is not None:
+        return rng.uniform(*space.uniform)
+    if space.loguniform is not None:
+        low, high = space.loguniform
+        return min(high, max(low, math.exp(rng.uniform(math.log(low), math.log(high)))))
+    if space.randint is not None:
+        return rng.randint(*space.randint)
+    assert space.values is not None
+    return rng.choice(space.values)
+
+
+def _fitting(config: TuneStageConfig, rng: random.Random) -> Iterator[Params]:
+    """Random values that go together, without end."""
+    refused: ConfigError | None = None
+    while True:
+        for _ in range(MAX_DRAWS):
+            point = {key: draw(space, rng) for key, space in config.search.items()}
+            try:
+                with_values(PPOStageConfig, config.stage, point)
+            except ConfigError as error:
+                refused = error
+                continue
+            yield point
+            break
+        else:
+            raise ConfigError(f"search: none of {MAX_DRAWS} draws was a config: {refused}")

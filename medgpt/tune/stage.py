@@ -1,0 +1,164 @@
+"""The tuning stage from config to a table of trials and the best config."""
+
+from collections.abc import Mapping
+
+import ray
+
+from medgpt.config import ConfigError, PPOStageConfig, RoleConfig, TuneStageConfig
+from medgpt.config.reading import with_values
+from medgpt.config.tune import FROZEN
+from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.rewards.total import Rewards
+from medgpt.rlhf.stage import prepare_prompts, role_pools
+from medgpt.runs import Run
+from medgpt.train import session
+from medgpt.train.capacity import check, cluster_nodes, of_pools
+from medgpt.tune.check import check_winner
+from medgpt.tune.front import start_front
+from medgpt.tune.results import outcomes, trials_url, winner, write_best, write_table
+from medgpt.tune.room import concurrent_trials
+from medgpt.tune.search import run_search
+from medgpt.tune.space import listed
+from medgpt.tune.trial import Setup
+
+WIDEST = ("ppo.rollout_batch_size", "ppo.micro_batch_tokens", "rollout.max_new_tokens")
+PBT_STATES = 4  # newest checkpoints that a trial keeps for those who copy it
+
+
+def run_tune_stage(config: TuneStageConfig) -> Run:
+    """Run or resume a search; a finished one is returned as it is.
+
+    Raises:
+        ConfigError: whatever the user can repair, in words.
+    """
+    run = Run.open("tune", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
+    reporter = ConsoleReporter("tune")
+    try:
+        if run.finished:
+            reporter.say(f"{run.folder.url} is finished; choose another run.dir to search again")
+            return run
+        reporter.say(f"run directory {run.folder.url}")
+        base = _base(config)
+        Rewards(config.stage.reward)  # a function that cannot be imported is told before all else
+        session.connect(config.stage.cluster)
+        concurrent = _room(config)
+        _prepare(base, config, reporter)
+        _search(run, config, concurrent, reporter)
+        run.update_manifest(finished=True)
+    finally:
+        reporter.close()
+    return run
+
+
+def _search(run: Run, config: TuneStageConfig, concurrent: int, reporter: ConsoleReporter) -> None:
+    """Trials, their table, the best config, and its check."""
+    stage = for_trials(config)
+    front, num_workers = None, dict[str, int]()
+    if config.tune.shared_pools:
+        front, num_workers = start_front(_widest(config, stage), num_callers=concurrent)
+    try:
+        setup = Setup(
+            stage=stage,
+            config=config.tune,
+            trials_url=trials_url(config),
+            base_url=config.stage.run.dir,
+            front=front,
+            num_workers=num_workers,
+        )
+        reporter.say(f"{concurrent} trials at a time")
+        run_search(config, setup, concurrent=concurrent, say=reporter.say)
+        found = outcomes(config)
+        write_table(run, found, config)
+        best = winner(found, config)
+        if best is None:
+            reporter.say("no trial came to its end within tune.max_kl; see the report")
+        else:
+            write_best(run, best, config)
+            check_winner(run, config, setup, best, concurrent=concurrent, reporter=reporter)
+        if front is not None:
+            run.update_manifest(shared_pools=ray.get(front.counts.remote()))
+    finally:
+        if front is not None:
+            ray.kill(front)
+
+
+def for_trials(config: TuneStageConfig) -> PPOStageConfig:
+    """The base with what the search sets for all trials: they are judged by a part of the
+    questions, saved when they are judged, and keep no samples of other trials' pools."""
+    stage = config.stage
+    low, high = stage.judge.part
+    share = config.check.share if config.check.seeds else 0.0
+    keep = PBT_STATES if config.tune.scheduler == "pbt" else 1
+    values = {
+        "judge.part": [low, high - share * (high - low)],
+        "ppo.checkpoint_every": stage.judge.every,
+        "ppo.keep_checkpoints": max(keep, stage.ppo.keep_checkpoints),
+        "report.samples": 0,
+    }
+    return with_values(PPOStageConfig, stage, values)
+
+
+def _widest(config: TuneStageConfig, stage: PPOStageConfig) -> PPOStageConfig:
+    """With the largest of what decides how much room shared things need."""
+    found = {key: max(config.search[key].extremes) for key in WIDEST if key in config.search}
+    return _unchecked(stage, found)
+
+
+def _unchecked(stage: PPOStageConfig, values: Mapping[str, object]) -> PPOStageConfig:
+    """Largest values need not go together: no trial has all of them."""
+    for key, value in values.items():
+        section, name = key.split(".")
+        part = getattr(stage, section).model_copy(update={name: value})
+        stage = stage.model_copy(update={section: part})
+    return stage
+
+
+def _base(config: TuneStageConfig) -> Run:
+    """A run directory for what all trials have in common: the base's config, and its prompts.
+
+    Raises:
+        ConfigError: the base has changed since the search began.
+    """
+    stage, allowed = config.stage, config.run.allow_changes
+    return Run.open("ppo", stage, run_dir=stage.run.dir, allow_changes=allowed)
+
+
+def _room(config: TuneStageConfig) -> int:
+    """Trials at a time.
+
+    Raises:
+        ConfigError: none has room beside the shared pools, or not all that PBT compares.
+    """
+    stage, tune = config.stage, config.tune
+    roles = {pool.role: pool.config for pool in role_pools(stage, 1)}
+    present, addable = cluster_nodes()
+    data_cpus = stage.cluster.data_cpus
+    check(of_pools(roles), present, addable, data_cpus=data_cpus)
+    shared: dict[str, RoleConfig] = {}
+    if tune.shared_pools:
+        shared = {name: config for name, config in roles.items() if name in FROZEN}
+    trial = {name: config for name, config in roles.items() if name not in shared}
+    num_trials = tune.num_trials if tune.searcher == "tpe" else len(listed(config))
+    room = max(
+        concurrent_trials(trial, shared, nodes, data_cpus=data_cpus, limit=num_trials)
+        for nodes in (present, addable)
+    )
+    if tune.scheduler == "pbt" and room < num_trials:
+        raise ConfigError(
+            "tune.scheduler=pbt compares all trials at the same time, and the cluster has room for "
+            f"{room} of tune.num_trials={num_trials}; lower it or what pools need in the base, or "
+            "use a larger cluster"
+        )
+    return min(max(room, 1), tune.max_concurrent or num_trials)
+
+
+def _prepare(base: Run, config: TuneStageConfig, reporter: ConsoleReporter) -> None:
+    """The prompts of all trials. Raises ConfigError if there are too few."""
+    widest = _widest(config, config.stage)
+    plan, ppo = prepare_prompts(base, widest, reporter), widest.ppo
+    if plan.num_steps != ppo.max_iterations:
+        raise ConfigError(
+            f"base: ppo.max_iterations={ppo.max_iterations}: the prompts end after "
+            f"{plan.num_steps} iterations of {ppo.rollout_batch_size}; raise ppo.prompt_epochs or "
+            "lower it"
+        )

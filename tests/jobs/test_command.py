@@ -1,0 +1,134 @@
+"""What a job runs means on the cluster what was typed on the laptop, or is refused there."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medgpt.config import ConfigError, load
+from medgpt.jobs.command import STAGES, read_command
+
+SFT = """
+run.dir = "/shared/runs/sft"
+model.name = "runs/base/model"
+[[data.sources]]
+name = "a"
+paths = ["corpora/*.jsonl", "/shared/b.jsonl", "s3://bucket/c.jsonl"]
+licence = "MIT"
+deny = ["default", "rules.toml"]
+"""
+PIPELINE = """
+run.dir = "/shared/runs/all"
+[[stages]]
+stage = "corpus"
+config = "configs/corpus.toml"
+overrides = ["run.dir={dir}/corpus"]
+[[stages]]
+stage = "sft"
+config = "configs/sft.toml"
+overrides = ["run.dir={dir}/sft", "model.name={dir}/base"]
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which commands are typed: configs, and a model."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "runs/base/model").mkdir(parents=True)
+    (tmp_path / "configs/sft.toml").write_text(SFT)
+    (tmp_path / "configs/corpus.toml").write_text("")
+    (tmp_path / "configs/pipeline.toml").write_text(PIPELINE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def read_elsewhere(
+    stage: str, arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """The config that the arguments give in another folder, which holds the same configs."""
+    copy = folder / "copy"
+    copy.mkdir()
+    (copy / "configs").symlink_to(folder / "configs")
+    monkeypatch.chdir(copy)
+    return load(STAGES[stage], Path(arguments[1]), arguments[2:])
+
+
+def test_relative_paths_mean_elsewhere_what_they_mean_here(here, monkeypatch) -> None:
+    command = read_command("sft", Path("configs/sft.toml"), ["train.epochs=2"])
+    assert command.files == ("configs/sft.toml",)
+    config = read_elsewhere("sft", command.arguments, here, monkeypatch)
+    assert config == command.config
+    assert config.data.sources[0].paths[0] == f"{here}/corpora/*.jsonl"
+    assert config.data.sources[0].deny == ("default", f"{here}/rules.toml")
+    assert config.model.name == f"{here}/runs/base/model"
+    assert config.train.epochs == 2
+
+
+def test_what_is_absolute_is_left_as_it_was_typed(here) -> None:
+    overrides = ["model.name=/models/base", "data.sources.0.paths=['s3://b/a']"]
+    overrides += ["data.sources.0.deny=[]"]
+    command = read_command("sft", Path("configs/sft.toml"), overrides)
+    assert command.arguments == ("sft", "configs/sft.toml", *overrides)
+
+
+def test_a_pipeline_takes_its_configs_from_the_copy_and_data_from_here(here, monkeypatch) -> None:
+    command = read_command("pipeline", Path("configs/pipeline.toml"), [])
+    files = ["configs/pipeline.toml", "configs/corpus.toml", "configs/sft.toml"]
+    assert list(command.files) == files
+    assert [config.run.dir for config in command.configs] == [
+        "/shared/runs/all/corpus",
+        "/shared/runs/all/sft",
+    ]
+    assert command.configs[1].model.name == "/shared/runs/all/base"
+    pipeline = read_elsewhere("pipeline", command.arguments, here, monkeypatch)
+    assert pipeline.stages[1].config == f"{here}/copy/configs/sft.toml"
+    assert f'data.sources.0.deny=["default", "{here}/rules.toml"]' in pipeline.stages[1].overrides
+    assert pipeline.stages[0] == command.config.stages[0].model_copy(
+        update={"config": f"{here}/copy/configs/corpus.toml"}
+    )
+
+
+def test_an_evaluation_names_its_model_as_medgpt_eval_wants_it(here) -> None:
+    (here / "configs/eval.toml").write_text("run.dir = '/shared/e'\n[[nll]]\ngeneral = true\n")
+    path = Path("configs/eval.toml")
+    command = read_command("eval", path, ["model.name=runs/base/model"])
+    assert command.arguments[:3] == ("eval", f"{here}/runs/base/model", "configs/eval.toml")
+    with pytest.raises(ConfigError, match=r"missing key model\.name"):
+        read_command("eval", path, [])
+
+
+@pytest.mark.parametrize(
+    ("stage", "path", "overrides", "words"),
+    [
+        ("sft", "configs/sft.toml", ["run.dir=runs/x"],
+         r"run\.dir='runs/x': a submitted job needs an absolute path or URI"),
+        ("pipeline", "configs/pipeline.toml", ["stages.1.overrides=['run.dir=runs/y']"],
+         r"run\.dir='runs/y': a submitted job needs"),
+        ("sft", "configs/sft.toml", ["train.epoch=2"], r"did you mean train\.epochs"),
+        ("sft", "/etc/hostname", [], "is not a TOML file"),
+        ("sfd", "configs/sft.toml", [], "no stage sfd can be submitted; did you mean sft"),
+        ("chat", "configs/sft.toml", [], "no stage chat can be submitted"),
+        ("sft", "configs/sft.toml", ["data.sources.0.paths=['s3://me:secret@b/a']"],
+         r"'s3://me:\*\*\*@b/a': a URI must not hold a password"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_there_is_refused_here(here, stage, path, overrides, words) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        read_command(stage, Path(path), overrides)
+    assert "secret" not in str(error.value)
+
+
+def test_a_config_outside_of_the_folder_is_refused(here, tmp_path_factory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "sft.toml"
+    elsewhere.write_text(SFT)
+    with pytest.raises(ConfigError, match=r"is outside of .* put it inside"):
+        read_command("sft", elsewhere, [])
+
+
+def test_a_command_is_read_without_heavy_libraries() -> None:
+    heavy = {"torch", "ray", "numpy", "pyarrow", "transformers"}
+    code = f"import medgpt.jobs.command, sys; print(*{heavy!r} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr

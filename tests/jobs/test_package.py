@@ -1,0 +1,53 @@
+"""A job gets code and configs; data, runs, history and secrets stay where they are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from medgpt.config import ConfigError
+from medgpt.jobs import package
+from medgpt.jobs.package import pack
+
+STAYS = [
+    *(".git/config", ".env", ".env.local", "deep/.env", ".netrc", "keys/me.pem", "id_rsa"),
+    *("runs/sft/metrics.jsonl", "data/patients.jsonl", ".venv/bin/python", ".venv-gpu/x"),
+    *("a/__pycache__/b.pyc", ".pytest_cache/x", ".aws/credentials", "ignored/x", "big.parquet"),
+]
+TRAVELS = [
+    *("medgpt/data/clean.py", "medgpt/runs.py", "configs/sft.toml", "my_rewards.py"),
+    *("rules/deny.toml", "environment.py"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in [*STAYS, *TRAVELS]:
+        path = tmp_path / "work" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "work/.gitignore").write_text("ignored/\n")
+    (tmp_path / "work/.rayignore").write_text("*.parquet\n")
+    return tmp_path / "work"
+
+
+def test_only_code_and_configs_travel(folder: Path, tmp_path: Path) -> None:
+    names = pack(folder, tmp_path / "code.zip")
+    files = {name for name in names if not name.endswith("/")}
+    assert files == {*TRAVELS, ".gitignore", ".rayignore"}
+
+
+def test_this_checkout_can_travel(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    names = pack(root, tmp_path / "code.zip")
+    assert {"medgpt/cli.py", "medgpt/data/clean.py", "configs/debug/sft.toml"} <= names
+    assert not any(name.startswith((".git/", ".venv", "runs/")) for name in names)
+
+
+def test_a_copy_that_is_too_large_is_refused_with_what_makes_it_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "weights.safetensors").write_bytes(os.urandom(3 * 2**20))
+    monkeypatch.setattr(package, "MAX_MB", 2)
+    with pytest.raises(ConfigError, match=r"weights\.safetensors \(3 MiB\); name in \.rayignore"):
+        pack(folder, tmp_path / "code.zip")

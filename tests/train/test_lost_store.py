@@ -1,0 +1,133 @@
+"""A bucket whose server dies: large files arrive whole or not at all, and runs go on later."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from medgpt.config import ConfigError, PretrainConfig, validate
+from medgpt.disk import storage_told
+from medgpt.engine.checkpoint import Snapshot
+from medgpt.runs import Folder, Run, commit, committed, entries
+from tests.train.audits import assert_every_chunk_once
+from tests.train.cases import pretrain_tree, write_toml
+from tests.train.dying_store import DyingStore
+from tests.train.ranks import run_ranks
+from tests.train.test_faults import EVERY, Quiet, config_of, logs, quiet
+from tests.train.test_resume import train_losses
+
+__all__ = ["quiet"]  # a fixture
+pytestmark = pytest.mark.timeout(900)
+BUCKET = "s3://dying"
+MULTIPART_BYTES = 100 * 2**20  # above it s3fs sends a file in parts
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[DyingStore]:
+    """With an empty bucket; this process reaches it, too."""
+    server = DyingStore()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    fs = fsspec.filesystem("s3", use_listings_cache=False)
+    if fs.exists(BUCKET):
+        fs.rm(BUCKET, recursive=True)
+    fs.mkdir(BUCKET)
+    yield server
+    server.stop()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def large_checkpoint(folder: Folder, value: float) -> None:
+    """A checkpoint of one rank, in more than one part."""
+    tensors = {"weight/x": torch.full((MULTIPART_BYTES // 4 + 1,), value)}
+    snapshot = Snapshot(tensors, 0, 1, {"steps": 1, "adam_steps": 1})
+    with folder.staging() as directory:
+        files = entries(directory, snapshot.write(directory))
+    commit(folder, files)
+
+
+def test_a_large_checkpoint_goes_in_parts_and_half_of_one_does_not_exist(store: DyingStore) -> None:
+    first, second = Folder(f"{BUCKET}/run/step-1"), Folder(f"{BUCKET}/run/step-2")
+    large_checkpoint(first, 1.0)
+    name = "rank-00000-of-00001.safetensors"
+    assert first.size(name) > MULTIPART_BYTES
+    assert "-" in first.fs.info(first.path(name))["ETag"]  # S3's word for parts
+    assert committed(first, verify=True) is not None
+
+    store.dies_at = f"step-2/{name}?partNumber=2"
+    with (
+        pytest.raises(ConfigError, match=r"run.dir=s3://dying/run: the store does not answer"),
+        storage_told(f"{BUCKET}/run", "checkpoints/step-2"),
+    ):
+        large_checkpoint(second, 2.0)
+    store.start()
+    assert not second.exists(name)
+    assert committed(second) is None
+    assert committed(first, verify=True) is not None
+    large_checkpoint(second, 2.0)
+    assert committed(second, verify=True) is not None
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("where", ["rank-00001", "manifest.json"])
+def test_a_store_that_dies_at_a_checkpoint_leaves_the_one_before(
+    store: DyingStore, quiet: Quiet, tmp_path: Path, where: str
+) -> None:
+    run = Run(f"{BUCKET}/run")
+    run.folder.fs.put(f"{quiet.prepared}/", f"{run.folder.root}/", recursive=True)
+    config = config_of(tmp_path, quiet.corpus)
+    tree = config.model_dump() | {"run": config.run.model_dump() | {"dir": run.folder.url}}
+    config = validate(PretrainConfig, tree)
+    step = f"checkpoints/step-{2 * EVERY:08d}"
+    store.dies_at = f"{step}/{where}"
+    assert run_ranks(config, tmp_path, environment=store.environment) == [1, 1], logs(tmp_path)
+    assert logs(tmp_path).count("the store does not answer (") >= 2
+    assert f"at {step}; repeat the command when it does" in logs(tmp_path)
+    store.start()
+    newest = run.newest_checkpoint()
+    assert newest is not None
+    assert newest[1]["position"]["step"] == EVERY
+    assert run_ranks(config, tmp_path, environment=store.environment) == [0, 0], logs(tmp_path)
+    assert train_losses(run) == pytest.approx(quiet.losses, abs=1e-6)
+    assert_every_chunk_once(run)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_command_whose_store_dies_says_so_and_goes_on_when_repeated(
+    store: DyingStore, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    tree = pretrain_tree(Path("unused"), tiny_corpus)
+    tree["run"]["dir"] = f"{BUCKET}/run"
+    tree["train"]["epochs"] = 1
+    toml = write_toml(validate(PretrainConfig, tree), tmp_path / "config.toml")
+    run = Run(f"{BUCKET}/run")
+
+    def command() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "medgpt", "pretrain", str(toml)],
+            env={**os.environ, "RAY_ADDRESS": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    store.dies_at = "checkpoints/step-00000010/rank-00000"
+    failed = command()
+    assert failed.returncode != 0
+    assert "run.dir=s3://dying/run: the store does not answer" in failed.stdout + failed.stderr
+    assert "Traceback" not in failed.stdout + failed.stderr
+    store.start()
+    assert run.newest_checkpoint() is None
+    done = command()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run.finished
+    assert_every_chunk_once(run)
+    assert json.loads(run.folder.read_text("manifest.json"))["attempt"] >= 2

@@ -1,0 +1,137 @@
+"""What may be searched is told before anything starts, and values are drawn the same each time."""
+
+import random
+
+import pytest
+
+from medgpt.config import ConfigError, Space, TuneStageConfig
+from medgpt.tune.space import draw, listed
+from tests.tune.cases import search_config
+
+
+def config(tmp_path, *overrides: str, of_base: str = "") -> TuneStageConfig:
+    return search_config(tmp_path, tmp_path, *overrides, of_base=of_base)
+
+
+def test_a_key_may_be_quoted_or_dotted(tmp_path):
+    search = config(
+        tmp_path, "search.ppo.epochs.choice=[1, 2]", "search.ppo.clip_range.uniform=[0.1,0.3]"
+    ).search
+    assert set(search) == {"ppo.kl_coef", "optimizer.learning_rate", "ppo.epochs", "ppo.clip_range"}
+    assert search["ppo.epochs"].values == (1, 2)
+    assert search["ppo.kl_coef"].bounds == (1e-3, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ('search.ppo.kl_coff={uniform=[0,1]}', r"did you mean ppo.kl_coef\?"),
+        ('search.optimiser.eps={uniform=[0,1]}', r"did you mean optimizer\?"),
+        ("search.ppo.gamma={uniform=[0.5,1.5]}", "ppo.gamma=1.5: .* less than or equal to 1"),
+        ("search.ppo.gamma={uniform=[0,1]}", "ppo.gamma=0.0: .* greater than 0"),
+        ("search.ppo.epochs={uniform=[1,3]}", "ppo.epochs=1.76.*valid integer"),
+        ("search.ppo.epochs={randint=[0,3]}", "ppo.epochs=0"),
+        ("search.rollout.engine={choice=['hf','tgi']}", "rollout.engine='tgi'"),
+        ("search.ppo.clip_range_high={uniform=[0.1,0.4]}", "clip_range_high=0.1 is below"),
+        ("search.ppo.gamma={uniform=[1,0.5]}", "lower end first"),
+        ("search.ppo.gamma={uniform=[0.5,1],choice=[1]}", "needs one of uniform, loguniform"),
+        ("search.ppo.gamma={chioce=[1]}", r"did you mean search.ppo.gamma.choice\?"),
+        ("search.run.seed={choice=[1,2]}", 'search."run.seed" cannot be searched'),
+        ("search.ppo.max_iterations={choice=[2,4]}", "it is the length of every trial"),
+        ("search.pools.actor.num_workers={choice=[1,2]}", "how many trials have room"),
+        ("search.reward.violation_cap={uniform=[-2,0]}", "would change the reward pool"),
+        ("search.model.attention={choice=['sdpa']}", "would change the reference pool"),
+        ("tune.searcher=grid", "a range has no end of them"),
+        ("search.ppo.gamma={grid=[1]}", "grid goes with tune.searcher=grid"),
+        ("tune.mark=score", "needs a reward model of the judge's own"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_searched_is_refused_with_the_reason(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "of_base", "message"),
+    [
+        ((), '["judge.every=0"]', "set judge.every there"),
+        ((), '["judge.every=3"]', "must be a multiple of judge.every=3"),
+        ((), '["ppo.max_iteration=3"]', "base=.*did you mean ppo.max_iterations"),
+        ((), '["pools.reward.share_with=actor"]', "one of them is shared by all trials"),
+        (("base=nothing.toml",), "", "no such file"),
+        (("tune.scheduler=pbt", "search.model.lora.rank={choice=[4,8]}"), "", "copies weights"),
+        (("tune.scheduler=pbt", "tune.searcher=tpe"), "", "begins with random ones"),
+        (
+            ("tune.searcher=tpe", "search.ppo.epochs={choice=[2,3]}"), "",
+            "does not contain 1, the base's own value",
+        ),
+    ],
+)  # fmt: skip
+def test_a_base_that_does_not_fit_is_refused(tmp_path, overrides, of_base, message):
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, *overrides, of_base=of_base)
+
+
+def test_with_pools_of_their_own_trials_may_have_different_rewards(tmp_path):
+    found = config(
+        tmp_path, "tune.shared_pools=false", "search.reward.functions.0.weight={uniform=[0,2]}"
+    )
+    assert found.own_values["reward.functions.0.weight"] == 1.0
+
+
+def test_an_item_of_a_list_is_a_key(tmp_path):
+    keys = '"optimizer.betas.1" = { uniform = [0.9, 0.999] }'
+    found = search_config(tmp_path, tmp_path, keys=keys)
+    assert listed(found)[0] == {"optimizer.betas.1": 0.95}
+
+
+def test_combinations_are_checked_as_well(tmp_path):
+    with pytest.raises(ConfigError, match=r"ppo.rollout_batch_size=8, .*ppo.global_batch_size=6"):
+        config(
+            tmp_path,
+            "search.ppo.rollout_batch_size={choice=[8,12]}",
+            "search.ppo.global_batch_size={choice=[4,6]}",
+            of_base='["ppo.rollout_batch_size=12"]',
+        )
+
+
+def test_random_trials_begin_with_the_base_and_more_change_none_before(tmp_path):
+    few, more = (listed(config(tmp_path, f"tune.num_trials={n}")) for n in (4, 9))
+    assert few == more[:4]
+    assert few[0] == {"ppo.kl_coef": 0.05, "optimizer.learning_rate": 1e-3}
+    assert len({tuple(params.values()) for params in more}) == 9
+    assert all(1e-3 <= params["ppo.kl_coef"] <= 0.3 for params in more)
+    other = listed(config(tmp_path, "run.seed=1"))
+    assert other[0] == few[0]
+    assert other[1:] != few[1:]
+
+
+def test_a_grid_has_all_combinations_and_the_base_once(tmp_path):
+    keys = 'ppo.kl_coef = { grid = [0.05, 0.1] }\n"ppo.epochs" = { choice = [2, 1] }'
+    points = listed(search_config(tmp_path, tmp_path, "tune.searcher=grid", keys=keys))
+    assert [tuple(point.values()) for point in points] == [(0.05, 1), (0.05, 2), (0.1, 2), (0.1, 1)]
+    alone = ("tune.searcher=grid", "tune.default_first=false")
+    keys = '"ppo.gamma" = { grid = [0.9] }'
+    assert listed(search_config(tmp_path, tmp_path, *alone, keys=keys)) == [{"ppo.gamma": 0.9}]
+
+
+def test_values_that_do_not_go_together_are_not_drawn(tmp_path):
+    found = config(tmp_path, "tune.num_trials=30")
+    space = Space(uniform=(0.1, 0.3))
+    search = {"ppo.clip_range": space, "ppo.clip_range_high": space}
+    trials = listed(found.model_copy(update={"search": search}))
+    assert all(p["ppo.clip_range"] <= p["ppo.clip_range_high"] for p in trials[1:])
+
+
+def test_every_order_of_magnitude_is_as_likely():
+    rng = random.Random(0)
+    drawn = [draw(Space(loguniform=(1e-4, 1.0)), rng) for _ in range(4000)]
+    shares = [sum(low <= x < 10 * low for x in drawn) / 4000 for low in (1e-4, 1e-3, 1e-2, 1e-1)]
+    assert shares == pytest.approx([0.25] * 4, abs=0.03)
+    assert {draw(Space(randint=(1, 3)), rng) for _ in range(50)} == {1, 2, 3}
+
+
+def test_what_left_its_range_is_brought_back():
+    assert Space(uniform=(0.1, 0.5)).nearest(0.6) == 0.5
+    assert Space(randint=(1, 4)).nearest(0) == 1
+    assert Space(choice=(1, "x")).nearest("x") == "x"
