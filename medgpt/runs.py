@@ -59,6 +59,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "ppo.checkpoint_every",
     "ppo.keep_checkpoints",
     "ppo.log_every",
+    "ppo.audit",
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
     "stages.config",  # of every stage; its own run knows what was in the file

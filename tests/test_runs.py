@@ -241,8 +241,8 @@ def test_keys_that_may_change_exist() -> None:
             assert name in PipelineStage.model_fields
             continue
         stages = (PretrainConfig, EvalConfig, PPOStageConfig, TuneStageConfig)
-        stage = next(stage for stage in stages if first in stage.model_fields)
-        assert name in section_of(stage, sections).model_fields, path
+        having = [stage for stage in stages if first in stage.model_fields]
+        assert any(name in section_of(stage, sections).model_fields for stage in having), path
 
     for path in NOT_FREE:
         *sections, name = path.split(".")

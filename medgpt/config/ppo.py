@@ -41,6 +41,8 @@ class PPOConfig(Config):
     """Newest checkpoints kept."""
     log_every: Count = 1
     """Iterations between lines on the console."""
+    audit: bool = False
+    """Write which prompt was learnt from in which iteration to audit/."""
 
     kl_coef: NotNegative = 0.05
     """Reward lost per nat of divergence from the reference; the first of an adaptive one."""

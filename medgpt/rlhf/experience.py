@@ -61,6 +61,7 @@ class Prompts:
     sample_ids: list[str]
     ids: Ragged  # int32, up to where the answer begins
     messages: list[str]  # JSON of [[role, content], ...], the same as text
+    epoch: int = 0  # pass over the prompts
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -26,6 +26,7 @@ from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
 from medgpt.rlhf.worker import Usage
 from medgpt.runs import FileEntry, Run
+from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
 PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
@@ -45,6 +46,7 @@ class Batch:
 
     iteration: int
     weight_version: int
+    epoch: int
     prompts: Any  # ref
     num_prompts: int
     rollouts: Refs
@@ -104,20 +106,23 @@ class PPO:
         assert self.metrics is not None
         return self.metrics
 
-    def fit(self) -> None:
+    def fit(self, finish: Callable[[], object] = lambda: None) -> None:
         """Iterate to the end; the last iteration is saved.
+
+        Args:
+            finish: is called at the end, and again if a pool dies in it.
 
         Raises:
             PoolDied, DataLost: it happened more often than cluster.max_failures.
             Diverged: what the run became is not worth going on with.
         """
         try:
-            self._go_on()
+            self._go_on(finish)
         finally:  # a run that halts has a report, too
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _go_on(self) -> None:
+    def _go_on(self, finish: Callable[[], object]) -> None:
         loss: PoolDied | DataLost | None = None
         while True:
             try:
@@ -129,6 +134,7 @@ class PPO:
                 self._examine()
                 if self.state.iteration == self.num_iterations:
                     self._finish_save()
+                    finish()
                     break
                 self._iterate()
             except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
@@ -175,12 +181,15 @@ class PPO:
         learnt: Learnt = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
-        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
+        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, len(learnt.sample_ids), config)
 
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
         metrics |= self._speed(batch.num_prompts, time.monotonic() - began)
         tokens = metrics["rollout/response_tokens"] * batch.num_prompts
         self._report(metrics | self._usage(batch, tokens))
+        if config.audit:
+            self.audit.note(batch.epoch, batch.iteration, ((id, 0) for id in learnt.sample_ids))
+            self.audit.write(self.audit.take())
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
         if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
@@ -193,7 +202,8 @@ class PPO:
             prompts = self._prompts(iteration)
             ref = self.pools.put(prompts)
         rollouts = self.rollout.call(Rollout.generate, ref, iteration, self.synced)
-        return Batch(iteration, self.synced, ref, len(prompts), rollouts, self.rollout.usage())
+        usage = self.rollout.usage()
+        return Batch(iteration, self.synced, prompts.epoch, ref, len(prompts), rollouts, usage)
 
     def _bring_weights(self) -> None:
         """Give the rollout pool the actor's weights, if it has not got them."""
@@ -259,6 +269,7 @@ class PPO:
             self.metrics.close()
             self.metrics = None
         self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
+        self.audit = Audit(self.run.folder / "audit", attempt=self.attempt, rank=0)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
             for line in self.run.metrics()
@@ -274,7 +285,7 @@ class PPO:
         prompts = self._prompts(iteration)
         assert prompts.sample_ids == sequences.sample_ids
         refs = [self.pools.put(sequences)]
-        return Batch(iteration, version, self.pools.put(prompts), len(prompts), refs)
+        return Batch(iteration, version, prompts.epoch, self.pools.put(prompts), len(prompts), refs)
 
     def _save(self) -> None:
         """Begin a checkpoint; actor and critic write it before their next work."""

@@ -93,4 +93,5 @@ def as_prompts(step: Step) -> Prompts:
         sample_ids=[row.sample_ids[0] for row in step.rows],
         ids=Ragged.of([row.input_ids for row in step.rows], np.int32),
         messages=[row.messages or "[]" for row in step.rows],
+        epoch=step.epoch,
     )

@@ -51,7 +51,6 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
         try:
             pools.start()
             _train(run, config, plan, pools, reporter)
-            export(run, config, pools)
         finally:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
@@ -158,7 +157,7 @@ def _train(
         lessons=None
         if config.ptx is None
         else partial(lesson_stream, run, config, say=reporter.say),
-    ).fit()
+    ).fit(partial(export, run, config, pools))
 
 
 def export(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = True) -> None:

@@ -12,10 +12,12 @@ from medgpt.rlhf.diagnosis import Diverged, History
 from medgpt.rlhf.pool import DataLost, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.state import newest
 from medgpt.runs import Run
 from tests.rlhf.cases import ppo_config, save_reward_model
 from tests.rlhf.inline import driver, numbers
+from tests.train.audits import counted
 
 NO_RULES = (
     "reward.rules={urgency=0.0,dose=0.0,diagnosis=0.0,hotline=0.0,language=0.0,repetition=0.0}"
@@ -231,6 +233,25 @@ def test_a_run_that_starts_over_leaves_no_writer_behind(base, tmp_path):
     assert set(threading.enumerate()) == before
 
 
+def test_a_pool_that_dies_at_the_very_end_costs_nothing(base, tmp_path, uninterrupted):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.actor.dies_at = ("export", 1)
+    url = (ppo.run.folder / "model").url
+    ppo.fit(lambda: ppo.pools.get(ppo.actor.call(Actor.export, url), "export"))
+    assert ppo.pools.rebuilt == ["actor"]
+    assert ppo.run.model.exists("model.safetensors")
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_a_death_after_an_iteration_is_logged_costs_no_checkpoint(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base), 1)
+    ppo.reward.dies_at = ("samples", 1)
+    ppo.fit()
+    found = newest(ppo.run)
+    assert found is not None
+    assert found[1].iteration == 1
+
+
 def test_too_many_deaths_end_the_run(base, tmp_path):
     ppo = driver(config_of(tmp_path, base, "cluster.max_failures=0"), 2)
     ppo.pools.pools["reward"].dies_at = ("score", 1)
@@ -307,6 +328,18 @@ def test_samples_without_a_reward_are_counted_and_left_out(base, tmp_path):
     assert line["ppo/masked"] == 4
     assert line["rewards/masked"] == pytest.approx(1 / 3)
     assert line["ppo/score_mean"] == 1
+
+
+def test_the_audit_tells_what_was_learnt_from_in_which_iteration(base, tmp_path):
+    config = config_of(tmp_path, base, "ppo.audit=true", reward="every_third")
+    stop_at(1, driver(config, 2))  # before a checkpoint: the first iteration is done again
+    ppo = driver(config, 2)
+    ppo.fit()
+    lines = counted(ppo.run)
+    assert {line["attempt"] for line in lines} == {2}
+    found = {(line["step"], line["sample_id"]) for line in lines}
+    assert found == {(k, f"{k}-{i}") for k in range(2) for i in range(12) if i % 3}
+    assert len(lines) == len(found)
 
 
 def test_the_critic_warms_up_alone(base, tmp_path):

@@ -107,7 +107,7 @@ class Actor:
             metrics=experience.metrics | metrics,
             score_stats=experience.score_stats,
             mean_kl=experience.metrics["actor/kl_ref"],
-            num_sequences=len(experience.rows),
+            sample_ids=[experience.sequences.sample_ids[row] for row in experience.rows],
         )
 
     def _learn(

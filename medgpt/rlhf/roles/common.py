@@ -37,7 +37,7 @@ class Learnt:
     metrics: dict[str, float]
     score_stats: RunningStats
     mean_kl: float  # nats per response, policy to reference
-    num_sequences: int
+    sample_ids: list[str]  # of the sequences that counted
 
 
 def role_device() -> torch.device:
