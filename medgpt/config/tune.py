@@ -286,10 +286,24 @@ class TuneStageConfig(Config):
                 )
         return self
 
-    def _check(self, values: Params) -> None:
-        """Raises ConfigError if a trial cannot have these."""
+    @model_validator(mode="after")
+    def _paths_are_absolute(self) -> Self:
+        """Trials run in other folders."""
+        listed = {
+            key: [value_at(self._check({key: value}), key) for value in space.values]
+            for key, space in self.search.items()
+            if space.values is not None
+        }
+        changed = {
+            key: Space(**{"grid" if self.search[key].grid else "choice": tuple(values)})
+            for key, values in listed.items()
+        }
+        return self.model_copy(update={"search": {**self.search, **changed}})
+
+    def _check(self, values: Params) -> PPOStageConfig:
+        """A trial's config. Raises ConfigError if it cannot have these."""
         try:
-            with_values(PPOStageConfig, self.stage, values)
+            return with_values(PPOStageConfig, self.stage, values)
         except ConfigError as error:
             several = ", ".join(f"{key}={value}" for key, value in values.items())
             told = f"with {several}: " if len(values) > 1 else ""

@@ -28,14 +28,7 @@ if TYPE_CHECKING:
 
 ITERATION, OBJECTIVE = "iteration", "objective"  # what Ray Tune compares
 POINTER = "pointer.json"
-FACTS = (
-    "seed",
-    "parents",
-    "data",
-    "plan",
-    "ptx",
-    "hardware",
-)  # of the base that a trial's run repeats
+FACTS = ("seed", "parents", "data", "plan", "ptx", "hardware")  # of the base, told again
 
 
 @dataclass(frozen=True, kw_only=True)
