@@ -67,6 +67,14 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "tune.max_concurrent",
     "tune.max_failures",
 }
+NOT_FREE = {  # of the sections above
+    "pools.reference_in_actor",
+    "pools.actor.engine.precision",
+    "pools.critic.engine.precision",
+    "pools.reward.precision",
+    "pools.reference.precision",
+    "pools.rollout.precision",
+}
 
 
 @dataclass(frozen=True)
@@ -375,16 +383,20 @@ def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
         return tree
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: bool = False
+) -> Iterator[str]:
     """What may not change and did: `train.epochs was 1, is 2`."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
         before, after = _numbered(old.get(key)), _numbered(new.get(key))
-        if re.sub(r"\.\d+\.", ".", path) in FREE_TO_CHANGE or before == after:
+        if before == after:
             continue
+        listed = re.sub(r"\.\d+\.", ".", path)
+        may_change = (free or listed in FREE_TO_CHANGE) and path not in NOT_FREE
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{path}.")
-        else:
+            yield from _differences(before, after, f"{path}.", free=may_change)
+        elif not may_change:
             was, now = ("unset" if v is None else repr(v) for v in (old.get(key), new.get(key)))
             yield f"{path} was {was}, is {now}"
 

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,17 @@ from medgpt.config import (
     TuneStageConfig,
     validate,
 )
-from medgpt.runs import FREE_TO_CHANGE, FileEntry, Folder, Run, checksum, commit, committed, entries
+from medgpt.runs import (
+    FREE_TO_CHANGE,
+    NOT_FREE,
+    FileEntry,
+    Folder,
+    Run,
+    checksum,
+    commit,
+    committed,
+    entries,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -232,6 +243,43 @@ def test_keys_that_may_change_exist() -> None:
         stages = (PretrainConfig, EvalConfig, PPOStageConfig, TuneStageConfig)
         stage = next(stage for stage in stages if first in stage.model_fields)
         assert name in section_of(stage, sections).model_fields, path
+
+    for path in NOT_FREE:
+        *sections, name = path.split(".")
+        assert name in section_of(PPOStageConfig, sections).model_fields, path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        (("reward", "num_workers"), 2, False),
+        (("reward", "zero_stage"), 3, False),
+        (("actor", "engine"), {"zero_stage": 3}, False),
+        (("actor", "engine"), {"precision": "bf16"}, True),
+        (("rollout", "precision"), "bf16", True),
+        (("reference_in_actor",), True, True),
+    ],
+)
+def test_of_the_pools_only_what_alters_numbers_is_bound(
+    tmp_path: Path, key: tuple[str, ...], value: object, changes: bool
+) -> None:
+    def config(pools: dict[str, Any]) -> PPOStageConfig:
+        source = {"name": "a", "paths": ["/a.jsonl"], "licence": "MIT"}
+        model = {"name": "/sft/model", "lora": {"rank": 4}}
+        tree = {"run": {"dir": str(tmp_path / "run")}, "model": model, "pools": pools}
+        tree |= {"data": {"sources": [source]}, "reward": {"score_weight": 0.0}}
+        return validate(PPOStageConfig, tree)
+
+    def run(pools: dict[str, Any]) -> Run:
+        return Run.open("ppo", config(pools), run_dir=str(tmp_path / "run"), allow_changes=False)
+
+    run({})
+    pools = {key[-1]: value} if len(key) == 1 else {key[0]: {key[1]: value}}
+    if changes:
+        with pytest.raises(ConfigError, match=re.escape(f"pools.{'.'.join(key)}")):
+            run(pools)
+    else:
+        run(pools)
 
 
 def test_a_key_that_a_newer_version_added_is_no_change(tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ class CriticConfig(Config):
     """The value function."""
 
     model: ModelPath | None = None
-    """What it starts from; unset: the reward model, or, where there is none, the actor's with a
-    fresh head."""
+    """What it starts from, adapters folded in; unset: the reward model, or, where there is none,
+    the actor's with a fresh head."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     optimizer: ValueOptimizerConfig = ValueOptimizerConfig()

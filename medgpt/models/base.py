@@ -139,18 +139,6 @@ def check_positions(hf_config: PreTrainedConfig, max_length: int | None) -> None
         )
 
 
-def check_answer_positions(
-    hf_config: PreTrainedConfig, max_length: int, max_new_tokens: int
-) -> None:
-    """Raises ConfigError if the longest prompt and answer together are longer than it reads."""
-    positions = hf_config.to_dict().get("max_position_embeddings")
-    if positions is not None and max_length + max_new_tokens > positions:
-        raise ConfigError(
-            f"data.max_length={max_length} and rollout.max_new_tokens={max_new_tokens} together "
-            f"exceed the model's {positions} positions; lower one of them"
-        )
-
-
 def _download(name: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:

@@ -15,6 +15,7 @@ from medgpt.config import (
 from medgpt.data.plan import Plan
 from medgpt.data.stream import training_stream
 from medgpt.rlhf.experience import Lessons
+from medgpt.rlhf.prompts import within
 from medgpt.runs import Run
 from medgpt.train.prepare import Prepared, prepare
 
@@ -45,8 +46,10 @@ def prepare_lessons(
         raise ConfigError(f"[ptx] {error}") from None
 
 
-def lesson_stream(run: Run, config: PPOStageConfig, start: int) -> Iterator[Lessons]:
-    """Those of iteration `start` and all after it."""
+def lesson_stream(
+    run: Run, config: PPOStageConfig, start: int, *, say: Callable[[str], None]
+) -> Iterator[Lessons]:
+    """Those of iteration `start` and all after it, each `within` cluster.wait_s."""
     assert config.ptx is not None
     own, num_steps = lesson_run(run), config.ppo.num_steps
     plan = Plan(own.plan.url, global_batch_size=config.ptx.batch_size, max_steps=None)
@@ -58,8 +61,9 @@ def lesson_stream(run: Run, config: PPOStageConfig, start: int) -> Iterator[Less
         start=start * num_steps,
         data_cpus=config.cluster.data_cpus,
     )
-    while part := list(islice(steps, num_steps)):
-        yield Lessons(steps=[step.rows for step in part])
+    parts = iter(lambda: list(islice(steps, num_steps)), [])
+    lessons = (Lessons(steps=[step.rows for step in part]) for part in parts)
+    return within(lessons, "conversations of [ptx]", wait_s=config.cluster.wait_s, say=say)
 
 
 def _fine_tuning(config: PPOStageConfig, run: Run, num_steps: int) -> SFTConfig:

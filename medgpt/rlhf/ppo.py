@@ -5,7 +5,7 @@ The driver moves refs from pool to pool. It sees metrics, not tensors.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
 from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
 from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
@@ -24,6 +24,7 @@ from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
+from medgpt.rlhf.worker import Usage
 from medgpt.runs import FileEntry, Run
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
@@ -47,6 +48,7 @@ class Batch:
     prompts: Any  # ref
     num_prompts: int
     rollouts: Refs
+    usage: Refs = ()  # of the rollout workers that sampled, if this attempt has seen them
 
 
 class PPO:
@@ -87,6 +89,11 @@ class PPO:
         sensitive = any(source.sensitive for source in config.data.sources)
         self.shown = 0 if sensitive else config.report.samples
         self.deaths = 0
+        self.learning = False
+        """Updates are on their way: if they end in a loss, one rank may have learnt and another
+        wait for it."""
+        self.renewed: set[str] = set()
+        """Roles whose pools were rebuilt since the loss that is being recovered from."""
         self.times: dict[str, float] = {}  # of an iteration's phases
         self.sync_metrics: dict[str, float] = {}
         self.saving: Checkpoint | None = None
@@ -101,28 +108,34 @@ class PPO:
         """Iterate to the end; the last iteration is saved.
 
         Raises:
-            PoolDied: workers died more often than cluster.max_failures.
+            PoolDied, DataLost: it happened more often than cluster.max_failures.
             Diverged: what the run became is not worth going on with.
         """
-        died: PoolDied | None = None
+        try:
+            self._go_on()
+        finally:  # a run that halts has a report, too
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _go_on(self) -> None:
+        loss: PoolDied | DataLost | None = None
         while True:
             try:
-                if died is not None:
-                    self._recover(died)
+                if loss is not None:
+                    self._recover(loss)
                 elif self.metrics is None:
                     self._rewind()
-                died = None
+                loss = None
                 self._examine()
                 if self.state.iteration == self.num_iterations:
                     self._finish_save()
                     break
                 self._iterate()
-            except PoolDied as error:  # perhaps in the middle of a recovery
-                died = error
+            except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
+                loss = error
                 self.deaths += 1
                 if 0 <= self.config.cluster.max_failures < self.deaths:
                     raise
-        self._log.close()
 
     def _iterate(self) -> None:
         began, self.times = time.monotonic(), {}
@@ -143,6 +156,8 @@ class PPO:
             parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
             lessons = self._lessons(state.iteration)  # meanwhile
             self.pools.wait(parts, "score")
+            # before anything is learnt: a death from now on may lose them
+            rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
 
         with self._timed("update"):
             task = Task(
@@ -152,19 +167,24 @@ class PPO:
                 score_stats=state.score_stats,
                 actor_learns=state.iteration >= self.config.critic.warmup_iterations,
             )
+            self.learning = True
             fitted = self.critic.call(Critic.update, task, *parts)
             improved = self.actor.call(Actor.update, task, *parts, *lessons)
             answers = self.pools.get([*improved, *fitted], "update")
+            self.learning = False
         learnt: Learnt = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
         state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
 
-        rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
-        self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
+        metrics |= self._speed(batch.num_prompts, time.monotonic() - began)
+        tokens = metrics["rollout/response_tokens"] * batch.num_prompts
+        self._report(metrics | self._usage(batch, tokens))
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
+        if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
+            self._keep_samples()
 
     def _generate(self, iteration: int) -> Batch:
         """Begin the rollouts of an iteration, with weights as new as the actor has them."""
@@ -172,8 +192,8 @@ class PPO:
         with self._timed("prompts"):
             prompts = self._prompts(iteration)
             ref = self.pools.put(prompts)
-        rollouts = self.rollout.call(Rollout.generate, ref, iteration)
-        return Batch(iteration, self.synced, ref, len(prompts), rollouts)
+        rollouts = self.rollout.call(Rollout.generate, ref, iteration, self.synced)
+        return Batch(iteration, self.synced, ref, len(prompts), rollouts, self.rollout.usage())
 
     def _bring_weights(self) -> None:
         """Give the rollout pool the actor's weights, if it has not got them."""
@@ -197,18 +217,26 @@ class PPO:
             return []
         return [self.pools.put(self.lessons.take(iteration))]
 
-    def _recover(self, died: PoolDied) -> None:
-        """Make the pool work again. What was learnt since the last checkpoint is lost if it was the
-        actor's or the critic's; else the batch is done again."""
-        self.reporter.say(f"{died}; the pool is rebuilt")
-        self.pools.rebuild(died)
+    def _recover(self, loss: PoolDied | DataLost) -> None:
+        """Make the pools work again. If the actor or the critic died or was learning, what was
+        learnt since the last checkpoint is lost; else the batch is done again."""
+        if isinstance(loss, PoolDied):
+            self.reporter.say(f"{loss}; the pool is rebuilt")
+            self.renewed.add(loss.role)  # though it may not live through it
+            self.renewed |= self.pools.rebuild(loss)
+        else:
+            self.reporter.say(f"{loss}; it is made again")
         self.synced, self.in_flight = -1, None
-        if died.role in ("actor", "critic"):
-            if newest(self.run) is None:  # back to the first weights
-                other = self.critic if died.role == "actor" else self.actor
-                ranks = range(len(other.workers))
-                self.pools.rebuild(PoolDied(other.role, ranks, "starts again"))
+        if self.learning or self.renewed & {"actor", "critic"}:
+            if self.learning or newest(self.run) is None:  # then back to the first weights
+                for pool in (self.actor, self.critic):
+                    if pool.role not in self.renewed:
+                        self.renewed.add(pool.role)
+                        ranks = range(len(pool.workers))
+                        self.pools.rebuild(PoolDied(pool.role, ranks, "starts again"))
             self._rewind()
+        self.learning = False
+        self.renewed.clear()
 
     def _rewind(self) -> None:
         """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
@@ -227,6 +255,9 @@ class PPO:
                 self.in_flight = self._as_batch(sequences)
         self.attempt = self.run.manifest["attempt"] + 1
         self.run.update_manifest(attempt=self.attempt)
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
         self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
@@ -271,14 +302,17 @@ class PPO:
     def _examine(self) -> None:
         """Have the policy judged, if that is due. Raises Diverged if the run must end here."""
         step = self.state.iteration
-        latest = self.history.pop() if self.history and self.history[-1]["step"] == step else {}
+        has_line = bool(self.history) and self.history[-1]["step"] == step
+        latest = self.history[-1] if has_line else {"step": step}
         if self.judging.due(step) and "time/judge_s" not in latest:
             began = time.monotonic()
             self._bring_weights()
-            latest |= {"step": step, **self.judging.metrics()}
-            latest["time/judge_s"] = time.monotonic() - began
+            marks = self.judging.metrics()
+            latest = latest | marks | {"time/judge_s": time.monotonic() - began}
             self._log.log(step, latest)
-        self.history += [latest] if latest else []
+            if has_line:
+                self.history.pop()
+            self.history.append(latest)
         if self.history and (why := diagnose(self.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {why}")
         if self.judged is not None and "time/judge_s" in latest:
@@ -294,22 +328,40 @@ class PPO:
             **{f"time/{phase}_s": seconds for phase, seconds in self.times.items()},
         }
 
+    def _usage(self, batch: Batch, num_tokens: float) -> dict[str, float]:
+        """Resident memory of the largest workers, and how fast the slowest rollout worker let
+        `num_tokens` come. Nothing if a pool dies meanwhile, which its next call tells."""
+        others = (pool for pool in self.pools.pools.values() if pool is not self.rollout)
+        refs: dict[str, Refs] = {pool.role: pool.usage() for pool in others if pool.workers}
+        if batch.usage:
+            refs["rollout"] = batch.usage
+        metrics: dict[str, float] = {}
+        with suppress(PoolDied, DataLost):
+            for role, mine in refs.items():
+                used: list[Usage] = self.pools.get(mine, "usage")
+                metrics[f"memory/{role}_rss_gb"] = max(u.rss_gb for u in used)
+                if role == "rollout":
+                    speed = num_tokens / max(u.call_s for u in used)
+                    metrics["rollout/tokens_per_s"] = speed
+            metrics["memory/rss_gb"] = max(n for name, n in metrics.items() if "rss" in name)
+        return metrics
+
     def _report(self, metrics: dict[str, float]) -> None:
         step = self.state.iteration
         self._log.log(step, metrics)
         self.history.append({"step": step, **metrics})
-        if self.shown and (step == 1 or step % self.config.report.every == 0):
-            self._keep_samples()
         facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
         self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)
 
     def _keep_samples(self) -> None:
-        """A few of the latest rollouts, for the report."""
+        """A few of the latest rollouts, for the report; none if the pool that has them dies, which
+        the next call to it tells."""
         folder, step = self.run.folder, self.state.iteration
         known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
-        refs = self.reward.call(Reward.samples, self.shown)
-        found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
+        refs, found = self.reward.call(Reward.samples, self.shown), []
+        with suppress(PoolDied, DataLost):
+            found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
         folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
 
     @contextmanager

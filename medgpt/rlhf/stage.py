@@ -7,6 +7,8 @@ from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.checks import check_models
+from medgpt.rlhf.judge import Judge
 from medgpt.rlhf.lessons import FOLDER, lesson_stream, prepare_lessons
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
@@ -20,7 +22,7 @@ from medgpt.rlhf.roles.make import (
 from medgpt.runs import Folder, Run, commit, committed, entries
 from medgpt.train import session
 from medgpt.train.card import model_card
-from medgpt.train.prepare import prepare
+from medgpt.train.prepare import prepare, run_task
 from medgpt.train.stage import cluster_resources, describe, parents
 
 CRITIC = "critic"  # the folder of its export
@@ -39,8 +41,11 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        Rewards(config.reward)  # a function that cannot be imported is told before all else
+        # what the user can repair is told before anything is prepared or loaded
+        Rewards(config.reward)
+        Judge(config.judge, config.run.seed)
         session.connect(config.cluster)
+        make_pools(config, 0, reporter).preflight()
         plan = prepare_prompts(run, config, reporter)
         pools = make_pools(config, plan.num_steps, reporter)
         try:
@@ -95,7 +100,12 @@ def role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
 
 
 def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
-    """The order of the prompts, made unless it is there; the manifest says what it is made of."""
+    """The order of the prompts, made unless it is there; the manifest says what it is made of.
+
+    Raises:
+        ConfigError: a model or the data is not fit for this.
+    """
+    run_task(check_models, config, cpus=config.cluster.data_cpus)
     with storage_told(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)
     reporter.say(describe(data, plan))
@@ -134,11 +144,20 @@ def _train(
         run,
         config,
         pools,
-        prompts=partial(prompt_stream, plan, run.data.url, data_cpus=config.cluster.data_cpus),
+        prompts=partial(
+            prompt_stream,
+            plan,
+            run.data.url,
+            data_cpus=config.cluster.data_cpus,
+            wait_s=config.cluster.wait_s,
+            say=reporter.say,
+        ),
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
-        lessons=None if config.ptx is None else partial(lesson_stream, run, config),
+        lessons=None
+        if config.ptx is None
+        else partial(lesson_stream, run, config, say=reporter.say),
     ).fit()
 
 

@@ -107,7 +107,7 @@ def train_offline(
     run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: Progress
 ) -> Callable[[Path], None]:
     """Train from the newest checkpoint to the end; returns what writes the model into a folder."""
-    trainer = _trainer(run, config, tokenizer, device)
+    trainer = make_trainer(run, config, tokenizer, device, *read_rows(run))
     trainer.add_callback(_Reported(run, config, progress))
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
 
@@ -128,12 +128,18 @@ def train_offline(
     return export
 
 
-def _trainer(
-    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device
+def make_trainer(
+    run: Run,
+    config: DPOConfig,
+    tokenizer: Any,
+    device: torch.device,
+    train_rows: list[Row],
+    held_out_rows: list[Row],
 ) -> DPOTrainer | KTOTrainer:
+    """TRL's trainer of these samples; checkpoints go to `run`."""
     load_weights_only()
     use_process_group(device)
-    train, held_out = (_examples(rows, config) for rows in read_rows(run))
+    train, held_out = (_examples(rows, config) for rows in (train_rows, held_out_rows))
     model = _model(config, tokenizer, device)
     lora = lora_settings(model, config.model.lora) if config.model.lora.rank else None
     kind, arguments = (

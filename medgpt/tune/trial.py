@@ -171,11 +171,20 @@ class Trial:
             self.ppo_run,
             stage,
             pools,
-            prompts=partial(prompt_stream, plan, base.data.url, data_cpus=stage.cluster.data_cpus),
+            prompts=partial(
+                prompt_stream,
+                plan,
+                base.data.url,
+                data_cpus=stage.cluster.data_cpus,
+                wait_s=stage.cluster.wait_s,
+                say=reporter.say,
+            ),
             sync=sync.run,
             num_iterations=self.setup.num_iterations,
             reporter=reporter,
-            lessons=None if stage.ptx is None else partial(lesson_stream, base, stage),
+            lessons=None
+            if stage.ptx is None
+            else partial(lesson_stream, base, stage, say=reporter.say),
             judged=self.judged,
         ).fit()
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgpt.config import ModelConfig, PPOStageConfig, load
+from medgpt.config import LoraConfig, ModelConfig, PPOStageConfig, load
 from medgpt.data.packed_row import Row
+from medgpt.models.base import HEAD
+from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import Score, build_value_model
 from medgpt.rlhf.experience import (
@@ -64,9 +66,15 @@ def ppo_config(folder: Path, base: Path, *overrides: str) -> PPOStageConfig:
     return load(PPOStageConfig, path, overrides)
 
 
-def save_reward_model(base: Path, folder: Path, *, seed: int = 3) -> Path:
-    """A reward model in `folder`: the base with a fresh head."""
+def save_reward_model(base: Path, folder: Path, *, lora: bool = False, seed: int = 3) -> Path:
+    """A reward model in `folder`: the base with a fresh head, or adapters that are not at zero."""
     model = build_value_model(ModelConfig(name=str(base)), seed=seed, dtype=torch.float32)
+    if lora:
+        model = apply_lora(model, LoraConfig(rank=2), head=HEAD)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     load_base(str(base)).save_pretrained(folder)
     Score(mean=0.25, std=0.5, normalised_on="chosen answers", speech={}).write(folder)

@@ -1,6 +1,7 @@
 """The policy's update against plain torch on sequences one by one; ranks, ZeRO, bad steps."""
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from medgpt.config import PPOStageConfig
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
-from medgpt.rlhf.experience import Lessons, Sequences
+from medgpt.rlhf.experience import Lessons, Sequences, join_tokens
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Task, step_rows
 from medgpt.rlhf.roles.reference import Reference
+from medgpt.rlhf.roles.rollout import HuggingFaceEngine, Rollout
 from tests.rlhf.cases import logprobs, ppo_config, scores, sequences, share, values
 
 ITERATIONS = 3
@@ -211,15 +213,15 @@ def test_a_saved_actor_continues_as_if_it_had_not_stopped(base, tmp_path):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(base, tmp_path):
-    actor = Actor(ppo_config(tmp_path, base, "ppo.whiten_advantages=false"), total_iterations=1)
+    actor = Actor(ppo_config(tmp_path, base, "ppo.micro_batch_tokens=1000"), total_iterations=1)
     before = {name: p.clone() for name, p in actor.policy.named_parameters()}
-    whole = sequences()
-    value = np.zeros(len(whole.logprobs))
-    value[0] = np.inf
-    metrics = train(actor, whole, value)
+    weight, backwards = actor.policy.model.get_input_embeddings().weight, count()
+    weight.register_hook(lambda grad: grad * (np.inf if next(backwards) in (1, 4) else 1))
+    metrics = train(actor, sequences())
 
-    assert metrics["ppo/skipped_steps"] == 2  # the sample is in one step of each epoch
-    assert metrics["ppo/steps"] == 6
+    assert metrics["ppo/skipped_steps"] == 2  # one forward and backward each
+    assert metrics["ppo/steps"] == next(backwards) == 6
+    assert np.isfinite(metrics["actor/loss"])
     assert all(p.isfinite().all() for p in actor.policy.parameters())
     assert any((p != before[name]).any() for name, p in actor.policy.named_parameters())
 
@@ -229,7 +231,7 @@ def nan_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, flo
     config = ppo_config(folder, base, "ppo.whiten_advantages=false", *overrides)
     actor, whole = Actor(config, total_iterations=1), sequences()
     before = dict(gather_weights(actor.policy.model))
-    metrics = train(actor, whole, np.full(len(whole.logprobs), np.nan))
+    metrics = train(actor, whole, kl_coef=np.inf)
     after = dict(gather_weights(actor.policy.model))
     return metrics, max((float((after[n] - w).abs().max()) for n, w in before.items()), default=0.0)
 
@@ -242,6 +244,54 @@ def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engi
         assert metrics["ppo/skipped_steps"] == metrics["ppo/steps"] == 6
         assert np.isnan(metrics["actor/grad_norm"])
         assert metrics["actor/loss"] == 0  # of no step
+
+
+@pytest.mark.parametrize("part", ["value", "reference", "old"])
+def test_a_sequence_that_is_not_finite_is_left_out_and_spoils_no_other(base, tmp_path, part):
+    """With whitening, one such token would spoil every step of the batch."""
+    whole, bad = sequences(), {"value": np.inf, "reference": np.nan, "old": -np.inf}
+    found = []
+    for number in (bad[part], None):
+        actor = Actor(ppo_config(tmp_path, base), total_iterations=1)
+        numbers = {
+            "value": values(whole).values,
+            "reference": shifted(whole),
+            "old": join_tokens([actor.logprobs(whole)], whole.responses),
+        }
+        totals = scores(whole).totals.copy()
+        if number is None:
+            totals[0] = np.nan  # the same sequence, left out because its reward failed
+        else:
+            numbers[part] = numbers[part].copy()
+            numbers[part][0] = number
+        parts = [
+            *(whole, scores(whole, totals), values(whole, numbers["value"])),
+            logprobs(whole, "actor", numbers["old"]),
+            logprobs(whole, "reference", numbers["reference"]),
+        ]
+        metrics = actor.update(task(), *parts).metrics
+        assert metrics["ppo/steps"] == 6
+        assert metrics["ppo/skipped_steps"] == 0
+        assert metrics["ppo/not_finite"] == pytest.approx(0 if number is None else 1 / 12)
+        found.append({name: p.detach().numpy() for name, p in actor.policy.named_parameters()})
+    assert_same(*found, atol=1e-6)
+
+
+def test_adapters_reach_the_rollout_engine_folded_in(base, tmp_path):
+    lora = ("model.lora.rank=4", "model.lora.alpha=64.0")
+    config, whole = ppo_config(tmp_path, base, *lora), sequences()
+    actor, rollout = Actor(config, total_iterations=1), Rollout(config)
+    train(actor, whole)
+    rollout.load_weights(actor.weights())
+    rollout.weights_loaded(1)
+
+    assert isinstance(rollout.engine, HuggingFaceEngine)
+    model = rollout.engine.model
+    with torch.no_grad():
+        want = actor.logprobs(whole)
+        got = [response_logprobs(model, whole, row, 1.0) for row in want.index]
+    np.testing.assert_allclose(torch.cat(got), want.values, atol=1e-5)
+    assert np.abs(want.values - actor.reference_logprobs(whole).values).max() > 1e-3
 
 
 def test_updates_end_when_the_policy_has_moved_too_far(base, tmp_path):

@@ -1,7 +1,8 @@
 """Bad input to PPO gets a clear error, or samples that are masked and counted.
 
 What is not here: reward models that read other ids (test_reward.py), pools larger than the cluster
-(test_placement.py, test_capacity.py), single functions that fail (rewards/test_functions.py).
+(test_placement.py, train/test_capacity.py), models with too few
+positions (test_stage.py), single functions that fail (rewards/test_functions.py).
 """
 
 import json
@@ -97,17 +98,6 @@ def test_longer_prompts_are_set_aside_and_counted(base, tmp_path, ray_session):
     assert plan["epochs"][0]["num_rows"] == 1
 
 
-@pytest.mark.ray
-def test_prompts_and_answers_longer_than_the_model_reads_are_refused(base, tmp_path, ray_session):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(json.dumps({"prompt": "头痛怎么办?"}) + "\n", "utf-8")
-    source = (f"data.sources.0.paths=['{file}']", "data.sources.0.kind=prompt")
-    config = ppo_config(tmp_path, base, *source, "rollout.max_new_tokens=500")
-    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
-    with pytest.raises(ConfigError, match=r"max_length=32 and rollout.max_new_tokens=500 together"):
-        prepare(run, config, lambda *_: None)
-
-
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_critic_whose_head_is_gone_is_refused(base, tmp_path, stage):
     folder = save_reward_model(base, tmp_path / "critic")
@@ -127,6 +117,11 @@ def test_a_critic_that_reads_other_ids_is_refused(base, tmp_path, key):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ConfigError, match=f"the actor and {key}=.*1 tokens have other ids"):
         Critic(ppo_config(tmp_path, base, f"{key}={folder}"), total_iterations=1)
+
+
+def test_a_critic_that_is_not_there_is_told_with_its_key(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"^critic\.model=.*none: cannot load its tokenizer"):
+        Critic(ppo_config(tmp_path, base, f"critic.model={tmp_path}/none"), total_iterations=1)
 
 
 @pytest.mark.parametrize("function", ["raises", "one_short", "returns_none"])
@@ -178,11 +173,11 @@ def test_a_rollout_pool_that_did_not_get_the_weights_ends_the_run(base, tmp_path
     ppo = driver(config_of(tmp_path, base), 3)
     sync = ppo.sync
     ppo.sync = lambda version: sync(version) if version < 1 else {}
-    with pytest.raises(RuntimeError, match="weight version 0 where 1 was expected"):
+    with pytest.raises(RuntimeError, match=r"has version 0 of the weights, not version 1;"):
         ppo.fit()
     assert len(ppo.run.metrics()) == 1
 
 
 def test_a_rollout_pool_without_any_weights_ends_the_run(base, tmp_path):
-    with pytest.raises(RuntimeError, match="weight version -1 where 0 was expected"):
+    with pytest.raises(RuntimeError, match=r"has no whole version of the weights, not version 0;"):
         driver(config_of(tmp_path, base), 3, sync=lambda version: {}).fit()

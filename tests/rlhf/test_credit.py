@@ -6,9 +6,10 @@ import torch
 
 from medgpt.config import PPOConfig
 from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
-from tests.rlhf.cases import logprobs, scores, sequences, share, values
+from tests.rlhf.cases import logprobs, scores, sequences, share, values, without_response
 
 NAN, NO_STATS = float("nan"), RunningStats()
+TOTALS = np.random.default_rng(3).normal(size=6).astype(np.float32)
 
 
 def credit(whole=None, *, totals=None, kl_coef=0.1, stats=NO_STATS, old=None, **options):
@@ -100,20 +101,50 @@ def test_scores_are_relative_to_all_so_far():
 
 
 def test_a_failed_reward_and_an_empty_response_take_no_part():
-    whole = sequences(6)
+    whole = without_response(sequences(7), 3)
     lengths = whole.responses.lengths
+    assert lengths[3] == 0 < lengths[2]
     totals = scores(whole).totals.copy()
     totals[2] = NAN
     found = credit(whole, totals=totals, whiten_advantages=True)
 
-    assert found.rows.tolist() == [0, 1, 3, 4, 5]
+    assert found.rows.tolist() == [0, 1, 4, 5, 6]
     assert found.metrics["ppo/masked"] == 1
+    assert found.metrics["rollout/empty"] == 1
     kept = np.concatenate([whole.responses.places([row]) for row in found.rows])
     assert found.advantages[kept].mean().item() == pytest.approx(0, abs=1e-6)
     assert found.advantages[kept].std().item() == pytest.approx(1, abs=1e-5)
     assert torch.isfinite(found.advantages).all()
     assert found.metrics["ppo/score_mean"] == pytest.approx(np.nanmean(totals))
     assert found.metrics["rollout/response_tokens"] == pytest.approx(lengths.mean())
+
+
+def test_a_batch_of_nothing_but_empty_responses_is_no_error():
+    found = credit(without_response(sequences(2), 0, 1), whiten_advantages=True)
+    assert not len(found.rows)
+    assert found.metrics["rollout/empty"] == 2
+    assert all(np.isfinite(value) for value in found.metrics.values())
+
+
+@pytest.mark.parametrize("which", ["value", "after", "score"])
+def test_what_is_not_finite_is_counted_and_spoils_no_other_advantage(which):
+    whole = sequences(6)
+    flat, after, totals = (x.copy() for x in (values(whole).values, values(whole).after, TOTALS))
+    {"value": flat, "after": after, "score": totals}[which][0] = np.inf
+    parts = [
+        *(whole, scores(whole, totals), values(whole, flat, after)),
+        *(logprobs(whole, "actor"), logprobs(whole, "reference")),
+    ]
+    found = assign_credit(
+        Parts.of(parts), PPOConfig(max_logprob_gap=1.0), kl_coef=0.1, score_stats=NO_STATS
+    )
+    assert found.rows.tolist() == [1, 2, 3, 4, 5]
+    assert found.metrics["ppo/not_finite"] == (0 if which == "score" else pytest.approx(1 / 6))
+    assert found.metrics["ppo/masked"] == (which == "score")
+    kept = whole.responses.places(found.rows)
+    assert found.advantages[kept].std().item() == pytest.approx(1, abs=1e-5)
+    assert all(np.isfinite(value) for value in found.metrics.values())
+    assert found.score_stats.num == 5
 
 
 def test_nothing_is_left_where_every_reward_failed():

@@ -9,11 +9,12 @@ import torch
 from medgpt.algos.ppo import ppo_value_loss
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
+from medgpt.models.value_model import load_value_model
 from medgpt.rlhf.batching import response_batch
 from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
 from medgpt.rlhf.roles.common import step_rows
 from medgpt.rlhf.roles.critic import Critic
-from tests.rlhf.cases import logprobs, ppo_config, scores, sequences, values
+from tests.rlhf.cases import logprobs, ppo_config, save_reward_model, scores, sequences
 from tests.rlhf.test_actor import (
     ENGINES,
     ITERATIONS,
@@ -107,9 +108,7 @@ def nan_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, flo
     """Metrics of an iteration in which no step is finite, and how far a weight moved."""
     critic, whole = Critic(ppo_config(folder, base, *overrides), total_iterations=1), sequences()
     before = dict(gather_weights(critic.model.model))
-    parts = [whole, scores(whole), values(whole, np.full(len(whole.logprobs), np.nan))]
-    parts += [logprobs(whole, "actor"), logprobs(whole, "reference")]
-    metrics = critic.update(task(), *parts)
+    metrics = critic.update(task(kl_coef=np.inf), *parts_of(critic, whole))
     after = dict(gather_weights(critic.model.model))
     return metrics, max((float((after[n] - w).abs().max()) for n, w in before.items()), default=0.0)
 
@@ -122,6 +121,41 @@ def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engi
         assert metrics["critic/skipped_steps"] == metrics["critic/steps"] == 6
         assert np.isnan(metrics["critic/grad_norm"])
         assert metrics["critic/loss"] == 0  # of no step
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
+def test_a_critic_starts_as_the_reward_model_and_comes_back_as_it_was(base, tmp_path, lora, stage):
+    reward = save_reward_model(base, tmp_path / "reward", lora=lora)
+    options = (f"reward.model={reward}", f"pools.critic.engine.zero_stage={stage}")
+    critic, whole = Critic(ppo_config(tmp_path, base, *options), total_iterations=2), sequences()
+    scorer, _ = load_value_model(str(reward))
+    with torch.no_grad():
+        found = critic.values(whole)
+        want = [values_alone(scorer, whole, row)[-1] for row in found.index]
+    np.testing.assert_allclose(found.after, torch.stack(want), atol=1e-5)
+
+    critic.update(task(), *parts_of(critic, whole))
+    learnt = critic.values(whole).values
+    files = {file.name for file in critic.export(str(tmp_path / "critic"))}
+    assert {"value.json", "config.json", "model.safetensors", "tokenizer.json"} <= files
+    again = Critic(
+        ppo_config(tmp_path, base, *options, f"critic.model={tmp_path / 'critic'}"),
+        total_iterations=1,
+    )
+    np.testing.assert_allclose(again.values(whole).values, learnt, atol=1e-5)
+
+
+def test_adapters_of_a_critic_on_adapters_of_a_reward_model_come_back(base, tmp_path):
+    reward = save_reward_model(base, tmp_path / "reward", lora=True)
+    lora = (f"reward.model={reward}", "critic.lora.rank=2")
+    critic, whole = Critic(ppo_config(tmp_path, base, *lora), total_iterations=2), sequences()
+    critic.update(task(), *parts_of(critic, whole))
+    learnt = critic.values(whole).values
+    critic.export(str(tmp_path / "critic"))
+    start = f"critic.model={tmp_path / 'critic'}"
+    again = Critic(ppo_config(tmp_path, base, start), total_iterations=1)
+    np.testing.assert_allclose(again.values(whole).values, learnt, atol=1e-5)
 
 
 def test_a_saved_critic_continues_as_if_it_had_not_stopped(base, tmp_path):

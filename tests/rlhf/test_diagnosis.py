@@ -45,6 +45,7 @@ def test_a_healthy_run_goes_on_at_every_iteration():
             5,
             "16 of the critic's 24 optimizer steps",
         ),
+        ({"ppo/not_finite": lambda i: float(i >= 4)}, 5, "67% of the samples were left out"),
         ({"rewards/masked": lambda i: float(i >= 6)}, 7, "67% of the samples have no reward"),
     ],
 )

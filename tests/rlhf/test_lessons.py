@@ -151,12 +151,12 @@ def test_lessons_are_a_plan_of_their_own_that_starts_anywhere(
     plan = Plan(own.plan.url, global_batch_size=4, max_steps=None)
     assert plan.num_steps >= 30
 
-    every = list(islice(lesson_stream(run, config, 0), 5))
+    every = list(islice(lesson_stream(run, config, 0, say=print), 5))
     assert all(len(part.steps) == 6 for part in every)
     flat = [row for part in every for step in ids(part.steps) for row in step]
     first_epoch = flat[: plan.num_rows[0]]
     assert len(set(first_epoch)) == len(first_epoch) == plan.num_rows[0]
-    (again,) = islice(lesson_stream(run, config, 3), 1)
+    (again,) = islice(lesson_stream(run, config, 3, say=print), 1)
     assert ids(again.steps) == ids(every[3].steps)
     row = again.steps[0][0]
     np.testing.assert_array_equal(row.input_ids, every[3].steps[0][0].input_ids)

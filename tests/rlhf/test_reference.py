@@ -48,3 +48,9 @@ def test_offloaded_and_back_the_numbers_are_the_same(base, tmp_path):
     reference.offload()
     reference.onload()
     np.testing.assert_array_equal(reference.logprobs(1.0, whole).values, before)
+
+
+def test_a_reference_in_bf16_is_near(base, tmp_path):
+    join_process_group(CPU)
+    found = all_logprobs(tmp_path, base, "pools.reference.precision=bf16")
+    assert 1e-6 < np.abs(found - alone(base)).max() < 0.1

@@ -1,5 +1,6 @@
 """The reward role: each answer's own score, whatever the ranks; partitioned, offloaded, refused."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,22 +8,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from medgpt.config import ConfigError, LoraConfig, ModelConfig
+from medgpt.config import ConfigError
+from medgpt.data.records import Message
 from medgpt.engine.setup import join_process_group
-from medgpt.models.base import HEAD
-from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import Score, build_value_model, last_values, load_value_model
+from medgpt.models.value_model import ValueModel, last_values, load_value_model
 from medgpt.rlhf.batching import response_batch
-from medgpt.rlhf.experience import join_rows
+from medgpt.rlhf.experience import Prompts, join_rows
+from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.reward import Reward
 from tests.engine.cases import CPU
-from tests.rlhf.cases import asked, ppo_config, save_reward_model, sequences
+from tests.rlhf.cases import asked, ppo_config, save_reward_model, sequences, share
 from tests.rlhf.test_actor import gathered
 
 NO_RULES = (
     "reward.rules={urgency=0.0,dose=0.0,diagnosis=0.0,hotline=0.0,language=0.0,repetition=0.0}"
 )
+WEIGHTED = ("reward.score_weight=0.5", "reward.rules={dose=0.0}")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,55 @@ def test_offloaded_and_back_the_numbers_are_the_same(base, tmp_path, saved):
     assert found.judge(whole)[1] == judged
 
 
+def test_a_total_is_of_its_own_response_in_whatever_parts_rollouts_come(base, tmp_path, saved):
+    turns = [["user", "我头痛。"], ["assistant", "多久了?"], ["user", "三天。"]]
+    whole, tokenizer = sequences(), load_base(str(base))
+    asked_by = [turns[-1 - 2 * (i % 2) :] for i in range(len(whole))]
+    config = ppo_config(tmp_path, base, *WEIGHTED, f"reward.model={saved}")
+    answered = [
+        Answered(
+            sample_id=whole.sample_ids[i],
+            messages=tuple(Message(*turn) for turn in asked_by[i]),
+            text=str(tokenizer.decode(whole.responses.row(i), skip_special_tokens=True)),
+            finished=bool(whole.finished[i]),
+        )
+        for i in range(len(whole))
+    ]
+    want = Rewards(config.reward)(answered, alone(saved).tolist()).totals
+    assert len(set(want)) > 6
+
+    found, messages = Reward(config), [json.dumps(turn) for turn in asked_by]
+    assert found.samples(3) == []
+    prompts = Prompts(sample_ids=whole.sample_ids, ids=whole.prompts, messages=messages)
+    part = found.score(prompts, share(whole, range(6, 12)), share(whole, range(6)))
+    np.testing.assert_allclose(join_rows([part.index], [part.totals]), want, atol=1e-5)
+    np.testing.assert_allclose(part.rewarded.totals, part.totals, atol=1e-6)
+    samples = found.samples(3)
+    assert [sample["total"] for sample in samples] == part.rewarded.totals[:3]
+    assert {sample["prompt"] for sample in samples} == {"三天。"}
+
+
+def test_a_score_that_is_not_finite_masks_its_sample(base, tmp_path, saved):
+    found, whole = role(tmp_path, base, saved), sequences()
+    assert isinstance(found.model, ValueModel)
+    token = int(whole.responses.row(0)[0])
+    found.model.pretrained.get_input_embeddings().weight.data[token] = torch.nan
+    part = found.score(asked(whole), whole)
+    read = [np.append(whole.prompts.row(i), whole.responses.row(i)) for i in range(len(whole))]
+    told = np.array([token in ids for ids in read])
+    assert 0 < told.sum() < 12
+    assert np.array_equal(np.isnan(part.totals), told[part.index])
+    assert [x is None for x in part.rewarded.components["score"]] == told[part.index].tolist()
+
+
+def test_the_judge_s_model_scores_in_the_order_it_says(base, tmp_path, saved):
+    other = save_reward_model(base, tmp_path / "other", seed=8)
+    found = role(tmp_path, base, saved, f"judge.model={other}", "judge.every=1")
+    index, marks = found.judge(sequences())
+    np.testing.assert_allclose(marks, alone(other)[index], atol=1e-5)
+    assert np.abs(alone(other) - alone(saved)).max() > 1e-2
+
+
 @pytest.mark.gpu
 def test_offloaded_it_leaves_the_gpu_to_others(base, tmp_path, saved):
     found, whole = role(tmp_path, base, saved), sequences()
@@ -158,12 +210,7 @@ def test_what_is_no_reward_model_is_told_under_its_key(base, tmp_path, stage):
 
 
 def test_adapters_are_folded_in_whole_and_refused_partitioned(base, tmp_path):
-    plain = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.float32)
-    apply_lora(plain, LoraConfig(rank=2), head=HEAD).save_pretrained(tmp_path / "adapter")
-    load_base(str(base)).save_pretrained(tmp_path / "adapter")
-    Score(mean=0.0, std=1.0, normalised_on="chosen", speech={}).write(tmp_path / "adapter")
-
-    whole = sequences()
-    role(tmp_path, base, tmp_path / "adapter").score(asked(whole), whole)
+    adapter = save_reward_model(base, tmp_path / "adapter", lora=True)
+    np.testing.assert_allclose(all_scores(tmp_path, base, adapter), alone(adapter), atol=1e-5)
     with pytest.raises(ConfigError, match=r"reward\.model=.*medgpt merge"):
-        role(tmp_path, base, tmp_path / "adapter", "pools.reward.zero_stage=3")
+        role(tmp_path, base, adapter, "pools.reward.zero_stage=3")

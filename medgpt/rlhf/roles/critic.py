@@ -14,7 +14,7 @@ from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
 from medgpt.models.speech import check_same_speech
 from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import last_values
+from medgpt.models.value_model import Scale, last_values
 from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.credit import Experience, Parts, assign_credit
 from medgpt.rlhf.experience import Lessons, Sequences, Values, join_sequences
@@ -142,7 +142,10 @@ class Critic:
         with Folder(url).staging() as directory:
             tokenizer = load_base(self.config.model.name)
             export_model(self.engine, self.model.model, tokenizer, directory)
-            return entries(directory) if dist.get_rank() == 0 else []
+            if dist.get_rank() > 0:
+                return []
+            Scale(mean=self.model.mean, std=self.model.std).write(directory)
+            return entries(directory)
 
 
 def _start(config: PPOStageConfig, actor: str) -> tuple[str, str]:

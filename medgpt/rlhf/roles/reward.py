@@ -83,8 +83,9 @@ class Reward:
         move(self._models, self.device)
 
     def samples(self, num: int) -> list[dict[str, Any]]:
-        """The first few of the latest call, for the report."""
-        assert self.latest is not None
+        """The first few of the latest call, for the report; none of a worker just replaced."""
+        if self.latest is None:
+            return []
         answered, rewarded = self.latest
         return [
             {
