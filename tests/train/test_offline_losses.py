@@ -1,11 +1,13 @@
 """Every loss that a config may name trains: TRL takes it with our rows and settings."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from medgpt.config import DPOConfig, validate
 from medgpt.config.dpo import PairLoss, SingleLoss
@@ -24,8 +26,19 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 def train(folder: Path, base: Path, loss: str) -> tuple[list[float], float]:
     """Losses of two steps on this process's ranks, and the largest change of a weight."""
+    from accelerate.state import AcceleratorState
+
     from medgpt.train.offline import make_trainer  # TRL, for the ranks alone
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the trainer before
+    os.environ |= {  # as Ray Train sets them, for accelerate
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "LOCAL_RANK": str(dist.get_rank()),
+        "LOCAL_WORLD_SIZE": str(dist.get_world_size()),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     tree = {
         "run": {"dir": str(folder)},
         "model": {"name": str(base)},
