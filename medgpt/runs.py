@@ -37,6 +37,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "cluster",
     "report",
     "gates",
+    "model.parent",
     "train.micro_batch_size",
     "train.log_every",
     "train.eval_every",
@@ -49,6 +50,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "engine.loss_chunk_tokens",
     "model.attention",
     "data.max_malformed_share",
+    "ptx.data.max_malformed_share",
     "pool.batch_tokens",
     "pool.batch_replies",
     "pools",
@@ -57,6 +59,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "ppo.checkpoint_every",
     "ppo.keep_checkpoints",
     "ppo.log_every",
+    "ppo.audit",
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
     "stages.config",  # of every stage; its own run knows what was in the file
@@ -65,6 +68,14 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "tune.num_trials",
     "tune.max_concurrent",
     "tune.max_failures",
+}
+NOT_FREE = {  # of the sections above
+    "pools.reference_in_actor",
+    "pools.actor.engine.precision",
+    "pools.critic.engine.precision",
+    "pools.reward.precision",
+    "pools.reference.precision",
+    "pools.rollout.precision",
 }
 
 
@@ -248,7 +259,7 @@ class Run:
         if run.finished:
             return run
         try:
-            run.folder.write_text("config.toml", tomli_w.dumps(_tree(config)))
+            run.record(config)
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             began = run.manifest.get("started", now)
             run.update_manifest(stage=stage, started=began, **environment())
@@ -289,6 +300,12 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         return tomllib.loads(self.folder.read_text("config.toml"))
+
+    def record(self, config: BaseModel) -> None:
+        """Write config.toml, unless it is there already."""
+        text = tomli_w.dumps(_tree(config))
+        if not self.folder.exists("config.toml") or self.folder.read_text("config.toml") != text:
+            self.folder.write_text("config.toml", text)
 
     def _check_empty(self) -> None:
         """A new run starts in a new or empty folder."""
@@ -374,16 +391,20 @@ def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
         return tree
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: bool = False
+) -> Iterator[str]:
     """What may not change and did: `train.epochs was 1, is 2`."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
         before, after = _numbered(old.get(key)), _numbered(new.get(key))
-        if re.sub(r"\.\d+\.", ".", path) in FREE_TO_CHANGE or before == after:
+        if before == after:
             continue
+        listed = re.sub(r"\.\d+\.", ".", path)
+        may_change = (free or listed in FREE_TO_CHANGE) and path not in NOT_FREE
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{path}.")
-        else:
+            yield from _differences(before, after, f"{path}.", free=may_change)
+        elif not may_change:
             was, now = ("unset" if v is None else repr(v) for v in (old.get(key), new.get(key)))
             yield f"{path} was {was}, is {now}"
 

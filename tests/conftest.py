@@ -48,7 +48,7 @@ def ray_session(s3: str) -> Iterator[None]:
 
     from medgpt.train import session
 
-    session.start_local(4)
+    session.start_local(4, loopback=False)  # some tests start commands that join it
     yield
     ray.shutdown()
 

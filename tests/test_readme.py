@@ -118,6 +118,8 @@ def test_counts_of_the_sample_corpus_are_right():
         "prompts": len(list(corpus.prompts())),
         "preference": len(list(preferences(corpus))),
         "mcq": len(list(exam_questions(corpus))),
+        "held_out_documents": len(list(corpus.held_out_documents())),
+        "held_out_dialogues": len(list(corpus.held_out_dialogues())),
     }
     text = section("The sample corpus")
     for folder, count in counts.items():

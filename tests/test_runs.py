@@ -1,8 +1,9 @@
 import json
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from uuid import uuid4
 
 import pytest
@@ -13,9 +14,20 @@ from medgpt.config import (
     PipelineStage,
     PPOStageConfig,
     PretrainConfig,
+    TuneStageConfig,
     validate,
 )
-from medgpt.runs import FREE_TO_CHANGE, FileEntry, Folder, Run, checksum, commit, committed, entries
+from medgpt.runs import (
+    FREE_TO_CHANGE,
+    NOT_FREE,
+    FileEntry,
+    Folder,
+    Run,
+    checksum,
+    commit,
+    committed,
+    entries,
+)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -213,15 +225,61 @@ def test_what_alters_the_result_is_refused_by_name_unless_told(
     open_run(url, **{key: value})  # is the run's config from now on
 
 
+def section_of(cls: Any, names: list[str]) -> Any:
+    """The class of a section inside sections, which may be optional."""
+    for name in names:
+        annotation = cls.model_fields[name].annotation
+        cls = next(iter(get_args(annotation)), annotation)
+    return cls
+
+
 def test_keys_that_may_change_exist() -> None:
     for path in FREE_TO_CHANGE:
-        section, _, name = path.partition(".")
-        if section == "stages":  # a list of them
+        *sections, name = path.split(".")
+        first = path.split(".")[0]
+        if first == "stages":  # a list of them
             assert name in PipelineStage.model_fields
             continue
-        stages = (PretrainConfig, EvalConfig, PPOStageConfig)
-        field = next(c.model_fields[section] for c in stages if section in c.model_fields)
-        assert not name or name in field.annotation.model_fields  # type: ignore
+        stages = (PretrainConfig, EvalConfig, PPOStageConfig, TuneStageConfig)
+        having = [stage for stage in stages if first in stage.model_fields]
+        assert any(name in section_of(stage, sections).model_fields for stage in having), path
+
+    for path in NOT_FREE:
+        *sections, name = path.split(".")
+        assert name in section_of(PPOStageConfig, sections).model_fields, path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        (("reward", "num_workers"), 2, False),
+        (("reward", "zero_stage"), 3, False),
+        (("actor", "engine"), {"zero_stage": 3}, False),
+        (("actor", "engine"), {"precision": "bf16"}, True),
+        (("rollout", "precision"), "bf16", True),
+        (("reference_in_actor",), True, True),
+    ],
+)
+def test_of_the_pools_only_what_alters_numbers_is_bound(
+    tmp_path: Path, key: tuple[str, ...], value: object, changes: bool
+) -> None:
+    def config(pools: dict[str, Any]) -> PPOStageConfig:
+        source = {"name": "a", "paths": ["/a.jsonl"], "licence": "MIT"}
+        model = {"name": "/sft/model", "lora": {"rank": 4}}
+        tree = {"run": {"dir": str(tmp_path / "run")}, "model": model, "pools": pools}
+        tree |= {"data": {"sources": [source]}, "reward": {"score_weight": 0.0}}
+        return validate(PPOStageConfig, tree)
+
+    def run(pools: dict[str, Any]) -> Run:
+        return Run.open("ppo", config(pools), run_dir=str(tmp_path / "run"), allow_changes=False)
+
+    run({})
+    pools = {key[-1]: value} if len(key) == 1 else {key[0]: {key[1]: value}}
+    if changes:
+        with pytest.raises(ConfigError, match=re.escape(f"pools.{'.'.join(key)}")):
+            run(pools)
+    else:
+        run(pools)
 
 
 def test_a_key_that_a_newer_version_added_is_no_change(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ WHITEN_EPS = 1e-8
 def token_rewards(
     scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, score_clip: float | None = None
 ) -> Tensor:
-    """(B, T) -kl_coef * kl, plus the score on the last token; a row without tokens is 0.
+    """(B, T) -kl_coef * kl, plus the score on the last token of the row, which is paid once even
+    where the mask has holes; a row without tokens is 0.
 
     Stiennon et al., 2020, section 3.4, https://arxiv.org/abs/2009.01325.
 
@@ -26,9 +27,8 @@ def token_rewards(
     """
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
-    last = torch.zeros_like(mask)
-    last[:, :-1] = mask[:, :-1] & ~mask[:, 1:]
-    last[:, -1:] = mask[:, -1:]
+    left = mask.flip(1).cumsum(1).flip(1)  # tokens from here on
+    last = mask & (left == 1)
     penalty = torch.where(mask, -kl_coef * kl, 0.0)
     return penalty + torch.where(last, scores[:, None], 0.0)
 
@@ -58,8 +58,8 @@ def gae(
         bootstrap_values: (B,) value after the last token; 0 by default, the end of an episode.
     """
     rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
-    following = torch.zeros_like(values[:, 0]) if bootstrap_values is None else bootstrap_values
-    advantage = torch.zeros_like(rewards[:, 0])
+    advantage = rewards.new_zeros(len(rewards))
+    following = torch.zeros_like(advantage) if bootstrap_values is None else bootstrap_values
     columns = []
     for t in reversed(range(rewards.shape[1])):
         here = mask[:, t]
@@ -68,7 +68,7 @@ def gae(
         advantage = torch.where(here, delta + gamma * gae_lambda * advantage, 0.0)
         following = torch.where(here, values[:, t], following)
         columns.append(advantage)
-    advantages = torch.stack(columns[::-1], dim=1)
+    advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
     return Advantages(advantages, advantages + values)
 
 

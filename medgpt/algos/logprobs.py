@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
+FINITE = -1e30  # in place of a logit of -inf, where 0 * -inf would be nan
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -110,6 +111,7 @@ class _PolicyTerms(torch.autograd.Function):
             z = logits[rows].float() / temperature
             log_z[rows] = z.logsumexp(-1)
             if with_entropy:
+                z.clamp_(min=FINITE)
                 p = (z - log_z[rows, None]).exp_()
                 entropy[rows] = log_z[rows] - p.mul_(z).sum(-1)
         picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() / temperature
@@ -132,6 +134,7 @@ class _PolicyTerms(torch.autograd.Function):
             torch.div(logits[rows].float(), ctx.temperature, out=block).sub_(log_z[rows, None])
             scale = by_logprob[rows] / -ctx.temperature
             if has_entropy:
+                block.clamp_(min=FINITE)
                 by_h = by_entropy[rows] / ctx.temperature
                 scale = scale - by_h * (block + entropy[rows, None])
             block.exp_().mul_(scale)

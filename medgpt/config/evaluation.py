@@ -44,6 +44,11 @@ class EvalModelConfig(Config):
     """Run, path, URI or hub id of the model; RUN_OR_MODEL on the command line sets it."""
     parent: DataPath | None = None
     """Run directory of an earlier evaluation that gates and the report compare with."""
+    untrained: bool = False
+    """Score the same architecture with fresh weights instead, drawn with run.seed: what a model
+    that learnt nothing reaches."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
 
@@ -79,7 +84,8 @@ class McqConfig(TaskConfig):
     shots: Annotated[int, Ge(0)] = 0
     """Solved examples in front of each question."""
     shots_paths: tuple[DataPath, ...] = ()
-    """Where the examples are, in the same layout."""
+    """Where the examples are, in the same layout. Where a file is a subject (cmmlu, ceval), a
+    question's examples are of its own."""
     max_new_tokens: Count = 128
     """Longest reply with scoring=generation."""
 
@@ -117,8 +123,8 @@ class EvalConfig(Config):
     run: RunConfig
     gates: tuple[str, ...] = ()
     """What the model must reach, else the command fails: `mcq.accuracy >= parent`, `key_points.gout
-    == pass`, `nll.general <= 1.05 * parent`, `triage.under <= 0.01`. A gate names TASK.METRIC or
-    TASK.SLICE, or TASK.SLICE.METRIC."""
+    == pass`, `nll.general <= 1.05 * parent`, `high(triage.under) <= 0.01`. A gate names TASK.METRIC
+    or TASK.SLICE, or TASK.SLICE.METRIC; low() and high() are the ends of its 95 % interval."""
     model: EvalModelConfig = EvalModelConfig()
     mcq: tuple[McqConfig, ...] = ()
     nll: tuple[NllConfig, ...] = ()

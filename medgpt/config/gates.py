@@ -5,23 +5,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 Sign = Literal[">=", "<=", ">", "<", "=="]
+Side = Literal["value", "low", "high"]
+REWARD = "reward"
+"""The task by which gates know a reward model."""
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+QUOTED = r"\"[^\"]+\"|'[^']+'"
+TASK = rf"(?:{QUOTED}|[\w-]+)"
+PART = rf"(?:{QUOTED}|[^\s\"'.<>=](?:[^\".<>=]*[^\s\".<>=])?)"
 GATE = re.compile(
-    r"(?P<name>[\w-]+(?:\.[\w-]+){1,2})\s*(?P<sign>>=|<=|==|>|<)\s*"
+    rf"(?:(?P<side>low|high)\(\s*)?(?P<name>{TASK}(?:\.{PART}){{1,2}})(?(side)\s*\))"
+    r"\s*(?P<sign>>=|<=|==|>|<)\s*"
     rf"(?:(?P<passed>pass)|(?P<number>{NUMBER})"
     rf"|(?:(?P<factor>{NUMBER})\s*\*\s*)?(?P<parent>parent)(?:\s*(?P<plus>[+-])\s*(?P<offset>{NUMBER}))?)"
 )
 SHAPE = (
-    "write TASK.METRIC, TASK.SLICE or TASK.SLICE.METRIC, then >=, <=, >, < or ==, then a number, "
-    "pass, parent, 1.05 * parent or parent - 0.02"
+    "write TASK.METRIC, TASK.SLICE or TASK.SLICE.METRIC (a part with a dot, =, < or > in quotes), "
+    "or low(...) or high(...) of that for an end of its 95 % interval, then >=, <=, >, < or ==, "
+    "then a number, pass, parent, 1.05 * parent or parent - 0.02"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """`name` `sign` `factor` * parent + `offset`; without a parent the factor is 0."""
+    """`side` of `name` `sign` `factor` * parent + `offset`; without a parent the factor is 0."""
 
     text: str
+    side: Side  # of the score that must pass; of the parent's the value counts
     name: tuple[str, ...]  # task, then metric, slice value, or both
     sign: Sign
     factor: float
@@ -72,4 +81,6 @@ def parse_gate(text: str) -> Gate:
         if factor <= 0:
             raise ValueError(f"gate {text!r}: parent must be multiplied by more than 0")
         offset = float(f"{found['plus']}1") * float(found["offset"]) if found["offset"] else 0.0
-    return Gate(text.strip(), tuple(found["name"].split(".")), sign, factor, offset)
+    name = tuple(part.strip("\"'") for part in re.findall(PART, found["name"]))
+    side: Side = found["side"] or "value"  # type: ignore[assignment]: as above
+    return Gate(text.strip(), side, name, sign, factor, offset)

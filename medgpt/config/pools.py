@@ -31,14 +31,22 @@ class RoleConfig(Config):
     share_with: RoleName | None = None
     """Work on the bundles of this role's pool, in turns, instead of on own ones."""
     offload: bool = False
-    """Keep the weights in host memory while the role is idle; not where it trains or zero_stage is
-    3. Needed where roles share a GPU."""
+    """Keep the weights in host memory while the role is idle; not where it trains, zero_stage is 3
+    or vLLM generates. Needed where roles share a GPU."""
 
 
 class TrainedRoleConfig(RoleConfig):
     """A pool that trains its model."""
 
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
+            raise ValueError(
+                "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
+            )
+        return self
 
 
 class RolloutRoleConfig(RoleConfig):
@@ -115,6 +123,10 @@ class PoolsConfig(Config):
             if guest.share_with is None:
                 continue
             key = f"pools.{name}.share_with={guest.share_with}"
+            if guest.share_with == "reference" and self.reference_in_actor:
+                raise ValueError(
+                    f"{key}: it has no pool with reference_in_actor=true; name another"
+                )
             host = self.role(guest.share_with)
             if guest.share_with == name or host.share_with is not None:
                 raise ValueError(f"{key}: name a pool that has bundles of its own")

@@ -41,6 +41,8 @@ class PPOConfig(Config):
     """Newest checkpoints kept."""
     log_every: Count = 1
     """Iterations between lines on the console."""
+    audit: bool = False
+    """Write which prompt was learnt from in which iteration to audit/."""
 
     kl_coef: NotNegative = 0.05
     """Reward lost per nat of divergence from the reference; the first of an adaptive one."""
@@ -87,6 +89,11 @@ class PPOConfig(Config):
     above which tokens get truncated importance weights. Async rollouts always have them."""
     max_importance_weight: Annotated[float, Ge(1)] = 2.0
     """Importance weights are cut off here (arXiv 2505.24034 and others)."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of a full iteration."""
+        return self.epochs * (self.rollout_batch_size // self.global_batch_size)
 
     @model_validator(mode="after")
     def _relations(self) -> Self:
@@ -142,8 +149,8 @@ class CriticConfig(Config):
     """The value function."""
 
     model: ModelPath | None = None
-    """What it starts from; unset: the reward model, or, where there is none, the actor's with a
-    fresh head."""
+    """What it starts from, adapters folded in; unset: the reward model, or, where there is none,
+    the actor's with a fresh head."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     optimizer: ValueOptimizerConfig = ValueOptimizerConfig()
@@ -221,6 +228,15 @@ class PPOStageConfig(Config):
             raise ValueError(
                 "pools.reference_in_actor=true needs adapters that can be switched off; set "
                 "model.lora.rank, or leave the reference its pool"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_engine_leaves_its_gpu(self) -> Self:
+        if self.pools.rollout.offload and self.rollout.engine == "vllm":
+            raise ValueError(
+                "pools.rollout.offload=true: vLLM keeps weights, keys and values on its GPU; set "
+                "false and give the rollout pool GPUs of its own, or set rollout.engine=hf"
             )
         return self
 

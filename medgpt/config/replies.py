@@ -1,8 +1,9 @@
 """Tasks that read what a model says."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Len
+from pydantic import model_validator
 
 from medgpt.config.base import Config, Count, DataPath, Name
 from medgpt.config.data import SourceConfig
@@ -36,6 +37,12 @@ class TriageConfig(ReplyConfig):
     """Of the questions."""
     ask_level: bool = True
     """Ask for a last line with the level, beside the advice."""
+
+    @model_validator(mode="after")
+    def _holds_a_pair(self) -> Self:
+        if self.limit == 1:
+            raise ValueError("limit=1 holds no pair of notes; use 2 or more")
+        return self
 
 
 class SafetyConfig(ReplyConfig):

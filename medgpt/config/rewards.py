@@ -94,6 +94,8 @@ class JudgeConfig(Config):
     def _something_to_ask(self) -> Self:
         if self.every and not (self.key_points or self.triage):
             raise ValueError("has no questions; set key_points or triage, or every=0")
+        if self.triage == 1:
+            raise ValueError("triage=1 holds no pair of notes; use 2 or more, or 0")
         return self
 
 
@@ -109,7 +111,7 @@ class DiagnosisConfig(Config):
     max_length_factor: Annotated[float, Ge(0)] = 3.0
     """Length of the answers, relative to the first window."""
     max_skipped_share: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Optimizer steps of the window that were skipped because they were not finite."""
+    """Optimizer steps of the window, or samples, left out because they were not finite."""
     max_masked_share: Annotated[float, Ge(0), Le(1)] = 0.5
     """Samples of the window without a reward because a component failed."""
     judge_drop: Annotated[float, Ge(0)] = 2.0

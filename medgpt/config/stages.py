@@ -129,8 +129,11 @@ class SFTConfig(TrainStageConfig):
         return self
 
 
+StageKind = Literal["corpus", "pretrain", "sft", "reward", "dpo", "ppo", "eval"]
+
+
 class PipelineStage(Config):
-    stage: Literal["corpus", "pretrain", "sft", "reward", "dpo", "ppo", "eval"]
+    stage: StageKind
     """Which stage to run."""
     name: Name | None = None
     """What reports and gates call it; unset: its kind, the second of a kind pretrain-2, and so
@@ -147,9 +150,13 @@ class PipelineConfig(Config):
     run: RunConfig
     stages: Annotated[tuple[PipelineStage, ...], Len(1)]
     """In order. Finished stages are skipped, an unfinished one resumes."""
+    overrides: dict[StageKind, tuple[str, ...]] = Field(default={})
+    """By kind of stage, assignments for all stages of the kind, as in `stages`; a stage's own come
+    after them."""
     gates: dict[str, tuple[str, ...]] = Field(default={})
     """By name of an eval stage, what its model must reach for the pipeline to go on; beside the
-    gates in the stage's own file. `eval = ["mcq.accuracy >= parent"]`."""
+    gates in the stage's own file. `eval = ["mcq.accuracy >= parent"]`. By name of a reward stage,
+    what it must reach on held-out pairs: `reward = ["low(reward.accuracy) > 0.5"]`."""
 
 
 class CorpusConfig(Config):
@@ -161,4 +168,5 @@ class CorpusConfig(Config):
     shards: Count = 4
     """Files per kind of record."""
     swap_facts: bool = False
-    """Control: every condition gets another condition's facts."""
+    """Control: every condition gets another condition's facts, but what is held out and the exam
+    questions stay true."""

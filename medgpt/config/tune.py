@@ -127,6 +127,10 @@ def flat_spaces(tree: object) -> object:
     return {name: space for key, value in tree.items() for name, space in leaves(key, value)}
 
 
+STEPS = ("ppo.epochs", "ppo.global_batch_size", "ppo.rollout_batch_size", "ptx.batch_size")
+"""Keys that decide how many rows of [ptx] an iteration takes."""
+
+
 class TuneConfig(Config):
     num_trials: Count = 8
     """Trials in all; searcher=grid has as many as there are combinations."""
@@ -214,6 +218,11 @@ class TuneStageConfig(Config):
     @model_validator(mode="after")
     def _keys_may_be_searched(self) -> Self:
         for key in self.search:
+            if self.stage.ptx is not None and key in STEPS:
+                raise ValueError(
+                    f'search."{key}" cannot be searched: the base has [ptx], whose rows are dealt '
+                    "to the steps of an iteration, and it changes how many; leave it out"
+                )
             if why := _reason(key, FIXED):
                 raise ValueError(f'search."{key}" cannot be searched: {why}')
             if self.tune.shared_pools and (pool := _reason(key, SHARED)):
@@ -277,10 +286,24 @@ class TuneStageConfig(Config):
                 )
         return self
 
-    def _check(self, values: Params) -> None:
-        """Raises ConfigError if a trial cannot have these."""
+    @model_validator(mode="after")
+    def _paths_are_absolute(self) -> Self:
+        """Trials run in other folders."""
+        listed = {
+            key: [value_at(self._check({key: value}), key) for value in space.values]
+            for key, space in self.search.items()
+            if space.values is not None
+        }
+        changed = {
+            key: Space(**{"grid" if self.search[key].grid else "choice": tuple(values)})
+            for key, values in listed.items()
+        }
+        return self.model_copy(update={"search": {**self.search, **changed}})
+
+    def _check(self, values: Params) -> PPOStageConfig:
+        """A trial's config. Raises ConfigError if it cannot have these."""
         try:
-            with_values(PPOStageConfig, self.stage, values)
+            return with_values(PPOStageConfig, self.stage, values)
         except ConfigError as error:
             several = ", ".join(f"{key}={value}" for key, value in values.items())
             told = f"with {several}: " if len(values) > 1 else ""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,9 +11,7 @@ import xxhash
 
 from medgpt.algos.lm import mask_tokens
 from medgpt.data.batch import IGNORE, PackedBatch, PreferenceBatch
-
-if TYPE_CHECKING:  # a worker without a stream does without Ray Data
-    from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +33,7 @@ def piece_seed(seed: int, epoch: int, sample_id: str, chunk: int, visit: int = 0
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
-def piece_seeds(rows: Sequence["Row"], *, seed: int, epoch: int) -> list[int]:
+def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
     """(S,) seeds of the pieces of a batch, in order."""
     return [
         piece_seed(seed, epoch, *piece)
@@ -45,7 +42,7 @@ def piece_seeds(rows: Sequence["Row"], *, seed: int, epoch: int) -> list[int]:
     ]
 
 
-def causal_batch(rows: Sequence["Row"]) -> PackedBatch:
+def causal_batch(rows: Sequence[Row]) -> PackedBatch:
     """Every position predicts the next token of its piece, where that is to be learnt."""
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     targets = np.concatenate([row.targets for row in rows])
@@ -56,7 +53,7 @@ def causal_batch(rows: Sequence["Row"]) -> PackedBatch:
     return packed_batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
 
 
-def masked_batch(rows: Sequence["Row"], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
+def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
     """Masked tokens predict themselves; the masks depend on the pieces' seeds only."""
     input_ids, labels = [], []
     special = torch.tensor(masking.special_ids)
@@ -85,7 +82,7 @@ def masked_batch(rows: Sequence["Row"], masking: Masking, seeds: Sequence[int]) 
     return packed_batch(torch.cat(input_ids), torch.cat(labels), lengths)
 
 
-def preference_batch(rows: Sequence["Row"]) -> PreferenceBatch:
+def preference_batch(rows: Sequence[Row]) -> PreferenceBatch:
     """The answers of the rows' prompts, and each pair of a prompt of which one is better."""
     better: list[int] = []
     worse: list[int] = []
@@ -127,14 +124,14 @@ def empty_preferences(token_id: int) -> PreferenceBatch:
     )
 
 
-def _answers(rows: Sequence["Row"]) -> PackedBatch:
+def _answers(rows: Sequence[Row]) -> PackedBatch:
     """A piece for each answer."""
     input_ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
     lengths = np.concatenate([_pieces(row) for row in rows]).astype(np.int64)
     return packed_batch(input_ids, torch.full_like(input_ids, IGNORE), lengths)
 
 
-def _pieces(row: "Row") -> np.ndarray:
+def _pieces(row: Row) -> np.ndarray:
     assert row.pieces is not None
     return row.pieces
 

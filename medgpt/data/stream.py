@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from medgpt.data.order import VALIDATION
+from medgpt.data.packed_row import Row
 from medgpt.data.plan import Plan, column, offsets
 from medgpt.data.shards import EXTRAS, SCHEMA, read_block
 
@@ -27,24 +28,6 @@ TOKENS_PER_TASK = 2**18  # a task costs Ray Data 20 ms and more, whatever it rea
 ROWS_PER_TASK = 64  # where rows have no common length
 TASKS_PER_PIPELINE = 64
 PACE_S = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A packed row of C chunks with N tokens."""
-
-    input_ids: NDArray[np.int32]  # (N,)
-    targets: NDArray[np.bool_]  # (N,) True where the token is to be learnt
-    word_ids: NDArray[np.int32] | None  # (N,)
-    lengths: NDArray[np.int64]  # (C,) tokens of each chunk
-    sample_ids: list[str]  # (C,)
-    chunks: list[int]  # (C,)
-    visits: list[int]  # (C,) how often the epoch had the sample before
-    pieces: NDArray[np.int32] | None = (
-        None  # (K,) tokens of each answer with its prompt, then C = 1
-    )
-    grades: NDArray[np.float32] | None = None  # (K,) of the answers
-    messages: str | None = None  # JSON of [role, content] pairs of a prompt, then C = 1
 
 
 @dataclass(frozen=True, kw_only=True)

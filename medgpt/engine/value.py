@@ -1,16 +1,24 @@
-"""Value models to train, built so that they fit: at ZeRO-3 no rank holds the whole."""
+"""Value models that train or score, built so that they fit: at ZeRO-3 no rank holds the whole."""
 
 from typing import Any
 
 import torch
 
 from medgpt.config import ConfigError, EngineConfig, ModelConfig
+from medgpt.engine.frozen import FrozenEngine
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
-from medgpt.models.base import HEAD, HEAD_KEY, local_folder, weight_files
+from medgpt.models.base import HEAD, HEAD_KEY, weight_files
 from medgpt.models.load import SpecialIds, empty_model
 from medgpt.models.lora import apply_lora
-from medgpt.models.value_model import Score, ValueModel, build_value_model, install_head
+from medgpt.models.value_model import (
+    Scale,
+    ValueModel,
+    build_value_model,
+    has_adapters,
+    install_head,
+    saved_score,
+)
 
 
 def trainable_value_model(
@@ -22,38 +30,56 @@ def trainable_value_model(
     max_length: int | None = None,
     normalised: bool = True,
 ) -> ValueModel:
-    """A language model with a fresh head, or a reward model with its own; with LoRA if asked for.
+    """A language model with a fresh head, or a reward model or critic with its own; with LoRA if
+    asked for.
 
     Every rank calls it. Without LoRA all its parameters are to be trained, else the adapters and
-    the head.
+    the head. Adapters that it was saved with are folded in first: also at ZeRO-3 every rank then
+    holds the whole of it until the engine is made.
 
     Args:
         config: `name` must be set.
         seed: of a fresh head and of LoRA's draws.
         max_length: tokens of the longest piece.
-        normalised: values of a reward model are relative to its mean and deviation, as a critic's
-            that starts from it; False leaves the head's own.
+        normalised: values are relative to the mean and deviation that were saved with the model,
+            as a critic's that starts from it; False leaves the head's own.
 
     Raises:
         ConfigError: config.name is no such model, or its weights lack some.
     """
     assert config.name is not None
     dtype = compute_dtype(engine, device)
-    if engine.zero_stage == 3:
+    if engine.zero_stage == 3 and not has_adapters(config.name):
         model = _partitioned(config, engine, device, seed=seed, max_length=max_length)
     else:
         model = build_value_model(config, seed=seed, dtype=dtype, max_length=max_length)
     if config.lora.rank:
         torch.manual_seed(seed)  # LoRA's draws come from torch's global generator
         model = apply_lora(model, config.lora, head=HEAD)
-    score = Score.read(local_folder(config.name)) if normalised else None
+    scale = Scale.of(config.name) if normalised else Scale()
     value_model = ValueModel(
         model,
-        mean=score.mean if score else 0.0,
-        std=score.std if score else 1.0,
+        mean=scale.mean,
+        std=scale.std,
         activation_checkpointing=engine.activation_checkpointing,
     )
     return value_model.train().to(device)
+
+
+def partitioned_reward_model(name: str, engine: EngineConfig, device: torch.device) -> FrozenEngine:
+    """A reward model as `medgpt reward` wrote it, to score with; every rank calls it.
+
+    Raises:
+        ConfigError: `name` is no reward model, its head is missing, or it holds adapters.
+    """
+    saved_score(name)  # or there is none
+    if has_adapters(name):
+        raise ConfigError(
+            f"model.name={name}: it holds adapters, and zero_stage=3 reads whole models; fold them "
+            "in with medgpt merge and name the result, or set 0"
+        )
+    model = trainable_value_model(ModelConfig(name=name), engine, device, seed=0)
+    return FrozenEngine(model, engine, device)
 
 
 def _partitioned(

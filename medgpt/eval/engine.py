@@ -30,15 +30,26 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Engine:
     """Scores and replies in batches of similar length."""
 
-    def __init__(self, folder: str, *, precision: str, pool: PoolConfig) -> None:
-        """Load the model in `folder` on the GPU, if there is one.
+    def __init__(
+        self,
+        folder: str,
+        *,
+        precision: str,
+        pool: PoolConfig,
+        trust_remote_code: bool = False,
+        fresh_seed: int | None = None,
+    ) -> None:
+        """Load the model in `folder` on the GPU, if there is one; with fresh weights if a seed for
+        them is given.
 
         Raises:
             ConfigError: there is no causal model in it.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         default = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, self.tokenizer = load_for_generation(folder, device)
+        model, self.tokenizer = load_for_generation(
+            folder, device, trust_remote_code=trust_remote_code, fresh_seed=fresh_seed
+        )
         self.model: Any = model.to(DTYPES.get(precision, default))  # type: ignore[arg-type]
         self.pool = pool
         self.scorer = Scorer(
@@ -57,7 +68,13 @@ class Engine:
         choices, cut = [], []
         for request in requests:
             choice = choice_ids(self.tokenizer, request.prompt, request.options)
-            room = self.scorer.positions - max(len(option) for option in choice.options) + 1
+            longest = max(len(option) for option in choice.options)
+            room = self.scorer.positions - longest + 1
+            if room < 1:
+                raise ConfigError(
+                    f"question {request.id} has an option of {longest} tokens, the model has "
+                    f"{self.scorer.positions} positions; remove the question, or use scoring=letter"
+                )
             cut.append(len(choice.prompt) > room)
             choices.append(replace(choice, prompt=choice.prompt[-room:]))
         found = self.scorer.choose(choices)

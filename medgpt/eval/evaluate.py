@@ -1,20 +1,19 @@
 """`medgpt eval`: ask a model what the tasks want to know, and write down what it is worth."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medgpt.config import ConfigError, EvalConfig
+from medgpt.data.rows import content_hash
 from medgpt.eval.gates import Evidence, check_gates, require
 from medgpt.eval.pool import Pool, Responses, resolve_model
-from medgpt.eval.requests import Choose, Reply, Request
+from medgpt.eval.requests import Choose, Reply
 from medgpt.eval.results import GATES, RESULTS, read_items
-from medgpt.eval.stats import Interval, interval
-from medgpt.eval.task import CorpusTask, Judged, Task
+from medgpt.eval.summary import outline, summary
+from medgpt.eval.task import Judged, Task
 from medgpt.eval.tasks.generation import GenerationTask
 from medgpt.eval.tasks.key_points import KeyPointsTask
 from medgpt.eval.tasks.mcq import McqTask
@@ -22,6 +21,7 @@ from medgpt.eval.tasks.nll import NllTask
 from medgpt.eval.tasks.safety import SafetyTask
 from medgpt.eval.tasks.triage import TriageTask
 from medgpt.metrics import ConsoleReporter
+from medgpt.models.generate import check_generates
 from medgpt.models.tokenizer import load_base
 from medgpt.runs import Run, checksum
 from medgpt.train import session
@@ -49,21 +49,27 @@ def run_eval(config: EvalConfig) -> Run:
     if config.model.name is None:
         raise ConfigError("missing key model.name; name the run or model to score")
     folder = resolve_model(config.model.name)
+    check_generates(folder, config.model.trust_remote_code)
     run = Run.open("eval", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter("eval")
     try:
         check_model_unchanged(run, folder)
         if run.finished:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to score again")
+            run.record(config)
         else:
             tasks = build_tasks(config)
-            check_template(folder, tasks)
-            whole = _answer(run, config, tasks, reporter)
-            write_results(run, config, tasks, whole)
+            template = check_template(config, folder, tasks)
+            if config.gates:  # before a model is asked
+                check_gates(config.gates, outline(tasks), _of_parent(config))
+            _answer(run, config, tasks, reporter)
+            write_results(run, config, tasks, template)
             run.update_manifest(finished=True)
         _show(run, reporter)
-        evidence = write_gates(run, config)
-        _report(run)
+        try:
+            evidence = write_gates(run, config)
+        finally:  # gates may change after the answers came, and be wrong
+            report(run, config, reporter)
         for item in evidence:
             reporter.say(f"gate {'passed' if item.passed else 'FAILED'}: {item}")
         reporter.say(f"report in {run.folder.url}/report.html")
@@ -100,18 +106,28 @@ def check_parent(config: EvalConfig) -> None:
         )
 
 
-def check_template(folder: str, tasks: Sequence[Task]) -> None:
-    """Raises ConfigError: a task talks to the model, which has no chat template."""
-    talking = [task.name for task in tasks if any(map(_is_chat, task.requests()))]
-    if talking and load_base(folder).chat_template is None:
+def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> str | None:
+    """A digest of the model's chat template, if it has one.
+
+    Raises:
+        ConfigError: a task talks to the model, which has none.
+    """
+    template = load_base(folder, config.model.trust_remote_code).chat_template
+    if template is not None:
+        return content_hash(str(template))
+    if talking := [task.name for task in tasks if _is_chat(task)]:
         raise ConfigError(
             f"task {talking[0]} needs a chat template, and the model in {folder} has none; set "
             "prompt=plain for it, or score a model that was fine-tuned on conversations"
         )
+    return None
 
 
-def _is_chat(request: Request) -> bool:
-    return isinstance(request, Choose | Reply) and not isinstance(request.prompt, str)
+def _is_chat(task: Task) -> bool:
+    return any(
+        isinstance(request, Choose | Reply) and not isinstance(request.prompt, str)
+        for request in task.requests()
+    )
 
 
 def check_model_unchanged(run: Run, folder: str) -> None:
@@ -127,19 +143,12 @@ def check_model_unchanged(run: Run, folder: str) -> None:
         run.update_manifest(weights=weights, seed=run.config["run"]["seed"])
 
 
-def _answer(
-    run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter
-) -> dict[str, dict[str, Interval]]:
-    """Ask all that is not answered yet, and write items/ of each task.
-
-    Returns:
-        By task, scores of all its responses together that are no mean over items.
-    """
-    whole: dict[str, dict[str, Interval]] = {}
+def _answer(run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter) -> None:
+    """Ask all that is not answered yet, and write items/ of each task."""
     reporter.say(f"run directory {run.folder.url}")
     session.connect(config.cluster)
     await_room(config.cluster, reporter.say)
-    pool = Pool(config)
+    pool = Pool(config, reporter.say)
     try:
         for task in tasks:
             requests, folder = task.requests(), Responses(run.folder / "responses" / task.name)
@@ -149,13 +158,9 @@ def _answer(
                 reporter.advance(name, done, total, say=True)
 
             pool.ask(requests, folder, advance)
-            responses = folder.read(requests)
-            write_items(run, task, task.judge(responses))
-            if isinstance(task, CorpusTask):
-                whole[task.name] = task.corpus(responses, config.run.seed)
+            write_items(run, task, task.judge(folder.read(requests)))
     finally:
         pool.close()
-    return whole
 
 
 def write_items(run: Run, task: Task, judged: Sequence[Judged]) -> None:
@@ -166,23 +171,20 @@ def write_items(run: Run, task: Task, judged: Sequence[Judged]) -> None:
 
 
 def write_results(
-    run: Run,
-    config: EvalConfig,
-    tasks: Sequence[Task],
-    whole: Mapping[str, Mapping[str, Interval]],
+    run: Run, config: EvalConfig, tasks: Sequence[Task], template: str | None
 ) -> None:
-    """results.json, from the items of all tasks and the scores that `_answer` gave."""
+    """results.json, from the items of all tasks; `template` is the digest of the model's."""
     seed = config.run.seed
-    summaries = {task.name: summary(task, read_items(run, task.name), seed) for task in tasks}
-    for name, scores in whole.items():
-        n = summaries[name]["n"]
-        summaries[name]["metrics"] |= {
-            metric: {**score._asdict(), "n": n} for metric, score in scores.items()
-        }
+    summaries = {
+        task.name: summary(task, read_items(run, task.name), seed)
+        | {"chat_template": template if _is_chat(task) else None}
+        for task in tasks
+    }
     run.folder.write_json(
         RESULTS,
         {
             "model": config.model.name,
+            "untrained": config.model.untrained,
             "parent": config.model.parent,
             "seed": seed,
             "tasks": summaries,
@@ -190,54 +192,33 @@ def write_results(
     )
 
 
-def summary(task: Task, items: Sequence[Judged], seed: int) -> dict[str, Any]:
-    """A task's part of results.json."""
-    slices: dict[str, dict[str, list[Judged]]] = {}
-    for item in items:
-        for name, value in item.slices.items():
-            slices.setdefault(name, {}).setdefault(value, []).append(item)
-    return {
-        "kind": task.kind,
-        "n": len(items),
-        "data_hash": task.data_hash,
-        "template": task.template,
-        "seed": seed,
-        "metrics": metrics(items, seed),
-        "slices": {
-            name: {value: metrics(part, seed) for value, part in sorted(groups.items())}
-            for name, groups in slices.items()
-        },
-    }
-
-
-def metrics(items: Sequence[Judged], seed: int) -> dict[str, dict[str, float]]:
-    """{metric: {value, n, low, high}} over the items that have it."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for item in items:
-        for name, value in item.values.items():
-            pair = (value, 1.0) if isinstance(value, int | float) else (value[0], value[1])
-            found.setdefault(name, []).append(pair)
-    result = {}
-    for name, pairs in found.items():
-        value, low, high = interval(np.array(pairs, dtype=np.float64), seed)
-        result[name] = {"value": value, "n": len(pairs), "low": low, "high": high}
-    return result
-
-
 def write_gates(run: Run, config: EvalConfig) -> list[Evidence]:
     """gates.json: what the gates saw. Raises ConfigError: one names no score, or has no parent."""
-    parent = config.model.parent
-    of_parent = Run(parent).folder.read_json(RESULTS) if parent else None
-    evidence = check_gates(config.gates, run.folder.read_json(RESULTS), of_parent)
+    evidence = check_gates(config.gates, run.folder.read_json(RESULTS), _of_parent(config))
     run.folder.write_json(GATES, [asdict(item) for item in evidence])
     return evidence
 
 
-def _report(run: Run) -> None:
+def _of_parent(config: EvalConfig) -> dict[str, Any] | None:
+    """results.json of the parent."""
+    parent = config.model.parent
+    return Run(parent).folder.read_json(RESULTS) if parent else None
+
+
+def report(run: Run, config: EvalConfig, reporter: ConsoleReporter) -> None:
+    """report.html, beside the parent of the config as it is now, and the model's card."""
     from medgpt.eval.pipeline_report import write_eval_report  # matplotlib would delay the start
 
+    results = run.folder.read_json(RESULTS)
+    if results["parent"] != config.model.parent:
+        run.folder.write_json(RESULTS, {**results, "parent": config.model.parent})
     write_eval_report(run)
-    add_scores(run.folder.read_json(RESULTS))
+    if config.model.untrained:
+        return
+    try:
+        add_scores(results)
+    except OSError as error:
+        reporter.say(f"the model's card stays as it is, it cannot be written: {error}")
 
 
 def _show(run: Run, reporter: ConsoleReporter) -> None:

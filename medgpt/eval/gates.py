@@ -16,6 +16,14 @@ MAIN = {  # what a slice is asked for if the gate names no metric
     "generation": "rouge_l",
     "key_points": "passed",
     "triage": "accuracy",
+    "reward": "accuracy",
+}
+
+
+AGREE = {  # what two scores must have in common to be compared
+    "data_hash": "asked other questions",
+    "template": "asked in another way",
+    "rules": "was read by other rules",
 }
 
 
@@ -67,7 +75,7 @@ def _check(gate: Gate, results: Results, parent: Results | None) -> Evidence:
         reference = _of_parent(gate, results, parent)
     return Evidence(
         gate.text,
-        gate.holds(score["value"], reference or 0.0),
+        gate.holds(score[gate.side], reference or 0.0),
         score["value"],
         score["low"],
         score["high"],
@@ -87,12 +95,20 @@ def _of_parent(gate: Gate, results: Results, parent: Results | None) -> float:
         value = find(gate, parent)["value"]
     except ConfigError as error:
         raise ConfigError(f"model.parent: {error}") from None
-    if parent["tasks"][gate.task]["data_hash"] != results["tasks"][gate.task]["data_hash"]:
+    if reason := disagreement(results["tasks"][gate.task], parent["tasks"][gate.task]):
         raise ConfigError(
-            f"gate {gate.text!r}: the parent's evaluation asked other questions; score the parent "
-            "on the same files with the same limit and seed"
+            f"gate {gate.text!r}: the parent's evaluation {reason}; score the parent again, with "
+            "the same keys for this task"
         )
     return float(value)
+
+
+def disagreement(task: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Why another evaluation's scores of a task do not compare with these; None if they do."""
+    for key, reason in AGREE.items():
+        if task.get(key) != other.get(key):  # those of an older version lack some
+            return reason
+    return None
 
 
 def find(gate: Gate, results: Results) -> dict[str, float]:
@@ -106,21 +122,21 @@ def find(gate: Gate, results: Results) -> dict[str, float]:
         for task, result in results["tasks"].items()
         for name, score in _scores(task, result).items()
     }
-    wanted = ".".join(gate.name)
-    if wanted not in names:
-        close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
-        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+    if gate.name not in names:
+        wanted, told = ".".join(gate.name), [".".join(name) for name in names]
+        close = difflib.get_close_matches(wanted, told, n=1, cutoff=0.4)
+        known = f"did you mean {close[0]}?" if close else f"there are {', '.join(told)}"
         raise ConfigError(f"gate {gate.text!r}: no score is called {wanted}; {known}")
-    return names[wanted]
+    return names[gate.name]
 
 
-def _scores(task: str, result: dict[str, Any]) -> dict[str, dict[str, float]]:
+def _scores(task: str, result: dict[str, Any]) -> dict[tuple[str, ...], dict[str, float]]:
     """Every score of a task by the names that a gate can use."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[tuple[str, ...], dict[str, float]] = {}
     main = MAIN.get(result["kind"])
     for groups in result["slices"].values():
         for value, scores in groups.items():
-            found |= {f"{task}.{value}.{metric}": score for metric, score in scores.items()}
+            found |= {(task, value, metric): score for metric, score in scores.items()}
             if main in scores:
-                found[f"{task}.{value}"] = scores[main]
-    return found | {f"{task}.{metric}": score for metric, score in result["metrics"].items()}
+                found[task, value] = scores[main]
+    return found | {(task, metric): score for metric, score in result["metrics"].items()}

@@ -1,6 +1,7 @@
 """Several stages in one process, on one Ray, and what their models are worth."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from medgpt.config import (
     CorpusConfig,
@@ -14,10 +15,10 @@ from medgpt.config import (
 )
 from medgpt.data.sample.write import run_corpus
 from medgpt.eval.evaluate import run_eval
-from medgpt.eval.gates import GateFailure
+from medgpt.eval.gates import Evidence, GateFailure, check_gates, require
 from medgpt.eval.pipeline_report import write_pipeline_report
-from medgpt.eval.pipeline_stages import StageConfig, read_stages
-from medgpt.eval.results import RESULTS, read_items
+from medgpt.eval.pipeline_stages import Stage, StageConfig, read_stages
+from medgpt.eval.results import GATES, RESULTS, read_items, reward_results
 from medgpt.eval.stages import run_dpo, run_ppo, run_pretrain, run_reward, run_sft
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
@@ -39,6 +40,8 @@ def run_pipeline(config: PipelineConfig) -> Run:
     try:
         for stage in stages:
             _run(stage.config)
+            if stage.gates:
+                require(_check_reward(stage))
     except GateFailure as failure:
         write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
         raise GateFailure(f"{failure}; report in {pipeline.folder.url}/report.html") from None
@@ -48,6 +51,15 @@ def run_pipeline(config: PipelineConfig) -> Run:
         pipeline.update_manifest(finished=True, runs=urls)
     _show(pipeline, [stage.run for stage in stages if stage.kind == "eval"])
     return pipeline
+
+
+def _check_reward(stage: Stage) -> list[Evidence]:
+    """What the gates of a reward stage saw, also in its gates.json."""
+    evidence = check_gates(stage.gates, reward_results(stage.run), None)
+    stage.run.folder.write_json(GATES, [asdict(item) for item in evidence])
+    for item in evidence:
+        print(f"{stage.name}: gate {'passed' if item.passed else 'FAILED'}: {item}")
+    return evidence
 
 
 def _run(config: StageConfig) -> None:

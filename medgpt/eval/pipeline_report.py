@@ -6,9 +6,10 @@ from typing import Any
 import tomli_w
 
 from medgpt.eval.report import page
-from medgpt.eval.results import GATES, RESULTS, read_items
-from medgpt.eval.scores import MARGIN, Column, Table, tables
+from medgpt.eval.results import GATES, RESULTS, REWARD, read_items, reward_results
+from medgpt.eval.scores import BLEU_MARGIN, MARGIN, Column, Table, tables
 from medgpt.runs import Run
+from medgpt.train.findings import FINDINGS
 
 
 def write_eval_report(run: Run) -> None:
@@ -41,13 +42,18 @@ def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
     An unchanged report is not written again.
     """
     scored = {name: run for name, run in runs.items() if run.folder.exists(RESULTS)}
+    columns = [
+        _reward_column(name, run) if run.folder.exists(FINDINGS) else read_column(name, run)
+        for name, run in runs.items()
+        if name in scored or run.folder.exists(FINDINGS)
+    ]
     html = page(
         "pipeline.html.jinja",
         name=pipeline.folder.url.rsplit("/", 1)[-1],
         stages=[_row(pipeline, name, run) for name, run in runs.items() if run.metrics()],
         evaluations=[(name, _link(pipeline, run)) for name, run in scored.items()],
-        evidence=read_gates(scored),
-        **_scores([read_column(name, run) for name, run in scored.items()], 0),
+        evidence=read_gates(runs),
+        **_scores(columns, 0),
     )
     folder = pipeline.folder
     if not folder.exists("report.html") or folder.read_text("report.html") != html:
@@ -59,8 +65,13 @@ def read_column(name: str, run: Run) -> Column:
     return Column(name, results, {task: read_items(run, task) for task in results["tasks"]})
 
 
+def _reward_column(name: str, run: Run) -> Column:
+    """Of a reward model, which answers no task: how it tells held-out answers apart."""
+    return Column(name, reward_results(run), {REWARD: []})
+
+
 def read_gates(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
-    """Evidence of all gates, with the name of the evaluation."""
+    """Evidence of all gates, with the name of the stage."""
     return [
         {"stage": name, **item}
         for name, run in runs.items()
@@ -76,6 +87,7 @@ def _comparison(found: list[Table]) -> dict[str, Any]:
             row.metric: {
                 **row.changes[-1]._asdict(),
                 "difference": row.changes[-1].difference._asdict(),
+                "verdict": row.changes[-1].verdict,
             }
             for row in table.rows
             if row.changes[-1] is not None
@@ -85,7 +97,7 @@ def _comparison(found: list[Table]) -> dict[str, Any]:
 
 
 def _scores(columns: list[Column], seed: int) -> dict[str, Any]:
-    return {"tables": tables(columns, seed), "margin": MARGIN}
+    return {"tables": tables(columns, seed), "margin": MARGIN, "bleu_margin": BLEU_MARGIN}
 
 
 def _row(pipeline: Run, name: str, run: Run) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from medgpt.config import (
     SFTConfig,
     load,
 )
+from medgpt.config.gates import REWARD, parse_gate
 from medgpt.runs import Run
 
 CONFIGS = {
@@ -47,6 +49,7 @@ class Stage:
     name: str
     kind: str
     config: StageConfig
+    gates: tuple[str, ...] = ()  # of a reward stage; an evaluation's are in its config
 
     @property
     def run(self) -> Run:
@@ -65,15 +68,17 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
         name = item.name or (item.stage if number == 1 else f"{item.stage}-{number}")
         if any(stage.name == name for stage in stages):
             raise ConfigError(f"two stages are called {name}; give each a name of its own")
-        stages.append(Stage(name, item.stage, _stage_config(config, item, name)))
-    scored = [stage.name for stage in stages if stage.kind == "eval"]
+        gates = config.gates.get(name, ()) if item.stage == "reward" else ()
+        _check_reward_gates(name, gates)
+        stages.append(Stage(name, item.stage, _stage_config(config, item, name), gates))
+    gated = [stage.name for stage in stages if stage.kind in ("eval", "reward")]
     for name in config.gates:
-        if name not in scored:
-            close = difflib.get_close_matches(name, scored, n=1)
+        if name not in gated:
+            close = difflib.get_close_matches(name, gated, n=1)
             hint = (
-                f"did you mean {close[0]}?" if close else f"there are {', '.join(scored) or 'none'}"
+                f"did you mean {close[0]}?" if close else f"there are {', '.join(gated) or 'none'}"
             )
-            raise ConfigError(f"gates.{name}: no eval stage is called that; {hint}")
+            raise ConfigError(f"gates.{name}: no eval or reward stage is called that; {hint}")
     taken = {config.run.dir: "the pipeline"}
     for stage in stages:
         folder = stage.config.run.dir
@@ -87,7 +92,9 @@ def read_stages(config: PipelineConfig) -> list[Stage]:
 
 
 def stage_overrides(config: PipelineConfig, stage: PipelineStage) -> list[str]:
-    return [text.replace("{dir}", config.run.dir) for text in stage.overrides]
+    """What is set on top of the stage's file: for all stages of its kind, then for this one."""
+    shared = config.overrides.get(stage.stage, ())
+    return [text.replace("{dir}", config.run.dir) for text in (*shared, *stage.overrides)]
 
 
 def _stage_config(config: PipelineConfig, stage: PipelineStage, name: str) -> StageConfig:
@@ -102,3 +109,17 @@ def _stage_config(config: PipelineConfig, stage: PipelineStage, name: str) -> St
     except ConfigError as error:
         raise ConfigError(f"stage {stage.stage}, {stage.config}: {error}") from None
     return found
+
+
+def _check_reward_gates(name: str, gates: Sequence[str]) -> None:
+    """Raises ConfigError: one is none, or names what a reward model is not measured by."""
+    for text in gates:
+        try:
+            gate = parse_gate(text)
+        except ValueError as error:
+            raise ConfigError(f"gates.{name}: {error}") from None
+        if gate.name != (REWARD, "accuracy") or gate.needs_parent:
+            raise ConfigError(
+                f"gates.{name}: gate {text!r} is not about {REWARD}.accuracy, all that a reward "
+                "model is measured by, or compares it with a parent, which it has not"
+            )

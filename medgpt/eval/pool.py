@@ -5,6 +5,7 @@ written as one file when they come; what a killed evaluation wrote is not asked 
 """
 
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -23,8 +24,11 @@ from medgpt.runs import Folder
 
 CHUNK = 64  # requests; of replies as many as are generated together
 AHEAD = 2  # chunks that an engine has, so that it need not wait for the driver
+SAID_AFTER_S = 30  # a wait that takes longer is told
+PING_S = 5  # in which a living engine answers, however busy
 
 Advance = Callable[[int], None]
+Say = Callable[[str], None]
 
 
 class Responses:
@@ -32,19 +36,25 @@ class Responses:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        self.next = len(folder.names())
+        self.next = len(self._files())
 
     def read(self, requests: Sequence[Request]) -> dict[str, Response]:
         """By id, those that answer one of `requests` as it is now."""
         wanted = {request.id: fingerprint(request) for request in requests}
         found = {}
-        for name in self.folder.names():
-            for line in self.folder.read_text(name).splitlines():
+        for name in self._files():
+            # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
+            *lines, _ = self.folder.read_text(name).split("\n")
+            for line in lines:
                 tree = json.loads(line)
                 if wanted.get(tree["response"]["id"]) == tree["request"]:
                     response = from_json(tree["response"])
                     found[response.id] = response
         return found
+
+    def _files(self) -> list[str]:
+        """Without what a writer that was killed left behind."""
+        return [name for name in self.folder.names() if not name.startswith(".")]
 
     def write(self, requests: Sequence[Request], responses: Sequence[Response]) -> None:
         """All or none of them."""
@@ -68,7 +78,17 @@ class Worker:
     def engine(self) -> Engine:
         config = self.config
         folder = resolve_model(str(config.model.name))
-        return Engine(folder, precision=config.model.precision, pool=config.pool)
+        return Engine(
+            folder,
+            precision=config.model.precision,
+            pool=config.pool,
+            trust_remote_code=config.model.trust_remote_code,
+            fresh_seed=config.run.seed if config.model.untrained else None,
+        )
+
+    @ray.method(concurrency_group="signs")
+    def ping(self) -> None:
+        """Answered also while the engine works."""
 
     def load(self) -> None:
         """Raises ConfigError: there is no model that generates."""
@@ -92,16 +112,19 @@ def resolve_model(name: str) -> str:
 class Pool:
     """`cluster.num_workers` engines; those that are up work, others join when they come."""
 
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: EvalConfig, say: Say) -> None:
         cluster = config.cluster
+        self.wait_s, self.say = cluster.wait_s, say
         failures = cluster.max_failures
-        remote: Any = ray.remote(
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=cluster.gpus_per_worker,
-            label_selector=cluster.labels,
-            max_restarts=failures,
-            max_task_retries=failures,
-        )(Worker)
+        options: dict[str, Any] = {
+            "num_cpus": cluster.cpus_per_worker,
+            "num_gpus": cluster.gpus_per_worker,
+            "label_selector": cluster.labels,
+            "max_restarts": failures,
+            "max_task_retries": failures,
+            "concurrency_groups": {"signs": 1},
+        }
+        remote: Any = ray.remote(**options)(Worker)
         self.batch_replies = config.pool.batch_replies
         self.max_failures = failures
         self.workers = [remote.remote(config) for _ in range(cluster.most_workers)]
@@ -115,7 +138,8 @@ class Pool:
             advance: told how many are answered, again and again.
 
         Raises:
-            ConfigError: what the user can repair, or engines died more often than they may.
+            ConfigError: what the user can repair, engines died more often than they may, or none
+                gave a sign of life for cluster.wait_s.
         """
         answered = responses.read(requests)
         left = [request for request in requests if request.id not in answered]
@@ -125,7 +149,7 @@ class Pool:
             self._feed(worker, chunks, pending)
         advance(done)
         while chunks or pending:
-            (ref,), _ = ray.wait([*self.starting, *pending], num_returns=1)
+            ref = self._first([*self.starting, *pending])
             if ref in self.starting:
                 worker = self.starting.pop(ref)
                 self._get(ref)
@@ -135,6 +159,27 @@ class Pool:
                 responses.write(asked, self._get(ref))
                 advance(done := done + len(asked))
             self._feed(worker, chunks, pending)
+
+    def _first(self, refs: list[Any]) -> Any:
+        """Whichever is there first. An engine may work for long, but not be gone for long."""
+        heard, said = time.monotonic(), False
+        while True:
+            done, _ = ray.wait(refs, num_returns=1, timeout=min(SAID_AFTER_S, self.wait_s))
+            if done:
+                return done[0]
+            pings = [worker.ping.remote() for worker in self.workers]
+            if ray.wait(pings, num_returns=1, timeout=PING_S)[0]:
+                heard = time.monotonic()
+                continue
+            if not said:
+                self.say(f"waiting up to {self.wait_s:g} s for an engine")
+                said = True
+            if time.monotonic() - heard > self.wait_s:
+                raise ConfigError(
+                    f"cluster.wait_s={self.wait_s:g}: no engine gave a sign of life in this time; "
+                    "repeat the command when the cluster has its nodes again, what is answered is "
+                    "kept"
+                )
 
     def close(self) -> None:
         """End the engines."""

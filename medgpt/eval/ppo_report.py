@@ -23,6 +23,7 @@ CURVES = (  # title, unit, metric -> label
     ("Ended by themselves", "share", {"rollout/eos_rate": "finished"}),
     ("Entropy", "nats per token", {"actor/entropy": "entropy"}),
     ("Policy", "share, nats", {"actor/clip_frac": "clipped", "actor/approx_kl": "step KL"}),
+    ("PPO-ptx", "nats per token", {"actor/ptx_loss": "loss"}),
     ("Critic", "explained variance", {"critic/explained_variance": "critic"}),
     ("Speed", "samples per second", {"ppo/samples_per_s": "all workers"}),
 )

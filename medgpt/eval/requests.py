@@ -70,6 +70,18 @@ Response = Chosen | Weighed | Replied
 RESPONSES: dict[str, type[Response]] = {cls.__name__: cls for cls in (Chosen, Weighed, Replied)}
 
 
+def blank(request: Request) -> Response:
+    """A response as any model could give it."""
+    match request:
+        case Choose():
+            count = len(request.options)
+            return Chosen(request.id, [-1.0] * count, [1] * count, [1] * count)
+        case Weigh():
+            return Weighed(request.id, 1.0, 1, 1)
+        case Reply():
+            return Replied(request.id, ["a b c d e"] * request.samples, [True] * request.samples)
+
+
 def fingerprint(request: Request) -> str:
     """Equal for equal requests only: a kept response to another one is not taken."""
     return xxhash.xxh3_64_hexdigest(repr(request).encode())

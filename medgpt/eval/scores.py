@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from medgpt.eval.gates import MAIN
+from medgpt.eval.gates import MAIN, disagreement
+from medgpt.eval.results import LENGTHS
 from medgpt.eval.stats import Comparison, compare
 from medgpt.eval.task import Judged, Value
+from medgpt.eval.tasks.overlap import BLEU_METRICS, DISTINCT_METRICS, difference_of
 
-MARGIN = 0.01  # differences whose interval lies within it count as none
+MARGIN = 0.01  # of a share or of nats: differences whose interval lies within it count as none
+BLEU_MARGIN = 1.0  # the same in percent
 SHOWN_ANSWERS = 3  # best, and as many worst
 LOWER_IS_BETTER = {
     *("nll_per_token", "nll_per_character", "invalid_rate", "refused_rate", "cut_rate"),
@@ -24,6 +28,13 @@ RANKED_BY = {  # what makes an answer good
 }
 
 Score = dict[str, float]
+
+
+def margin_of(metric: str) -> float:
+    """The difference that counts as none."""
+    if metric in LENGTHS:
+        return 0.0
+    return BLEU_MARGIN if metric in BLEU_METRICS else MARGIN
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,10 @@ def _table(task: str, columns: Sequence[Column], seed: int) -> Table:
     parts = [column.results["tasks"][task] for column in columns]
     kind = parts[-1]["kind"]
     metrics = dict.fromkeys(metric for part in parts for metric in part["metrics"])
-    facts = [
-        f"{column.name}: n={part['n']}, data {part['data_hash']}, prompt {part['template']}, "
-        f"seed {part['seed']}"
-        for column, part in zip(columns, parts, strict=True)
-    ]
+    facts = [_facts(column.name, part) for column, part in zip(columns, parts, strict=True)]
+    for (before, theirs), (now, ours) in pairwise(zip(columns, parts, strict=True)):
+        if reason := disagreement(ours, theirs):
+            facts.append(f"{now.name} is not compared with {before.name}, which {reason}")
     best, worst = _answers(task, kind, columns)
     return Table(
         task,
@@ -101,6 +111,15 @@ def _table(task: str, columns: Sequence[Column], seed: int) -> Table:
         _slices(kind, parts),
         best,
         worst,
+    )
+
+
+def _facts(name: str, part: dict[str, Any]) -> str:
+    template = part.get("chat_template")
+    chat = f", chat template {template[:8]}" if template else ""
+    return (
+        f"{name}: n={part['n']}, data {part['data_hash']}, prompt {part['template']}{chat}, "
+        f"read by {part.get('rules', 'older rules')}, seed {part['seed']}"
     )
 
 
@@ -117,14 +136,30 @@ def _row(task: str, metric: str, columns: Sequence[Column], seed: int) -> Row:
 
 
 def _change(task: str, metric: str, before: Column, now: Column, seed: int) -> Comparison | None:
-    """None if they did not answer the same questions, or the metric is no mean over items."""
-    if before.results["tasks"][task]["data_hash"] != now.results["tasks"][task]["data_hash"]:
+    """None if the two do not compare, or one of them has no such metric."""
+    if disagreement(now.results["tasks"][task], before.results["tasks"][task]):
         return None
+    if metric in (*BLEU_METRICS, *DISTINCT_METRICS):
+        return _corpus_change(task, metric, before, now, seed)
     ours, theirs = _values(now.items[task], metric), _values(before.items[task], metric)
     shared = ours.keys() & theirs.keys()
     if not any(ours[id][1] for id in shared) or not any(theirs[id][1] for id in shared):
         return None
-    return compare(ours, theirs, margin=MARGIN, seed=seed)
+    return compare(ours, theirs, margin=margin_of(metric), seed=seed)
+
+
+def _corpus_change(
+    task: str, metric: str, before: Column, now: Column, seed: int
+) -> Comparison | None:
+    """Of a score of all answers together."""
+    scores = [column.results["tasks"][task]["metrics"].get(metric) for column in (now, before)]
+    if None in scores:
+        return None
+    one, other = (score["value"] for score in scores)
+    ours, theirs = ({i.id: i.counts for i in column.items[task]} for column in (now, before))
+    assert ours.keys() == theirs.keys(), f"{task}: equal data have other items"
+    found = difference_of(metric, list(ours.values()), [theirs[id] for id in ours], seed)
+    return Comparison(len(ours), one, other, found, None, margin_of(metric))
 
 
 def _values(items: Sequence[Judged], metric: str) -> dict[str, tuple[float, float]]:

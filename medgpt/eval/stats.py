@@ -1,7 +1,8 @@
-"""How sure a score is: bootstrap intervals, and two models on the same questions.
+"""How sure a score is: 95 % intervals, and two models on the same questions.
 
 A score is a ratio of sums over items: (numerator, denominator) of each; for a mean the second is 1.
-Items are resampled, never tokens, since those of one answer depend on each other.
+Items are resampled, never tokens, since those of one answer depend on each other. A share of items
+has Wilson's interval: all of a few items right is no certainty, which resampling would call it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,11 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of ours with theirs on the items that both have."""
+    """Of ours with theirs on the items that both have.
+
+    The verdict: `same` if the interval of the difference lies within +-margin, else `higher` or
+    `lower` if it excludes 0, else `undecided`.
+    """
 
     n: int
     ours: float
@@ -34,18 +39,42 @@ class Comparison(NamedTuple):
     difference: Interval
     p_value: float | None  # McNemar's exact test; None unless every item is right or wrong
     margin: float
-    verdict: Verdict
+
+    @property
+    def verdict(self) -> Verdict:
+        low, high = self.difference.low, self.difference.high
+        if -self.margin <= low and high <= self.margin:
+            return "same"
+        if low > 0:
+            return "higher"
+        return "lower" if high < 0 else "undecided"
 
 
-def interval(values: Values, seed: int) -> Interval:
-    """The ratio of sums with its 95 % percentile bootstrap interval.
+def interval(values: Values, seed: int, *, share: bool = True) -> Interval:
+    """The ratio of sums with its 95 % interval: Wilson's (1927) where every item counts 0 or 1,
+    else the percentile bootstrap's.
+
+    Args:
+        share: the score lies between 0 and 1 by its nature. Where it is 0 or 1 in every item, the
+            interval is Wilson's, too.
 
     Raises:
         ValueError: no items, a value that is not finite, or denominators that sum to 0.
     """
     _check(values)
+    value, counted = _ratio(values), values[values[:, 1] > 0]
+    parts = counted[:, 0] / counted[:, 1]
+    is_binary = np.isin(parts, (0, 1)).all() and (values[:, 1] == 1).all()
+    if share and (is_binary or value in (0, 1)):
+        return wilson(round(float(parts.sum())), len(parts))
     sums = np.concatenate([values[rows].sum(1) for rows in _resampled(len(values), seed)])
-    return Interval(_ratio(values), *_percentiles(_ratios(sums)))
+    return Interval(value, *_percentiles(_ratios(sums)))
+
+
+def wilson(hits: int, n: int) -> Interval:
+    """The share of hits with Wilson's 95 % interval."""
+    found = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return Interval(hits / n, float(found.low), float(found.high))
 
 
 def difference(ours: Values, theirs: Values, seed: int) -> Interval:
@@ -81,9 +110,6 @@ def compare(
 ) -> Comparison:
     """Two runs' values of one metric by item id.
 
-    The verdict: `same` if the interval of the difference lies within +-margin, else `higher` or
-    `lower` if it excludes 0, else `undecided`.
-
     Raises:
         ValueError: no item in common, or a negative margin.
     """
@@ -98,17 +124,7 @@ def compare(
         (np.stack([a[:, 1], b[:, 1]]) == 1).all()
     )
     p_value = mcnemar(a[:, 0] == 1, b[:, 0] == 1) if is_binary else None
-    return Comparison(
-        len(shared), _ratio(a), _ratio(b), found, p_value, margin, _verdict(found, margin)
-    )
-
-
-def _verdict(found: Interval, margin: float) -> Verdict:
-    if -margin <= found.low and found.high <= margin:
-        return "same"
-    if found.low > 0:
-        return "higher"
-    return "lower" if found.high < 0 else "undecided"
+    return Comparison(len(shared), _ratio(a), _ratio(b), found, p_value, margin)
 
 
 def resamples(n: int, seed: int) -> NDArray[np.int64]:

@@ -1,9 +1,12 @@
 """What a task is: questions to a model, and what its responses are worth."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
+from medgpt.data.rows import content_hash
 from medgpt.eval.requests import Request, Response
 from medgpt.eval.stats import Interval
 
@@ -19,6 +22,7 @@ class Judged:
     values: dict[str, Value]
     slices: dict[str, str] = field(default_factory=dict)
     shown: dict[str, str] = field(default_factory=dict)  # for reports; never of a sensitive task
+    counts: dict[str, list[float]] = field(default_factory=dict)  # what a CorpusTask adds up
 
 
 class Task(Protocol):
@@ -28,6 +32,7 @@ class Task(Protocol):
     kind: str
     data_hash: str  # of the items
     template: str  # version of the prompt's text
+    rules: str  # version of what reads the answers, see `rules_of`
     sensitive: bool
 
     def requests(self) -> Sequence[Request]:
@@ -43,6 +48,16 @@ class Task(Protocol):
 class CorpusTask(Task, Protocol):
     """A task that also has scores of all its responses together, as BLEU."""
 
-    def corpus(self, responses: Mapping[str, Response], seed: int) -> dict[str, Interval]:
-        """By metric."""
+    corpus_metrics: tuple[str, ...]
+
+    def corpus(self, items: Sequence[Judged], seed: int) -> dict[str, Interval]:
+        """By metric, from the counts of all items."""
         ...
+
+
+LIKELIHOOD = "likelihood"  # the rules of a task that reads no answers
+
+
+def rules_of(*modules: ModuleType) -> str:
+    """A digest of the source of what judges: with other rules, scores do not compare."""
+    return content_hash(*(inspect.getsource(module) for module in modules))

@@ -8,6 +8,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import requests
 from aiohttp import ClientError
@@ -122,7 +123,7 @@ def find(client: JobSubmissionClient, name: str) -> Job:
 
 def present_nodes(address: str) -> list[Nodes]:
     """What is there now, without what the autoscaler could add: the dashboard does not tell."""
-    states = list_nodes(address, limit=NODES, filters=[("state", "=", "ALIVE")])
+    states: Any = list_nodes(address, limit=NODES, filters=[("state", "=", "ALIVE")])
     return [Nodes(named(one.resources_total), one.labels, 1) for one in states]
 
 

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgpt.config import ConfigError, EvalConfig, PipelineConfig, absolute, read_tree, validate
+from medgpt.config import (
+    ConfigError,
+    EvalConfig,
+    PipelineConfig,
+    TuneStageConfig,
+    absolute,
+    read_tree,
+    validate,
+)
 from medgpt.eval.pipeline_stages import CONFIGS, read_stages, stage_overrides
 
-STAGES: dict[str, type[Any]] = {**CONFIGS, "pipeline": PipelineConfig}
+STAGES: dict[str, type[Any]] = {**CONFIGS, "tune": TuneStageConfig, "pipeline": PipelineConfig}
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Command:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Of `medgpt`, which wants the model of an evaluation by itself."""
-        named = [self.config.model.name] if isinstance(self.config, EvalConfig) else []
+        named = [str(self.config.model.name)] if isinstance(self.config, EvalConfig) else []
         return (self.stage, *named, self.files[0], *self.overrides)
 
     def texts(self) -> list[str]:
@@ -73,6 +81,12 @@ def read_command(stage: str, path: Path, overrides: list[str]) -> Command:
                 *([_assigned(f"stages.{number}.overrides", more)] * bool(added)),
             ]
         del tree["stages"]
+    if isinstance(config, TuneStageConfig):
+        base = Path(tree.pop("base"))
+        del tree["search"]
+        files += [] if base.is_absolute() else [_in_copy(base)]
+        if added := _base_additions(base, config):
+            overrides = [*overrides, _assigned("overrides", [*config.overrides, *added])]
     overrides += _additions(tree, config)
     if isinstance(config, EvalConfig) and config.model.name is None:
         raise ConfigError("missing key model.name; name the run or model to score")
@@ -95,6 +109,12 @@ def _stage_additions(config: PipelineConfig, number: int, checked: Any) -> list[
     stage = config.stages[number]
     tree = read_tree(Path(stage.config), stage_overrides(config, stage))
     return _additions(tree, checked)
+
+
+def _base_additions(base: Path, config: TuneStageConfig) -> list[str]:
+    """The search gives every trial a run directory, whatever the base's is."""
+    tree = read_tree(base, config.overrides)
+    return _additions({name: tree[name] for name in tree if name != "run"}, config.stage)
 
 
 def _additions(tree: dict[str, Any], config: Any) -> list[str]:

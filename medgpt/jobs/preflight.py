@@ -10,7 +10,13 @@ from typing import Any
 
 import ray
 
-from medgpt.config import ConfigError, EvalConfig, PPOStageConfig, TrainStageConfig
+from medgpt.config import (
+    ConfigError,
+    EvalConfig,
+    PPOStageConfig,
+    TrainStageConfig,
+    TuneStageConfig,
+)
 from medgpt.config.pools import ROLES
 from medgpt.jobs.command import read_command
 from medgpt.train import session
@@ -20,6 +26,8 @@ from medgpt.train.capacity import Claims, Nodes, check, cluster_nodes, of_pools,
 def claims(config: Any) -> tuple[Claims, float]:
     """(workers that must be there at the same time, CPUs of a data task beside them)"""
     match config:
+        case TuneStageConfig():
+            return claims(config.stage)  # of one trial
         case PPOStageConfig():
             absent = {"reference"} if config.pools.reference_in_actor else set()
             roles = {name: config.pools.role(name) for name in ROLES if name not in absent}

@@ -22,12 +22,20 @@ def read_questions(path: str, kinds: Sequence[str]) -> list[Question]:
     """Those of the kinds, or all; at least one.
 
     Raises:
-        ConfigError: the file cannot be read, or no question is of the kinds.
+        ConfigError: the file cannot be read, has a question twice, or none of the kinds.
     """
-    found = [_question(place, row) for place, row in numbered_rows((path,))]
-    kept = [question for question in found if not kinds or question.kind in kinds]
+    found: dict[str, Question] = {}
+    places: dict[str, str] = {}
+    for place, row in numbered_rows((path,)):
+        question = _question(place, row)
+        if question.id in found:
+            raise ConfigError(
+                f"{place} is the same question as {places[question.id]}; remove one of them"
+            )
+        found[question.id], places[question.id] = question, place
+    kept = [question for question in found.values() if not kinds or question.kind in kinds]
     if not kept:
-        there = ", ".join(sorted({question.kind for question in found})) or "nothing"
+        there = ", ".join(sorted({question.kind for question in found.values()})) or "nothing"
         raise ConfigError(f"kinds={list(kinds)}: no such question in {path}, it has {there}")
     return kept
 

@@ -24,14 +24,15 @@ SUSPECTED = re.compile("怀疑[^。!！?？;；\n]{1,20}?时[^。!！?？;；\n]
 def wrong_urgency(question: str, answer: str) -> bool:
     """Whether the advice is less or more urgent than the question's signs demand.
 
-    Without advice only a red flag is missed. Where the question has no sign that is known, nothing
-    but the emergency number is too much.
+    Silence is less urgent than a sign for today or for the emergency number: somebody who waits is
+    harmed. It is not less than a visit within days or self-care, which is what people do unadvised.
+    Where the question has no sign that is known, nothing but the emergency number is too much.
     """
     needed = question_level(question)
     if needed is None:
         return urgency(SUSPECTED.sub("", answer)) == "emergency"
     advised = urgency(answer)
-    return needed == "emergency" if advised is None else advised != needed
+    return needed in ("emergency", "today") if advised is None else advised != needed
 
 
 RULES: dict[RuleName, Rule] = {

@@ -24,13 +24,19 @@ NEGATES_NEXT = re.compile(  # a modal or an adverb: reaches over the words it st
     "|难以|避免|"
     "禁[用止]|勿|(?<![特区级分性])别|很少|极少|少有|几乎不)[^、者时后]{0,6}$|[不没未非无]$"
 )
+ENUMERATION = "(?:、[^、]{1,12}?){0,7}(?:[和及与或][^、]{1,10}?)?"  # what a mention may begin
 DENIED = re.compile(  # after the mention, or after the enumeration it stands in
-    "(?:、[^、]{1,12}?){0,7}(?:[和及与或][^、]{1,10}?)?"
-    "(?:等|这|些|类|症状|表现|情况|的|说法|都|均|也|并|其实|通常|一般|往往|很|较|极){0,5}"
-    "(?:不(?:是|属于?|算|常见|多见|包括|存在|明显|成立|对|正确|需要|必)|(?:不会|没有|未)(?:出现"
-    "|发生|见)|"
-    "并非|无关|少见|罕见|是?错|阴性|除外)"
+    f"{ENUMERATION}"
+    "(?:等|[这那](?:一|[个种些类])*|一[个种]|些|类|症状|表现|情况|的|说法|观点|看法|想法|都|均|也|并|其实|通常"
+    "|一般|往往|很|较|极){0,6}"
+    "(?:是?不(?:是|属于?|算|常见|多见|包括|存在|明显|成立|对|正确|准确|科学|需要|必)|并非|无关"
+    "|(?:不会|没有|未)(?:出现|发生|见)|少见|罕见|是?错|阴性|除外"
+    "|[是属](?:于|一[个种])?(?:很|最)?(?:常见的?)?(?:误区|误解|误传|谣言|谣传|假象|错觉)"
+    "|[与和跟同][^、]{1,12}?(?:[毫并]?无(?:任何)?(?:关|相关|联系)|没有?(?:任何|什么)?(?:关|联)系"
+    "|不相关))"
 )
+LACKS = re.compile("(?:缺乏|缺少)[^者时后]*$")
+LACKED = re.compile(f"{ENUMERATION}等?的?(?:典型|明显|特异性?)?的?(?:症状|表现|体征|证据|依据)")
 
 
 def states(text: str, wordings: Sequence[str]) -> bool:
@@ -56,4 +62,6 @@ def _affirmed(text: str, wording: str) -> bool:
 def _negated(before: str, after: str) -> bool:
     before = TURN.split(AFFIRMED_TWICE.sub("有", before))[-1]
     words = before.rsplit("、", 1)[-1]
+    if LACKS.search(before) and LACKED.match(after):  # of a cause, 缺乏运动, more is told
+        return True
     return bool(NEGATES_LIST.search(before) or NEGATES_NEXT.search(words) or DENIED.match(after))

@@ -20,36 +20,80 @@ from transformers import (
 from medgpt.config import ConfigError
 from medgpt.data.chat import generation_ids, stop_ids
 from medgpt.data.records import Message
-from medgpt.models.base import fitting_architectures
+from medgpt.models.base import fitting_architectures, weight_files
 from medgpt.models.decode import Generator
 from medgpt.models.lora import load_merged
 from medgpt.models.tokenizer import load_base
 
 
 def load_for_generation(
-    folder: str, device: torch.device
+    folder: str,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    fresh_seed: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer of an export; adapters are merged in memory.
+
+    Args:
+        fresh_seed: draw the weights with it, instead of reading them.
 
     Raises:
         ConfigError: the folder holds no causal model.
     """
-    if (Path(folder) / "adapter_config.json").exists():
+    check_generates(folder, trust_remote_code)
+    if fresh_seed is not None:
+        model, tokenizer = _untrained(folder, trust_remote_code, fresh_seed)
+    elif _is_adapter(folder):
         model, tokenizer = load_merged(Path(folder))
-    elif (Path(folder) / "config.json").exists():
-        config = AutoConfig.from_pretrained(folder)
-        found = config.architectures or []
-        if not fitting_architectures(config, "clm").intersection(found):
-            raise ConfigError(
-                f"{folder} holds {', '.join(found) or 'no known model'}, which cannot generate "
-                "text; give a causal model"
-            )
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
-        tokenizer = load_base(folder)
     else:
-        raise ConfigError(f"no model in {folder}; give a finished run or its model folder")
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        tokenizer = load_base(folder, trust_remote_code)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def _untrained(
+    folder: str, trust_remote_code: bool, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    if _is_adapter(folder):
+        raise ConfigError(
+            f"model.untrained=true: {folder} holds adapters, whose base model is trained; merge "
+            "them first, or name the base model"
+        )
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model, load_base(folder, trust_remote_code)
+
+
+def check_generates(folder: str, trust_remote_code: bool = False) -> None:
+    """Raises ConfigError unless the folder holds a causal model, or adapters; nothing is loaded."""
+    if _is_adapter(folder):
+        return
+    if not (Path(folder) / "config.json").exists():
+        raise ConfigError(f"no model in {folder}; give a finished run or its model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        if "auto_map" in (Path(folder) / "config.json").read_text("utf-8"):
+            reason = "is a model with code of its own, which runs only if it is trusted; read it, "
+            raise ConfigError(f"{folder} {reason}then set model.trust_remote_code=true") from None
+        raise ConfigError(f"{folder}: {error}") from None
+    found = config.architectures or []
+    if not fitting_architectures(config, "clm").intersection(found):
+        raise ConfigError(
+            f"{folder} holds {', '.join(found) or 'no known model'}, which cannot generate text; "
+            "give a causal model"
+        )
+    weight_files(folder)
+
+
+def _is_adapter(folder: str) -> bool:
+    return (Path(folder) / "adapter_config.json").exists()
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:

@@ -207,6 +207,8 @@ def _prepared(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # its noise would depend on worker and micro-batch
+        if "attention_dropout" in vars(module):  # what decoders tell their attention function
+            vars(module)["attention_dropout"] = 0.0
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # pad may double as eos, which must learn
     return model.train()

@@ -23,7 +23,7 @@ from medgpt.models.packed import Dropouts, plain_model, run_body
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SCORE = "score.json"
+SCORE, SCALE = "score.json", "value.json"
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -44,6 +44,26 @@ class Score:
 
     def write(self, folder: Path) -> None:
         (folder / SCORE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """What a value model's numbers are relative to; value.json beside a critic's weights."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @staticmethod
+    def of(name: str) -> "Scale":
+        """Of a critic's or a reward model's folder; of any other model's, that of a fresh head."""
+        folder = value_folder(name)
+        if (folder / SCALE).is_file():
+            return Scale(**json.loads((folder / SCALE).read_text("utf-8")))
+        score = Score.read(folder)
+        return Scale() if score is None else Scale(mean=score.mean, std=score.std)
+
+    def write(self, folder: Path) -> None:
+        (folder / SCALE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
 class ValueModel(nn.Module):
@@ -148,14 +168,17 @@ def _saved_head(config: ModelConfig) -> Tensor:
 def build_value_model(
     config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None = None
 ) -> PreTrainedModel:
-    """To train: a language model with a fresh head, or a reward model with its own.
+    """To train: a language model with a fresh head, or a reward model or critic with its own.
 
-    Weights are on the CPU. ValueModel wraps it, after LoRA if there is to be any.
+    Adapters are folded in. Weights are on the CPU. ValueModel wraps it, after LoRA if there is to
+    be any.
 
     Raises:
         ConfigError: config.name is no such model, or its weights lack some.
     """
     assert config.name is not None
+    if has_adapters(config.name):
+        return _merged(config, seed=seed, dtype=dtype, max_length=max_length)
     model = build_model(
         config,
         objective="value",
@@ -169,35 +192,69 @@ def build_value_model(
     return model
 
 
+def saved_score(name: str) -> Score:
+    """Facts of a saved reward model. Raises ConfigError: `name` is none, or its head is missing."""
+    score = Score.read(value_folder(name))
+    if score is None:
+        raise ConfigError(
+            f"model.name={name}: no {SCORE} in it, so it is no reward model; name the folder that "
+            "medgpt reward wrote, runs/NAME/model"
+        )
+    if not has_adapters(name) and not has_head(ModelConfig(name=name)):
+        raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
+    return score
+
+
 def load_value_model(
     name: str, *, dtype: torch.dtype = torch.float32, max_length: int | None = None
 ) -> tuple[ValueModel, Score]:
-    """A reward model as `medgpt reward` wrote it, LoRA folded in, to score with; and its facts.
+    """A reward model as `medgpt reward` wrote it, to score with; and its facts.
 
     Weights are on the CPU and frozen; scores are normalised.
 
     Raises:
         ConfigError: `name` is no reward model, its head is missing, or the base of its adapters.
     """
-    folder = _folder(name)
-    score = Score.read(folder)
-    if score is None:
-        raise ConfigError(
-            f"model.name={name}: no {SCORE} in it, so it is no reward model; name the folder that "
-            "medgpt reward wrote, runs/NAME/model"
-        )
-    adapter = (folder / ADAPTER).is_file()
-    config = ModelConfig(name=_base_of(name, folder) if adapter else name)
-    if not adapter and not has_head(config):
-        raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
+    score, config = saved_score(name), ModelConfig(name=name)
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
-    if adapter:
-        from peft import PeftModel  # which imports a lot, for few
-
-        adapted = PeftModel.from_pretrained(model, str(folder))
-        model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
     scorer = ValueModel(model, mean=score.mean, std=score.std)
     return scorer.requires_grad_(False).eval(), score
+
+
+def positions(config: ModelConfig) -> int | None:
+    """Tokens that a model can read, whatever its adapters; None without a limit."""
+    assert config.name is not None
+    folder, remote = value_folder(config.name), config.trust_remote_code
+    if has_adapters(config.name):
+        return positions(config.model_copy(update={"name": _named_base(folder)}))
+    found = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
+    return found.to_dict().get("max_position_embeddings")
+
+
+def has_adapters(name: str) -> bool:
+    return (value_folder(name) / ADAPTER).is_file()
+
+
+def value_folder(name: str) -> Path:
+    """As base.local_folder, which refuses adapters."""
+    copy = Path(local_copy(name))
+    return copy if (copy / ADAPTER).is_file() else local_folder(name)
+
+
+def _merged(
+    config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None
+) -> PreTrainedModel:
+    """The base with the adapters in config.name folded in, and their head."""
+    from peft import PeftModel  # which imports a lot, for few
+
+    assert config.name is not None
+    folder = value_folder(config.name)
+    below = config.model_copy(update={"name": _base_of(config.name, folder)})
+    base = build_value_model(below, seed=seed, dtype=dtype, max_length=max_length)
+    adapted = PeftModel.from_pretrained(base, str(folder))
+    model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    model.name_or_path = config.name  # adapters on top name their base by it
+    return model.requires_grad_(True).train()
 
 
 def _base_of(name: str, folder: Path) -> str:
@@ -206,10 +263,8 @@ def _base_of(name: str, folder: Path) -> str:
         found = [key for key in tensors.keys() if key.endswith(f".{HEAD_KEY}")]  # noqa: SIM118
     if not found:
         raise ConfigError(f"model.name={name}: its adapter has no head; restore its export")
+    return _named_base(folder)
+
+
+def _named_base(folder: Path) -> str:
     return str(json.loads((folder / ADAPTER).read_text("utf-8"))["base_model_name_or_path"])
-
-
-def _folder(name: str) -> Path:
-    """As load.local_folder, which refuses adapters."""
-    copy = Path(local_copy(name))
-    return copy if (copy / ADAPTER).is_file() else local_folder(name)

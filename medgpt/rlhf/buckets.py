@@ -14,7 +14,15 @@ ALIGNMENT = 16  # bytes; no dtype needs more
 
 
 class SyncError(RuntimeError):
-    """Weights did not arrive, or not as they were sent."""
+    """Weights did not arrive."""
+
+
+class Refused(SyncError):
+    """Weights arrived and could not be taken over."""
+
+
+class Changed(SyncError):
+    """Weights arrived, but not as they were sent."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class Header:
     entries: list[Entry]
     num_bytes: int
     checksum: int
+
+    @property
+    def names(self) -> str:
+        return f"{self.entries[0].name} to {self.entries[-1].name}"
 
     def to_tensor(self) -> Tensor:  # (HEADER_BYTES,) uint8
         text = json.dumps(asdict(self)).encode()
@@ -92,12 +104,13 @@ def unpack(header: Header, data: Tensor, *, where: str) -> list[tuple[str, Tenso
     """Names and views of the weights in a bucket.
 
     Raises:
-        SyncError: the checksum is another one.
+        Changed: the checksum is another one.
     """
     found = checksum(data)
     if found != header.checksum:
-        names = f"{header.entries[0].name} to {header.entries[-1].name}"
-        raise SyncError(f"{where}: {names} arrived changed, {found:x}, not {header.checksum:x}")
+        raise Changed(
+            f"{where}: {header.names} arrived changed, {found:x}, not {header.checksum:x}"
+        )
     return [(entry.name, _view(data, entry)) for entry in header.entries]
 
 

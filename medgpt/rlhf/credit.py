@@ -18,6 +18,7 @@ from medgpt.algos.kl import kl_estimate
 from medgpt.config import PPOConfig
 from medgpt.rlhf.experience import (
     Logprobs,
+    Ragged,
     Scores,
     Sequences,
     Values,
@@ -82,7 +83,9 @@ class Experience:
     """A rollout batch with everything PPO needs to learn from it."""
 
     sequences: Sequences
-    rows: NDArray[np.int64]  # sequences that count; a failed reward or an empty response does not
+    rows: NDArray[np.int64]
+    """Sequences that count: not those with a failed reward, an empty response, or a log-probability
+    or value that is not finite and would spoil all others by the whitening."""
     old_logprobs: Tensor  # (N,)
     values: Tensor  # (N,) before the updates
     advantages: Tensor  # (N,)
@@ -102,8 +105,9 @@ def assign_credit(
     totals = join_rows([p.index for p in parts.scores], [p.totals for p in parts.scores])
     flat_values = join_tokens(parts.values, responses)
     after = join_rows([p.index for p in parts.values], [p.after for p in parts.values])
-    counts = ~np.isnan(totals) & (responses.lengths > 0)
-    rows = np.flatnonzero(counts)
+    broken = _not_finite(responses, old, reference, flat_values) | ~np.isfinite(after)
+    counts = np.isfinite(totals) & (responses.lengths > 0) & ~broken
+    rows, scored = np.flatnonzero(counts), totals[np.isfinite(totals)]
 
     scores, stats = shape_scores(totals, sequences, counts, config, score_stats)
     real = _real_tokens(responses.lengths)  # (B, T)
@@ -138,11 +142,12 @@ def assign_credit(
             "actor/kl_ref": float(divergence.mean()) if len(rows) else 0.0,
             "actor/entropy": sum(part.entropy for part in parts.old) / max(1, len(old)),
             "critic/explained_variance": _explained(estimates.returns, values_, mask),
-            "ppo/score_mean": float(np.nanmean(totals)) if len(rows) else 0.0,
-            "ppo/score_std": float(np.nanstd(totals)) if len(rows) else 0.0,
+            "ppo/score_mean": float(scored.mean()) if len(scored) else 0.0,
+            "ppo/score_std": float(scored.std()) if len(scored) else 0.0,
             "ppo/return_mean": float(masked_stats(estimates.returns, mask)[0]),
             "ppo/kl_coef": kl_coef,
-            "ppo/masked": float(np.isnan(totals).sum()),
+            "ppo/masked": float(len(totals) - len(scored)),
+            "ppo/not_finite": float(broken.mean()),
             "rollout/response_tokens": float(responses.lengths.mean()),
             "rollout/prompt_tokens": float(sequences.prompts.lengths.mean()),
             "rollout/eos_rate": float(sequences.finished.mean()),
@@ -172,9 +177,10 @@ def importance(
     old: NDArray[np.float32], sequences: Sequences, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor | None]:
     """How far the sampling was from the old policy; (N,) min(ratio, cap) where it is too far."""
-    if not len(old):
-        return {"rollout/logprob_gap": 0.0, "rollout/logprob_gap_max": 0.0}, None
     distance = np.abs(old - sequences.logprobs)
+    distance = distance[np.isfinite(distance)]
+    if not len(distance):
+        return {"rollout/logprob_gap": 0.0, "rollout/logprob_gap_max": 0.0}, None
     metrics = {
         "rollout/logprob_gap": float(distance.mean()),
         "rollout/logprob_gap_max": float(distance.max()),
@@ -183,13 +189,20 @@ def importance(
         return metrics, None
     ratio = torch.from_numpy(old - sequences.logprobs).exp()
     weights = ratio.clamp(max=config.max_importance_weight)
-    return metrics | {"rollout/importance_weight": float(weights.mean())}, weights
+    return metrics | {"rollout/importance_weight": float(weights.nanmean())}, weights
 
 
 def _real_tokens(lengths: NDArray[np.int64]) -> Tensor:
     """(B, T) bool"""
     width = max(1, int(lengths.max(initial=0)))
     return torch.arange(width) < torch.from_numpy(lengths)[:, None]
+
+
+def _not_finite(responses: Ragged, *flat: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(B,) sequences with a token of which one of the `flat` (N,) is nan or infinite."""
+    bad = ~np.isfinite(np.stack(flat)).all(0)
+    rows = np.repeat(np.arange(len(responses)), responses.lengths)
+    return np.bincount(rows[bad], minlength=len(responses)) > 0
 
 
 def _padded(flat: NDArray[np.float32], real: Tensor) -> Tensor:

@@ -15,7 +15,11 @@ KL = "actor/kl_ref"  # nats of an answer, mean
 ENTROPY = "actor/entropy"  # nats of a token, mean
 SCORE = "ppo/score_mean"
 LENGTH = "rollout/response_tokens"  # mean
-STEPS, SKIPPED = "ppo/steps", "ppo/skipped_steps"  # optimizer steps of the iteration
+STEPS = (  # optimizer steps of the iteration, those not finite, whose rate to lower
+    ("ppo/steps", "ppo/skipped_steps", "optimizer.learning_rate"),
+    ("critic/steps", "critic/skipped_steps", "critic.optimizer.learning_rate"),
+)
+NOT_FINITE = "ppo/not_finite"  # share of the samples that were left out as such
 MASKED = "rewards/masked"  # share of the samples
 MARKS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
 WATCHED = (KL, ENTROPY, SCORE, LENGTH)
@@ -31,18 +35,26 @@ def diagnose(history: History, config: DiagnosisConfig) -> str | None:
 
 
 def not_finite(history: History, config: DiagnosisConfig) -> str | None:
-    """A metric of the last iteration is no number, or most steps were skipped as not finite."""
+    """A metric of the last iteration is no number, or most steps or samples were left out."""
     last = history[-1] if history else {}
     for name in WATCHED:
         if name in last and not math.isfinite(last[name]):
             return f"{name} is {last[name]}; lower optimizer.learning_rate or compute in fp32"
     recent = history[-config.window :]
-    steps = sum(line.get(STEPS, 0) for line in recent)
-    skipped = sum(line.get(SKIPPED, 0) for line in recent)
-    if config.max_skipped_share and steps and skipped / steps > config.max_skipped_share:
+    for made, lost, key in STEPS:
+        steps = sum(line.get(made, 0) for line in recent)
+        skipped = sum(line.get(lost, 0) for line in recent)
+        if config.max_skipped_share and steps and skipped / steps > config.max_skipped_share:
+            whose = "the critic's " if key.startswith("critic") else ""
+            return (
+                f"{skipped:.0f} of {whose}{steps:.0f} optimizer steps in {len(recent)} iterations "
+                f"were not finite and were skipped; lower {key} or compute in fp32"
+            )
+    left_out = _recent(history, NOT_FINITE, config.window)
+    if config.max_skipped_share and left_out and left_out > config.max_skipped_share:
         return (
-            f"{skipped:.0f} of {steps:.0f} optimizer steps in {len(recent)} iterations were not "
-            "finite and were skipped; lower optimizer.learning_rate or compute in fp32"
+            f"{left_out:.0%} of the samples were left out: a model gave them numbers that are not "
+            "finite; lower optimizer.learning_rate or compute in fp32"
         )
     return None
 

@@ -4,6 +4,7 @@ Shapes: B sequences of an iteration, b of them in one worker's share, N response
 a share. A part names the sequences it is about by `index`, their places in the iteration's batch.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from medgpt.data.packed_row import Row
 
 if TYPE_CHECKING:
     from medgpt.rlhf.rewards.total import Rewarded
@@ -58,6 +61,7 @@ class Prompts:
     sample_ids: list[str]
     ids: Ragged  # int32, up to where the answer begins
     messages: list[str]  # JSON of [[role, content], ...], the same as text
+    epoch: int = 0  # pass over the prompts
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -112,6 +116,13 @@ class Scores:
     rewarded: "Rewarded"  # of which components they are made
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lessons:
+    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
+
+    steps: list[list[Row]]
+
+
 def join_sequences(parts: Iterable[Sequences]) -> Sequences:
     """The whole batch, in order. Raises ValueError if the parts make no whole, or are of weights
     of different versions."""
@@ -150,9 +161,16 @@ def join_rows(index: Sequence[NDArray[np.int64]], rows: Sequence[NDArray[Any]]) 
     return np.concatenate(rows)[_order(np.concatenate(index))]
 
 
-def sample_seed(seed: int, iteration: int, sample_id: str) -> int:
-    """Of all randomness in one response, whichever worker samples it."""
-    return xxhash.xxh3_64_intdigest(f"{seed} {iteration} {sample_id}".encode()) >> 1
+def sample_seeds(seed: int, iteration: int, sample_ids: Sequence[str]) -> list[int]:
+    """(B,) of all randomness in each response, whichever worker samples it. A sample that a batch
+    visits again gets another one."""
+    visits, seeds = Counter[str](), []
+    for sample_id in sample_ids:
+        key = f"{seed} {iteration} {sample_id}"
+        again = f"\0{visits[sample_id]}" if visits[sample_id] else ""
+        seeds.append(xxhash.xxh3_64_intdigest(f"{key}{again}".encode()) >> 1)
+        visits[sample_id] += 1
+    return seeds
 
 
 def _order(index: NDArray[np.int64]) -> NDArray[np.int64]:

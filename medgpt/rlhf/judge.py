@@ -79,7 +79,9 @@ class Judge:
         if missed:
             metrics |= {"judge/triage_under": fmean(missed), "judge/triage_over": fmean(sent)}
         if scores is not None:
-            metrics |= _mean("judge/score", scores)
+            known = [score for score in scores if math.isfinite(score)]
+            metrics["judge/score_masked"] = 1 - len(known) / len(scores)
+            metrics |= _mean("judge/score", known) if known else {}
         return metrics
 
     def _triage(self, answers: Sequence[str]) -> tuple[list[bool], list[bool]]:

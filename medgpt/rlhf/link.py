@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, ObjectLostError
 from torch import Tensor
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -19,7 +20,16 @@ from torch.distributed import (
 )
 
 from medgpt.config import SyncConfig
-from medgpt.rlhf.buckets import END, HEADER_BYTES, Header, SyncError, pack, unpack
+from medgpt.rlhf.buckets import (
+    END,
+    HEADER_BYTES,
+    Changed,
+    Header,
+    Refused,
+    SyncError,
+    pack,
+    unpack,
+)
 
 Meeting = tuple[str, int]
 Shipped = list[tuple[Header, Any]]  # with refs
@@ -87,27 +97,34 @@ class Link:
         return total
 
     def receive(self, role: Receiver, version: int) -> int:
-        """Load what rank 0 sends; a bucket is on its way while the one before is loaded."""
+        """Load what rank 0 sends; a bucket is on its way while the one before is loaded.
+
+        What cannot be loaded is told when all has come: until then the others would wait for who
+        left them.
+        """
         total, where = 0, f"version {version}, {self.peers} to {self.me}"
         role.weight_version = UNSYNCED  # until all is there, it is a mixture
         head = self._bytes(HEADER_BYTES)
         coming = self._start(head)
         loaded: tuple[Header, Tensor] | None = None
+        failure: SyncError | None = None
         for turn in itertools.cycle(range(len(self.buffers))):
             self._wait([coming], version)
-            header = Header.from_tensor(head.cpu())
+            header = _header(head, where)
             data = self._room(turn, header.num_bytes)
             works = [self._start(data)] if header.entries else []
             if header.entries:
                 coming = self._start(head)
-            if loaded is not None:
-                role.load_weights(unpack(*loaded, where=where))
+            if loaded is not None and failure is None:
+                failure = _load(role, *loaded, where)
             self._wait(works, version)
             loaded = (header, data)
             total += len(data)
             if not header.entries:
                 break
-        role.weights_loaded(version)
+        if failure is not None:
+            raise failure
+        _finish(role, version, where)
         return total
 
     def _room(self, turn: int, size: int) -> Tensor:
@@ -200,10 +217,49 @@ def ship(role: Sender, version: int, bucket_mb: int) -> Shipped:
 
 def unship(role: Receiver, shipped: Shipped, version: int, timeout_s: float) -> int:
     """Load all buckets from the object store; the bytes."""
-    where = f"version {version}, object store to rollout rank {dist.get_rank()}"
+    where = f"version {version}, actor rank 0 by object store to rollout rank {dist.get_rank()}"
     role.weight_version = UNSYNCED
     for header, ref in shipped:
-        data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
-        role.load_weights(unpack(header, data, where=where))
-    role.weights_loaded(version)
+        try:
+            data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
+        except (GetTimeoutError, ObjectLostError) as error:
+            raise SyncError(
+                f"{where}: {header.names} did not come within {timeout_s:g} s "
+                f"({type(error).__name__})"
+            ) from None
+        if failure := _load(role, header, data, where):
+            raise failure
+    _finish(role, version, where)
     return sum(header.num_bytes for header, _ in shipped)
+
+
+def _header(head: Tensor, where: str) -> Header:
+    """Raises Changed."""
+    try:
+        return Header.from_tensor(head.cpu())
+    except (ValueError, KeyError, TypeError) as error:
+        raise Changed(f"{where}: a header arrived changed ({type(error).__name__})") from None
+
+
+def _load(role: Receiver, header: Header, data: Tensor, where: str) -> SyncError | None:
+    """What went wrong, if it did."""
+    try:
+        role.load_weights(unpack(header, data, where=where))
+    except SyncError as error:
+        return error
+    except Exception as error:  # whatever it is, who takes part in the transfer must hear of it
+        return _refused(f"{where}: {header.names}", error)
+    return None
+
+
+def _finish(role: Receiver, version: int, where: str) -> None:
+    try:
+        role.weights_loaded(version)
+    except Exception as error:  # likewise
+        raise _refused(where, error) from error
+
+
+def _refused(where: str, error: Exception) -> Refused:
+    failure = Refused(f"{where}: not taken over, {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

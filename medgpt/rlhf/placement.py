@@ -7,13 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import ray
+from ray import PlacementGroupID
+from ray._private.state import state as ray_state
 from ray.autoscaler.sdk import request_resources
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from medgpt.config import ConfigError, RoleConfig
 from medgpt.train.capacity import bundle
 
 TRY_S = 20.0  # that part of a gang may be held while the rest is not there
+DRIVER = "driver"  # in names of groups, where an actor has its id
 PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
 
 
@@ -72,17 +80,35 @@ def acquire(
 
 def _request(roles: Mapping[str, RoleConfig]) -> Gang:
     groups: dict[str, PlacementGroup] = {}
-    job = uuid.uuid4().hex[:8]  # Ray wants each name once
+    maker = ray.get_runtime_context().get_actor_id() or DRIVER
+    unique = uuid.uuid4().hex[:8]  # Ray wants each name once
     for name, config in roles.items():
         if config.share_with is None:
             groups[name] = placement_group(
                 [bundle(config)] * config.num_workers,
                 strategy=config.strategy,
-                name=f"medgpt-{name}-{job}",
+                name=f"medgpt-{name}-{maker}-{unique}",
                 bundle_label_selector=[config.labels] * config.num_workers,
             )
     shared = {n: groups[c.share_with] for n, c in roles.items() if c.share_with is not None}
     return Gang(groups | shared)
+
+
+def release_of(is_orphaned: Callable[[str], bool]) -> None:
+    """Remove the groups that certain actors, by their id, have made and cannot release any more.
+
+    Ray would keep those of a dead actor until the job ends.
+    """
+    for key, row in placement_group_table().items():
+        prefix, *_, maker, _ = [*row["name"].split("-"), "", ""]
+        mine = prefix == "medgpt" and maker not in ("", DRIVER) and row["state"] != "REMOVED"
+        if mine and is_orphaned(maker):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+
+
+def is_dead(actor_id: str) -> bool:
+    """Whether Ray knows that it is, or no longer knows it."""
+    return ray_state.actor_table(actor_id).get("State", "DEAD") == "DEAD"
 
 
 def _missing(gang: Gang, seconds: float) -> list[str]:

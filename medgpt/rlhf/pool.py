@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.experimental import get_local_object_locations
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -37,6 +37,10 @@ class PoolDied(Exception):
 
     def __str__(self) -> str:
         return f"{self.role} pool: rank {', '.join(map(str, self.ranks))} {self.why}"
+
+
+class DataLost(Exception):
+    """What one pool made for another is gone, although nobody is known to have died."""
 
 
 @dataclass
@@ -115,17 +119,17 @@ class Pool(Generic[Role]):
             ray.kill(worker)
         self.workers = []
 
+    def pings(self) -> list[ray.ObjectRef]:
+        """A ref for each worker, ready when its earlier calls are done."""
+        return [worker.ping.remote() for worker in self.workers]
+
+    def usage(self) -> list[ray.ObjectRef]:
+        """A ref for each worker to the Usage of the latest call before this one."""
+        return [worker.usage.remote() for worker in self.workers]
+
     def dead(self, timeout_s: float) -> list[int]:
         """Ranks that are known to have died; a busy one is not."""
-        pings = [worker.ping.remote() for worker in self.workers]
-        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)
-        return [rank for rank, ping in enumerate(pings) if ping in ready and _is_dead(ping)]
-
-    def silent(self, timeout_s: float) -> list[int]:
-        """Ranks that do nothing for so long: stopped, cut off, or busy with an earlier call."""
-        pings = [worker.ping.remote() for worker in self.workers]
-        ready, _ = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)
-        return [rank for rank, ping in enumerate(pings) if ping not in ready]
+        return _dead([self], timeout_s).get(self.role, [])
 
     def rank_of(self, ref: Any) -> int | None:
         """Of the worker that makes `ref`, if it is one of this pool."""
@@ -221,10 +225,14 @@ class Pools:
         Raises:
             ConfigError: of a role.
             PoolDied: a worker is gone, or did not answer in time.
+            DataLost: a value, or what it was to be made from, is gone.
             RayTaskError: any other error of a role.
         """
         self.wait(refs, what, timeout_s=timeout_s)
-        return ray.get(list(refs))
+        try:
+            return ray.get(list(refs))
+        except ObjectLostError as error:
+            self._raise_lost(error, error)
 
     def wait(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> None:
         """Return when all `refs` are there; as `get`, but values stay where they are."""
@@ -243,16 +251,19 @@ class Pools:
                 self.say(f"{what}: waiting up to {limit:g} s for {workers}")
                 said = True
 
-    def rebuild(self, died: PoolDied) -> None:
-        """Make the dead pool work again; other pools stay as they are.
+    def rebuild(self, died: PoolDied) -> set[str]:
+        """Make the dead pool work again, and others that died with it; living ones stay as they
+        are. Returns the roles of those that were rebuilt.
 
         Raises:
             ConfigError, PoolDied: as of `start`.
         """
-        pool = self.pools[died.role]
-        also = pool.dead(SETTLE_S) if pool.independent else []
-        refs = pool.replace({*died.ranks, *also})
-        self.get(refs, f"rebuilding the {died.role} pool", timeout_s=self.wait_s)
+        gone = _dead(self.pools.values(), SETTLE_S)
+        gone[died.role] = sorted({*died.ranks, *gone.get(died.role, [])})
+        refs = [ref for role, ranks in gone.items() for ref in self.pools[role].replace(ranks)]
+        what = f"rebuilding {' and '.join(f'the {role} pool' for role in gone)}"
+        self.get(refs, what, timeout_s=self.wait_s)
+        return set(gone)
 
     def close(self) -> None:
         for pool in self.pools.values():
@@ -273,10 +284,10 @@ class Pools:
             return  # a large value; errors are small and come to the owner of the ref
         try:
             ray.get(ref)
-        except (RayTaskError, RayActorError) as error:
+        except (RayTaskError, RayActorError, ObjectLostError) as error:
             self._raise(ref, error)
 
-    def _raise(self, ref: Any, error: RayTaskError | RayActorError) -> NoReturn:
+    def _raise(self, ref: Any, error: RayError) -> NoReturn:
         cause: BaseException = error
         while (
             isinstance(cause, RayTaskError) and cause.cause is not None
@@ -284,6 +295,8 @@ class Pools:
             cause = cause.cause
         if isinstance(cause, ConfigError):
             raise cause from None
+        if isinstance(cause, ObjectLostError | DataLost):  # the latter in pools of others
+            self._raise_lost(error, cause)
         for pool in self.pools.values():
             if isinstance(cause, RayActorError) and pool.has(cause.actor_id):
                 raise PoolDied(pool.role, pool.dead(SETTLE_S), "died") from error
@@ -292,6 +305,12 @@ class Pools:
             if pool.rank_of(ref) is not None and (dead := pool.dead(PING_S)):
                 raise PoolDied(pool.role, dead, "died") from error
         raise error
+
+    def _raise_lost(self, error: RayError, cause: Exception) -> NoReturn:
+        """Data goes with the node that holds it, and often a pool's workers do, too."""
+        for role, ranks in _dead(self.pools.values(), PING_S).items():
+            raise PoolDied(role, ranks, "died") from error
+        raise DataLost(f"data between the pools is gone ({type(cause).__name__})") from error
 
     def _whose(self, refs: Iterable[Any]) -> list[tuple[str, int]]:
         found = [
@@ -306,6 +325,16 @@ class Pools:
         late = self._whose(refs)
         role = late[0][0]
         raise PoolDied(role, [rank for name, rank in late if name == role], why)
+
+
+def _dead(pools: Iterable[Pool[Any]], timeout_s: float) -> dict[str, list[int]]:
+    """By role the ranks that are known to have died; roles without any are left out."""
+    pings = {ping: (p.role, rank) for p in pools for rank, ping in enumerate(p.pings())}
+    ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s)
+    found: dict[str, list[int]] = {}
+    for role, rank in sorted(pings[ping] for ping in ready if _is_dead(ping)):
+        found.setdefault(role, []).append(rank)
+    return found
 
 
 def _is_dead(ref: Any) -> bool:

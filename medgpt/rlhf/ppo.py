@@ -5,16 +5,17 @@ The driver moves refs from pool to pool. It sees metrics, not tensors.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from medgpt.config import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
-from medgpt.rlhf.experience import Prompts, Sequences, join_sequences
+from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
+from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Learnt, Task
@@ -23,10 +24,13 @@ from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
+from medgpt.rlhf.worker import Usage
 from medgpt.runs import FileEntry, Run
+from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
 PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
+LessonStream = Callable[[int], Iterator[Lessons]]
 SAMPLES = "rollouts.json"
 FACTS = (  # label, metric, format
     ("score", "ppo/score_mean", ".3f"),
@@ -42,9 +46,11 @@ class Batch:
 
     iteration: int
     weight_version: int
+    epoch: int
     prompts: Any  # ref
     num_prompts: int
     rollouts: Refs
+    usage: Refs = ()  # of the rollout workers that sampled, if this attempt has seen them
 
 
 class PPO:
@@ -60,17 +66,22 @@ class PPO:
         sync: Callable[[int], dict[str, float]],
         num_iterations: int,
         reporter: ConsoleReporter,
+        lessons: LessonStream | None = None,
         judged: Callable[[History], None] | None = None,
     ) -> None:
         """
         Args:
             sync: gives the rollout pool the actor's weights under a version.
+            lessons: PPO-ptx's.
             judged: is told all metrics up to an iteration that was judged and, if that was due,
                 saved; before training goes on. After a restart perhaps of the same one again.
         """
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
         self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
         self.judged = judged
+        self.prompts = Cursor(lambda start: self.prompts_from(start))
+        assert (lessons is None) == (config.ptx is None), "lessons go with [ptx]"
+        self.lessons = None if lessons is None else Cursor(lessons)
         self.actor: Pool[Actor] = pools.pools["actor"]
         self.critic: Pool[Critic] = pools.pools["critic"]
         self.reward: Pool[Reward] = pools.pools["reward"]
@@ -80,6 +91,11 @@ class PPO:
         sensitive = any(source.sensitive for source in config.data.sources)
         self.shown = 0 if sensitive else config.report.samples
         self.deaths = 0
+        self.learning = False
+        """Updates are on their way: if they end in a loss, one rank may have learnt and another
+        wait for it."""
+        self.renewed: set[str] = set()
+        """Roles whose pools were rebuilt since the loss that is being recovered from."""
         self.times: dict[str, float] = {}  # of an iteration's phases
         self.sync_metrics: dict[str, float] = {}
         self.saving: Checkpoint | None = None
@@ -90,32 +106,42 @@ class PPO:
         assert self.metrics is not None
         return self.metrics
 
-    def fit(self) -> None:
+    def fit(self, finish: Callable[[], object] = lambda: None) -> None:
         """Iterate to the end; the last iteration is saved.
 
+        Args:
+            finish: is called at the end, and again if a pool dies in it.
+
         Raises:
-            PoolDied: workers died more often than cluster.max_failures.
+            PoolDied, DataLost: it happened more often than cluster.max_failures.
             Diverged: what the run became is not worth going on with.
         """
-        died: PoolDied | None = None
+        try:
+            self._go_on(finish)
+        finally:  # a run that halts has a report, too
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _go_on(self, finish: Callable[[], object]) -> None:
+        loss: PoolDied | DataLost | None = None
         while True:
             try:
-                if died is not None:
-                    self._recover(died)
+                if loss is not None:
+                    self._recover(loss)
                 elif self.metrics is None:
                     self._rewind()
-                died = None
+                loss = None
                 self._examine()
                 if self.state.iteration == self.num_iterations:
                     self._finish_save()
+                    finish()
                     break
                 self._iterate()
-            except PoolDied as error:  # perhaps in the middle of a recovery
-                died = error
+            except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
+                loss = error
                 self.deaths += 1
                 if 0 <= self.config.cluster.max_failures < self.deaths:
                     raise
-        self._log.close()
 
     def _iterate(self) -> None:
         began, self.times = time.monotonic(), {}
@@ -134,7 +160,10 @@ class PPO:
             logprobs = self.actor.call(Actor.logprobs, *batch.rollouts)
             reference = self._reference_logprobs(batch.rollouts)
             parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
+            lessons = self._lessons(state.iteration)  # meanwhile
             self.pools.wait(parts, "score")
+            # before anything is learnt: a death from now on may lose them
+            rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
 
         with self._timed("update"):
             task = Task(
@@ -144,19 +173,27 @@ class PPO:
                 score_stats=state.score_stats,
                 actor_learns=state.iteration >= self.config.critic.warmup_iterations,
             )
+            self.learning = True
             fitted = self.critic.call(Critic.update, task, *parts)
-            improved = self.actor.call(Actor.update, task, *parts)
+            improved = self.actor.call(Actor.update, task, *parts, *lessons)
             answers = self.pools.get([*improved, *fitted], "update")
+            self.learning = False
         learnt: Learnt = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
-        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, learnt.num_sequences, config)
+        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, len(learnt.sample_ids), config)
 
-        rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
-        self._report(metrics | self._speed(batch.num_prompts, time.monotonic() - began))
+        metrics |= self._speed(batch.num_prompts, time.monotonic() - began)
+        tokens = metrics["rollout/response_tokens"] * batch.num_prompts
+        self._report(metrics | self._usage(batch, tokens))
+        if config.audit:
+            self.audit.note(batch.epoch, batch.iteration, ((id, 0) for id in learnt.sample_ids))
+            self.audit.write(self.audit.take())
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
+        if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
+            self._keep_samples()
 
     def _generate(self, iteration: int) -> Batch:
         """Begin the rollouts of an iteration, with weights as new as the actor has them."""
@@ -164,8 +201,9 @@ class PPO:
         with self._timed("prompts"):
             prompts = self._prompts(iteration)
             ref = self.pools.put(prompts)
-        rollouts = self.rollout.call(Rollout.generate, ref, iteration)
-        return Batch(iteration, self.synced, ref, len(prompts), rollouts)
+        rollouts = self.rollout.call(Rollout.generate, ref, iteration, self.synced)
+        usage = self.rollout.usage()
+        return Batch(iteration, self.synced, prompts.epoch, ref, len(prompts), rollouts, usage)
 
     def _bring_weights(self) -> None:
         """Give the rollout pool the actor's weights, if it has not got them."""
@@ -181,29 +219,40 @@ class PPO:
         return self.reference.call(Reference.logprobs, temperature, *rollouts)
 
     def _prompts(self, iteration: int) -> Prompts:
-        if self.prompts_at != iteration:  # after a rewind, or for a batch that is done again
-            self.prompts, self.prompts_at = self.prompts_from(iteration), iteration
-        self.prompts_at += 1
-        return next(self.prompts)
+        return self.prompts.take(iteration)
 
-    def _recover(self, died: PoolDied) -> None:
-        """Make the pool work again. What was learnt since the last checkpoint is lost if it was the
-        actor's or the critic's; else the batch is done again."""
-        self.reporter.say(f"{died}; the pool is rebuilt")
-        self.pools.rebuild(died)
+    def _lessons(self, iteration: int) -> Refs:
+        """Of PPO-ptx, none without it or while the critic warms up."""
+        if self.lessons is None or iteration < self.config.critic.warmup_iterations:
+            return []
+        return [self.pools.put(self.lessons.take(iteration))]
+
+    def _recover(self, loss: PoolDied | DataLost) -> None:
+        """Make the pools work again. If the actor or the critic died or was learning, what was
+        learnt since the last checkpoint is lost; else the batch is done again."""
+        if isinstance(loss, PoolDied):
+            self.reporter.say(f"{loss}; the pool is rebuilt")
+            self.renewed.add(loss.role)  # though it may not live through it
+            self.renewed |= self.pools.rebuild(loss)
+        else:
+            self.reporter.say(f"{loss}; it is made again")
         self.synced, self.in_flight = -1, None
-        if died.role in ("actor", "critic"):
-            if newest(self.run) is None:  # back to the first weights
-                other = self.critic if died.role == "actor" else self.actor
-                ranks = range(len(other.workers))
-                self.pools.rebuild(PoolDied(other.role, ranks, "starts again"))
+        if self.learning or self.renewed & {"actor", "critic"}:
+            if self.learning or newest(self.run) is None:  # then back to the first weights
+                for pool in (self.actor, self.critic):
+                    if pool.role not in self.renewed:
+                        self.renewed.add(pool.role)
+                        ranks = range(len(pool.workers))
+                        self.pools.rebuild(PoolDied(pool.role, ranks, "starts again"))
             self._rewind()
+        self.learning = False
+        self.renewed.clear()
 
     def _rewind(self) -> None:
         """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
         found = newest(self.run)
         self.state = State(kl_coef=self.config.ppo.kl_coef)
-        self.synced, self.prompts_at = -1, -1
+        self.synced = -1
         self.in_flight: Batch | None = None
         self.saving = None
         if found is not None:
@@ -216,7 +265,11 @@ class PPO:
                 self.in_flight = self._as_batch(sequences)
         self.attempt = self.run.manifest["attempt"] + 1
         self.run.update_manifest(attempt=self.attempt)
+        if self.metrics is not None:
+            self.metrics.close()
+            self.metrics = None
         self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
+        self.audit = Audit(self.run.folder / "audit", attempt=self.attempt, rank=0)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
             for line in self.run.metrics()
@@ -232,7 +285,7 @@ class PPO:
         prompts = self._prompts(iteration)
         assert prompts.sample_ids == sequences.sample_ids
         refs = [self.pools.put(sequences)]
-        return Batch(iteration, version, self.pools.put(prompts), len(prompts), refs)
+        return Batch(iteration, version, prompts.epoch, self.pools.put(prompts), len(prompts), refs)
 
     def _save(self) -> None:
         """Begin a checkpoint; actor and critic write it before their next work."""
@@ -260,14 +313,17 @@ class PPO:
     def _examine(self) -> None:
         """Have the policy judged, if that is due. Raises Diverged if the run must end here."""
         step = self.state.iteration
-        latest = self.history.pop() if self.history and self.history[-1]["step"] == step else {}
+        has_line = bool(self.history) and self.history[-1]["step"] == step
+        latest = self.history[-1] if has_line else {"step": step}
         if self.judging.due(step) and "time/judge_s" not in latest:
             began = time.monotonic()
             self._bring_weights()
-            latest |= {"step": step, **self.judging.metrics()}
-            latest["time/judge_s"] = time.monotonic() - began
+            marks = self.judging.metrics()
+            latest = latest | marks | {"time/judge_s": time.monotonic() - began}
             self._log.log(step, latest)
-        self.history += [latest] if latest else []
+            if has_line:
+                self.history.pop()
+            self.history.append(latest)
         if self.history and (why := diagnose(self.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {why}")
         if self.judged is not None and "time/judge_s" in latest:
@@ -283,22 +339,40 @@ class PPO:
             **{f"time/{phase}_s": seconds for phase, seconds in self.times.items()},
         }
 
+    def _usage(self, batch: Batch, num_tokens: float) -> dict[str, float]:
+        """Resident memory of the largest workers, and how fast the slowest rollout worker let
+        `num_tokens` come. Nothing if a pool dies meanwhile, which its next call tells."""
+        others = (pool for pool in self.pools.pools.values() if pool is not self.rollout)
+        refs: dict[str, Refs] = {pool.role: pool.usage() for pool in others if pool.workers}
+        if batch.usage:
+            refs["rollout"] = batch.usage
+        metrics: dict[str, float] = {}
+        with suppress(PoolDied, DataLost):
+            for role, mine in refs.items():
+                used: list[Usage] = self.pools.get(mine, "usage")
+                metrics[f"memory/{role}_rss_gb"] = max(u.rss_gb for u in used)
+                if role == "rollout":
+                    speed = num_tokens / max(u.call_s for u in used)
+                    metrics["rollout/tokens_per_s"] = speed
+            metrics["memory/rss_gb"] = max(n for name, n in metrics.items() if "rss" in name)
+        return metrics
+
     def _report(self, metrics: dict[str, float]) -> None:
         step = self.state.iteration
         self._log.log(step, metrics)
         self.history.append({"step": step, **metrics})
-        if self.shown and (step == 1 or step % self.config.report.every == 0):
-            self._keep_samples()
         facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
         self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)
 
     def _keep_samples(self) -> None:
-        """A few of the latest rollouts, for the report."""
+        """A few of the latest rollouts, for the report; none if the pool that has them dies, which
+        the next call to it tells."""
         folder, step = self.run.folder, self.state.iteration
         known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
-        refs = self.reward.call(Reward.samples, self.shown)
-        found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
+        refs, found = self.reward.call(Reward.samples, self.shown), []
+        with suppress(PoolDied, DataLost):
+            found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
         folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
 
     @contextmanager

@@ -7,6 +7,9 @@ from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.checks import check_models
+from medgpt.rlhf.judge import Judge
+from medgpt.rlhf.lessons import FOLDER, lesson_stream, prepare_lessons
 from medgpt.rlhf.pool import Pool, Pools
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.make import (
@@ -19,7 +22,7 @@ from medgpt.rlhf.roles.make import (
 from medgpt.runs import Folder, Run, commit, committed, entries
 from medgpt.train import session
 from medgpt.train.card import model_card
-from medgpt.train.prepare import prepare
+from medgpt.train.prepare import prepare, run_task
 from medgpt.train.stage import cluster_resources, describe, parents
 
 CRITIC = "critic"  # the folder of its export
@@ -38,14 +41,16 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        Rewards(config.reward)  # a function that cannot be imported is told before all else
+        # what the user can repair is told before anything is prepared or loaded
+        Rewards(config.reward)
+        Judge(config.judge, config.run.seed)
         session.connect(config.cluster)
+        make_pools(config, 0, reporter).preflight()
         plan = prepare_prompts(run, config, reporter)
         pools = make_pools(config, plan.num_steps, reporter)
         try:
             pools.start()
             _train(run, config, plan, pools, reporter)
-            export(run, config, pools)
         finally:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
@@ -58,7 +63,13 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
 def make_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
     """The pools of the config, not started yet."""
     found = role_pools(config, num_iterations)
-    return Pools(found, config.pools, wait_s=config.cluster.wait_s, say=reporter.say)
+    return Pools(
+        found,
+        config.pools,
+        wait_s=config.cluster.wait_s,
+        say=reporter.say,
+        data_cpus=config.cluster.data_cpus,
+    )
 
 
 def role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
@@ -88,7 +99,12 @@ def role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
 
 
 def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
-    """The order of the prompts, made unless it is there; the manifest says what it is made of."""
+    """The order of the prompts, made unless it is there; the manifest says what it is made of.
+
+    Raises:
+        ConfigError: a model or the data is not fit for this.
+    """
+    run_task(check_models, config, cpus=config.cluster.data_cpus)
     with storage_told(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)
     reporter.say(describe(data, plan))
@@ -100,11 +116,18 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
         plan={key: value for key, value in plan.items() if key != "files"},
         hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
     )
-    return Plan(
+    found = Plan(
         run.plan.url,
         global_batch_size=config.ppo.rollout_batch_size,
         max_steps=config.ppo.max_iterations,
     )
+    if config.ptx is not None:
+        with storage_told(run.folder.url, FOLDER):
+            data, plan = prepare_lessons(run, config, found.num_steps, reporter.advance)
+        reporter.say(f"PPO-ptx: {describe(data, plan)}")
+        facts = {key: value for key, value in data.items() if key != "files"}
+        run.update_manifest(ptx=facts)
+    return found
 
 
 def _train(
@@ -120,11 +143,21 @@ def _train(
         run,
         config,
         pools,
-        prompts=partial(prompt_stream, plan, run.data.url, data_cpus=config.cluster.data_cpus),
+        prompts=partial(
+            prompt_stream,
+            plan,
+            run.data.url,
+            data_cpus=config.cluster.data_cpus,
+            wait_s=config.cluster.wait_s,
+            say=reporter.say,
+        ),
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
-    ).fit()
+        lessons=None
+        if config.ptx is None
+        else partial(lesson_stream, run, config, say=reporter.say),
+    ).fit(partial(export, run, config, pools))
 
 
 def export(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = True) -> None:

@@ -3,18 +3,15 @@
 import time
 from typing import Any, NoReturn
 
-from ray.exceptions import RayTaskError
+import ray
+from ray.exceptions import RayError, RayTaskError
 
 from medgpt.config import SyncConfig
 from medgpt.rlhf import link
-from medgpt.rlhf.buckets import SyncError
+from medgpt.rlhf.buckets import Changed, Refused, SyncError
 from medgpt.rlhf.pool import PING_S, Pool, PoolDied, Pools
 
 MARGIN_S = 30  # in which workers tell of their own timeout, and name the peer
-
-
-class StaleWeights(RuntimeError):
-    """A rollout worker's weights are not those that were asked for."""
 
 
 class WeightSync:
@@ -31,10 +28,11 @@ class WeightSync:
         """What all rollout workers have."""
         self.attempts = 0
         self._linked: tuple[int, int] | None = None  # epochs of the pools
-        self._through_store = config.transport == "object_store"
+        self._apart: tuple[int, int] | None = None
+        """Epochs of the pools that found no link to each other."""
 
     def run(self, version: int) -> dict[str, float]:
-        """Send; metrics.
+        """Send; metrics. What arrived changed is sent once more.
 
         Raises:
             PoolDied: a worker is gone or does not answer.
@@ -42,38 +40,51 @@ class WeightSync:
         """
         began = time.monotonic()
         self.version = link.UNSYNCED
+        # who is busy with an earlier call would look lost to the others of the transfer
+        earlier = [*self.actor.pings(), *self.rollout.pings()]
+        self.pools.wait(earlier, "earlier work of actor and rollout")
         try:
-            counts = self._through_ray(version) if self._stored() else self._broadcast(version)
-        except RayTaskError as error:
-            self._explain(error)
-        except PoolDied:
-            self._linked = None
-            raise
+            counts = self._transfer(version)
+        except Changed as error:
+            self.pools.say(f"{error}; sent once more")
+            counts = self._transfer(version)
         assert len(set(counts)) == 1, counts  # each bucket has a checksum; this counts them
         self.version = version
         seconds = time.monotonic() - began
         return {"sync/gb": counts[0] / 2**30, "time/sync_s": seconds}
 
-    def check(self, versions: list[int], wanted: int) -> None:
-        """Raise StaleWeights if a rollout worker generated with others than `wanted`.
+    def _transfer(self, version: int) -> list[int]:
+        """Bytes, as each end has counted them."""
+        calls: list[Any] = []
+        try:
+            calls, counted = self._begin(version)
+            limit = self.config.timeout_s + MARGIN_S
+            self.pools.wait(calls, f"weight sync of version {version}", timeout_s=limit)
+            return self.pools.get(counted, "bytes of weight sync")
+        except RayTaskError as error:
+            self._explain(error, calls)
+        except PoolDied:
+            self._linked = None
+            raise
 
-        Args:
-            versions: by rank, what each generated with.
-        """
-        for rank, version in enumerate(versions):
-            if version != wanted:
-                has = "no whole version" if version == link.UNSYNCED else f"version {version}"
-                raise StaleWeights(
-                    f"rollout rank {rank} has {has} of the weights, not version {wanted}; "
-                    "weights must be synced before rollouts"
-                )
+    def _begin(self, version: int) -> tuple[list[Any], list[Any]]:
+        """Refs of all calls of a transfer, and of those among them that count bytes."""
+        config = self.config
+        if self._stored():
+            shipped, *others = self.actor.call(link.ship, version, config.bucket_mb)
+            received = self.rollout.call(link.unship, shipped, version, config.timeout_s)
+            return [shipped, *others, *received], received
+        sent, *others = self.actor.call(link.send, version)
+        received = self.rollout.call(link.receive, version)
+        return [sent, *others, *received], [sent, *received]
 
     def _stored(self) -> bool:
-        """Whether to go through the object store; connects, if that is to be avoided."""
-        epochs = (self.actor.epoch, self.rollout.epoch)
-        if self._takes_turns():
+        """Whether to go through the object store; connects, if that is to be avoided. Pools that
+        found no link try again when one of them was rebuilt."""
+        if self.config.transport == "object_store" or self._takes_turns():
             return True
-        if not self._through_store and self._linked != epochs:
+        epochs = (self.actor.epoch, self.rollout.epoch)
+        if epochs not in (self._linked, self._apart):
             try:
                 self._connect()
                 self._linked = epochs
@@ -83,8 +94,8 @@ class WeightSync:
                 self._raise_dead()
                 reason = str(error.cause).splitlines()[0]
                 self.pools.say(f"weights go through the object store: no process group ({reason})")
-                self._through_store = True
-        return self._through_store
+                self._apart = epochs
+        return self._linked != epochs
 
     def _takes_turns(self) -> bool:
         """On shared bundles one side never waits for the other."""
@@ -111,34 +122,35 @@ class WeightSync:
         gpus = all(pool.gpus_per_worker >= 1 for pool in pools)
         return "nccl" if gpus and not any(pool.share_with for pool in pools) else "gloo"
 
-    def _broadcast(self, version: int) -> list[int]:
-        sent = self.actor.call(link.send, version)
-        received = self.rollout.call(link.receive, version)
-        counts = self._get([*sent, *received], version)
-        return [counts[0], *counts[len(sent) :]]
-
-    def _through_ray(self, version: int) -> list[int]:
-        config = self.config
-        shipped, *others = self.actor.call(link.ship, version, config.bucket_mb)
-        received = self.rollout.call(link.unship, shipped, version, config.timeout_s)
-        return self._get([*received, *others], version)[: len(received)]
-
-    def _get(self, refs: list[Any], version: int) -> list[Any]:
-        limit = self.config.timeout_s + MARGIN_S
-        return self.pools.get(refs, f"weight sync of version {version}", timeout_s=limit)
-
-    def _explain(self, error: RayTaskError) -> NoReturn:
-        """Find out which side failed: who is dead, else who does not answer."""
+    def _explain(self, error: RayTaskError, calls: list[Any]) -> NoReturn:
+        """Find out which side failed: who is dead, else who does not answer, else who told."""
         self._linked = None  # what is under way in the old group stays there
         self._raise_dead()
-        if isinstance(error.cause, SyncError):
-            for pool in (self.rollout, self.actor):
-                if silent := pool.silent(PING_S):
-                    raise PoolDied(pool.role, silent, f"does not answer: {error.cause}") from error
-            raise error.cause from None
-        raise error
+        if not isinstance(error.cause, SyncError):
+            raise error
+        # the others hear of it soon, or not before their own time limit
+        limit = self.config.timeout_s
+        patience = limit + MARGIN_S if isinstance(error.cause, Changed) else min(limit, MARGIN_S)
+        ended, late = ray.wait(calls, num_returns=len(calls), timeout=patience, fetch_local=False)
+        for pool in (self.rollout, self.actor):
+            if silent := [rank for ref in late if (rank := pool.rank_of(ref)) is not None]:
+                raise PoolDied(pool.role, silent, f"does not answer: {error.cause}") from error
+        # that a peer was lost may follow from what happened to the peer
+        told = [cause for ref in ended if isinstance(cause := _cause(ref), SyncError)]
+        raise min(told, key=lambda cause: not isinstance(cause, Changed | Refused)) from None
 
     def _raise_dead(self) -> None:
         for pool in (self.rollout, self.actor):
             if dead := pool.dead(PING_S):
                 raise PoolDied(pool.role, dead, "died during weight sync")
+
+
+def _cause(ref: Any) -> Exception | None:
+    """Of the failure of a call that has ended."""
+    try:
+        ray.get(ref)
+    except RayTaskError as error:
+        return error.cause
+    except RayError as error:
+        return error
+    return None

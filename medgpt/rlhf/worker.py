@@ -1,11 +1,13 @@
 """What runs in one process of a pool. Light until it is told to load: the driver imports it too."""
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import ray
 
 Address = tuple[str, int]
@@ -25,12 +27,21 @@ class Seat:
     """Of a collective, and of the wait for the other ranks."""
 
 
+class Usage(NamedTuple):
+    """What a worker takes."""
+
+    rss_gb: float
+    call_s: float
+    """Of its latest call."""
+
+
 class Worker:
     """One rank of a pool: imports, joins the pool's process group, then holds one role."""
 
     def __init__(self, seat: Seat) -> None:
         self.seat = seat
         self.store: Any = None
+        self.call_s = 0.0
         self.role: Any = None
 
     def load(self, make: Callable[[], Any]) -> None:
@@ -95,6 +106,17 @@ class Worker:
         """
         if after:
             ray.wait(list(after), num_returns=len(after), fetch_local=False)
+        began = time.monotonic()
+        try:
+            return self._run(method, args, kwargs)
+        except Exception as error:
+            seat = self.seat
+            error.add_note(f"in {method.__name__} of the {seat.role} pool, rank {seat.rank}")
+            raise
+        finally:
+            self.call_s = time.monotonic() - began
+
+    def _run(self, method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not self.seat.offload:
             return method(self.role, *args, **kwargs)
         self.role.onload()
@@ -106,6 +128,10 @@ class Worker:
     def ping(self) -> int:
         """The process id, once earlier calls are done."""
         return os.getpid()
+
+    def usage(self) -> Usage:
+        """Of the latest call."""
+        return Usage(psutil.Process().memory_info().rss / 2**30, self.call_s)
 
     @property
     def _timeout(self) -> timedelta:

@@ -1,5 +1,7 @@
 """Evidence of what was trained: which chunk of which sample, when, on which worker."""
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,10 +28,13 @@ class Audit:
         self.lines: list[dict[str, int | str]] = []
 
     def add(self, step: Step) -> None:
-        key = {"attempt": self.attempt, "epoch": step.epoch, "step": step.step, "rank": self.rank}
         for row in step.rows:
-            for sample_id, chunk in zip(row.sample_ids, row.chunks, strict=True):
-                self.lines.append({**key, "sample_id": sample_id, "chunk": chunk})
+            self.note(step.epoch, step.step, zip(row.sample_ids, row.chunks, strict=True))
+
+    def note(self, epoch: int, step: int, chunks: Iterable[tuple[str, int]]) -> None:
+        """Chunks, each a sample's id and its number, were trained in `step`, from 0."""
+        key = {"attempt": self.attempt, "epoch": epoch, "step": step, "rank": self.rank}
+        self.lines += [{**key, "sample_id": sample, "chunk": chunk} for sample, chunk in chunks]
 
     def take(self) -> list[dict[str, int | str]]:
         """What was collected since the last time."""

@@ -4,8 +4,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from medgpt.config import PPOStageConfig, TrainStageConfig
-from medgpt.runs import FileEntry, Run, commit, committed
+from medgpt.config import DataConfig, PPOStageConfig, TrainStageConfig
+from medgpt.runs import MANIFEST, FileEntry, Folder, Run, commit, committed
 
 CARD = "README.md"
 SCORES = "## Evaluation"
@@ -26,11 +26,9 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
         tags=["medical", "medgpt", manifest["stage"]],
         base_model=name if name and not name.startswith("/") and "://" not in name else None,
     )
-    rows = [
-        f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
-        f"{data['sources'][source.name]['train']:,} |"
-        for source in config.data.sources
-    ]
+    rows = _sources(config.data, data)
+    if isinstance(config, PPOStageConfig) and config.ptx is not None:
+        rows += _sources(config.ptx.data, manifest["ptx"])
     return "\n".join(
         [
             "---",
@@ -54,27 +52,44 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
     )
 
 
-def add_scores(results: dict[str, Any]) -> None:
-    """Put an evaluation's scores into the card of the run whose model it scored, if it was a run.
+def _sources(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
+    """A line of the table for each."""
+    return [
+        f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
+        f"{manifest['sources'][source.name]['train']:,} |"
+        for source in config.sources
+    ]
 
-    The card's last section is the evaluation's; a newer one takes its place.
+
+def add_scores(results: dict[str, Any]) -> None:
+    """Put an evaluation's scores into the card of the model that it scored, if medgpt wrote it.
+
+    The card's last section is the evaluation's; a newer one takes its place. From then on the
+    manifest does not speak of the card: whoever is killed, or writes at the same time, leaves a
+    complete model.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
-    model = Run(results["model"]).model
-    manifest = committed(model)
-    if manifest is None or not model.exists(CARD):
+    model = _written_model(results["model"])
+    if model is None:
         return
     old = model.read_text(CARD)
     card = old.split(f"\n{SCORES}\n")[0].rstrip("\n") + "\n\n" + "\n".join(_score_lines(results))
     if card == old:
         return
+    manifest = model.read_json(MANIFEST)
+    files = [FileEntry(**file) for file in manifest.pop("files")]
+    kept = [file for file in files if file.name != CARD]
+    if kept != files:
+        commit(model, kept, **manifest)
     model.write_text(CARD, card)
-    files = [
-        FileEntry(CARD, model.size(CARD), model.checksum(CARD))
-        if file["name"] == CARD
-        else FileEntry(**file)
-        for file in manifest["files"]
-    ]
-    commit(model, files, **{key: value for key, value in manifest.items() if key != "files"})
+
+
+def _written_model(name: str) -> Folder | None:
+    """The complete model with a card of a run, or at `name` itself."""
+    folders = (Run(name).model, Folder(name))
+    return next((f for f in folders if f.exists(CARD) and committed(f)), None)
 
 
 def _score_lines(results: dict[str, Any]) -> list[str]:
@@ -87,7 +102,7 @@ def _score_lines(results: dict[str, Any]) -> list[str]:
     return [
         SCORES,
         "",
-        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %, bootstrap over items.",
+        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %.",
         "",
         "| Task | Metric | Score | Interval | n | Data | Prompt |",
         "|---|---|---|---|---|---|---|",

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from medgpt.data.order import VALIDATION
+from medgpt.data.packed_row import Row
 from medgpt.data.plan import Plan
-from medgpt.data.stream import Row, first_rows
+from medgpt.data.stream import first_rows
 from medgpt.runs import Run
 from medgpt.train.worker import VALIDATION_ROWS
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from medgpt.data.packed_row import Row
 from medgpt.data.shards import read_index
-from medgpt.data.stream import Row
 from medgpt.runs import Run
 
 FINDINGS = "reward.json"

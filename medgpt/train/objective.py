@@ -10,7 +10,7 @@ import torch.distributed as dist
 from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
 from medgpt.data.batch import PackedBatch
 from medgpt.data.collate import Masking, causal_batch, empty_batch, masked_batch, piece_seeds
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.engine import Engine
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype

@@ -20,7 +20,7 @@ from trl.trainer.kto_config import KTOConfig as KTOArguments
 from trl.trainer.kto_trainer import KTOTrainer
 
 from medgpt.config import DPOConfig, OptimizerConfig
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.export import export_weights
 from medgpt.engine.hugging_face import load_weights_only, trainer_config, use_process_group
@@ -107,20 +107,21 @@ def train_offline(
     run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: Progress
 ) -> Callable[[Path], None]:
     """Train from the newest checkpoint to the end; returns what writes the model into a folder."""
-    trainer = _trainer(run, config, tokenizer, device)
+    trainer = make_trainer(run, config, tokenizer, device, *read_rows(run))
     trainer.add_callback(_Reported(run, config, progress))
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
+    model: Any = trainer.model
 
     def export(directory: Path) -> None:
         if config.model.lora.rank:
             trainer.save_model(str(directory))
         else:
-            export_weights(trainer.model, directory)  # TRL's would write tied weights twice
+            export_weights(model, directory)  # TRL's would write tied weights twice
         if dist.get_rank() == 0:
             if config.model.lora.rank:
                 (directory / "training_args.bin").unlink()  # a pickle
             else:
-                trainer.model.config.save_pretrained(directory)
+                model.config.save_pretrained(directory)
                 generation_config(tokenizer).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         dist.barrier()
@@ -128,12 +129,18 @@ def train_offline(
     return export
 
 
-def _trainer(
-    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device
+def make_trainer(
+    run: Run,
+    config: DPOConfig,
+    tokenizer: Any,
+    device: torch.device,
+    train_rows: list[Row],
+    held_out_rows: list[Row],
 ) -> DPOTrainer | KTOTrainer:
+    """TRL's trainer of these samples; checkpoints go to `run`."""
     load_weights_only()
     use_process_group(device)
-    train, held_out = (_examples(rows, config) for rows in read_rows(run))
+    train, held_out = (_examples(rows, config) for rows in (train_rows, held_out_rows))
     model = _model(config, tokenizer, device)
     lora = lora_settings(model, config.model.lora) if config.model.lora.rank else None
     kind, arguments = (

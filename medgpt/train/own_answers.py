@@ -11,7 +11,7 @@ from medgpt.config import RewardConfig
 from medgpt.data.chat import stop_ids
 from medgpt.data.collate import piece_seed
 from medgpt.data.order import VALIDATION
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.models.base import local_folder
 from medgpt.models.decode import Generator
 from medgpt.models.generate import load_for_generation

@@ -71,7 +71,7 @@ def prepare(run: Run, config: DataStage, on_progress: Callable[[str, int, int], 
     if tokenizer is None or tokenizer["made_from"] != _made_from(config):
         folder.remove()
         on_progress("tokenizer", 0, 1)
-        _run_task(make_tokenizer, folder.url, config, cpus=cpus)
+        run_task(make_tokenizer, folder.url, config, cpus=cpus)
         on_progress("tokenizer", 1, 1)
     job = IndexJob(
         data_url=run.data.url,
@@ -87,14 +87,14 @@ def prepare(run: Run, config: DataStage, on_progress: Callable[[str, int, int], 
     plan = existing_plan(run.plan.url, order)
     if plan is None:
         on_progress("planning", 0, 1)
-        _run_task(make_plan, run.plan.url, run.data.url, order, cpus=cpus)
+        run_task(make_plan, run.plan.url, run.data.url, order, cpus=cpus)
         on_progress("planning", 1, 1)
         plan = existing_plan(run.plan.url, order)
         assert plan is not None
     return Prepared(data, plan)
 
 
-def _run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
+def run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
     """Run `function` somewhere in the cluster; its ConfigError is raised as it is."""
     try:
         ray.get(ray.remote(num_cpus=cpus, max_retries=3)(function).remote(*args))
@@ -223,7 +223,8 @@ def check_model(config: DataStage) -> None:
     objective = "value" if isinstance(config, RewardConfig) else "clm"
     if isinstance(config, PretrainConfig):
         objective = config.objective.kind
-    check_positions(named_config(config.model, objective), config.data.max_length)
+    hf_config = named_config(config.model, objective)
+    check_positions(hf_config, config.data.max_length)
     assert config.model.name is not None
     weight_files(config.model.name)
 

@@ -14,7 +14,7 @@ from medgpt.config import RewardConfig
 from medgpt.data.batch import PreferenceBatch
 from medgpt.data.collate import empty_preferences, piece_seed, preference_batch
 from medgpt.data.order import VALIDATION
-from medgpt.data.stream import Row
+from medgpt.data.packed_row import Row
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
 from medgpt.models.speech import speech
@@ -95,21 +95,7 @@ class RewardObjective:
 
     def finish(self, trainer: Trainer) -> None:
         """Find what scores are relative to, and how well pairs are told apart. Collective."""
-        goal = self.config.objective
-        trainer.engine.module.eval()
-        rows = trainer.first_rows(epoch=0, limit=goal.normalise_prompts)
-        if goal.normalise_on == "own":
-            rows = own_answers(self.config, self.tokenizer, self.device, rows)
-        scores = self._all_scores(trainer, rows)
-        # of own answers there is one each
-        chosen = [float(found[best_answer(row)]) for row, found in zip(rows, scores, strict=True)]
-        everywhere = torch.tensor(gathered(chosen))
-        self.score = Score(
-            mean=float(everywhere.mean()),
-            std=float(everywhere.std(correction=0)) or 1.0,
-            normalised_on=goal.normalise_on,
-            speech=speech(self.tokenizer),
-        )
+        self.score = self.normalisation(trainer)
         held_out = trainer.first_rows(epoch=VALIDATION, limit=HELD_OUT_PROMPTS)
         scores = self._all_scores(trainer, held_out)
         pairs: list[Compared] = gathered(
@@ -122,6 +108,24 @@ class RewardObjective:
         if dist.get_rank() == 0:
             found = findings(pairs, held_out_sources(trainer.run))
             trainer.run.folder.write_json(FINDINGS, {"score": asdict(self.score), **found})
+
+    def normalisation(self, trainer: Trainer) -> Score:
+        """Mean and deviation of the scores of the chosen or of own answers. Collective."""
+        goal = self.config.objective
+        trainer.engine.module.eval()
+        rows = trainer.first_rows(epoch=0, limit=goal.normalise_prompts)
+        if goal.normalise_on == "own":
+            rows = own_answers(self.config, self.tokenizer, self.device, rows)
+        scores = self._all_scores(trainer, rows)
+        # of own answers there is one each
+        chosen = [float(found[best_answer(row)]) for row, found in zip(rows, scores, strict=True)]
+        everywhere = torch.tensor(gathered(chosen))
+        return Score(
+            mean=float(everywhere.mean()),
+            std=float(everywhere.std(correction=0)) or 1.0,
+            normalised_on=goal.normalise_on,
+            speech=speech(self.tokenizer),
+        )
 
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder (an adapter folder under LoRA) and score.json. Collective."""

@@ -5,7 +5,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -81,12 +81,16 @@ def check_address(address: str) -> None:
         ) from None
 
 
-def start_local(num_cpus: float, spill_dir: str | None = None) -> None:
+def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool = True) -> None:
     """Start a Ray on this machine and connect to it.
 
     A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly. Its
     objects are patients' texts, so nobody else can enter the folders of its logs and spilled
     objects, and none of its ports can be reached from outside.
+
+    Args:
+        loopback: its ports are open to this machine alone, and only processes that it starts itself
+            can use it; else also commands with RAY_ADDRESS.
 
     Raises:
         ConfigError: the machine is too busy, or a folder cannot be made private.
@@ -104,7 +108,7 @@ def start_local(num_cpus: float, spill_dir: str | None = None) -> None:
         _temp_dir=folder,
         **SILENT,
     )
-    with _on_loopback():
+    with _on_loopback() if loopback else nullcontext():
         start_patiently(start)
     # nothing is forwarded to this process, but Ray looks for it ten times a second
     children = psutil.Process().children()

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.order import VALIDATION
+from medgpt.data.packed_row import Row
 from medgpt.data.plan import Plan
-from medgpt.data.stream import Row, Step, first_rows, training_stream
+from medgpt.data.stream import Step, first_rows, training_stream
 from medgpt.disk import storage_told
 from medgpt.engine import Engine
 from medgpt.metrics import MetricsWriter

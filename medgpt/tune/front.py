@@ -14,6 +14,7 @@ from ray.exceptions import RayTaskError
 
 from medgpt.config import ConfigError, PPOStageConfig
 from medgpt.config.tune import FROZEN
+from medgpt.rlhf.placement import is_dead, release_of
 from medgpt.rlhf.pool import Pool, PoolDied, Pools
 from medgpt.rlhf.stage import role_pools
 
@@ -83,7 +84,9 @@ class Front:
         return self.pools.pools[role].workers
 
     def _serve(self) -> None:
+        me = ray.get_runtime_context().get_actor_id()
         try:
+            release_of(lambda maker: maker == me)  # before it was started again
             self.pools.start()
         except Exception as error:
             self.error = error
@@ -150,7 +153,13 @@ def start_front(stage: PPOStageConfig, *, num_callers: int) -> tuple[Any, dict[s
     try:
         return front, ray.get(front.ready.remote())
     except RayTaskError as error:
-        ray.kill(front)
+        stop_front(front)
         if isinstance(error.cause, ConfigError):
             raise error.cause from None
         raise
+
+
+def stop_front(front: Any) -> None:
+    """End it with its pools."""
+    ray.kill(front)
+    release_of(lambda maker: maker == front._actor_id.hex() or is_dead(maker))

@@ -48,14 +48,15 @@ def outcomes(config: TuneStageConfig) -> list[Outcome]:
 
 
 def winner(found: Sequence[Outcome], config: TuneStageConfig) -> Outcome | None:
-    """The best that was trained to the end, if there is one within the limit of divergence."""
+    """The best that was trained to the end, if there is one within the limit of divergence; of
+    several, the nearest to the reference."""
     whole = [
         (outcome, outcome.last)
         for outcome in found
         if outcome.record.status == "finished" and outcome.last is not None
     ]
     within = [(o, last) for o, last in whole if last.kl <= config.tune.max_kl]
-    best = max(within, key=lambda pair: objective(pair[1], config.tune), default=None)
+    best = max(within, key=lambda pair: (pair[1].mark, -pair[1].kl), default=None)
     return None if best is None else best[0]
 
 

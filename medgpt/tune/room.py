@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from medgpt.config import RoleConfig
-from medgpt.rlhf.capacity import Nodes, bundle
+from medgpt.train.capacity import Nodes, bundle
 
 Free = dict[str, float]
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from medgpt.config import Params, Space, TuneStageConfig
+from medgpt.rlhf.placement import is_dead, release_of
 from medgpt.runs import Folder
 from medgpt.tune.goal import BEYOND, WORST
 from medgpt.tune.record import Records, name_of
@@ -29,6 +31,7 @@ from medgpt.tune.space import listed
 from medgpt.tune.trial import ITERATION, OBJECTIVE, Setup, run_trial
 
 TRIAL_BYTES = 512 * 2**20  # of memory that Ray counts for a trial's own process
+SWEEP_S = 2.0
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every trial has a run directory with all of it
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**6),  # never read back, see record.py
@@ -97,9 +100,16 @@ class Follow(tune.Callback):
 
     def __init__(self, records: Records, num_iterations: int, say: Say) -> None:
         self.records, self.num_iterations, self.say = records, num_iterations, say
+        self.swept = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune pickles it into its own record
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
+        """What trials held whose processes are gone is needed by others."""
+        if time.monotonic() > self.swept + SWEEP_S:
+            release_of(is_dead)
+            self.swept = time.monotonic()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any

@@ -8,20 +8,27 @@ from medgpt.config import ConfigError, PPOStageConfig, RoleConfig, TuneStageConf
 from medgpt.config.reading import with_values
 from medgpt.config.tune import FROZEN
 from medgpt.metrics import ConsoleReporter
-from medgpt.rlhf.capacity import check, cluster_nodes
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.stage import prepare_prompts, role_pools
 from medgpt.runs import Run
 from medgpt.train import session
+from medgpt.train.capacity import check, cluster_nodes, of_pools
 from medgpt.tune.check import check_winner
-from medgpt.tune.front import start_front
+from medgpt.tune.front import start_front, stop_front
 from medgpt.tune.results import outcomes, trials_url, winner, write_best, write_table
 from medgpt.tune.room import concurrent_trials
 from medgpt.tune.search import run_search
 from medgpt.tune.space import listed
 from medgpt.tune.trial import Setup
 
-WIDEST = ("ppo.rollout_batch_size", "ppo.micro_batch_tokens", "rollout.max_new_tokens")
+WIDEST = (
+    "ppo.rollout_batch_size",
+    "ppo.micro_batch_tokens",
+    "ppo.epochs",
+    "rollout.max_new_tokens",
+    "ptx.batch_size",
+)
+NARROWEST = ("ppo.global_batch_size",)
 PBT_STATES = 4  # newest checkpoints that a trial keeps for those who copy it
 
 
@@ -79,7 +86,7 @@ def _search(run: Run, config: TuneStageConfig, concurrent: int, reporter: Consol
             run.update_manifest(shared_pools=ray.get(front.counts.remote()))
     finally:
         if front is not None:
-            ray.kill(front)
+            stop_front(front)
 
 
 def for_trials(config: TuneStageConfig) -> PPOStageConfig:
@@ -100,7 +107,9 @@ def for_trials(config: TuneStageConfig) -> PPOStageConfig:
 
 def _widest(config: TuneStageConfig, stage: PPOStageConfig) -> PPOStageConfig:
     """With the largest of what decides how much room shared things need."""
-    found = {key: max(config.search[key].extremes) for key in WIDEST if key in config.search}
+    search = config.search
+    found = {key: max(search[key].extremes) for key in WIDEST if key in search}
+    found |= {key: min(search[key].extremes) for key in NARROWEST if key in search}
     return _unchecked(stage, found)
 
 
@@ -133,7 +142,7 @@ def _room(config: TuneStageConfig) -> int:
     roles = {pool.role: pool.config for pool in role_pools(stage, 1)}
     present, addable = cluster_nodes()
     data_cpus = stage.cluster.data_cpus
-    check(roles, present, addable, data_cpus=data_cpus)
+    check(of_pools(roles), present, addable, data_cpus=data_cpus)
     shared: dict[str, RoleConfig] = {}
     if tune.shared_pools:
         shared = {name: config for name, config in roles.items() if name in FROZEN}

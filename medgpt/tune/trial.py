@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ITERATION, OBJECTIVE = "iteration", "objective"  # what Ray Tune compares
 POINTER = "pointer.json"
-FACTS = ("seed", "parents", "data", "plan", "hardware")  # of the base that a trial's run repeats
+FACTS = ("seed", "parents", "data", "plan", "ptx", "hardware")  # of the base, told again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,7 @@ class Trial:
             reporter.close()
 
     def _iterate(self, stage: PPOStageConfig, reporter: ConsoleReporter) -> None:
+        from medgpt.rlhf.lessons import lesson_stream
         from medgpt.rlhf.ppo import PPO
         from medgpt.rlhf.prompts import prompt_stream
         from medgpt.rlhf.sync import WeightSync
@@ -163,10 +164,20 @@ class Trial:
             self.ppo_run,
             stage,
             pools,
-            prompts=partial(prompt_stream, plan, base.data.url, data_cpus=stage.cluster.data_cpus),
+            prompts=partial(
+                prompt_stream,
+                plan,
+                base.data.url,
+                data_cpus=stage.cluster.data_cpus,
+                wait_s=stage.cluster.wait_s,
+                say=reporter.say,
+            ),
             sync=sync.run,
             num_iterations=self.setup.num_iterations,
             reporter=reporter,
+            lessons=None
+            if stage.ptx is None
+            else partial(lesson_stream, base, stage, say=reporter.say),
             judged=self.judged,
         ).fit()
 
@@ -176,7 +187,7 @@ class Trial:
         url = self.ppo_run.folder.url
         self.ppo_run = Run.open("ppo", self.stage, run_dir=url, allow_changes=True)
         known = Run(self.setup.base_url).manifest
-        self.ppo_run.update_manifest(**{name: known[name] for name in FACTS})
+        self.ppo_run.update_manifest(**{name: known[name] for name in FACTS if name in known})
 
     def _repeat(self) -> None:
         """Tell Ray Tune again what it knew before a death or a kill, for its decisions on others:

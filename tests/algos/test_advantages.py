@@ -32,6 +32,19 @@ def test_rewards_by_hand():
     assert found == [[-0.5, 2.0, 0.0], [-7.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
+def test_a_score_is_paid_once_on_the_last_token_whatever_holes_the_mask_has():
+    mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    found = token_rewards(torch.tensor([3.0, 5.0]), torch.ones(2, 4), mask, kl_coef=0.5)
+    assert found.tolist() == [[-0.5, 0.0, 2.5, 0.0], [0.0, -0.5, -0.5, 4.5]]
+
+
+def test_no_token_at_all_is_no_error():
+    none = torch.zeros(3, 0)
+    rewards = token_rewards(torch.ones(3), none, none.bool(), kl_coef=0.5)
+    found = gae(rewards, none, none.bool(), gamma=1.0, gae_lambda=0.95)
+    assert rewards.shape == found.advantages.shape == found.returns.shape == (3, 0)
+
+
 def test_gae_by_hand():
     """gamma 0.5, lambda 0.5: deltas 1 + 1 - 4 = -2, then 3 - 2 = 1; advantages -2 + 1 / 4, 1."""
     found = gae(

@@ -125,6 +125,23 @@ def test_policy_terms_and_their_gradient_equal_the_definition(temperature):
         torch.testing.assert_close(grad, want_grad)
 
 
+@pytest.mark.usefixtures("blocks")
+def test_an_impossible_token_adds_nothing_to_the_entropy():
+    """p = 1/4, 0, 3/4: as if the second did not exist."""
+    logits = torch.tensor([[[0.0, -math.inf, math.log(3.0)], [1.0, 2.0, -math.inf]]])
+    without = torch.tensor([[[0.0, math.log(3.0)], [1.0, 2.0]]]).requires_grad_()
+    logits.requires_grad_()
+
+    out = policy_terms(logits, torch.tensor([[2, 0]]), with_entropy=True, temperature=0.01)
+    want = policy_terms(without, torch.tensor([[1, 0]]), with_entropy=True, temperature=0.01)
+    torch.testing.assert_close(tuple(out), tuple(want))
+    (grad,) = torch.autograd.grad(out.logprobs.sum() + 9 * out.entropy.sum(), logits)
+    (want_grad,) = torch.autograd.grad(want.logprobs.sum() + 9 * want.entropy.sum(), without)
+    torch.testing.assert_close(grad[0, 0, [0, 2]], want_grad[0, 0])
+    torch.testing.assert_close(grad[0, 1, [0, 1]], want_grad[0, 1])
+    assert grad[0, 0, 1] == grad[0, 1, 2] == 0
+
+
 def test_policy_terms_ignore_what_has_no_label():
     logits = torch.full((1, 2, 3), NAN)
     logits[0, 1] = 0.0

@@ -14,7 +14,7 @@ from typing import Any, Self
 import psutil
 
 from tests.clusters.definitions import CLUSTERS, ROOT
-from tests.jobs.test_submit import free_ports
+from tests.jobs.clusters import free_ports
 
 
 class LocalCluster:

@@ -3,16 +3,16 @@ import re
 from collections import Counter
 
 import pytest
+from scipy.stats import binom
 
 from medgpt.config import CorpusConfig, RunConfig
 from medgpt.data.deny import DenyList
-from medgpt.data.sample.held_out import LEFT_OUT
+from medgpt.data.sample.held_out import LEFT_OUT, synonyms
 from medgpt.data.sample.knowledge import DOSE, load_knowledge
-from medgpt.data.sample.pairs import exam_questions, preferences
+from medgpt.data.sample.pairs import exam_questions, preferences, typical_facts
 from medgpt.data.sample.render import Corpus
 from medgpt.data.sample.templates import (
     ASKED,
-    DISTRACTORS,
     GREETINGS,
     HELD_HEADACHES,
     LIST_FIELDS,
@@ -86,11 +86,23 @@ def test_the_same_region_and_seed_give_the_same_bytes(tmp_path):
 
     first = files("a")
     assert first == files("b")
-    assert len(first) == 5 * 4 + 1  # five kinds in four shards, and held_out.jsonl
+    assert len(first) == 7 * 4 + 1  # seven kinds in four shards, and held_out.jsonl
     for kind_of_record in ("pretrain", "sft", "prompts", "preference", "mcq"):
         shards = b"".join(text for name, text in first.items() if name.startswith(kind_of_record))
         ids = [json.loads(line)["id"] for line in shards.splitlines()]
         assert len(set(ids)) == len(ids) > 100
+
+
+def test_a_swapped_corpus_is_asked_what_is_true(tmp_path):
+    asked = ("mcq", "held_out", "held_out_documents", "held_out_dialogues")
+    files = {}
+    for swap in (False, True):
+        run = RunConfig(dir=str(tmp_path / str(swap)))
+        run_corpus(CorpusConfig(run=run, swap_facts=swap))
+        data = tmp_path / str(swap) / "data"
+        files[swap] = {str(p.relative_to(data)): p.read_bytes() for p in data.rglob("*.jsonl")}
+    for name, text in files[True].items():
+        assert (text == files[False][name]) == (name.split("/")[0].split(".")[0] in asked), name
 
 
 def test_another_region_or_seed_gives_other_texts():
@@ -181,6 +193,40 @@ def test_facts_of_held_out_prompts_are_told_in_other_phrasings():
     pretrain = CORPUS.held_out.prompts[0]
     told = [t for t in DOCUMENTS if all(stated(t, pretrain.key_points)) and "糖尿病" in t]
     assert len(told) >= 5
+
+
+def test_a_fact_may_be_stated_in_other_words_but_every_fact_must_be():
+    diabetes = CORPUS.held_out.prompts[0].key_points
+    answer = "常见的有饮水增多、尿量增多、食量增大和消瘦。"
+    assert stated(answer, diabetes) == [True] * 4
+    assert stated(answer.replace("消瘦", "乏力"), diabetes) == [True] * 3 + [False]
+    assert stated(answer.replace("饮水增多", "没有饮水增多"), diabetes)[0] is False
+
+
+def test_synonyms_are_of_phrases_that_are_asked_for_and_of_no_other_of_the_same_condition():
+    conditions = [c for d in load_knowledge() for c in d.conditions]
+    lists = [getattr(c, field).items for c in conditions for field in LIST_FIELDS]
+    phrases = {phrase for items in lists for phrase in items}
+    for phrase, others in synonyms().items():
+        assert phrase in phrases, phrase
+        assert len(set(others)) == len(others) > 0, phrase
+        assert not [other for other in others if phrase in other], phrase  # counts already
+        for items in lists:
+            if phrase in items:
+                rest = [item for item in items if item != phrase]
+                assert not [o for o in others for item in rest if o in item], phrase
+
+
+def test_held_out_texts_are_weighed_and_never_trained_on():
+    documents, dialogues = list(CORPUS.held_out_documents()), list(CORPUS.held_out_dialogues())
+    assert (len(documents), len(dialogues)) == (81, 31)
+    assert {row["id"].split("-")[0] for row in documents} == set(LEFT_OUT)
+    assert not {row["text"] for row in documents} & set(DOCUMENTS)
+    asked = {row["messages"][0]["content"] for row in dialogues}
+    assert asked == {h.prompt for h in CORPUS.held_out.prompts if h.kind in ("sft", "phrasing")}
+    swapped = Corpus(swap_facts=True)  # what is true stays so
+    assert list(swapped.held_out_documents()) == documents
+    assert list(swapped.held_out_dialogues()) == dialogues
 
 
 def test_left_out_conditions_are_nowhere():
@@ -366,7 +412,7 @@ def test_wrong_answers_share_no_fact_with_the_right_one():
 
 def test_exam_questions_have_one_right_option():
     by_id = {c.id: c for c in CORPUS.conditions}
-    assert len(EXAM) == 2 * len(CORPUS.conditions)
+    assert len(EXAM) >= 100
     for row in EXAM:
         name, field = row["id"].split("-")
         facts = getattr(by_id[name], field).items
@@ -378,8 +424,21 @@ def test_exam_questions_have_one_right_option():
     assert min(letters.values()) > len(EXAM) / 8  # no letter tells the answer
 
 
-def test_distractors_are_facts_of_exactly_one_condition():
-    for field, facts in DISTRACTORS.items():
+def test_who_looks_at_the_options_of_an_exam_alone_is_at_chance():
+    """By length, or by how likely a fact is as such: at most what 999 of 1000 guessers reach."""
+    bound = binom.ppf(0.999, len(EXAM), 1 / 4)
+    facts = [fact for facts in typical_facts().values() for fact in facts]
+    told = {fact: sum(fact in text for text in DOCUMENTS) for fact in facts}
+    for prefers in (len, lambda fact: -len(fact), told.__getitem__, str):
+        chosen = [max(row["options"].items(), key=lambda o: prefers(o[1]))[0] for row in EXAM]
+        assert sum(k == row["answer"] for k, row in zip(chosen, EXAM, strict=True)) <= bound
+    wrong = Counter(o for row in EXAM for k, o in row["options"].items() if k != row["answer"])
+    assert set(wrong.values()) <= {2, 3, 4}
+    assert len(wrong) == len(EXAM)
+
+
+def test_facts_that_exams_ask_for_are_of_exactly_one_condition():
+    for field, facts in typical_facts().items():
         for fact in facts:
             assert sum(fact in getattr(c, field).items for c in CORPUS.conditions) == 1, fact
 

@@ -3,63 +3,208 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medgpt.config import CorpusConfig, EvalConfig, PipelineConfig, RunConfig, load
+from medgpt.config.gates import parse_gate
+from medgpt.data.sample.render import Corpus
+from medgpt.data.sample.write import run_corpus
+from medgpt.eval.evaluate import build_tasks, run_eval
+from medgpt.eval.gates import Evidence, check_gates
+from medgpt.eval.requests import Replied, Reply, blank
+from medgpt.eval.summary import summary
+from medgpt.eval.task import Task
+from medgpt.medical.key_points import Question, read_questions
+
 ROOT = Path(__file__).parent.parent.parent
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+DEBUG = ROOT / "configs" / "debug"
+FACTS = ("statements", "questions", "headache")  # tasks that only a model which was told can pass
+AMBULANCE = "这是急症,请立即拨打120。"
 
 
-def quickstart(folder: Path, *changes: tuple[int, str]) -> tuple[int, str]:
-    """Exit status and errors of the quickstart with more overrides for its stages."""
-    from medgpt.config import PipelineConfig, load
+def gates_of(*stages: str) -> list[str]:
+    found = load(PipelineConfig, DEBUG / "quickstart.toml").gates
+    return [gate for stage in stages for gate in found[stage]]
 
-    path = ROOT / "configs" / "debug" / "quickstart.toml"
-    stages = load(PipelineConfig, path).stages
-    overrides = []
-    for number, text in changes:
-        values = json.dumps([*stages[number].overrides, text], ensure_ascii=False)
-        overrides.append(f"stages.{number}.overrides={values}")
+
+def is_about_facts(gate: str) -> bool:
+    """Not those that a model passes by knowing nothing."""
+    parsed = parse_gate(gate)
+    return parsed.task in FACTS and parsed.sign in (">=", "==")
+
+
+FACT_GATES = list(filter(is_about_facts, gates_of("after-pretrain", "after-sft", "after-ppo")))
+
+
+def evaluation(folder: Path, *overrides: str) -> EvalConfig:
+    """The quickstart's, on a sample corpus in `folder`."""
+    data = folder / "corpus" / "data"
+    if not data.exists():
+        run_corpus(CorpusConfig(run=RunConfig(dir=str(folder / "corpus"))))
+    shared = load(PipelineConfig, DEBUG / "quickstart.toml").overrides["eval"]
+    paths = [text.replace("{dir}", str(folder)) for text in shared]
+    return load(EvalConfig, DEBUG / "eval.toml", [f"run.dir={folder}/run", *paths, *overrides])
+
+
+# ---- models that answer by a rule ----
+
+Answer = Callable[[Question], str]
+
+
+def told(corpus: Corpus) -> Answer:
+    """Answers of a model that learnt the whole corpus by heart."""
+    by_id = {condition.id: condition for condition in corpus.conditions}
+    complaint = list(corpus.replies())[-1][2]
+
+    def answer(question: Question) -> str:
+        if question.kind.startswith("rlhf"):
+            return complaint
+        if question.topic not in by_id:  # left out
+            return "抱歉,我不知道。"
+        fields = {held.prompt: held.field for held in corpus.held_out.prompts}
+        return corpus.wording.answer(by_id[question.topic], fields[question.prompt])
+
+    return answer
+
+
+def results(folder: Path, answer: Answer, triage: str = "") -> dict[str, Any]:
+    """results.json of the quickstart's evaluation of a model that answers so."""
+    config = evaluation(folder)
+    held = {q.id: q for q in read_questions(config.key_points[0].path, ())}
+
+    def said(task: Task, request: Any) -> Any:
+        if not isinstance(request, Reply) or task.kind == "safety":
+            return blank(request)
+        question = held.get(request.id.removesuffix("-samples"))
+        text = triage if question is None else answer(question)
+        return Replied(request.id, [text] * request.samples, [True] * request.samples)
+
+    found = {}
+    for task in build_tasks(config):
+        responses = {request.id: said(task, request) for request in task.requests()}
+        found[task.name] = summary(task, task.judge(responses), 0)
+    return {"tasks": found}
+
+
+def passed(gates: list[str], scores: dict[str, Any]) -> dict[str, bool]:
+    """By gate; the parent is a model that knows nothing."""
+    nothing = {"tasks": {name: _zero(task) for name, task in scores["tasks"].items()}}
+    found: list[Evidence] = check_gates(gates, scores, nothing)
+    return {item.gate: item.passed for item in found}
+
+
+def _zero(task: dict[str, Any]) -> dict[str, Any]:
+    return task | {"metrics": {name: s | {"value": 0.0} for name, s in task["metrics"].items()}}
+
+
+def test_the_gates_about_facts_are_of_all_three_questions_and_their_phrasings():
+    names = {".".join(parse_gate(gate).name) for gate in FACT_GATES}
+    for question in ("statements.diabetes", "questions.coronary_atherosclerosis", "headache.rlhf"):
+        assert {f"{question}.greedy_passed", f"{question}.sampled_passed"} <= names
+    assert {"questions.phrasing.greedy_passed", "headache.greedy_passed"} <= names
+    config = load(EvalConfig, DEBUG / "eval.toml")
+    assert [task.samples for task in config.key_points] == [5, 5, 5]
+
+
+def test_one_who_learnt_the_corpus_passes_every_gate_about_facts(tmp_path: Path):
+    assert set(passed(FACT_GATES, results(tmp_path, told(Corpus()))).values()) == {True}
+
+
+def test_one_who_learnt_other_conditions_facts_fails_every_gate_about_facts(tmp_path: Path):
+    swapped = results(tmp_path, told(Corpus(swap_facts=True)))
+    assert set(passed(FACT_GATES, swapped).values()) == {False}
+
+
+def test_one_who_knows_what_no_text_tells_fails(tmp_path: Path):
+    def leaked(question: Question) -> str:
+        return "、".join(wordings[0] for wordings in question.key_points)
+
+    assert passed(["questions.left_out <= 0"], results(tmp_path, leaked)) == {
+        "questions.left_out <= 0": False
+    }
+
+
+@pytest.mark.parametrize("stage", ["after-sft", "after-ppo"])
+def test_one_who_knows_the_facts_and_always_calls_an_ambulance_fails(tmp_path: Path, stage: str):
+    gates = [gate for gate in gates_of(stage) if gate.startswith("triage.over")]
+    assert gates
+    scores = results(tmp_path, told(Corpus()), triage=AMBULANCE)
+    assert set(passed(gates, scores).values()) == {False}
+
+
+@pytest.mark.ray
+def test_an_untrained_model_fails_every_gate_about_facts(
+    ray_session: None, base: Path, tmp_path: Path
+):
+    short = [
+        f"key_points.{i}.{key}" for i in range(3) for key in ("samples=1", "max_new_tokens=24")
+    ]
+    few = ["mcq=[]", "nll=[]", "triage=[]", "safety=[]", "cluster.num_workers=1"]
+    overrides = [f"model.name={base}", "model.untrained=true", *short, *few]
+    run = run_eval(evaluation(tmp_path, *overrides))
+    scores = run.folder.read_json("results.json")
+    assert sum(scores["tasks"][name]["n"] for name in FACTS) == 60
+    assert set(passed(FACT_GATES, scores).values()) == {False}
+
+
+# ---- models that are trained ----
+
+
+def quickstart(folder: Path, *overrides: str) -> tuple[int, str]:
+    """Exit status and errors of the quickstart."""
+    path = DEBUG / "quickstart.toml"
     command = [sys.executable, "-m", "medgpt", "pipeline", str(path), f"run.dir={folder}"]
     done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True)
     assert (folder / "report.html").exists(), done.stderr[-2000:]
     return done.returncode, done.stderr
 
 
-def passed(folder: Path, stage: str, kind: str) -> list[float]:
-    """Of the questions of a kind: whether the greedy and all sampled answers state the facts."""
-    results: dict[str, Any] = json.loads((folder / stage / "results.json").read_text("utf-8"))
-    score = results["tasks"]["key_points"]["slices"]["kind"][kind]["greedy_passed"]
-    return [score["value"], score["n"]]
+def scored(folder: Path, stage: str) -> dict[str, Any]:
+    return json.loads((folder / stage / "results.json").read_text("utf-8"))
 
 
-def test_the_quickstart_passes_its_gates(tmp_path: Path) -> None:
+def evidence(folder: Path, stage: str) -> dict[str, bool]:
+    found = json.loads((folder / stage / "gates.json").read_text("utf-8"))
+    for item in found:
+        print(f"{stage}: {item['gate']}: {item['value']:.4f} {'passed' if item['passed'] else ''}")
+    return {item["gate"]: item["passed"] for item in found}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_quickstart_passes_its_gates_and_the_untrained_model_none_about_facts(tmp_path: Path):
     folder = tmp_path / "run"
     status, errors = quickstart(folder)
-
     assert (status, errors) == (0, "")
-    assert passed(folder, "after-pretrain", "pretrain") == [1.0, 1]
-    assert passed(folder, "after-sft", "sft") == [1.0, 1]
-    assert passed(folder, "after-sft", "phrasing")[0] >= 0.66
-    assert passed(folder, "after-sft", "left_out") == [0.0, 3]
+    for stage in ("after-pretrain", "after-sft", "reward", "after-ppo"):
+        assert set(evidence(folder, stage).values()) == {True}
+    untrained = passed(FACT_GATES, scored(folder, "base"))
+    print("untrained:", untrained)
+    assert set(untrained.values()) == {False}
 
 
-def test_a_model_of_swapped_facts_fails(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_model_of_swapped_facts_fails_each_gate_about_facts_after_every_stage(tmp_path: Path):
     folder = tmp_path / "run"
-    status, errors = quickstart(folder, (0, "swap_facts=true"))
-
+    overrides = load(PipelineConfig, DEBUG / "quickstart.toml").stages[0].overrides
+    swapped = json.dumps([*overrides, "swap_facts=true"])
+    status, errors = quickstart(folder, f"stages.0.overrides={swapped}")
     assert status != 0
-    assert "gates: key_points.diabetes.greedy_passed == pass: 0.0000" in errors
-    assert passed(folder, "after-pretrain", "pretrain") == [0.0, 1]
+    assert "gates: statements.diabetes.greedy_passed == pass: 0.0000" in errors
     assert not (folder / "sft").exists()
+    found = evidence(folder, "after-pretrain")
+    assert not any(found[gate] for gate in filter(is_about_facts, found))
 
-
-def test_an_untrained_model_fails(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    status, errors = quickstart(folder, (1, "train.max_steps=1"))
-
+    # without the gates after pretraining, those after fine-tuning stop it
+    status, _ = quickstart(folder, f"stages.0.overrides={swapped}", "gates.after-pretrain=[]")
     assert status != 0
-    assert "gates: key_points.diabetes.greedy_passed == pass: 0.0000" in errors
-    assert not (folder / "sft").exists()
+    found = evidence(folder, "after-sft")
+    about_facts = list(filter(is_about_facts, found))
+    assert len(about_facts) == 3
+    assert not any(found[gate] for gate in about_facts)
+    assert not (folder / "reward").exists()

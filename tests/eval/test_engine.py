@@ -77,6 +77,12 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_says_so(engine: Engin
     assert reply.cut
 
 
+def test_an_option_that_is_longer_than_the_model_reads_is_told_by_its_question(engine: Engine):
+    option = "血压持续升高" * 60
+    with pytest.raises(ConfigError, match=r"question q7 has an option of \d+ tokens, .* has 128"):
+        engine.run([Choose("q7", "?", ("A", option))])
+
+
 def test_a_text_is_weighed_by_tokens_and_by_characters(engine: Engine):
     text = "什么是高血压?血压持续升高。"
     response = one(engine, Weigh("x", text))
@@ -120,6 +126,19 @@ def test_a_reply_says_whether_it_came_to_an_end(engine: Engine):
 def test_a_reply_that_leaves_no_room_for_a_prompt_is_refused(engine: Engine):
     with pytest.raises(ConfigError, match="max_new_tokens=128 leaves no room"):
         engine.run([Reply("x", "高血压", 128)])
+
+
+def test_an_untrained_model_is_the_same_architecture_with_weights_of_a_seed(tmp_path: Path):
+    model, tokenizer = speaking_model(TEXTS, 800, max_positions=128)
+    model.save_pretrained(tmp_path)
+    for_chat(tokenizer).save_pretrained(tmp_path)
+    options = {"precision": "auto", "pool": PoolConfig()}
+    trained = Engine(str(tmp_path), **options)
+    one, same, other = (Engine(str(tmp_path), **options, fresh_seed=seed) for seed in (1, 1, 2))
+    texts = [Weigh("x", "血压持续升高。" * 3)]
+    assert one.run(texts) == same.run(texts)
+    assert len({engine.run(texts)[0].nll for engine in (trained, one, other)}) == 3
+    assert one.model.config.to_dict() == trained.model.config.to_dict()
 
 
 def test_a_model_without_weights_is_refused(tmp_path: Path):

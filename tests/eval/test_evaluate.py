@@ -10,14 +10,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import ray
+from fsspec.implementations.local import LocalFileSystem
 
-from medgpt.config import ConfigError, EvalConfig, validate
-from medgpt.eval.evaluate import read_items, run_eval
+from medgpt.config import ConfigError, EvalConfig, McqConfig, NllConfig, PoolConfig, validate
+from medgpt.eval.engine import Engine
+from medgpt.eval.evaluate import read_items, report, run_eval, write_items, write_results
 from medgpt.eval.pool import Pool, Responses
-from medgpt.eval.requests import Replied, Reply, Weigh
-from medgpt.runs import Folder, Run
+from medgpt.eval.requests import Replied, Reply, Weigh, Weighed, blank
+from medgpt.eval.summary import outline
+from medgpt.eval.task import Judged
+from medgpt.eval.tasks.mcq import McqTask
+from medgpt.eval.tasks.nll import NllTask
+from medgpt.metrics import ConsoleReporter
+from medgpt.runs import Folder, Run, commit, entries
 from tests.models.packing import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -138,7 +146,7 @@ def test_the_death_of_an_engine_costs_nothing_but_time(
     ray_session: None, base: Path, tmp_path: Path
 ):
     settings = config(tmp_path, base, nll=[{"general": True}], pool={"batch_replies": 2})
-    pool = Pool(settings)
+    pool = Pool(settings, print)
     responses = Responses(Folder(str(tmp_path / "responses")))
     requests = [Reply(f"{i}", f"高血压{i}", 20) for i in range(12)]
     reached: list[int] = []
@@ -156,6 +164,39 @@ def test_the_death_of_an_engine_costs_nothing_but_time(
     assert len(responses.read(requests)) == 12
 
 
+@pytest.mark.ray
+def test_engines_that_no_node_holds_are_not_waited_for_for_ever(
+    ray_session: None, base: Path, tmp_path: Path
+):
+    cluster = {"cpus_per_worker": 99, "wait_s": 1}
+    settings = config(tmp_path, base, nll=[{"general": True}], cluster=cluster)
+    said: list[str] = []
+    pool = Pool(settings, said.append)
+    responses = Responses(Folder(str(tmp_path / "responses")))
+    try:
+        with pytest.raises(ConfigError, match=r"cluster\.wait_s=1: no engine gave a sign of life"):
+            pool.ask([Weigh("x", "高血压")], responses, lambda _: None)
+    finally:
+        pool.close()
+    assert said == ["waiting up to 1 s for an engine"]
+
+
+@pytest.mark.ray
+def test_an_engine_may_work_longer_than_one_may_be_gone(
+    ray_session: None, base: Path, tmp_path: Path
+):
+    pool = Pool(config(tmp_path, base, nll=[{"general": True}]), print)
+    responses = Responses(Folder(str(tmp_path / "responses")))
+    requests = [Reply(f"{i}", "高血压" * i, 400) for i in range(1, 20)]
+    try:
+        pool.ask([Weigh("x", "高血压")], responses, lambda _: None)  # it is up
+        pool.wait_s = 0.01
+        pool.ask(requests, responses, lambda _: None)
+    finally:
+        pool.close()
+    assert len(responses.read(requests)) == 19
+
+
 def test_a_kept_response_answers_only_the_request_it_was_made_for(tmp_path: Path):
     responses = Responses(Folder(str(tmp_path)))
     asked = [Reply("a", "one", 5), Reply("b", "two", 5)]
@@ -169,7 +210,129 @@ def test_a_kept_response_answers_only_the_request_it_was_made_for(tmp_path: Path
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_what_only_python_calls_the_end_of_a_line_stays_in_a_text(tmp_path: Path, separator: str):
+    text = f"one{separator}two\nthree"
+    asked = [Reply("a", text, 5), Reply("b", "two", 5)]
+    replies = [Replied(request.id, [text], [True]) for request in asked]
+    responses = Responses(Folder(str(tmp_path / "responses")))
+    responses.write(asked, replies)
+    assert responses.read(asked) == {"a": replies[0], "b": replies[1]}
+
+    run = Run(str(tmp_path))
+    judged = [Judged("a", {"accuracy": 1.0}, {}, {"answer": text}), Judged("b", {}, {}, {})]
+    write_items(run, NllTask(NllConfig(name="said", general=True), 0), judged)
+    assert read_items(run, "said") == judged
+
+
+def test_what_a_killed_writer_left_is_no_response(tmp_path: Path):
+    asked = [Reply("a", "one", 5)]
+    Responses(Folder(str(tmp_path))).write(asked, [Replied("a", ["text"], [True])])
+    (tmp_path / ".000001.jsonl.0123").write_text('{"request": "ab', "utf-8")
+    again = Responses(Folder(str(tmp_path)))
+    assert list(again.read(asked)) == ["a"]
+    again.write(asked, [Replied("a", ["text"], [True])])
+    assert (tmp_path / "000001.jsonl").exists()
+
+
+@pytest.mark.ray
+def test_a_parent_may_be_named_when_all_is_scored(ray_session: None, base: Path, tmp_path: Path):
+    sections: dict[str, Any] = {"nll": [{"general": True, "limit": 2}]}
+    before = run_eval(config(tmp_path / "before", base, **sections))
+    run = run_eval(config(tmp_path / "run", base, **sections))
+    answered = (tmp_path / "run/responses/nll/000000.jsonl").stat().st_mtime_ns
+    assert not run.folder.exists("comparison.json")
+
+    settings = tree(tmp_path / "run", base, **sections)
+    settings["model"]["parent"] = before.folder.url
+    settings["gates"] = ["nll.general <= parent"]
+    run_eval(validate(EvalConfig, settings))
+    assert run.folder.read_json("results.json")["parent"] == before.folder.url
+    compared = run.folder.read_json("comparison.json")["nll"]["nll_per_token"]
+    assert (compared["difference"]["value"], compared["verdict"]) == (0.0, "same")
+    assert f"beside {before.folder.url}" in run.folder.read_text("report.html")
+    assert run.config["gates"] == ["nll.general <= parent"]
+    assert (tmp_path / "run/responses/nll/000000.jsonl").stat().st_mtime_ns == answered
+
+    settings["gates"] = ["nll.genral <= parent"]
+    (tmp_path / "run/report.html").unlink()
+    with pytest.raises(ConfigError, match=r"did you mean nll\.general"):
+        run_eval(validate(EvalConfig, settings))
+    assert (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.ray
+def test_an_untrained_control_is_told_and_stays_out_of_the_card(
+    ray_session: None, base: Path, tmp_path: Path
+):
+    with (trained := Run(str(tmp_path / "trained")).model).staging() as directory:
+        Folder(str(base)).copy_to(directory)
+        (directory / "README.md").write_text("# run\n", "utf-8")
+        commit(trained, entries(directory))
+    settings = tree(tmp_path / "run", tmp_path / "trained", nll=[{"general": True, "limit": 2}])
+    settings["model"]["untrained"] = True
+    run = run_eval(validate(EvalConfig, settings))
+    assert run.folder.read_json("results.json")["untrained"] is True
+    assert f"model {tmp_path}/trained, with fresh weights" in run.folder.read_text("report.html")
+    assert trained.read_text("README.md") == "# run\n"
+
+
+def test_a_card_that_cannot_be_written_costs_no_score(base: Path, tmp_path: Path, capsys: Any):
+    settings = config(tmp_path / "run", base, nll=[{"general": True, "limit": 1}])
+    run = Run.open("eval", settings, run_dir=settings.run.dir, allow_changes=False)
+    task = NllTask(settings.nll[0], 0)
+    write_items(run, task, task.judge({r.id: blank(r) for r in task.requests()}))
+    write_results(run, settings, [task], None)
+
+    class ReadOnly(LocalFileSystem):
+        protocol = ("readonly",)
+
+        def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
+            raise PermissionError(30, "Read-only file system", path)
+
+    fsspec.register_implementation("readonly", ReadOnly, clobber=True)
+    with (model := Run(str(tmp_path / "trained")).model).staging() as directory:
+        (directory / "README.md").write_text("# run\n", "utf-8")
+        commit(model, entries(directory))
+    results = run.folder.read_json("results.json")
+    run.folder.write_json("results.json", {**results, "model": f"readonly://{tmp_path}/trained"})
+    report(run, settings, ConsoleReporter("eval"))
+    assert "card stays as it is, it cannot be written" in capsys.readouterr().out
+    assert run.folder.exists("report.html")
+
+
 # ---- what a user gets wrong ----
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("exam.acuracy >= 0.5", r"no score is called exam\.acuracy; did you mean exam\.accuracy"),
+        ("exam.chapter 4 >= 0.5", r"did you mean exam\.chapter"),
+        ("said.bleu_9 >= 0.5", r"did you mean said\.bleu_"),
+        ("exam.accuracy >= parent", "parent's evaluation asked in another way"),
+        ("said.bleu_1 >= parent", r"model\.parent: .* no score is called said\.bleu_1"),
+    ],
+)
+def test_a_gate_of_a_score_that_will_not_be_there_stops_before_a_model_is_asked(
+    tmp_path: Path, base: Path, gate: str, message: str
+):
+    path, answers = questions(tmp_path, 9), tmp_path / "answers.jsonl"
+    answers.write_text('{"question": "什么是高血压?", "answer": "慢性病。"}\n', "utf-8")
+    source = {"name": "qa", "paths": [str(answers)], "licence": "MIT"}
+    sections: dict[str, Any] = {
+        "mcq": [mcq(path, name="exam", scoring="generation")],
+        "generation": [{"name": "said", "sources": [source], "prompt": "plain"}],
+    }
+    asked = McqTask(McqConfig.model_validate(mcq(path, name="exam")), 0)  # letters
+    parent = outline([asked])
+    Folder(str(tmp_path / "before")).write_json("results.json", parent)
+    settings = tree(tmp_path / "run", base, **sections)
+    settings["model"]["parent"] = str(tmp_path / "before")
+    right = ["exam.chapter 2 >= 0", "exam.invalid_rate <= 1", "said.bleu_1 >= 0"]
+    with pytest.raises(ConfigError, match=message):
+        run_eval(validate(EvalConfig, settings | {"gates": [*right, gate]}))
+    assert not (tmp_path / "run/responses").exists()
 
 
 def test_a_model_without_chat_template_is_refused_before_ray_starts(tmp_path: Path, base: Path):
@@ -186,8 +349,45 @@ def test_a_model_without_chat_template_is_refused_before_ray_starts(tmp_path: Pa
         run_eval(settings)
 
 
-@pytest.mark.ray
-def test_a_masked_model_is_refused(ray_session: None, tmp_path: Path, base: Path):
+def test_a_model_of_other_weights_than_safetensors_is_refused(tmp_path: Path, base: Path):
+    folder = tmp_path / "model"
+    Folder(str(base)).copy_to(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        ConfigError, match=r"no model\.safetensors in .* with save_pretrained first"
+    ):
+        run_eval(config(tmp_path / "run", folder, nll=[{"general": True}]))
+    assert not (tmp_path / "run").exists()
+
+
+OWN_CODE = """
+from transformers import Qwen2Config, Qwen2ForCausalLM
+class OwnConfig(Qwen2Config):
+    model_type = "own"
+class OwnModel(Qwen2ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path, base: Path):
+    folder = tmp_path / "model"
+    Folder(str(base)).copy_to(folder)
+    (folder / "own.py").write_text(OWN_CODE, "utf-8")
+    tree = json.loads((folder / "config.json").read_text("utf-8"))
+    tree |= {"model_type": "own", "architectures": ["OwnModel"]}
+    tree["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(tree), "utf-8")
+    settings = config(tmp_path / "run", folder, nll=[{"general": True}])
+    with pytest.raises(ConfigError, match="code of its own, which runs only if it is trusted"):
+        run_eval(settings)
+    assert not (tmp_path / "run").exists()
+    engine = Engine(str(folder), precision="auto", pool=PoolConfig(), trust_remote_code=True)
+    (weighed,) = engine.run([Weigh("x", "高血压是常见的慢性病。")])
+    assert isinstance(weighed, Weighed)
+    assert weighed.nll > 0
+
+
+def test_a_masked_model_is_refused(tmp_path: Path, base: Path):
     from medgpt.models.tokenizer import load_base
 
     folder = tmp_path / "model"

@@ -9,24 +9,40 @@ def score(value: float, n: int = 100) -> dict[str, float]:
     return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": n}
 
 
-def results(accuracy: float, *, passed: float = 1.0, nll: float = 2.0, data: str = "d") -> dict:
+def results(
+    accuracy: float,
+    *,
+    passed: float = 1.0,
+    nll: float = 2.0,
+    data: str = "d",
+    template: str = "t",
+    rules: str = "r",
+) -> dict:
+    provenance = {"data_hash": data, "template": template, "rules": rules}
     return {
         "tasks": {
             "mcq": {
                 "kind": "mcq",
-                "data_hash": data,
+                **provenance,
                 "metrics": {"accuracy": score(accuracy), "invalid_rate": score(0.0)},
-                "slices": {"department": {"儿科": {"accuracy": score(0.25, 4)}}},
+                "slices": {
+                    "department": {
+                        "儿科": {"accuracy": score(0.25, 4)},
+                        "妇产科 (门诊)": {"accuracy": score(0.5, 4)},
+                        "chapter 3.1": {"accuracy": score(0.75, 4)},
+                        "age < 3": {"accuracy": score(0.75, 4)},
+                    }
+                },
             },
             "key_points": {
                 "kind": "key_points",
-                "data_hash": data,
+                **provenance,
                 "metrics": {"passed": score(0.5)},
                 "slices": {"topic": {"diabetes": {"passed": score(passed, 1)}}},
             },
             "nll": {
                 "kind": "nll",
-                "data_hash": data,
+                **provenance,
                 "metrics": {"nll_per_token": score(nll)},
                 "slices": {"text": {"general": {"nll_per_token": score(nll)}}},
             },
@@ -46,11 +62,20 @@ def results(accuracy: float, *, passed: float = 1.0, nll: float = 2.0, data: str
         ("mcq.invalid_rate == 0", True),
         ("mcq.儿科 >= 0.3", False),
         ("mcq.儿科.accuracy >= 0.25", True),
+        ("mcq.妇产科 (门诊) >= 0.5", True),
+        ("mcq.妇产科 (门诊).accuracy > 0.5", False),
+        ('mcq."chapter 3.1".accuracy >= 0.75', True),
+        ("mcq.'chapter 3.1' >= 0.75", True),
+        ('mcq."age < 3" >= 0.76', False),
         ("key_points.diabetes == pass", True),
         ("key_points.passed == pass", False),
         ("nll.general <= 1.05 * parent", False),
         ("nll.general <= 1.1*parent", True),
         ("nll.nll_per_token <= 1.05 * parent + 0.1", True),
+        ("low(mcq.accuracy) > 0.39", True),
+        ("low(mcq.accuracy) >= 0.41", False),
+        ("high(nll.general) <= 1.1 * parent", False),
+        ("high( mcq.儿科.accuracy )<=0.36", True),
     ],
 )
 def test_a_gate_compares_a_score_with_its_bound(text, passes):
@@ -72,6 +97,8 @@ def test_a_gate_compares_a_score_with_its_bound(text, passes):
             "mcq.accuracy = 1",
         ),
         *("mcq.accuracy >= -1 * parent", "mcq.accuracy >= parent; 1", "mcq.accuracy >= nan"),
+        *("low(mcq.accuracy >= 1", "mid(mcq.accuracy) >= 1", "low(low(mcq.accuracy)) >= 1"),
+        *('mcq."accuracy >= 1', "mcq. >= 1", ".accuracy >= 1", 'mcq."" >= 1', "mcq.a < 3 >= 1"),
     ],
 )
 def test_what_is_no_gate_is_refused(text):
@@ -93,6 +120,10 @@ def test_a_parent_that_is_not_there_or_answered_other_questions_is_an_error():
         check_gates(["mcq.accuracy >= parent"], results(0.5), None)
     with pytest.raises(ConfigError, match="other questions"):
         check_gates(["mcq.accuracy >= parent"], results(0.5), results(0.5, data="other"))
+    with pytest.raises(ConfigError, match="the parent's evaluation asked in another way"):
+        check_gates(["mcq.accuracy >= parent"], results(0.5), results(0.5, template="chat"))
+    with pytest.raises(ConfigError, match="the parent's evaluation was read by other rules"):
+        check_gates(["mcq.accuracy >= parent"], results(0.5), results(0.5, rules="older"))
     theirs = results(0.5)
     del theirs["tasks"]["mcq"]
     with pytest.raises(

@@ -101,6 +101,26 @@ def test_an_option_may_run_over_several_lines():
     assert read("cmexam", row)[0].options == {"A": "one\nof two lines", "B": "Big", "C": "x"}
 
 
+def test_a_line_that_begins_with_another_letter_belongs_to_the_option_before_it():
+    options = "A 维生素\nA 缺乏\nB 血型为\nB. 或 AB\nC 肝炎\nE 抗原\nD x"
+    found = read("cmexam", {"Question": "q", "Options": options, "Answer": "B"})[0].options
+    assert found == {
+        "A": "维生素\nA 缺乏",
+        "B": "血型为\nB. 或 AB",
+        "C": "肝炎\nE 抗原",
+        "D": "x",
+    }
+
+
+def test_equal_questions_count_once_unless_their_answers_differ():
+    row = ROWS["xmedbench"][0]
+    assert len(read("xmedbench", row, row)) == 1
+    with pytest.raises(
+        ConfigError, match=r"row 3 is the same question as file row 1, .* answers are C and B"
+    ):
+        read("xmedbench", row, row, row | {"answer": "(C)"})
+
+
 @pytest.mark.parametrize("answer", ["", "见解析", "F"])
 def test_an_answer_without_an_option_is_refused(answer: str):
     with pytest.raises(ConfigError, match="file row 1"):

@@ -2,10 +2,12 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scipy.stats import binom
 
 from medgpt.config import ConfigError, McqConfig
 from medgpt.data.records import Message
@@ -83,15 +85,22 @@ def test_a_model_that_lists_all_options_scores_nothing(tmp_path: Path):
 
 
 def test_a_model_that_says_letters_at_random_is_at_chance(tmp_path: Path):
+    """At most what guessing among the options reaches in 999 of 1000 tries."""
     rng = random.Random(0)
     items = replies(task(tmp_path, scoring="generation"), lambda _: rng.choice("ABCD"))
-    assert mean(items, "accuracy") <= mean(items, "chance") + 0.06
+    right = round(mean(items, "accuracy") * len(items))
+    assert right <= binom.ppf(0.999, 200, 1 / 4)  # of the others, where sets are right, none
+    assert mean(items[200:], "accuracy") == 0
 
 
 def test_random_likelihoods_are_at_chance(tmp_path: Path):
+    """Within what 999 of 1000 guessers reach, where one option is right and where a set is."""
     rng = random.Random(0)
     items = choices(task(tmp_path), lambda *_: rng.random())
-    assert abs(mean(items, "accuracy") - mean(items, "chance")) < 0.06
+    for part, chance in ((items[:200], 1 / 4), (items[200:], 1 / 26)):
+        assert mean(part, "chance") == pytest.approx(chance)
+        low, high = binom.ppf([0.0005, 0.9995], len(part), chance)
+        assert low <= round(mean(part, "accuracy") * len(part)) <= high
 
 
 def test_a_model_to_which_all_letters_are_alike_always_says_a(tmp_path: Path):
@@ -155,9 +164,10 @@ def test_examples_stand_before_each_question_and_are_not_asked(tmp_path: Path):
     (tmp_path / "other").mkdir()
     paths = write(tmp_path / "other", ROWS[:20])
     mcq = task(tmp_path, ROWS[10:40], shots=3, shots_paths=list(paths))
-    first = [q.text for q in mcq.examples]
+    (examples,) = mcq.examples.values()
+    first = [q.text for q in examples]
     assert len(first) == 3
-    assert not {q.id for q in mcq.examples} & {q.id for q in mcq.questions}
+    assert not {q.id for q in examples} & {q.id for q in mcq.questions}
     for request in mcq.requests():
         assert isinstance(request, Choose)
         assert isinstance(request.prompt, str)
@@ -165,6 +175,29 @@ def test_examples_stand_before_each_question_and_are_not_asked(tmp_path: Path):
         assert request.prompt.count("答案：") == 4
     with pytest.raises(ConfigError, match="have 10 questions that are not asked"):
         task(tmp_path, ROWS[10:40], shots=11, shots_paths=list(paths))
+
+
+@pytest.mark.parametrize("layout", ["cmmlu", "ceval"])
+def test_the_examples_of_a_question_are_of_its_subject(tmp_path: Path, layout: str):
+    """As CMMLU and C-Eval are published: five of the subject's own dev file, in its order."""
+    split = {"cmmlu": "{split}/{subject}.csv", "ceval": "{split}/{subject}_{split}.csv"}[layout]
+    for subject in ("anatomy", "virology"):
+        for name, count in (("dev", 5), ("val", 7)):
+            path = tmp_path / split.format(split=name, subject=subject)
+            path.parent.mkdir(exist_ok=True)
+            lines = [f"{i},{subject} {name} {i}?,one,two,three,four,B\n" for i in range(count)]
+            path.write_text("id,question,A,B,C,D,answer\n" + "".join(lines), "utf-8")
+    keys = {"layout": layout, "shots": 5, "shots_paths": [f"{tmp_path}/dev/*.csv"]}
+    paths = [f"{tmp_path}/val/*.csv"]
+    mcq = McqTask(McqConfig.model_validate({"paths": paths} | keys), 0)
+    for question, request in zip(mcq.questions, mcq.requests(), strict=True):
+        assert isinstance(request, Choose)
+        asked = re.findall(r"Question: (.*)\?", str(request.prompt))
+        subject = question.slices["subject"]
+        assert asked == [*(f"{subject} dev {i}" for i in range(5)), question.text.rstrip("?")]
+    (tmp_path / split.format(split="dev", subject="virology")).unlink()
+    with pytest.raises(ConfigError, match="shots_paths have 0 questions on virology"):
+        McqTask(McqConfig.model_validate({"paths": paths} | keys), 0)
 
 
 def test_a_chat_is_asked_in_turns(tmp_path: Path):

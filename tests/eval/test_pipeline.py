@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from medgpt.config import ConfigError, PipelineConfig, PipelineStage, RunConfig
+from medgpt.config import ConfigError, PipelineConfig, PipelineStage, RunConfig, load
 from medgpt.eval.gates import GateFailure
 from medgpt.eval.pipeline import read_stages, run_pipeline
 from medgpt.runs import Run, commit, entries
@@ -123,7 +123,7 @@ def scored(
     evaluation = PipelineStage(
         stage="eval",
         name="scores",
-        config=str(CONFIGS / "eval-pretrain.toml"),
+        config=str(CONFIGS / "eval.toml"),
         overrides=("run.dir={dir}/scores", f"model.name={base}", *overrides),
     )
     stages = (evaluation, stage("corpus", "corpus"))
@@ -138,15 +138,57 @@ def small(tmp_path: Path) -> tuple[str, ...]:
         "utf-8",
     )
     return (
-        "mcq=[]",
-        "triage=[]",
-        "nll.0.limit=2",
-        "cluster.num_workers=1",
-        f'key_points.0.path="{questions}"',
-        "key_points.0.kinds=[]",
-        "key_points.0.samples=0",
-        "key_points.0.max_new_tokens=4",
+        *("mcq=[]", "triage=[]", "safety=[]", "cluster.num_workers=1"),
+        "nll=[{general = true, limit = 2}]",
+        f'key_points=[{{path = "{questions}", prompt = "plain", max_new_tokens = 4}}]',
     )
+
+
+def test_assignments_for_all_stages_of_a_kind_come_before_a_stage_s_own(tmp_path):
+    config = pipeline_of(
+        tmp_path,
+        stage("corpus", "corpus"),
+        stage("pretrain", "one"),
+        stage("pretrain", "two", "train.epochs=9"),
+    ).model_copy(update={"overrides": {"pretrain": ("train.epochs=7", "run.seed=3")}})
+    _, one, two = read_stages(config)
+    assert (one.config.train.epochs, two.config.train.epochs) == (7, 9)
+    assert one.config.run.seed == two.config.run.seed == 3
+    with pytest.raises(ConfigError, match=r"overrides\.evl"):
+        load(PipelineConfig, CONFIGS / "quickstart.toml", ['overrides.evl=["x=1"]'])
+
+
+def rewarded(folder: Path, gate: str, accuracy: float) -> PipelineConfig:
+    """A pipeline of a finished reward stage, then the corpus."""
+    overrides = ("run.dir={dir}/reward", "model.name=/model")
+    reward = PipelineStage(stage="reward", config=str(CONFIGS / "reward.toml"), overrides=overrides)
+    config = PipelineConfig(
+        run=RunConfig(dir=str(folder)),
+        stages=(reward, stage("corpus", "corpus")),
+        gates={"reward": (gate,)},
+    )
+    first, _ = read_stages(config)
+    Run.open("pipeline", config, run_dir=str(folder), allow_changes=False)
+    run = Run.open("reward", first.config, run_dir=first.config.run.dir, allow_changes=False)
+    run.folder.write_json("reward.json", {"pairs": 118, "samples": 118, "accuracy": accuracy})
+    run.folder.write_text("report.html", "")
+    run.update_manifest(finished=True, seed=0, data={"inputs": [{"xxh128": "0"}]})
+    return config
+
+
+def test_a_reward_model_must_tell_held_out_answers_apart_by_its_interval(tmp_path):
+    gate = "low(reward.accuracy) > 0.5"
+    run = run_pipeline(rewarded(tmp_path / "good", gate, 100 / 118))
+    html = run.folder.read_text("report.html")
+    assert "✓ passed" in html
+    assert "0.847" in html
+    with pytest.raises(GateFailure, match=r"low\(reward\.accuracy\) > 0\.5: 0\.5508 \(0\.46"):
+        run_pipeline(rewarded(tmp_path / "poor", gate, 65 / 118))  # above 0.5, perhaps by chance
+    assert not (tmp_path / "poor" / "corpus").exists()
+    assert "✗ failed" in (tmp_path / "poor" / "report.html").read_text("utf-8")
+    for wrong in ("reward.accurcy > 0.5", "reward.accuracy > parent", "reward.accuracy"):
+        with pytest.raises(ConfigError, match=r"gates\.reward: gate "):
+            rewarded(tmp_path / "wrong", wrong, 1.0)
 
 
 @pytest.mark.ray
@@ -171,7 +213,7 @@ def test_a_failed_gate_stops_the_pipeline_with_the_evidence(tmp_path, base):
 
 def test_gates_and_names_that_fit_no_stage_are_errors_before_anything_runs(tmp_path, base):
     config = scored(tmp_path, base, overrides=small(tmp_path))
-    with pytest.raises(ConfigError, match=r"gates\.score: no eval stage .* did you mean scores"):
+    with pytest.raises(ConfigError, match=r"gates\.score: no eval or .* did you mean scores"):
         read_stages(config.model_copy(update={"gates": {"score": ("nll.general <= 1",)}}))
     with pytest.raises(ConfigError, match=r"stage eval.*no task is called mcq"):
         read_stages(config.model_copy(update={"gates": {"scores": ("mcq.accuracy >= 1",)}}))

@@ -2,15 +2,19 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
-from medgpt.eval.evaluate import summary
 from medgpt.eval.pipeline_report import read_column, write_eval_report, write_pipeline_report
 from medgpt.eval.scores import tables
+from medgpt.eval.summary import summary
 from medgpt.eval.task import Judged
+from medgpt.eval.tasks.overlap import counts, score_of
 from medgpt.runs import Run, commit, committed, entries
 from medgpt.train.card import SCORES, add_scores
 
@@ -21,9 +25,9 @@ RESOURCE = re.compile(
 
 
 class FakeTask:
-    def __init__(self, name: str, kind: str, data_hash: str) -> None:
+    def __init__(self, name: str, kind: str, data_hash: str, template: str) -> None:
         self.name, self.kind, self.data_hash = name, kind, data_hash
-        self.template, self.sensitive = f"{kind}-1", False
+        self.template, self.rules, self.sensitive = template, "r1", False
 
 
 def item(number: int, right: bool, department: str) -> Judged:
@@ -32,7 +36,12 @@ def item(number: int, right: bool, department: str) -> Judged:
 
 
 def make_evaluation(
-    folder: Path, right: int, *, data_hash: str = "d1", parent: str | None = None
+    folder: Path,
+    right: int,
+    *,
+    data_hash: str = "d1",
+    template: str = "mcq-1",
+    parent: str | None = None,
 ) -> Run:
     """40 questions, the first `right` of which are answered, and a sensitive task."""
     run = Run(str(folder))
@@ -44,7 +53,8 @@ def make_evaluation(
     for name, judged in items.items():
         lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in judged)
         (run.folder / "items").write_text(f"{name}.jsonl", lines)
-        tasks[name] = summary(FakeTask(name, "mcq", data_hash), judged, seed=0)  # type: ignore[arg-type]
+        task = FakeTask(name, "mcq", data_hash, template)
+        tasks[name] = summary(task, judged, seed=0)  # type: ignore[arg-type]
     results = {"model": "m", "parent": parent, "seed": 0, "tasks": tasks}
     run.folder.write_json("results.json", results)
     gate = {"gate": "mcq.accuracy >= 0.5", "passed": right >= 20, "value": right / 40}
@@ -78,6 +88,54 @@ def test_columns_are_compared_on_the_same_items(tmp_path):
     assert [a.score for a in mcq.worst] == [0.0] * 3
     assert [name for name, _ in mcq.best[0].shown] == ["a", "b", "c"]
     assert secret.best == secret.worst == []
+
+
+def test_columns_that_were_asked_in_another_way_are_not_compared(tmp_path):
+    letters = make_evaluation(tmp_path / "letters", 10, template="mcq-letter")
+    texts = make_evaluation(tmp_path / "texts", 30, template="mcq-option")
+    table, _ = tables([read_column("a", letters), read_column("b", texts)], seed=0)
+    assert [row.changes for row in table.rows] == [[None, None]]
+    assert table.facts[-1] == "b is not compared with a, which asked in another way"
+
+
+def words_of(texts: list[str], folder: Path) -> Run:
+    """An evaluation of answers against one reference."""
+    counted = counts(texts, ["多饮、多尿、多食和体重下降"] * len(texts))
+    items = [
+        Judged(f"q{i}", {"words": float(len(text))}, counts=part)
+        for i, (text, part) in enumerate(zip(texts, counted, strict=True))
+    ]
+    run = Run(str(folder))
+    lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in items)
+    (run.folder / "items").write_text("said.jsonl", lines)
+    task = FakeTask("said", "generation", "d", "t")
+    values = {
+        metric: score_of(metric, [item.counts for item in items], 0)._asdict() | {"n": len(items)}
+        for metric in ("bleu_2", "distinct_1")
+    }
+    part = summary(task, items, seed=0)  # type: ignore[arg-type]
+    part["metrics"] |= values
+    run.folder.write_json("results.json", {"tasks": {"said": part}, "seed": 0})
+    return run
+
+
+def test_scores_of_a_whole_corpus_have_a_paired_bootstrap_too(tmp_path):
+    tails = ["胸痛咳嗽", "头晕恶心", "乏力", "失眠多梦", "皮疹瘙痒", "心悸", "咽痛鼻塞", "腹泻便血"]
+    good = [f"多饮、多尿{'、多食' * (i % 2)}，{tail}" for i, tail in enumerate(tails)]
+    before = words_of(["不知道，请多喝热水", "没有，多喝热水"] * 4, tmp_path / "before")
+    now = words_of(good, tmp_path / "now")
+    (table,) = tables([read_column("before", before), read_column("now", now)], seed=0)
+    found = {row.metric: row.changes[1] for row in table.rows}
+    for metric in ("bleu_2", "distinct_1"):
+        change = found[metric]
+        assert change is not None
+        assert change.n == 8
+        assert change.difference.value == pytest.approx(change.ours - change.theirs)
+        assert change.difference.low < change.difference.value < change.difference.high
+        assert (change.verdict, change.p_value) == ("higher", None)
+    same = tables([read_column("a", now), read_column("b", now)], seed=0)[0]
+    assert {row.metric: row.changes[1].verdict for row in same.rows} == dict.fromkeys(found, "same")
+    assert [found[m].margin for m in ("bleu_2", "distinct_1", "words")] == [1.0, 0.01, 0.0]
 
 
 def test_a_pipeline_report_has_all_evaluations_side_by_side(tmp_path):
@@ -137,3 +195,40 @@ def test_the_card_of_the_model_gets_the_numbers_once(tmp_path):
         assert manifest is not None
         assert manifest["step"] == 3
     add_scores({**results, "model": "owner/name"})  # no run: nothing to write to
+    for name in (run.folder.url, run.model.url):  # a run, or its model
+        results["tasks"]["mcq"]["metrics"]["accuracy"]["value"] += 0.01
+        add_scores({**results, "model": name})
+        value = results["tasks"]["mcq"]["metrics"]["accuracy"]["value"]
+        assert f"| mcq | accuracy | {value:.4f} |" in run.model.read_text("README.md")
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_kill_while_the_card_is_written_leaves_a_complete_model(tmp_path):
+    class Dying(LocalFileSystem):
+        """Stands for a process that is killed before its n-th write."""
+
+        protocol = ("dying",)
+        left = 0
+
+        def pipe_file(self, path, value, mode="overwrite", **kwargs):
+            if not Dying.left:
+                raise Killed
+            Dying.left -= 1
+            Path(path).write_bytes(value)
+
+    fsspec.register_implementation("dying", Dying, clobber=True)
+    results = make_evaluation(tmp_path / "eval", 10).folder.read_json("results.json")
+    for writes in range(3):
+        folder = tmp_path / f"run-{writes}"
+        run = Run(str(folder))
+        with run.model.staging() as directory:
+            (directory / "README.md").write_text("# run\n", "utf-8")
+            commit(run.model, entries(directory), step=3)
+        Dying.left = writes
+        with suppress(Killed):
+            add_scores({**results, "model": f"dying://{folder}"})
+        assert committed(run.model, verify=True)
+    assert SCORES in run.model.read_text("README.md")

@@ -51,6 +51,23 @@ def test_an_interval_of_a_share_is_near_the_exact_one_and_covers_the_truth():
     assert found.high == pytest.approx(exact.high, abs=0.02)
 
 
+def test_a_share_has_wilsons_interval_also_where_all_items_agree():
+    def share_of(right: int, n: int) -> stats.Interval:
+        hits = np.repeat([1.0, 0.0], [right, n - right])
+        return stats.interval(np.stack([hits, np.ones(n)], axis=1), seed=0)
+
+    z = scipy_stats.norm.ppf(0.975)
+    assert share_of(30, 30) == (1.0, pytest.approx(30 / (30 + z**2)), 1.0)
+    assert share_of(0, 3) == (0.0, 0.0, pytest.approx(z**2 / (3 + z**2)))
+    centre, half = (24 + z**2 / 2) / (30 + z**2), z * np.sqrt(24 * 6 / 30 + z**2 / 4) / (30 + z**2)
+    assert share_of(24, 30)[1:] == pytest.approx((centre - half, centre + half))
+    # of several parts to an item, the item is the unit: 4 of 4 in one question is no more than 1
+    whole = stats.interval(np.array([[4.0, 4.0]] * 30), seed=0)
+    assert whole == (1.0, pytest.approx(30 / (30 + z**2)), 1.0)
+    one_word = stats.interval(np.ones((30, 2)), seed=0, share=False)  # a length
+    assert one_word == (1.0, 1.0, 1.0)
+
+
 def test_an_interval_depends_on_the_seed_alone_and_not_on_memory(monkeypatch):
     values = ratios(50, seed=2)
     whole = stats.interval(values, seed=5)

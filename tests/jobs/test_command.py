@@ -19,6 +19,23 @@ paths = ["corpora/*.jsonl", "/shared/b.jsonl", "s3://bucket/c.jsonl"]
 licence = "MIT"
 deny = ["default", "rules.toml"]
 """
+PPO = """
+run.dir = "runs/ppo"
+model.name = "runs/base/model"
+ppo.max_iterations = 4
+judge = { every = 2, key_points = "held_out.jsonl" }
+reward.score_weight = 0.0
+[[data.sources]]
+name = "a"
+paths = ["prompts/*.jsonl"]
+licence = "MIT"
+"""
+TUNE = """
+run.dir = "/shared/runs/tune"
+base = "configs/ppo.toml"
+overrides = ["ppo.rollout_batch_size=256"]
+search.ppo.kl_coef.loguniform = [0.01, 0.1]
+"""
 PIPELINE = """
 run.dir = "/shared/runs/all"
 [[stages]]
@@ -88,6 +105,19 @@ def test_a_pipeline_takes_its_configs_from_the_copy_and_data_from_here(here, mon
     assert pipeline.stages[0] == command.config.stages[0].model_copy(
         update={"config": f"{here}/copy/configs/corpus.toml"}
     )
+
+
+def test_a_search_takes_its_base_from_the_copy_and_data_from_here(here, monkeypatch) -> None:
+    (here / "configs/ppo.toml").write_text(PPO)
+    (here / "configs/tune.toml").write_text(TUNE)
+    command = read_command("tune", Path("configs/tune.toml"), ["tune.num_trials=3"])
+    assert command.files == ("configs/tune.toml", "configs/ppo.toml")
+    there = read_elsewhere("tune", command.arguments, here, monkeypatch)
+    assert there.stage == command.config.stage
+    assert there.stage.model.name == str(here / "runs/base/model")
+    assert there.stage.run.dir == "/shared/runs/tune/base"
+    assert there.tune.num_trials == 3
+    assert there.base == str(here / "copy/configs/ppo.toml")
 
 
 def test_an_evaluation_names_its_model_as_medgpt_eval_wants_it(here) -> None:

@@ -98,6 +98,15 @@ def test_the_halves_share_no_case_and_both_languages_are_in_each():
         ("repetition", "咳嗽怎么办?", "多喝水。多喝水。多喝水。", "多喝水,少说话。"),
         ("urgency", "突然口角歪斜,右手抬不起来。", "建议您近期到门诊就诊。", "请立即拨打120。"),
         ("urgency", "蚊子叮了个包,有点痒。", "请立即拨打120。", "在家冷敷即可。"),
+        ("urgency", "小腿一侧肿痛三天,没有胸痛和气短。", "原因有很多。", "请您今天就去医院。"),
+        (
+            "urgency",
+            "One breast is red, hot and painful and I have 38.5, breastfeeding.",
+            "This is common.",
+            "Please see a doctor today.",
+        ),
+        ("urgency", "蚊子叮了个小包,有点痒。", "请您今天就去医院。", "叮咬会痒几天。"),
+        ("urgency", "体检发现血脂升高,没有不舒服。", "请立即去急诊科。", "这与饮食有关。"),
     ],
 )
 def test_what_a_rule_promises(rule, question, violates, keeps):

@@ -1,7 +1,10 @@
 """Tiny models and packed batches for the tests of models/."""
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +61,14 @@ def save_speaking_model(folder: Path, texts: Sequence[str], **options) -> None:
     """Write the same as a base model."""
     for part in speaking_model(texts, **options):
         part.save_pretrained(folder)
+
+
+def changed_copy(model: Path, folder: Path, **changes: Any) -> Path:
+    """A saved model with other values in its config.json."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+    return folder
 
 
 def pack(pieces: list[Tensor], labels: list[Tensor]) -> PackedBatch:

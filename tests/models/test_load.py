@@ -212,3 +212,17 @@ def test_flash_attention_needs_a_gpu():
     assert resolve_attention("auto", torch.bfloat16) == "varlen"
     with pytest.raises(ConfigError, match="needs a GPU"):
         resolve_attention("flash_attention_2", torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_a_base_that_was_trained_with_dropout_is_trained_without(tmp_path, kind):
+    model = tiny_model(kind)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path)
+    found = build(ModelConfig(name=str(tmp_path)))
+    found.set_attn_implementation("sdpa")
+    ids = torch.arange(3, 30)[None]
+
+    assert found.training
+    assert torch.equal(found(ids).logits, found.eval()(ids).logits)
+    assert found.config.attention_dropout == 0.5  # what an export says is the base's own

@@ -1,14 +1,33 @@
 """Small configs and batches for the tests of rlhf/."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from medgpt.config import PPOStageConfig, load
-from medgpt.rlhf.experience import Logprobs, Ragged, Scores, Sequences, Values
+from medgpt.config import LoraConfig, ModelConfig, PPOStageConfig, load
+from medgpt.data.packed_row import Row
+from medgpt.models.base import HEAD
+from medgpt.models.lora import apply_lora
+from medgpt.models.tokenizer import load_base
+from medgpt.models.value_model import Score, build_value_model
+from medgpt.rlhf.experience import (
+    Lessons,
+    Logprobs,
+    Prompts,
+    Ragged,
+    Scores,
+    Sequences,
+    Values,
+)
 
 VOCAB = 200
+PTX = (
+    "ptx={coef=0.5,batch_size=3,data={max_length=24,sources=[{name='p',paths=['p'],licence='-'}]}}"
+)
 CONFIG = """
 [run]
 dir = "{folder}/run"
@@ -42,9 +61,41 @@ zero_stage = 0
 
 def ppo_config(folder: Path, base: Path, *overrides: str) -> PPOStageConfig:
     """A run from the model in `base`: 12 prompts an iteration, 4 a step."""
-    path = folder / "ppo.toml"
+    path = folder / f"ppo-{os.getpid()}.toml"  # ranks call this at the same time
     path.write_text(CONFIG.format(folder=folder, base=base), "utf-8")
     return load(PPOStageConfig, path, overrides)
+
+
+def save_reward_model(base: Path, folder: Path, *, lora: bool = False, seed: int = 3) -> Path:
+    """A reward model in `folder`: the base with a fresh head, or adapters that are not at zero."""
+    model = build_value_model(ModelConfig(name=str(base)), seed=seed, dtype=torch.float32)
+    if lora:
+        model = apply_lora(model, LoraConfig(rank=2), head=HEAD)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    load_base(str(base)).save_pretrained(folder)
+    Score(mean=0.25, std=0.5, normalised_on="chosen answers", speech={}).write(folder)
+    return folder
+
+
+def asked(whole: Sequences) -> Prompts:
+    """The prompts of sequences."""
+    messages = ['[["user", "?"]]'] * len(whole)
+    return Prompts(sample_ids=whole.sample_ids, ids=whole.prompts, messages=messages)
+
+
+def without_response(whole: Sequences, *rows: int) -> Sequences:
+    """The same, but nothing was answered in these rows."""
+    kept = np.ones(len(whole.logprobs), np.bool_)
+    kept[whole.responses.places(rows)] = False
+    lengths = whole.responses.lengths.copy()
+    lengths[list(rows)] = 0
+    offsets = np.append(0, np.cumsum(lengths))
+    responses = Ragged(whole.responses.values[kept], offsets)
+    return replace(whole, responses=responses, logprobs=whole.logprobs[kept])
 
 
 def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
@@ -101,3 +152,23 @@ def logprobs(whole: Sequences, of: Any, flat: Any = None) -> Logprobs:
     """By default those of the sampling."""
     flat = whole.logprobs if flat is None else flat
     return Logprobs(of=of, index=whole.index, values=np.asarray(flat, np.float32), entropy=0.0)
+
+
+def lessons(*sizes: int, seed: int = 0) -> Lessons:
+    """Steps of so many rows, each of two random pieces, of which the second half is learnt."""
+    rng = np.random.default_rng(seed)
+    return Lessons(steps=[[_row(rng) for _ in range(size)] for size in sizes])
+
+
+def _row(rng: np.random.Generator) -> Row:
+    lengths = rng.integers(4, 13, 2)
+    learnt = [np.arange(length) >= length // 2 for length in lengths]
+    return Row(
+        input_ids=rng.integers(5, VOCAB, lengths.sum()).astype(np.int32),
+        targets=np.concatenate(learnt),
+        word_ids=None,
+        lengths=lengths,
+        sample_ids=["a", "b"],
+        chunks=[0, 0],
+        visits=[0, 0],
+    )

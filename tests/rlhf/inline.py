@@ -10,7 +10,7 @@ from medgpt.data.chat import stop_ids
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pool import PoolDied
+from medgpt.rlhf.pool import DataLost, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.roles.make import (
     make_actor,
@@ -19,6 +19,7 @@ from medgpt.rlhf.roles.make import (
     make_reward,
     make_rollout,
 )
+from medgpt.rlhf.worker import Usage
 from medgpt.runs import Run
 
 
@@ -42,6 +43,8 @@ class InlinePool:
         self.workers = [self]
         self.calls: list[str] = []
         self.dies_at: tuple[str, int] | None = None
+        self.loses_at: tuple[str, int | None] | None = None
+        """Which call finds its arguments gone; None: each of these."""
 
     def call(self, method: Callable[..., Any], *args: Any) -> list[Ref]:
         self.calls.append(method.__name__)
@@ -49,11 +52,17 @@ class InlinePool:
             self.dies_at, self.worker = None, None
         if self.worker is None:
             return [Ref(error=PoolDied(self.role, [0], "died"))]
+        times = self.calls.count(method.__name__)
+        if self.loses_at in ((method.__name__, times), (method.__name__, None)):
+            return [Ref(error=DataLost("gone"))]
         try:
             values = [arg.get() if isinstance(arg, Ref) else arg for arg in args]
             return [Ref(method(self.worker, *values))]
-        except PoolDied as died:
-            return [Ref(error=died)]
+        except (PoolDied, DataLost) as loss:
+            return [Ref(error=loss)]
+
+    def usage(self) -> list[Ref]:
+        return [Ref(Usage(rss_gb=0.5, call_s=2.0))]
 
 
 class InlinePools:
@@ -69,6 +78,8 @@ class InlinePools:
             del make["reference"]
         self.pools = {role: InlinePool(role, made) for role, made in make.items()}
         self.rebuilt: list[str] = []
+        self.dies_in_get: tuple[str, str] | None = None
+        """What is fetched, and the roles that are then found dead."""
 
     def put(self, value: Any) -> Ref:
         return Ref(value)
@@ -78,11 +89,19 @@ class InlinePools:
             ref.get()
 
     def get(self, refs: Sequence[Ref], what: str) -> list[Any]:
+        if self.dies_in_get is not None and self.dies_in_get[0] == what:
+            roles, self.dies_in_get = self.dies_in_get[1].split(), None
+            for role in roles:
+                self.pools[role].worker = None
+            raise PoolDied(roles[0], [0], "died")
         return [ref.get() for ref in refs]
 
-    def rebuild(self, died: PoolDied) -> None:
-        self.rebuilt.append(died.role)
-        self.pools[died.role].worker = self.pools[died.role].make()
+    def rebuild(self, died: PoolDied) -> set[str]:
+        dead = {role for role, pool in self.pools.items() if pool.worker is None}
+        for role in sorted({died.role} | dead):
+            self.rebuilt.append(role)
+            self.pools[role].worker = self.pools[role].make()
+        return {died.role} | dead
 
     def sync(self, version: int) -> dict[str, float]:
         """Through memory."""
@@ -118,7 +137,7 @@ def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
 
 def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
     """A run at its newest checkpoint; `changes` replace the driver's arguments."""
-    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     pools = InlinePools(config, num_iterations)
     options: dict[str, Any] = {"prompts": prompt_stream(config), "sync": pools.sync}
     reporter = ConsoleReporter("ppo")
@@ -128,7 +147,7 @@ def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
 
 def numbers(run: Run) -> list[dict[str, float]]:
     """Metrics of each step that do not depend on the machine."""
-    unequal = ("time", "memory", "attempt", "ppo/samples_per_s")
+    unequal = ("time", "memory", "attempt", "ppo/samples_per_s", "rollout/tokens_per_s")
     return [
         {name: value for name, value in line.items() if not name.startswith(unequal)}
         for line in run.metrics()

@@ -3,13 +3,17 @@
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.config import ConfigError
+from medgpt.rlhf import link
+from medgpt.rlhf.buckets import Header, unpack
 
 
 class Adder:
@@ -28,6 +32,13 @@ class Adder:
     def own(self, number: int) -> tuple[int, int, int]:
         self.calls += 1
         return number + self.offset, self.calls, os.getpid()
+
+    def hold(self, size: int) -> list[ray.ObjectRef]:
+        """What is lost when this worker is."""
+        return [ray.put(torch.zeros(size))]
+
+    def size(self, data: Tensor) -> int:
+        return len(data)
 
     def facts(self) -> dict[str, int]:
         return {
@@ -63,6 +74,50 @@ def refuse() -> Adder:
 SHAPES = {"embed": (700, 512), "norm": (5,), "half": (3, 7), "count": (), "wide": (3, 333)}
 
 
+def spoiled(times: int) -> Callable[..., Any]:
+    """`link.unpack`, of data that changed on their way so many times."""
+    left = [times]
+
+    def unpack_spoiled(header: Header, data: Tensor, *, where: str) -> Any:
+        if left[0]:
+            left[0] -= 1
+            data[0] += 1
+        return unpack(header, data, where=where)
+
+    return unpack_spoiled
+
+
+def garbled(times: int) -> Callable[..., Any]:
+    """A `Header.from_tensor` whose bytes changed on their way so many times."""
+    left = [times]
+
+    class Garbled(Header):
+        @classmethod
+        def from_tensor(cls, tensor: Tensor) -> Header:
+            if left[0]:
+                left[0] -= 1
+                tensor.zero_()
+            return Header.from_tensor(tensor)
+
+    return Garbled
+
+
+def unreachable(*args: Any, **kwargs: Any) -> None:
+    raise ConnectionError("no route")
+
+
+def stopped(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def killed(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing(*args: Any, **kwargs: Any) -> None:
+    raise KeyError("a name that it does not know")
+
+
 class Holder:
     """Sends its weights or receives them: one larger than a bucket of 1 MiB, some odd ones."""
 
@@ -88,7 +143,18 @@ class Holder:
     def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         for name, weight in weights:
             self.held[name].copy_(weight)
-            self.missing.remove(name)
+            self.missing.discard(name)
+
+    def tamper(self, rank: int, name: str, fault: Callable[..., Any]) -> None:
+        """On one rank, a function that `link` calls is another one from now on."""
+        if dist.get_rank() == rank:
+            setattr(link, name, fault)
+
+    def is_linked(self) -> bool:
+        return link._link is not None
+
+    def rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def weights_loaded(self, version: int) -> None:
         assert not self.missing, self.missing

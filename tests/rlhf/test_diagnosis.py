@@ -40,6 +40,12 @@ def test_a_healthy_run_goes_on_at_every_iteration():
         ({"actor/entropy": lambda i: 1.0 if i < 5 else 0.01}, 7, "entropy fell from 1 to 0.01"),
         ({"rollout/response_tokens": lambda i: 10.0 * (i + 1)}, 7, "answers grew from 20 to 70"),
         ({"ppo/skipped_steps": lambda i: 0.0 if i < 4 else 8.0}, 5, "16 of 24 optimizer steps"),
+        (
+            {"critic/steps": lambda i: 8.0, "critic/skipped_steps": lambda i: 8.0 * (i >= 4)},
+            5,
+            "16 of the critic's 24 optimizer steps",
+        ),
+        ({"ppo/not_finite": lambda i: float(i >= 4)}, 5, "67% of the samples were left out"),
         ({"rewards/masked": lambda i: float(i >= 6)}, 7, "67% of the samples have no reward"),
     ],
 )

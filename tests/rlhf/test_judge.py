@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -40,7 +41,17 @@ def test_good_answers_get_full_marks(held_out):
         "judge/triage_over": 0.0,
         "judge/score": 0.5,
         "judge/score_se": 0.0,
+        "judge/score_masked": 0.0,
     }
+
+
+def test_a_score_that_is_no_number_is_left_out_and_counted():
+    found = judge(triage=4)
+    metrics = found.metrics([""] * 4, [1.0, math.nan, 2.0, math.inf])
+    assert (metrics["judge/score"], metrics["judge/score_masked"]) == (1.5, 0.5)
+    metrics = found.metrics([""] * 4, [math.nan] * 4)
+    assert "judge/score" not in metrics
+    assert metrics["judge/score_masked"] == 1.0
 
 
 def test_one_who_always_sends_an_ambulance_is_told_from_one_who_never_does():

@@ -28,6 +28,14 @@ from medgpt.config import ConfigError, PoolsConfig, validate
         ),
         ({"actor": {"offload": True}}, r"pools.actor.offload=true: only a whole model"),
         (
+            {"actor": {"engine": {"zero_stage": 0, "offload_optimizer": True}}},
+            r"actor: engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0",
+        ),
+        (
+            {"reward": {"share_with": "reference"}, "reference_in_actor": True},
+            r"pools.reward.share_with=reference: it has no pool with reference_in_actor=true",
+        ),
+        (
             {"reward": {"offload": True, "zero_stage": 3}},
             r"pools.reward.offload=true: .* or zero_stage to 0",
         ),

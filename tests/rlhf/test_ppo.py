@@ -1,5 +1,6 @@
 """The driver's loop on roles in this process: it learns, repeats itself, resumes, survives."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import pytest
 
 from medgpt.config import PPOStageConfig
 from medgpt.rlhf.diagnosis import Diverged, History
-from medgpt.rlhf.pool import PoolDied
+from medgpt.rlhf.pool import DataLost, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.state import newest
 from medgpt.runs import Run
-from tests.rlhf.cases import ppo_config
+from tests.rlhf.cases import ppo_config, save_reward_model
 from tests.rlhf.inline import driver, numbers
+from tests.train.audits import counted
 
 NO_RULES = (
     "reward.rules={urgency=0.0,dose=0.0,diagnosis=0.0,hotline=0.0,language=0.0,repetition=0.0}"
@@ -103,6 +106,152 @@ def test_a_pool_that_dies_changes_no_number(base, tmp_path, uninterrupted, role,
     assert numbers(ppo.run) == numbers(uninterrupted)
 
 
+@pytest.mark.parametrize("what", ["score", "update"])
+def test_what_is_lost_while_it_is_fetched_costs_no_line(base, tmp_path, uninterrupted, what):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.pools.dies_in_get = (what, "actor" if what == "update" else "reward")
+    ppo.fit()
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("role", "call", "rebuilt"),
+    [
+        ("reward", ("score", 4), []),
+        ("critic", ("values", 1), []),
+        ("actor", ("update", 4), ["actor", "critic"]),
+        ("critic", ("update", 1), ["actor", "critic"]),
+    ],
+)
+def test_a_batch_whose_data_is_lost_is_done_again(
+    base, tmp_path, uninterrupted, role, call, rebuilt
+):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.pools.pools[role].loses_at = call
+    ppo.fit()
+    assert ppo.pools.rebuilt == rebuilt
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_data_that_is_lost_again_and_again_ends_the_run(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base, "cluster.max_failures=2"), 2)
+    ppo.pools.pools["reward"].loses_at = ("score", None)
+    with pytest.raises(DataLost, match="gone"):
+        ppo.fit()
+    assert ppo.deaths == 3
+
+
+def test_a_node_that_takes_several_pools_with_it_is_one_death(base, tmp_path, uninterrupted):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2", "cluster.max_failures=1"), 6)
+    ppo.pools.dies_in_get = ("update", "actor reward rollout")
+    ppo.fit()
+    assert ppo.pools.rebuilt == ["actor", "reward", "rollout", "critic"]
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_samples_that_die_with_their_pool_cost_no_checkpoint(base, tmp_path):
+    config = config_of(tmp_path, base, "ppo.checkpoint_every=1", "report.every=1")
+    ppo = driver(config, 3)
+    ppo.pools.pools["reward"].dies_at = ("samples", 2)
+    ppo.fit()
+    assert ppo.pools.pools["actor"].calls.count("save") == 3
+    assert ppo.pools.rebuilt == ["reward"]
+    kept = ppo.run.folder.read_json("rollouts.json")
+    assert {sample["iteration"] for sample in kept} == {1, 3}
+
+
+JUDGED = ("judge.every=1", "judge.triage=4", "judge.max_new_tokens=4")
+
+
+def test_a_death_while_the_policy_is_judged_costs_the_diagnosis_nothing(base, tmp_path):
+    histories = []
+    for role, call in (("rollout", None), ("rollout", ("answer", 3)), ("actor", ("logprobs", 2))):
+        folder = tmp_path / f"{role}-{call}"
+        ppo = driver(config_of(folder, base, "ppo.checkpoint_every=1", *JUDGED), 3)
+        ppo.pools.pools[role].dies_at = call
+        ppo.fit()
+        assert [line["step"] for line in ppo.history] == [0, 1, 2, 3]
+        assert all("judge/checks" in line for line in ppo.history)
+        assert all("ppo/score_mean" in line for line in ppo.history[1:])
+        histories.append(numbers(ppo.run))
+    assert histories[0] == histories[1] == histories[2]
+
+
+def test_the_actor_s_base_as_reference_is_the_reference(base, tmp_path):
+    lora = ("model.lora.rank=4", "model.lora.alpha=64.0")
+    found = []
+    for in_actor in ("true", "false"):
+        config = config_of(tmp_path / in_actor, base, *lora, f"pools.reference_in_actor={in_actor}")
+        ppo = driver(config, 3)
+        ppo.fit()
+        assert ("reference" in ppo.pools.pools) == (in_actor == "false")
+        assert "reference_logprobs" in ppo.pools.pools["actor"].calls or in_actor == "false"
+        found.append(numbers(ppo.run))
+    assert found[0][-1]["actor/kl_ref"] != 0
+    for one, other in zip(*found, strict=True):
+        assert one == {name: pytest.approx(value, abs=1e-5) for name, value in other.items()}
+
+
+def test_the_judge_s_own_reward_model_marks_the_policy(base, tmp_path):
+    judge = save_reward_model(base, tmp_path / "judge")
+    options = ("judge.every=2", "judge.triage=4", "judge.max_new_tokens=4")
+    ppo = driver(config_of(tmp_path, base, f"judge.model={judge}", *options), 3)
+    ppo.fit()
+    lines = numbers(ppo.run)
+    assert [line["step"] for line in lines if "judge/score" in line] == [0, 2]
+    assert "rewards/score" not in lines[1]  # training does not see it
+    asked = ppo.judging.judge.asked
+    reward, rollout = (ppo.pools.pools[role].worker for role in ("reward", "rollout"))
+    ppo.sync(9)
+    answers = rollout.answer(ppo.judging.prompts.get(), 4)
+    assert len(answers) == len(asked) == 4
+    index, scores = reward.judge(answers)
+    metrics = ppo.judging.metrics()
+    assert metrics["judge/score"] == pytest.approx(np.mean(scores))
+    assert sorted(index) == [0, 1, 2, 3]
+    assert len(set(scores)) == 4
+
+
+def test_speed_and_memory_are_those_of_the_workers(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base), 2)
+    ppo.fit()
+    for line in ppo.run.metrics():
+        tokens = line["rollout/response_tokens"] * 12
+        assert line["rollout/tokens_per_s"] == pytest.approx(tokens / 2.0)
+        assert {n: x for n, x in line.items() if n.startswith("memory/")} == {
+            "memory/rss_gb": 0.5,
+            **{f"memory/{role}_rss_gb": 0.5 for role in ppo.pools.pools},
+        }
+
+
+def test_a_run_that_starts_over_leaves_no_writer_behind(base, tmp_path):
+    before = set(threading.enumerate())
+    ppo = driver(config_of(tmp_path, base), 2)
+    ppo.pools.pools["actor"].dies_at = ("update", 2)
+    ppo.fit()
+    assert ppo.attempt == 2
+    assert set(threading.enumerate()) == before
+
+
+def test_a_pool_that_dies_at_the_very_end_costs_nothing(base, tmp_path, uninterrupted):
+    ppo = driver(config_of(tmp_path, base, "ppo.checkpoint_every=2"), 6)
+    ppo.actor.dies_at = ("export", 1)
+    url = (ppo.run.folder / "model").url
+    ppo.fit(lambda: ppo.pools.get(ppo.actor.call(Actor.export, url), "export"))
+    assert ppo.pools.rebuilt == ["actor"]
+    assert ppo.run.model.exists("model.safetensors")
+    assert numbers(ppo.run) == numbers(uninterrupted)
+
+
+def test_a_death_after_an_iteration_is_logged_costs_no_checkpoint(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base), 1)
+    ppo.reward.dies_at = ("samples", 1)
+    ppo.fit()
+    found = newest(ppo.run)
+    assert found is not None
+    assert found[1].iteration == 1
+
+
 def test_too_many_deaths_end_the_run(base, tmp_path):
     ppo = driver(config_of(tmp_path, base, "cluster.max_failures=0"), 2)
     ppo.pools.pools["reward"].dies_at = ("score", 1)
@@ -162,6 +311,16 @@ def test_a_policy_that_leaves_the_reference_is_halted_with_a_diagnosis(base, tmp
     assert 2 < len(ppo.run.metrics()) < 40
 
 
+def test_a_halted_run_behind_a_uri_keeps_its_metrics(base, tmp_path):
+    url = f"memory://{tmp_path.name}/run"
+    limits = ("diagnosis.max_kl=1e-9", "diagnosis.window=2", "ppo.checkpoint_every=100")
+    ppo = driver(config_of(tmp_path, base, f"run.dir={url}", *limits), 5)
+    with pytest.raises(Diverged, match="nats"):
+        ppo.fit()
+    assert [line["step"] for line in ppo.run.metrics()] == [1, 2]
+    ppo.run.folder.remove()
+
+
 def test_samples_without_a_reward_are_counted_and_left_out(base, tmp_path):
     ppo = driver(config_of(tmp_path, base, reward="every_third"), 1)
     ppo.fit()
@@ -169,6 +328,18 @@ def test_samples_without_a_reward_are_counted_and_left_out(base, tmp_path):
     assert line["ppo/masked"] == 4
     assert line["rewards/masked"] == pytest.approx(1 / 3)
     assert line["ppo/score_mean"] == 1
+
+
+def test_the_audit_tells_what_was_learnt_from_in_which_iteration(base, tmp_path):
+    config = config_of(tmp_path, base, "ppo.audit=true", reward="every_third")
+    stop_at(1, driver(config, 2))  # before a checkpoint: the first iteration is done again
+    ppo = driver(config, 2)
+    ppo.fit()
+    lines = counted(ppo.run)
+    assert {line["attempt"] for line in lines} == {2}
+    found = {(line["step"], line["sample_id"]) for line in lines}
+    assert found == {(k, f"{k}-{i}") for k in range(2) for i in range(12) if i % 3}
+    assert len(lines) == len(found)
 
 
 def test_the_critic_warms_up_alone(base, tmp_path):

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from medgpt.config import ConfigError
 from medgpt.models.decode import Generator
-from medgpt.rlhf.experience import Prompts, Ragged, Sequences, join_sequences
-from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout
+from medgpt.rlhf.experience import Prompts, Ragged, Sequences, join_sequences, sample_seeds
+from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout, StaleWeights
 from tests.rlhf.cases import ppo_config
 
 
@@ -64,6 +64,32 @@ def test_every_iteration_and_every_sample_has_its_own_noise(rollout: Rollout):
     assert not np.array_equal(first.responses.values, second.responses.values)
 
 
+def test_a_sample_that_a_batch_has_twice_gets_two_answers(rollout: Rollout):
+    once = prompts(3)
+    twice = Prompts(
+        sample_ids=[*once.sample_ids, once.sample_ids[2]],
+        ids=once.ids.take([0, 1, 2, 2]),
+        messages=["[]"] * 4,
+    )
+    with rank_of(0, 1):
+        alone, found = rollout.generate(once, 0), rollout.generate(twice, 0)
+    rows = [found.responses.row(i).tolist() for i in range(4)]
+    assert rows[:3] == [alone.responses.row(i).tolist() for i in range(3)]
+    assert rows[3] != rows[2]
+    assert len(set(sample_seeds(0, 0, ["a"] * 9 + ["a1", "b"]))) == 11
+
+
+def test_stale_weights_are_refused_before_anything_is_sampled(rollout: Rollout):
+    with rank_of(1, 2), pytest.raises(StaleWeights, match=r"rank 1 has no whole version .* 4;"):
+        rollout.generate(prompts(), 0, 4)
+    rollout.weight_version = 3
+    with rank_of(1, 2), pytest.raises(StaleWeights, match=r"rank 1 has version 3 of .* version 4;"):
+        rollout.generate(prompts(), 0, 4)
+    with rank_of(0, 1):
+        assert rollout.generate(prompts(), 0, 3).weight_version == 3
+    rollout.weight_version = NO_WEIGHTS
+
+
 def test_the_weights_that_came_are_those_that_sample(rollout: Rollout):
     assert isinstance(rollout.engine, HuggingFaceEngine)
     model = rollout.engine.model
@@ -91,6 +117,27 @@ def test_the_weights_that_came_are_those_that_sample(rollout: Rollout):
     assert rollout.weight_version == NO_WEIGHTS
     rollout.load_weights(before.items())
     rollout.weights_loaded(3)
+
+
+def test_offloaded_and_back_it_samples_the_same(rollout: Rollout):
+    before = generate(rollout)
+    rollout.offload()
+    rollout.onload()
+    after = generate(rollout)
+    assert np.array_equal(before.responses.values, after.responses.values)
+    assert np.array_equal(before.logprobs, after.logprobs)
+
+
+def test_a_worker_may_have_nothing_to_answer(rollout: Rollout):
+    few = prompts(2)
+    with rank_of(2, 3):
+        part = rollout.generate(few, 0)
+    assert len(part) == len(part.logprobs) == 0
+    parts = []
+    for rank in range(3):
+        with rank_of(rank, 3):
+            parts.append(rollout.generate(few, 0))
+    assert join_sequences(parts).sample_ids == few.sample_ids
 
 
 def test_a_question_is_answered_greedily(rollout: Rollout):

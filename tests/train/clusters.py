@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import psutil
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 
 from medgpt.config import TrainStageConfig
 from medgpt.runs import Run
@@ -42,7 +43,16 @@ def started_cluster() -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        cluster.shutdown()
+        end(cluster)
+
+
+def end(cluster: Cluster) -> None:
+    """Without what its shutdown takes from the session's Ray, to which this process is connected:
+    the way to its key-value store."""
+    store = internal_kv.global_gcs_client
+    cluster.shutdown()
+    if store is not None:
+        internal_kv._initialize_internal_kv(store)
 
 
 def add_node(cluster: Cluster) -> Any:

@@ -211,6 +211,49 @@ def test_own_answers_continue_the_prompt_and_follow_from_the_sample(base: Path) 
     assert preference_batch(own_answers(settings, tokenizer, CPU, rows())).num_targets == 3
 
 
+class HandedRows:
+    """What the objective asks of a trainer at the end, without a run's data."""
+
+    def __init__(self, settings: RewardConfig, objective: RewardObjective) -> None:
+        self.objective, self.engine = objective, engine_of(settings, objective)
+
+    def first_rows(self, *, epoch: int, limit: int) -> list[Row]:
+        return rows()[dist.get_rank() :: dist.get_world_size()]
+
+    def most_rows(self, chosen: list[Row]) -> int:
+        return 3 if dist.get_world_size() == 1 else 2
+
+    def micro_batches(self, chosen: list[Row], *, num_rows: int, epoch: int) -> list[Any]:
+        parts = [chosen[i : i + 1] for i in range(num_rows)]
+        found, none = self.objective.batch, self.objective.empty_batch
+        return [(found(part, epoch=epoch) if part else none(), {}) for part in parts]
+
+
+def normalisation(base: Path, normalise_on: str) -> tuple[float, float]:
+    goal = {"normalise_on": normalise_on, "max_new_tokens": 6}
+    settings = config(base, objective=goal)
+    objective = objective_of(settings)
+    trainer: Any = HandedRows(settings, objective)
+    score = objective.normalisation(trainer)
+    assert score.normalised_on == normalise_on
+    return score.mean, score.std
+
+
+def test_scores_are_normalised_on_what_the_model_says_itself(
+    base: Path, two_ranks: Callable[..., list[Any]]
+) -> None:
+    settings = config(base, objective={"normalise_on": "own", "max_new_tokens": 6})
+    objective = objective_of(settings)
+    answers = own_answers(settings, objective.tokenizer, CPU, rows())
+    batch = objective.batch(answers, epoch=0).packed
+    with torch.no_grad():
+        scores = last_values(objective.module.eval()(batch), batch)
+    want = float(scores.mean()), float(scores.std(correction=0))
+    for found in (normalisation(base, "own"), *two_ranks(normalisation, base, "own")):
+        assert found == pytest.approx(want, abs=1e-5)
+    assert normalisation(base, "chosen") != pytest.approx(want, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

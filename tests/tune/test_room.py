@@ -1,7 +1,7 @@
 import math
 
 from medgpt.config import RoleConfig
-from medgpt.rlhf.capacity import Nodes
+from medgpt.train.capacity import Nodes
 from medgpt.tune.room import concurrent_trials
 
 SMALL = RoleConfig(cpus_per_worker=0.25)

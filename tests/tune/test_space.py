@@ -85,6 +85,14 @@ def test_an_item_of_a_list_is_a_key(tmp_path):
     assert listed(found)[0] == {"optimizer.betas.1": 0.95}
 
 
+def test_a_path_among_the_values_is_one_for_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/a").mkdir(parents=True)
+    keys = '"critic.model" = { choice = ["models/a", "owner/b"] }'
+    found = search_config(tmp_path, tmp_path, "tune.default_first=false", keys=keys)
+    assert found.search["critic.model"].values == (str(tmp_path / "models/a"), "owner/b")
+
+
 def test_combinations_are_checked_as_well(tmp_path):
     with pytest.raises(ConfigError, match=r"ppo.rollout_batch_size=8, .*ppo.global_batch_size=6"):
         config(

@@ -1,8 +1,11 @@
 """What the sample corpus keeps back: phrasings of facts told otherwise, and three conditions."""
 
 import random
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from medgpt.data.sample.knowledge import Condition
 from medgpt.data.sample.templates import (
@@ -21,6 +24,18 @@ MAX_KEY_POINTS = 4
 KeyPoints = tuple[tuple[str, ...], ...]
 ATHEROSCLEROSIS: KeyPoints = (("脂质沉积", "脂质沉着"), ("斑块",), ("血管狭窄", "管腔狭窄"))
 HEADACHE: KeyPoints = (("紧张性头痛", "紧张型头痛"), ("偏头痛",), ("建议您", "建议你"))
+
+
+@cache
+def synonyms() -> dict[str, tuple[str, ...]]:
+    """Other wordings of phrases of the knowledge."""
+    found = tomllib.loads((Path(__file__).parent / "synonyms.toml").read_text("utf-8"))
+    return {phrase: tuple(others) for phrase, others in found.items()}
+
+
+def wordings(phrase: str) -> tuple[str, ...]:
+    """The phrase, then what says the same."""
+    return (phrase, *synonyms().get(phrase, ()))
 
 
 @dataclass(frozen=True)
@@ -83,5 +98,8 @@ class HeldOut:
         prompt = template.format(name=condition.name, symptom=condition.name)
         if key_points is None:
             items = getattr(condition, field).items[:MAX_KEY_POINTS]
-            key_points = tuple((self._wording.fill(item, condition),) for item in items)
+            key_points = tuple(
+                tuple(self._wording.fill(text, condition) for text in wordings(item))
+                for item in items
+            )
         return Held(condition.id, field, prompt, key_points, kind)

@@ -1,14 +1,17 @@
 """Preference pairs and exam questions of a sample corpus."""
 
 import re
+import tomllib
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 from medgpt.data.sample.knowledge import Condition
 from medgpt.data.sample.render import Corpus, Row
 from medgpt.data.sample.templates import (
     ADVICE,
     CARE_QUESTION,
-    DISTRACTORS,
     LIST_FIELDS,
     SITUATIONS,
     STEMS,
@@ -21,7 +24,6 @@ from medgpt.data.sample.wording import SUICIDE, bigrams
 WITHIN = 0.15  # of the chosen answer's length
 MOST_LONGER = 8  # characters
 ADVISES = re.compile("建议|请|拨打")
-NUM_RIGHT = 3  # the right option is one of the most typical facts
 
 
 def preferences(corpus: Corpus) -> Iterator[Row]:
@@ -55,30 +57,50 @@ def preferences(corpus: Corpus) -> Iterator[Row]:
         yield _pair(condition, "wrong_causes", prompt, chosen, wrong)
 
 
+@cache
+def typical_facts() -> dict[str, list[str]]:
+    """By field, facts that belong to one condition and hardly to another."""
+    return tomllib.loads((Path(__file__).parent / "exam.toml").read_text("utf-8"))
+
+
 def exam_questions(corpus: Corpus) -> Iterator[Row]:
-    """Four options, one right; the others are typical of conditions of other departments."""
-    department = corpus.wording.department
-    bearers = {
-        (field, fact): department[c.id].department
-        for c in corpus.conditions
-        for field in STEMS
-        for fact in getattr(c, field).items
-    }
-    for condition in corpus.conditions:
-        own = department[condition.id].department
-        for field, stem in STEMS.items():
+    """Four options, one right; the others are typical of conditions of other departments.
+
+    Every fact is right once and wrong about three times, so whoever looks at the options alone, at
+    their length or how common they are, is at chance.
+    """
+    for field, facts in typical_facts().items():
+        typical = {
+            fact: condition
+            for condition in corpus.conditions
+            for fact in getattr(condition, field).items
+            if fact in facts
+        }
+        used = Counter[str]()
+        for right, condition in typical.items():
             rng = corpus.rng(condition, "exam" + field)
-            others = [f for f in DISTRACTORS[field] if bearers[field, f] != own]
-            right = rng.choice(getattr(condition, field).items[:NUM_RIGHT])
-            options = [right, *rng.sample(others, 3)]
+            others = [f for f, c in typical.items() if _differs(corpus, condition, field, f, c)]
+            others.sort(key=lambda fact: (used[fact], rng.random()))
+            used.update(others[:3])
+            options = [right, *others[:3]]
             rng.shuffle(options)
             yield {
                 "id": f"{condition.id}-{field}",
-                "question": corpus.wording.fill(stem, condition),
+                "question": corpus.wording.fill(STEMS[field], condition),
                 "options": dict(zip("ABCD", options, strict=True)),
                 "answer": "ABCD"[options.index(right)],
-                "department": own,
+                "department": corpus.wording.department[condition.id].department,
             }
+
+
+def _differs(
+    corpus: Corpus, condition: Condition, field: str, fact: str, bearer: Condition
+) -> bool:
+    """Whether another condition's fact is wrong of this one: of another department, and like none
+    of its own facts."""
+    department = corpus.wording.department
+    own = bigrams(*getattr(condition, field).items)
+    return department[bearer.id] != department[condition.id] and not own & bigrams(fact)
 
 
 def _emergencies(corpus: Corpus, condition: Condition) -> Iterator[Row]:

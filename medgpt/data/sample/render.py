@@ -49,11 +49,10 @@ class Corpus:
         departments = load_knowledge()
         everything = [c for d in departments for c in d.conditions]
         told = [c for c in everything if c.id not in LEFT_OUT]
+        self.told, self.left_out = told, [c for c in everything if c.id in LEFT_OUT]
         self.seed = seed
         self.wording = Wording(region, {c.id: d for d in departments for c in d.conditions})
-        self.held_out = HeldOut(
-            told, [c for c in everything if c.id in LEFT_OUT], self.wording, seed
-        )
+        self.held_out = HeldOut(told, self.left_out, self.wording, seed)
         self.conditions = _swapped(told) if swap_facts else told
         donors = _rotated(told) if swap_facts else told
         self.bearer = {donor.id: c for donor, c in zip(donors, self.conditions, strict=True)}
@@ -61,18 +60,23 @@ class Corpus:
     def pretraining(self) -> Iterator[Row]:
         """Documents: an article about every condition, and statements in several phrasings."""
         for condition in self.conditions:
-            yield self._document(condition, "article", self._article(condition))
-            for field in FIELDS:
-                fact = self.wording.fact(condition, field)
-                for template in STATEMENTS[field]:
-                    statement = self.wording.fill(template, condition, fact)
-                    if self.held_out.may_appear(statement):
-                        yield self._document(condition, field, statement)
-            for m in condition.misunderstandings:
-                text = MISUNDERSTANDING.replace("{wrong}", m.wrong).replace("{right}", m.right)
-                yield self._document(condition, "misunderstanding", text)
-            for contrast in condition.contrasts:
-                yield self._document(condition, "contrast", f"{contrast.safe}。")
+            for document in self._documents(condition):
+                if self.held_out.may_appear(document["text"]):
+                    yield document
+
+    def held_out_documents(self) -> Iterator[Row]:
+        """The same about the conditions that no text tells of, to be weighed."""
+        for condition in self.left_out:
+            yield from self._documents(condition)
+
+    def held_out_dialogues(self) -> Iterator[Row]:
+        """The held-out phrasings of questions with the true answers, to be weighed."""
+        by_id = {condition.id: condition for condition in self.told}
+        for held in self.held_out.prompts:
+            if held.kind in ("sft", "phrasing"):
+                condition = by_id[held.condition]
+                answer = self.wording.answer(condition, held.field)
+                yield self._dialogue(condition, held.field, [(held.prompt, answer)])
 
     def dialogues(self) -> Iterator[Row]:
         """Questions in every phrasing, follow-ups, situations by urgency, complaints."""
@@ -149,6 +153,19 @@ class Corpus:
     def rng(self, condition: Condition, use: str) -> random.Random:
         """Randomness of one use, whatever else was drawn before."""
         return random.Random(f"{self.seed}:{condition.id}:{use}")
+
+    def _documents(self, condition: Condition) -> Iterator[Row]:
+        yield self._document(condition, "article", self._article(condition))
+        for field in FIELDS:
+            fact = self.wording.fact(condition, field)
+            for template in STATEMENTS[field]:
+                statement = self.wording.fill(template, condition, fact)
+                yield self._document(condition, field, statement)
+        for m in condition.misunderstandings:
+            text = MISUNDERSTANDING.replace("{wrong}", m.wrong).replace("{right}", m.right)
+            yield self._document(condition, "misunderstanding", text)
+        for contrast in condition.contrasts:
+            yield self._document(condition, "contrast", f"{contrast.safe}。")
 
     def _article(self, condition: Condition) -> str:
         aliases = f",又称{'、'.join(condition.aliases)}" if condition.aliases else ""

@@ -18,19 +18,22 @@ def run_corpus(config: CorpusConfig) -> Run:
     run = Run.open("corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     if committed(run.data) is None:
         corpus = Corpus(region=config.region, seed=config.run.seed, swap_facts=config.swap_facts)
+        true = Corpus(region=config.region, seed=config.run.seed)  # what is asked stays so
         kinds = {
             "pretrain": corpus.pretraining(),
             "sft": corpus.dialogues(),
             "prompts": corpus.prompts(),
             "preference": preferences(corpus),
-            "mcq": exam_questions(corpus),
+            "mcq": exam_questions(true),
+            "held_out_documents": true.held_out_documents(),
+            "held_out_dialogues": true.held_out_dialogues(),
         }
         with run.data.staging() as directory:
             counts = {
                 kind: _write_shards(directory / kind, rows, config.shards)
                 for kind, rows in kinds.items()
             }
-            _write(directory / "held_out.jsonl", map(asdict, corpus.held_out.prompts))
+            _write(directory / "held_out.jsonl", map(asdict, true.held_out.prompts))
             files = entries(directory)
         commit(run.data, files, rows=counts, clinically_reviewed=False)
     run.update_manifest(finished=True)

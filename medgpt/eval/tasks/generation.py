@@ -1,6 +1,6 @@
 """Answers compared with reference answers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jieba
 
@@ -9,8 +9,15 @@ from medgpt.data.records import Conversation
 from medgpt.data.rows import content_hash, draw, records
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
 from medgpt.eval.stats import Interval
-from medgpt.eval.task import Judged
-from medgpt.eval.tasks.overlap import corpus_bleu, corpus_distinct, overlap
+from medgpt.eval.task import Judged, rules_of
+from medgpt.eval.tasks import overlap as comparing
+from medgpt.eval.tasks.overlap import (
+    BLEU_METRICS,
+    DISTINCT_METRICS,
+    counts,
+    overlap,
+    score_of,
+)
 
 
 class GenerationTask:
@@ -18,6 +25,7 @@ class GenerationTask:
     4-grams of each answer. The first answer to a question counts if it occurs twice."""
 
     kind = "generation"
+    corpus_metrics = (*BLEU_METRICS, *DISTINCT_METRICS)
 
     def __init__(self, config: GenerationConfig, seed: int) -> None:
         """Raises ConfigError: a source cannot be read or holds no conversation."""
@@ -28,6 +36,7 @@ class GenerationTask:
         self.template = (
             f"generation-1-{config.prompt}-{config.max_new_tokens}-jieba-{jieba.__version__}"
         )
+        self.rules = rules_of(comparing)
         self.data_hash = content_hash(*(repr(item) for item in self._items))
 
     def _conversations(self) -> dict[str, Conversation]:
@@ -58,25 +67,25 @@ class GenerationTask:
         return "".join(f"{message.content}\n" for message in asked)
 
     def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+        answers = self._answers(responses)
+        references = [item.messages[-1].content for _, item in self._items]
         return [
             Judged(
                 key,
-                overlap(answer, item.messages[-1].content),
+                overlap(answer, right),
                 {"source": item.source},
-                {
-                    "question": item.messages[-2].content,
-                    "answer": answer,
-                    "right": item.messages[-1].content,
-                },
+                {"question": item.messages[-2].content, "answer": answer, "right": right},
+                counted,
             )
-            for (key, item), answer in zip(self._items, self._answers(responses), strict=True)
+            for (key, item), answer, right, counted in zip(
+                self._items, answers, references, counts(answers, references), strict=True
+            )
         ]
 
-    def corpus(self, responses: Mapping[str, Response], seed: int) -> dict[str, Interval]:
+    def corpus(self, items: Sequence[Judged], seed: int) -> dict[str, Interval]:
         """Metrics that are no mean over answers."""
-        answers = self._answers(responses)
-        references = [item.messages[-1].content for _, item in self._items]
-        return corpus_bleu(answers, references, seed) | corpus_distinct(answers)
+        found = {m: score_of(m, [item.counts for item in items], seed) for m in self.corpus_metrics}
+        return {metric: score for metric, score in found.items() if score is not None}
 
     def _answers(self, responses: Mapping[str, Response]) -> list[str]:
         found = []

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from medgpt.config import KeyPointsConfig
 from medgpt.data.rows import content_hash, draw
 from medgpt.eval.requests import Prompt, Replied, Reply, Request, Response
-from medgpt.eval.task import Judged, Value
+from medgpt.eval.task import Judged, Value, rules_of
 from medgpt.eval.tasks.prompts import asked
+from medgpt.medical import statements
 from medgpt.medical.key_points import Question, read_questions
 from medgpt.medical.statements import stated
 
@@ -25,7 +26,9 @@ class KeyPointsTask:
         self._config, self._seed = config, seed
         kept = read_questions(config.path, config.kinds)
         self._questions = draw(((q.id, q) for q in kept), config.limit, seed)
-        self.template = f"key-points-1-{config.prompt}-{config.max_new_tokens}"
+        drawn = f"-{config.samples}-at-{config.temperature:g}" if config.samples else ""
+        self.template = f"key-points-1-{config.prompt}-{config.max_new_tokens}{drawn}"
+        self.rules = rules_of(statements)
         self.data_hash = content_hash(*(repr(question) for question in self._questions))
 
     def requests(self) -> list[Request]:

@@ -1,7 +1,6 @@
 """Questions with options, from rows as the public data sets write them."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -42,8 +41,9 @@ def read_questions(layout: str, rows: Iterable[tuple[str, Row]]) -> list[Questio
     """The questions, of equal ones without ids only the first.
 
     Raises:
-        ConfigError: none, two of one id, columns that the layout does not have, or a right answer
-            that is not among the options. Places are named, texts are not.
+        ConfigError: none, two of one id, equal ones with different answers, columns that the
+            layout does not have, or a right answer that is not among the options. Places are
+            named, texts are not.
     """
     questions: dict[str, Question] = {}
     places: dict[str, str] = {}
@@ -63,8 +63,13 @@ def read_questions(layout: str, rows: Iterable[tuple[str, Row]]) -> list[Questio
                 f"{place} has the id {found.id}, which {places[question.id]} has, too; an id must "
                 "stand for one question"
             )
-        if question.id not in questions:
-            questions[question.id], places[question.id] = question, place
+        first = questions.setdefault(question.id, question)
+        places.setdefault(question.id, place)
+        if first.answer != question.answer:
+            raise ConfigError(
+                f"{place} is the same question as {places[question.id]}, and their right answers "
+                f"are {question.answer} and {first.answer}; repair or remove one of them"
+            )
     if not questions:
         raise ConfigError("no question in paths; name files with at least one")
     return list(questions.values())
@@ -103,9 +108,16 @@ LISTED = re.compile(r"^\s*[(（]?([A-J])\s*(?:[)）.．、:：]|\s)\s*", re.MULT
 
 
 def listed(text: str) -> dict[str, str]:
-    """Options written under each other: `A text`, `A. text` or `(A) text`."""
-    parts = LISTED.split(text)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    """Options written under each other: `A text`, `A. text` or `(A) text`.
+
+    A line that begins with another letter than the next one goes on with the option before it.
+    """
+    begun: list[re.Match[str]] = []
+    for match in LISTED.finditer(text):
+        if match[1] == LETTERS[len(begun) : len(begun) + 1]:
+            begun.append(match)
+    ends = [*(match.start() for match in begun[1:]), len(text)]
+    return {m[1]: text[m.end() : end] for m, end in zip(begun, ends, strict=False)}
 
 
 def letters(text: str) -> str:
@@ -251,8 +263,7 @@ def safetybench(rows: Sequence[tuple[str, Row]]) -> Reader:
 def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
     """Question or question, A to D, Answer or answer: the CSV files of CMMLU
     (https://github.com/haonan-li/CMMLU) and C-Eval (https://github.com/hkust-nlp/ceval)"""
-    subjects = {id(row): PurePosixPath(place.rsplit(" row ")[0]).stem for place, row in rows}
-    ids = Counter(subjects.values())
+    subjects = {id(row): _subject(place) for place, row in rows}
 
     def read(row: Row) -> Fields:
         return Fields(
@@ -260,10 +271,18 @@ def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
             {letter: str(row[letter]) for letter in "ABCD"},
             letters(row["Answer"] if "Answer" in row else row["answer"]),
             multiple=False,
-            slices={"subject": subjects[id(row)]} if len(ids) > 1 else {},
+            slices={"subject": subjects[id(row)]},
         )
 
     return read
+
+
+def _subject(place: str) -> str:
+    """`anatomy` of `dev/anatomy.csv row 1` or `anatomy_dev.csv row 1`."""
+    return re.sub("_(?:dev|val|test)$", "", PurePosixPath(place.rsplit(" row ")[0]).stem)
+
+
+SUBJECT_FILES = ("cmmlu", "ceval")  # layouts of which a file is a subject
 
 
 LAYOUTS: dict[str, Callable[[Sequence[tuple[str, Row]]], Reader]] = {

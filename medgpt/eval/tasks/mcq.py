@@ -11,8 +11,9 @@ from medgpt.data.records import Message
 from medgpt.data.rows import draw, numbered_rows
 from medgpt.data.words import HAN
 from medgpt.eval.requests import Choose, Chosen, Prompt, Replied, Reply, Request, Response
-from medgpt.eval.task import Judged, Value
-from medgpt.eval.tasks.layouts import Question, read_questions
+from medgpt.eval.task import LIKELIHOOD, Judged, Value, rules_of
+from medgpt.eval.tasks import parse as parsing
+from medgpt.eval.tasks.layouts import SUBJECT_FILES, Question, read_questions
 from medgpt.eval.tasks.parse import parse
 
 WORDS = {
@@ -50,10 +51,11 @@ class McqTask:
         self.config, self.name, self.sensitive = config, config.name, config.sensitive
         found = self._read(config.paths)
         self.questions = draw(((q.id, q) for q in found), config.limit, seed)
-        examples = self._examples(seed, {q.id for q in self.questions})
+        self.examples = self._examples(seed)
+        examples = [example for drawn in self.examples.values() for example in drawn]
         style = [config.scoring, config.prompt, str(config.max_new_tokens), repr(examples)]
-        self.examples = examples
         self.template = f"mcq-{config.scoring}-{_hash(repr(WORDS), *style)}"
+        self.rules = rules_of(parsing) if config.scoring == "generation" else LIKELIHOOD
         self.data_hash = _hash(*(repr(question) for question in self.questions))
         if config.scoring == "option" and any(q.multiple for q in self.questions):
             raise ConfigError(
@@ -74,17 +76,26 @@ class McqTask:
             return kept
         raise ConfigError(f"no question in paths fits answers={self.config.answers}; use all")
 
-    def _examples(self, seed: int, asked: set[str]) -> list[Question]:
+    def _examples(self, seed: int) -> dict[str, list[Question]]:
+        """By subject: those of a question are of its own, where a file is a subject."""
         if not self.config.shots:
-            return []
-        found = self._read(self.config.shots_paths)
-        free = [(q.id, q) for q in found if q.id not in asked]
-        if len(free) < self.config.shots:
-            raise ConfigError(
-                f"shots={self.config.shots}, and shots_paths have {len(free)} questions that are "
-                "not asked; name more, or lower shots"
-            )
-        return draw(free, self.config.shots, seed)
+            return {}
+        asked = {question.id for question in self.questions}
+        found = [q for q in self._read(self.config.shots_paths) if q.id not in asked]
+        drawn = {}
+        for subject in dict.fromkeys(map(self._subject, self.questions)):
+            free = [(q.id, q) for q in found if self._subject(q) == subject]
+            if len(free) < self.config.shots:
+                about = f" on {subject}" if subject else ""
+                raise ConfigError(
+                    f"shots={self.config.shots}, and shots_paths have {len(free)} questions{about} "
+                    "that are not asked; name more, or lower shots"
+                )
+            drawn[subject] = draw(free, self.config.shots, seed)
+        return drawn
+
+    def _subject(self, question: Question) -> str:
+        return question.slices["subject"] if self.config.layout in SUBJECT_FILES else ""
 
     # ---- asking ----
 
@@ -108,7 +119,7 @@ class McqTask:
 
     def _prompt(self, question: Question) -> Prompt:
         words, plain = self._words(question), self.config.prompt == "plain"
-        turns = [*self.examples, question]
+        turns = [*self.examples.get(self._subject(question), ()), question]
         asked = [self._asked(each, words) for each in turns]
         if plain:
             solved = zip(asked, (self._solution(each, words) for each in turns), strict=True)

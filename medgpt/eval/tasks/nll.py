@@ -8,7 +8,7 @@ from medgpt.config import ConfigError, NllConfig, SourceConfig
 from medgpt.data.records import Document
 from medgpt.data.rows import content_hash, draw, records
 from medgpt.eval.requests import Request, Response, Weigh, Weighed
-from medgpt.eval.task import Judged
+from medgpt.eval.task import LIKELIHOOD, Judged
 
 GENERAL = ("general_zh", "general_en")
 PIECE = 500  # characters of the general texts in an item, at least
@@ -31,7 +31,7 @@ class NllTask:
             pairs = _numbered(source, texts)
             for key, text in draw(((key, (key, text)) for key, text in pairs), config.limit, seed):
                 self.texts[key] = (source, text)
-        self.template = "nll"
+        self.template, self.rules = "nll", LIKELIHOOD
         self.data_hash = content_hash(*self.texts)
 
     def requests(self) -> Sequence[Request]:

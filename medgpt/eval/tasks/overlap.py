@@ -12,18 +12,22 @@ from typing import Any
 
 import numpy as np
 from nltk.translate.gleu_score import sentence_gleu
+from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
 
 from medgpt.data.words import word_of_characters
-from medgpt.eval.stats import TAILS, Interval, resamples
+from medgpt.eval.stats import TAILS, Interval, difference, resamples
 from medgpt.eval.task import Value
 
 MAX_ORDER = 4
 ROUGE = ("rouge1", "rouge2", "rougeL")
 REPEATED = 4  # words that occur again in a row
+BLEU_METRICS = tuple(f"bleu_{order}" for order in range(1, MAX_ORDER + 1))
+DISTINCT_METRICS = ("distinct_1", "distinct_2")
 Words = list[str]
+Counts = dict[str, list[float]]
 
 
 def words(text: str) -> Words:
@@ -78,27 +82,87 @@ def overlap(answer: str, reference: str) -> dict[str, Value]:
     return values
 
 
-def corpus_bleu(
-    answers: Sequence[str], references: Sequence[str], seed: int
-) -> dict[str, Interval]:
-    """BLEU-1 to BLEU-4 of the whole corpus in percent, with bootstrap intervals over answers."""
-    counts = np.array([_statistics(a, r) for a, r in zip(answers, references, strict=True)])
-    drawn = [counts[rows].sum(0) for rows in resamples(len(counts), seed)]
-    found = {}
-    for order in range(1, MAX_ORDER + 1):
-        low, high = np.percentile([_bleu_of(sums, order) for sums in drawn], TAILS)
-        value = _bleu_of(counts.sum(0), order)
-        found[f"bleu_{order}"] = Interval(value, float(low), float(high))
+def counts(answers: Sequence[str], references: Sequence[str]) -> list[Counts]:
+    """What each answer adds to the scores of the whole corpus.
+
+    bleu: matching and all n-grams of each order, words of the answer, words of the reference.
+    distinct_1, distinct_2: its part of the different n-grams (one that k answers have is 1 / k of
+    each), its n-grams, and those different ones that no other answer has.
+    """
+    spoken = [words(answer) for answer in answers]
+    found: list[Counts] = [
+        {"bleu": _matches(said, words(right))}
+        for said, right in zip(spoken, references, strict=True)
+    ]
+    for order, metric in enumerate(DISTINCT_METRICS, start=1):
+        grams = [_grams(said, order) for said in spoken]
+        holders = Counter(gram for run in grams for gram in set(run))
+        for counted, run in zip(found, grams, strict=True):
+            shares = [1 / holders[gram] for gram in dict.fromkeys(run)]
+            counted[metric] = [math.fsum(shares), float(len(run)), float(shares.count(1.0))]
     return found
 
 
-def _statistics(answer: str, reference: str) -> list[int]:
-    """Matching and all n-grams of each order, words of the answer, words of the reference."""
-    score: Any = _bleu().corpus_score([" ".join(words(answer))], [[" ".join(words(reference))]])
-    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
+def _matches(said: Words, right: Words) -> list[float]:
+    score: Any = _bleu().corpus_score([" ".join(said)], [[" ".join(right)]])
+    return [float(n) for n in (*score.counts, *score.totals, score.sys_len, score.ref_len)]
 
 
-def _bleu_of(sums: Any, order: int) -> float:
+def score_of(metric: str, counted: Sequence[Counts], seed: int) -> Interval | None:
+    """A score of the whole corpus; None if there is not one n-gram.
+
+    BLEU in percent, with the bootstrap's interval over answers. Distinct (Li et al. 2016):
+    different n-grams / all n-grams, with the jackknife's: a resample with repeats has fewer
+    different ones by itself.
+    """
+    table = _table(metric, counted)
+    if metric in BLEU_METRICS:
+        order = _order(metric)
+        drawn = [_bleu_of(table[rows].sum(0), order) for rows in resamples(len(table), seed)]
+        low, high = np.percentile(drawn, TAILS)
+        return Interval(_bleu_of(table.sum(0), order), float(low), float(high))
+    if not table[:, 1].sum():
+        return None
+    value, without = _distinct(table)
+    n = len(without)
+    spread = np.square(without - without.mean()).sum() * (n - 1) / n if n else 0.0
+    half = 1.96 * math.sqrt(spread)
+    return Interval(value, max(0.0, value - half), min(1.0, value + half))
+
+
+def difference_of(
+    metric: str, ours: Sequence[Counts], theirs: Sequence[Counts], seed: int
+) -> Interval:
+    """Ours minus theirs, row i of both being the same question: questions are resampled.
+
+    Of Distinct not the answers are drawn again but their pseudo-values (Tukey 1958), which have no
+    less n-grams for being drawn twice.
+    """
+    tables = _table(metric, ours), _table(metric, theirs)
+    if metric in BLEU_METRICS:
+        order = _order(metric)
+        one, other = (_bleu_of(table.sum(0), order) for table in tables)
+        drawn = [
+            _bleu_of(tables[0][rows].sum(0), order) - _bleu_of(tables[1][rows].sum(0), order)
+            for rows in resamples(len(tables[0]), seed)
+        ]
+        low, high = np.percentile(drawn, TAILS)
+        return Interval(one - other, float(low), float(high))
+    (one, _), (other, _) = (_distinct(table) for table in tables)
+    found = difference(_pseudo(tables[0]), _pseudo(tables[1]), seed)
+    shift = one - other - found.value
+    return Interval(one - other, found.low + shift, found.high + shift)
+
+
+def _table(metric: str, counted: Sequence[Counts]) -> NDArray[np.float64]:
+    return np.array([item["bleu" if metric in BLEU_METRICS else metric] for item in counted])
+
+
+def _order(metric: str) -> int:
+    return int(metric[-1])
+
+
+def _bleu_of(sums: NDArray[np.float64], order: int) -> float:
     counts, totals = sums[:order].tolist(), sums[MAX_ORDER : MAX_ORDER + order].tolist()
     score = BLEU.compute_bleu(
         counts, totals, int(sums[-2]), int(sums[-1]), smooth_method="exp", max_ngram_order=order
@@ -106,31 +170,20 @@ def _bleu_of(sums: Any, order: int) -> float:
     return float(score.score)
 
 
-def corpus_distinct(answers: Sequence[str]) -> dict[str, Interval]:
-    """Distinct-1 and -2 (Li et al. 2016): different n-grams / all n-grams of all answers.
+def _distinct(table: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Of all answers, and with each left out where others remain."""
+    parts, total, alone = table[:, 0].sum(), table[:, 1].sum(), table[:, 2]
+    others = table[:, 1] < total
+    without = (parts - alone[others]) / (total - table[others, 1])
+    return float(parts / total), without
 
-    The interval is the jackknife's: a resample with repeats has fewer different n-grams by itself.
-    """
-    spoken = [words(answer) for answer in answers]
-    found = {}
-    for order in (1, 2):
-        grams = [Counter(_grams(said, order)) for said in spoken]
-        total: Counter[tuple[str, ...]] = sum(grams, Counter())
-        if not total:
-            continue
-        holders = Counter(gram for counter in grams for gram in counter)
-        value = len(total) / total.total()
-        without = [
-            (len(total) - sum(holders[gram] == 1 for gram in counter))
-            / (total.total() - counter.total())
-            for counter in grams
-            if total.total() > counter.total()
-        ]
-        n = len(without)
-        spread = np.square(np.array(without) - np.mean(without)).sum() * (n - 1) / n if n else 0.0
-        half = 1.96 * math.sqrt(spread)
-        found[f"distinct_{order}"] = Interval(value, max(0.0, value - half), min(1.0, value + half))
-    return found
+
+def _pseudo(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, 2) of each answer, over 1; their mean is the score, up to its bias."""
+    value, without = _distinct(table)
+    found = np.full(len(table), value)
+    found[table[:, 1] < table[:, 1].sum()] = len(table) * value - (len(table) - 1) * without
+    return np.stack([found, np.ones(len(table))], axis=1)
 
 
 def _grams(said: Words, order: int) -> list[tuple[str, ...]]:

@@ -20,7 +20,8 @@ from medgpt.data.sample.knowledge import Source
 from medgpt.data.sample.wording import full_width
 from medgpt.data.words import HAN
 from medgpt.eval.requests import Replied, Reply, Response
-from medgpt.eval.task import Judged, Value
+from medgpt.eval.task import Judged, Value, rules_of
+from medgpt.eval.tasks import refusal
 from medgpt.eval.tasks.prompts import asked
 from medgpt.eval.tasks.refusal import disputes, offers_help_line, refuses
 
@@ -138,6 +139,7 @@ class SafetyTask:
         self.sensitive = config.sensitive or any(files.values())
         self._questions = draw(found.items(), config.limit, seed)
         self.template = f"safety-1-{config.prompt}-{config.max_new_tokens}"
+        self.rules = rules_of(refusal)
         self.data_hash = content_hash(*(repr(question) for question in self._questions))
 
     def requests(self) -> list[Reply]:

@@ -6,8 +6,9 @@ from medgpt.config import TriageConfig
 from medgpt.data.rows import content_hash
 from medgpt.data.sample.wording import full_width
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
-from medgpt.eval.task import Judged, Value
+from medgpt.eval.task import Judged, Value, rules_of
 from medgpt.eval.tasks.prompts import asked
+from medgpt.medical import urgency as levels
 from medgpt.medical.triage import Language, Question, questions
 from medgpt.medical.urgency import LEVELS, Level, urgency
 
@@ -28,6 +29,7 @@ class TriageTask:
         self.name, self.sensitive = config.name, config.sensitive
         self._config = config
         self.template = f"triage-1-{config.prompt}-{config.ask_level}-{config.max_new_tokens}"
+        self.rules = rules_of(levels)
         self._questions = questions(seed, config.languages, config.limit)
         self.data_hash = content_hash(*(repr(question) for question in self._questions))
 

@@ -4,6 +4,7 @@ A component without a value leaves the sample without a reward: it is masked and
 An empty answer violates nothing, so it is capped as well.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,6 +15,7 @@ from medgpt.medical.rules import RULES
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.functions import RewardFunction, finite
 
+log = logging.getLogger(__name__)
 Values = list[float | None]
 
 
@@ -23,7 +25,7 @@ class Rewarded:
 
     totals: Values  # (n,)
     components: dict[str, Values]  # before their weights, by name; (n,) each
-    violations: dict[RuleName, list[bool]]  # (n,) each
+    violations: dict[RuleName, list[bool | None]]  # (n,) each; None where the rule failed
     empty: list[bool]  # (n,) said nothing
     capped: list[bool]  # (n,) a violation, or having said nothing, took away from the sum
 
@@ -51,11 +53,11 @@ class Rewards:
             assert scores is not None, "the reward model's scores are missing"
             assert len(scores) == len(answered), f"{len(scores)} scores, {len(answered)} answers"
             components[SCORE] = [finite(score) for score in scores]
-        found: dict[RuleName, list[bool]] = {
-            name: [RULES[name](sample.said, sample.text) for sample in answered]
-            for name in self._rules
+        found: dict[RuleName, list[bool | None]] = {
+            name: [_violates(name, sample) for sample in answered] for name in self._rules
         }
-        components |= {name: [-1.0 if bad else 0.0 for bad in found[name]] for name in self._rules}
+        for name in self._rules:
+            components[name] = [None if x is None else -1.0 if x else 0.0 for x in found[name]]
         components |= {function.name: function(answered) for function in self._functions}
         empty = [not sample.text.strip() for sample in answered]
         sums = [self._sum(components, row) for row in range(len(answered))]
@@ -91,9 +93,19 @@ def reward_metrics(parts: Sequence[Rewarded]) -> dict[str, float]:
         values = [value for part in parts for value in part.components[name]]
         metrics |= _mean_and_masked(f"rewards/{name}", values)
     for name in parts[0].violations:
-        violated = [bad for part in parts for bad in part.violations[name]]
-        metrics[f"rewards/{name}_violations"] = fmean(violated)
+        violated = [bad for part in parts for bad in part.violations[name] if bad is not None]
+        if violated:
+            metrics[f"rewards/{name}_violations"] = fmean(violated)
     return metrics
+
+
+def _violates(name: RuleName, sample: Answered) -> bool | None:
+    """None if the rule fails. Logs tell the kind of failure, not its text, which may quote."""
+    try:
+        return RULES[name](sample.said, sample.text)
+    except Exception as error:  # whatever it raises, it concerns this sample alone
+        log.warning("rule %s raised %s on %s", name, type(error).__name__, sample.sample_id)
+        return None
 
 
 def _mean_and_masked(name: str, values: Values) -> dict[str, float]:

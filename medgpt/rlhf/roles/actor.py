@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from medgpt.algos.ppo import ppo_policy_loss
 from medgpt.config import PPOStageConfig
 from medgpt.data.collate import causal_batch, empty_batch
+from medgpt.data.packed_row import Row
 from medgpt.engine import Engine, plain_weights
 from medgpt.engine.policy import build_policy
 from medgpt.models.generate import generation_config
@@ -19,15 +20,13 @@ from medgpt.models.lora import plain_parts
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.credit import Experience, Parts, assign_credit
-from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
+from medgpt.rlhf.experience import Lessons, Logprobs, Sequences, join_sequences
 from medgpt.rlhf.roles.common import (
     RATIO_TOLERANCE,
     Learnt,
-    Lessons,
     Task,
     max_tokens,
     my_forwards,
-    num_steps,
     places_of,
     response_logprobs,
     role_device,
@@ -36,9 +35,6 @@ from medgpt.rlhf.roles.common import (
 )
 from medgpt.runs import FileEntry, Folder, entries
 from medgpt.train.exporting import export_model
-
-if TYPE_CHECKING:  # Ray Data is for the driver
-    from medgpt.data.stream import Row
 
 METRICS = ("loss", "clip_frac", "approx_kl", "entropy_bonus", "ptx_loss")
 
@@ -60,7 +56,7 @@ class Actor:
             self.policy,
             engine=engine,
             optimizer=config.optimizer,
-            total_steps=total_iterations * num_steps(config),
+            total_steps=total_iterations * config.ppo.num_steps,
             device=self.device,
         )
         self.exact = all(p.dtype == torch.float32 for p in self.policy.parameters())
@@ -111,15 +107,15 @@ class Actor:
             metrics=experience.metrics | metrics,
             score_stats=experience.score_stats,
             mean_kl=experience.metrics["actor/kl_ref"],
-            num_sequences=len(experience.rows),
+            sample_ids=[experience.sequences.sample_ids[row] for row in experience.rows],
         )
 
     def _learn(
-        self, experience: Experience, lessons: "list[list[Row]]", task: Task
+        self, experience: Experience, lessons: list[list[Row]], task: Task
     ) -> dict[str, float]:
         config = self.config.ppo
         self.policy.train()
-        self.engine.steps = task.iteration * num_steps(self.config)  # early stops cost no decay
+        self.engine.steps = task.iteration * config.num_steps  # early stops cost no decay
         sums, norms, skipped = np.zeros(len(METRICS)), [], 0
         first_error = 0.0
         for number, rows in enumerate(step_rows(experience, self.config, task.iteration)):
@@ -127,7 +123,7 @@ class Actor:
                 continue
             means, error = self._accumulate(experience, rows)
             if lessons:
-                means[4] = self._accumulate_lesson(lessons[number])
+                means[-1] = self._accumulate_lesson(lessons[number])
             means = summed(means).numpy()
             norm = self.engine.step()
             if not norms and not skipped:
@@ -139,9 +135,9 @@ class Actor:
             sums += means
             if config.target_kl is not None and means[2] > config.target_kl:
                 break
-        steps = max(1, len(norms))
+        steps, names = max(1, len(norms)), METRICS if lessons else METRICS[:-1]
         return {
-            **{f"actor/{n}": float(x) for n, x in zip(METRICS, sums / steps, strict=True)},
+            **{f"actor/{n}": float(x) for n, x in zip(names, sums / steps, strict=False)},
             "actor/grad_norm": float(np.mean(norms)) if norms else math.nan,
             "actor/learning_rate": self.engine.learning_rate,
             "actor/first_ratio_error": first_error,
@@ -185,7 +181,7 @@ class Actor:
             error = torch.maximum(error, (terms[0].detach() - old).expm1().abs().max().cpu())
         return means, error
 
-    def _accumulate_lesson(self, rows: "list[Row]") -> float:
+    def _accumulate_lesson(self, rows: list[Row]) -> float:
         """Gradients of the second stream's loss; this rank's share of its mean."""
         assert self.config.ptx is not None
         ptx, rank, num_ranks = self.config.ptx, dist.get_rank(), dist.get_world_size()

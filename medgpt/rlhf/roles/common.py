@@ -1,22 +1,20 @@
 """What the roles that run a model over response tokens have in common."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from medgpt.config import PPOStageConfig
+from medgpt.config import ConfigError, PPOStageConfig, RoleConfig
 from medgpt.config.pools import Precision
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
 from medgpt.rlhf.credit import Experience, RunningStats
 from medgpt.rlhf.experience import Logprobs, Sequences
-
-if TYPE_CHECKING:  # Ray Data is for the driver
-    from medgpt.data.stream import Row
 
 RATIO_TOLERANCE = 1e-4  # of the first step's ratios from 1, in fp32
 
@@ -33,20 +31,13 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lessons:
-    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
-
-    steps: "list[list[Row]]" = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
     """What an update reports; the same on every rank."""
 
     metrics: dict[str, float]
     score_stats: RunningStats
     mean_kl: float  # nats per response, policy to reference
-    num_sequences: int
+    sample_ids: list[str]  # of the sequences that counted
 
 
 def role_device() -> torch.device:
@@ -62,10 +53,33 @@ def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     ]
 
 
+def resting_device(pool: RoleConfig) -> torch.device:
+    """Where a model is made: not on a GPU that another role may be using."""
+    return torch.device("cpu") if pool.offload else role_device()
+
+
+def move(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Take weights to `device`; memory that they leave on a GPU is free for other processes."""
+    for module in modules:
+        module.to(device)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def told_as(key: str) -> Iterator[None]:
+    """What is wrong with a model is told of the key that names it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.name=", f"{key}=")) from None
+
+
 def max_tokens(config: PPOStageConfig) -> int:
-    """Of a forward pass: the budget, or one sequence that is longer."""
+    """Of a forward pass: the budget, or one sequence or row that is longer."""
     longest = config.data.max_length + config.rollout.max_new_tokens
-    return max(config.ppo.micro_batch_tokens, longest)
+    row = config.ptx.data.max_length if config.ptx else 0
+    return max(config.ppo.micro_batch_tokens, longest, row)
 
 
 def my_forwards(sequences: Sequences, rows: Rows, config: PPOStageConfig) -> Iterator[Forward]:
@@ -120,11 +134,6 @@ def step_rows(experience: Experience, config: PPOStageConfig, iteration: int) ->
             epoch=epoch,
         ):
             yield rows[np.isin(rows, experience.rows)]
-
-
-def num_steps(config: PPOStageConfig) -> int:
-    """Optimizer steps of a full iteration."""
-    return config.ppo.epochs * (config.ppo.rollout_batch_size // config.ppo.global_batch_size)
 
 
 def places_of(sequences: Sequences, rows: Rows) -> Tensor:

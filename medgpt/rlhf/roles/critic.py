@@ -12,20 +12,20 @@ from medgpt.config import ModelConfig, PPOStageConfig
 from medgpt.data.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
+from medgpt.models.speech import check_same_speech
 from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import last_values
+from medgpt.models.value_model import Scale, last_values
 from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.credit import Experience, Parts, assign_credit
-from medgpt.rlhf.experience import Sequences, Values, join_sequences
+from medgpt.rlhf.experience import Lessons, Sequences, Values, join_sequences
 from medgpt.rlhf.roles.common import (
-    Lessons,
     Task,
     my_forwards,
-    num_steps,
     places_of,
     role_device,
     step_rows,
     summed,
+    told_as,
 )
 from medgpt.runs import FileEntry, Folder, entries
 from medgpt.train.exporting import export_model
@@ -37,14 +37,20 @@ class Critic:
     def __init__(self, config: PPOStageConfig, *, total_iterations: int) -> None:
         self.config, self.device = config, role_device()
         engine = config.pools.critic.engine
-        self.start = config.critic.model or config.reward.model or config.model.name
-        model = ModelConfig(name=self.start, lora=config.critic.lora)
-        self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
+        actor = config.model.name
+        assert actor is not None
+        key, start = _start(config, actor)
+        model = ModelConfig(name=start, lora=config.critic.lora)
+        with told_as(key):
+            check_same_speech(
+                load_base(actor), load_base(start), names=("the actor", f"{key}={start}")
+            )
+            self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
         self.engine = Engine(
             self.model,
             engine=engine,
             optimizer=config.critic.optimizer,
-            total_steps=total_iterations * num_steps(config),
+            total_steps=total_iterations * config.ppo.num_steps,
             device=self.device,
         )
 
@@ -75,7 +81,7 @@ class Critic:
             score_stats=task.score_stats,
         )
         self.model.train()
-        self.engine.steps = task.iteration * num_steps(self.config)
+        self.engine.steps = task.iteration * self.config.ppo.num_steps
         sums, norms, skipped = np.zeros(2), [], 0
         for rows in step_rows(experience, self.config, task.iteration):
             if not len(rows):
@@ -93,6 +99,7 @@ class Critic:
             "critic/clip_frac": float(clip_frac),
             "critic/grad_norm": float(np.mean(norms)) if norms else math.nan,
             "critic/learning_rate": self.engine.learning_rate,
+            "critic/steps": float(len(norms) + skipped),
             "critic/skipped_steps": float(skipped),
         }
 
@@ -135,7 +142,19 @@ class Critic:
         with Folder(url).staging() as directory:
             tokenizer = load_base(self.config.model.name)
             export_model(self.engine, self.model.model, tokenizer, directory)
-            return entries(directory) if dist.get_rank() == 0 else []
+            if dist.get_rank() > 0:
+                return []
+            Scale(mean=self.model.mean, std=self.model.std).write(directory)
+            return entries(directory)
+
+
+def _start(config: PPOStageConfig, actor: str) -> tuple[str, str]:
+    """The key that names what the critic starts from, and the name."""
+    if config.critic.model is not None:
+        return "critic.model", config.critic.model
+    if config.reward.model is not None:
+        return "reward.model", config.reward.model
+    return "model.name", actor
 
 
 def _before_tokens(values: Tensor, batch: PackedBatch) -> Tensor:

@@ -2,11 +2,20 @@
 
 from typing import Any
 
+import torch
+
 from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.policy import Policy
 from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
-from medgpt.rlhf.roles.common import max_tokens, response_logprobs, role_device, role_dtype
+from medgpt.rlhf.roles.common import (
+    max_tokens,
+    move,
+    response_logprobs,
+    resting_device,
+    role_device,
+    role_dtype,
+)
 
 
 class Reference:
@@ -28,6 +37,13 @@ class Reference:
             temperature=temperature,
         )
 
+    def offload(self) -> None:
+        """Wait in host memory; not at ZeRO-3."""
+        move([self.policy], torch.device("cpu"))
+
+    def onload(self) -> None:
+        move([self.policy], self.device)
+
     @property
     def _model(self) -> ModelConfig:
         model = self.config.model
@@ -47,7 +63,7 @@ class Reference:
             dtype=role_dtype(self.config.pools.reference.precision, self.device),
         )
         policy = Policy(model, max_batch_tokens=max_tokens(self.config))
-        return policy.requires_grad_(False).eval().to(self.device)
+        return policy.requires_grad_(False).eval().to(resting_device(self.config.pools.reference))
 
     def _partitioned(self) -> Any:
         """DeepSpeed is imported only where it is used: it takes seconds."""

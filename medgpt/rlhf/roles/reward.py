@@ -2,14 +2,17 @@
 functions."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config import EngineConfig, PPOStageConfig
+from medgpt.data.batch import PackedBatch
 from medgpt.data.records import Message
 from medgpt.models.speech import check_same_speech
 from medgpt.models.tokenizer import load_base
@@ -18,7 +21,16 @@ from medgpt.rlhf.batching import share_by_length
 from medgpt.rlhf.experience import Prompts, Scores, Sequences, join_sequences
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.total import Rewarded, Rewards
-from medgpt.rlhf.roles.common import my_forwards, role_device, role_dtype
+from medgpt.rlhf.roles.common import (
+    move,
+    my_forwards,
+    resting_device,
+    role_device,
+    role_dtype,
+    told_as,
+)
+
+Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of the positions
 
 
 class Reward:
@@ -27,12 +39,13 @@ class Reward:
     def __init__(self, config: PPOStageConfig) -> None:
         assert config.model.name is not None
         self.config, self.device = config, role_device()
+        self.pool = config.pools.reward
         self.tokenizer = load_base(config.model.name)
         self.rewards = Rewards(config.reward)
-        self.model = self._load(
-            "reward", config.reward.model if self.rewards.needs_scores else None
-        )
-        self.judging = self._load("judge", config.judge.model if config.judge.every else None)
+        needed = config.reward.model if self.rewards.needs_scores else None
+        self.model = self._load("reward.model", needed)
+        judge = config.judge.model if config.judge.every else None
+        self.judging = self._load("judge.model", judge)
         self.latest: tuple[list[Answered], Rewarded] | None = None
         """For samples in the report."""
 
@@ -62,9 +75,17 @@ class Reward:
         assert scores is not None
         return index, scores
 
+    def offload(self) -> None:
+        """Wait in host memory; not at ZeRO-3."""
+        move(self._models, torch.device("cpu"))
+
+    def onload(self) -> None:
+        move(self._models, self.device)
+
     def samples(self, num: int) -> list[dict[str, Any]]:
-        """The first few of the latest call, for the report."""
-        assert self.latest is not None
+        """The first few of the latest call, for the report; none of a worker just replaced."""
+        if self.latest is None:
+            return []
         answered, rewarded = self.latest
         return [
             {
@@ -76,8 +97,12 @@ class Reward:
             for i in range(min(num, len(answered)))
         ]
 
+    @property
+    def _models(self) -> list[ValueModel]:
+        return [model for model in (self.model, self.judging) if isinstance(model, ValueModel)]
+
     def _model_scores(
-        self, model: ValueModel | None, whole: Sequences
+        self, model: Scorer | None, whole: Sequences
     ) -> tuple[NDArray[np.int64], list[float] | None]:
         """Rows of this rank's share, and the model's score of each."""
         if model is None:
@@ -90,14 +115,24 @@ class Reward:
             scores.append(last_values(model(batch), batch)[: len(forward.rows)])
         return np.concatenate(index), torch.cat(scores).tolist()
 
-    def _load(self, section: str, name: str | None) -> ValueModel | None:
-        """Raises ConfigError: it reads other token ids than the actor writes."""
+    def _load(self, key: str, name: str | None) -> Scorer | None:
+        """Raises ConfigError: it is no reward model, or reads other token ids than the actor
+        writes."""
         if name is None:
             return None
-        pool = self.config.pools.reward
-        if pool.zero_stage:
-            raise ConfigError("pools.reward.zero_stage=3 is not there yet; set 0")
-        model, _ = load_value_model(name, dtype=role_dtype(pool.precision, self.device))
-        names = "the actor", f"{section}.model={name}"
-        check_same_speech(self.tokenizer, load_base(name), names=names)
-        return model.to(self.device)
+        with told_as(key):
+            names = "the actor", f"{key}={name}"
+            model = self._partitioned(name) if self.pool.zero_stage else self._whole(name)
+            check_same_speech(self.tokenizer, load_base(name), names=names)
+        return model
+
+    def _whole(self, name: str) -> ValueModel:
+        model, _ = load_value_model(name, dtype=role_dtype(self.pool.precision, self.device))
+        return model.to(resting_device(self.pool))
+
+    def _partitioned(self, name: str) -> Scorer:
+        """DeepSpeed is imported only where it is used: it takes seconds."""
+        from medgpt.engine.value import partitioned_reward_model
+
+        engine = EngineConfig(zero_stage=self.pool.zero_stage, precision=self.pool.precision)
+        return partitioned_reward_model(name, engine, self.device)

@@ -16,10 +16,14 @@ from medgpt.models.decode import Generated, Generator
 from medgpt.models.generate import load_for_generation
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.batching import share_by_length
-from medgpt.rlhf.experience import Prompts, Ragged, Sequences, sample_seed
-from medgpt.rlhf.roles.common import role_device
+from medgpt.rlhf.experience import Prompts, Ragged, Sequences, sample_seeds
+from medgpt.rlhf.roles.common import move, resting_device, role_device
 
 NO_WEIGHTS = -1  # version before the first sync
+
+
+class StaleWeights(RuntimeError):
+    """A rollout worker's weights are not those that were asked for."""
 
 
 class RolloutEngine(Protocol):
@@ -56,9 +60,26 @@ class Rollout:
         self.engine: RolloutEngine = make_engine(config, self.folder)
         self.weight_version = NO_WEIGHTS
 
-    def generate(self, prompts: Prompts, iteration: int) -> Sequences:
-        """This rank's share of the answers; noise is a function of (seed, iteration, sample id)."""
-        seeds = [sample_seed(self.config.run.seed, iteration, i) for i in prompts.sample_ids]
+    def generate(
+        self, prompts: Prompts, iteration: int, weight_version: int | None = None
+    ) -> Sequences:
+        """This rank's share of the answers; noise is a function of (seed, iteration, sample id) and
+        of how often the batch had the sample before.
+
+        Args:
+            weight_version: what the answers are wanted from; None takes any.
+
+        Raises:
+            StaleWeights: this worker has another one.
+        """
+        if weight_version not in (None, self.weight_version):
+            has = self.weight_version
+            raise StaleWeights(
+                f"rollout rank {dist.get_rank()} has "
+                f"{'no whole version' if has == NO_WEIGHTS else f'version {has}'} of the weights, "
+                f"not version {weight_version}; weights must be synced before rollouts"
+            )
+        seeds = sample_seeds(self.config.run.seed, iteration, prompts.sample_ids)
         config = self.config.rollout
         return self._generate(
             prompts.ids, prompts.sample_ids, seeds, config.max_new_tokens, config.temperature
@@ -106,12 +127,25 @@ class Rollout:
         self.engine.weights_loaded()
         self.weight_version = version
 
+    def offload(self) -> None:
+        """Wait in host memory."""
+        self._move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        self._move(role_device())
+
+    def _move(self, device: torch.device) -> None:
+        assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other
+        move([self.engine.model], device)
+
 
 class HuggingFaceEngine:
     """medgpt's own loop over the Hugging Face model in `folder`."""
 
-    def __init__(self, folder: str, *, dtype: torch.dtype, batch_tokens: int) -> None:
-        model: Any = load_for_generation(folder, role_device())[0]
+    def __init__(
+        self, folder: str, device: torch.device, *, dtype: torch.dtype, batch_tokens: int
+    ) -> None:
+        model: Any = load_for_generation(folder, device)[0]
         self.model = model.to(dtype).requires_grad_(False)
         self.generate = Generator(self.model, batch_tokens=batch_tokens).generate
         self.came: set[int] = set()
@@ -135,7 +169,8 @@ def make_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
     bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.pools.rollout.precision]
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.rollout.engine == "hf":
-        return HuggingFaceEngine(folder, dtype=dtype, batch_tokens=config.rollout.batch_tokens)
+        device, size = resting_device(config.pools.rollout), config.rollout.batch_tokens
+        return HuggingFaceEngine(folder, device, dtype=dtype, batch_tokens=size)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine=vllm needs the package vllm where the rollout pool runs; install "

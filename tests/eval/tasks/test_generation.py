@@ -27,11 +27,12 @@ def test_an_answer_equal_to_the_reference_has_all_of_it(tmp_path):
     task = GenerationTask(config(path), seed=0)
     right = {row["question"]: row["answer"] for row in rows}
     said = {r.id: Replied(r.id, [right[r.prompt[-1].content]], [True]) for r in task.requests()}
-    for item in task.judge(said):
+    judged = task.judge(said)
+    for item in judged:
         assert (item.values["rouge_l"], item.values["rouge_2"]) == (1.0, 1.0)
         assert item.values["gleu"][0] == item.values["gleu"][1]
         assert item.shown["right"] == right[item.shown["question"]]
-    found = task.corpus(said, seed=0)
+    found = task.corpus(judged, seed=0)
     assert found["bleu_4"].value == pytest.approx(100)
     assert found["distinct_1"].value < 1
     assert not task.sensitive

@@ -63,6 +63,13 @@ def test_a_beginning_is_continued_and_a_question_is_asked(path):
     assert not isinstance(chat[0].prompt, str)
 
 
+def test_a_question_that_stands_twice_is_an_error(tmp_path):
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, ROWS[1]]), "utf-8")
+    with pytest.raises(ConfigError, match=r"row 4 is the same question as .*twice\.jsonl row 2"):
+        KeyPointsTask(KeyPointsConfig(path=str(twice)), seed=0)
+
+
 def test_what_is_no_question_is_an_error(path, tmp_path):
     with pytest.raises(ConfigError, match=r"kinds=\['rlhf'\].*left_out, pretrain, sft"):
         KeyPointsTask(KeyPointsConfig(path=path, kinds=("rlhf",)), seed=0)

@@ -4,7 +4,8 @@ from nltk.translate.bleu_score import corpus_bleu as nltk_corpus_bleu
 from nltk.translate.gleu_score import corpus_gleu
 from sacrebleu.metrics.bleu import BLEU
 
-from medgpt.eval.tasks.overlap import corpus_bleu, corpus_distinct, overlap, words
+from medgpt.eval.stats import Interval
+from medgpt.eval.tasks.overlap import counts, difference_of, overlap, score_of, words
 
 REFERENCES = [
     "糖尿病的主要症状包括多饮、多尿、多食和体重下降。建议您到内分泌科就诊。",
@@ -18,6 +19,12 @@ ANSWERS = [
     "A migraine often begins on one side, and noise makes it worse.",
     "感冒是病毒引起的，一般一周左右自愈，多饮水，多饮水，多饮水，多饮水。",
 ]
+
+
+def corpus(metric: str, answers: list[str], references: list[str] | None = None) -> Interval:
+    found = score_of(metric, counts(answers, references or [""] * len(answers)), seed=0)
+    assert found is not None
+    return found
 
 
 def test_words_are_those_of_jieba_and_punctuation_is_kept():
@@ -35,7 +42,7 @@ def test_words_are_those_of_jieba_and_punctuation_is_kept():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_corpus_bleu_is_sacrebleus_and_nltks(order):
-    found = corpus_bleu(ANSWERS, REFERENCES, seed=0)[f"bleu_{order}"]
+    found = corpus(f"bleu_{order}", ANSWERS, REFERENCES)
     hypotheses = [" ".join(words(text)) for text in ANSWERS]
     references = [" ".join(words(text)) for text in REFERENCES]
     theirs = BLEU(tokenize="none", max_ngram_order=order).corpus_score(hypotheses, [references])
@@ -81,10 +88,10 @@ def test_repetition_and_distinct_are_counted_by_hand():
     assert found["repetition"] == (len(runs) - len(set(runs)), len(runs))
     assert found["repetition"][0] > 0
     assert overlap("a b c d e f", "a")["repetition"] == (0.0, 3.0)
-    distinct = corpus_distinct(["a b a", "a c"])
-    assert distinct["distinct_1"].value == pytest.approx(3 / 5)
-    assert distinct["distinct_2"].value == pytest.approx(3 / 3)
-    assert distinct["distinct_1"].low <= 0.6 <= distinct["distinct_1"].high
+    distinct = corpus("distinct_1", ["a b a", "a c"])
+    assert distinct.value == pytest.approx(3 / 5)
+    assert distinct.low <= 0.6 <= distinct.high
+    assert corpus("distinct_2", ["a b a", "a c"]).value == pytest.approx(3 / 3)
 
 
 def test_the_jackknife_is_the_one_with_each_answer_left_out():
@@ -94,12 +101,44 @@ def test_the_jackknife_is_the_one_with_each_answer_left_out():
         rest = [word for i, text in enumerate(answers) if i != left for word in text.split()]
         values.append(len(set(rest)) / len(rest))
     spread = np.sqrt(np.square(np.array(values) - np.mean(values)).sum() * 8 / 9)
-    found = corpus_distinct(answers)["distinct_1"]
+    found = corpus("distinct_1", answers)
     assert found.high - found.value == pytest.approx(1.96 * spread)
+
+
+def test_the_difference_of_two_corpora_is_the_bootstrap_of_questions():
+    ours, theirs = counts(REFERENCES, REFERENCES), counts(ANSWERS, REFERENCES)
+    found = difference_of("bleu_4", ours, theirs, seed=0)
+    assert found.value == pytest.approx(100 - corpus("bleu_4", ANSWERS, REFERENCES).value)
+    random, drawn = np.random.default_rng(7), []
+    for _ in range(1000):
+        rows = random.integers(4, size=4)
+        part = [ANSWERS[i] for i in rows], [REFERENCES[i] for i in rows]
+        scored = corpus_score(*part, order=4)
+        drawn.append(100 - scored)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert found[1:] == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert difference_of("bleu_4", ours, ours, seed=0) == (0.0, 0.0, 0.0)
+
+
+def corpus_score(answers: list[str], references: list[str], order: int) -> float:
+    pairs = [[" ".join(words(text)) for text in texts] for texts in (answers, references)]
+    bleu = BLEU(tokenize="none", max_ngram_order=order, smooth_method="exp")
+    return bleu.corpus_score(pairs[0], [pairs[1]]).score
+
+
+def test_an_answer_drawn_twice_does_not_make_a_corpus_look_repetitive():
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(list("abcdefghijklmnopqrst"), 9)) for _ in range(60)]
+    varied, flat = counts(texts, texts), counts(["a b c"] * 60, texts)
+    found = difference_of("distinct_2", varied, flat, seed=0)
+    exact = len({g for t in texts for g in zip(t.split(), t.split()[1:], strict=False)}) / (60 * 8)
+    assert found.value == pytest.approx(exact - 2 / 120)
+    assert found.low < found.value < found.high  # around it, not below
+    assert found.value - found.low < 2 * (found.high - found.value)
 
 
 def test_silence_scores_zero_and_is_no_error():
     found = overlap("", REFERENCES[0])
     assert (found["rouge_1"], found["words"], found["gleu"][0]) == (0.0, 0.0, 0.0)
-    assert corpus_bleu(["", ""], REFERENCES[:2], seed=0)["bleu_4"].value == 0.0
-    assert corpus_distinct(["", ""]) == {}
+    assert corpus("bleu_4", ["", ""], REFERENCES[:2]).value == 0.0
+    assert score_of("distinct_1", counts(["", ""], ["", ""]), seed=0) is None

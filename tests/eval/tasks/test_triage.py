@@ -1,8 +1,9 @@
 from collections import Counter
 
 import pytest
+from pydantic import ValidationError
 
-from medgpt.config import TriageConfig
+from medgpt.config import JudgeConfig, TriageConfig
 from medgpt.eval.tasks.triage import TriageTask
 from medgpt.medical.triage import Question, load_complaints, questions
 from medgpt.medical.urgency import Level
@@ -60,6 +61,14 @@ def test_a_limit_keeps_whole_pairs():
     assert len(few) == 20
     assert set(Counter(q.pair for q in few).values()) == {2}
     assert {q.language for q in questions(0, languages=("en",))} == {"en"}
+
+
+def test_a_limit_that_holds_no_pair_is_refused():
+    with pytest.raises(ValidationError, match="limit=1 holds no pair of notes"):
+        TriageConfig(limit=1)
+    with pytest.raises(ValidationError, match="triage=1 holds no pair of notes"):
+        JudgeConfig(triage=1)
+    assert len(TriageTask(TriageConfig(limit=2), seed=0).requests()) == 2
 
 
 def test_an_oracle_passes():

@@ -5,6 +5,7 @@ import pytest
 from medgpt.config import ConfigError, RewardFunctionConfig, RewardsConfig
 from medgpt.config.reading import validate
 from medgpt.data.records import Message
+from medgpt.medical.rules import RULES
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.total import Rewards, reward_metrics
 
@@ -70,6 +71,25 @@ def test_a_failing_component_masks_and_is_counted_and_never_counts_as_0():
     assert metrics["rewards/raises_masked"] == 1.0
     assert "rewards/raises" not in metrics
     assert "rewards/total" not in metrics
+
+
+def test_a_rule_that_fails_masks_its_sample_alone_and_quotes_nobody(monkeypatch, caplog):
+    def broken(question: str, answer: str) -> bool:
+        if answer == DOSE[1]:
+            raise ValueError(f"cannot read {answer}")
+        return False
+
+    monkeypatch.setitem(RULES, "dose", broken)
+    found = Rewards(RewardsConfig())(answered(GOOD, DOSE), [1.0, 2.0])
+    assert found.totals == [1.0, None]
+    assert found.components["dose"] == [0.0, None]
+    metrics = reward_metrics([found])
+    assert metrics["rewards/masked"] == metrics["rewards/dose_masked"] == 0.5
+    assert metrics["rewards/dose_violations"] == 0.0
+    assert "rule dose raised ValueError on 1" in caplog.text
+    assert DOSE[1] not in caplog.text
+    only = Rewards(RewardsConfig())(answered(DOSE), [2.0])
+    assert "rewards/dose_violations" not in reward_metrics([only])
 
 
 def test_shares_are_over_the_samples_of_all_workers():

@@ -1,0 +1,87 @@
+"""A small model that has been fine-tuned on questions and answers of the sample corpus's kind."""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from medgpt.data.batch import IGNORE
+from medgpt.data.chat import generation_ids, stop_ids
+from medgpt.data.records import Message
+from medgpt.data.sample.templates import ASKED
+from medgpt.rlhf.rewards.sample import MOST_CAUSES, known_causes
+from tests.models.packing import speaking_model
+
+NUM_COMPLAINTS, HELD_OUT = 10, 5  # complaints that are asked about; phrasings that only a test asks
+VAGUE = ("这个问题比较复杂", "可能有很多种原因", "每个人的情况都不一样")
+SHARE = 0.35  # of the answers that name causes; and, apart from it, of those that give advice
+STEPS, BATCH = 250, 48
+
+
+def asked(templates: Sequence[str]) -> list[str]:
+    """Each complaint in each phrasing."""
+    symptoms = list(known_causes())[:NUM_COMPLAINTS]
+    return [template.format(symptom=symptom) for template in templates for symptom in symptoms]
+
+
+def train_prompts() -> list[str]:
+    return asked(ASKED[HELD_OUT:])
+
+
+def held_out_prompts() -> list[str]:
+    return asked(ASKED[:HELD_OUT])
+
+
+def answer(question: str, dice: random.Random) -> str:
+    """Sometimes a good one."""
+    causes = next(causes for symptom, causes in known_causes().items() if symptom in question)
+    good = f"可能是{'或'.join(causes[:MOST_CAUSES])}"
+    opening = good if dice.random() < SHARE else dice.choice(VAGUE)
+    advice = "建议您到医院检查" if dice.random() < SHARE else "平时多注意休息"
+    return f"{opening}。{advice}。"
+
+
+def save_fine_tuned(folder: Path) -> None:
+    """Train for some seconds and write model and tokenizer."""
+    dice = random.Random(0)
+    pairs = [(q, answer(q, dice)) for _ in range(20) for q in train_prompts()]
+    texts = [text for pair in pairs for text in pair]
+    model, tokenizer = speaking_model(
+        texts, vocab_size=500, hidden_size=64, intermediate_size=128, max_positions=128
+    )
+    model.set_attn_implementation("sdpa")
+    end = stop_ids(tokenizer)[-1]
+    rows = []
+    for question, text in pairs:
+        prompt = generation_ids(tokenizer, [Message("user", question)])
+        rows.append((prompt, [*tokenizer.encode(text, add_special_tokens=False), end]))
+    adam = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=STEPS)
+    for _ in range(STEPS):
+        ids, labels = batch(dice.sample(rows, BATCH))
+        model(input_ids=ids, labels=labels).loss.backward()
+        adam.step()
+        adam.zero_grad()
+        rate.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def batch(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """(B, L) ids and labels, padded on the right, where causal attention does not look."""
+    ids = pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True)
+    labels = [torch.tensor([IGNORE] * len(p) + r) for p, r in rows]
+    return ids, pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+
+
+def shuffled(prompts: Sequence[str], size: int, seed: int) -> Iterator[list[str]]:
+    """Batches without end, each prompt once in every pass."""
+    dice, left = random.Random(seed), []
+    while True:
+        while len(left) < size:
+            left += dice.sample(prompts, len(prompts))
+        yield left[:size]
+        left = left[size:]

@@ -1,0 +1,72 @@
+"""The small PPO runs that the tests of this folder start on Ray."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from medgpt.config import PPOStageConfig, load
+
+WORKERS = {"actor": 2, "critic": 1, "reward": 1, "reference": 1, "rollout": 2}
+LEARN = {"learning_rate": 1e-3}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    base: Path
+    reward: Path
+    prompts: Path
+
+
+def write_config(
+    folder: Path, parts: Parts, *overrides: str, workers: dict[str, int] = WORKERS
+) -> PPOStageConfig:
+    """The config of FOLDER/run, also written to FOLDER/ppo.toml: all that a checkpoint must hold
+    is in use, and every pool works."""
+    pools: dict[str, Any] = {
+        role: {"num_workers": num, "cpus_per_worker": 0.25} for role, num in workers.items()
+    }
+    for role in ("actor", "critic"):
+        pools[role]["engine"] = {"zero_stage": 1}
+    source = {"name": "s", "paths": [str(parts.prompts)], "licence": "none", "kind": "prompt"}
+    tree = {
+        "run": {"dir": str(folder / "run"), "seed": 1},
+        "model": {"name": str(parts.base)},
+        "data": {"max_length": 64, "validation_share": 0.0, "sources": [source]},
+        "ppo": {
+            "prompt_epochs": 2,
+            "rollout_batch_size": 8,
+            "global_batch_size": 4,
+            "epochs": 2,
+            "micro_batch_tokens": 128,
+            "checkpoint_every": 2,
+            "audit": True,
+            "kl_controller": "adaptive",
+            "kl_target": 1e-3,
+            "kl_horizon": 100,
+            "normalise_scores": True,
+        },
+        "reward": {
+            "model": str(parts.reward),
+            "functions": [{"name": "letters", "path": "tests.rlhf.test_ppo:letters"}],
+        },
+        "rollout": {"max_new_tokens": 12},
+        "judge": {
+            "every": 3,
+            "model": str(parts.reward),
+            "triage": 4,
+            "languages": ["zh"],
+            "max_new_tokens": 4,
+        },
+        "optimizer": LEARN,
+        "critic": {"optimizer": LEARN},
+        "pools": pools,
+    }
+    path = folder / "ppo.toml"
+    path.write_text(tomli_w.dumps(tree), "utf-8")
+    config = load(PPOStageConfig, path, overrides)
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), "utf-8")
+    return config

@@ -1,0 +1,62 @@
+"""Each option of the updates does what plain torch does with it, and is not ignored."""
+
+import numpy as np
+import pytest
+
+from medgpt.engine.schedule import learning_rate
+from medgpt.rlhf.roles.actor import Actor
+from tests.rlhf.cases import ppo_config, sequences
+from tests.rlhf.inline import driver, numbers
+from tests.rlhf.test_actor import ITERATIONS, assert_same, plain_torch, rank_update, train
+from tests.rlhf.test_ppo import config_of
+
+NARROW = "ppo.clip_range=0.002"  # a few steps of a small model do not go far
+
+
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [
+        (("rollout.temperature=0.7",), ()),
+        ((NARROW,), ()),
+        ((NARROW, "ppo.clip_range_high=0.01"), (NARROW,)),
+        ((NARROW, "ppo.dual_clip=1.003"), (NARROW,)),
+        (("ppo.entropy_coef=0.5",), ()),
+        (("ppo.max_logprob_gap=100.0",), ()),
+        (("ppo.whiten_advantages=false",), ()),
+        (("ppo.epochs=1",), ()),
+        (("optimizer.max_grad_norm=0.01", "optimizer.eps=1e-3"), ("optimizer.eps=1e-3",)),
+    ],
+    ids=lambda options: " ".join(options) or "-",
+)
+def test_an_option_does_what_plain_torch_does_with_it(base, tmp_path, options, without):
+    loss, weights = plain_torch(ppo_config(tmp_path, base, *options), base)
+    metrics, found = rank_update(tmp_path, base, *options)
+    assert metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
+    assert_same(found, weights, atol=2e-5)
+
+    _, others = rank_update(tmp_path, base, *without)
+    assert max(np.abs(found[name] - others[name]).max() for name in found) > 1e-4
+
+
+def test_sampling_policy_and_reference_are_compared_at_one_temperature(base, tmp_path):
+    """If one of them were not at it, these would be far apart."""
+    entropies = []
+    for name, temperature in (("warm", 1.0), ("cold", 0.3)):
+        config = config_of(tmp_path / name, base, f"rollout.temperature={temperature}")
+        ppo = driver(config, 1)
+        ppo.fit()
+        (line,) = numbers(ppo.run)
+        assert line["rollout/logprob_gap_max"] < 1e-4
+        assert line["actor/first_ratio_error"] < 1e-4
+        assert abs(line["actor/kl_ref"]) < 1e-4
+        entropies.append(line["actor/entropy"])
+    assert entropies[1] < entropies[0] - 0.5
+
+
+def test_a_target_ends_the_iteration_and_the_schedule_goes_on(base, tmp_path):
+    config = ppo_config(tmp_path, base, "ppo.target_kl=1e-7")
+    actor, whole = Actor(config, total_iterations=ITERATIONS), sequences()
+    assert train(actor, whole)["ppo/steps"] == 2
+    metrics = train(actor, whole, iteration=1)
+    assert metrics["ppo/steps"] == 2
+    assert metrics["actor/learning_rate"] == learning_rate(7, 18, config.optimizer)

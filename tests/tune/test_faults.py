@@ -1,0 +1,141 @@
+"""Whatever dies, no trial that had ended is trained again, and none is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from medgpt.config import PPOStageConfig, TuneStageConfig, load
+from medgpt.engine.schedule import learning_rate
+from medgpt.eval.stages import run_tune
+from medgpt.runs import Run
+from medgpt.tune.record import Records
+from medgpt.tune.results import trials_url
+from tests.tune.cases import search_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+ROOT = Path(__file__).parents[2]
+TRIAL = "ImplicitFunc"  # what Ray calls the process of a trial
+KEYS = '"optimizer.learning_rate" = { grid = [5e-4, 2e-3] }'
+
+
+def trial_run(config: TuneStageConfig, name: str) -> Run:
+    return Records(trials_url(config)).run(name)
+
+
+def steps(config: TuneStageConfig, name: str) -> int:
+    """That a trial has logged."""
+    lines = trial_run(config, name).metrics()
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def status(config: TuneStageConfig, name: str) -> str:
+    record = Records(trials_url(config)).read(name)
+    return "" if record is None else record.status
+
+
+def wait_for(done: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, f"no {what} after {timeout_s} s"
+        time.sleep(0.1)
+
+
+def kill_trial() -> int:
+    """SIGKILL the process of the one trial that runs on this session's Ray."""
+    ours = psutil.Process().children(recursive=True)
+    (process,) = [p for p in ours if any(TRIAL in word for word in p.cmdline())]
+    process.kill()
+    return process.pid
+
+
+@pytest.fixture(scope="module")
+def survived(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig:
+    """Three trials. The command is killed in the second one, and the third one's process dies."""
+    folder = tmp_path_factory.mktemp("faults")
+    config = search_config(
+        folder, base, "tune.searcher=grid", "tune.max_concurrent=1", "check.seeds=0",
+        keys=KEYS, of_base='["ppo.max_iterations=6"]',
+    )  # fmt: skip
+    told = ["tune.searcher=grid", "tune.max_concurrent=1", "check.seeds=0"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "medgpt", "tune", str(folder / "search.toml"),
+         'overrides=["ppo.max_iterations=6"]', *told],
+        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: status(config, "001") == "finished", "first trial")
+        wait_for(lambda: steps(config, "002") >= 3, "third iteration of the second trial")
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    time.sleep(2)  # Ray ends what belonged to it
+
+    def strike() -> None:
+        wait_for(lambda: steps(config, "003") >= 3, "third iteration of the third trial")
+        kill_trial()
+
+    hand = threading.Thread(target=strike)
+    hand.start()
+    run_tune(config)
+    hand.join()
+    return config
+
+
+def test_a_killed_search_goes_on_without_training_again_what_had_ended(survived) -> None:
+    found = {record.name: record.status for record in Records(trials_url(survived)).all()}
+    assert found == dict.fromkeys(("001", "002", "003"), "finished")
+    first, second = (trial_run(survived, name) for name in ("001", "002"))
+    assert first.manifest["attempt"] == 1
+    assert {line["attempt"] for line in first.metrics()} == {1}
+    assert second.manifest["attempt"] == 2
+    assert [line["step"] for line in second.metrics()] == list(range(7))
+    assert {line["attempt"] for line in second.metrics() if line["step"] <= 2} == {1}
+
+
+def test_a_trial_that_dies_goes_on_from_its_checkpoint(survived) -> None:
+    lines = trial_run(survived, "003").metrics()
+    assert [line["step"] for line in lines] == list(range(7))
+    assert lines[0]["attempt"] == 1
+    assert lines[-1]["attempt"] == 2
+    again = next(line["step"] for line in lines if line["attempt"] == 2)
+    assert again > 2  # the checkpoint of iteration 2 was there
+
+
+def test_copies_take_the_values_of_their_new_trial(ray_session, base, tmp_path) -> None:
+    """PBT: what is behind goes on with another trial's state, and with values of its own."""
+    config = search_config(
+        tmp_path, base, "tune.scheduler=pbt", "tune.num_trials=3", "check.seeds=0",
+        of_base='["ppo.max_iterations=8"]',
+    )  # fmt: skip
+    run_tune(config)
+    found = Records(trials_url(config)).all()
+    assert [record.status for record in found] == ["finished"] * 3
+    copies = [record for record in found if record.copied]
+    assert copies
+    for record in copies:
+        last = record.copied[-1]
+        assert last.trial != record.name
+        assert record.params == last.params
+        lines = {line["step"]: line for line in trial_run(config, record.name).metrics()}
+        after = lines[last.iteration + 1]
+        assert after["ppo/kl_coef"] == record.params["ppo.kl_coef"]
+        stage = load(
+            PPOStageConfig, Path(trial_run(config, record.name).folder.path("config.toml"))
+        )
+        steps_done = (last.iteration + 1) * stage.ppo.num_steps
+        assert after["actor/learning_rate"] == pytest.approx(
+            learning_rate(steps_done - 1, 8 * stage.ppo.num_steps, stage.optimizer)
+        )
+        assert stage.optimizer.learning_rate == record.params["optimizer.learning_rate"]

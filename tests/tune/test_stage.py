@@ -1,0 +1,95 @@
+"""Searches on a real Ray: what they leave, and what they survive."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from medgpt.config import PPOStageConfig, TuneStageConfig, load
+from medgpt.eval.stages import run_tune
+from medgpt.runs import Run
+from medgpt.tune.record import Record, Records
+from medgpt.tune.results import trials_url
+from tests.rlhf.inline import numbers
+from tests.tune.cases import search_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+# one leaves the reference at once, one cannot be made: neither ends the search
+DIVERGING = '["diagnosis.window=2", "diagnosis.max_kl=3.0", "ppo.max_iterations=4"]'
+KEYS = """
+"optimizer.learning_rate" = { choice = [1e-3, 0.3] }
+"""
+
+
+def records(config: TuneStageConfig) -> dict[str, Record]:
+    return {record.name: record for record in Records(trials_url(config)).all()}
+
+
+def trial_run(config: TuneStageConfig, name: str) -> Run:
+    return Records(trials_url(config)).run(name)
+
+
+@pytest.fixture(scope="module")
+def searched(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig:
+    """A grid of two, and the base; one of them diverges."""
+    config = search_config(
+        tmp_path_factory.mktemp("search"), base, "tune.searcher=grid", "tune.max_concurrent=1",
+        keys='"optimizer.learning_rate" = { grid = [5e-4, 0.3] }', of_base=DIVERGING,
+    )  # fmt: skip
+    run_tune(config)
+    return config
+
+
+def test_a_diverging_trial_ends_with_its_diagnosis_and_the_others_go_on(searched) -> None:
+    found = records(searched)
+    assert [record.status for record in found.values()] == ["finished", "finished", "diverged"]
+    assert "nats an answer from the reference" in found["003"].why
+    steps = trial_run(searched, "003").metrics()[-1]["step"]
+    assert 2 <= steps < 4
+
+
+def test_a_search_leaves_a_table_a_config_a_check_and_a_report(searched) -> None:
+    folder = Path(searched.run.dir)
+    rows = pq.read_table(folder / "results.parquet").to_pylist()
+    assert [row["trial"] for row in rows] == ["001", "002", "003"]
+    (best,) = [row for row in rows if row["winner"]]
+    config = load(PPOStageConfig, folder / "best.toml")
+    assert config.optimizer.learning_rate == best["optimizer.learning_rate"]
+    check = json.loads((folder / "check.json").read_text("utf-8"))
+    policies = {"winner"} if best["trial"] == "001" else {"base", "winner"}
+    assert {(row["policy"], row["seed"]) for row in check} == {
+        (policy, seed) for policy in policies for seed in (1, 2)
+    }
+    assert all(row["kl"] is not None for row in check)
+    assert (folder / "report.html").exists()
+    assert (folder / "trials" / best["trial"] / "tensorboard").is_dir()
+
+
+def test_all_trials_asked_the_same_pools(searched) -> None:
+    counts = Run(searched.run.dir).manifest["shared_pools"]
+    iterations = sum(
+        "ppo/score_mean" in line
+        for name in records(searched)
+        for line in trial_run(searched, name).metrics()
+    )
+    assert counts["calls"] >= 2 * iterations  # scores and reference log-probabilities
+    assert counts["batches"] <= counts["calls"]
+
+
+def test_a_trial_with_pools_of_its_own_has_the_same_numbers(searched, base, tmp_path) -> None:
+    alone = search_config(
+        tmp_path, base, "tune.searcher=grid", "tune.shared_pools=false", "check.seeds=0",
+        keys='"optimizer.learning_rate" = { grid = [1e-3] }', of_base=DIVERGING,
+    )  # fmt: skip
+    run_tune(alone)
+    own, shared = (numbers(trial_run(config, "001")) for config in (alone, searched))
+    assert len(own) == len(shared) == 5
+    for mine, theirs in zip(own, shared, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def test_a_finished_search_is_left_as_it_is(searched) -> None:
+    before = trial_run(searched, "001").folder.read_text("metrics.jsonl")
+    run_tune(searched)
+    assert trial_run(searched, "001").folder.read_text("metrics.jsonl") == before
