@@ -16,7 +16,6 @@ import ray
 from medgpt.config import PPOStageConfig, TuneStageConfig, load
 from medgpt.engine.schedule import learning_rate
 from medgpt.eval.stages import run_tune
-from medgpt.rlhf.roles.common import num_steps
 from medgpt.runs import Run
 from medgpt.tune.record import Records
 from medgpt.tune.results import trials_url
@@ -135,8 +134,8 @@ def test_copies_take_the_values_of_their_new_trial(ray_session, base, tmp_path) 
         stage = load(
             PPOStageConfig, Path(trial_run(config, record.name).folder.path("config.toml"))
         )
-        steps_done = (last.iteration + 1) * num_steps(stage)
+        steps_done = (last.iteration + 1) * stage.ppo.num_steps
         assert after["actor/learning_rate"] == pytest.approx(
-            learning_rate(steps_done - 1, 8 * num_steps(stage), stage.optimizer)
+            learning_rate(steps_done - 1, 8 * stage.ppo.num_steps, stage.optimizer)
         )
         assert stage.optimizer.learning_rate == record.params["optimizer.learning_rate"]
