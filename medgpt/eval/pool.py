@@ -25,7 +25,7 @@ from medgpt.runs import Folder
 CHUNK = 64  # requests; of replies as many as are generated together
 AHEAD = 2  # chunks that an engine has, so that it need not wait for the driver
 SAID_AFTER_S = 30  # a wait that takes longer is told
-PING_S = 5  # in which a living engine answers, however busy
+PING_S = 30  # in which a living engine answers, however busy it and its machine
 
 Advance = Callable[[int], None]
 Say = Callable[[str], None]

@@ -1,6 +1,7 @@
 """Room for pools: a placement group for each, all of them or none."""
 
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ from medgpt.config import ConfigError, RoleConfig
 from medgpt.train.capacity import bundle
 
 TRY_S = 20.0  # that part of a gang may be held while the rest is not there
-DRIVER = "driver"  # in names of groups, where an actor has its id
+MADE_BY_ACTOR = re.compile(r"medgpt-\w+-([0-9a-f]+)-\w+")  # names of groups
 PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
 
 
@@ -80,7 +81,7 @@ def acquire(
 
 def _request(roles: Mapping[str, RoleConfig]) -> Gang:
     groups: dict[str, PlacementGroup] = {}
-    maker = ray.get_runtime_context().get_actor_id() or DRIVER
+    maker = ray.get_runtime_context().get_actor_id() or "driver"
     unique = uuid.uuid4().hex[:8]  # Ray wants each name once
     for name, config in roles.items():
         if config.share_with is None:
@@ -100,9 +101,8 @@ def release_of(is_orphaned: Callable[[str], bool]) -> None:
     Ray would keep those of a dead actor until the job ends.
     """
     for key, row in placement_group_table().items():
-        prefix, *_, maker, _ = [*row["name"].split("-"), "", ""]
-        mine = prefix == "medgpt" and maker not in ("", DRIVER) and row["state"] != "REMOVED"
-        if mine and is_orphaned(maker):
+        found = MADE_BY_ACTOR.fullmatch(row["name"])
+        if found and row["state"] != "REMOVED" and is_orphaned(found[1]):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
 
 

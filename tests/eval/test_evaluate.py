@@ -166,8 +166,9 @@ def test_the_death_of_an_engine_costs_nothing_but_time(
 
 @pytest.mark.ray
 def test_engines_that_no_node_holds_are_not_waited_for_for_ever(
-    ray_session: None, base: Path, tmp_path: Path
+    ray_session: None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("medgpt.eval.pool.PING_S", 1)
     cluster = {"cpus_per_worker": 99, "wait_s": 1}
     settings = config(tmp_path, base, nll=[{"general": True}], cluster=cluster)
     said: list[str] = []

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.placement import Gang, acquire, is_dead, release_of
+from medgpt.rlhf.placement import Gang, acquire
 from medgpt.rlhf.pool import Pool, Pools
 from tests.rlhf.roles import Adder
 
@@ -68,28 +68,6 @@ def test_a_pool_larger_than_the_cluster_is_refused_at_once() -> None:
     pools = Pools([Pool("critic", RoleConfig(num_workers=5), Adder)], config, wait_s=60, say=silent)
     with pytest.raises(ConfigError, match=r"pools.critic \(5 x \(1 CPU\)\) can never be placed"):
         pools.start()
-
-
-class Maker:
-    def take(self) -> None:
-        quickly({"reward": HALF})
-
-
-def test_what_a_dead_actor_held_is_released_when_asked_for() -> None:
-    maker = ray.remote(Maker).remote()
-    ray.get(maker.take.remote())
-    ray.kill(maker)
-    deadline = time.monotonic() + 30
-    while not is_dead(maker._actor_id.hex()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    kept = quickly({"critic": HALF})
-    release_of(lambda actor: actor != maker._actor_id.hex() and is_dead(actor))
-    with pytest.raises(ConfigError, match="no room"):
-        acquire({"actor": HALF}, wait_s=1, say=silent, try_s=0.5)
-    release_of(is_dead)
-    quickly({"actor": HALF}).release()
-    kept.release()
 
 
 def test_roles_share_bundles_when_told_to() -> None:

@@ -13,15 +13,14 @@ import psutil
 import pytest
 import ray
 
-from medgpt.config import PPOStageConfig, TuneStageConfig, load
-from medgpt.engine.schedule import learning_rate
+from medgpt.config import TuneStageConfig
 from medgpt.eval.stages import run_tune
 from medgpt.runs import Run
 from medgpt.tune.record import Records
 from medgpt.tune.results import trials_url
 from tests.tune.cases import search_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 TRIAL = "ImplicitFunc"  # what Ray calls the process of a trial
 KEYS = '"optimizer.learning_rate" = { grid = [5e-4, 2e-3] }'
@@ -111,31 +110,3 @@ def test_a_trial_that_dies_goes_on_from_its_checkpoint(survived) -> None:
     assert lines[-1]["attempt"] == 2
     again = next(line["step"] for line in lines if line["attempt"] == 2)
     assert again > 2  # the checkpoint of iteration 2 was there
-
-
-def test_copies_take_the_values_of_their_new_trial(ray_session, base, tmp_path) -> None:
-    """PBT: what is behind goes on with another trial's state, and with values of its own."""
-    config = search_config(
-        tmp_path, base, "tune.scheduler=pbt", "tune.num_trials=3", "check.seeds=0",
-        of_base='["ppo.max_iterations=8"]',
-    )  # fmt: skip
-    run_tune(config)
-    found = Records(trials_url(config)).all()
-    assert [record.status for record in found] == ["finished"] * 3
-    copies = [record for record in found if record.copied]
-    assert copies
-    for record in copies:
-        last = record.copied[-1]
-        assert last.trial != record.name
-        assert record.params == last.params
-        lines = {line["step"]: line for line in trial_run(config, record.name).metrics()}
-        after = lines[last.iteration + 1]
-        assert after["ppo/kl_coef"] == record.params["ppo.kl_coef"]
-        stage = load(
-            PPOStageConfig, Path(trial_run(config, record.name).folder.path("config.toml"))
-        )
-        steps_done = (last.iteration + 1) * stage.ppo.num_steps
-        assert after["actor/learning_rate"] == pytest.approx(
-            learning_rate(steps_done - 1, 8 * stage.ppo.num_steps, stage.optimizer)
-        )
-        assert stage.optimizer.learning_rate == record.params["optimizer.learning_rate"]

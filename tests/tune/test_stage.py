@@ -11,15 +11,10 @@ from medgpt.eval.stages import run_tune
 from medgpt.runs import Run
 from medgpt.tune.record import Record, Records
 from medgpt.tune.results import trials_url
-from tests.rlhf.inline import numbers
 from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-# one leaves the reference at once, one cannot be made: neither ends the search
 DIVERGING = '["diagnosis.window=2", "diagnosis.max_kl=3.0", "ppo.max_iterations=4"]'
-KEYS = """
-"optimizer.learning_rate" = { choice = [1e-3, 0.3] }
-"""
 
 
 def records(config: TuneStageConfig) -> dict[str, Record]:
@@ -75,21 +70,3 @@ def test_all_trials_asked_the_same_pools(searched) -> None:
     )
     assert counts["calls"] >= 2 * iterations  # scores and reference log-probabilities
     assert counts["batches"] <= counts["calls"]
-
-
-def test_a_trial_with_pools_of_its_own_has_the_same_numbers(searched, base, tmp_path) -> None:
-    alone = search_config(
-        tmp_path, base, "tune.searcher=grid", "tune.shared_pools=false", "check.seeds=0",
-        keys='"optimizer.learning_rate" = { grid = [1e-3] }', of_base=DIVERGING,
-    )  # fmt: skip
-    run_tune(alone)
-    own, shared = (numbers(trial_run(config, "001")) for config in (alone, searched))
-    assert len(own) == len(shared) == 5
-    for mine, theirs in zip(own, shared, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
-
-
-def test_a_finished_search_is_left_as_it_is(searched) -> None:
-    before = trial_run(searched, "001").folder.read_text("metrics.jsonl")
-    run_tune(searched)
-    assert trial_run(searched, "001").folder.read_text("metrics.jsonl") == before
