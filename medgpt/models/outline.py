@@ -75,7 +75,6 @@ class Outline:
         return sum(weight.numel for weight in self.weights if weight.is_matrix) + head
 
 
-@cache
 def outline(
     config: ModelConfig, objective: Objective, *, vocab_size: int = 0, new_tokens: int = 0
 ) -> Outline:
@@ -88,6 +87,14 @@ def outline(
     Raises:
         ConfigError: there is no such configuration, or it is none for this objective.
     """
+    key: Any = config  # frozen, so it has a hash
+    return _outline(key, objective, vocab_size, new_tokens)
+
+
+@cache
+def _outline(
+    config: ModelConfig, objective: Objective, vocab_size: int, new_tokens: int
+) -> Outline:
     hf_config = _hf_config(config, objective, vocab_size, new_tokens)
     with torch.device("meta"), no_init_weights():
         model: Any = AUTO[objective].from_config(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import GangResourceRequest
-from ray.core.generated.common_pb2 import LabelSelectorOperator
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest  # pyright: ignore[reportAttributeAccessIssue] - generated
+from ray.core.generated.common_pb2 import LabelSelectorOperator  # pyright: ignore[reportAttributeAccessIssue] - generated
 
 from medgpt.config import ConfigError, RoleConfig
 from medgpt.planning.hardware import Cluster, NodeType

@@ -3,7 +3,7 @@
 Every piece counts as long as the config allows, so true tokens per second are higher.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from medgpt.config import PPOStageConfig, TrainStageConfig
@@ -196,9 +196,10 @@ def _generate_s(
     return mine * config.rollout.max_new_tokens / (speed.at_peak if peak else speed.expected)
 
 
-def _update_s(config: PPOStageConfig, pool: Pool, node: NodeType, spent: object) -> float:
+def _update_s(
+    config: PPOStageConfig, pool: Pool, node: NodeType, spent: Callable[[Pool, float], float]
+) -> float:
     ppo = config.ppo
-    assert callable(spent)
     compute = ppo.epochs * spent(
         pool, train_flops(pool.model, pool.length, checkpointing=pool.checkpointing)
     )
