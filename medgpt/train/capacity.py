@@ -145,7 +145,7 @@ def named(resources: Mapping[str, float]) -> dict[str, float]:
     """Without what Ray adds for itself: memory, node:1.2.3.4, accelerator_type:H100."""
     return {
         name: float(amount)
-        for name, amount in resources.items()
+        for name, amount in sorted(resources.items())
         if name in OWN or not (":" in name or "memory" in name)
     }
 

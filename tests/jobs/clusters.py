@@ -29,9 +29,7 @@ PORTS = (
 class Cluster:
     """A head node of its own: own ports, own folder, own token; others' Rays are left alone."""
 
-    def __init__(
-        self, folder: str, options: Sequence[str], environment: Mapping[str, str], num_cpus: int
-    ) -> None:
+    def __init__(self, folder: str, num_cpus: int, environment: Mapping[str, str]) -> None:
         binaries = Path(sys.executable).parent  # jobs run with the PATH of `ray start`
         self.folder = Path(folder)
         self.ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
@@ -47,7 +45,7 @@ class Cluster:
         self.ray = str(binaries / "ray")
         start = [self.ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
         self.head = subprocess.Popen(
-            [*start, f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *ports, *options],
+            [*start, f"--num-cpus={num_cpus}", f"--temp-dir={folder}", *ports],
             env={**self.environment, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -108,10 +106,10 @@ class Cluster:
 
 
 @contextmanager
-def started(*options: str, num_cpus: int = 3, **environment: str) -> Iterator[Cluster]:
-    """A cluster; `options` are of `ray start`, `environment` is that of its nodes."""
+def started(*, num_cpus: int = 3, **environment: str) -> Iterator[Cluster]:
+    """A cluster of one node, which has this environment."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths must be short
-    cluster = Cluster(folder, options, environment, num_cpus)
+    cluster = Cluster(folder, num_cpus, environment)
     try:
         yield cluster
     finally:

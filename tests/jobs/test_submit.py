@@ -3,10 +3,10 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -23,15 +23,20 @@ from tests.train.test_resume import train_losses
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 SECRET = "planted-secret-7f3a9c"
 PATIENT = {"name": "欧阳慕寒", "id": "11010119870307561X", "phone": "13912345678"}
-NODE_TYPES = {  # of a cluster that may have two nodes with four GPUs each
-    "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-    "gpu": {
-        "resources": {"CPU": 8, "GPU": 4},
-        "node_config": {},
-        "min_workers": 0,
-        "max_workers": 2,
-    },
-}
+TWO_NODES_OF_FOUR_GPUS = """
+import sys
+from ray._raylet import (
+    GCS_AUTOSCALER_CLUSTER_CONFIG_KEY, GCS_AUTOSCALER_STATE_NAMESPACE, GcsClient
+)
+from ray.core.generated.autoscaler_pb2 import ClusterConfig
+
+limits = ClusterConfig()
+limits.node_group_configs.add(name="gpu", resources={"CPU": 8, "GPU": 4}, max_count=2)
+GcsClient(address=sys.argv[1]).internal_kv_put(
+    GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), limits.SerializeToString(), True,
+    GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
+)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -239,23 +244,20 @@ def test_a_pipeline_is_one_job_that_goes_on_at_the_stage_that_failed(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     (tmp_path / "corpus.toml").write_text("")
-    stages: list[dict[str, Any]] = [
-        {"stage": "corpus", "config": "corpus.toml", "overrides": ["run.dir={dir}/a"]},
-        {
-            "stage": "corpus",
-            "config": "corpus.toml",
-            "overrides": ["run.dir={dir}/b", "shards=2"],
-        },
+    corpus = {"stage": "corpus", "config": "corpus.toml"}
+    stages = [
+        {**corpus, "overrides": ["run.dir={dir}/a"]},
+        {**corpus, "overrides": [f"run.dir={tmp_path}/b", "shards=2"]},
     ]
     tree = {"run": {"dir": f"{tmp_path}/runs"}, "stages": stages}
     (tmp_path / "pipeline.toml").write_text(tomli_w.dumps(tree))
-    (tmp_path / "runs/b").mkdir(parents=True)
-    (tmp_path / "runs/b/mine.txt").write_text("mine")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/mine.txt").write_text("mine")
     submit = ("submit", "pipeline", "pipeline.toml")
     failed = cluster.medgpt(*submit, folder=tmp_path)
     assert failed.returncode == 2
-    assert "runs/b holds mine.txt" in failed.stdout
-    (tmp_path / "runs/b/mine.txt").unlink()
+    assert "b holds mine.txt" in failed.stdout
+    (tmp_path / "b/mine.txt").unlink()
     (tmp_path / "another.py").write_text("# so that the copy lies elsewhere")
     before = (tmp_path / "runs/a/manifest.json").read_text()
     done = cluster.medgpt(*submit, folder=tmp_path)
@@ -264,55 +266,28 @@ def test_a_pipeline_is_one_job_that_goes_on_at_the_stage_that_failed(
     assert Run(f"{tmp_path}/runs").finished
 
 
-@pytest.mark.slow
-def test_workers_that_can_never_be_placed_are_refused_at_submission(
+def test_a_pool_that_no_node_can_hold_is_refused_at_submission(
     base: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    with started(*autoscaling(tmp_path), num_cpus=1, RAY_FAKE_CLUSTER="1") as cluster:
-        config = {
-            "run": {"dir": f"{tmp_path}/run"},
-            "model": {"name": str(base)},
-            "data": {"sources": [source("sft", tiny_corpus / "sft")]},
-            "reward": {"score_weight": 0, "rules": {}},
-            "pools": {"rollout": {"num_workers": 1, "gpus_per_worker": 8}},
-        }
-        (tmp_path / "ppo.toml").write_text(tomli_w.dumps(config))
+    config = {
+        "run": {"dir": f"{tmp_path}/run"},
+        "model": {"name": str(base)},
+        "data": {"sources": [source("sft", tiny_corpus / "sft")]},
+        "reward": {"score_weight": 0},
+        "pools": {"rollout": {"gpus_per_worker": 8}},
+    }
+    (tmp_path / "ppo.toml").write_text(tomli_w.dumps(config))
+    with started(num_cpus=1) as cluster:
+        tell = [sys.executable, "-c", TWO_NODES_OF_FOUR_GPUS, f"127.0.0.1:{cluster.ports['port']}"]
+        subprocess.run(tell, env=cluster.environment, check=True)
         refused = cluster.medgpt("submit", "ppo", "ppo.toml", "--detach", folder=tmp_path)
         assert refused.returncode == 2, refused.stdout
         assert (
             "pools.rollout (1 x (1 CPU, 8 GPU)) can never be placed: no node is like that; the "
             "cluster has 1 x (1 CPU), its autoscaler may have up to 2 x (8 CPU, 4 GPU)"
-            in refused.stderr
-        )
+        ) in refused.stderr
         assert not (tmp_path / "run").exists()
         assert json.loads(job_infos(cluster)) == []
-
-
-def autoscaling(folder: Path) -> list[str]:
-    """Options of a head that has Ray's fake autoscaler; it is asked for nothing here."""
-    nothing = ("auth", "docker", "file_mounts")
-    commands = (
-        *("initialization_commands", "setup_commands", "head_setup_commands"),
-        *("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
-        *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
-    )
-    config = {
-        "cluster_name": "fake",
-        "max_workers": 2,
-        "upscaling_speed": 1.0,
-        "idle_timeout_minutes": 1,
-        "provider": {
-            "type": "fake_multinode",
-            "disable_node_updaters": True,
-            "disable_launch_config_check": True,
-        },
-        "available_node_types": NODE_TYPES,
-        "head_node_type": "head",
-        **{name: {} for name in nothing},
-        **{name: [] for name in commands},
-    }
-    (folder / "autoscaling.yaml").write_text(json.dumps(config))
-    return [f"--autoscaling-config={folder}/autoscaling.yaml"]
 
 
 @pytest.mark.slow
@@ -345,6 +320,7 @@ def test_patients_are_in_no_log_metric_report_or_job_metadata(
     assert {"metrics.jsonl", "report.html", "rejected", "manifest.json"} <= {
         path.name for path in written
     }
+    assert found_in([tmp_path / "patients.jsonl"], PATIENT["id"])
     logs = [*cluster.folder.glob("session_*/logs")]
     assert found_in([*written, *logs, tmp_path / "refused/rejected"], *PATIENT.values()) == []
     said = job.stdout + job.stderr + refused.stdout + job_infos(cluster)
