@@ -125,7 +125,7 @@ def test_pools_that_leave_no_room_for_a_data_task_are_refused(base: Path, tmp_pa
     pools = make_pools(config, 1, ConsoleReporter("ppo"))
     assert pools.data_cpus == config.cluster.data_cpus == 1
     assert ray.cluster_resources()["CPU"] == 4
-    refused(config, r"can never be placed: the pools before it and data tasks take 4 CPU of 4")
+    refused(config, r"can never be placed: data tasks and pools before it take 4 CPU of 4")
 
 
 @pytest.mark.usefixtures("ray_session")
