@@ -21,7 +21,8 @@ def config(**sections: Any) -> PPOStageConfig:
 
 def test_the_defaults_and_good_choices_pass():
     config()
-    config(ppo={"rollout_batch_size": 12, "global_batch_size": 4, "clip_range_high": 0.28})
+    found = config(ppo={"rollout_batch_size": 12, "global_batch_size": 4, "clip_range_high": 0.28})
+    assert (found.ppo.rollout_batch_size, found.ppo.clip_range_high) == (12, 0.28)
     config(pools={"rollout": {"num_workers": 512}, "actor": {"num_workers": 128}})
     config(model={"lora": {"rank": 4}}, pools={"reference_in_actor": True})
 
