@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import ray
 from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
@@ -43,16 +44,10 @@ def started_cluster() -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        end(cluster)
-
-
-def end(cluster: Cluster) -> None:
-    """Without what its shutdown takes from the session's Ray, to which this process is connected:
-    the way to its key-value store."""
-    store = internal_kv.global_gcs_client
-    cluster.shutdown()
-    if store is not None:
-        internal_kv._initialize_internal_kv(store)
+        cluster.shutdown()
+        if ray.is_initialized():
+            # a head takes the way to the key-value store from the Ray of this process
+            internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
 def add_node(cluster: Cluster) -> Any:
