@@ -31,8 +31,9 @@ def run_dpo(config: DPOConfig) -> Run:
 
 
 def run_ppo(config: PPOStageConfig) -> Run:
-    """Raises ConfigError: also where the run has diverged, with the diagnosis."""
+    """Raises ConfigError: also where the run has diverged, or its workers died too often."""
     from medgpt.rlhf.diagnosis import Diverged
+    from medgpt.rlhf.pool import DataLost, Leaving, PoolDied
     from medgpt.rlhf.stage import run_ppo_stage
 
     try:
@@ -41,6 +42,12 @@ def run_ppo(config: PPOStageConfig) -> Run:
         run = Run(config.run.dir)
         _report_ppo(run)
         raise ConfigError(f"halted {diverged}; report in {run.folder.url}/report.html") from None
+    except (PoolDied, DataLost, Leaving) as loss:
+        limit = "max_preemptions" if isinstance(loss, Leaving) else "max_failures"
+        raise ConfigError(
+            f"{loss}, which was once more than cluster.{limit}={getattr(config.cluster, limit)} "
+            "allows; the same command goes on from the newest checkpoint"
+        ) from loss
     if not run.folder.exists("report.html"):
         _report_ppo(run)
     print(f"ppo: report in {run.folder.url}/report.html")

@@ -1,11 +1,14 @@
 """Room for pools: a placement group for each, all of them or none."""
 
+import math
 import random
 import re
+import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray import PlacementGroupID
@@ -22,6 +25,7 @@ from medgpt.config import ConfigError, RoleConfig
 from medgpt.train.capacity import bundle
 
 TRY_S = 20.0  # that part of a gang may be held while the rest is not there
+REACH_S = 1.0  # in which a node answers
 MADE_BY_ACTOR = re.compile(r"medgpt-\w+-([0-9a-f]+)-\w+")  # names of groups
 PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
 
@@ -35,6 +39,17 @@ class Gang:
     def release(self) -> None:
         for group in {group.id: group for group in self.groups.values()}.values():
             remove_placement_group(group)
+
+    def roles_on(self, nodes: Container[str]) -> set[str]:
+        """Those with a bundle on one of these nodes, by their ids in hexadecimal."""
+        return {
+            role
+            for role, group in self.groups.items()
+            if any(
+                node in nodes
+                for node in placement_group_table(group)["bundles_to_node_id"].values()
+            )
+        }
 
 
 def acquire(
@@ -104,6 +119,37 @@ def release_of(is_orphaned: Callable[[str], bool]) -> None:
         found = MADE_BY_ACTOR.fullmatch(row["name"])
         if found and row["state"] != "REMOVED" and is_orphaned(found[1]):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+
+
+def ending_nodes() -> dict[str, float]:
+    """Nodes whose end Ray has announced (it drains them), by id the seconds that are left."""
+    now_ms = time.time() * 1000
+    draining = ray_state.get_draining_nodes()
+    return {
+        node: (deadline_ms - now_ms) / 1000 if deadline_ms else math.inf
+        for node, deadline_ms in draining.items()
+    }
+
+
+def await_lost_nodes(timeout_s: float) -> None:
+    """Return when Ray knows of every node that cannot be reached that it is lost.
+
+    Ray counts missed heartbeats first, and would start new workers there until then.
+    """
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if all(_is_reached(node) for node in ray.nodes() if node["Alive"]):
+            return
+        time.sleep(REACH_S)
+
+
+def _is_reached(node: Mapping[str, Any]) -> bool:
+    try:
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        socket.create_connection(address, timeout=REACH_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def is_dead(actor_id: str) -> bool:

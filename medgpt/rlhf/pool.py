@@ -4,9 +4,10 @@ A role is a plain class. `pool.call(Actor.update, ref)` runs `Actor.update(role,
 worker of the pool and returns a ref for each; refs go from pool to pool, the driver sees metrics.
 """
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -17,7 +18,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.placement import Gang, acquire
+from medgpt.rlhf.placement import Gang, acquire, await_lost_nodes, ending_nodes
 from medgpt.rlhf.worker import Seat, Worker
 from medgpt.train.capacity import of_pools, preflight
 
@@ -25,6 +26,9 @@ Role = TypeVar("Role")
 Say = Callable[[str], None]
 SAID_AFTER_S = 30  # a wait that takes longer is told
 PING_S = 3  # in which Ray knows that a worker died
+WATCH_S = 2  # between looks whether the end of a node was announced
+STARTS = 3  # after so many deaths of workers that start, there is a reason
+NODE_LOST_S = 90  # in which Ray knows that a node is lost
 SETTLE_S = 0.5  # in which workers that died together are all known to have died
 
 
@@ -37,6 +41,19 @@ class PoolDied(Exception):
 
     def __str__(self) -> str:
         return f"{self.role} pool: rank {', '.join(map(str, self.ranks))} {self.why}"
+
+
+class Leaving(Exception):
+    """Nodes that hold pools end soon, while all still work; `Pools.move` takes the pools away."""
+
+    def __init__(self, roles: Collection[str], seconds: float) -> None:
+        super().__init__(sorted(roles), seconds)
+        self.roles, self.seconds = sorted(roles), seconds
+
+    def __str__(self) -> str:
+        left = "" if math.isinf(self.seconds) else f" in {self.seconds:.0f} s"
+        pools = f"the {' and '.join(self.roles)} pool{'s' if len(self.roles) > 1 else ''}"
+        return f"the end of a node of {pools} was announced{left}"
 
 
 class DataLost(Exception):
@@ -133,15 +150,12 @@ class Pool(Generic[Role]):
 
     def rank_of(self, ref: Any) -> int | None:
         """Of the worker that makes `ref`, if it is one of this pool."""
-        actor = ref.task_id().actor_id()
-        for rank, worker in enumerate(self.workers):
-            if worker._actor_id == actor:
-                return rank
-        return None
+        return self.rank_with(ref.task_id().actor_id().hex())
 
-    def has(self, actor_id: str) -> bool:
-        """Whether one of the workers has this id, in hexadecimal."""
-        return any(worker._actor_id.hex() == actor_id for worker in self.workers)
+    def rank_with(self, actor_id: str) -> int | None:
+        """Of the worker with this id, in hexadecimal."""
+        ids = [worker._actor_id.hex() for worker in self.workers]
+        return ids.index(actor_id) if actor_id in ids else None
 
     def _start(self, rank: int) -> Any:
         assert self._group is not None, "not started"
@@ -192,7 +206,7 @@ class Pools:
     ) -> None:
         self.pools: Mapping[str, Pool[Any]] = {pool.role: pool for pool in pools}
         self.config, self.wait_s, self.say, self.data_cpus = config, wait_s, say, data_cpus
-        self._gang: Gang | None = None
+        self._gang = Gang({})
 
     def preflight(self) -> None:
         """Raises ConfigError if the cluster can never hold all pools."""
@@ -203,17 +217,49 @@ class Pools:
 
         Raises:
             ConfigError: no room within `wait_s` or ever, or what a role refused.
-            PoolDied: a worker did not live through it.
+            PoolDied: workers did not live through it, again and again.
         """
         self.preflight()
-        gang = self._gang = acquire(self._configs(), wait_s=self.wait_s, say=self.say)
-        refs = []
+        for start in range(1, STARTS + 1):
+            try:
+                self._start(self.pools)
+                return
+            except PoolDied as died:
+                self.close()
+                if start == STARTS:
+                    raise
+                self.say(f"{died} before it was ready; all pools start again")
+
+    def move(self, roles: Collection[str]) -> None:
+        """Place these pools anew, where no node is about to end, and have their roles made.
+
+        Raises:
+            ConfigError, PoolDied: as of `start`.
+        """
+        for role in roles:
+            self.pools[role].end()
+        groups = self._gang.groups
+        Gang({role: groups[role] for role in roles}).release()
+        self._gang = Gang({role: group for role, group in groups.items() if role not in roles})
+        self._start(roles)
+
+    def _start(self, roles: Iterable[str]) -> None:
+        configs = {role: self.pools[role].config for role in roles}
+        gang = acquire(configs, wait_s=self.wait_s, say=self.say)
+        self._gang = Gang({**self._gang.groups, **gang.groups})
         sharers = Counter(group.id for group in gang.groups.values())
         turns = {group: Turn(sharers=count) for group, count in sharers.items()}
-        for name, pool in self.pools.items():
-            group = gang.groups[name]
-            refs += pool.begin(group, turns[group.id], timeout_s=self.config.call_timeout_s)
+        refs = []
+        for role, group in gang.groups.items():
+            turn, limit = turns[group.id], self.config.call_timeout_s
+            refs += self.pools[role].begin(group, turn, timeout_s=limit)
         self.get(refs, "starting workers", timeout_s=self.config.join_timeout_s)
+
+    def check_nodes(self) -> None:
+        """Raises Leaving if the end of a node that holds one of the pools was announced."""
+        ending = ending_nodes()
+        if ending and (roles := self._gang.roles_on(ending)):
+            raise Leaving(roles, min(ending.values()))
 
     def get(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> list[Any]:
         """Values of `refs`, in their order; the first error ends the wait for the others.
@@ -234,22 +280,36 @@ class Pools:
         except ObjectLostError as error:
             self._raise_lost(error, error)
 
-    def wait(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> None:
-        """Return when all `refs` are there; as `get`, but values stay where they are."""
+    def wait(
+        self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None, watch: bool = False
+    ) -> None:
+        """Return when all `refs` are there; as `get`, but values stay where they are.
+
+        Args:
+            watch: do not wait for what a node will not live to see.
+
+        Raises:
+            Leaving: as of `check_nodes`, if told to watch.
+        """
         limit = self.config.call_timeout_s if timeout_s is None else timeout_s
         began, said, pending = time.monotonic(), False, list(refs)
+        latest = began
         while pending:
-            left = began + limit - time.monotonic()
-            patience = max(0.0, min(SAID_AFTER_S, left))
+            now = time.monotonic()
+            patience = max(0.0, min(WATCH_S, began + limit - now))
             done, pending = ray.wait(pending, timeout=patience, fetch_local=False)
             for ref in done:
                 self._check(ref)
-            if pending and time.monotonic() > began + limit:
+            now = time.monotonic()
+            if pending and now > began + limit:
                 self._give_up(pending, f"did not answer within {limit:g} s of {what}")
-            if not done and not said:
+            latest = now if done else latest
+            if pending and not said and now > latest + SAID_AFTER_S:
                 workers = ", ".join(f"{role} {rank}" for role, rank in self._whose(pending))
                 self.say(f"{what}: waiting up to {limit:g} s for {workers}")
                 said = True
+            if pending and not done and watch:
+                self.check_nodes()
 
     def rebuild(self, died: PoolDied) -> set[str]:
         """Make the dead pool work again, and others that died with it; living ones stay as they
@@ -260,6 +320,7 @@ class Pools:
         """
         gone = _dead(self.pools.values(), SETTLE_S)
         gone[died.role] = sorted({*died.ranks, *gone.get(died.role, [])})
+        await_lost_nodes(NODE_LOST_S)
         refs = [ref for role, ranks in gone.items() for ref in self.pools[role].replace(ranks)]
         what = f"rebuilding {' and '.join(f'the {role} pool' for role in gone)}"
         self.get(refs, what, timeout_s=self.wait_s)
@@ -268,8 +329,8 @@ class Pools:
     def close(self) -> None:
         for pool in self.pools.values():
             pool.end()
-        if self._gang is not None:
-            self._gang.release()
+        self._gang.release()
+        self._gang = Gang({})
 
     def put(self, value: Any) -> Any:
         """A ref of `value`, for calls."""
@@ -298,8 +359,11 @@ class Pools:
         if isinstance(cause, ObjectLostError | DataLost):  # the latter in pools of others
             self._raise_lost(error, cause)
         for pool in self.pools.values():
-            if isinstance(cause, RayActorError) and pool.has(cause.actor_id):
-                raise PoolDied(pool.role, pool.dead(SETTLE_S), "died") from error
+            if isinstance(cause, RayActorError):
+                rank = pool.rank_with(cause.actor_id)
+                if rank is not None:  # what Ray's tables tell yet, or not, when a node is lost
+                    ranks = sorted({rank, *pool.dead(SETTLE_S)})
+                    raise PoolDied(pool.role, ranks, "died") from error
         for pool in self.pools.values():
             # a collective fails when another rank dies, perhaps before Ray knows
             if pool.rank_of(ref) is not None and (dead := pool.dead(PING_S)):

@@ -14,7 +14,7 @@ from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
 from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
-from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
+from medgpt.rlhf.pool import DataLost, Leaving, Pool, PoolDied, Pools
 from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
@@ -90,7 +90,7 @@ class PPO:
         self.judging = Judging(config, pools)
         sensitive = any(source.sensitive for source in config.data.sources)
         self.shown = 0 if sensitive else config.report.samples
-        self.deaths = 0
+        self.deaths = self.moves = 0
         self.learning = False
         """Updates are on their way: if they end in a loss, one rank may have learnt and another
         wait for it."""
@@ -114,6 +114,7 @@ class PPO:
 
         Raises:
             PoolDied, DataLost: it happened more often than cluster.max_failures.
+            Leaving: it happened more often than cluster.max_preemptions.
             Diverged: what the run became is not worth going on with.
         """
         try:
@@ -123,10 +124,12 @@ class PPO:
                 self.metrics.close()
 
     def _go_on(self, finish: Callable[[], object]) -> None:
-        loss: PoolDied | DataLost | None = None
+        loss: PoolDied | DataLost | Leaving | None = None
         while True:
             try:
-                if loss is not None:
+                if isinstance(loss, Leaving):
+                    self._leave(loss)
+                elif loss is not None:
                     self._recover(loss)
                 elif self.metrics is None:
                     self._rewind()
@@ -136,7 +139,13 @@ class PPO:
                     self._finish_save()
                     finish()
                     break
+                self.pools.check_nodes()
                 self._iterate()
+            except Leaving as leaving:
+                loss = leaving
+                self.moves += 1
+                if 0 <= self.config.cluster.max_preemptions < self.moves:
+                    raise
             except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
                 loss = error
                 self.deaths += 1
@@ -148,9 +157,9 @@ class PPO:
         state, config = self.state, self.config.ppo
         batch = self.in_flight or self._generate(state.iteration)
         with self._timed("generate"):
-            self.pools.wait(batch.rollouts, "generate")
+            self.pools.wait(batch.rollouts, "generate", watch=True)
         self._finish_save()  # actor and critic wrote it meanwhile
-        self.in_flight = None
+        self.in_flight, self.sampled = None, batch
         if config.async_rollouts and state.iteration + 1 < self.num_iterations:
             self.in_flight = self._generate(state.iteration + 1)
 
@@ -161,7 +170,7 @@ class PPO:
             reference = self._reference_logprobs(batch.rollouts)
             parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
             lessons = self._lessons(state.iteration)  # meanwhile
-            self.pools.wait(parts, "score")
+            self.pools.wait(parts, "score", watch=True)
             # before anything is learnt: a death from now on may lose them
             rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
 
@@ -173,7 +182,7 @@ class PPO:
                 score_stats=state.score_stats,
                 actor_learns=state.iteration >= self.config.critic.warmup_iterations,
             )
-            self.learning = True
+            self.learning, self.sampled = True, None
             fitted = self.critic.call(Critic.update, task, *parts)
             improved = self.actor.call(Actor.update, task, *parts, *lessons)
             answers = self.pools.get([*improved, *fitted], "update")
@@ -236,7 +245,7 @@ class PPO:
             self.renewed |= self.pools.rebuild(loss)
         else:
             self.reporter.say(f"{loss}; it is made again")
-        self.synced, self.in_flight = -1, None
+        self.synced, self.in_flight, self.sampled = -1, None, None
         if self.learning or self.renewed & {"actor", "critic"}:
             if self.learning or newest(self.run) is None:  # then back to the first weights
                 for pool in (self.actor, self.critic):
@@ -248,12 +257,25 @@ class PPO:
         self.learning = False
         self.renewed.clear()
 
+    def _leave(self, leaving: Leaving) -> None:
+        """Save what was learnt, and take the pools away from nodes that are about to end."""
+        self.reporter.say(f"{leaving}; what was learnt is saved, then the pools move")
+        self._finish_save()
+        found = newest(self.run)
+        if self.state.iteration and (found is None or found[1].iteration < self.state.iteration):
+            self.in_flight = self.sampled or self.in_flight
+            self._save()
+            self._finish_save()
+        self.pools.move(leaving.roles)
+        self._rewind()
+
     def _rewind(self) -> None:
         """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
         found = newest(self.run)
         self.state = State(kl_coef=self.config.ppo.kl_coef)
         self.synced = -1
         self.in_flight: Batch | None = None
+        self.sampled: Batch | None = None  # and not learnt from
         self.saving = None
         if found is not None:
             folder, self.state = found

@@ -10,7 +10,7 @@ from medgpt.data.chat import stop_ids
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pool import DataLost, PoolDied
+from medgpt.rlhf.pool import DataLost, Leaving, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.roles.make import (
     make_actor,
@@ -78,15 +78,32 @@ class InlinePools:
             del make["reference"]
         self.pools = {role: InlinePool(role, made) for role, made in make.items()}
         self.rebuilt: list[str] = []
+        self.moved: list[str] = []
+        self.waits: list[str] = []
+        self.leaves_at: tuple[str, int] | None = None
+        """Which wait hears that the nodes of `leaving` will end."""
+        self.leaving: list[str] = []
         self.dies_in_get: tuple[str, str] | None = None
         """What is fetched, and the roles that are then found dead."""
 
     def put(self, value: Any) -> Ref:
         return Ref(value)
 
-    def wait(self, refs: Sequence[Ref], what: str) -> None:
+    def wait(self, refs: Sequence[Ref], what: str, *, watch: bool = False) -> None:
+        self.waits.append(what)
+        if watch and self.leaves_at == (what, self.waits.count(what)):
+            raise Leaving(self.leaving, 30)
         for ref in refs:
             ref.get()
+
+    def check_nodes(self) -> None:
+        self.wait([], "nodes", watch=True)
+
+    def move(self, roles: Sequence[str]) -> None:
+        self.moved += roles
+        for role in roles:
+            self.pools[role].worker = None
+            self.pools[role].worker = self.pools[role].make()
 
     def get(self, refs: Sequence[Ref], what: str) -> list[Any]:
         if self.dies_in_get is not None and self.dies_in_get[0] == what:

@@ -48,8 +48,8 @@ def test_what_a_role_refuses_is_a_config_error_and_a_bug_is_not(pools: Pools) ->
     with pytest.raises(ConfigError, match="has no head"):  # also when it comes as an argument
         pools.get(pools.pools["reward"].call(Adder.own, refused[0]), "refusing")
     with pytest.raises(RayTaskError, match="a bug") as caught:
-        pools.get(actor.call(Adder.fail), "failing")
-    assert caught.value.cause.__notes__ == ["in fail of the actor pool, rank 0"]
+        pools.get(actor.call(Adder.fail)[1:], "failing")
+    assert caught.value.cause.__notes__ == ["in fail of the actor pool, rank 1"]
 
 
 def test_a_worker_that_does_not_answer_in_time_is_named(pools: Pools) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from medgpt.config import PPOStageConfig
 from medgpt.rlhf.diagnosis import Diverged, History
-from medgpt.rlhf.pool import DataLost, PoolDied
+from medgpt.rlhf.pool import DataLost, Leaving, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.roles.actor import Actor
@@ -47,6 +47,17 @@ def uninterrupted(base, tmp_path_factory) -> Run:
     """Six iterations, saved at every other one."""
     config = config_of(tmp_path_factory.mktemp("whole"), base, "ppo.checkpoint_every=2")
     ppo = driver(config, 6)
+    ppo.fit()
+    return ppo.run
+
+
+AHEAD = ("ppo.async_rollouts=true",)
+
+
+@pytest.fixture(scope="module")
+def ahead(base, tmp_path_factory) -> Run:
+    """The same with rollouts that are one step ahead."""
+    ppo = driver(config_of(tmp_path_factory.mktemp("ahead"), base, *AHEAD), 6)
     ppo.fit()
     return ppo.run
 
@@ -158,6 +169,41 @@ def test_samples_that_die_with_their_pool_cost_no_checkpoint(base, tmp_path):
     assert ppo.pools.rebuilt == ["reward"]
     kept = ppo.run.folder.read_json("rollouts.json")
     assert {sample["iteration"] for sample in kept} == {1, 3}
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in turns", "ahead"])
+@pytest.mark.parametrize(
+    ("roles", "wait"),
+    [
+        (["rollout"], ("generate", 1)),
+        (["actor", "reward"], ("score", 1)),
+        (["reward"], ("nodes", 2)),
+        (["actor"], ("score", 4)),
+        (["critic", "rollout"], ("generate", 4)),
+        (["actor", "reference"], ("nodes", 5)),
+    ],
+)
+def test_pools_that_leave_a_node_in_time_change_no_number(
+    base, tmp_path, uninterrupted, ahead, roles, wait, asynchronous
+):
+    overrides = AHEAD if asynchronous else ()
+    config = config_of(
+        tmp_path, base, "ppo.checkpoint_every=2", "cluster.max_failures=0", *overrides
+    )
+    ppo = driver(config, 6)
+    ppo.pools.leaving, ppo.pools.leaves_at = roles, wait
+    ppo.fit()
+    assert ppo.pools.moved == roles
+    assert numbers(ppo.run) == numbers(ahead if asynchronous else uninterrupted)
+    assert ppo.attempt == 2
+    assert ppo.pools.pools["actor"].calls.count("update") == 6  # nothing was learnt twice
+
+
+def test_nodes_that_end_more_often_than_allowed_end_the_run(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base, "cluster.max_preemptions=0"), 2)
+    ppo.pools.leaving, ppo.pools.leaves_at = ["actor"], ("nodes", 2)
+    with pytest.raises(Leaving, match="the end of a node of the actor pool was announced in 30 s"):
+        ppo.fit()
 
 
 JUDGED = ("judge.every=1", "judge.triage=4", "judge.max_new_tokens=4")

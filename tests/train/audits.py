@@ -31,8 +31,9 @@ def chunks_by_epoch(run: Run) -> dict[int, list[Chunk]]:
 
 def assert_every_chunk_once(run: Run) -> None:
     """Every epoch trained every chunk of every sample, and none twice."""
-    data, epochs = run.manifest["data"], chunks_by_epoch(run)
-    assert sorted(epochs) == list(range(run.config["train"]["epochs"]))
+    data, epochs, config = run.manifest["data"], chunks_by_epoch(run), run.config
+    asked = config["train"]["epochs"] if "train" in config else config["ppo"]["prompt_epochs"]
+    assert sorted(epochs) == list(range(asked))
     for chunks in epochs.values():
         assert len(chunks) == len(set(chunks)) == data["num_chunks"]
         assert len({sample for sample, _ in chunks}) == data["num_samples"]

@@ -1,0 +1,105 @@
+"""A PPO run whose nodes are lost under its pools, or announce their end: the pools move."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+from medgpt.runs import Run
+from tests.rlhf.command import Command
+from tests.rlhf.hooks import Hold
+from tests.rlhf.inline import numbers
+from tests.rlhf.stages import Parts, write_config
+from tests.train.audits import assert_every_chunk_once, chunks_by_step
+from tests.train.clusters import add_node, node_pids, started_cluster
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+ONE_EACH = dict.fromkeys(("actor", "critic", "reward", "reference", "rollout"), 1)
+LOST = {
+    "rollout": Hold("Rollout.generate", "_Context.read", time=3, step=1),
+    "actor": Hold("Actor.update", "Engine.step", time=2, step=3),
+}
+ALL_LOST = {
+    "reward": Hold("Reward.score", "ValueModel.forward"),
+    "rollout": Hold("Rollout.generate", "_Context.read", time=3, step=1),
+    "critic": Hold("Critic.update", "Engine.step", time=2, step=2),
+    "reference": Hold("Reference.logprobs", "Policy.forward", step=3),
+    "actor": Hold("Actor.update", "Engine.step", time=2, step=4),
+}
+LEFT = Hold("Rollout.generate", "_Context.read", time=3, step=5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(parts: Parts, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """With one worker in each pool, on one node."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_config(folder, parts, workers=ONE_EACH)
+    with Command(folder) as command:
+        command.start()
+        command.join()
+    return command.run
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with started_cluster() as cluster:
+        yield cluster
+
+
+def node_of(cluster: Cluster, pid: int) -> Any:
+    (found,) = [node for node in cluster.list_all_nodes() if pid in node_pids(node)]
+    return found
+
+
+def announce_end(cluster: Cluster, node: Any, seconds: float) -> None:
+    accepted, why = ray._raylet.GcsClient(address=cluster.address).drain_node(
+        node.node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "a test",
+        int((time.time() + seconds) * 1000),
+    )
+    assert accepted, why
+
+
+@pytest.mark.parametrize(
+    "lost", [LOST, pytest.param(ALL_LOST, marks=pytest.mark.slow)], ids=["two", "of each pool"]
+)
+def test_lost_nodes_and_an_announced_end_change_no_number(
+    cluster: Cluster, undisturbed: Run, parts: Parts, tmp_path: Path, lost: dict[str, Hold]
+) -> None:
+    write_config(
+        tmp_path, parts, f"cluster.max_failures={len(lost)}", "cluster.max_preemptions=1",
+        *[f"pools.{role}.cpus_per_worker=1" for role in ONE_EACH], workers=ONE_EACH,
+    )  # fmt: skip
+    for _ in ONE_EACH:
+        add_node(cluster)  # with room for one pool
+    with Command(tmp_path, cluster={"RAY_ADDRESS": cluster.address}) as command:
+        for role, hold in lost.items():
+            command.hold(hold)
+            if command.process is None:
+                command.start()
+            node = node_of(cluster, command.wait_until_held())
+            assert node is not cluster.head_node, role
+            add_node(cluster)
+            cluster.remove_node(node, allow_graceful=False)
+        command.hold(LEFT)
+        ending = node_of(cluster, command.wait_until_held())
+        add_node(cluster)
+        began = time.monotonic()
+        announce_end(cluster, ending, 60)
+        command.wait_for(lambda: "was announced in" in command.said(), "word of the end")
+        command.release()
+        command.join()
+        assert time.monotonic() - began < 60
+    said = command.said()
+    print(said)
+    assert said.count("the pool is rebuilt") == len(lost)
+    assert "the end of a node of the rollout pool was announced in" in said
+    assert numbers(command.run) == numbers(undisturbed)
+    assert_every_chunk_once(command.run)
+    assert chunks_by_step(command.run) == chunks_by_step(undisturbed)
