@@ -3,12 +3,13 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import ray
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.placement import Gang, acquire
+from medgpt.rlhf.placement import Gang, acquire, is_dead, release_of
 from medgpt.rlhf.pool import Pool, Pools
 from tests.rlhf.roles import Adder
 
@@ -68,6 +69,41 @@ def test_a_pool_larger_than_the_cluster_is_refused_at_once() -> None:
     pools = Pools([Pool("critic", RoleConfig(num_workers=5), Adder)], config, wait_s=60, say=silent)
     with pytest.raises(ConfigError, match=r"pools.critic \(5 x \(1 CPU\)\) can never be placed"):
         pools.start()
+
+
+class Maker:
+    def take(self) -> None:
+        quickly({"reward": HALF})
+
+
+def kill(maker: Any) -> None:
+    """Returns when Ray knows that it is dead."""
+    assert not is_dead(maker._actor_id.hex())
+    ray.kill(maker)
+    deadline = time.monotonic() + 30
+    while not is_dead(maker._actor_id.hex()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def refused(role: str) -> None:
+    with pytest.raises(ConfigError, match="no room"):
+        acquire({role: HALF}, wait_s=1, say=silent, try_s=0.5)
+
+
+def test_what_a_dead_actor_held_is_released_and_nothing_else() -> None:
+    living, dying = (ray.remote(Maker).options(num_cpus=0).remote() for _ in range(2))
+    ray.get([living.take.remote(), dying.take.remote()])
+    kill(dying)
+    refused("actor")  # Ray itself keeps it
+    release_of(is_dead)
+    mine = quickly({"actor": HALF}, wait_s=20)
+    release_of(is_dead)
+    refused("critic")
+    mine.release()
+    kill(living)
+    release_of(is_dead)
+    quickly(WHOLE, wait_s=20).release()
 
 
 def test_roles_share_bundles_when_told_to() -> None:

@@ -11,10 +11,15 @@ from medgpt.eval.stages import run_tune
 from medgpt.runs import Run
 from medgpt.tune.record import Record, Records
 from medgpt.tune.results import trials_url
+from tests.rlhf.cases import save_reward_model
+from tests.rlhf.inline import numbers
 from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-DIVERGING = '["diagnosis.window=2", "diagnosis.max_kl=3.0", "ppo.max_iterations=4"]'
+OF_BASE = """[
+    "diagnosis.window=2", "diagnosis.max_kl=3.0", "ppo.max_iterations=4",
+    "reward.score_weight=0.5", "reward.model={reward}",
+]"""
 
 
 def records(config: TuneStageConfig) -> dict[str, Record]:
@@ -26,11 +31,17 @@ def trial_run(config: TuneStageConfig, name: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def searched(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig:
-    """A grid of two, and the base; one of them diverges."""
+def of_base(base: Path, tmp_path_factory) -> str:
+    reward = save_reward_model(base, tmp_path_factory.mktemp("reward") / "model")
+    return OF_BASE.format(reward=reward)
+
+
+@pytest.fixture(scope="module")
+def searched(ray_session: None, base: Path, of_base: str, tmp_path_factory) -> TuneStageConfig:
+    """A grid of two, and the base, two of them at a time; one of them diverges."""
     config = search_config(
-        tmp_path_factory.mktemp("search"), base, "tune.searcher=grid", "tune.max_concurrent=1",
-        keys='"optimizer.learning_rate" = { grid = [5e-4, 0.3] }', of_base=DIVERGING,
+        tmp_path_factory.mktemp("search"), base, "tune.searcher=grid", "tune.max_concurrent=2",
+        keys='"optimizer.learning_rate" = { grid = [5e-4, 0.3] }', of_base=of_base,
     )  # fmt: skip
     run_tune(config)
     return config
@@ -70,3 +81,20 @@ def test_all_trials_asked_the_same_pools(searched) -> None:
     )
     assert counts["calls"] >= 2 * iterations  # scores and reference log-probabilities
     assert counts["batches"] <= counts["calls"]
+
+
+def test_trials_with_pools_of_their_own_have_the_same_numbers(
+    searched, base, of_base, tmp_path
+) -> None:
+    alone = search_config(
+        tmp_path, base, "tune.searcher=grid", "tune.max_concurrent=1", "tune.shared_pools=false",
+        "check.seeds=0", keys='"optimizer.learning_rate" = { grid = [5e-4] }', of_base=of_base,
+    )  # fmt: skip
+    run_tune(alone)
+    assert "shared_pools" not in Run(alone.run.dir).manifest
+    for name in ("001", "002"):
+        own, shared = (numbers(trial_run(config, name)) for config in (alone, searched))
+        assert len(own) == len(shared) == 5
+        assert {"ppo/score_mean", "actor/kl_ref"} <= own[-1].keys()
+        for mine, theirs in zip(own, shared, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
