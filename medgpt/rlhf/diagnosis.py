@@ -6,6 +6,7 @@ that an iteration did not log is not looked at.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from statistics import fmean
 
 from medgpt.config import DiagnosisConfig
@@ -135,7 +136,9 @@ def _hacked(history: History, mark: str, config: DiagnosisConfig) -> str | None:
     low = judged[-config.judge_patience :]
     if not all(_below(history[i], history[best], mark, config.judge_drop) for i in low):
         return None
-    then = _recent(history[: max(best + 1, config.window)], SCORE, config.window)
+    then = _recent(history[: best + 1], SCORE, config.window)
+    if then is None:  # judged best before there was a window of scores
+        then = _first(history, SCORE, config.window)
     now = _recent(history, SCORE, config.window)
     if then is None or now is None or now <= then:
         return None
@@ -160,6 +163,12 @@ def _values(history: History, name: str) -> Iterator[float]:
 def _recent(history: History, name: str, window: int) -> float | None:
     """Mean of the last window; None before there is a whole one."""
     values = list(_values(history, name))[-window:]
+    return fmean(values) if len(values) == window else None
+
+
+def _first(history: History, name: str, window: int) -> float | None:
+    """Mean of the first window; None before there is a whole one."""
+    values = list(islice(_values(history, name), window))
     return fmean(values) if len(values) == window else None
 
 

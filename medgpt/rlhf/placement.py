@@ -85,7 +85,8 @@ def acquire(
             if not asked:
                 say(f"waiting up to {wait_s:g} s for room for all pools: none for {state}")
                 # an autoscaler forgets what is released here, but not this
-                request_resources(bundles=_all_bundles(roles))
+                bundles, labels = asked_for(roles)
+                request_resources(bundles=bundles, bundle_label_selectors=labels)
                 asked = True
             time.sleep(random.uniform(0.5, 1.5) * pause)
             pause = min(2 * pause, TRY_S)
@@ -164,9 +165,13 @@ def _missing(gang: Gang, seconds: float) -> list[str]:
     return [name for name, ref in ready.items() if ref not in placed]
 
 
-def _all_bundles(roles: Mapping[str, RoleConfig]) -> list[dict[str, float]]:
+def asked_for(
+    roles: Mapping[str, RoleConfig],
+) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
+    """Bundles of all workers, and the labels of the node that each wants."""
     own = [config for config in roles.values() if config.share_with is None]
-    return [bundle(config) for config in own for _ in range(config.num_workers)]
+    workers = [config for config in own for _ in range(config.num_workers)]
+    return [bundle(config) for config in workers], [dict(config.labels) for config in workers]
 
 
 def _free() -> str:

@@ -83,6 +83,14 @@ def test_a_mark_that_falls_from_the_first_judgement_on_is_seen():
     assert "fell from 0.9 to 0.3" in str(diagnose(lines, CONFIG))
 
 
+def test_the_mark_may_fall_from_the_first_weights_on_which_have_no_score():
+    lines = history(**judged("judge/checks", {0: 0.9, 3: 0.5, 6: 0.3}))
+    lines[0] = {name: value for name, value in lines[0].items() if name.startswith("judge/")}
+    whys = [diagnose(lines[: n + 1], CONFIG) for n in range(7)]
+    assert whys[:6] == [None] * 6
+    assert "score rose from 0.2 to 0.5 while" in str(whys[6])
+
+
 def test_a_falling_mark_within_its_error_is_noise():
     assert diagnose(history(**judged("judge/checks", {0: 0.6, 6: 0.5, 9: 0.45})), CONFIG) is None
 

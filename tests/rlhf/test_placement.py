@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.placement import Gang, acquire, is_dead, release_of
+from medgpt.rlhf.placement import Gang, acquire, asked_for, is_dead, release_of
 from medgpt.rlhf.pool import Pool, Pools
 from tests.rlhf.roles import Adder
 
@@ -112,3 +112,11 @@ def test_roles_share_bundles_when_told_to() -> None:
     assert gang.groups["actor"].id == gang.groups["reference"].id
     assert ray.available_resources().get("CPU", 0) <= 2
     gang.release()
+
+
+def test_an_autoscaler_is_asked_for_nodes_with_the_labels_that_the_workers_want() -> None:
+    actor = RoleConfig(num_workers=2, gpus_per_worker=1, labels={"zone": "a"})
+    roles = {"actor": actor, "critic": RoleConfig(share_with="actor"), "reward": HALF}
+    bundles, labels = asked_for(roles)
+    assert bundles == [{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 2}]
+    assert labels == [{"zone": "a"}, {"zone": "a"}, {}]

@@ -16,15 +16,18 @@ from medgpt.config import PPOStageConfig
 from medgpt.data.chat import generation_ids
 from medgpt.data.records import Message
 from medgpt.models.tokenizer import load_base
+from medgpt.rlhf.diagnosis import Diverged
 from medgpt.rlhf.experience import Prompts, Ragged
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.sample import ADVICE, MOST_CAUSES, known_causes
 from tests.rlhf.cases import ppo_config
 from tests.rlhf.inline import driver, numbers
 from tests.rlhf.sft import held_out_prompts, save_fine_tuned, shuffled, train_prompts
 from tests.rlhf.test_ppo import NO_RULES
 
 RULE = "medgpt.rlhf.rewards.sample:causes_and_advice"
+LENGTH = "tests.rlhf.test_ppo_learning:length"
 FUNCTION = 'reward.functions=[{name="known",path="%s"}]'
 LEARN = (
     "optimizer.learning_rate=1e-3",
@@ -37,6 +40,7 @@ LEARN = (
     "ppo.gae_lambda=1.0",
     "ppo.kl_coef=0.05",
 )
+SLOWLY = "optimizer.learning_rate=1e-4"  # or the noise of whitened advantages moves the policy
 ITERATIONS, REPEATS = 20, 4
 
 
@@ -83,6 +87,19 @@ def stream_of(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
     return stream
 
 
+def judge_of(folder: Path) -> tuple[str, ...]:
+    """Asks the held-out prompts every other iteration: are causes stated, and advice given?"""
+    path = folder / "held_out.jsonl"
+    lines = []
+    for prompt in held_out_prompts():
+        causes = next(names for symptom, names in known_causes().items() if symptom in prompt)
+        points = [*([name] for name in causes[:MOST_CAUSES]), ADVICE]
+        lines.append(json.dumps({"prompt": prompt, "key_points": points, "kind": "rlhf"}) + "\n")
+    path.write_text("".join(lines), "utf-8")
+    asked = ("judge.every=2", "judge.triage=0", "judge.max_new_tokens=56")
+    return (*asked, f"judge.key_points={path}")
+
+
 def ppo_of(folder: Path, model: Path, *overrides: str, reward: str = RULE) -> PPO:
     folder.mkdir(exist_ok=True)
     config = ppo_config(folder, model, NO_RULES, FUNCTION % reward, *LEARN, *overrides)
@@ -98,15 +115,66 @@ def mark(ppo: PPO) -> Mark:
     return Mark(float(rewards.mean()), float(rewards.std(ddof=1)) / math.sqrt(len(rewards)))
 
 
+def kl_of(ppo: PPO) -> float:
+    """Nats from the reference, mean of the last three iterations."""
+    return float(np.mean([line["actor/kl_ref"] for line in numbers(ppo.run)[-3:]]))
+
+
+def told(before: Mark, after: Mark, kl: float) -> None:
+    errors = after.above(before)
+    print(f"SFT {before}, PPO {after}, {errors:.1f} errors, KL {kl:.3f} nats")
+
+
 def test_ppo_raises_what_is_rewarded_on_held_out_prompts_with_the_kl_under_its_target(
     fine_tuned: Path, tmp_path: Path
 ) -> None:
-    ppo = ppo_of(tmp_path, fine_tuned, "ppo.kl_controller=adaptive", "ppo.kl_target=4.0")
+    target = ("ppo.kl_controller=adaptive", "ppo.kl_target=4.0")
+    ppo = ppo_of(tmp_path, fine_tuned, *target, *judge_of(tmp_path))
     before = mark(ppo)
     ppo.fit()
     after = mark(ppo)
-    kl = [line["actor/kl_ref"] for line in numbers(ppo.run)]
-    print(f"SFT {before}, PPO {after}, {after.above(before):.1f} errors, KL {kl[-1]:.2f} nats")
+    told(before, after, kl_of(ppo))
     assert after.above(before) > 2
     assert after.mean > before.mean + 0.2
-    assert 0 < np.mean(kl[-3:]) < ppo.config.ppo.kl_target
+    assert 0 < kl_of(ppo) < ppo.config.ppo.kl_target
+    checks = [line["judge/checks"] for line in numbers(ppo.run) if "judge/checks" in line]
+    assert checks[-1] > checks[0]  # and nobody halted the run
+
+
+def test_a_very_large_coefficient_of_the_kl_keeps_the_policy_where_it_is(
+    fine_tuned: Path, tmp_path: Path
+) -> None:
+    marks, kls = [], []
+    for coef in (0.05, 100):
+        ppo = ppo_of(tmp_path / str(coef), fine_tuned, SLOWLY, f"ppo.kl_coef={coef}")
+        before = mark(ppo)
+        ppo.fit()
+        marks.append(mark(ppo))
+        kls.append(kl_of(ppo))
+        told(before, marks[-1], kls[-1])
+    assert kls[0] > 0.5
+    assert kls[1] < 0.1 * kls[0]
+    assert marks[0].above(before) > 2
+    assert abs(marks[1].above(before)) < 2
+
+
+def test_a_run_that_is_paid_for_length_halts_as_its_answers_get_worse(
+    fine_tuned: Path, tmp_path: Path
+) -> None:
+    ppo = ppo_of(tmp_path, fine_tuned, *judge_of(tmp_path), "ppo.kl_coef=0", reward=LENGTH)
+    with pytest.raises(Diverged, match=r"score rose from .* while the held-out judge/checks fell"):
+        ppo.fit()
+    before, first, *_, last = numbers(ppo.run)
+    assert last["step"] < ITERATIONS
+    assert last["rollout/response_tokens"] > 1.5 * first["rollout/response_tokens"]
+    assert last["judge/checks"] < 0.6 * before["judge/checks"]
+
+
+def test_a_run_that_is_paid_for_length_halts_far_from_the_reference(
+    fine_tuned: Path, tmp_path: Path
+) -> None:
+    options = ("ppo.kl_coef=0", "diagnosis.max_kl=10", "diagnosis.window=2")
+    ppo = ppo_of(tmp_path, fine_tuned, *options, reward=LENGTH)
+    with pytest.raises(Diverged, match=r"nats an answer from the reference.*max_kl=10"):
+        ppo.fit()
+    assert numbers(ppo.run)[-1]["step"] < ITERATIONS
