@@ -108,12 +108,15 @@ class _PolicyTerms(torch.autograd.Function):
         log_z = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
         entropy = torch.zeros_like(log_z)
         for rows in _blocks(logits):
-            z = logits[rows].float() / temperature
-            log_z[rows] = z.logsumexp(-1)
+            # logsumexp(x / temperature), the division in the pass that subtracts the largest
+            x = logits[rows].float()
+            top = x.amax(-1) / temperature
+            z = torch.add(-top[:, None], x, alpha=1 / temperature)
+            p = z.exp() if with_entropy else z.exp_()
+            total = p.sum(-1)
+            log_z[rows] = top + total.log()
             if with_entropy:
-                z.clamp_(min=FINITE)
-                p = (z - log_z[rows, None]).exp_()
-                entropy[rows] = log_z[rows] - p.mul_(z).sum(-1)
+                entropy[rows] = total.log() - p.mul_(z.clamp_(min=FINITE)).sum(-1) / total
         picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() / temperature
         ctx.save_for_backward(logits, labels, log_z, entropy)
         ctx.temperature = temperature
@@ -131,7 +134,8 @@ class _PolicyTerms(torch.autograd.Function):
         for rows in _blocks(logits):
             # in place: a pass over the logits costs more than what is computed in it
             block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
-            torch.div(logits[rows].float(), ctx.temperature, out=block).sub_(log_z[rows, None])
+            x = logits[rows].float()
+            torch.add(-log_z[rows, None], x, alpha=1 / ctx.temperature, out=block)
             scale = by_logprob[rows] / -ctx.temperature
             if has_entropy:
                 block.clamp_(min=FINITE)

@@ -23,6 +23,7 @@ from medgpt.runs import Folder, Run, commit, committed, entries
 from medgpt.train import session
 from medgpt.train.card import model_card
 from medgpt.train.prepare import prepare, run_task
+from medgpt.train.room import await_data_room
 from medgpt.train.stage import cluster_resources, describe, parents
 
 CRITIC = "critic"  # the folder of its export
@@ -104,6 +105,7 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
     Raises:
         ConfigError: a model or the data is not fit for this.
     """
+    await_data_room(config.cluster, reporter.say)
     run_task(check_models, config, cpus=config.cluster.data_cpus)
     with storage_told(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)

@@ -42,6 +42,28 @@ def await_room(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
         remove_placement_group(group)
 
 
+def await_data_room(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
+    """Return when the cluster can hold one data task.
+
+    Raises:
+        ConfigError: it cannot within `cluster.wait_s`.
+    """
+    need = cluster.data_cpus
+    if any(node["Alive"] and node["Resources"].get("CPU", 0) >= need for node in ray.nodes()):
+        return
+    wait_s = cluster.wait_s
+    say(f"waiting up to {wait_s:g} s for the cluster to grow: a data task needs {need:g} CPU")
+    group = placement_group([{"CPU": need}])
+    try:
+        if not _placed(group, wait_s, say):
+            raise ConfigError(
+                f"cluster.data_cpus={need:g}: no node has room for a data task after "
+                f"cluster.wait_s={wait_s:g} s; lower it, or use a larger cluster"
+            )
+    finally:
+        remove_placement_group(group)
+
+
 def _ask(cluster: ClusterConfig) -> PlacementGroup:
     """A reservation that the autoscaler sees; a call of its request_resources outlives the job."""
     worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}

@@ -124,7 +124,8 @@ def workload(folder: Path, case: Case) -> Work:
     ids = dialogues.with_suffix(".ids.json")
     if not ids.exists():
         lines = data.read_text("utf-8").splitlines()
-        texts = (json.loads(line)["messages"][0]["content"] for line in lines)
+        turns = (json.loads(line)["messages"] for line in lines)
+        texts = ("".join(turn["content"] for turn in row) for row in turns)  # questions are short
         rows = dict(_of_length(texts, case.prompt, load_base(str(base)), BATCH * LAST))
         asked = [common.messages({"question": text, "answer": "-"}) for text in rows]
         lines = [json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in asked]
@@ -225,7 +226,7 @@ def phases(metrics: Path) -> str:
 def _of_length(
     texts: Iterator[str], length: int, tokenizer: "PreTrainedTokenizerFast", count: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """`count` questions, cut such that their prompts have `length` tokens, and those."""
+    """`count` texts, cut such that their prompts have `length` tokens, and those."""
     from medgpt.data.chat import generation_ids
     from medgpt.data.records import Message
 

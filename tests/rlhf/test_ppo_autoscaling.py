@@ -41,6 +41,7 @@ def test_ppo_trains_on_nodes_that_come_as_it_needs_them(
     with Command(tmp_path, cluster=way) as command:
         command.start()
         command.join()
+    assert "for the cluster to grow: a data task needs 1 CPU" in command.said()
     assert command.run.finished
     assert command.step == 2
     groups = cluster.ask("print(json.dumps([node['Labels']['role'] for node in ray.nodes()]))")

@@ -4,7 +4,7 @@ import pytest
 
 from medgpt.config import ClusterConfig, ConfigError
 from medgpt.train.autoscaler import autoscaling_state, may_grow
-from medgpt.train.room import await_room
+from medgpt.train.room import await_data_room, await_room
 
 pytestmark = pytest.mark.ray
 
@@ -36,3 +36,12 @@ def test_room_that_is_there_is_not_waited_for(ray_session: None) -> None:
     said: list[str] = []
     await_room(ClusterConfig(num_workers=3), said.append)
     assert not said
+
+
+def test_the_wait_for_room_for_data_is_told_and_bounded(ray_session: None) -> None:
+    said: list[str] = []
+    await_data_room(ClusterConfig(), said.append)
+    assert not said
+    with pytest.raises(ConfigError, match=r"cluster.data_cpus=9: no node has room .* wait_s=1 s"):
+        await_data_room(ClusterConfig(data_cpus=9, wait_s=1), said.append)
+    assert said == ["waiting up to 1 s for the cluster to grow: a data task needs 9 CPU"]
