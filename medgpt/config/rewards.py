@@ -116,6 +116,6 @@ class DiagnosisConfig(Config):
     """Samples of the window without a reward because a component failed."""
     judge_drop: Annotated[float, Ge(0)] = 2.0
     """Halt when the judge's mark has fallen this many of its standard errors below its best while
-    the training score kept rising."""
+    the training score rose by as many of its own."""
     judge_patience: Annotated[int, Gt(0)] = 2
     """Judgements in a row that must be that low."""

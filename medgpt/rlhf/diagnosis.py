@@ -6,8 +6,7 @@ that an iteration did not log is not looked at.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
-from statistics import fmean
+from statistics import fmean, stdev
 
 from medgpt.config import DiagnosisConfig
 
@@ -136,16 +135,17 @@ def _hacked(history: History, mark: str, config: DiagnosisConfig) -> str | None:
     low = judged[-config.judge_patience :]
     if not all(_below(history[i], history[best], mark, config.judge_drop) for i in low):
         return None
-    then = _recent(history[: best + 1], SCORE, config.window)
-    if then is None:  # judged best before there was a window of scores
-        then = _first(history, SCORE, config.window)
-    now = _recent(history, SCORE, config.window)
-    if then is None or now is None or now <= then:
+    # judged best before there was a window of scores: the first one counts
+    then = _scores(history[: best + 1])[-config.window :]
+    if len(then) < config.window:
+        then = _scores(history)[: config.window]
+    now = _scores(history)[-config.window :]
+    if len(now) < config.window or not _rose(then, now, config.judge_drop):
         return None
     was, told = history[best][mark], history[low[-1]][mark]
     return (
-        f"the training score rose from {then:.3g} to {now:.3g} while the held-out {mark} fell from "
-        f"{was:.3g} to {told:.3g}: the policy exploits the reward; raise ppo.kl_coef, cap or drop "
+        f"the training score rose from {fmean(then):.3g} to {fmean(now):.3g} while the held-out "
+        f"{mark} fell from {was:.3g} to {told:.3g}: the policy exploits the reward; raise ppo.kl_coef, cap or drop "
         "the component that rose, or stop earlier"
     )
 
@@ -156,6 +156,16 @@ def _below(line: Mapping[str, float], best: Mapping[str, float], mark: str, erro
     return line[mark] < best[mark] - errors * error
 
 
+def _rose(then: Sequence[float], now: Sequence[float], errors: float) -> bool:
+    """Whether the second mean is that many standard errors of the difference above the first."""
+    error = math.hypot(*(stdev(part) / math.sqrt(len(part)) for part in (then, now)))
+    return fmean(now) - fmean(then) > errors * error
+
+
+def _scores(history: History) -> list[float]:
+    return list(_values(history, SCORE))
+
+
 def _values(history: History, name: str) -> Iterator[float]:
     yield from (line[name] for line in history if name in line)
 
@@ -163,12 +173,6 @@ def _values(history: History, name: str) -> Iterator[float]:
 def _recent(history: History, name: str, window: int) -> float | None:
     """Mean of the last window; None before there is a whole one."""
     values = list(_values(history, name))[-window:]
-    return fmean(values) if len(values) == window else None
-
-
-def _first(history: History, name: str, window: int) -> float | None:
-    """Mean of the first window; None before there is a whole one."""
-    values = list(islice(_values(history, name), window))
     return fmean(values) if len(values) == window else None
 
 

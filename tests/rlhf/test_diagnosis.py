@@ -95,6 +95,12 @@ def test_a_falling_mark_within_its_error_is_noise():
     assert diagnose(history(**judged("judge/checks", {0: 0.6, 6: 0.5, 9: 0.45})), CONFIG) is None
 
 
+def test_a_score_that_rose_within_its_noise_is_no_exploit():
+    falling = judged("judge/checks", {0: 0.9, 3: 0.9, 6: 0.3, 9: 0.2})
+    lines = history(**falling, **{"ppo/score_mean": lambda i: 2.0 + 0.3 * (i % 2) + 0.01 * i})
+    assert diagnose(lines, CONFIG) is None
+
+
 def test_score_and_mark_that_fall_together_are_no_exploit():
     falling = judged("judge/checks", {0: 0.9, 3: 0.9, 6: 0.3, 9: 0.2})
     lines = history(**falling, **{"ppo/score_mean": lambda i: -0.1 * i})
