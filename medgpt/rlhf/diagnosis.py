@@ -145,8 +145,8 @@ def _hacked(history: History, mark: str, config: DiagnosisConfig) -> str | None:
     was, told = history[best][mark], history[low[-1]][mark]
     return (
         f"the training score rose from {fmean(then):.3g} to {fmean(now):.3g} while the held-out "
-        f"{mark} fell from {was:.3g} to {told:.3g}: the policy exploits the reward; raise ppo.kl_coef, cap or drop "
-        "the component that rose, or stop earlier"
+        f"{mark} fell from {was:.3g} to {told:.3g}: the policy exploits the reward; raise "
+        "ppo.kl_coef, cap or drop the component that rose, or stop earlier"
     )
 
 
