@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import ray
@@ -9,7 +11,7 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
 from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
-from tests.rlhf.roles import Adder, Guest, refuse
+from tests.rlhf.roles import Adder, Guest, die, die_once, refuse
 
 pytestmark = pytest.mark.ray
 SMALL = RoleConfig(num_workers=2, cpus_per_worker=0.5)
@@ -137,6 +139,30 @@ def test_a_role_that_is_refused_when_made_ends_the_start(ray_session: None) -> N
     with pytest.raises(ConfigError, match="this machine has none"):
         together.start()
     together.close()
+
+
+def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(
+    ray_session: None, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    pool = Pool("reward", SMALL, partial(die_once, tmp_path / "died"))
+    together = Pools([pool], CONFIG, wait_s=60, say=said.append)
+    together.start()
+    assert together.get(pool.call(Adder.total, 1), "adding") == [3, 3]
+    together.close()
+    assert len(said) == 1
+    assert "died before it was ready; all pools start again" in said[0]
+
+
+def test_a_worker_that_never_starts_ends_it(ray_session: None, tmp_path: Path) -> None:
+    together = Pools([Pool("reward", SMALL, die)], CONFIG, wait_s=60, say=silent)
+    with pytest.raises(PoolDied, match="reward pool: rank"):
+        together.start()
+    assert not together.pools["reward"].workers
+
+
+def silent(_: str) -> None:
+    """Says nothing."""
 
 
 def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) -> None:
