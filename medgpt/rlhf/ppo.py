@@ -143,8 +143,7 @@ class PPO:
                 self._iterate()
             except Leaving as leaving:
                 loss = leaving
-                self.moves += 1
-                if 0 <= self.config.cluster.max_preemptions < self.moves:
+                if 0 <= self.config.cluster.max_preemptions <= self.moves:
                     raise
             except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
                 loss = error
@@ -267,6 +266,7 @@ class PPO:
             self._save()
             self._finish_save()
         self.pools.move(leaving.roles)
+        self.moves += 1
         self._rewind()
 
     def _rewind(self) -> None:

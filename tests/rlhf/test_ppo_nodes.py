@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -83,10 +84,12 @@ def test_lost_nodes_and_an_announced_end_change_no_number(
             command.hold(hold)
             if command.process is None:
                 command.start()
-            node = node_of(cluster, command.wait_until_held())
+            held = command.wait_until_held()
+            node = node_of(cluster, held)
             assert node is not cluster.head_node, role
             add_node(cluster)
             cluster.remove_node(node, allow_graceful=False)
+            command.wait_for(lambda held=held: not psutil.pid_exists(held), "death of the worker")
         command.hold(LEFT)
         ending = node_of(cluster, command.wait_until_held())
         add_node(cluster)

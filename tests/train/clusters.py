@@ -23,6 +23,10 @@ from tests.train.cases import write_toml
 
 ROOT = Path(__file__).parents[2]
 STORE_BYTES = 128 * 2**20
+HEALTH = {  # a lost node is known after some 5 s instead of 20
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+}
 QUICK = {  # or a test would wait for Ray's polls
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # which the session's local Ray switches off
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -39,6 +43,7 @@ def started_cluster() -> Iterator[Cluster]:
             "num_cpus": 1,
             "include_dashboard": False,
             "object_store_memory": STORE_BYTES,
+            "_system_config": HEALTH,
         },
     )
     try:

@@ -42,6 +42,6 @@ def test_the_wait_for_room_for_data_is_told_and_bounded(ray_session: None) -> No
     said: list[str] = []
     await_data_room(ClusterConfig(), said.append)
     assert not said
-    with pytest.raises(ConfigError, match=r"cluster.data_cpus=9: no node has room .* wait_s=1 s"):
+    with pytest.raises(ConfigError, match=r"cluster.data_cpus=9: no node has room .*wait_s=1 s"):
         await_data_room(ClusterConfig(data_cpus=9, wait_s=1), said.append)
     assert said == ["waiting up to 1 s for the cluster to grow: a data task needs 9 CPU"]
