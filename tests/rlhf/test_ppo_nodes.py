@@ -17,7 +17,7 @@ from tests.rlhf.hooks import Hold
 from tests.rlhf.inline import numbers
 from tests.rlhf.stages import Parts, write_config
 from tests.train.audits import assert_every_chunk_once, chunks_by_step
-from tests.train.clusters import add_node, node_pids, started_cluster
+from tests.train.clusters import STORE_BYTES, node_pids, started_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 ONE_EACH = dict.fromkeys(("actor", "critic", "reward", "reference", "rollout"), 1)
@@ -52,6 +52,11 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+def add_room(cluster: Cluster) -> None:
+    """A node for one pool; the head, which is never removed, is none."""
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, resources={"room": 1})
+
+
 def node_of(cluster: Cluster, pid: int) -> Any:
     (found,) = [node for node in cluster.list_all_nodes() if pid in node_pids(node)]
     return found
@@ -75,24 +80,23 @@ def test_lost_nodes_and_an_announced_end_change_no_number(
 ) -> None:
     write_config(
         tmp_path, parts, f"cluster.max_failures={len(lost)}", "cluster.max_preemptions=1",
-        *[f"pools.{role}.cpus_per_worker=1" for role in ONE_EACH], workers=ONE_EACH,
+        *[f"pools.{role}.resources={{room=1}}" for role in ONE_EACH], workers=ONE_EACH,
     )  # fmt: skip
     for _ in ONE_EACH:
-        add_node(cluster)  # with room for one pool
+        add_room(cluster)
     with Command(tmp_path, cluster={"RAY_ADDRESS": cluster.address}) as command:
-        for role, hold in lost.items():
+        for hold in lost.values():
             command.hold(hold)
             if command.process is None:
                 command.start()
             held = command.wait_until_held()
             node = node_of(cluster, held)
-            assert node is not cluster.head_node, role
-            add_node(cluster)
+            add_room(cluster)
             cluster.remove_node(node, allow_graceful=False)
             command.wait_for(lambda held=held: not psutil.pid_exists(held), "death of the worker")
         command.hold(LEFT)
         ending = node_of(cluster, command.wait_until_held())
-        add_node(cluster)
+        add_room(cluster)
         began = time.monotonic()
         announce_end(cluster, ending, 60)
         command.wait_for(lambda: "was announced in" in command.said(), "word of the end")
