@@ -87,7 +87,8 @@ class Pool(Generic[Role]):
         make: runs in every worker, with torch.distributed's default group set up, and returns the
             role. A ConfigError of it reaches the driver as such.
         independent: no rank needs another one's memory, so a dead one is replaced alone; the
-            others keep their role. Else the death of one ends and rebuilds all.
+            others keep their role. Else, and if it dies while the group forms, the death of one
+            ends and rebuilds all.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Pool(Generic[Role]):
         self.timeout_s = 0.0
         self.turn = Turn(sharers=1)
         self._group: PlacementGroup | None = None
+        self._forming: list[Any] = []
+        """Refs of the latest process group's forming."""
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
         """Run `method(role, *args, **kwargs)` in every worker; a ref for each, by rank.
@@ -125,7 +128,8 @@ class Pool(Generic[Role]):
 
     def replace(self, dead: Iterable[int]) -> list[Any]:
         """Make new workers for `dead`, or for all ranks; refs as of `begin`."""
-        ranks = list(dead) if self.independent else list(range(len(self.workers)))
+        alone = self.independent and self._is_formed()
+        ranks = list(dead) if alone else list(range(len(self.workers)))
         for rank in ranks:
             ray.kill(self.workers[rank])
             self.workers[rank] = self._start(rank)
@@ -185,7 +189,15 @@ class Pool(Generic[Role]):
         loads = [self.workers[rank].load.remote(self.make) for rank in fresh]
         address = self.workers[0].offer.remote()
         joins = [worker.join.remote(address, self.epoch) for worker in self.workers]
-        return [*loads, *joins, *(self.workers[rank].build.remote() for rank in fresh)]
+        builds = [self.workers[rank].build.remote() for rank in fresh]
+        self._forming = [*loads, *joins, *builds]
+        return self._forming
+
+    def _is_formed(self) -> bool:
+        """Whether all ranks have joined the group and hold a role; else some wait for one that
+        died, and can do nothing else."""
+        done, pending = ray.wait(self._forming, num_returns=len(self._forming), timeout=0)
+        return not pending and not any(map(_failed, done))
 
 
 class Pools:
@@ -402,8 +414,13 @@ def _dead(pools: Iterable[Pool[Any]], timeout_s: float) -> dict[str, list[int]]:
 
 
 def _is_dead(ref: Any) -> bool:
+    return isinstance(_failed(ref), RayActorError)
+
+
+def _failed(ref: Any) -> RayError | None:
+    """The error that is there instead of a value."""
     try:
         ray.get(ref)
-    except RayActorError:
-        return True
-    return False
+    except RayError as error:
+        return error
+    return None

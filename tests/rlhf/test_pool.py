@@ -11,7 +11,7 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
 from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
-from tests.rlhf.roles import Adder, Guest, die, die_once, refuse
+from tests.rlhf.roles import Adder, Doomed, Guest, die, die_once, refuse
 
 pytestmark = pytest.mark.ray
 SMALL = RoleConfig(num_workers=2, cpus_per_worker=0.5)
@@ -94,6 +94,24 @@ def test_of_an_independent_pool_only_the_dead_rank_is_replaced(pools: Pools) -> 
     assert after[0][2] != before[0][2]
     assert after[1][1:] == (before[1][1] + 2, before[1][2])  # the same role, with its memory
     assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
+
+
+def test_ranks_that_wait_for_one_that_died_while_joining_are_replaced_with_it(
+    ray_session: None, tmp_path: Path
+) -> None:
+    marker = tmp_path / "dies"
+    pool = Pool("reward", SMALL, Doomed(marker), independent=True)
+    together = started(pool, config=PoolsConfig(call_timeout_s=600))
+    with pytest.raises(PoolDied) as caught:
+        together.get(pool.call(Adder.die, 1, True), "dying")
+    marker.touch()
+    with pytest.raises(PoolDied, match="reward pool: rank 1 died") as again:
+        together.rebuild(caught.value)  # rank 0 waits for it in the new group
+    began = time.monotonic()
+    together.rebuild(again.value)
+    assert together.get(pool.call(Adder.total, 1), "adding") == [3, 3]
+    assert time.monotonic() - began < 60
+    together.close()
 
 
 def read_on(ref: ray.ObjectRef) -> None:
