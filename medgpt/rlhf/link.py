@@ -4,6 +4,7 @@ It lies beside the default groups of the pools. Functions here run in workers, b
 """
 
 import itertools
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -197,6 +198,9 @@ def send(role: Sender, version: int) -> int:
     weights = role.weights()
     try:
         return _link.send(weights, version)
+    except Exception as error:
+        _hang_up(error)
+        raise
     finally:  # after an error the other ranks still gather
         for _ in weights:
             pass
@@ -205,7 +209,21 @@ def send(role: Sender, version: int) -> int:
 def receive(role: Receiver, version: int) -> int:
     """Bytes that came."""
     assert _link is not None
-    return _link.receive(role, version)
+    try:
+        return _link.receive(role, version)
+    except Exception as error:
+        _hang_up(error)
+        raise
+
+
+def _hang_up(error: BaseException | None) -> None:
+    """Close this end, or the others would wait for it as long as they may. Gloo has no call for
+    that: its connections close when nothing refers to the group any more."""
+    global _link
+    _link = None
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def ship(role: Sender, version: int, bucket_mb: int) -> Shipped:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medgpt.config import ConfigError
 from medgpt.rlhf import link
-from medgpt.rlhf.buckets import Header, unpack
+from medgpt.rlhf.buckets import Header, pack, unpack
 
 
 class Adder:
@@ -146,6 +146,12 @@ def stopped(*args: Any, **kwargs: Any) -> None:
 
 def killed(*args: Any, **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pack_late(*args: Any) -> Iterator[Any]:
+    """`buckets.pack`, when who was killed meanwhile is gone."""
+    time.sleep(1)
+    yield from pack(*args)
 
 
 def failing(*args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from medgpt.config import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.rlhf import link
-from medgpt.rlhf.buckets import Changed, Entry, Header, Refused, SyncError, unpack
+from medgpt.rlhf.buckets import Changed, Entry, Header, Refused, SyncError, pack, unpack
 from medgpt.rlhf.pool import Pool, PoolDied, Pools
 from medgpt.rlhf.sync import WeightSync
 from tests.rlhf.roles import (
@@ -18,6 +19,7 @@ from tests.rlhf.roles import (
     failing,
     garbled,
     killed,
+    pack_late,
     spoiled,
     stopped,
     unreachable,
@@ -67,8 +69,9 @@ def test_weights_arrive_again_and_again(pools: Pools, transport: str) -> None:
 
 @pytest.mark.parametrize("how", [stopped, killed])
 def test_a_rollout_worker_lost_on_the_way_is_named_and_replaced(
-    pools: Pools, how: Callable[..., None]
+    pools: Pools, how: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("medgpt.rlhf.sync.MARGIN_S", 8)  # a stopped worker may cost all of it
     sync = new_sync(pools)
     sync.run(1)
     pids = pools.get(pools.pools["rollout"].call(Holder.pid), "pids")
@@ -80,6 +83,27 @@ def test_a_rollout_worker_lost_on_the_way_is_named_and_replaced(
     assert pools.get(pools.pools["rollout"].call(Holder.pid), "pids")[0] == pids[0]
     sync.run(2)
     check(pools, 2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_do_not_wait_until_their_time_limit_for_one_that_died(
+    pools: Pools, rank: int
+) -> None:
+    sync = new_sync(pools, SyncConfig(transport="gloo", bucket_mb=1, timeout_s=300))
+    actor, rollout = pools.pools["actor"], pools.pools["rollout"]
+    sync.run(1)
+    pids = pools.get(rollout.call(Holder.pid), "pids")
+    pools.get(actor.call(Holder.tamper, 0, "pack", pack_late), "tampering")
+    tamper(pools, rank, "receive", killed)
+    began = time.monotonic()
+    with pytest.raises(PoolDied, match=rf"rollout pool: rank {rank} died") as caught:
+        sync.run(2)
+    pools.rebuild(caught.value)
+    assert pools.get(rollout.call(Holder.pid), "pids")[1 - rank] == pids[1 - rank]
+    sync.run(2)
+    check(pools, 2)
+    assert time.monotonic() - began < 100
+    pools.get(actor.call(Holder.tamper, 0, "pack", pack), "repairing")
 
 
 def test_a_worker_that_is_dead_or_busy_before_the_transfer_is_not_taken_for_its_peer(
