@@ -331,6 +331,9 @@ class Pools:
             ConfigError, PoolDied: as of `start`.
         """
         gone = _dead(self.pools.values(), SETTLE_S)
+        for role, ranks in gone.items():
+            if role != died.role:
+                self.say(f"{PoolDied(role, ranks, 'died, too')}; the pool is rebuilt")
         gone[died.role] = sorted({*died.ranks, *gone.get(died.role, [])})
         await_lost_nodes(NODE_LOST_S)
         refs = [ref for role, ranks in gone.items() for ref in self.pools[role].replace(ranks)]

@@ -15,6 +15,7 @@ import psutil
 
 from tests.clusters.definitions import CLUSTERS, ROOT
 from tests.jobs.clusters import free_ports
+from tests.train.clusters import HEALTH
 
 
 class LocalCluster:
@@ -34,6 +35,7 @@ class LocalCluster:
             "MEDGPT_DASHBOARD_PORT": str(dashboard),
             "MEDGPT_CLIENT_PORT": str(client),
             "RAY_AUTH_TOKEN_PATH": str(self.token),
+            **{f"RAY_{key}": str(value) for key, value in HEALTH.items()},
         }
         self.port, self.url = port, f"http://127.0.0.1:{dashboard}"
         self.private = self.folder / "local"

@@ -141,13 +141,16 @@ def test_data_that_is_lost_on_its_way_is_told_or_who_died_with_it(
     assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
 
 
-def test_pools_that_died_together_are_rebuilt_together(pools: Pools) -> None:
+def test_pools_that_died_together_are_rebuilt_together(
+    pools: Pools, capsys: pytest.CaptureFixture[str]
+) -> None:
     actor, reward = pools.pools["actor"], pools.pools["reward"]
     deaths = [*actor.call(Adder.die, 0, True)[:1], *reward.call(Adder.die, 1, True)[1:]]
     with pytest.raises(PoolDied) as caught:
         pools.get(deaths, "dying")
     ray.wait(deaths, num_returns=2)
     assert pools.rebuild(caught.value) == {"actor", "reward"}
+    assert "died, too; the pool is rebuilt" in capsys.readouterr().out  # the other is told by get
     assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
     assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
 

@@ -1,14 +1,17 @@
-"""PPO on a cluster that has no nodes until they are needed."""
+"""PPO on a cluster that has no nodes until they are needed, and loses one."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
 from tests.clusters.local import LocalCluster
 from tests.rlhf.command import Command
+from tests.rlhf.hooks import Hold
 from tests.rlhf.stages import Parts, write_config
+from tests.train.audits import assert_every_chunk_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 GROUPS = {
@@ -26,12 +29,20 @@ def cluster() -> Iterator[LocalCluster]:
         yield cluster
 
 
-def test_ppo_trains_on_nodes_that_come_as_it_needs_them(
+def kill_node_of(pid: int) -> None:
+    """The raylet of this worker, with all its processes."""
+    raylet = psutil.Process(pid).parent()
+    assert raylet is not None
+    for process in [raylet, *raylet.children(recursive=True)]:
+        process.kill()
+
+
+def test_ppo_trains_on_nodes_that_come_as_it_needs_them_and_when_one_is_lost(
     cluster: LocalCluster, parts: Parts, tmp_path: Path
 ) -> None:
     labels = [f'pools.{role}.labels={{role="{group}"}}' for role, group in GROUPS.items()]
     one = dict.fromkeys(GROUPS, 1)
-    write_config(tmp_path, parts, "ppo.max_iterations=2", *labels, workers=one)
+    write_config(tmp_path, parts, "ppo.prompt_epochs=1", *labels, workers=one)
     way = {
         "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{cluster.port}",
         "RAY_AUTH_MODE": "token",
@@ -39,10 +50,19 @@ def test_ppo_trains_on_nodes_that_come_as_it_needs_them(
     }
     assert cluster.raylets() == 1  # the head, which has no CPUs
     with Command(tmp_path, cluster=way) as command:
+        command.hold(Hold("Actor.update", "Engine.step", step=2))
         command.start()
+        learning = command.wait_until_held()
+        command.release()
+        kill_node_of(learning)  # the only one of its group: the autoscaler brings another
         command.join()
     assert "for the cluster to grow: a data task needs 1 CPU" in command.said()
+    assert "continues after iteration 2" in command.said()
     assert command.run.finished
-    assert command.step == 2
-    groups = cluster.ask("print(json.dumps([node['Labels']['role'] for node in ray.nodes()]))")
-    assert {"train", "rollout"} < set(groups)
+    assert command.step == 3
+    assert_every_chunk_once(command.run)
+    nodes = cluster.ask(
+        "print(json.dumps([[node['Labels']['role'], node['Alive']] for node in ray.nodes()]))"
+    )
+    assert ["rollout", True] in nodes
+    assert {("train", False), ("train", True)} <= {tuple(node) for node in nodes}
