@@ -9,7 +9,9 @@ from torch import Tensor
 from medgpt.algos.logprobs import IGNORE, label_logprobs
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, *, num_tokens: Tensor | int) -> Tensor:
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor, *, num_tokens: Tensor | int, overwrite: bool = False
+) -> Tensor:
     """() float32: cross-entropy in nats, summed over the labels and divided by `num_tokens`.
 
     With `num_tokens` counted over the global batch, the shards' results add up to the whole
@@ -19,8 +21,9 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, *, num_tokens: Tensor | int) 
         logits: (..., V), where labels are ignored anything, even nan.
         labels: (...) int64, already aligned with the logits; IGNORE (-100) = no loss.
         num_tokens: labels that count in the global batch.
+        overwrite: nobody else reads the logits, see `label_logprobs`.
     """
-    return -label_logprobs(logits, labels).sum() / num_tokens
+    return -label_logprobs(logits, labels, overwrite=overwrite).sum() / num_tokens
 
 
 def mask_tokens(

@@ -28,71 +28,90 @@ def token_logprobs(logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None
     return label_logprobs(logits, F.pad(targets, (0, 1), value=IGNORE))[:, :-1]
 
 
-def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """(...) float32: log p(label), in nats; exactly 0, and so its gradient, for negative labels.
+def label_logprobs(
+    logits: Tensor, labels: Tensor, *, temperature: float = 1.0, overwrite: bool = False
+) -> Tensor:
+    """(...) float32: log p(label) of softmax(logits / temperature), in nats; exactly 0, and so its
+    gradient, for negative labels.
 
     Args:
         logits: (..., V) of any floating dtype.
         labels: (...) int64, what each position must predict.
+        overwrite: nobody else reads the logits, so in float32 their place may be taken by what the
+            backward pass needs, and then by their gradient; torch refuses a second one.
     """
-    flat = _LabelLogprobs.apply(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-    return flat.view(labels.shape)
+    flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    found = _LabelLogprobs.apply(*flat, temperature, overwrite and logits.dtype == torch.float32)
+    return found.view(labels.shape)
 
 
 class _LabelLogprobs(torch.autograd.Function):
-    """x[label] - logsumexp(x), whose gradient is onehot(label) - softmax(x).
+    """z[label] - logsumexp(z) with z = x / temperature; the gradient by z is onehot(label) -
+    softmax(z).
 
-    The backward pass recomputes the softmax block by block: nothing of the logits' size is kept
-    but the logits. Blocks that fit the cache also make it faster than cross_entropy on a CPU.
+    Nothing of the logits' size is kept but the logits, or exp(z - max z) in their place: the
+    backward pass takes the softmax from there, or recomputes it block by block. Blocks that fit the
+    cache also make it faster than cross_entropy on a CPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:  # (M, V), (M,) -> (M,)
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, in_place: bool
+    ) -> Tensor:  # (M, V), (M,) -> (M,)
         log_z = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+        total = torch.empty_like(log_z)
+        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() / temperature
         for rows in _blocks(logits):
-            log_z[rows] = logits[rows].float().logsumexp(-1)
-        picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float()
-        ctx.save_for_backward(logits, labels, log_z)
+            # the division in the pass that subtracts the largest
+            x = logits[rows].float()
+            top = x.amax(-1) / temperature
+            out = x if in_place else None
+            torch.sum(_shifted(x, top, temperature, out=out).exp_(), -1, out=total[rows])
+            log_z[rows] = top + total[rows].log()
+        ctx.save_for_backward(logits, labels, total if in_place else log_z)
+        ctx.temperature, ctx.in_place = temperature, in_place
         # where, not multiply: 0 * nan is nan
         return torch.where(labels >= 0, picked - log_z, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # (M,) -> (M, V)
-        logits, labels, log_z = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # (M,) -> (M, V)
+        logits, labels, kept = ctx.saved_tensors
         index, ignored = labels.clamp(min=0)[:, None], labels[:, None] < 0
-        scale = grads[0][:, None]
+        scale = torch.where(ignored, 0.0, grads[0][:, None]) / ctx.temperature
         any_ignored = bool(ignored.any())
-        grad = torch.empty_like(logits)
+        grad = logits if ctx.in_place else torch.empty_like(logits)
         for rows in _blocks(logits):
-            block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
-            torch.sub(logits[rows], log_z[rows, None], out=block).exp_().mul_(-scale[rows])
+            if ctx.in_place:
+                block = grad[rows].mul_(scale[rows] / -kept[rows, None])
+            else:
+                block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
+                _shifted(logits[rows].float(), kept[rows], ctx.temperature, out=block)
+                block.exp_().mul_(-scale[rows])
             block.scatter_add_(1, index[rows], scale[rows])
             if any_ignored:
                 block.masked_fill_(ignored[rows], 0.0)
             if grad.dtype != torch.float32:
                 grad[rows] = block
-        return grad, None
+        return grad, None, None, None
 
 
 class PolicyTerms(NamedTuple):
     logprobs: Tensor  # (...) float32, of the labels, in nats
-    entropy: Tensor  # (...) float32, of the distributions, in nats; 0 unless asked for
+    entropy: Tensor  # (...) float32, of the distributions, in nats
 
 
-def policy_terms(
-    logits: Tensor, labels: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
-) -> PolicyTerms:
-    """What PPO needs of the distribution softmax(logits / temperature) at each position.
+def policy_terms(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> PolicyTerms:
+    """What PPO with an entropy bonus needs of softmax(logits / temperature) at each position.
 
-    Both terms, and their gradients, are exactly 0 for negative labels.
+    Costs twice as much as `label_logprobs`. Both terms, and their gradients, are exactly 0 for
+    negative labels.
 
     Args:
         logits: (..., V) of any floating dtype.
         labels: (...) int64, the tokens that were sampled.
-        with_entropy: costs as much again.
     """
     flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    logprobs, entropy = _PolicyTerms.apply(*flat, temperature, with_entropy)
+    logprobs, entropy = _PolicyTerms.apply(*flat, temperature)
     return PolicyTerms(logprobs.view(labels.shape), entropy.view(labels.shape))
 
 
@@ -103,20 +122,18 @@ class _PolicyTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:  # (M, V), (M,) -> (M,), (M,)
         log_z = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
-        entropy = torch.zeros_like(log_z)
+        entropy = torch.empty_like(log_z)
         for rows in _blocks(logits):
-            # logsumexp(x / temperature), the division in the pass that subtracts the largest
             x = logits[rows].float()
             top = x.amax(-1) / temperature
-            z = torch.add(-top[:, None], x, alpha=1 / temperature)
-            p = z.exp() if with_entropy else z.exp_()
+            z = _shifted(x, top, temperature)
+            p = z.exp()
             total = p.sum(-1)
             log_z[rows] = top + total.log()
-            if with_entropy:
-                entropy[rows] = total.log() - p.mul_(z.clamp_(min=FINITE)).sum(-1) / total
+            entropy[rows] = total.log() - p.mul_(z.clamp_(min=FINITE)).sum(-1) / total
         picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() / temperature
         ctx.save_for_backward(logits, labels, log_z, entropy)
         ctx.temperature = temperature
@@ -124,30 +141,33 @@ class _PolicyTerms(torch.autograd.Function):
         return torch.where(counts, picked - log_z, 0.0), torch.where(counts, entropy, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, log_z, entropy = ctx.saved_tensors
-        ignored = labels < 0
+        ignored = labels[:, None] < 0
         index = labels.clamp(min=0)[:, None]
-        by_logprob, by_entropy = (torch.where(ignored, 0.0, g)[:, None] for g in grads)
-        has_entropy, any_ignored = bool(by_entropy.any()), bool(ignored.any())
+        by_logprob, by_entropy = (
+            torch.where(ignored, 0.0, g[:, None]) / ctx.temperature for g in grads
+        )
+        any_ignored = bool(ignored.any())
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
             # in place: a pass over the logits costs more than what is computed in it
             block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
-            x = logits[rows].float()
-            torch.add(-log_z[rows, None], x, alpha=1 / ctx.temperature, out=block)
-            scale = by_logprob[rows] / -ctx.temperature
-            if has_entropy:
-                block.clamp_(min=FINITE)
-                by_h = by_entropy[rows] / ctx.temperature
-                scale = scale - by_h * (block + entropy[rows, None])
+            _shifted(logits[rows].float(), log_z[rows], ctx.temperature, out=block)
+            block.clamp_(min=FINITE)
+            scale = -by_logprob[rows] - by_entropy[rows] * (block + entropy[rows, None])
             block.exp_().mul_(scale)
-            block.scatter_add_(1, index[rows], by_logprob[rows] / ctx.temperature)
+            block.scatter_add_(1, index[rows], by_logprob[rows])
             if any_ignored:
-                block.masked_fill_(ignored[rows, None], 0.0)
+                block.masked_fill_(ignored[rows], 0.0)
             if grad.dtype != torch.float32:
                 grad[rows] = block
-        return grad, None, None, None
+        return grad, None, None
+
+
+def _shifted(x: Tensor, by: Tensor, temperature: float, *, out: Tensor | None = None) -> Tensor:
+    """x / temperature - by, of (M, V) and (M,), in one pass; `out` may be x."""
+    return torch.add(-by[:, None], x, alpha=1 / temperature, out=out)
 
 
 def _blocks(logits: Tensor) -> list[slice]:

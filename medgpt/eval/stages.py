@@ -33,7 +33,7 @@ def run_dpo(config: DPOConfig) -> Run:
 def run_ppo(config: PPOStageConfig) -> Run:
     """Raises ConfigError: also where the run has diverged, or its workers died too often."""
     from medgpt.rlhf.diagnosis import Diverged
-    from medgpt.rlhf.pool import DataLost, Leaving, PoolDied
+    from medgpt.rlhf.pools import DataLost, Leaving, PoolDied
     from medgpt.rlhf.stage import run_ppo_stage
 
     try:

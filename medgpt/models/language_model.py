@@ -74,13 +74,14 @@ class LanguageModel(nn.Module):
             num_tokens: labels in the global batch.
             noise_seeds: S seeds, one per piece, for NEFTune and dropout.
         """
-        loss = partial(causal_lm_loss, num_tokens=num_tokens)
+        loss = partial(causal_lm_loss, num_tokens=num_tokens, overwrite=True)
         return torch.stack(self._per_chunk(loss, batch, label_positions(batch), noise_seeds)).sum()
 
     def token_logprobs(self, batch: PackedBatch) -> Tensor:
         """(1, N) float32: log p(label) of every position, 0 where there is no label."""
         positions = label_positions(batch)
-        found = torch.cat(self._per_chunk(label_logprobs, batch, positions))
+        score = partial(label_logprobs, overwrite=True)
+        found = torch.cat(self._per_chunk(score, batch, positions))
         return found.new_zeros(batch.labels.shape[1]).index_copy(0, positions, found)[None]
 
     def _per_chunk(

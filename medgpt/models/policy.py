@@ -1,11 +1,9 @@
 """A causal model as PPO sees it: log-probabilities and entropies of the sampled tokens."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from medgpt.algos.logprobs import policy_terms
+from medgpt.algos.logprobs import label_logprobs, policy_terms
 from medgpt.data.batch import PackedBatch
 from medgpt.models.language_model import LanguageModel, label_positions
 
@@ -16,13 +14,17 @@ class Policy(LanguageModel):
     def forward(  # type: ignore[override] - the loss is PPO's, outside of the model
         self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> Tensor:
-        """(2, M) float32: log p(label) and entropy at the M positions with a label, in order.
+        """(2, M) float32: log p(label) and entropy, or 0 unless asked for it, at the M positions
+        with a label, in order.
 
         A batch without labels yields one column that is exactly 0, connected to every weight, so
         that a rank without work takes part in the collectives of the others.
         """
-        terms = partial(policy_terms, temperature=temperature, with_entropy=with_entropy)
-        chunks = self._per_chunk(
-            lambda logits, labels: torch.stack(terms(logits, labels)), batch, label_positions(batch)
-        )
-        return torch.cat(chunks, dim=1)
+
+        def terms(logits: Tensor, labels: Tensor) -> Tensor:
+            if with_entropy:
+                return torch.stack(policy_terms(logits, labels, temperature=temperature))
+            found = label_logprobs(logits, labels, temperature=temperature, overwrite=True)
+            return torch.stack([found, torch.zeros_like(found)])
+
+        return torch.cat(self._per_chunk(terms, batch, label_positions(batch)), dim=1)

@@ -9,7 +9,8 @@ from medgpt.data.chat import generation_ids
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.experience import Ragged, join_sequences
 from medgpt.rlhf.judge import Judge
-from medgpt.rlhf.pool import Pool, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import Pools
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 

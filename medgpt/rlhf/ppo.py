@@ -14,7 +14,8 @@ from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
 from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
-from medgpt.rlhf.pool import DataLost, Leaving, Pool, PoolDied, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import DataLost, Leaving, PoolDied, Pools
 from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor

@@ -10,7 +10,8 @@ from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.checks import check_models
 from medgpt.rlhf.judge import Judge
 from medgpt.rlhf.lessons import FOLDER, lesson_stream, prepare_lessons
-from medgpt.rlhf.pool import Pool, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import Pools
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.make import (
     make_actor,

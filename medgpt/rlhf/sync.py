@@ -9,7 +9,8 @@ from ray.exceptions import RayError, RayTaskError
 from medgpt.config import SyncConfig
 from medgpt.rlhf import link
 from medgpt.rlhf.buckets import Changed, Refused, SyncError
-from medgpt.rlhf.pool import PING_S, Pool, PoolDied, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import PING_S, PoolDied, Pools
 
 MARGIN_S = 30  # in which workers tell of their own timeout, and name the peer
 

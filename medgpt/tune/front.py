@@ -15,7 +15,8 @@ from ray.exceptions import RayTaskError
 from medgpt.config import ConfigError, PPOStageConfig
 from medgpt.config.tune import FROZEN
 from medgpt.rlhf.placement import is_dead, release_of
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import PoolDied, Pools
 from medgpt.rlhf.stage import role_pools
 
 Method = Callable[..., list[Any]]  # of medgpt.tune.frozen

@@ -5,7 +5,8 @@ from typing import Any
 
 from medgpt.config import PPOStageConfig
 from medgpt.config.tune import FROZEN
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import PoolDied, Pools
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.tune import frozen

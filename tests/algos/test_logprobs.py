@@ -68,12 +68,44 @@ def test_ignored_positions_are_exactly_zero_whatever_they_hold():
     assert logits.grad.isfinite().all()
 
 
-def test_bf16_logits_give_fp32_accuracy_and_a_bf16_gradient():
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_label_logprobs_at_a_temperature_equal_the_definition(temperature, overwrite):
+    torch.manual_seed(0)
+    base = torch.randn(3, 5, 11) * 9
+    base[1, 2, 3] = -math.inf
+    base[0, 1] = NAN
+    base.requires_grad_()
+    labels, weights = torch.randint(4, 11, (3, 5)), torch.randn(3, 5)
+    labels[0, 1] = labels[2, 4] = IGNORE
+
+    out = label_logprobs(base * 1, labels, temperature=temperature, overwrite=overwrite)
+    logp = (torch.where(labels[..., None] < 0, 0, base) / temperature).log_softmax(-1)
+    want = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)
+    (grad,) = torch.autograd.grad((out * weights).sum(), base)
+    (want_grad,) = torch.autograd.grad((want * weights).sum(), base)
+
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(grad, want_grad)
+
+
+def test_overwritten_logits_are_not_differentiated_twice():
+    logits = torch.randn(2, 5, requires_grad=True)
+    out = label_logprobs(logits * 1, torch.tensor([0, 1]), overwrite=True).sum()
+    out.backward(retain_graph=True)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_bf16_logits_give_fp32_accuracy_and_a_bf16_gradient(overwrite):
     torch.manual_seed(0)
     logits = torch.randn(1, 4, 1000).bfloat16().requires_grad_()
     labels = torch.randint(1000, (1, 4))
 
-    out = label_logprobs(logits, labels)
+    out = label_logprobs(logits, labels, overwrite=overwrite)
     out.sum().backward()
     want = logits.detach().double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
@@ -110,7 +142,7 @@ def test_policy_terms_and_their_gradient_equal_the_definition(temperature):
     labels[0, 1] = labels[2, 4] = IGNORE
     counts, weights = labels >= 0, torch.randn(2, 3, 5)
 
-    out = policy_terms(logits, labels, temperature=temperature, with_entropy=True)
+    out = policy_terms(logits, labels, temperature=temperature)
     logp = (logits / temperature).log_softmax(-1)
     want = logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts
     want_entropy = -(logp.exp() * logp).sum(-1) * counts
@@ -132,8 +164,8 @@ def test_an_impossible_token_adds_nothing_to_the_entropy():
     without = torch.tensor([[[0.0, math.log(3.0)], [1.0, 2.0]]]).requires_grad_()
     logits.requires_grad_()
 
-    out = policy_terms(logits, torch.tensor([[2, 0]]), with_entropy=True, temperature=0.01)
-    want = policy_terms(without, torch.tensor([[1, 0]]), with_entropy=True, temperature=0.01)
+    out = policy_terms(logits, torch.tensor([[2, 0]]), temperature=0.01)
+    want = policy_terms(without, torch.tensor([[1, 0]]), temperature=0.01)
     torch.testing.assert_close(tuple(out), tuple(want))
     (grad,) = torch.autograd.grad(out.logprobs.sum() + 9 * out.entropy.sum(), logits)
     (want_grad,) = torch.autograd.grad(want.logprobs.sum() + 9 * want.entropy.sum(), without)
@@ -146,7 +178,7 @@ def test_policy_terms_ignore_what_has_no_label():
     logits = torch.full((1, 2, 3), NAN)
     logits[0, 1] = 0.0
     logits.requires_grad_()
-    out = policy_terms(logits, torch.tensor([[IGNORE, 2]]), with_entropy=True)
+    out = policy_terms(logits, torch.tensor([[IGNORE, 2]]))
     (grad,) = torch.autograd.grad(sum(out).sum(), logits)
 
     assert out.logprobs.tolist() == [[0.0, pytest.approx(-math.log(3))]]

@@ -21,7 +21,7 @@ from medgpt.config import PPOStageConfig, load
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.credit import RunningStats
 from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pool import Pools
+from medgpt.rlhf.pools import Pools
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Task
 from medgpt.rlhf.roles.critic import Critic

@@ -22,7 +22,8 @@ from medgpt.config import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.engine import plain_weights
 from medgpt.models.lora import plain_parts
 from medgpt.rlhf import link
-from medgpt.rlhf.pool import Pool, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import Pools
 from medgpt.rlhf.sync import WeightSync
 from medgpt.train import session
 from tests.bench.common import Size, ratios, spread

@@ -30,8 +30,11 @@ def cluster() -> Iterator[LocalCluster]:
         yield cluster
 
 
+@pytest.mark.parametrize(
+    "submit", ["medgpt submit tune", "ray job submit --working-dir . -- medgpt tune"]
+)
 def test_a_search_brings_nodes_of_all_groups_and_leaves_none(
-    cluster: LocalCluster, base: Path, tmp_path: Path
+    cluster: LocalCluster, base: Path, tmp_path: Path, submit: str
 ) -> None:
     of_base = f"[{', '.join(repr(one) for one in SHORT)}]"
     config = search_config(tmp_path, base, *SEARCH, of_base=of_base)
@@ -39,7 +42,7 @@ def test_a_search_brings_nodes_of_all_groups_and_leaves_none(
         f"run.dir={config.run.dir}", f"base={config.base}", f"overrides={of_base}", *SEARCH,
     ]  # fmt: skip
     assert cluster.raylets() == 1
-    job = cluster.with_it(f"medgpt submit tune configs/debug/tune.toml {shlex.join(overrides)}")
+    job = cluster.with_it(f"{submit} configs/debug/tune.toml {shlex.join(overrides)}")
     wait_until(lambda: cluster.raylets() >= 5, "four nodes more", 400)
     out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out

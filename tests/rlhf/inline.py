@@ -10,7 +10,7 @@ from medgpt.data.chat import stop_ids
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pool import DataLost, Leaving, PoolDied
+from medgpt.rlhf.pools import DataLost, Leaving, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.roles.make import (
     make_actor,

@@ -10,7 +10,8 @@ import ray
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
 from medgpt.rlhf.placement import Gang, acquire, asked_for, is_dead, release_of
-from medgpt.rlhf.pool import Pool, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import Pools
 from tests.rlhf.roles import Adder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

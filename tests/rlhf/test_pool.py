@@ -10,7 +10,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.pool import DataLost, Pool, PoolDied, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import DataLost, PoolDied, Pools
 from tests.rlhf.roles import Adder, Doomed, Guest, die, die_once, refuse
 
 pytestmark = pytest.mark.ray

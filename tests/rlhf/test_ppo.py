@@ -9,7 +9,7 @@ import pytest
 
 from medgpt.config import PPOStageConfig
 from medgpt.rlhf.diagnosis import Diverged, History
-from medgpt.rlhf.pool import DataLost, Leaving, PoolDied
+from medgpt.rlhf.pools import DataLost, Leaving, PoolDied
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.roles.actor import Actor

@@ -12,7 +12,8 @@ import pytest
 from medgpt.config import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.rlhf import link
 from medgpt.rlhf.buckets import Changed, Entry, Header, Refused, SyncError, pack, unpack
-from medgpt.rlhf.pool import Pool, PoolDied, Pools
+from medgpt.rlhf.pool import Pool
+from medgpt.rlhf.pools import PoolDied, Pools
 from medgpt.rlhf.sync import WeightSync
 from tests.rlhf.roles import (
     Holder,

@@ -10,7 +10,7 @@ import ray
 
 from medgpt.config import ConfigError
 from medgpt.rlhf.experience import Logprobs, Scores, Sequences, join_rows, join_tokens
-from medgpt.rlhf.pool import Pools
+from medgpt.rlhf.pools import Pools
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.stage import role_pools
