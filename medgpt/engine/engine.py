@@ -55,8 +55,13 @@ class Engine:
         assert isinstance(wrapped, torch.optim.AdamW | ZeROOptimizer), type(wrapped)
         self._optimizer: state.DeepSpeedOptimizer = wrapped
         self._grad_norm = math.nan
+        self._num_averaged = dist.get_world_size()
+        """By what DeepSpeed divides the sum of the ranks' gradients."""
         if isinstance(self._optimizer, torch.optim.AdamW):
             self._adam.register_step_pre_hook(lambda *_: self._clip())
+            self._num_averaged = 1
+            # one rank would copy all gradients into a buffer and back, for nobody
+            self._engine.enable_backward_allreduce = dist.get_world_size() > 1
         state.create_moments(self._adam, self._optimizer)
 
     @property
@@ -70,8 +75,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's share of a loss divided by the global token count."""
-        # DeepSpeed averages over ranks; shares must be summed
-        self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        self._engine.backward(loss * self._num_averaged, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clip, update, clear the gradients. Returns their global norm before clipping.
@@ -112,6 +116,9 @@ class Engine:
     def _clip(self) -> None:
         """For the bare torch optimizer of stage 0; DeepSpeed's own optimizers do it themselves."""
         params = list(self._trainable().values())
+        for param in params:
+            if param.grad is None:  # its moments decay, as with DeepSpeed's own optimizers
+                param.grad = torch.zeros_like(param)
         limit = self._config.max_grad_norm or math.inf
         self._grad_norm = float(nn.utils.clip_grad_norm_(params, limit))
         if not math.isfinite(self._grad_norm):

@@ -75,6 +75,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": 1,  # unused: the caller owns the accumulation boundary
         "managed_gradient_accumulation": False,
         "gradient_clipping": max_grad_norm if stage > 0 else 0.0,  # stage 0: see Engine
+        "gradient_allreduce_op": "mean" if stage > 0 else "sum",  # stage 3 knows the mean only
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # its CPU Adam is compiled at run time
         "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},

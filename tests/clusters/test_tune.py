@@ -1,11 +1,12 @@
 """A submitted search on a cluster that starts from no workers, and ends without any."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from medgpt.config import TuneStageConfig
 from medgpt.tune.record import Records
 from medgpt.tune.results import trials_url
 from tests.clusters.local import LocalCluster, wait_until
@@ -13,6 +14,12 @@ from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 TRAIN, ROLLOUT, DATA = (f'labels={{role="{role}"}}' for role in ("train", "rollout", "data"))
+ALONE = (  # a trial fills two nodes
+    *("ppo.max_iterations=600", "ppo.prompt_epochs=400", "judge.every=50"),
+    *("diagnosis.window=2", "diagnosis.max_kl=3.0"),
+    f"pools.actor={{cpus_per_worker=1,engine={{zero_stage=0}},{TRAIN}}}",
+    f"pools.critic={{cpus_per_worker=1,engine={{zero_stage=0}},{TRAIN}}}",
+)
 SHORT = (
     "ppo.max_iterations=2",
     f"pools.actor={{cpus_per_worker=0.5,engine={{zero_stage=0}},{TRAIN}}}",
@@ -36,22 +43,46 @@ def cluster() -> Iterator[LocalCluster]:
 def test_a_search_brings_nodes_of_all_groups_and_leaves_none(
     cluster: LocalCluster, base: Path, tmp_path: Path, submit: str
 ) -> None:
-    of_base = f"[{', '.join(repr(one) for one in SHORT)}]"
-    config = search_config(tmp_path, base, *SEARCH, of_base=of_base)
-    overrides = [
-        f"run.dir={config.run.dir}", f"base={config.base}", f"overrides={of_base}", *SEARCH,
-    ]  # fmt: skip
+    config, words = search(tmp_path, base, SHORT)
     assert cluster.raylets() == 1
-    job = cluster.with_it(f"{submit} configs/debug/tune.toml {shlex.join(overrides)}")
+    job = cluster.with_it(f"{submit} configs/debug/tune.toml {words}")
     wait_until(lambda: cluster.raylets() >= 5, "four nodes more", 400)
     out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out
-    found = Records(trials_url(config)).all()
-    assert {record.name: record.status for record in found} == {
-        "001": "finished", "002": "finished"
-    }, out  # fmt: skip
+    assert statuses(config) == {"001": "finished", "002": "finished"}, out
     assert "2 trials at a time" in out
     wait_until(lambda: cluster.raylets() == 1, "without workers again", 240)
     roles = cluster.ask("print(json.dumps([node['Labels'].get('role') for node in ray.nodes()]))")
     assert roles.count("train") >= 2  # actor and critic of one trial fill a node
     assert {"head", "data", "rollout"} < set(roles)
+
+
+def test_the_nodes_of_a_trial_that_is_stopped_go_while_others_train(
+    cluster: LocalCluster, base: Path, tmp_path: Path
+) -> None:
+    wild = 'search={"optimizer.learning_rate"={choice=[0.3]}}'
+    config, words = search(tmp_path, base, (*SHORT, *ALONE), wild)
+    job = cluster.with_it(f"medgpt submit tune configs/debug/tune.toml {words}")
+    try:
+        wait_until(lambda: cluster.raylets() >= 7, "two trials on four nodes for training", 300)
+        wait_until(lambda: statuses(config).get("002") == "diverged", "the end of a trial", 200)
+        wait_until(lambda: cluster.raylets() <= 5, "without the nodes of the trial", 200)
+        assert statuses(config)["001"] == "running"
+        assert job.poll() is None
+    finally:
+        cluster.with_it(f"medgpt job stop {config.run.dir}").communicate(timeout=60)
+
+
+def search(
+    folder: Path, base: Path, of_base: Sequence[str], *more: str
+) -> tuple[TuneStageConfig, str]:
+    """The config, and what makes configs/debug/tune.toml one like it."""
+    told = f"[{', '.join(repr(one) for one in of_base)}]"
+    config = search_config(folder, base, *SEARCH, *more, of_base=told)
+    words = [f"run.dir={config.run.dir}", f"base={config.base}", f"overrides={told}"]
+    return config, shlex.join([*words, *SEARCH, *more])
+
+
+def statuses(config: TuneStageConfig) -> dict[str, str]:
+    """Of the trials, by name."""
+    return {record.name: record.status for record in Records(trials_url(config)).all()}
