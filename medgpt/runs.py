@@ -1,9 +1,4 @@
-"""A run directory: config, manifest, metrics, checkpoints, model. Local paths and fsspec URIs.
-
-An artefact (data shards, checkpoint, export) is a folder whose manifest.json, written last, names
-every file with size and checksum. A folder without one, or whose files do not match it, does not
-exist for medgpt: no rename, no lock, nothing that an object store cannot do.
-"""
+"""A run directory: config, manifest, metrics, checkpoints, model."""
 
 import importlib.metadata
 import json
@@ -12,24 +7,18 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-from uuid import uuid4
+from typing import Any
 
-import fsspec
 import tomli_w
-import xxhash
 from pydantic import BaseModel
 
+from medgpt.artefacts import MANIFEST, Folder, committed
 from medgpt.config import ConfigError, validate
 
-MANIFEST = "manifest.json"
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")
 FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "run.allow_changes",
@@ -77,158 +66,6 @@ NOT_FREE = {  # of the sections above
     "pools.reference.precision",
     "pools.rollout.precision",
 }
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    name: str
-    size: int
-    xxh128: str
-
-
-def checksum(path: Path) -> str:
-    """xxHash (XXH3, 128 bit) of a file, as `xxhsum -H2` prints it."""
-    with path.open("rb") as file:
-        return stream_checksum(file)
-
-
-def stream_checksum(file: BinaryIO) -> str:
-    """The same of what is left to read in an open file."""
-    digest = xxhash.xxh3_128()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-class Folder:
-    """A folder at a path or URI."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
-        self.is_local = "file" in _protocols(self.fs)
-
-    def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.path(name)))
-
-    def size(self, name: str) -> int:
-        return int(self.fs.size(self.path(name)))
-
-    def checksum(self, name: str) -> str:
-        with self.fs.open(self.path(name), "rb") as file:
-            return stream_checksum(file)
-
-    def read_text(self, name: str) -> str:
-        return self.fs.cat_file(self.path(name)).decode()
-
-    def write_text(self, name: str, text: str) -> None:
-        """Replace the file at once: a reader sees the old or the new one."""
-        if self.is_local:
-            self.fs.makedirs(self.root, exist_ok=True)
-            target = Path(self.path(name))
-            partial = target.with_name(f".{target.name}.{uuid4().hex}")
-            try:
-                with partial.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())  # or a power cut could leave an empty file instead
-                partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
-        else:  # an object appears when its upload is complete
-            self.fs.pipe_file(self.path(name), text.encode())
-
-    def read_json(self, name: str) -> Any:
-        return json.loads(self.read_text(name))
-
-    def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-    def names(self) -> list[str]:
-        """Names of the entries, sorted; empty if there is no such folder."""
-        if not self.fs.exists(self.root):
-            return []
-        return sorted(entry.rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False))
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the files in the folder."""
-        if not self.fs.exists(self.root):
-            return {}
-        found = self.fs.ls(self.root, detail=True)
-        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in found if e["type"] == "file"}
-
-    def remove(self) -> None:
-        if self.fs.exists(self.root):
-            self.fs.rm(self.root, recursive=True)
-
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A local folder to write files to; on exit they are in this folder."""
-        if self.is_local:
-            self.fs.makedirs(self.root, exist_ok=True)
-            yield Path(self.root)
-            return
-        with tempfile.TemporaryDirectory(prefix="medgpt-") as scratch:
-            yield Path(scratch)
-            for path in sorted(p for p in Path(scratch).rglob("*") if p.is_file()):
-                self.fs.put_file(str(path), self.path(str(path.relative_to(scratch))))
-
-    @contextmanager
-    def local(self) -> Iterator[Path]:
-        """The folder's files as a local folder."""
-        if self.is_local:
-            yield Path(self.root)
-            return
-        with tempfile.TemporaryDirectory(prefix="medgpt-") as scratch:
-            self.copy_to(Path(scratch))
-            yield Path(scratch)
-
-    def copy_to(self, directory: Path) -> None:
-        """Copy all files to a local folder, which is made if there is none."""
-        directory.mkdir(exist_ok=True)
-        self.fs.get(f"{self.root}/", f"{directory}/", recursive=True)
-
-
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def entries(directory: Path, names: Sequence[str] | None = None) -> list[FileEntry]:
-    """Size and checksum of the named files in a local folder (default: all)."""
-    paths = (
-        sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-        if names is None
-        else [directory / name for name in names]
-    )
-    return [FileEntry(str(p.relative_to(directory)), p.stat().st_size, checksum(p)) for p in paths]
-
-
-def commit(folder: Folder, files: Sequence[FileEntry], **facts: Any) -> None:
-    """Make the folder an artefact. Everything in `files` must be in place."""
-    folder.write_json(MANIFEST, {**facts, "files": [vars(file) for file in files]})
-
-
-def committed(folder: Folder, *, verify: bool = False) -> dict[str, Any] | None:
-    """The manifest of a complete artefact, else None. `verify` reads all for their checksums."""
-    if not folder.exists(MANIFEST):
-        return None
-    try:
-        manifest = folder.read_json(MANIFEST)
-    except ValueError:  # damaged
-        return None
-    for file in manifest["files"]:
-        name = file["name"]
-        if not folder.exists(name) or folder.size(name) != file["size"]:
-            return None
-        if verify and folder.checksum(name) != file["xxh128"]:
-            return None
-    return manifest
 
 
 class Run:

@@ -14,6 +14,7 @@ LAYERS = [
         "config",
         "reference",
         "disk",
+        "artefacts",
         "runs",
         "metrics",
         "algos",

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from medgpt.artefacts import FileEntry, Folder, checksum, commit, committed, entries
 from medgpt.config import (
     ConfigError,
     EvalConfig,
@@ -17,17 +18,7 @@ from medgpt.config import (
     TuneStageConfig,
     validate,
 )
-from medgpt.runs import (
-    FREE_TO_CHANGE,
-    NOT_FREE,
-    FileEntry,
-    Folder,
-    Run,
-    checksum,
-    commit,
-    committed,
-    entries,
-)
+from medgpt.runs import FREE_TO_CHANGE, NOT_FREE, Run
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -18,6 +18,7 @@ import numpy as np
 import ray.data
 import xxhash
 
+from medgpt.artefacts import MANIFEST, FileEntry, Folder, commit, committed
 from medgpt.config import ConfigError, DataConfig
 from medgpt.data.account import Account, by_source, refuse_empty
 from medgpt.data.deny import DenyList
@@ -35,7 +36,6 @@ from medgpt.data.records import Document, Preferences, Record, Reject
 from medgpt.data.shards import ShardWriter, read_index, write_index
 from medgpt.data.stream import Pace
 from medgpt.data.units import Unit, file_size, list_files, list_units
-from medgpt.runs import MANIFEST, FileEntry, Folder, commit, committed
 
 if TYPE_CHECKING:
     from medgpt.data.encode import Encoded  # transformers

@@ -5,12 +5,12 @@ from typing import Any
 
 import fsspec
 
+from medgpt.artefacts import stream_checksum
 from medgpt.config import DataConfig
 from medgpt.data.deny import DenyList
 from medgpt.data.files import open_file
 from medgpt.data.recognise import Recogniser
 from medgpt.data.units import file_size, list_files
-from medgpt.runs import stream_checksum
 
 
 def check_sources(config: DataConfig) -> None:

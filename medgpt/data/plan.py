@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from medgpt.artefacts import FileEntry, Folder, checksum, commit, committed
 from medgpt.data.order import VALIDATION, Index, Rows, plan_epoch
 from medgpt.data.shards import read_index
-from medgpt.runs import FileEntry, Folder, checksum, commit, committed
 
 ROW_GROUP = 4096  # packed rows that are read together
 CHUNK_COLUMNS = ("block", "row", "start", "stop", "chunk", "visit")

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from medgpt.artefacts import MANIFEST, FileEntry, Folder, checksum
 from medgpt.data.order import Index
 from medgpt.data.records import Origin
-from medgpt.runs import MANIFEST, FileEntry, Folder, checksum
 
 if TYPE_CHECKING:  # its import of transformers would slow the start of every reading task
     from medgpt.data.encode import Encoded

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from medgpt.artefacts import checksum
 from medgpt.config import ConfigError, EvalConfig
 from medgpt.data.rows import content_hash
 from medgpt.eval.gates import Evidence, check_gates, require
@@ -23,7 +24,7 @@ from medgpt.eval.tasks.triage import TriageTask
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.generate import check_generates
 from medgpt.models.tokenizer import load_base
-from medgpt.runs import Run, checksum
+from medgpt.runs import Run
 from medgpt.train import session
 from medgpt.train.card import add_scores
 from medgpt.train.room import await_room

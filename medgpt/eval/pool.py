@@ -15,12 +15,12 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
+from medgpt.artefacts import Folder
 from medgpt.config import ConfigError, EvalConfig
 from medgpt.eval.engine import Engine, size
 from medgpt.eval.requests import Reply, Request, Response, fingerprint, from_json, to_json
 from medgpt.models.base import local_folder
 from medgpt.models.fetch import model_folder
-from medgpt.runs import Folder
 
 CHUNK = 64  # requests; of replies as many as are generated together
 AHEAD = 2  # chunks that an engine has, so that it need not wait for the driver

@@ -9,8 +9,8 @@ from pathlib import Path
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
+from medgpt.artefacts import Folder
 from medgpt.config import ConfigError
-from medgpt.runs import Folder
 
 
 def local_copy(name: str, key: str = "model.name") -> str:

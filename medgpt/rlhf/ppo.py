@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from medgpt.artefacts import FileEntry
 from medgpt.config import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
@@ -26,7 +27,7 @@ from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
 from medgpt.rlhf.worker import Usage
-from medgpt.runs import FileEntry, Run
+from medgpt.runs import Run
 from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+from medgpt.artefacts import Folder, commit, committed, entries
 from medgpt.config import PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.disk import storage_told
@@ -20,7 +21,7 @@ from medgpt.rlhf.roles.make import (
     make_reward,
     make_rollout,
 )
-from medgpt.runs import Folder, Run, commit, committed, entries
+from medgpt.runs import Run
 from medgpt.train import session
 from medgpt.train.card import model_card
 from medgpt.train.prepare import prepare, run_task

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medgpt.artefacts import Folder
 from medgpt.data.stream import Step
-from medgpt.runs import Folder
 
 SCHEMA = pa.schema(
     {

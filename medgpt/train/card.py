@@ -4,8 +4,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from medgpt.artefacts import MANIFEST, FileEntry, Folder, commit, committed
 from medgpt.config import DataConfig, PPOStageConfig, TrainStageConfig
-from medgpt.runs import MANIFEST, FileEntry, Folder, Run, commit, committed
+from medgpt.runs import Run
 
 CARD = "README.md"
 SCORES = "## Evaluation"

@@ -4,8 +4,8 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from medgpt.artefacts import Folder
 from medgpt.config import ConfigError
-from medgpt.runs import Folder
 
 GO, STOP = "go", "stop"
 POLL_S, POLL_REMOTE_S = 0.1, 1.0

@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig as KTOArguments
 from trl.trainer.kto_trainer import KTOTrainer
 
+from medgpt.artefacts import commit, committed, entries
 from medgpt.config import DPOConfig, OptimizerConfig
 from medgpt.data.packed_row import Row
 from medgpt.engine.engine import parameter_groups
@@ -30,7 +31,7 @@ from medgpt.metrics import MetricsWriter
 from medgpt.models.generate import generation_config
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.lora import lora_settings
-from medgpt.runs import Run, commit, committed, entries
+from medgpt.runs import Run
 from medgpt.train.comparisons import pairs, read_rows, singles
 from medgpt.train.progress import Started, Trained
 from medgpt.train.worker import Progress

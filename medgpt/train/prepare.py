@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import ray
 from ray.exceptions import RayTaskError
 
+from medgpt.artefacts import Folder, commit, committed, entries
 from medgpt.config import (
     ClusterConfig,
     ConfigError,
@@ -29,7 +30,7 @@ from medgpt.data.readers import read_unit
 from medgpt.data.records import Document, Reject
 from medgpt.data.shards import data_version
 from medgpt.data.units import Unit, list_units
-from medgpt.runs import Folder, Run, commit, committed, entries
+from medgpt.runs import Run
 
 TOKENIZER = "tokenizer"
 PROBE_TEXTS, PROBE_CHARACTERS = 4, 200  # of every source, to measure a changed vocabulary on

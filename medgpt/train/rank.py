@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medgpt.artefacts import commit, committed, entries
 from medgpt.config import ConfigError, DPOConfig, RewardConfig, TrainStageConfig
 from medgpt.disk import storage_told
-from medgpt.runs import Run, commit, committed, entries
+from medgpt.runs import Run
 from medgpt.train.gate import Gate
 
 if TYPE_CHECKING:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from medgpt.artefacts import FileEntry, Folder, commit, entries
 from medgpt.config import ConfigError
 from medgpt.disk import storage_told
 from medgpt.engine.checkpoint import Snapshot
-from medgpt.runs import FileEntry, Folder, Run, commit, entries
+from medgpt.runs import Run
 
 
 @dataclass

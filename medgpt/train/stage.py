@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from medgpt.artefacts import MANIFEST, Folder
 from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.inputs import check_sources, input_bytes
 from medgpt.disk import storage_told
 from medgpt.metrics import ConsoleReporter
-from medgpt.runs import MANIFEST, Folder, Run
+from medgpt.runs import Run
 from medgpt.train import session
 from medgpt.train.gate import Gate
 from medgpt.train.prepare import prepare

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from medgpt.artefacts import Folder
 from medgpt.config import ConfigError, TrainStageConfig
 from medgpt.data.order import VALIDATION
 from medgpt.data.packed_row import Row
@@ -21,7 +22,7 @@ from medgpt.data.stream import Step, first_rows, training_stream
 from medgpt.disk import storage_told
 from medgpt.engine import Engine
 from medgpt.metrics import MetricsWriter
-from medgpt.runs import Folder, Run
+from medgpt.runs import Run
 from medgpt.train.audit import Audit
 from medgpt.train.progress import Started, Trained
 from medgpt.train.saving import Saver, raise_together

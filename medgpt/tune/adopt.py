@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from medgpt.artefacts import FileEntry, Folder, commit, committed
 from medgpt.config import Params
 from medgpt.rlhf.state import IN_FLIGHT
-from medgpt.runs import FileEntry, Folder, Run, commit, committed
+from medgpt.runs import Run
 from medgpt.tune.record import Copied, Record, Records
 
 KL_COEF = "ppo.kl_coef"

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from medgpt.artefacts import Folder
 from medgpt.config import Params
-from medgpt.runs import Folder, Run
+from medgpt.runs import Run
 
 SUFFIX = ".json"
 Status = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]

@@ -22,9 +22,9 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
+from medgpt.artefacts import Folder
 from medgpt.config import Params, Space, TuneStageConfig
 from medgpt.rlhf.placement import is_dead, release_of
-from medgpt.runs import Folder
 from medgpt.tune.goal import BEYOND, WORST
 from medgpt.tune.record import Records, name_of
 from medgpt.tune.space import listed

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from medgpt.artefacts import Folder, committed
 from medgpt.config import ConfigError, DataConfig
 from medgpt.data import index as index_module
 from medgpt.data.encode import Encoded
@@ -28,7 +29,6 @@ from medgpt.data.index import (
 from medgpt.data.inputs import check_sources
 from medgpt.data.records import Document, Record, Reject
 from medgpt.data.shards import data_version, read_block, read_index
-from medgpt.runs import Folder, committed
 
 SECRET = "张三的病历"
 

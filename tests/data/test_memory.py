@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medgpt.artefacts import Folder, commit
 from medgpt.data.encode import Encoded
 from medgpt.data.plan import Order, make_plan
 from medgpt.data.records import Origin
 from medgpt.data.shards import ShardWriter, data_version, write_index
-from medgpt.runs import Folder, commit
 
 ALLOWED_BYTES = 80 * 2**20  # Ray's smallest object store
 BYTES_PER_TOKEN = 5  # an id and whether it is a target

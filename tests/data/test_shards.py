@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
+from medgpt.artefacts import FileEntry, Folder, commit, committed
 from medgpt.data.encode import Encoded
 from medgpt.data.records import Origin
 from medgpt.data.shards import (
@@ -18,7 +19,6 @@ from medgpt.data.shards import (
     sample_ids,
     write_index,
 )
-from medgpt.runs import FileEntry, Folder, commit, committed
 
 ORIGIN = Origin(source="s", file="f.jsonl", row=1)
 

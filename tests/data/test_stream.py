@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medgpt.artefacts import Folder, commit
 from medgpt.data import plan as plan_module
 from medgpt.data import stream as stream_module
 from medgpt.data.encode import Encoded
@@ -14,7 +15,6 @@ from medgpt.data.plan import Order, Plan, existing_plan, make_plan
 from medgpt.data.records import Origin
 from medgpt.data.shards import ShardWriter, data_version, read_index, write_index
 from medgpt.data.stream import Row, Step, assemble, first_rows, training_stream, unpack
-from medgpt.runs import Folder, commit
 
 MAX_LENGTH = 32
 NUM_SAMPLES = 240

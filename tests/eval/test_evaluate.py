@@ -15,6 +15,7 @@ import pytest
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
+from medgpt.artefacts import Folder, commit, entries
 from medgpt.config import ConfigError, EvalConfig, McqConfig, NllConfig, PoolConfig, validate
 from medgpt.eval.engine import Engine
 from medgpt.eval.evaluate import read_items, report, run_eval, write_items, write_results
@@ -25,7 +26,7 @@ from medgpt.eval.task import Judged
 from medgpt.eval.tasks.mcq import McqTask
 from medgpt.eval.tasks.nll import NllTask
 from medgpt.metrics import ConsoleReporter
-from medgpt.runs import Folder, Run, commit, entries
+from medgpt.runs import Run
 from tests.models.packing import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent

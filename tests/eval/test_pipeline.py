@@ -3,10 +3,11 @@ from typing import Literal
 
 import pytest
 
+from medgpt.artefacts import commit, entries
 from medgpt.config import ConfigError, PipelineConfig, PipelineStage, RunConfig, load
 from medgpt.eval.gates import GateFailure
 from medgpt.eval.pipeline import read_stages, run_pipeline
-from medgpt.runs import Run, commit, entries
+from medgpt.runs import Run
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "debug"
 MASKED = (  # what makes the debug pretraining one of masks

@@ -10,12 +10,13 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from medgpt.artefacts import commit, committed, entries
 from medgpt.eval.pipeline_report import read_column, write_eval_report, write_pipeline_report
 from medgpt.eval.scores import tables
 from medgpt.eval.summary import summary
 from medgpt.eval.task import Judged
 from medgpt.eval.tasks.overlap import counts, score_of
-from medgpt.runs import Run, commit, committed, entries
+from medgpt.runs import Run
 from medgpt.train.card import SCORES, add_scores
 
 SECRET = "病人张三的原话"

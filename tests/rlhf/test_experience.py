@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from medgpt.artefacts import Folder
 from medgpt.rlhf.experience import Ragged, join_rows, join_sequences, join_tokens
 from medgpt.rlhf.state import read_sequences, write_sequences
-from medgpt.runs import Folder
 from tests.rlhf.cases import logprobs, sequences, share
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from medgpt.artefacts import committed
 from medgpt.config import ConfigError, PPOStageConfig
 from medgpt.data.plan import Plan
 from medgpt.engine import gather_weights
 from medgpt.rlhf.lessons import lesson_run, lesson_stream, prepare_lessons
 from medgpt.rlhf.roles.actor import Actor
-from medgpt.runs import Run, committed
+from medgpt.runs import Run
 from tests.rlhf.cases import PTX, lessons, ppo_config, sequences
 from tests.rlhf.inline import driver, numbers
 from tests.rlhf.test_actor import (

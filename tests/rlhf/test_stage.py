@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from medgpt.artefacts import Folder, committed
 from medgpt.config import ConfigError, PPOStageConfig
 from medgpt.config.pools import ROLES
 from medgpt.data.plan import Plan
@@ -15,7 +16,7 @@ from medgpt.rlhf.checks import check_models
 from medgpt.rlhf.lessons import lesson_stream
 from medgpt.rlhf.prompts import prompt_stream
 from medgpt.rlhf.stage import make_pools, run_ppo_stage
-from medgpt.runs import Folder, Run, committed
+from medgpt.runs import Run
 from tests.models.packing import changed_copy
 from tests.rlhf.cases import ppo_config, save_reward_model
 from tests.rlhf.inline import driver, numbers

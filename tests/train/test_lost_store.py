@@ -11,10 +11,11 @@ import fsspec
 import pytest
 import torch
 
+from medgpt.artefacts import Folder, commit, committed, entries
 from medgpt.config import ConfigError, PretrainConfig, validate
 from medgpt.disk import storage_told
 from medgpt.engine.checkpoint import Snapshot
-from medgpt.runs import Folder, Run, commit, committed, entries
+from medgpt.runs import Run
 from tests.train.audits import assert_every_chunk_once
 from tests.train.cases import pretrain_tree, write_toml
 from tests.train.dying_store import DyingStore

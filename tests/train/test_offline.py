@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from medgpt.artefacts import committed
 from medgpt.config import DPOConfig, validate
 from medgpt.data.sample.pairs import preferences
 from medgpt.data.sample.render import Corpus
 from medgpt.eval.stages import run_dpo
-from medgpt.runs import Run, committed
+from medgpt.runs import Run
 from medgpt.train.offline import CHECKPOINT, checkpoint_steps
 from tests.train.cases import source
 

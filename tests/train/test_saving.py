@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from medgpt.artefacts import committed
 from medgpt.config import ConfigError
 from medgpt.engine.setup import join_process_group
-from medgpt.runs import Run, committed
+from medgpt.runs import Run
 from medgpt.train.saving import Saver
 
 POSITION = {"step": 5, "best_step": 0}

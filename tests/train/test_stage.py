@@ -15,11 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from medgpt.artefacts import committed
 from medgpt.cli import app
 from medgpt.config import PretrainConfig, load
 from medgpt.eval.stages import run_pretrain, run_sft
 from medgpt.models.generate import answer_all, load_for_generation
-from medgpt.runs import Run, committed
+from medgpt.runs import Run
 from tests.train.audits import assert_every_chunk_once, chunks_by_epoch
 from tests.train.cases import TINY, pretrain_config, sft_config
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from medgpt.runs import FileEntry, Run, commit, entries
+from medgpt.artefacts import FileEntry, commit, entries
+from medgpt.runs import Run
 from medgpt.tune.adopt import adopt
 from medgpt.tune.record import Record, Records
 from tests.rlhf.cases import ppo_config

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from medgpt.artefacts import committed
 from medgpt.config import PPOStageConfig, load
 from medgpt.engine.schedule import learning_rate
 from medgpt.eval.stages import run_tune
 from medgpt.rlhf.state import IN_FLIGHT
-from medgpt.runs import Run, committed
+from medgpt.runs import Run
 from medgpt.tune.record import Copied, Records
 from medgpt.tune.results import trials_url
 from tests.rlhf.inline import numbers

@@ -7,10 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from medgpt.artefacts import commit, committed, entries
 from medgpt.config import CorpusConfig
 from medgpt.data.sample.pairs import exam_questions, preferences
 from medgpt.data.sample.render import Corpus
-from medgpt.runs import Run, commit, committed, entries
+from medgpt.runs import Run
 
 
 def run_corpus(config: CorpusConfig) -> Run:

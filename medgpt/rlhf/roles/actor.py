@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.algos.ppo import ppo_policy_loss
+from medgpt.artefacts import FileEntry, Folder, entries
 from medgpt.config import PPOStageConfig
 from medgpt.data.collate import causal_batch, empty_batch
 from medgpt.data.packed_row import Row
@@ -33,7 +34,6 @@ from medgpt.rlhf.roles.common import (
     step_rows,
     summed,
 )
-from medgpt.runs import FileEntry, Folder, entries
 from medgpt.train.exporting import export_model
 
 METRICS = ("loss", "clip_frac", "approx_kl", "entropy_bonus", "ptx_loss")

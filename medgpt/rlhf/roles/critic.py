@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.algos.ppo import ppo_value_loss
+from medgpt.artefacts import FileEntry, Folder, entries
 from medgpt.config import ModelConfig, PPOStageConfig
 from medgpt.data.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
@@ -27,7 +28,6 @@ from medgpt.rlhf.roles.common import (
     summed,
     told_as,
 )
-from medgpt.runs import FileEntry, Folder, entries
 from medgpt.train.exporting import export_model
 
 
