@@ -70,7 +70,8 @@ class Space(Config):
     def _one_kind(self) -> Self:
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            raise ValueError(f"needs one of {', '.join(KINDS)}, as {{ choice = [1, 2] }}")
+            has = " and ".join(given) or "none"  # of the file and of an override together
+            raise ValueError(f"has {has}; needs one of {', '.join(KINDS)}, as {{ choice = [1] }}")
         if self.bounds is not None and self.bounds[0] >= self.bounds[1]:
             raise ValueError(f"{given[0]} needs the lower end first, as [0.1, 1.0]")
         return self

@@ -1,7 +1,8 @@
 """The PPO stage from config to finished run: prompts, pools, iterations, export."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medgpt.artefacts import Folder, commit, committed, entries
 from medgpt.config import PPOStageConfig
@@ -28,6 +29,10 @@ from medgpt.train.prepare import prepare, run_task
 from medgpt.train.room import await_data_room
 from medgpt.train.stage import cluster_resources, describe, parents
 
+if TYPE_CHECKING:
+    from medgpt.rlhf.diagnosis import History
+    from medgpt.rlhf.ppo import PPO
+
 CRITIC = "critic"  # the folder of its export
 
 
@@ -53,7 +58,8 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
         pools = make_pools(config, plan.num_steps, reporter)
         try:
             pools.start()
-            _train(run, config, plan, pools, reporter)
+            ppo = build_ppo(run, config, pools, reporter, plan=plan)
+            ppo.fit(partial(export, run, config, pools))
         finally:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
@@ -134,23 +140,38 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
     return found
 
 
-def _train(
-    run: Run, config: PPOStageConfig, plan: Plan, pools: Pools, reporter: ConsoleReporter
-) -> None:
+def build_ppo(
+    run: Run,
+    config: PPOStageConfig,
+    pools: Pools,
+    reporter: ConsoleReporter,
+    *,
+    plan: Plan,
+    prepared: Run | None = None,
+    judged: "Callable[[History], None] | None" = None,
+) -> "PPO":
+    """The loop over started pools.
+
+    Args:
+        plan: of the prompts.
+        prepared: the run directory that holds the prompts, if not `run`.
+        judged: as of PPO.
+    """
     # after the workers have begun to load the same libraries
     from medgpt.rlhf.ppo import PPO
     from medgpt.rlhf.prompts import prompt_stream
     from medgpt.rlhf.sync import WeightSync
 
+    prepared = prepared or run
     sync = WeightSync(pools.pools["actor"], pools.pools["rollout"], pools, config.pools.sync)
-    PPO(
+    return PPO(
         run,
         config,
         pools,
         prompts=partial(
             prompt_stream,
             plan,
-            run.data.url,
+            prepared.data.url,
             data_cpus=config.cluster.data_cpus,
             wait_s=config.cluster.wait_s,
             say=reporter.say,
@@ -160,8 +181,9 @@ def _train(
         reporter=reporter,
         lessons=None
         if config.ptx is None
-        else partial(lesson_stream, run, config, say=reporter.say),
-    ).fit(partial(export, run, config, pools))
+        else partial(lesson_stream, prepared, config, say=reporter.say),
+        judged=judged,
+    )
 
 
 def export(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = True) -> None:

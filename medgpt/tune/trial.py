@@ -147,39 +147,19 @@ class Trial:
             reporter.close()
 
     def _iterate(self, stage: PPOStageConfig, reporter: ConsoleReporter) -> None:
-        from medgpt.rlhf.lessons import lesson_stream
-        from medgpt.rlhf.ppo import PPO
-        from medgpt.rlhf.prompts import prompt_stream
-        from medgpt.rlhf.sync import WeightSync
+        from medgpt.rlhf.stage import build_ppo
 
         base, pools = Run(self.setup.base_url), self.pools
         assert pools is not None
         plan = Plan(
             base.plan.url,
             global_batch_size=stage.ppo.rollout_batch_size,
-            max_steps=stage.ppo.max_iterations,
+            max_steps=self.setup.num_iterations,
         )
-        sync = WeightSync(pools.pools["actor"], pools.pools["rollout"], pools, stage.pools.sync)
-        PPO(
-            self.ppo_run,
-            stage,
-            pools,
-            prompts=partial(
-                prompt_stream,
-                plan,
-                base.data.url,
-                data_cpus=stage.cluster.data_cpus,
-                wait_s=stage.cluster.wait_s,
-                say=reporter.say,
-            ),
-            sync=sync.run,
-            num_iterations=self.setup.num_iterations,
-            reporter=reporter,
-            lessons=None
-            if stage.ptx is None
-            else partial(lesson_stream, base, stage, say=reporter.say),
-            judged=self.judged,
-        ).fit()
+        ppo = build_ppo(
+            self.ppo_run, stage, pools, reporter, plan=plan, prepared=base, judged=self.judged
+        )
+        ppo.fit()
 
     def _open(self) -> None:
         """The run directory, with what a run says of its prompts."""

@@ -60,7 +60,7 @@ def test_a_search_brings_nodes_of_all_groups_and_leaves_none(
 def test_the_nodes_of_a_trial_that_is_stopped_go_while_others_train(
     cluster: LocalCluster, base: Path, tmp_path: Path
 ) -> None:
-    wild = 'search={"optimizer.learning_rate"={choice=[0.3]}}'
+    wild = 'search={"optimizer.learning_rate"={loguniform=[0.3,0.31]}}'
     config, words = search(tmp_path, base, (*SHORT, *ALONE), wild)
     job = cluster.with_it(f"medgpt submit tune configs/debug/tune.toml {words}")
     try:
