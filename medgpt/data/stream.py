@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
+from ray.data._internal.cluster_autoscaler.resource_utilization_gauge import ClusterUtil
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from medgpt.data.order import VALIDATION
@@ -28,6 +29,7 @@ TOKENS_PER_TASK = 2**18  # a task costs Ray Data 20 ms and more, whatever it rea
 ROWS_PER_TASK = 64  # where rows have no common length
 TASKS_PER_PIPELINE = 64
 PACE_S = 0.05
+NEVER = ClusterUtil(cpu=1e9, gpu=1e9, memory=1e9, object_store_memory=1e9)  # so busy is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +108,20 @@ def _begin(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    context.custom_execution_callback_classes = [Pace]
-    dataset = ray.data.from_arrow(part).map_batches(
+    context.custom_execution_callback_classes = [Modest]
+    # from_arrow would start a task of a CPU for each table, only to count its rows
+    dataset = ray.data.from_blocks(part).map_batches(
         partial(assemble, url=data_url, split="train", version=version),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=data_cpus,
-        # said here, tasks are never caught in the placement group of whoever reads
-        scheduling_strategy="SPREAD",
+        # one keeps ahead of a worker; Ray Data would submit as many as all CPUs could run if they
+        # were free, and an autoscaler bring nodes for those that wait
+        compute=ray.data.TaskPoolStrategy(size=1),
+        # said here, tasks are never caught in the placement group of whoever reads; and they do not
+        # go round the idle nodes, which an autoscaler would then keep
+        scheduling_strategy="DEFAULT",
     )
     batches = iter(
         dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
@@ -158,6 +165,14 @@ class Pace(ExecutionCallback):
         if moved == self.moved and left > 0:
             time.sleep(left)
         self.moved, self.ended = moved, time.monotonic()
+
+
+class Modest(Pace):
+    """Asks for no nodes. As soon as half of the cluster is busy, and be it with those who wait for
+    the data, Ray Data would ask for twice as much of it."""
+
+    def before_execution_starts(self, executor: Any) -> None:
+        executor._cluster_autoscaler._cluster_scaling_up_util_threshold = NEVER
 
 
 def assemble(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:

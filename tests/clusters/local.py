@@ -92,7 +92,15 @@ class LocalCluster:
         return found
 
     def raylets(self) -> int:
-        return sum("raylet/raylet" in "".join(p.cmdline()[:1]) for p in self.processes())
+        return sum(_program(process).endswith("raylet/raylet") for process in self.processes())
+
+
+def _program(process: psutil.Process) -> str:
+    """Nothing of one that has just ended."""
+    try:
+        return "".join(process.cmdline()[:1])
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def wait_until(done: Callable[[], bool], what: str, timeout_s: float) -> None:

@@ -15,8 +15,8 @@ from tests.tune.cases import search_config
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 TRAIN, ROLLOUT, DATA = (f'labels={{role="{role}"}}' for role in ("train", "rollout", "data"))
 ALONE = (  # a trial fills two nodes
-    *("ppo.max_iterations=600", "ppo.prompt_epochs=400", "judge.every=50"),
-    *("diagnosis.window=2", "diagnosis.max_kl=3.0"),
+    *("ppo.max_iterations=600", "ppo.prompt_epochs=400", "ppo.epochs=16", "judge.every=50"),
+    *("diagnosis.window=2", "diagnosis.max_kl=30.0", "optimizer.learning_rate=1e-6"),
     f"pools.actor={{cpus_per_worker=1,engine={{zero_stage=0}},{TRAIN}}}",
     f"pools.critic={{cpus_per_worker=1,engine={{zero_stage=0}},{TRAIN}}}",
 )
@@ -66,7 +66,8 @@ def test_the_nodes_of_a_trial_that_is_stopped_go_while_others_train(
     try:
         wait_until(lambda: cluster.raylets() >= 7, "two trials on four nodes for training", 300)
         wait_until(lambda: statuses(config).get("002") == "diverged", "the end of a trial", 200)
-        wait_until(lambda: cluster.raylets() <= 5, "without the nodes of the trial", 200)
+        assert cluster.raylets() <= 8  # one more where both trials read data at once
+        wait_until(lambda: cluster.raylets() <= 6, "without the nodes of the trial", 200)
         assert statuses(config)["001"] == "running"
         assert job.poll() is None
     finally:

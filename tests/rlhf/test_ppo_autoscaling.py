@@ -66,3 +66,4 @@ def test_ppo_trains_on_nodes_that_come_as_it_needs_them_and_when_one_is_lost(
     )
     assert ["rollout", True] in nodes
     assert {("train", False), ("train", True)} <= {tuple(node) for node in nodes}
+    assert len(nodes) == 5  # and one for data: nobody asked for more than it needs
