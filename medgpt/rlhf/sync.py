@@ -59,14 +59,14 @@ class WeightSync:
         calls: list[Any] = []
         try:
             calls, counted = self._begin(version)
+            linked, self._linked = self._linked, None  # both ends leave a transfer that fails
             limit = self.config.timeout_s + MARGIN_S
             self.pools.wait(calls, f"weight sync of version {version}", timeout_s=limit)
-            return self.pools.get(counted, "bytes of weight sync")
+            counts = self.pools.get(counted, "bytes of weight sync")
         except RayTaskError as error:
             self._explain(error, calls)
-        except PoolDied:
-            self._linked = None
-            raise
+        self._linked = linked
+        return counts
 
     def _begin(self, version: int) -> tuple[list[Any], list[Any]]:
         """Refs of all calls of a transfer, and of those among them that count bytes."""
@@ -125,7 +125,6 @@ class WeightSync:
 
     def _explain(self, error: RayTaskError, calls: list[Any]) -> NoReturn:
         """Find out which side failed: who is dead, else who does not answer, else who told."""
-        self._linked = None  # what is under way in the old group stays there
         self._raise_dead()
         if not isinstance(error.cause, SyncError):
             raise error
