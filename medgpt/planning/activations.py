@@ -63,11 +63,13 @@ def saved(model: Outline, batch: Batch, b: int) -> int:
 
 
 def logits(model: Outline, batch: Batch, b: int) -> int:
-    """Bytes of the output layer and the loss: the logits of a chunk, and their gradient.
+    """Bytes of the output layer and the loss: the logits of a chunk, and their gradient, which in
+    fp32 takes their place.
 
     `algos.logprobs` keeps nothing else of this size. Several chunks are computed again one by one.
     """
-    return 2 * b * min(batch.labels, batch.chunk) * model.vocab
+    copies = 1 if b == 4 else 2
+    return copies * b * min(batch.labels, batch.chunk) * model.vocab
 
 
 def backward_work(model: Outline, batch: Batch, b: int) -> int:

@@ -46,7 +46,7 @@ def test_a_forward_pass_keeps_what_is_counted(kind: str, dtype: torch.dtype) -> 
     module, model, batch = case(kind, dtype)
     b = BYTES[dtype]
     counted = Batch(tokens=TOKENS, labels=TOKENS, chunk=8192, checkpointing=False)
-    output = activations.logits(model, counted, b) // 2 + 4 * TOKENS  # the loss keeps a sum each
+    output = b * TOKENS * VOCAB + 4 * TOKENS  # the logits; the loss keeps a sum each
     expected = activations.saved(model, counted, b) + output
     assert saved_bytes(module, batch) == pytest.approx(expected, rel=0.02)
 
