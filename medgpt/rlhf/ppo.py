@@ -5,7 +5,7 @@ The driver moves refs from pool to pool. It sees metrics, not tensors.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
 from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.judging import Judging
+from medgpt.rlhf.observing import keep_samples, usage
 from medgpt.rlhf.pool import Pool
 from medgpt.rlhf.pools import DataLost, Leaving, PoolDied, Pools
 from medgpt.rlhf.prompts import Cursor
@@ -26,14 +27,12 @@ from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
-from medgpt.rlhf.worker import Usage
 from medgpt.runs import Run
 from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
 PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
 LessonStream = Callable[[int], Iterator[Lessons]]
-SAMPLES = "rollouts.json"
 FACTS = (  # label, metric, format
     ("score", "ppo/score_mean", ".3f"),
     ("kl", "actor/kl_ref", ".3f"),
@@ -196,14 +195,14 @@ class PPO:
         metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
         metrics |= self._speed(batch.num_prompts, time.monotonic() - began)
         tokens = metrics["rollout/response_tokens"] * batch.num_prompts
-        self._report(metrics | self._usage(batch, tokens))
+        self._report(metrics | usage(self.pools, batch.usage, tokens))
         if config.audit:
             self.audit.note(batch.epoch, batch.iteration, ((id, 0) for id in learnt.sample_ids))
             self.audit.write(self.audit.take())
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._save()
         if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
-            self._keep_samples()
+            keep_samples(self.pools, self.run, step=state.iteration, count=self.shown)
 
     def _generate(self, iteration: int) -> Batch:
         """Begin the rollouts of an iteration, with weights as new as the actor has them."""
@@ -363,24 +362,6 @@ class PPO:
             **{f"time/{phase}_s": seconds for phase, seconds in self.times.items()},
         }
 
-    def _usage(self, batch: Batch, num_tokens: float) -> dict[str, float]:
-        """Resident memory of the largest workers, and how fast the slowest rollout worker let
-        `num_tokens` come. Nothing if a pool dies meanwhile, which its next call tells."""
-        others = (pool for pool in self.pools.pools.values() if pool is not self.rollout)
-        refs: dict[str, Refs] = {pool.role: pool.usage() for pool in others if pool.workers}
-        if batch.usage:
-            refs["rollout"] = batch.usage
-        metrics: dict[str, float] = {}
-        with suppress(PoolDied, DataLost):
-            for role, mine in refs.items():
-                used: list[Usage] = self.pools.get(mine, "usage")
-                metrics[f"memory/{role}_rss_gb"] = max(u.rss_gb for u in used)
-                if role == "rollout":
-                    speed = num_tokens / max(u.call_s for u in used)
-                    metrics["rollout/tokens_per_s"] = speed
-            metrics["memory/rss_gb"] = max(n for name, n in metrics.items() if "rss" in name)
-        return metrics
-
     def _report(self, metrics: dict[str, float]) -> None:
         step = self.state.iteration
         self._log.log(step, metrics)
@@ -388,16 +369,6 @@ class PPO:
         facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
         self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)
-
-    def _keep_samples(self) -> None:
-        """A few of the latest rollouts, for the report; none if the pool that has them dies, which
-        the next call to it tells."""
-        folder, step = self.run.folder, self.state.iteration
-        known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
-        refs, found = self.reward.call(Reward.samples, self.shown), []
-        with suppress(PoolDied, DataLost):
-            found = [{"iteration": step, **sample} for sample in self.pools.get(refs, "samples")[0]]
-        folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
