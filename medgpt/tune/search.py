@@ -162,7 +162,7 @@ class Named(Searcher):
         self.inner.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see record.py."""
+        """Ray Tune asks for it; a search is resumed from what record.py has written."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError

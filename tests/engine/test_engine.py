@@ -127,6 +127,39 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case: Case) -> None:
         assert float(engine(1.0)) == 0.5  # as the first update of Adam
 
 
+class Pair(nn.Module):
+    """Two vectors, the second of which takes part or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+    def forward(self, both: bool) -> Tensor:
+        return self.first.sum() + self.second.sum() if both else self.first.sum()
+
+
+def second_after_an_absence(case: Case) -> list[float]:
+    """Of Pair, after a step with both and one without it."""
+    config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_share=0)
+    net = Pair()
+    engine = Engine(net, engine=case.config(), optimizer=config, total_steps=9, device=CPU)
+    for both in (True, False):
+        engine.backward(engine(both))
+        engine.step()
+    return net.second.tolist()
+
+
+def test_what_has_no_gradient_goes_on_by_its_moments_at_every_stage_and_rank_count(
+    two_ranks: TwoRanks,
+) -> None:
+    cases = [Case(stage) for stage in range(3)]
+    found = run_all(second_after_an_absence, cases)
+    of_two, _ = two_ranks(run_all, second_after_an_absence, cases)
+    for second in found + of_two:
+        assert second == pytest.approx(found[1])  # DeepSpeed's own
+        assert max(second) < 0.89  # the first step moved it by 0.1
+
+
 def test_the_learning_rate_is_that_of_the_latest_step() -> None:
     engine = new_engine(Case(0))  # warm-up of 2 of 8 steps to 0.02
     assert engine.learning_rate == pytest.approx(0.02 / 3)

@@ -87,7 +87,7 @@ def kill(maker: Any) -> None:
         time.sleep(0.1)
 
 
-def refused(role: str) -> None:
+def assert_refused(role: str) -> None:
     with pytest.raises(ConfigError, match="no room"):
         acquire({role: HALF}, wait_s=1, say=silent, try_s=0.5)
 
@@ -96,11 +96,11 @@ def test_what_a_dead_actor_held_is_released_and_nothing_else() -> None:
     living, dying = (ray.remote(Maker).options(num_cpus=0).remote() for _ in range(2))
     ray.get([living.take.remote(), dying.take.remote()])
     kill(dying)
-    refused("actor")  # Ray itself keeps it
+    assert_refused("actor")  # Ray itself keeps it
     release_of(is_dead)
     mine = quickly({"actor": HALF}, wait_s=20)
     release_of(is_dead)
-    refused("critic")
+    assert_refused("critic")
     mine.release()
     kill(living)
     release_of(is_dead)

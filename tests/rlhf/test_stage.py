@@ -111,7 +111,7 @@ def test_pools_compute_what_one_process_does(
     assert run_ppo_stage(config).metrics() == run.metrics()  # finished: left as it is
 
 
-def refused(config: PPOStageConfig, words: str) -> None:
+def assert_refused(config: PPOStageConfig, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         run_ppo_stage(config)
     run = Folder(config.run.dir)
@@ -126,13 +126,13 @@ def test_pools_that_leave_no_room_for_a_data_task_are_refused(base: Path, tmp_pa
     pools = make_pools(config, 1, ConsoleReporter("ppo"))
     assert pools.data_cpus == config.cluster.data_cpus == 1
     assert ray.cluster_resources()["CPU"] == 4
-    refused(config, r"can never be placed: data tasks and pools before it take 4 CPU of 4")
+    assert_refused(config, r"can never be placed: data tasks and pools before it take 4 CPU of 4")
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_too_few_positions_are_told_before_anything_is_prepared(base: Path, tmp_path: Path) -> None:
     config = ppo_config(tmp_path, base, "rollout.max_new_tokens=500", *HALVES)
-    refused(
+    assert_refused(
         config,
         r"data.max_length=32 and rollout.max_new_tokens=500 together .* positions of model.name=",
     )
@@ -141,7 +141,7 @@ def test_too_few_positions_are_told_before_anything_is_prepared(base: Path, tmp_
 def test_questions_of_the_judge_that_cannot_be_read_are_told_first(
     base: Path, tmp_path: Path
 ) -> None:
-    refused(
+    assert_refused(
         ppo_config(tmp_path, base, "judge.every=1", f'judge.key_points="{tmp_path}/none.jsonl"'),
         r"none\.jsonl",
     )
