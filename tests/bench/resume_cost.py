@@ -60,7 +60,7 @@ def main() -> None:
     config_file.write_text(CONFIG.format(run=folder / "run", corpus=folder / "corpus"), "utf-8")
     config = load(PretrainConfig, config_file)
     run = Run.open("pretrain", config, run_dir=config.run.dir, allow_changes=False)
-    session.connect(config.cluster)
+    session.start_local(os.cpu_count() or 1, loopback=False)  # the probes use it, too
     began = time.monotonic()
     data, plan = prepare(run, config, lambda *_: None)
     again = time.monotonic() - began
