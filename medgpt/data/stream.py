@@ -119,14 +119,23 @@ def _begin(
         # one keeps ahead of a worker; Ray Data would submit as many as all CPUs could run if they
         # were free, and an autoscaler bring nodes for those that wait
         compute=ray.data.TaskPoolStrategy(size=1),
-        # said here, tasks are never caught in the placement group of whoever reads; and they do not
-        # go round the idle nodes, which an autoscaler would then keep
-        scheduling_strategy="DEFAULT",
+        ray_remote_args_fn=_on_data_nodes,
     )
     batches = iter(
         dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
     )
     return _Pipeline(first=next(batches), batches=batches, num_tasks=len(part))
+
+
+def _on_data_nodes() -> dict[str, Any]:
+    """Where a task goes: to nodes for data, as clusters/ labels them, if there is room, else
+    anywhere. An autoscaler would keep idle nodes of other groups on which tasks run now and then.
+    The strategy is said so that none is caught in the placement group of whoever reads."""
+    return {
+        "scheduling_strategy": "DEFAULT",
+        "label_selector": {"role": "data"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
 
 
 def _rows(
