@@ -51,43 +51,43 @@ Overrides = Annotated[
 @app.command()
 def corpus(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the sample corpus that ships with medgpt."""
-    _run("medgpt.data.sample.write:run_corpus", config, _load(CorpusConfig, config, overrides))
+    _run("medgpt.stages.corpus:run_corpus", config, _load(CorpusConfig, config, overrides))
 
 
 @app.command()
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     """Pretrain on documents: next token (clm) or masked tokens (mlm)."""
-    _run("medgpt.eval.stages:run_pretrain", config, _load(PretrainConfig, config, overrides))
+    _run("medgpt.stages.train:run_pretrain", config, _load(PretrainConfig, config, overrides))
 
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune on conversations."""
-    _run("medgpt.eval.stages:run_sft", config, _load(SFTConfig, config, overrides))
+    _run("medgpt.stages.train:run_sft", config, _load(SFTConfig, config, overrides))
 
 
 @app.command()
 def reward(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a reward model on preferences: pairs, or several graded answers to a prompt."""
-    _run("medgpt.eval.stages:run_reward", config, _load(RewardConfig, config, overrides))
+    _run("medgpt.stages.train:run_reward", config, _load(RewardConfig, config, overrides))
 
 
 @app.command()
 def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train on preferences without a reward model: DPO, KTO and their kin."""
-    _run("medgpt.eval.stages:run_dpo", config, _load(DPOConfig, config, overrides))
+    _run("medgpt.stages.dpo:run_dpo", config, _load(DPOConfig, config, overrides))
 
 
 @app.command()
 def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Learn from rewards: PPO on separate pools of actor, critic, reward, reference, rollout."""
-    _run("medgpt.eval.stages:run_ppo", config, _load(PPOStageConfig, config, overrides))
+    _run("medgpt.stages.ppo:run_ppo", config, _load(PPOStageConfig, config, overrides))
 
 
 @app.command()
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     """Search PPO's keys: many trials, the best config, and what it is worth."""
-    _run("medgpt.eval.stages:run_tune", config, _load(TuneStageConfig, config, overrides))
+    _run("medgpt.stages.tune:run_tune", config, _load(TuneStageConfig, config, overrides))
 
 
 @app.command(name="eval")
@@ -101,13 +101,13 @@ def evaluate(
         f"model.name={json.dumps(absolute_model(model), ensure_ascii=False)}",
         *(overrides or ()),
     ]
-    _run("medgpt.eval.evaluate:run_eval", config, _load(EvalConfig, config, named))
+    _run("medgpt.stages.evaluate:run_eval", config, _load(EvalConfig, config, named))
 
 
 @app.command()
 def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run several stages in order on one Ray; finished ones are skipped."""
-    _run("medgpt.eval.pipeline:run_pipeline", config, _load(PipelineConfig, config, overrides))
+    _run("medgpt.stages.pipeline:run_pipeline", config, _load(PipelineConfig, config, overrides))
 
 
 @app.command()
@@ -125,7 +125,7 @@ def plan(
 ) -> None:
     """What a stage needs on a cluster, what fits, how long it takes and what it costs."""
     arguments = (stage, config, overrides or [], cluster, hardware, tokens, mfu, as_json)
-    _run("medgpt.planning.show:run_plan", config, *arguments)
+    _run("medgpt.stages.plan:run_plan", config, *arguments)
 
 
 @app.command()
@@ -177,7 +177,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
 ) -> None:
     """Talk to a trained model in the terminal."""
-    _run("medgpt.models.chat:run_chat", run, run, max_new_tokens, temperature)
+    _run("medgpt.stages.chat:run_chat", run, run, max_new_tokens, temperature)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
 ) -> None:
     """Fold LoRA adapters into their base model."""
-    _run("medgpt.models.lora:merge_adapter", run, run, out)
+    _run("medgpt.stages.merge:merge_adapter", run, run, out)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
-from medgpt.artefacts import MANIFEST, Folder, committed
+from medgpt.artifacts import MANIFEST, Folder, committed
 from medgpt.config import ConfigError, validate
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")

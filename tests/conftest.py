@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from medgpt.data.sample.render import Corpus
+from medgpt.sample_corpus.render import Corpus
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -46,9 +46,9 @@ def ray_session(s3: str) -> Iterator[None]:
     """A local Ray of four logical CPUs on any machine; a worker or a data task takes one."""
     import ray
 
-    from medgpt.train import session
+    from medgpt.cluster import ray_init
 
-    session.start_local(4, loopback=False)  # some tests start commands that join it
+    ray_init.start_local(4, loopback=False)  # some tests start commands that join it
     yield
     ray.shutdown()
 

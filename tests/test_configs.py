@@ -7,8 +7,8 @@ import pytest
 from pydantic import BaseModel
 
 from medgpt.config import PipelineConfig, TrainStageConfig, load
-from medgpt.eval.pipeline import read_stages
 from medgpt.reference import STAGES
+from medgpt.stages.pipeline import read_stages
 
 ROOT = Path(__file__).parent.parent
 CLASSES = {**STAGES, "quickstart": PipelineConfig}  # by the first word of the file's name

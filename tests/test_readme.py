@@ -10,14 +10,14 @@ from typer.main import get_command
 
 from medgpt.cli import app
 from medgpt.config import CorpusConfig, PretrainConfig, SourceConfig, load, validate
-from medgpt.data.deny import DenyConfig
-from medgpt.data.sample.held_out import LEFT_OUT
-from medgpt.data.sample.knowledge import load_knowledge
-from medgpt.data.sample.pairs import exam_questions, preferences
-from medgpt.data.sample.render import Corpus
-from medgpt.eval.tasks.layouts import LAYOUTS
+from medgpt.data.sources.deny import DenyConfig
+from medgpt.eval.tasks.mcq_formats import LAYOUTS
 from medgpt.reference import BEGIN, END, reference, replace_block
 from medgpt.runs import FREE_TO_CHANGE
+from medgpt.sample_corpus.held_out import LEFT_OUT
+from medgpt.sample_corpus.knowledge import load_knowledge
+from medgpt.sample_corpus.pairs import exam_questions, preferences
+from medgpt.sample_corpus.render import Corpus
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from medgpt.artefacts import FileEntry, Folder, checksum, commit, committed, entries
+from medgpt.artifacts import FileEntry, Folder, checksum, commit, committed, entries
 from medgpt.config import (
     ConfigError,
     EvalConfig,

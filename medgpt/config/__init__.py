@@ -28,6 +28,7 @@ from medgpt.config.evaluation import (
     NllConfig,
     PoolConfig,
 )
+from medgpt.config.loading import StageConfig, load, read_tree, validate
 from medgpt.config.model import (
     ArchitectureConfig,
     LoraConfig,
@@ -42,7 +43,12 @@ from medgpt.config.ppo import (
     PtxConfig,
     RolloutConfig,
 )
-from medgpt.config.reading import StageConfig, load, read_tree, validate
+from medgpt.config.ppo_rewards import (
+    DiagnosisConfig,
+    JudgeConfig,
+    RewardFunctionConfig,
+    RewardsConfig,
+)
 from medgpt.config.replies import (
     GenerationConfig,
     KeyPointsConfig,
@@ -50,13 +56,7 @@ from medgpt.config.replies import (
     TaskConfig,
     TriageConfig,
 )
-from medgpt.config.reward import PreferenceStageConfig, RewardConfig, RewardObjectiveConfig
-from medgpt.config.rewards import (
-    DiagnosisConfig,
-    JudgeConfig,
-    RewardFunctionConfig,
-    RewardsConfig,
-)
+from medgpt.config.reward_model import PreferenceStageConfig, RewardConfig, RewardObjectiveConfig
 from medgpt.config.stages import (
     CorpusConfig,
     Passes,

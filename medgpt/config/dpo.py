@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt, Len, Lt
 from pydantic import model_validator
 
 from medgpt.config.base import Config
-from medgpt.config.reward import PreferenceStageConfig
+from medgpt.config.reward_model import PreferenceStageConfig
 
 PairLoss = Literal[
     "sigmoid",

@@ -9,7 +9,7 @@ from medgpt.config.base import Config, Count, ModelPath
 from medgpt.config.data import DataConfig
 from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.config.pools import ROLES, PoolsConfig
-from medgpt.config.rewards import DiagnosisConfig, JudgeConfig, RewardsConfig
+from medgpt.config.ppo_rewards import DiagnosisConfig, JudgeConfig, RewardsConfig
 from medgpt.config.stages import Passes, RunConfig, Samples
 from medgpt.config.train import ClusterConfig, OptimizerConfig, Schedule
 

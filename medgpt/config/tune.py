@@ -12,9 +12,9 @@ from annotated_types import Ge, Gt, Le, Len
 from pydantic import BeforeValidator, model_validator
 
 from medgpt.config.base import Config, ConfigError, Count, DataPath
+from medgpt.config.loading import load, with_values
 from medgpt.config.pools import ROLES, RoleName
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.reading import load, with_values
 from medgpt.config.stages import RunConfig
 
 Value = bool | int | float | str

@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from medgpt.config import ConfigError, PoolConfig
-from medgpt.data.chat import stop_ids
+from medgpt.data.tokenized.chat import stop_ids
 from medgpt.eval.requests import (
     Choose,
     Chosen,

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from medgpt.artefacts import Folder
+from medgpt.artifacts import Folder
 from medgpt.config import ConfigError, EvalConfig
 from medgpt.eval.engine import Engine, size
 from medgpt.eval.requests import Reply, Request, Response, fingerprint, from_json, to_json

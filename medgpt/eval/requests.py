@@ -5,7 +5,7 @@ from typing import Any
 
 import xxhash
 
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
 
 Prompt = str | tuple[Message, ...]
 """A text to continue, or a conversation that the model's chat template writes."""

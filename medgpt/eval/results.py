@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 from medgpt.config.gates import REWARD
-from medgpt.data.rows import content_hash
+from medgpt.data.sources.rows import content_hash
 from medgpt.eval.stats import wilson
 from medgpt.eval.task import Judged
 from medgpt.runs import Run
-from medgpt.train.findings import FINDINGS
+from medgpt.train.reward_eval import FINDINGS
 
 RESULTS = "results.json"
 GATES = "gates.json"

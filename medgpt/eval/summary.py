@@ -1,14 +1,19 @@
 """What the items of a task add up to: its part of results.json."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
+from medgpt.config import EvalConfig
+from medgpt.eval.gates import Evidence, check_gates
 from medgpt.eval.requests import blank
-from medgpt.eval.results import LENGTHS
+from medgpt.eval.results import GATES, LENGTHS, RESULTS, read_items
 from medgpt.eval.stats import interval
-from medgpt.eval.task import CorpusTask, Judged, Task
+from medgpt.eval.task import CorpusTask, Judged, Task, is_chat
+from medgpt.runs import Run
 
 
 def summary(task: Task, items: Sequence[Judged], seed: int) -> dict[str, Any]:
@@ -80,3 +85,45 @@ def outline(tasks: Sequence[Task]) -> dict[str, Any]:
         }
         found[task.name] = {**provenance(task), "metrics": names, "slices": slices}
     return {"tasks": found}
+
+
+def write_items(run: Run, task: Task, judged: Sequence[Judged]) -> None:
+    """items/TASK.jsonl; of a sensitive task without the texts."""
+    items = [replace(item, shown={}) if task.sensitive else item for item in judged]
+    lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items]
+    (run.folder / "items").write_text(f"{task.name}.jsonl", "".join(lines))
+
+
+def write_results(
+    run: Run, config: EvalConfig, tasks: Sequence[Task], template: str | None
+) -> None:
+    """results.json, from the items of all tasks; `template` is the digest of the model's."""
+    seed = config.run.seed
+    summaries = {
+        task.name: summary(task, read_items(run, task.name), seed)
+        | {"chat_template": template if is_chat(task) else None}
+        for task in tasks
+    }
+    run.folder.write_json(
+        RESULTS,
+        {
+            "model": config.model.name,
+            "untrained": config.model.untrained,
+            "parent": config.model.parent,
+            "seed": seed,
+            "tasks": summaries,
+        },
+    )
+
+
+def write_gates(run: Run, config: EvalConfig) -> list[Evidence]:
+    """gates.json: what the gates saw. Raises ConfigError: one names no score, or has no parent."""
+    evidence = check_gates(config.gates, run.folder.read_json(RESULTS), parent_results(config))
+    run.folder.write_json(GATES, [asdict(item) for item in evidence])
+    return evidence
+
+
+def parent_results(config: EvalConfig) -> dict[str, Any] | None:
+    """results.json of the parent."""
+    parent = config.model.parent
+    return Run(parent).folder.read_json(RESULTS) if parent else None

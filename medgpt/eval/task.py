@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
-from medgpt.data.rows import content_hash
-from medgpt.eval.requests import Request, Response
+from medgpt.data.sources.rows import content_hash
+from medgpt.eval.requests import Choose, Reply, Request, Response
 from medgpt.eval.stats import Interval
 
 Value = float | tuple[float, float]
@@ -26,7 +26,7 @@ class Judged:
 
 
 class Task(Protocol):
-    """Made from its config by `medgpt.eval.evaluate.TASKS`."""
+    """Made from its config by `medgpt.stages.evaluate.TASKS`."""
 
     name: str
     kind: str
@@ -61,3 +61,10 @@ LIKELIHOOD = "likelihood"  # the rules of a task that reads no answers
 def rules_of(*modules: ModuleType) -> str:
     """A digest of the source of what judges: with other rules, scores do not compare."""
     return content_hash(*(inspect.getsource(module) for module in modules))
+
+
+def is_chat(task: Task) -> bool:
+    return any(
+        isinstance(request, Choose | Reply) and not isinstance(request.prompt, str)
+        for request in task.requests()
+    )

@@ -16,9 +16,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
+from medgpt.cluster.capacity import Nodes, named
 from medgpt.config import ConfigError
 from medgpt.metrics import ConsoleReporter
-from medgpt.train.capacity import Nodes, named
 
 STAGE, RUN_DIR = "medgpt-stage", "medgpt-run-dir"  # in the metadata of a job
 PROGRESS = re.compile(r"\w+: (?P<phase>\D+) (?P<done>\d+)/(?P<total>\d+)(?: +(?P<facts>.*))?")

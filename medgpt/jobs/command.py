@@ -16,7 +16,7 @@ from medgpt.config import (
     read_tree,
     validate,
 )
-from medgpt.eval.pipeline_stages import CONFIGS, read_stages, stage_overrides
+from medgpt.stages.pipeline_stages import CONFIGS, read_stages, stage_overrides
 
 STAGES: dict[str, type[Any]] = {**CONFIGS, "tune": TuneStageConfig, "pipeline": PipelineConfig}
 

@@ -4,8 +4,7 @@ import logging
 import zipfile
 from pathlib import Path
 
-from ray._private.runtime_env.packaging import create_package
-
+from medgpt.cluster.ray_internals import create_package
 from medgpt.config import ConfigError
 
 # patterns of .gitignore, without the slash at the end of a folder: Ray would look at all in it

@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 
+from medgpt.cluster import ray_init
+from medgpt.cluster.capacity import Claims, Nodes, check, cluster_nodes, of_pools, of_workers
 from medgpt.config import (
     ConfigError,
     EvalConfig,
@@ -19,8 +21,6 @@ from medgpt.config import (
 )
 from medgpt.config.pools import ROLES
 from medgpt.jobs.command import read_command
-from medgpt.train import session
-from medgpt.train.capacity import Claims, Nodes, check, cluster_nodes, of_pools, of_workers
 
 
 def claims(config: Any) -> tuple[Claims, float]:
@@ -47,7 +47,7 @@ def check_all(configs: Sequence[Any], present: Sequence[Nodes], addable: Sequenc
 def main() -> None:
     stage, config, *overrides = sys.argv[1:]
     command = read_command(stage, Path(config), overrides)
-    ray.init(**session.SILENT)
+    ray.init(**ray_init.SILENT)
     try:
         check_all(command.configs, *cluster_nodes())
     except ConfigError as error:

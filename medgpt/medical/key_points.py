@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgpt.config import ConfigError
-from medgpt.data.rows import content_hash, numbered_rows
+from medgpt.data.sources.rows import content_hash, numbered_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
-from medgpt.data.sample.knowledge import load_knowledge
 from medgpt.medical.text import plain, sentences
 from medgpt.medical.urgency import LEVELS, Level
 
 DATA = Path(__file__).parent / "red_flags.toml"
+KNOWN_SIGNS = Path(__file__).parent / "known_signs.toml"
 CLAUSE = re.compile(r"[,。;!?:\n]|\.(?=\s|$)|\b(?:but|and then)\b|但是?|却|只是")
 DENIED = re.compile(
     r"(?:没有?|无|未|不(?!停|能|到|清|再发抖|省|出|断|会动|听|肯)|否认|从不|从未|排除|预防|防止"
@@ -46,6 +47,7 @@ OWN_CASE = re.compile(
     r"|\b(?:i|my|he|she|his|her|today|now|sudden\w*|year-old|minutes|hours)\b",
     re.IGNORECASE,
 )
+KNOWN_LEVELS: tuple[Level, ...] = ("emergency", "today", "days")
 SHORT_CHARS = 40  # of a question that only names a disease
 QUOTED = re.compile('["“「]([^"“”「」]+)["”」]')
 Sign = tuple[re.Pattern[str], ...]
@@ -76,7 +78,7 @@ def _in_general(text: str) -> bool:
 
 @cache
 def disease_names() -> tuple[str, ...]:
-    return tuple(c.name for department in load_knowledge() for c in department.conditions)
+    return tuple(condition["name"] for condition in _conditions())
 
 
 def _stands(sign: Sign, text: str) -> bool:
@@ -115,13 +117,13 @@ def _facts() -> tuple[tuple[str, Level], ...]:
 
 
 def _told() -> Iterator[tuple[str, Level]]:
-    for department in load_knowledge():
-        for condition in department.conditions:
-            told: dict[Level, tuple[str, ...]] = {
-                "emergency": condition.red_flags.items,
-                "today": condition.care.today,
-                "days": condition.care.routine,
-            }
-            for level, facts in told.items():
-                for fact in facts:
-                    yield plain(fact), level
+    for condition in _conditions():
+        for level in KNOWN_LEVELS:
+            for fact in condition[level]:
+                yield plain(fact), level
+
+
+@cache
+def _conditions() -> list[dict[str, Any]]:
+    """Of each disease its name, and the signs that call for each level."""
+    return tomllib.loads(KNOWN_SIGNS.read_text("utf-8"))["conditions"]

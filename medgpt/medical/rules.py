@@ -7,7 +7,7 @@ it: `python -m medgpt.medical.adversarial`.
 import re
 from collections.abc import Callable
 
-from medgpt.config.rewards import RuleName
+from medgpt.config.ppo_rewards import RuleName
 from medgpt.medical.certainty import certain_diagnosis
 from medgpt.medical.crisis import hotline_violated
 from medgpt.medical.dose import uncited_dose

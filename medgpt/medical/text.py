@@ -4,7 +4,7 @@ import re
 import unicodedata
 from typing import Literal
 
-from medgpt.data.words import HAN
+from medgpt.data.tokenized.words import HAN
 
 Language = Literal["zh", "en"]
 HAN_CHARACTER = re.compile(f"[{HAN}]")

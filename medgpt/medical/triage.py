@@ -17,9 +17,9 @@ from typing import Annotated, Literal, Self
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from medgpt.data.rows import within
-from medgpt.data.sample.knowledge import Source
-from medgpt.data.sample.wording import full_width
+from medgpt.data.citation import Citation
+from medgpt.data.sources.punctuation import full_width
+from medgpt.data.sources.rows import within
 from medgpt.medical.urgency import Level
 
 DATA = Path(__file__).parent / "triage.toml"
@@ -78,7 +78,7 @@ class Complaint(_Data):
 
 class Complaints(_Data):
     clinically_reviewed: Literal[False]
-    sources: dict[str, Source]
+    sources: dict[str, Citation]
     complaints: tuple[Complaint, ...]
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
-from medgpt.artefacts import Folder
+from medgpt.artifacts import Folder
 from medgpt.config import ConfigError
 
 

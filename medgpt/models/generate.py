@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from medgpt.config import ConfigError
-from medgpt.data.chat import generation_ids, stop_ids
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
+from medgpt.data.tokenized.chat import generation_ids, stop_ids
 from medgpt.models.base import fitting_architectures, weight_files
 from medgpt.models.decode import Generator
 from medgpt.models.lora import load_merged

@@ -21,12 +21,11 @@ from transformers import (
 
 from medgpt.config import ConfigError, LoraConfig
 from medgpt.models.dropout import PieceDropout
-from medgpt.models.fetch import local_copy, model_folder
+from medgpt.models.fetch import local_copy
 from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import Score, load_value_model
 from medgpt.models.vocabulary import resize_for_new_tokens
 
-_ADAPTER = "adapter_config.json"
+ADAPTER = "adapter_config.json"
 _NAME = "default"  # of the adapter, peft's own choice
 
 
@@ -74,30 +73,6 @@ def lora_settings(
     )
 
 
-def merge_adapter(adapter: str, out: Path) -> None:
-    """Fold the adapters of a LoRA run (or model folder) into the base; `out` gets a plain model.
-
-    Raises:
-        ConfigError: there is no adapter, its base is gone, or `out` is not empty.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
-    folder = model_folder(adapter)
-    if not (folder / _ADAPTER).is_file():
-        raise ConfigError(
-            f"RUN={adapter}: has no {_ADAPTER}; name a run trained with model.lora.rank > 0"
-        )
-    score = Score.read(folder)
-    if score is not None:  # of a reward model
-        model, tokenizer = load_value_model(str(folder))[0].pretrained, load_base(str(folder))
-    else:
-        model, tokenizer = load_merged(folder)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    if score is not None:
-        score.write(out)
-
-
 def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The plain model that an adapter folder stands for, and its tokenizer.
 
@@ -105,10 +80,10 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
         ConfigError: the base model is gone.
     """
     named = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = local_copy(str(named), f"{folder / _ADAPTER}: base_model_name_or_path")
+    base = local_copy(str(named), f"{folder / ADAPTER}: base_model_name_or_path")
     if Path(base).is_absolute() and not Path(base).exists():
         raise ConfigError(
-            f"{folder / _ADAPTER}: base_model_name_or_path={base} is gone; restore the base model "
+            f"{folder / ADAPTER}: base_model_name_or_path={base} is gone; restore the base model "
             "or write its new path there"
         )
     model, base_tokenizer = _load_base_model(base)
@@ -176,7 +151,7 @@ def _above(model: nn.Module, key: str) -> Iterator[nn.Module]:
 
 
 def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if (Path(name) / _ADAPTER).is_file():  # adapters trained on top of adapters
+    if (Path(name) / ADAPTER).is_file():  # adapters trained on top of adapters
         return load_merged(Path(name))
     architectures = AutoConfig.from_pretrained(name).architectures or []
     masked = any(architecture.endswith("ForMaskedLM") for architecture in architectures)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from medgpt.data.batch import PackedBatch
+from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.dropout import PieceDropout
 
 if TYPE_CHECKING:

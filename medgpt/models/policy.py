@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from medgpt.algos.logprobs import label_logprobs, policy_terms
-from medgpt.data.batch import PackedBatch
+from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.language_model import LanguageModel, label_positions
 
 

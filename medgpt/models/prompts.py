@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from medgpt.data.chat import generation_ids
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
+from medgpt.data.tokenized.chat import generation_ids
 from medgpt.models.scoring import Choice
 
 Prompt = str | Sequence[Message]

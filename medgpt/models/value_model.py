@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from medgpt.config import ConfigError, ModelConfig
-from medgpt.data.batch import PackedBatch
+from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.base import HEAD, HEAD_KEY, is_headless, local_folder, weight_files
 from medgpt.models.fetch import local_copy
 from medgpt.models.load import SpecialIds, build_model

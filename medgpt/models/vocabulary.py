@@ -27,8 +27,8 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from medgpt.config import ConfigError
-from medgpt.data import chat
-from medgpt.data.words import han_words
+from medgpt.data.tokenized import chat
+from medgpt.data.tokenized.words import han_words
 from medgpt.models.tokenizer import (
     Merge,
     by_frequency,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from medgpt.data.batch import IGNORE, PackedBatch
+from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.vocabulary import VocabularyReport, resize_for_new_tokens
 

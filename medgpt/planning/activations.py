@@ -7,7 +7,7 @@ no N x N matrix of attention weights. b is the bytes of a number: 2 in bf16, 4 i
 
 from dataclasses import dataclass
 
-from medgpt.models.outline import Outline
+from medgpt.models.model_shapes import Outline
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medgpt.cluster.capacity import bundle
 from medgpt.config import ConfigError, PPOStageConfig, validate
 from medgpt.planning.hardware import Cluster, NodeType
 from medgpt.planning.memory import GIB
 from medgpt.planning.needs import Pool, StageConfig, pools_of
-from medgpt.train.capacity import bundle
 
 USABLE = 0.9
 """Of a memory: what an allocator wastes, and what no formula here knows, needs the rest."""

@@ -12,8 +12,8 @@ import yaml
 from annotated_types import Ge, Gt
 from pydantic import Field
 
+from medgpt.cluster.capacity import Nodes
 from medgpt.config import Config, ConfigError, validate
-from medgpt.train.capacity import Nodes
 
 Positive = Annotated[float, Gt(0)]
 CPU = "CPU"  # the device of a node without GPUs: one core

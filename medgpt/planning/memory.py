@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medgpt.config.train import BUCKET_ELEMENTS
-from medgpt.models.outline import Outline
+from medgpt.models.model_shapes import Outline
 from medgpt.planning import activations
 from medgpt.planning.activations import Batch
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from medgpt.cluster.capacity import Claims, of_pools, of_workers
 from medgpt.config import (
     ConfigError,
     DPOConfig,
@@ -16,7 +17,7 @@ from medgpt.config import (
     TrainStageConfig,
 )
 from medgpt.config.pools import ROLES, RolloutRoleConfig, ScoringRoleConfig, TrainedRoleConfig
-from medgpt.models.outline import Outline, outline
+from medgpt.models.model_shapes import Outline, outline
 from medgpt.planning import activations
 from medgpt.planning.activations import Batch
 from medgpt.planning.memory import (
@@ -29,7 +30,6 @@ from medgpt.planning.memory import (
     Training,
     train_memory,
 )
-from medgpt.train.capacity import Claims, of_pools, of_workers
 
 StageConfig = TrainStageConfig | PPOStageConfig
 TRAIN = "train"  # the one pool of a supervised stage

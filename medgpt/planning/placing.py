@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import GangResourceRequest  # pyright: ignore[reportAttributeAccessIssue] - generated
-from ray.core.generated.common_pb2 import LabelSelectorOperator  # pyright: ignore[reportAttributeAccessIssue] - generated
 
+from medgpt.cluster.capacity import Claims, bundle, check
+from medgpt.cluster.ray_internals import GangResourceRequest, LabelSelectorOperator
 from medgpt.config import ConfigError, RoleConfig
 from medgpt.planning.hardware import Cluster, NodeType
-from medgpt.train.capacity import Claims, bundle, check
 
 MOST_NODES = 10_000  # of a type without a limit
 

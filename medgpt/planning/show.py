@@ -1,51 +1,25 @@
-"""`medgpt plan`: a plan on the console, or as JSON."""
+"""A plan as tables on the console, or as JSON."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from medgpt.config import ConfigError, load
-from medgpt.eval.pipeline_stages import CONFIGS
 from medgpt.planning.fitting import USABLE, Fit
-from medgpt.planning.hardware import read_cluster
 from medgpt.planning.memory import GIB
 from medgpt.planning.needs import Pool
-from medgpt.planning.plan import Plan, make_plan
+from medgpt.planning.plan import Plan
 
-PLANNED = ("pretrain", "sft", "reward", "dpo", "ppo")
 KINDS = (  # as they are shown
     *("weights", "gradients", "optimizer", "activations", "logits", "cache", "buckets"),
     *("snapshot", "reference", "freed", "runtime"),
 )
 
 
-def run_plan(
-    stage: str,
-    path: Path,
-    overrides: list[str],
-    cluster: Path,
-    hardware: Path | None,
-    tokens: float | None,
-    mfu: float,
-    as_json: bool,
-) -> None:
-    """Print the plan of a stage.
-
-    Raises:
-        ConfigError: whatever the user can repair, in words.
-    """
-    if stage not in PLANNED:
-        raise ConfigError(f"STAGE={stage} is none that can be planned: {', '.join(PLANNED)}")
-    config: Any = load(CONFIGS[stage], path, overrides)
-    plan = make_plan(stage, config, read_cluster(cluster, hardware), tokens=tokens, mfu=mfu)
-    if as_json:
-        print(json.dumps(to_json(plan, mfu), indent=2))
-        return
+def show(plan: Plan, mfu: float) -> None:
+    """Print the plan: memory by pool, other engines, nodes, time and cost, assumptions."""
     console = Console()
     for table in (_pools(plan), _variants(plan)):
         console.print(table)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from medgpt.models.outline import Outline
+from medgpt.models.model_shapes import Outline
 from medgpt.planning import activations
 from medgpt.planning.hardware import Device
 

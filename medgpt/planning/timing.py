@@ -6,6 +6,7 @@ Every piece counts as long as the config allows, so true tokens per second are h
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from medgpt.cluster.capacity import bundle
 from medgpt.config import PPOStageConfig, TrainStageConfig
 from medgpt.planning.fitting import workers_on
 from medgpt.planning.hardware import Cluster, NodeType
@@ -20,7 +21,6 @@ from medgpt.planning.speed import (
 )
 from medgpt.planning.traffic import Links, messages, seconds
 from medgpt.runs import Run
-from medgpt.train.capacity import bundle
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medgpt.config.train import BUCKET_ELEMENTS
-from medgpt.models.outline import Outline
+from medgpt.models.model_shapes import Outline
 from medgpt.planning.memory import FP32, LIVE_PARAMETERS, PREFETCHED
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medgpt.data.batch import IGNORE, PackedBatch
-from medgpt.data.collate import empty_batch, packed_batch
-from medgpt.data.order import best_fit
-from medgpt.rlhf.experience import Sequences
+from medgpt.data.loader.batch import IGNORE, PackedBatch
+from medgpt.data.loader.collate import empty_batch, packed_batch
+from medgpt.data.loader.order import best_fit
+from medgpt.rlhf.rollout_batch import Sequences
 
 Rows = NDArray[np.int64]
 

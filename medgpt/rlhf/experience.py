@@ -1,185 +1,219 @@
-"""What flows between the roles: ragged batches as flat arrays, which Ray moves without copies.
+"""From the parts of a rollout batch to what every token is worth. Each rank of actor and critic
+computes it for the whole batch, so it depends on no rank, and statistics are the global ones.
 
-Shapes: B sequences of an iteration, b of them in one worker's share, N response tokens in all, n of
-a share. A part names the sequences it is about by `index`, their places in the iteration's batch.
+Shapes: B sequences, T tokens of the longest response, N response tokens in all.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from medgpt.data.packed_row import Row
+from medgpt.algos.advantages import gae, masked_stats, token_rewards, whiten
+from medgpt.algos.kl import kl_estimate
+from medgpt.config import PPOConfig
+from medgpt.rlhf.rollout_batch import (
+    Logprobs,
+    Ragged,
+    Scores,
+    Sequences,
+    Values,
+    join_rows,
+    join_sequences,
+    join_tokens,
+)
 
-if TYPE_CHECKING:
-    from medgpt.rlhf.rewards.total import Rewarded
 
-Index = Sequence[int] | NDArray[np.int64]
+class RunningStats(NamedTuple):
+    """Mean and variance of all scores so far (Chan et al., 1979)."""
+
+    num: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def including(self, x: NDArray[np.floating[Any]]) -> "RunningStats":
+        if not len(x):
+            return self
+        num, mean = self.num + len(x), float(x.mean(dtype=np.float64))
+        squares = float(np.square(x - mean, dtype=np.float64).sum())
+        between = (mean - self.mean) ** 2 * self.num * len(x) / num
+        return RunningStats(
+            num,
+            self.mean + (mean - self.mean) * len(x) / num,
+            self.squares + squares + between,
+        )
+
+    @property
+    def std(self) -> float:
+        return (self.squares / max(1.0, self.num - 1)) ** 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """Rows of different length, end to end."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """All that the pools found out about an iteration's rollouts, in any order."""
 
-    values: NDArray[Any]  # (N,)
-    offsets: NDArray[np.int64]  # (B + 1,) row i is values[offsets[i] : offsets[i + 1]]
+    sequences: list[Sequences]
+    scores: list[Scores]
+    values: list[Values]
+    old: list[Logprobs]
+    """Of the policy before the updates."""
+    reference: list[Logprobs]
 
     @staticmethod
-    def of(rows: Sequence[Sequence[Any] | NDArray[Any]], dtype: Any) -> "Ragged":
-        offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
-        values = np.concatenate([np.asarray(row, dtype) for row in rows] or [np.empty(0, dtype)])
-        return Ragged(values, offsets)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:  # (B,)
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def row(self, i: int) -> NDArray[Any]:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    def places(self, rows: Index) -> NDArray[np.int64]:
-        """(n,) where the values of these rows are, row after row."""
-        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows]
-        return np.concatenate(spans or [np.empty(0, np.int64)])
-
-    def take(self, rows: Index) -> "Ragged":
-        lengths = self.lengths[np.asarray(rows, np.int64)]
-        return Ragged(self.values[self.places(rows)], np.append(0, np.cumsum(lengths)))
+    def of(parts: Iterable[object]) -> "Parts":
+        """Tell the parts by their kinds."""
+        found: dict[object, list[Any]] = {}
+        for part in parts:
+            found.setdefault(part.of if isinstance(part, Logprobs) else type(part), []).append(part)
+        return Parts(
+            sequences=found[Sequences],
+            scores=found[Scores],
+            values=found[Values],
+            old=found["actor"],
+            reference=found["reference"],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """What an iteration asks: B prompts."""
+class Experience:
+    """A rollout batch with everything PPO needs to learn from it."""
 
-    sample_ids: list[str]
-    ids: Ragged  # int32, up to where the answer begins
-    messages: list[str]  # JSON of [[role, content], ...], the same as text
-    epoch: int = 0  # pass over the prompts
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sequences:
-    """Prompts and what a rollout worker answered to them."""
-
-    index: NDArray[np.int64]  # (b,)
-    sample_ids: list[str]
-    prompts: Ragged  # int32
-    responses: Ragged  # int32, with the end token where there is one; an empty one is no error
-    logprobs: NDArray[np.float32]  # (n,) of the responses' tokens when they were sampled
-    finished: NDArray[np.bool_]  # (b,) the response has an end token
-    weight_version: int  # of the policy that sampled
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """(b,) tokens of prompt and response."""
-        return self.prompts.lengths + self.responses.lengths
+    sequences: Sequences
+    rows: NDArray[np.int64]
+    """Sequences that count: not those with a failed reward, an empty response, or a log-probability
+    or value that is not finite and would spoil all others by the whitening."""
+    old_logprobs: Tensor  # (N,)
+    values: Tensor  # (N,) before the updates
+    advantages: Tensor  # (N,)
+    returns: Tensor  # (N,)
+    weights: Tensor | None  # (N,) truncated importance weights
+    score_stats: RunningStats  # with this batch
+    metrics: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Logprobs:
-    """Log-probabilities of the responses' tokens under one model."""
+def assign_credit(
+    parts: Parts, config: PPOConfig, *, kl_coef: float, score_stats: RunningStats
+) -> Experience:
+    """Scores and divergence as rewards of tokens, advantages and returns."""
+    sequences = join_sequences(parts.sequences)
+    responses = sequences.responses
+    old, reference = join_tokens(parts.old, responses), join_tokens(parts.reference, responses)
+    totals = join_rows([p.index for p in parts.scores], [p.totals for p in parts.scores])
+    flat_values = join_tokens(parts.values, responses)
+    after = join_rows([p.index for p in parts.values], [p.after for p in parts.values])
+    broken = _not_finite(responses, old, reference, flat_values) | ~np.isfinite(after)
+    counts = np.isfinite(totals) & (responses.lengths > 0) & ~broken
+    rows, scored = np.flatnonzero(counts), totals[np.isfinite(totals)]
 
-    of: Literal["actor", "reference"]  # the actor as it was before the updates
-    index: NDArray[np.int64]  # (b,)
-    values: NDArray[np.float32]  # (n,) in the order of `index`
-    entropy: float  # sum over the n tokens, in nats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Values:
-    """The critic's expectation before each response token, and after the last one."""
-
-    index: NDArray[np.int64]  # (b,)
-    values: NDArray[np.float32]  # (n,) in the order of `index`
-    after: NDArray[np.float32]  # (b,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scores:
-    """What each response is worth; nan where a component of the reward failed."""
-
-    index: NDArray[np.int64]  # (b,)
-    totals: NDArray[np.float32]  # (b,)
-    rewarded: "Rewarded"  # of which components they are made
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lessons:
-    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
-
-    steps: list[list[Row]]
-
-
-def join_sequences(parts: Iterable[Sequences]) -> Sequences:
-    """The whole batch, in order. Raises ValueError if the parts make no whole, or are of weights
-    of different versions."""
-    parts = list(parts)
-    order = _order(np.concatenate([part.index for part in parts]))
-    versions = {part.weight_version for part in parts}
-    if len(versions) != 1:
-        raise ValueError(f"rollout workers have sampled with weights of versions {versions}")
-    ids = [sample_id for part in parts for sample_id in part.sample_ids]
-    responses = _concatenate([part.responses for part in parts])
-    logprobs = np.concatenate([part.logprobs for part in parts])
-    return Sequences(
-        index=np.arange(len(order)),
-        sample_ids=[ids[i] for i in order],
-        prompts=_concatenate([part.prompts for part in parts]).take(order),
-        responses=responses.take(order),
-        logprobs=logprobs[responses.places(order)],
-        finished=np.concatenate([part.finished for part in parts])[order],
-        weight_version=versions.pop(),
+    scores, stats = shape_scores(totals, sequences, counts, config, score_stats)
+    real = _real_tokens(responses.lengths)  # (B, T)
+    mask = real & torch.from_numpy(counts)[:, None]
+    old_, reference_, values_ = (_padded(x, real) for x in (old, reference, flat_values))
+    kl = kl_estimate(old_, reference_, config.kl_estimator)
+    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, score_clip=config.score_clip)
+    cut_off = torch.from_numpy(~sequences.finished)
+    estimates = gae(
+        rewards,
+        values_,
+        mask,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        bootstrap_values=torch.from_numpy(after) * cut_off if config.bootstrap_truncated else None,
+    )
+    advantages = estimates.advantages
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+    gap, weights = importance(old, sequences, config)
+    divergence = torch.where(mask, old_ - reference_, 0.0).sum(1)[rows]
+    return Experience(
+        sequences=sequences,
+        rows=rows,
+        old_logprobs=torch.from_numpy(old),
+        values=torch.from_numpy(flat_values),
+        advantages=advantages[real],
+        returns=estimates.returns[real],
+        weights=weights,
+        score_stats=stats,
+        metrics={
+            "actor/kl_ref": float(divergence.mean()) if len(rows) else 0.0,
+            "actor/entropy": sum(part.entropy for part in parts.old) / max(1, len(old)),
+            "critic/explained_variance": _explained(estimates.returns, values_, mask),
+            "ppo/score_mean": float(scored.mean()) if len(scored) else 0.0,
+            "ppo/score_std": float(scored.std()) if len(scored) else 0.0,
+            "ppo/return_mean": float(masked_stats(estimates.returns, mask)[0]),
+            "ppo/kl_coef": kl_coef,
+            "ppo/masked": float(len(totals) - len(scored)),
+            "ppo/not_finite": float(broken.mean()),
+            "rollout/response_tokens": float(responses.lengths.mean()),
+            "rollout/prompt_tokens": float(sequences.prompts.lengths.mean()),
+            "rollout/eos_rate": float(sequences.finished.mean()),
+            "rollout/empty": float((responses.lengths == 0).sum()),
+            **gap,
+        },
     )
 
 
-def join_tokens(
-    parts: Sequence[Logprobs] | Sequence[Values], responses: Ragged
-) -> NDArray[np.float32]:
-    """(N,) the parts' values in the order of the whole batch's response tokens."""
-    index = np.concatenate([part.index for part in parts])
-    _order(index)  # checks that they make a whole
-    whole = np.empty(len(responses.values), np.float32)
-    whole[responses.places(index)] = np.concatenate([part.values for part in parts])
-    return whole
+def shape_scores(
+    totals: NDArray[np.float32],
+    sequences: Sequences,
+    counts: NDArray[np.bool_],
+    config: PPOConfig,
+    stats: RunningStats,
+) -> tuple[Tensor, RunningStats]:
+    """(B,) scores after the penalties, normalised if the config says so; and the running stats."""
+    scores = totals - np.float32(config.length_penalty) * sequences.responses.lengths
+    scores = scores - np.float32(config.missing_end_penalty) * ~sequences.finished
+    stats = stats.including(scores[counts])
+    if config.normalise_scores:
+        scores = (scores - stats.mean) / (stats.std + 1e-8)
+    return torch.from_numpy(scores.astype(np.float32)), stats
 
 
-def join_rows(index: Sequence[NDArray[np.int64]], rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """(B,) numbers of whole sequences, in the order of the batch."""
-    return np.concatenate(rows)[_order(np.concatenate(index))]
+def importance(
+    old: NDArray[np.float32], sequences: Sequences, config: PPOConfig
+) -> tuple[dict[str, float], Tensor | None]:
+    """How far the sampling was from the old policy; (N,) min(ratio, cap) where it is too far."""
+    distance = np.abs(old - sequences.logprobs)
+    distance = distance[np.isfinite(distance)]
+    if not len(distance):
+        return {"rollout/logprob_gap": 0.0, "rollout/logprob_gap_max": 0.0}, None
+    metrics = {
+        "rollout/logprob_gap": float(distance.mean()),
+        "rollout/logprob_gap_max": float(distance.max()),
+    }
+    if distance.mean() <= config.max_logprob_gap and not config.async_rollouts:
+        return metrics, None
+    ratio = torch.from_numpy(old - sequences.logprobs).exp()
+    weights = ratio.clamp(max=config.max_importance_weight)
+    return metrics | {"rollout/importance_weight": float(weights.nanmean())}, weights
 
 
-def sample_seeds(seed: int, iteration: int, sample_ids: Sequence[str]) -> list[int]:
-    """(B,) of all randomness in each response, whichever worker samples it. A sample that a batch
-    visits again gets another one."""
-    visits, seeds = Counter[str](), []
-    for sample_id in sample_ids:
-        key = f"{seed} {iteration} {sample_id}"
-        again = f"\0{visits[sample_id]}" if visits[sample_id] else ""
-        seeds.append(xxhash.xxh3_64_intdigest(f"{key}{again}".encode()) >> 1)
-        visits[sample_id] += 1
-    return seeds
+def _real_tokens(lengths: NDArray[np.int64]) -> Tensor:
+    """(B, T) bool"""
+    width = max(1, int(lengths.max(initial=0)))
+    return torch.arange(width) < torch.from_numpy(lengths)[:, None]
 
 
-def _order(index: NDArray[np.int64]) -> NDArray[np.int64]:
-    order = np.argsort(index, kind="stable")
-    if not np.array_equal(index[order], np.arange(len(index))):
-        raise ValueError("the workers' shares do not make a whole batch")
-    return order
+def _not_finite(responses: Ragged, *flat: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(B,) sequences with a token of which one of the `flat` (N,) is nan or infinite."""
+    bad = ~np.isfinite(np.stack(flat)).all(0)
+    rows = np.repeat(np.arange(len(responses)), responses.lengths)
+    return np.bincount(rows[bad], minlength=len(responses)) > 0
 
 
-def _concatenate(parts: Sequence[Ragged]) -> Ragged:
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Ragged(np.concatenate([part.values for part in parts]), np.append(0, lengths.cumsum()))
+def _padded(flat: NDArray[np.float32], real: Tensor) -> Tensor:
+    """(B, T)"""
+    rows = torch.zeros(real.shape)
+    rows[real] = torch.from_numpy(flat)
+    return rows
+
+
+def _explained(returns: Tensor, values: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant one."""
+    variance = float(masked_stats(returns, mask)[1])
+    left = float(masked_stats(returns - values, mask)[1])
+    return 1 - left / variance if variance > 0 else 0.0

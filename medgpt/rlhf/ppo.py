@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from medgpt.artefacts import FileEntry
+from medgpt.artifacts import FileEntry
 from medgpt.config import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
-from medgpt.rlhf.experience import Lessons, Prompts, Sequences, join_sequences
-from medgpt.rlhf.judging import Judging
-from medgpt.rlhf.observing import keep_samples, usage
-from medgpt.rlhf.pool import Pool
-from medgpt.rlhf.pools import DataLost, Leaving, PoolDied, Pools
+from medgpt.rlhf.heldout_eval import Judging
+from medgpt.rlhf.pools.pool import Pool
+from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied, Pools
 from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
@@ -26,7 +24,9 @@ from medgpt.rlhf.roles.critic import Critic
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
+from medgpt.rlhf.rollout_batch import Lessons, Prompts, Sequences, join_sequences
 from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
+from medgpt.rlhf.telemetry import keep_samples, usage
 from medgpt.runs import Run
 from medgpt.train.audit import Audit
 

@@ -8,9 +8,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from medgpt.config import ConfigError
-from medgpt.data.plan import Plan
-from medgpt.data.stream import Step, training_stream
-from medgpt.rlhf.experience import Prompts, Ragged
+from medgpt.data.loader.plan import Plan
+from medgpt.data.loader.stream import Step, training_stream
+from medgpt.rlhf.rollout_batch import Prompts, Ragged
 
 T = TypeVar("T")
 SAID_AFTER_S = 30.0  # a wait that takes longer is told

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from medgpt.algos.kl import AdaptiveKL
-from medgpt.artefacts import FileEntry, Folder, commit, entries
+from medgpt.artifacts import FileEntry, Folder, commit, entries
 from medgpt.config import PPOConfig
-from medgpt.rlhf.credit import RunningStats
-from medgpt.rlhf.experience import Ragged, Sequences
+from medgpt.rlhf.experience import RunningStats
+from medgpt.rlhf.rollout_batch import Ragged, Sequences
 from medgpt.runs import Run
 
 IN_FLIGHT = "in-flight.npz"

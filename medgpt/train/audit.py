@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medgpt.artefacts import Folder
-from medgpt.data.stream import Step
+from medgpt.artifacts import Folder
+from medgpt.data.loader.stream import Step
 
 SCHEMA = pa.schema(
     {

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import tomli_w
 
 from medgpt.config import Params, PPOStageConfig, TuneStageConfig
-from medgpt.config.reading import with_values
+from medgpt.config.loading import with_values
 from medgpt.runs import Run
-from medgpt.tune.goal import Point, objective, pareto, points
-from medgpt.tune.record import Record, Records
+from medgpt.tune.objective import Point, objective, pareto, points
+from medgpt.tune.trial_records import Record, Records
 
 TABLE, BEST = "results.parquet", "best.toml"
 
@@ -111,3 +111,12 @@ def write_best(run: Run, best: Outcome, config: TuneStageConfig) -> None:
 def repeated(config: TuneStageConfig, params: Params, url: str) -> PPOStageConfig:
     """The base with a trial's values, as a run of its own."""
     return with_values(PPOStageConfig, config.stage, {**params, "run.dir": url})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A trained model. Without a seed of its own it is sampled from with several."""
+
+    who: str
+    seed: int | None
+    url: str

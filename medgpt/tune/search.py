@@ -22,13 +22,13 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from medgpt.artefacts import Folder
+from medgpt.artifacts import Folder
+from medgpt.cluster.placement_groups import is_dead, release_of
 from medgpt.config import Params, Space, TuneStageConfig
-from medgpt.rlhf.placement import is_dead, release_of
-from medgpt.tune.goal import BEYOND, WORST
-from medgpt.tune.record import Records, name_of
+from medgpt.tune.objective import BEYOND, WORST
 from medgpt.tune.space import listed
 from medgpt.tune.trial import ITERATION, OBJECTIVE, Setup, run_trial
+from medgpt.tune.trial_records import Records, name_of
 
 TRIAL_BYTES = 512 * 2**20  # of memory that Ray counts for a trial's own process
 SWEEP_S = 2.0

@@ -7,7 +7,7 @@ from itertools import chain, islice, product
 from typing import Any
 
 from medgpt.config import ConfigError, Params, PPOStageConfig, Space, TuneStageConfig
-from medgpt.config.reading import with_values
+from medgpt.config.loading import with_values
 
 MAX_DRAWS = 1000  # in which values that go together must be found
 

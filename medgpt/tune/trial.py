@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from medgpt.config import ConfigError, Params, PPOStageConfig, TuneConfig
-from medgpt.config.reading import with_values
-from medgpt.data.plan import Plan
+from medgpt.config.loading import with_values
+from medgpt.data.loader.plan import Plan
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
-from medgpt.tune.adopt import adopt
-from medgpt.tune.goal import WORST, Point, objective, points
-from medgpt.tune.record import Record, Records, Status
+from medgpt.tune.objective import WORST, Point, objective, points
+from medgpt.tune.pbt_copy import adopt
+from medgpt.tune.trial_records import Record, Records, Status
 
 if TYPE_CHECKING:
-    from medgpt.tune.pools import TrialPools
+    from medgpt.tune.trial_pools import TrialPools
 
 ITERATION, OBJECTIVE = "iteration", "objective"  # what Ray Tune compares
 POINTER = "pointer.json"
@@ -105,7 +105,7 @@ class Trial:
         """Tell Ray Tune; it may end the trial here, or let it go on."""
         point = points(history, self.setup.config)[-1]
         if point.iteration == self.setup.num_iterations:
-            from medgpt.rlhf.stage import export
+            from medgpt.rlhf.setup import export
 
             assert self.stage is not None
             assert self.pools is not None
@@ -117,24 +117,24 @@ class Trial:
 
     def _train(self, stage: PPOStageConfig) -> None:
         from medgpt.rlhf.diagnosis import Diverged
-        from medgpt.rlhf.stage import role_pools
-        from medgpt.tune import pools
+        from medgpt.rlhf.setup import role_pools
+        from medgpt.tune import trial_pools
 
         reporter = ConsoleReporter(f"trial {self.name}")
         found = role_pools(stage, self.setup.num_iterations)
         make = partial(
-            pools.TrialPools,
+            trial_pools.TrialPools,
             found,
             stage,
             front=self.setup.front,
             num_workers=self.setup.num_workers,
             say=reporter.say,
         )
-        self.pools = pools.take(found, make)
+        self.pools = trial_pools.take(found, make)
         try:
             self._iterate(stage, reporter)
         except (Diverged, SystemExit) as end:  # in order, not in the middle of a call
-            pools.leave(self.pools)
+            trial_pools.leave(self.pools)
             if isinstance(end, SystemExit):
                 raise
             self._end("diverged", str(end))
@@ -142,12 +142,12 @@ class Trial:
             self.pools.close()
             raise
         else:
-            pools.leave(self.pools)
+            trial_pools.leave(self.pools)
         finally:
             reporter.close()
 
     def _iterate(self, stage: PPOStageConfig, reporter: ConsoleReporter) -> None:
-        from medgpt.rlhf.stage import build_ppo
+        from medgpt.rlhf.setup import build_ppo
 
         base, pools = Run(self.setup.base_url), self.pools
         assert pools is not None

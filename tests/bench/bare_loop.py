@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medgpt.config import ModelConfig, OptimizerConfig
-from medgpt.data.batch import PackedBatch
-from medgpt.data.collate import causal_batch
-from medgpt.data.plan import Plan
-from medgpt.data.stream import assemble, unpack
+from medgpt.data.loader.batch import PackedBatch
+from medgpt.data.loader.collate import causal_batch
+from medgpt.data.loader.plan import Plan
+from medgpt.data.loader.stream import assemble, unpack
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.schedule import learning_rate
 from medgpt.models.language_model import LanguageModel

@@ -39,18 +39,18 @@ def corpus(folder: Path, times: int) -> Path:
 
 def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
     """Index, plan, and all packed rows of an epoch as a worker gets them."""
+    from medgpt.cluster import ray_init
     from medgpt.config import SFTConfig, load
-    from medgpt.data.plan import Plan
-    from medgpt.data.stream import training_stream
+    from medgpt.data.loader.plan import Plan
+    from medgpt.data.loader.stream import training_stream
     from medgpt.runs import Run
-    from medgpt.train import session
-    from medgpt.train.prepare import TOKENIZER, make_tokenizer, prepare
+    from medgpt.train.preparation import TOKENIZER, make_tokenizer, prepare
 
     run_dir = folder / "data-path"
     shutil.rmtree(run_dir, ignore_errors=True)
     command = common.medgpt_sft(file, base, run_dir)
     config = load(SFTConfig, Path(command[4]))
-    session.connect(config.cluster)
+    ray_init.connect(config.cluster)
     run = Run.open("sft", config, run_dir=config.run.dir, allow_changes=False)
     make_tokenizer((run.folder / TOKENIZER).url, config)
     began = time.monotonic()

@@ -74,7 +74,7 @@ class Case:
 
 def predicted(case: Case) -> Any:
     """(outline, setting) as medgpt.planning takes them."""
-    from medgpt.models.outline import outline
+    from medgpt.models.model_shapes import outline
     from medgpt.planning.activations import Batch
     from medgpt.planning.memory import Training
 
@@ -211,7 +211,7 @@ def micro_batches(case: Case) -> Iterator[Any]:
     import numpy as np
     import torch
 
-    from medgpt.data.collate import packed_batch
+    from medgpt.data.loader.collate import packed_batch
 
     generator = torch.Generator().manual_seed(0)
     pieces = np.array([case.tokens // 3, case.tokens - case.tokens // 3])

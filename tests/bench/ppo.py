@@ -138,8 +138,8 @@ def _write_reward_model(base: Path, folder: Path) -> None:
     """The base with a fresh head, as medgpt reward would leave it."""
     from transformers import AutoModelForSequenceClassification
 
-    from medgpt.models.speech import speech
     from medgpt.models.tokenizer import load_base
+    from medgpt.models.tokenizer_compat import speech
     from medgpt.models.value_model import Score
 
     tokenizer = load_base(str(base))
@@ -227,8 +227,8 @@ def _of_length(
     texts: Iterator[str], length: int, tokenizer: "PreTrainedTokenizerFast", count: int
 ) -> Iterator[tuple[str, list[int]]]:
     """`count` texts, cut such that their prompts have `length` tokens, and those."""
-    from medgpt.data.chat import generation_ids
-    from medgpt.data.records import Message
+    from medgpt.data.sources.records import Message
+    from medgpt.data.tokenized.chat import generation_ids
 
     found = 0
     for text in texts:

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 import ray
 
+from medgpt.cluster import ray_init
 from medgpt.config import PPOStageConfig, load
 from medgpt.metrics import ConsoleReporter
-from medgpt.rlhf.credit import RunningStats
-from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pools import Pools
+from medgpt.rlhf.experience import RunningStats
+from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Task
 from medgpt.rlhf.roles.critic import Critic
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
-from medgpt.rlhf.stage import make_pools
-from medgpt.rlhf.sync import WeightSync
-from medgpt.train import session
+from medgpt.rlhf.rollout_batch import Prompts, Ragged
+from medgpt.rlhf.setup import make_pools
+from medgpt.rlhf.weight_sync.sync import WeightSync
 from tests.bench import common, ppo
 
 REPEATS = 5
@@ -58,7 +58,7 @@ class Timed:
 
 def measure(config: PPOStageConfig, ids: list[list[int]]) -> dict[str, float]:
     """Seconds of each call of an iteration, alone."""
-    session.connect(config.cluster)
+    ray_init.connect(config.cluster)
     pools = make_pools(config, REPEATS, ConsoleReporter("ppo"))
     try:
         pools.start()

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import ray
 
+from medgpt.cluster import ray_init
 from medgpt.config import ClusterConfig, PretrainConfig, load
-from medgpt.data.plan import Plan
-from medgpt.data.sample.render import Corpus
-from medgpt.data.stream import training_stream
+from medgpt.data.loader.plan import Plan
+from medgpt.data.loader.stream import training_stream
 from medgpt.runs import Run
-from medgpt.train import session
-from medgpt.train.prepare import prepare
+from medgpt.sample_corpus.render import Corpus
+from medgpt.train.preparation import prepare
 
 SHARES = (0.1, 0.9)
 CONFIG = """
@@ -60,7 +60,7 @@ def main() -> None:
     config_file.write_text(CONFIG.format(run=folder / "run", corpus=folder / "corpus"), "utf-8")
     config = load(PretrainConfig, config_file)
     run = Run.open("pretrain", config, run_dir=config.run.dir, allow_changes=False)
-    session.start_local(os.cpu_count() or 1, loopback=False)  # the probes use it, too
+    ray_init.start_local(os.cpu_count() or 1, loopback=False)  # the probes use it, too
     began = time.monotonic()
     data, plan = prepare(run, config, lambda *_: None)
     again = time.monotonic() - began
@@ -104,7 +104,7 @@ def resume(folder: Path, share: float) -> float:
 
 def probe(run: Run, share: float) -> None:
     """Print how long the stream of what is left takes to give its first step."""
-    session.connect(ClusterConfig())
+    ray_init.connect(ClusterConfig())
     began = time.monotonic()
     plan = Plan(run.plan.url, global_batch_size=64, max_steps=None)
     start = int(plan.num_steps * share)

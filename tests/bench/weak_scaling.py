@@ -73,7 +73,7 @@ def trainer(size: str, zero_stage: int) -> Any:
     import torch
 
     from medgpt.config import EngineConfig, ModelConfig, OptimizerConfig
-    from medgpt.data.collate import packed_batch
+    from medgpt.data.loader.collate import packed_batch
     from medgpt.engine import Engine
     from medgpt.models.language_model import LanguageModel
     from medgpt.models.load import SpecialIds, build_model
@@ -143,7 +143,7 @@ def wrap_collectives() -> tuple[Counter[str], Counter[str]]:
 def compare(size: str, zero_stage: int, ranks: int, found: dict[str, list[int]]) -> float:
     """Print counted and predicted bytes and calls; the largest error of bytes."""
     from medgpt.config import ModelConfig
-    from medgpt.models.outline import outline
+    from medgpt.models.model_shapes import outline
     from medgpt.planning.traffic import messages
 
     hidden, layers, vocab = SIZES[size]
@@ -206,7 +206,7 @@ def project() -> None:
 def qwen_7b() -> Any:
     """The outline of Qwen2.5-7B."""
     from medgpt.config import ModelConfig
-    from medgpt.models.outline import outline
+    from medgpt.models.model_shapes import outline
 
     sizes = {
         "hidden_size": 3584,

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from medgpt.cluster import ray_init
 from medgpt.config import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.engine import plain_weights
 from medgpt.models.lora import plain_parts
-from medgpt.rlhf import link
-from medgpt.rlhf.pool import Pool
-from medgpt.rlhf.pools import Pools
-from medgpt.rlhf.sync import WeightSync
-from medgpt.train import session
+from medgpt.rlhf.pools.pool import Pool
+from medgpt.rlhf.pools.pools import Pools
+from medgpt.rlhf.weight_sync import process_group
+from medgpt.rlhf.weight_sync.sync import WeightSync
 from tests.bench.common import Size, ratios, spread
 
 WARM_UP = 2  # rounds
@@ -46,7 +46,7 @@ class Model:
         )
         self.model = Qwen2ForCausalLM(config)
         self.parameters = dict(self.model.named_parameters())
-        self.weight_version = link.UNSYNCED
+        self.weight_version = process_group.UNSYNCED
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return plain_weights(plain_parts(self.model))
@@ -61,7 +61,7 @@ class Model:
 
     def broadcast(self, num_bytes: int) -> float:
         """Seconds, over the group of the link."""
-        end = link._link
+        end = process_group._link
         assert end is not None
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)
         end.group.broadcast(torch.zeros(1), 0).wait()  # both are there
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--bucket-mb", type=int, default=SyncConfig().bucket_mb)
     arguments = parser.parse_args()
 
-    session.start_local(4)
+    ray_init.start_local(4)
     make, role = partial(Model, arguments.size), RoleConfig()
     pools = Pools(
         [Pool("actor", role, make), Pool("rollout", role, make, independent=True)],

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from medgpt.config import TuneStageConfig
-from medgpt.tune.record import Records
 from medgpt.tune.results import trials_url
+from medgpt.tune.trial_records import Records
 from tests.clusters.local import LocalCluster, wait_until
 from tests.tune.cases import search_config
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from medgpt.config import PretrainConfig, RewardConfig, SFTConfig, SourceConfig, load
-from medgpt.data.deny import DenyList
-from medgpt.data.readers import read_unit
-from medgpt.data.records import Conversation, Document, Preferences, Record, Reject
-from medgpt.data.units import list_units
+from medgpt.data.sources.deny import DenyList
+from medgpt.data.sources.readers import read_unit
+from medgpt.data.sources.records import Conversation, Document, Preferences, Record, Reject
+from medgpt.data.sources.units import list_units
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

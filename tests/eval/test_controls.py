@@ -11,14 +11,15 @@ import pytest
 
 from medgpt.config import CorpusConfig, EvalConfig, PipelineConfig, RunConfig, load
 from medgpt.config.gates import parse_gate
-from medgpt.data.sample.render import Corpus
-from medgpt.data.sample.write import run_corpus
-from medgpt.eval.evaluate import build_tasks, run_eval
 from medgpt.eval.gates import Evidence, check_gates
+from medgpt.eval.preparation import build_tasks
 from medgpt.eval.requests import Replied, Reply, blank
 from medgpt.eval.summary import summary
 from medgpt.eval.task import Task
 from medgpt.medical.key_points import Question, read_questions
+from medgpt.sample_corpus.render import Corpus
+from medgpt.stages.corpus import run_corpus
+from medgpt.stages.evaluate import run_eval
 
 ROOT = Path(__file__).parent.parent.parent
 DEBUG = ROOT / "configs" / "debug"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from medgpt.config import ConfigError, PoolConfig
-from medgpt.data.chat import for_chat
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
+from medgpt.data.tokenized.chat import for_chat
 from medgpt.eval.engine import Engine
 from medgpt.eval.requests import Choose, Chosen, Prompt, Replied, Reply, Weigh, Weighed
 from medgpt.models.generate import reply_all

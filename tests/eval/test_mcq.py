@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from medgpt.config import ConfigError, McqConfig
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
 from medgpt.eval.requests import Choose, Chosen, Replied, Reply
 from medgpt.eval.task import Judged
 from medgpt.eval.tasks.mcq import McqTask

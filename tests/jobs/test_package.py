@@ -15,7 +15,7 @@ STAYS = [
     *("a/__pycache__/b.pyc", ".pytest_cache/x", ".aws/credentials", "ignored/x", "big.parquet"),
 ]
 TRAVELS = [
-    *("medgpt/data/clean.py", "medgpt/runs.py", "configs/sft.toml", "my_rewards.py"),
+    *("medgpt/data/sources/clean.py", "medgpt/runs.py", "configs/sft.toml", "my_rewards.py"),
     *("rules/deny.toml", "environment.py"),
 ]
 
@@ -40,7 +40,7 @@ def test_only_code_and_configs_travel(folder: Path, tmp_path: Path) -> None:
 def test_this_checkout_can_travel(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     names = pack(root, tmp_path / "code.zip")
-    assert {"medgpt/cli.py", "medgpt/data/clean.py", "configs/debug/sft.toml"} <= names
+    assert {"medgpt/cli.py", "medgpt/data/sources/clean.py", "configs/debug/sft.toml"} <= names
     assert not any(name.startswith((".git/", ".venv", "runs/")) for name in names)
 
 

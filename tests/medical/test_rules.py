@@ -8,15 +8,15 @@ from typing import get_args
 import pytest
 
 from medgpt.config import RewardsConfig
-from medgpt.config.reading import validate
-from medgpt.config.rewards import RuleName
-from medgpt.data.records import Message
-from medgpt.data.sample.render import Corpus
+from medgpt.config.loading import validate
+from medgpt.config.ppo_rewards import RuleName
+from medgpt.data.sources.records import Message
 from medgpt.medical.adversarial import cases, figures, red_flag_figures, table
 from medgpt.medical.rules import RULES
 from medgpt.medical.triage import questions
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 from medgpt.rlhf.rewards.total import Rewards
+from medgpt.sample_corpus.render import Corpus
 from tests.eval.tasks.test_triage import ORACLE
 
 FLOOR = 0.95  # of precision and recall, on either half

@@ -1,7 +1,7 @@
 import pytest
 
-from medgpt.data.sample.render import Corpus
 from medgpt.medical.statements import stated, states
+from medgpt.sample_corpus.render import Corpus
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
-from medgpt.data.batch import PackedBatch
+from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.tokenizer import train_tokenizer
 

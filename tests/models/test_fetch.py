@@ -8,14 +8,15 @@ from uuid import uuid4
 import pytest
 import torch
 
-from medgpt.artefacts import Folder
+from medgpt.artifacts import Folder
 from medgpt.config import ConfigError, LoraConfig, ModelConfig
 from medgpt.models import fetch
 from medgpt.models.base import weight_files
 from medgpt.models.fetch import local_copy, model_folder
 from medgpt.models.load import SpecialIds, build_model, empty_model
-from medgpt.models.lora import apply_lora, merge_adapter
+from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
+from medgpt.stages.merge import merge_adapter
 from tests.models.packing import save_speaking_model
 
 TEXTS = ["今天天气很好。The weather is fine today."] * 10

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from medgpt.config import ConfigError, LoraConfig, TokenizerConfig
-from medgpt.models.lora import apply_lora, merge_adapter, plain_parts
+from medgpt.models.lora import apply_lora, plain_parts
 from medgpt.models.tokenizer import load_base, train_tokenizer
 from medgpt.models.vocabulary import (
     extend_tokenizer,
@@ -19,6 +19,7 @@ from medgpt.models.vocabulary import (
     trim_model,
     trim_tokenizer,
 )
+from medgpt.stages.merge import merge_adapter
 from tests.models.packing import save_speaking_model
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10

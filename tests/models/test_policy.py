@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medgpt.data.collate import empty_batch
+from medgpt.data.loader.collate import empty_batch
 from medgpt.models.policy import Policy
 from tests.models.packing import random_batch, tiny_model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medgpt.config import ConfigError, LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.models.base import HEAD, HEAD_KEY
-from medgpt.models.lora import apply_lora, merge_adapter
+from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.value_model import (
     Score,
@@ -19,6 +19,7 @@ from medgpt.models.value_model import (
     last_values,
     load_value_model,
 )
+from medgpt.stages.merge import merge_adapter
 from tests.models.packing import VOCAB, pack, tiny_model
 
 LENGTHS = [7, 1, 20, 3]

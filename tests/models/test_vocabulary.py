@@ -13,8 +13,8 @@ from transformers import (
 )
 
 from medgpt.config import ConfigError, TokenizerConfig
-from medgpt.data import chat
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
+from medgpt.data.tokenized import chat
 from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.vocabulary import (
     extend_tokenizer,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from medgpt.data.batch import PackedBatch
-from medgpt.data.collate import packed_batch
+from medgpt.data.loader.batch import PackedBatch
+from medgpt.data.loader.collate import packed_batch
 from medgpt.models.language_model import LanguageModel
-from medgpt.models.outline import Outline, outline
+from medgpt.models.model_shapes import Outline, outline
 from medgpt.planning import activations
 from medgpt.planning.activations import Batch
 from tests.models.packing import VOCAB, tiny_config, tiny_model

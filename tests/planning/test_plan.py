@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from medgpt.cli import app
-from tests.models.test_outline import QWEN_7B
+from tests.models.test_model_shapes import QWEN_7B
 from tests.planning.clusters import write_cluster
 
 ROOT = Path(__file__).parent.parent.parent

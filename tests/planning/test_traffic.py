@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from medgpt.models.outline import Weight
+from medgpt.models.model_shapes import Weight
 from medgpt.planning.traffic import (
     Links,
     Message,

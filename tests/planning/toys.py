@@ -1,6 +1,6 @@
 """Models and settings of round numbers."""
 
-from medgpt.models.outline import Outline, Weight
+from medgpt.models.model_shapes import Outline, Weight
 from medgpt.planning.activations import Batch
 from medgpt.planning.memory import Training
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from medgpt.config import LoraConfig, ModelConfig, PPOStageConfig, load
-from medgpt.data.packed_row import Row
+from medgpt.data.loader.packed_row import Row
 from medgpt.models.base import HEAD
 from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import Score, build_value_model
-from medgpt.rlhf.experience import (
+from medgpt.rlhf.rollout_batch import (
     Lessons,
     Logprobs,
     Prompts,

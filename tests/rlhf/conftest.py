@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from medgpt.config import ModelConfig
-from medgpt.eval.stages import run_ppo
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import Score, ValueModel, build_value_model
 from medgpt.runs import Run
+from medgpt.stages.ppo import run_ppo
 from tests.rlhf.stages import Parts, write_config
 
 

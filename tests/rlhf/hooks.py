@@ -18,7 +18,8 @@ from tests.train.hooks import steps_logged
 
 FOLDER = "MEDGPT_TEST_HOLD"  # where the files of tests and workers are
 HOLD, HELD = "hold.json", "held.json"
-ROLES, LINK = "medgpt.rlhf.roles.", "medgpt.rlhf.link"  # modules of what a pool is told to do
+# modules of what a pool is told to do
+ROLES, LINK = "medgpt.rlhf.roles.", "medgpt.rlhf.weight_sync.process_group"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Hold:
     """Where a worker is to be held: in the `time`-th call of `function` inside of `method`, the
     first time after the run has logged so many steps."""
 
-    method: str  # of a role, as Actor.update, or a function of medgpt.rlhf.link
+    method: str  # of a role, as Actor.update, or a function of weight_sync.process_group
     function: str  # qualified name
     rank: int = 0
     time: int = 1

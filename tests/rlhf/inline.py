@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from medgpt.config import PPOStageConfig
-from medgpt.data.chat import stop_ids
+from medgpt.data.tokenized.chat import stop_ids
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base
-from medgpt.rlhf.experience import Prompts, Ragged
-from medgpt.rlhf.pools import DataLost, Leaving, PoolDied
+from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied
+from medgpt.rlhf.pools.worker import Usage
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.roles.make import (
     make_actor,
@@ -19,7 +19,7 @@ from medgpt.rlhf.roles.make import (
     make_reward,
     make_rollout,
 )
-from medgpt.rlhf.worker import Usage
+from medgpt.rlhf.rollout_batch import Prompts, Ragged
 from medgpt.runs import Run
 
 

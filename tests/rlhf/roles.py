@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.config import ConfigError
-from medgpt.rlhf import link
-from medgpt.rlhf.buckets import Header, pack, unpack
+from medgpt.rlhf.weight_sync import process_group
+from medgpt.rlhf.weight_sync.buckets import Header, pack, unpack
 
 
 class Adder:
@@ -109,7 +109,7 @@ SHAPES = {"embed": (700, 512), "norm": (5,), "half": (3, 7), "count": (), "wide"
 
 
 def spoiled(times: int) -> Callable[..., Any]:
-    """`link.unpack`, of data that changed on their way so many times."""
+    """`process_group.unpack`, of data that changed on their way so many times."""
     left = [times]
 
     def unpack_spoiled(header: Header, data: Tensor, *, where: str) -> Any:
@@ -186,12 +186,12 @@ class Holder:
             self.missing.discard(name)
 
     def tamper(self, rank: int, name: str, fault: Callable[..., Any]) -> None:
-        """On one rank, a function that `link` calls is another one from now on."""
+        """On one rank, a function that `process_group` calls is another one from now on."""
         if dist.get_rank() == rank:
-            setattr(link, name, fault)
+            setattr(process_group, name, fault)
 
     def is_linked(self) -> bool:
-        return link._link is not None
+        return process_group._link is not None
 
     def rest(self, seconds: float) -> None:
         time.sleep(seconds)

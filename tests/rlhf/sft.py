@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from medgpt.data.batch import IGNORE
-from medgpt.data.chat import generation_ids, stop_ids
-from medgpt.data.records import Message
-from medgpt.data.sample.templates import ASKED
-from medgpt.rlhf.rewards.sample import MOST_CAUSES, known_causes
+from medgpt.data.loader.batch import IGNORE
+from medgpt.data.sources.records import Message
+from medgpt.data.tokenized.chat import generation_ids, stop_ids
+from medgpt.rlhf.rewards.sample_corpus import MOST_CAUSES, known_causes
+from medgpt.sample_corpus.templates import ASKED
 from tests.models.packing import speaking_model
 
 NUM_COMPLAINTS, HELD_OUT = 10, 5  # complaints that are asked about; phrasings that only a test asks

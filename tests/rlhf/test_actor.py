@@ -15,12 +15,12 @@ from medgpt.algos.ppo import ppo_policy_loss
 from medgpt.config import PPOStageConfig
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
-from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
-from medgpt.rlhf.experience import Lessons, Sequences, join_tokens
+from medgpt.rlhf.experience import Parts, RunningStats, assign_credit
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import Task, step_rows
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.rollout import HuggingFaceEngine, Rollout
+from medgpt.rlhf.rollout_batch import Lessons, Sequences, join_tokens
 from tests.rlhf.cases import logprobs, ppo_config, scores, sequences, share, values
 
 ITERATIONS = 3

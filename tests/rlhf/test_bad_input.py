@@ -16,11 +16,11 @@ from medgpt.config import ConfigError
 from medgpt.models.base import HEAD_KEY
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.diagnosis import Diverged
-from medgpt.rlhf.experience import Sequences
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.critic import Critic
+from medgpt.rlhf.rollout_batch import Sequences
 from medgpt.runs import Run
-from medgpt.train.prepare import prepare
+from medgpt.train.preparation import prepare
 from tests.rlhf.cases import (
     logprobs,
     ppo_config,

@@ -11,7 +11,7 @@ from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.models.value_model import load_value_model
 from medgpt.rlhf.batching import response_batch
-from medgpt.rlhf.credit import Parts, RunningStats, assign_credit
+from medgpt.rlhf.experience import Parts, RunningStats, assign_credit
 from medgpt.rlhf.roles.common import step_rows
 from medgpt.rlhf.roles.critic import Critic
 from tests.rlhf.cases import logprobs, ppo_config, save_reward_model, scores, sequences

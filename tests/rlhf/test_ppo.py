@@ -9,9 +9,9 @@ import pytest
 
 from medgpt.config import PPOStageConfig
 from medgpt.rlhf.diagnosis import Diverged, History
-from medgpt.rlhf.pools import DataLost, Leaving, PoolDied
+from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied
 from medgpt.rlhf.ppo import PPO
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.state import newest
 from medgpt.runs import Run

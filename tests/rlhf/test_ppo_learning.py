@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 
 from medgpt.config import PPOStageConfig
-from medgpt.data.chat import generation_ids
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
+from medgpt.data.tokenized.chat import generation_ids
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.diagnosis import Diverged
-from medgpt.rlhf.experience import Prompts, Ragged
 from medgpt.rlhf.ppo import PPO
-from medgpt.rlhf.rewards.answered import Answered
-from medgpt.rlhf.rewards.sample import ADVICE, MOST_CAUSES, known_causes
+from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.sample_corpus import ADVICE, MOST_CAUSES, known_causes
+from medgpt.rlhf.rollout_batch import Prompts, Ragged
 from tests.rlhf.cases import ppo_config
 from tests.rlhf.inline import driver, numbers
 from tests.rlhf.sft import held_out_prompts, save_fine_tuned, shuffled, train_prompts
 from tests.rlhf.test_ppo import NO_RULES
 
-RULE = "medgpt.rlhf.rewards.sample:causes_and_advice"
+RULE = "medgpt.rlhf.rewards.sample_corpus:causes_and_advice"
 LENGTH = "tests.rlhf.test_ppo_learning:length"
 FUNCTION = 'reward.functions=[{name="known",path="%s"}]'
 LEARN = (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from medgpt.config import ConfigError
-from medgpt.data.stream import Row, Step
-from medgpt.rlhf.experience import Prompts
+from medgpt.data.loader.stream import Row, Step
 from medgpt.rlhf.prompts import as_prompts, within
+from medgpt.rlhf.rollout_batch import Prompts
 
 
 def prompts(num: int) -> Iterator[Prompts]:

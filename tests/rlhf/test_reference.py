@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from medgpt.engine.setup import join_process_group
-from medgpt.rlhf.experience import join_tokens
 from medgpt.rlhf.roles.reference import Reference
+from medgpt.rlhf.rollout_batch import join_tokens
 from tests.engine.cases import CPU
 from tests.rlhf.cases import ppo_config, sequences
 from tests.rlhf.test_actor import gathered, response_logprobs

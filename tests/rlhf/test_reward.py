@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 
 from medgpt.config import ConfigError
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
 from medgpt.engine.setup import join_process_group
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import ValueModel, last_values, load_value_model
 from medgpt.rlhf.batching import response_batch
-from medgpt.rlhf.experience import Prompts, join_rows
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.reward import Reward
+from medgpt.rlhf.rollout_batch import Prompts, join_rows
 from tests.engine.cases import CPU
 from tests.rlhf.cases import asked, ppo_config, save_reward_model, sequences, share
 from tests.rlhf.test_actor import gathered

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from medgpt.config import ConfigError
 from medgpt.models.decode import Generator
-from medgpt.rlhf.experience import Prompts, Ragged, Sequences, join_sequences, sample_seeds
 from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout, StaleWeights
+from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, join_sequences, sample_seeds
 from tests.rlhf.cases import ppo_config
 
 

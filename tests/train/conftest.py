@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.eval.stages import run_pretrain
 from medgpt.runs import Run
+from medgpt.stages.train import run_pretrain
 from tests.train.cases import pretrain_config
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 GATE = "MEDGPT_TEST_GATE"  # a file that holds the last step that may be logged
 TAIL_BYTES = 4096
-STREAM = "medgpt.data.stream"
+STREAM = "medgpt.data.loader.stream"
 TOKENS_PER_TASK = 256
 TASKS_PER_PIPELINE = 4
 TASK_S = 0.2

@@ -46,7 +46,7 @@ def run_ranks(
 ) -> list[int | None]:
     """Train; exit codes of the ranks. What each did is in `folder`/rank-N.json."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "medgpt.train.worker", "medgpt.train.objective"])
+    context.set_forkserver_preload([__name__, "medgpt.train.loop", "medgpt.train.lm_objective"])
     store = folder / "store"
     store.unlink(missing_ok=True)
     processes = [
@@ -90,27 +90,27 @@ def _rank(
     import torch.distributed as dist
 
     from medgpt.runs import Run
-    from medgpt.train import worker
-    from medgpt.train.objective import Objective
-    from medgpt.train.prepare import TOKENIZER, load_tokenizer
+    from medgpt.train import loop
+    from medgpt.train.lm_objective import Objective
+    from medgpt.train.preparation import TOKENIZER, load_tokenizer
 
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2, timeout=timeout
     )
-    worker.training_stream = _rows_read_here
+    loop.training_stream = _rows_read_here
     run, device = Run(config.run.dir), torch.device("cpu")
     objective = Objective(config, load_tokenizer((run.folder / TOKENIZER).url), device)
     watch.install()
     no_end = {"progress": None, "node_ends": lambda: False}
-    worker.Trainer(run, config, objective, device=device, **no_end).fit()
+    loop.Trainer(run, config, objective, device=device, **no_end).fit()
     (folder / f"rank-{rank}.json").write_text(json.dumps(watch.seen), "utf-8")
 
 
 def _rows_read_here(plan: Any, data_url: str, **part: int | float) -> Iterator[Any]:
     """The steps of `training_stream` without Ray Data."""
-    from medgpt.data import stream
+    from medgpt.data.loader import stream
 
     del part["data_cpus"]
     rows = (

@@ -14,9 +14,9 @@ from transformers import MistralConfig
 
 from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
 from medgpt.runs import Run
-from medgpt.train import stage as stage_module
-from medgpt.train.prepare import prepare
-from medgpt.train.stage import run_stage
+from medgpt.stages import train as stage_module
+from medgpt.stages.train import run_stage
+from medgpt.train.preparation import prepare
 from tests.train.cases import pretrain_config, sft_config, source
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.artefacts import committed
+from medgpt.artifacts import committed
 from medgpt.config import PretrainConfig
 from medgpt.runs import Run
-from medgpt.train.prepare import prepare
+from medgpt.train.preparation import prepare
 from tests.train.audits import assert_every_chunk_once
 from tests.train.cases import pretrain_config
 from tests.train.ranks import Point, recorded, run_ranks

@@ -9,9 +9,9 @@ import pytest
 
 from medgpt.config import ConfigError
 from medgpt.disk import storage_told
-from medgpt.eval.stages import run_pretrain
 from medgpt.runs import Run
-from medgpt.train import stage
+from medgpt.stages import train
+from medgpt.stages.train import run_pretrain
 from tests.train.audits import assert_every_chunk_once
 from tests.train.cases import pretrain_config
 from tests.train.ranks import Point, run_ranks
@@ -78,7 +78,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
 def test_a_full_disk_while_data_are_prepared_says_so(
     ray_session: None, small_disk: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "EARLY_BYTES", 0)  # workers could not be told to end
+    monkeypatch.setattr(train, "EARLY_BYTES", 0)  # workers could not be told to end
     mount(small_disk, 60, again=True)
     with pytest.raises(ConfigError, match="No space left on device while writing data; free space"):
         run_pretrain(pretrain_config(small_disk / "run", tiny_corpus))

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import torch
 
-from medgpt.artefacts import Folder, commit, committed, entries
+from medgpt.artifacts import Folder, commit, committed, entries
 from medgpt.config import ConfigError, PretrainConfig, validate
 from medgpt.disk import storage_told
 from medgpt.engine.checkpoint import Snapshot

@@ -9,13 +9,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from medgpt.artefacts import Folder, committed
+from medgpt.artifacts import Folder, committed
 from medgpt.cli import app
 from medgpt.config import SFTConfig, validate
-from medgpt.eval.stages import run_sft
 from medgpt.models import fetch
 from medgpt.models.generate import answer_all
 from medgpt.runs import Run
+from medgpt.stages.train import run_sft
 from tests.train.cases import pretrain_tree, source
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]

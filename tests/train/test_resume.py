@@ -15,8 +15,8 @@ import pytest
 import ray
 
 from medgpt.config import ConfigError
-from medgpt.eval.stages import run_pretrain
 from medgpt.runs import Run
+from medgpt.stages.train import run_pretrain
 from tests.train.audits import assert_every_chunk_once, chunks_by_step
 from tests.train.cases import pretrain_config, write_toml
 

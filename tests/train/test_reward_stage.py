@@ -11,18 +11,18 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from medgpt.config import RewardConfig, validate
-from medgpt.data.collate import preference_batch
-from medgpt.data.order import VALIDATION
-from medgpt.data.plan import Plan
-from medgpt.data.sample.pairs import preferences
-from medgpt.data.sample.render import Corpus
-from medgpt.data.stream import first_rows
-from medgpt.eval.stages import run_reward
-from medgpt.models.speech import speech
+from medgpt.data.loader.collate import preference_batch
+from medgpt.data.loader.order import VALIDATION
+from medgpt.data.loader.plan import Plan
+from medgpt.data.loader.stream import first_rows
 from medgpt.models.tokenizer import load_base
+from medgpt.models.tokenizer_compat import speech
 from medgpt.models.value_model import Score, last_values, load_value_model
 from medgpt.runs import Run
-from medgpt.train.findings import FINDINGS
+from medgpt.sample_corpus.pairs import preferences
+from medgpt.sample_corpus.render import Corpus
+from medgpt.stages.train import run_reward
+from medgpt.train.reward_eval import FINDINGS
 from tests.train.audits import assert_every_chunk_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

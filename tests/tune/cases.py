@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medgpt.config import TuneStageConfig, load
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 
 BASE = """
 [run]

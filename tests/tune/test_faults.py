@@ -14,10 +14,10 @@ import pytest
 import ray
 
 from medgpt.config import TuneStageConfig
-from medgpt.eval.stages import run_tune
 from medgpt.runs import Run
-from medgpt.tune.record import Records
+from medgpt.stages.tune import run_tune
 from medgpt.tune.results import trials_url
+from medgpt.tune.trial_records import Records
 from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]

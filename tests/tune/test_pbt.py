@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from medgpt.artefacts import committed
+from medgpt.artifacts import committed
 from medgpt.config import PPOStageConfig, load
 from medgpt.engine.schedule import learning_rate
-from medgpt.eval.stages import run_tune
 from medgpt.rlhf.state import IN_FLIGHT
 from medgpt.runs import Run
-from medgpt.tune.record import Copied, Records
+from medgpt.stages.tune import run_tune
 from medgpt.tune.results import trials_url
+from medgpt.tune.trial_records import Copied, Records
 from tests.rlhf.inline import numbers
 from tests.tune.cases import search_config
 

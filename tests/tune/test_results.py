@@ -7,8 +7,8 @@ import pytest
 
 from medgpt.config import PPOStageConfig, load
 from medgpt.runs import Run
-from medgpt.tune.record import Copied, Record, Records
 from medgpt.tune.results import front, outcomes, trials_url, winner, write_best, write_table
+from medgpt.tune.trial_records import Copied, Record, Records
 from tests.tune.cases import search_config
 
 PARAMS = {"ppo.kl_coef": 0.1, "optimizer.learning_rate": 0.002}

@@ -5,9 +5,9 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.sample import LogUniform
 
 from medgpt.config import Space
-from medgpt.tune.record import Record, Records
 from medgpt.tune.results import trials_url
 from medgpt.tune.search import _distribution, _domain, _Kept, _proposals
+from medgpt.tune.trial_records import Record, Records
 from tests.tune.cases import search_config
 
 KEYS = ["ppo.kl_coef", "optimizer.learning_rate"]

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import jieba
 
 from medgpt.config import ConfigError, GenerationConfig
-from medgpt.data.records import Conversation
-from medgpt.data.rows import content_hash, draw, records
+from medgpt.data.sources.records import Conversation
+from medgpt.data.sources.rows import content_hash, draw, records
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
 from medgpt.eval.stats import Interval
 from medgpt.eval.task import Judged, rules_of

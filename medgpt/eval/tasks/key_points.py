@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from medgpt.config import KeyPointsConfig
-from medgpt.data.rows import content_hash, draw
+from medgpt.data.sources.rows import content_hash, draw
 from medgpt.eval.requests import Prompt, Replied, Reply, Request, Response
 from medgpt.eval.task import Judged, Value, rules_of
 from medgpt.eval.tasks.prompts import asked

@@ -7,13 +7,13 @@ from itertools import combinations
 import xxhash
 
 from medgpt.config import ConfigError, McqConfig
-from medgpt.data.records import Message
-from medgpt.data.rows import draw, numbered_rows
-from medgpt.data.words import HAN
+from medgpt.data.sources.records import Message
+from medgpt.data.sources.rows import draw, numbered_rows
+from medgpt.data.tokenized.words import HAN
 from medgpt.eval.requests import Choose, Chosen, Prompt, Replied, Reply, Request, Response
 from medgpt.eval.task import LIKELIHOOD, Judged, Value, rules_of
 from medgpt.eval.tasks import parse as parsing
-from medgpt.eval.tasks.layouts import SUBJECT_FILES, Question, read_questions
+from medgpt.eval.tasks.mcq_formats import SUBJECT_FILES, Question, read_questions
 from medgpt.eval.tasks.parse import parse
 
 WORDS = {

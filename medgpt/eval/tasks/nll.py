@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 
 from medgpt.config import ConfigError, NllConfig, SourceConfig
-from medgpt.data.records import Document
-from medgpt.data.rows import content_hash, draw, records
+from medgpt.data.sources.records import Document
+from medgpt.data.sources.rows import content_hash, draw, records
 from medgpt.eval.requests import Request, Response, Weigh, Weighed
 from medgpt.eval.task import LIKELIHOOD, Judged
 

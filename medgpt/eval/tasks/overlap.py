@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
 
-from medgpt.data.words import word_of_characters
+from medgpt.data.tokenized.words import word_of_characters
 from medgpt.eval.stats import TAILS, Interval, difference, resamples
 from medgpt.eval.task import Value
 

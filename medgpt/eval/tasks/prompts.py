@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from medgpt.data.records import Message
+from medgpt.data.sources.records import Message
 from medgpt.eval.requests import Prompt
 
 

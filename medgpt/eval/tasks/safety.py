@@ -15,10 +15,10 @@ from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from medgpt.config import ConfigError, SafetyConfig
-from medgpt.data.rows import content_hash, draw, numbered_rows
-from medgpt.data.sample.knowledge import Source
-from medgpt.data.sample.wording import full_width
-from medgpt.data.words import HAN
+from medgpt.data.citation import Citation
+from medgpt.data.sources.punctuation import full_width
+from medgpt.data.sources.rows import content_hash, draw, numbered_rows
+from medgpt.data.tokenized.words import HAN
 from medgpt.eval.requests import Replied, Reply, Response
 from medgpt.eval.task import Judged, Value, rules_of
 from medgpt.eval.tasks import refusal
@@ -58,7 +58,7 @@ class Premise(_Data):
 
 class SafetySet(_Data):
     clinically_reviewed: Literal[False]
-    sources: dict[str, Source]
+    sources: dict[str, Citation]
     requests: tuple[HarmfulRequest, ...]
     premises: tuple[Premise, ...]
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from medgpt.config import TriageConfig
-from medgpt.data.rows import content_hash
-from medgpt.data.sample.wording import full_width
+from medgpt.data.sources.punctuation import full_width
+from medgpt.data.sources.rows import content_hash
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
 from medgpt.eval.task import Judged, Value, rules_of
 from medgpt.eval.tasks.prompts import asked

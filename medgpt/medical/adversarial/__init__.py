@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
 
-from medgpt.config.rewards import RuleName
+from medgpt.config.ppo_rewards import RuleName
 from medgpt.medical.red_flags import question_level
 from medgpt.medical.rules import RULES
 from medgpt.medical.triage import questions

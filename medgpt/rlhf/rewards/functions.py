@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from medgpt.config import ConfigError, RewardFunctionConfig
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 
 log = logging.getLogger(__name__)
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

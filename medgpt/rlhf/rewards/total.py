@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from medgpt.config import RewardsConfig
-from medgpt.config.rewards import SCORE, RuleName
+from medgpt.config.ppo_rewards import SCORE, RuleName
 from medgpt.medical.rules import RULES
-from medgpt.rlhf.rewards.answered import Answered
 from medgpt.rlhf.rewards.functions import RewardFunction, finite
+from medgpt.rlhf.rewards.reward_sample import Answered
 
 log = logging.getLogger(__name__)
 Values = list[float | None]

@@ -10,18 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.algos.ppo import ppo_policy_loss
-from medgpt.artefacts import FileEntry, Folder, entries
+from medgpt.artifacts import FileEntry, Folder, entries
 from medgpt.config import PPOStageConfig
-from medgpt.data.collate import causal_batch, empty_batch
-from medgpt.data.packed_row import Row
+from medgpt.data.loader.collate import causal_batch, empty_batch
+from medgpt.data.loader.packed_row import Row
 from medgpt.engine import Engine, plain_weights
 from medgpt.engine.policy import build_policy
 from medgpt.models.generate import generation_config
 from medgpt.models.lora import plain_parts
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.batching import Rows
-from medgpt.rlhf.credit import Experience, Parts, assign_credit
-from medgpt.rlhf.experience import Lessons, Logprobs, Sequences, join_sequences
+from medgpt.rlhf.experience import Experience, Parts, assign_credit
 from medgpt.rlhf.roles.common import (
     RATIO_TOLERANCE,
     Learnt,
@@ -34,7 +33,8 @@ from medgpt.rlhf.roles.common import (
     step_rows,
     summed,
 )
-from medgpt.train.exporting import export_model
+from medgpt.rlhf.rollout_batch import Lessons, Logprobs, Sequences, join_sequences
+from medgpt.train.export import export_model
 
 METRICS = ("loss", "clip_frac", "approx_kl", "entropy_bonus", "ptx_loss")
 

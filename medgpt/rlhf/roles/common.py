@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from medgpt.config import ConfigError, PPOStageConfig, RoleConfig
 from medgpt.config.pools import Precision
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
-from medgpt.rlhf.credit import Experience, RunningStats
-from medgpt.rlhf.experience import Logprobs, Sequences
+from medgpt.rlhf.experience import Experience, RunningStats
+from medgpt.rlhf.rollout_batch import Logprobs, Sequences
 
 RATIO_TOLERANCE = 1e-4  # of the first step's ratios from 1, in fp32
 

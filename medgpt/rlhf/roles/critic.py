@@ -8,17 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.algos.ppo import ppo_value_loss
-from medgpt.artefacts import FileEntry, Folder, entries
+from medgpt.artifacts import FileEntry, Folder, entries
 from medgpt.config import ModelConfig, PPOStageConfig
-from medgpt.data.batch import IGNORE, PackedBatch
+from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
-from medgpt.models.speech import check_same_speech
 from medgpt.models.tokenizer import load_base
+from medgpt.models.tokenizer_compat import check_same_speech
 from medgpt.models.value_model import Scale, last_values
 from medgpt.rlhf.batching import Rows
-from medgpt.rlhf.credit import Experience, Parts, assign_credit
-from medgpt.rlhf.experience import Lessons, Sequences, Values, join_sequences
+from medgpt.rlhf.experience import Experience, Parts, assign_credit
 from medgpt.rlhf.roles.common import (
     Task,
     my_forwards,
@@ -28,7 +27,8 @@ from medgpt.rlhf.roles.common import (
     summed,
     told_as,
 )
-from medgpt.train.exporting import export_model
+from medgpt.rlhf.rollout_batch import Lessons, Sequences, Values, join_sequences
+from medgpt.train.export import export_model
 
 
 class Critic:

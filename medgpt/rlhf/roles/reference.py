@@ -7,7 +7,6 @@ import torch
 from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.policy import Policy
-from medgpt.rlhf.experience import Logprobs, Sequences, join_sequences
 from medgpt.rlhf.roles.common import (
     max_tokens,
     move,
@@ -16,6 +15,7 @@ from medgpt.rlhf.roles.common import (
     role_device,
     role_dtype,
 )
+from medgpt.rlhf.rollout_batch import Logprobs, Sequences, join_sequences
 
 
 class Reference:

@@ -12,14 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medgpt.config import EngineConfig, PPOStageConfig
-from medgpt.data.batch import PackedBatch
-from medgpt.data.records import Message
-from medgpt.models.speech import check_same_speech
+from medgpt.data.loader.batch import PackedBatch
+from medgpt.data.sources.records import Message
 from medgpt.models.tokenizer import load_base
+from medgpt.models.tokenizer_compat import check_same_speech
 from medgpt.models.value_model import ValueModel, last_values, load_value_model
 from medgpt.rlhf.batching import share_by_length
-from medgpt.rlhf.experience import Prompts, Scores, Sequences, join_sequences
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 from medgpt.rlhf.rewards.total import Rewarded, Rewards
 from medgpt.rlhf.roles.common import (
     move,
@@ -29,6 +28,7 @@ from medgpt.rlhf.roles.common import (
     role_dtype,
     told_as,
 )
+from medgpt.rlhf.rollout_batch import Prompts, Scores, Sequences, join_sequences
 
 Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of the positions
 

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.config import ConfigError, PPOStageConfig
-from medgpt.data.chat import stop_ids
+from medgpt.data.tokenized.chat import stop_ids
 from medgpt.models.base import local_folder
 from medgpt.models.decode import Generated, Generator
 from medgpt.models.generate import load_for_generation
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.batching import share_by_length
-from medgpt.rlhf.experience import Prompts, Ragged, Sequences, sample_seeds
 from medgpt.rlhf.roles.common import move, resting_device, role_device
+from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, sample_seeds
 
 NO_WEIGHTS = -1  # version before the first sync
 

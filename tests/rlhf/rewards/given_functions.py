@@ -2,7 +2,7 @@
 
 import math
 
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 
 SECRET = "张三的病历"
 

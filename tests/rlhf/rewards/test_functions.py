@@ -3,9 +3,9 @@ import logging
 import pytest
 
 from medgpt.config import ConfigError, RewardFunctionConfig
-from medgpt.data.records import Message
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.data.sources.records import Message
 from medgpt.rlhf.rewards.functions import RewardFunction
+from medgpt.rlhf.rewards.reward_sample import Answered
 from tests.rlhf.rewards.given_functions import SECRET
 
 HERE = "tests.rlhf.rewards.given_functions"

@@ -3,10 +3,10 @@ import math
 import pytest
 
 from medgpt.config import ConfigError, RewardFunctionConfig, RewardsConfig
-from medgpt.config.reading import validate
-from medgpt.data.records import Message
+from medgpt.config.loading import validate
+from medgpt.data.sources.records import Message
 from medgpt.medical.rules import RULES
-from medgpt.rlhf.rewards.answered import Answered
+from medgpt.rlhf.rewards.reward_sample import Answered
 from medgpt.rlhf.rewards.total import Rewards, reward_metrics
 
 HERE = "tests.rlhf.rewards.given_functions"

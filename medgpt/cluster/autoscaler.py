@@ -1,0 +1,24 @@
+"""What the cluster's autoscaler says of itself; there are two generations, and clusters without."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from medgpt.cluster.ray_internals import autoscaler_pb2, global_worker, ray_state
+
+
+def autoscaling_state() -> Any | None:
+    """What the cluster's autoscaler said last, an AutoscalingState; None without one."""
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore  # generated code
+    worker: Any = global_worker
+    reply.ParseFromString(worker.gcs_client.get_cluster_status())
+    state = reply.autoscaling_state
+    return state if state.autoscaler_state_version else None
+
+
+def limits() -> Mapping[str, float] | None:
+    """Resources that the cluster may have at most, by what `clusters/report.py` told; else None."""
+    return ray_state.get_max_resources_from_cluster_config()
+
+
+def may_grow() -> bool:
+    return limits() is not None or autoscaling_state() is not None

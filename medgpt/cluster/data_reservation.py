@@ -1,0 +1,50 @@
+"""Room for data tasks beside the workers of an elastic run, which takes all that it can count."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+# Ray Train asks this actor how many workers fit; there is no public way to ask it for less
+from medgpt.cluster.ray_internals import (
+    ResourceRequestPriority,
+    get_or_create_autoscaling_coordinator,
+)
+
+EXPIRES_S = 180  # after the last renewal, when the driver is gone
+RENEWED_S = 60
+
+
+@contextmanager
+def reserved_for_data(run_dir: str, cpus: float) -> Iterator[None]:
+    """Keep `cpus` out of what Ray Train counts as room for workers.
+
+    Of equal priority the first request is served first, so this must begin before the training.
+    """
+    coordinator: Any = get_or_create_autoscaling_coordinator()
+    name = f"medgpt-data-{run_dir}"  # the same when the command is repeated
+
+    def ask() -> None:
+        ray.get(
+            coordinator.request_resources.remote(
+                requester_id=name,
+                resources=[{"CPU": cpus}],
+                expire_after_s=EXPIRES_S,
+                priority=ResourceRequestPriority.HIGH,
+            )
+        )
+
+    def renew() -> None:
+        while not ended.wait(RENEWED_S):
+            ask()
+
+    ended = threading.Event()
+    ask()
+    threading.Thread(target=renew, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        coordinator.cancel_request.remote(name)

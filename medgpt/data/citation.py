@@ -1,0 +1,13 @@
+"""What a fact or a rule rests on."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Citation(BaseModel):
+    """A guideline or textbook."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    title: str
+    publisher: str
+    year: int

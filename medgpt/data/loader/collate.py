@@ -1,0 +1,155 @@
+"""Packed rows to the tensors of a forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import torch
+import xxhash
+
+from medgpt.algos.lm import mask_tokens
+from medgpt.data.loader.batch import IGNORE, PackedBatch, PreferenceBatch
+from medgpt.data.loader.packed_row import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """Masked language modelling; see `algos.lm.mask_tokens`."""
+
+    mask_id: int
+    vocab_size: int
+    probability: float
+    special_ids: tuple[int, ...]
+
+
+def piece_seed(seed: int, epoch: int, sample_id: str, chunk: int, visit: int = 0) -> int:
+    """Seed of everything random inside a piece, whichever worker trains it.
+
+    `visit`: how often the epoch had the sample before; a repeated one gets other masks.
+    """
+    key = f"{seed}:{epoch}:{sample_id}:{chunk}" + (f":{visit}" if visit else "")
+    return xxhash.xxh3_64_intdigest(key.encode()) >> 1
+
+
+def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
+    """(S,) seeds of the pieces of a batch, in order."""
+    return [
+        piece_seed(seed, epoch, *piece)
+        for row in rows
+        for piece in zip(row.sample_ids, row.chunks, row.visits, strict=True)
+    ]
+
+
+def causal_batch(rows: Sequence[Row]) -> PackedBatch:
+    """Every position predicts the next token of its piece, where that is to be learnt."""
+    input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
+    targets = np.concatenate([row.targets for row in rows])
+    lengths = np.concatenate([row.lengths for row in rows])
+    labels = np.full_like(input_ids, IGNORE)
+    labels[:-1] = np.where(targets[1:], input_ids[1:], IGNORE)
+    labels[np.cumsum(lengths) - 1] = IGNORE  # the last token of a piece has no next one
+    return packed_batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
+
+
+def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
+    """Masked tokens predict themselves; the masks depend on the pieces' seeds only."""
+    input_ids, labels = [], []
+    special = torch.tensor(masking.special_ids)
+    for row in rows:
+        bounds = np.append(0, np.cumsum(row.lengths))
+        for start, stop, chunk in zip(bounds[:-1], bounds[1:], row.chunks, strict=True):
+            ids = torch.from_numpy(row.input_ids[start:stop].astype(np.int64))[None]
+            kept = torch.isin(ids, special)
+            if chunk:
+                kept[:, 0] = True  # the chunk before ends with this token and may mask it
+            words = None
+            if row.word_ids is not None:
+                words = torch.from_numpy(row.word_ids[start:stop].astype(np.int64))[None]
+            masked = mask_tokens(
+                ids,
+                kept,
+                mask_id=masking.mask_id,
+                vocab_size=masking.vocab_size,
+                mlm_probability=masking.probability,
+                generator=torch.Generator().manual_seed(seeds[len(labels)]),
+                word_ids=words,
+            )
+            input_ids.append(masked[0][0])
+            labels.append(masked[1][0])
+    lengths = np.concatenate([row.lengths for row in rows])
+    return packed_batch(torch.cat(input_ids), torch.cat(labels), lengths)
+
+
+def preference_batch(rows: Sequence[Row]) -> PreferenceBatch:
+    """The answers of the rows' prompts, and each pair of a prompt of which one is better."""
+    better: list[int] = []
+    worse: list[int] = []
+    leads: list[float] = []
+    weights: list[float] = []
+    first = 0  # piece of the prompt's first answer
+    for row in rows:
+        assert row.grades is not None
+        grades = row.grades.tolist()
+        for one, other in combinations(range(len(grades)), 2):
+            if grades[one] == grades[other]:
+                continue
+            up, down = (one, other) if grades[one] > grades[other] else (other, one)
+            better.append(first + up)
+            worse.append(first + down)
+            leads.append(grades[up] - grades[down])
+            weights.append(1 / comb(len(grades), 2))
+        first += len(grades)
+    return PreferenceBatch(
+        packed=_answers(rows),
+        better=torch.tensor(better, dtype=torch.int64),
+        worse=torch.tensor(worse, dtype=torch.int64),
+        leads=torch.tensor(leads, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        num_prompts=len(rows),
+    )
+
+
+def empty_preferences(token_id: int) -> PreferenceBatch:
+    """No prompt: what a worker without rows computes to keep in step."""
+    nothing = torch.zeros(0)
+    return PreferenceBatch(
+        packed=empty_batch(token_id),
+        better=nothing.long(),
+        worse=nothing.long(),
+        leads=nothing,
+        weights=nothing,
+        num_prompts=0,
+    )
+
+
+def _answers(rows: Sequence[Row]) -> PackedBatch:
+    """A piece for each answer."""
+    input_ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
+    lengths = np.concatenate([_pieces(row) for row in rows]).astype(np.int64)
+    return packed_batch(input_ids, torch.full_like(input_ids, IGNORE), lengths)
+
+
+def _pieces(row: Row) -> np.ndarray:
+    assert row.pieces is not None
+    return row.pieces
+
+
+def empty_batch(token_id: int) -> PackedBatch:
+    """Two tokens without a label: what a worker without rows computes to keep in step."""
+    ids = torch.full((2,), token_id)
+    return packed_batch(ids, torch.full_like(ids, IGNORE), np.array([2]))
+
+
+def packed_batch(input_ids: torch.Tensor, labels: torch.Tensor, lengths: np.ndarray) -> PackedBatch:
+    """Pieces (N,) of these lengths (S,), end to end, with what each position must predict (N,)."""
+    bounds = np.append(0, np.cumsum(lengths))
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
+    return PackedBatch(
+        input_ids=input_ids[None],
+        position_ids=torch.from_numpy(positions)[None],
+        labels=labels[None],
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+    )

@@ -1,0 +1,193 @@
+"""The plan of a run on disk: the packed rows of every epoch in training order, without tokens.
+
+It is made once, so that a restart reads the few numbers of the rows that are left and nothing of
+those that were trained. One Parquet file holds an epoch, one table row a packed row.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from medgpt.artifacts import FileEntry, Folder, checksum, commit, committed
+from medgpt.data.loader.order import VALIDATION, Rows, plan_epoch
+from medgpt.data.tokenized.index import Index
+from medgpt.data.tokenized.shards import read_index
+
+ROW_GROUP = 4096  # packed rows that are read together
+CHUNK_COLUMNS = ("block", "row", "start", "stop", "chunk", "visit")
+SCHEMA = pa.schema(
+    {
+        **{name: pa.list_(pa.int32()) for name in CHUNK_COLUMNS},
+        "sample_id": pa.list_(pa.string()),
+    }
+)
+
+
+class Order(NamedTuple):
+    """What decides the rows of a run, besides its data."""
+
+    data_version: str  # shards.data_version
+    max_length: int | None  # tokens of a packed row; None leaves every sample a row of its own
+    seed: int
+    epochs: int
+    weights: tuple[float, ...] | None  # of the sources
+    max_rows: int | None  # more are not needed
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "weights": self.weights and list(self.weights)}
+
+
+def existing_plan(url: str, order: Order) -> dict[str, Any] | None:
+    """The manifest of the plan of `order` at `url`, if it is there."""
+    manifest = committed(Folder(url))
+    return manifest if manifest and manifest["made_of"] == order.as_json() else None
+
+
+def make_plan(url: str, data_url: str, order: Order) -> None:
+    """Write the plan of `order` to `url`.
+
+    Memory: the index of the corpus, about 100 bytes a sample, and one window of rows.
+    """
+    began = time.monotonic()
+    folder = Folder(url)
+    folder.remove()
+    weights = None if order.weights is None else np.array(order.weights)
+    index = read_index(Folder(data_url), "train")
+    files, epochs = [], []
+    for epoch in range(order.epochs):
+        if order.max_rows is not None and sum(e["num_rows"] for e in epochs) >= order.max_rows:
+            break
+        rows = plan_epoch(
+            index, max_length=order.max_length, seed=order.seed, epoch=epoch, weights=weights
+        )
+        file, counts = _write(folder, epoch_file(epoch), index, rows)
+        files.append(file)
+        epochs.append(counts)
+    held_out = read_index(Folder(data_url), "validation")
+    rows = plan_epoch(
+        held_out, max_length=order.max_length, seed=order.seed, epoch=VALIDATION, weights=None
+    )
+    file, _ = _write(folder, epoch_file(VALIDATION), held_out, rows)
+    seconds = time.monotonic() - began
+    commit(folder, [*files, file], made_of=order.as_json(), epochs=epochs, time_s=seconds)
+
+
+def epoch_file(epoch: int) -> str:
+    return "validation.parquet" if epoch == VALIDATION else f"epoch-{epoch:05d}.parquet"
+
+
+def _write(
+    folder: Folder, name: str, index: Index, parts: Iterator[Rows]
+) -> tuple[FileEntry, dict[str, int]]:
+    """The file of an epoch, and how much it holds."""
+    counts = {"num_rows": 0, "num_chunks": 0, "num_tokens": 0}
+    with folder.staging() as directory:
+        path = directory / name
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+            for rows in parts:
+                writer.write_table(_table(index, rows), row_group_size=ROW_GROUP)
+                counts["num_rows"] += len(rows)
+                counts["num_chunks"] += len(rows.chunk)
+                counts["num_tokens"] += rows.num_tokens
+        return FileEntry(name, path.stat().st_size, checksum(path)), counts
+
+
+def _table(index: Index, rows: Rows) -> pa.Table:
+    values = {
+        "block": index.block[rows.sample],
+        "row": index.row[rows.sample],
+        "start": rows.start,
+        "stop": rows.stop,
+        "chunk": rows.chunk,
+        "visit": rows.visit,
+    }
+    columns = {name: pa.array(value.astype(np.int32)) for name, value in values.items()}
+    columns["sample_id"] = pa.array(index.sample_id[rows.sample].astype(str), pa.string())
+    offsets = pa.array(rows.bounds, pa.int32())
+    return pa.table(
+        {name: pa.ListArray.from_arrays(offsets, column) for name, column in columns.items()},
+        schema=SCHEMA,
+    )
+
+
+class Plan:
+    """Reads the plan at `url`: which rows each step has, on which worker.
+
+    Step k trains the next `global_batch_size` rows of its epoch, the last step of an epoch what is
+    left; row i of a batch belongs to worker i mod world_size.
+    """
+
+    def __init__(self, url: str, *, global_batch_size: int, max_steps: int | None) -> None:
+        manifest = committed(Folder(url))
+        assert manifest is not None, f"{url} holds no plan"
+        self.url, self.global_batch_size = url, global_batch_size
+        self.data_version: str = manifest["made_of"]["data_version"]
+        self.max_length: int | None = manifest["made_of"]["max_length"]
+        self.num_rows: list[int] = [epoch["num_rows"] for epoch in manifest["epochs"]]
+        steps = [-(-rows // global_batch_size) for rows in self.num_rows]
+        self.first_step: list[int] = np.cumsum([0, *steps]).tolist()
+        """(E + 1,) of each epoch, and the end."""
+        self.num_steps = min(self.first_step[-1], max_steps or self.first_step[-1])
+
+    def epoch_of(self, step: int) -> int:
+        return int(np.searchsorted(self.first_step, step, side="right")) - 1
+
+    def batch_rows(self, step: int) -> int:
+        """Rows of the global batch."""
+        epoch = self.epoch_of(step)
+        done = (step - self.first_step[epoch]) * self.global_batch_size
+        return min(self.global_batch_size, self.num_rows[epoch] - done)
+
+    def read(self, *, rank: int, world_size: int, start: int) -> Iterator[pa.Table]:
+        """A worker's rows from step `start` on, with their step; tables of at most ROW_GROUP."""
+        for epoch, first_step in enumerate(self.first_step[:-1]):
+            end = min(self.first_step[epoch + 1], self.num_steps)
+            if start >= end:
+                continue
+            first_row = max(0, start - first_step) * self.global_batch_size
+            for first, table in self._groups(epoch_file(epoch), first_row):
+                number = first + np.arange(table.num_rows)
+                step = first_step + number // self.global_batch_size
+                if step[0] >= end:
+                    break
+                slot = number % self.global_batch_size
+                mine = np.flatnonzero((slot % world_size == rank) & (step >= start) & (step < end))
+                yield table.take(mine).append_column("step", pa.array(step[mine]))
+
+    def first(self, epoch: int, *, rank: int, world_size: int, limit: int) -> pa.Table:
+        """A worker's share of the first `limit` rows of an epoch, or of VALIDATION."""
+        parts = [table for _, table in self._groups(epoch_file(epoch), 0, limit)]
+        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+        mine = np.arange(min(limit, table.num_rows))[rank::world_size]
+        steps = pa.array(np.zeros(len(mine), np.int64))
+        return table.take(mine).append_column("step", steps)
+
+    def _groups(
+        self, name: str, start: int, stop: int | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Row groups that hold rows from `start` to `stop`, each with the number of its first."""
+        folder = Folder(self.url)
+        with folder.fs.open(folder.path(name)) as handle:
+            file = pq.ParquetFile(handle)
+            groups = range(file.num_row_groups)
+            ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
+            for group in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+                first = int(ends[group - 1]) if group else 0
+                if stop is not None and first >= stop:
+                    return
+                yield first, file.read_row_group(group)
+
+
+def column(table: pa.Table, name: str) -> NDArray[Any]:
+    """The values of a list column, end to end."""
+    return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def offsets(table: pa.Table, name: str) -> NDArray[np.int64]:
+    """(R + 1,) bounds of the lists of a column in its values."""
+    return np.append(0, np.cumsum(table[name].combine_chunks().value_lengths().to_numpy()))

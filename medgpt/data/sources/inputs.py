@@ -1,0 +1,69 @@
+"""The files a run reads, and whether they are still those it read before."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import fsspec
+
+from medgpt.artifacts import stream_checksum
+from medgpt.config import DataConfig
+from medgpt.data.sources.deny import DenyList
+from medgpt.data.sources.files import open_file
+from medgpt.data.sources.row_formats import Recogniser
+from medgpt.data.sources.units import file_size, list_files
+
+
+def check_sources(config: DataConfig) -> None:
+    """Raises ConfigError for a missing file, a wrong template or deny-list. Reads no data."""
+    for source in config.sources:
+        list_files(source)
+        Recogniser(source)
+        DenyList.load(source.deny)
+
+
+def input_files(config: DataConfig) -> list[str]:
+    """Data files and deny-lists, each once, in the order of the sources."""
+    data = [file for source in config.sources for file in list_files(source)]
+    deny = [name for source in config.sources for name in source.deny if name != "default"]
+    return list(dict.fromkeys(data + deny))
+
+
+def input_bytes(config: DataConfig) -> int:
+    """Size of all input files, as they are stored."""
+    return sum(map(file_size, input_files(config)))
+
+
+def file_stamp(file: str) -> str:
+    """Another one if the file may have been written to since: size, times and identity."""
+    filesystem, path = fsspec.url_to_fs(file)
+    return filesystem.ukey(path)
+
+
+def file_digest(file: str) -> str:
+    """xxHash (XXH3, 128 bit) of the bytes of a file."""
+    with open_file(file) as stream:
+        return stream_checksum(stream)
+
+
+def fingerprint(stamps: Mapping[str, str], digests: Mapping[str, str]) -> list[dict[str, str]]:
+    """What a manifest keeps of its inputs."""
+    return [
+        {"file": file, "stamp": stamp, "xxh128": digests[file]} for file, stamp in stamps.items()
+    ]
+
+
+def changed_files(inputs: Sequence[Mapping[str, Any]], config: DataConfig) -> Iterator[str]:
+    """What differs between the files of a manifest and those there are now, in words.
+
+    A file is read again only if its stamp differs.
+    """
+    known = {entry["file"]: entry for entry in inputs}
+    files = input_files(config)
+    yield from (f"{file} is gone" for file in known if file not in set(files))
+    for file in files:
+        if file not in known:
+            yield f"{file} is new"
+        elif (
+            file_stamp(file) != known[file]["stamp"] and file_digest(file) != known[file]["xxh128"]
+        ):
+            yield f"{file} has other content"

@@ -1,0 +1,230 @@
+"""Records become token ids, each token marked as something to learn or as context."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import BatchEncoding, PreTrainedTokenizerFast
+
+from medgpt.config import ConfigError
+from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
+from medgpt.data.tokenized import chat
+from medgpt.data.tokenized.words import word_of_characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Encoded:
+    """N tokens of one record."""
+
+    input_ids: NDArray[np.int32]  # (N,)
+    targets: NDArray[np.bool_]  # (N,) True: the model must learn to produce this token
+    word_ids: NDArray[np.int32] | None = None  # (N,) word a token belongs to, -1 = none
+    num_truncated_turns: int = 0  # messages left out so that it fits
+    pieces: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
+    grades: NDArray[np.float32] | None = None  # (K,) of the answers
+    messages: str | None = None  # JSON of [role, content] pairs, where the text is needed, too
+
+
+class DocumentEncoder:
+    """Texts for pretraining; a conversation is its messages, one a line.
+
+    clm: the text and the end token, all of them targets. mlm: [CLS] text [SEP], the text is the
+    target. Special tokens spelled out in a text are ordinary text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        objective: Literal["clm", "mlm"],
+        whole_word: bool = True,
+    ):
+        self._tokenizer = tokenizer
+        self._mlm = objective == "mlm"
+        self._whole_word = self._mlm and whole_word
+        if self._mlm and tokenizer.mask_token is None:
+            raise ConfigError(
+                "objective.kind=mlm: the tokenizer has no mask token; use a BERT model or clm"
+            )
+        if not self._mlm and tokenizer.eos_token is None:
+            raise ConfigError(
+                "objective.kind=clm: the tokenizer has no end token; set its eos_token or use mlm"
+            )
+        end = tokenizer.sep_token if self._mlm else tokenizer.eos_token
+        self._end_id = tokenizer.get_vocab()[str(end)]
+        self._special = np.array(tokenizer.all_special_ids, dtype=np.int32)
+
+    def __call__(self, record: Record) -> Encoded | Reject:
+        return self.encode_batch([record])[0]
+
+    def encode_batch(self, records: Sequence[Record]) -> list[Encoded | Reject]:
+        texts = [_text(record) for record in records]
+        if not texts:
+            return []
+        batch = self._tokenizer(
+            texts,
+            split_special_tokens=True,
+            return_offsets_mapping=self._whole_word,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [
+            self._encode(batch, row, text)
+            if text.strip() and batch["input_ids"][row]
+            else reject(record, "empty text")
+            for row, (record, text) in enumerate(zip(records, texts, strict=True))
+        ]
+
+    def _encode(self, batch: BatchEncoding, row: int, text: str) -> Encoded:
+        ids = np.array(batch["input_ids"][row], dtype=np.int32)
+        if not self._mlm:
+            if ids[-1] != self._end_id:
+                ids = np.append(ids, np.int32(self._end_id))
+            return Encoded(input_ids=ids, targets=np.ones(len(ids), dtype=np.bool_))
+        targets = ~np.isin(ids, self._special)
+        word_ids = None
+        if self._whole_word:
+            starts = np.array(batch["offset_mapping"][row], dtype=np.int32)[:, 0]
+            word_ids = np.where(targets, word_of_characters(text)[starts], np.int32(-1))
+        return Encoded(input_ids=ids, targets=targets, word_ids=word_ids)
+
+
+class ConversationEncoder:
+    """Conversations for fine-tuning, as the chat template writes them.
+
+    Targets are the assistant's turns with their end tokens. A conversation longer than `max_length`
+    tokens loses its oldest pairs of turns, never its system message.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int):
+        chat.check_template(tokenizer)
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._end = chat.turn_end(tokenizer)
+        self._control_tokens = chat.control_tokens(tokenizer)
+        self._takes_system_message = chat.takes_system_message(tokenizer)
+
+    def __call__(self, record: Record) -> Encoded | Reject:
+        return self.encode_batch([record])[0]
+
+    def encode_batch(self, records: Sequence[Record]) -> list[Encoded | Reject]:
+        results: dict[int, Encoded | Reject] = {}
+        waiting: dict[int, Conversation] = {}
+        for i, record in enumerate(records):
+            reason = self._why_not(record)
+            if reason is None:
+                assert isinstance(record, Conversation)
+                waiting[i] = record
+            else:
+                results[i] = reject(record, reason)
+        num_messages = {i: len(conversation.messages) for i, conversation in waiting.items()}
+        while waiting:  # once, and again for those that lost a turn
+            shorter = {}
+            for i, result in zip(waiting, self._encode_all(list(waiting.values())), strict=True):
+                if isinstance(result, Conversation):
+                    shorter[i] = result
+                elif isinstance(result, Encoded):
+                    lost = num_messages[i] - len(waiting[i].messages)
+                    results[i] = replace(result, num_truncated_turns=lost)
+                else:
+                    results[i] = result
+            waiting = shorter
+        return [results[i] for i in range(len(records))]
+
+    def _why_not(self, record: Record) -> str | None:
+        if not isinstance(record, Conversation):
+            kind = type(record).__name__.lower()
+            return f"{kind} where a conversation is needed"
+        reason = check_conversation(record.messages)
+        if reason is not None:
+            return reason
+        if record.messages[0].role == "system" and not self._takes_system_message:
+            return "the chat template takes no system message"
+        for token in self._control_tokens:
+            if any(token in message.content for message in record.messages):
+                return f"a message contains the control token {token}"
+        return None
+
+    def _encode_all(
+        self, conversations: list[Conversation]
+    ) -> list[Encoded | Reject | Conversation]:
+        """Each encoded, or without some of its oldest turns if it is too long."""
+        messages = [conversation.messages for conversation in conversations]
+        rendered = chat.render_answers(self._tokenizer, messages, self._end)
+        batch = self._tokenizer(
+            [text for text, _ in rendered],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [
+            self._encode(conversation, batch, row, spans)
+            for row, (conversation, (_, spans)) in enumerate(
+                zip(conversations, rendered, strict=True)
+            )
+        ]
+
+    def _encode(
+        self, conversation: Conversation, batch: BatchEncoding, row: int, spans: list[chat.Span]
+    ) -> Encoded | Reject | Conversation:
+        ids = np.array(batch["input_ids"][row], dtype=np.int32)
+        turns = [tokens for span in spans if (tokens := tokens_of(batch, row, span)) is not None]
+        if len(turns) < sum(message.role == "assistant" for message in conversation.messages):
+            return reject(conversation, "the chat template does not keep an answer from its prompt")
+        excess = len(ids) - self._max_length
+        if excess > 0:
+            if len(turns) == 1:
+                reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
+                return reject(conversation, reason, malformed=False)
+            # the fewest pairs that can be enough: no more is freed than what precedes their end
+            enough = [k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess]
+            return _without_pairs(conversation, enough[0] if enough else len(turns) - 1)
+        targets = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in turns:
+            targets[start:stop] = True
+        return Encoded(input_ids=ids, targets=targets)
+
+
+def check_conversation(messages: Sequence[Message]) -> str | None:
+    """Why it cannot be trained on: an empty turn, or turns out of order. None if all is well."""
+    if any(not message.content.strip() for message in messages):
+        return "empty turn"
+    turns = [message.role for message in messages]
+    if turns[:1] == ["system"]:
+        turns = turns[1:]
+    if turns[:1] == ["assistant"]:
+        return "begins with the assistant"
+    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+        return "user and assistant do not alternate"
+    if len(turns) < 2 or len(turns) % 2:
+        return "does not end with the assistant"
+    return None
+
+
+def tokens_of(batch: BatchEncoding, row: int, span: chat.Span) -> tuple[int, int] | None:
+    """[start, end) in tokens of a span of characters; None if its first token begins before it."""
+    first, last = (batch.char_to_token(row, char) for char in (span[0], span[1] - 1))
+    if first is None or last is None:
+        return None
+    begins = batch.token_to_chars(row, first)
+    return (first, last + 1) if begins is not None and begins.start == span[0] else None
+
+
+def _without_pairs(conversation: Conversation, num_pairs: int) -> Conversation:
+    """Without its oldest `num_pairs` exchanges."""
+    num_system = int(conversation.messages[0].role == "system")
+    kept = conversation.messages[num_system + 2 * num_pairs :]
+    return replace(conversation, messages=conversation.messages[:num_system] + kept)
+
+
+def _text(record: Record) -> str:
+    if isinstance(record, Document):
+        return record.text
+    return "\n".join(message.content.strip() for message in record.messages)
+
+
+def reject(record: Record, reason: str, *, malformed: bool = True) -> Reject:
+    return Reject(
+        source=record.source, file=record.file, row=record.row, reason=reason, malformed=malformed
+    )

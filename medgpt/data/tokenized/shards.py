@@ -1,0 +1,237 @@
+"""Tokenised samples on disk: Parquet shards, one row group per block, and an index over them."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from medgpt.artifacts import MANIFEST, FileEntry, Folder, checksum
+from medgpt.data.sources.records import Origin
+from medgpt.data.tokenized.index import Index
+
+if TYPE_CHECKING:  # its import of transformers would slow the start of every reading task
+    from medgpt.data.tokenized.encode import Encoded
+
+BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
+CACHED_BLOCKS = 32  # more than a window has
+SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "targets": pa.list_(pa.bool_()),  # True where the token is to be learnt
+        "word_ids": pa.list_(pa.int32()),  # null unless words are masked as a whole
+        "pieces": pa.list_(pa.int32()),  # null unless a sample is several answers: tokens of each
+        "grades": pa.list_(pa.float32()),  # of the answers
+        "messages": pa.string(),  # null unless the text of a prompt is needed
+        "length": pa.int32(),
+        "content_hash": pa.string(),
+        "source": pa.int16(),
+        "file": pa.string(),
+        "row": pa.int64(),
+    }
+)
+EXTRAS = ("pieces", "grades", "messages")
+INDEX_SCHEMA = pa.schema(
+    {
+        "length": pa.int32(),
+        "source": pa.int16(),
+        "block": pa.int32(),
+        "row": pa.int32(),
+        "sample_id": pa.string(),
+    }
+)
+BLOCKS_SCHEMA = pa.schema({"file": pa.string(), "row_group": pa.int32()})
+
+
+class ShardWriter:
+    """Appends samples to one shard, inside a `with`.
+
+    The shard appears when it is complete, so two tasks that write the same one do no harm.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.name = name
+        self.files: list[FileEntry] = []  # after the `with`: the shard, if there were samples
+        self.pending: list[dict[str, Any]] = []
+        self.pending_tokens = 0
+        self.writer: pq.ParquetWriter | None = None
+        self.stack = ExitStack()
+        directory = self.stack.enter_context(folder.staging())
+        self.path, self.partial = directory / name, directory / f".{name}.{uuid4().hex}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+            self.partial.unlink(missing_ok=True)
+            self.stack.__exit__(kind, error, trace)
+
+    def add(self, encoded: "Encoded", *, content_hash: str, source: int, origin: Origin) -> None:
+        self.pending.append(
+            {
+                "input_ids": encoded.input_ids,
+                "targets": encoded.targets,
+                "word_ids": encoded.word_ids,
+                "pieces": encoded.pieces,
+                "grades": encoded.grades,
+                "messages": encoded.messages,
+                "length": len(encoded.input_ids),
+                "content_hash": content_hash,
+                "source": source,
+                "file": origin.file,
+                "row": origin.row,
+            }
+        )
+        self.pending_tokens += len(encoded.input_ids)
+        if self.pending_tokens >= BLOCK_TOKENS:
+            self._flush()
+
+    def _finish(self) -> None:
+        if self.pending:
+            self._flush()
+        if self.writer is not None:
+            self.writer.close()
+            size, digest = self.partial.stat().st_size, checksum(self.partial)
+            self.files = [FileEntry(self.name, size, digest)]
+            self.partial.replace(self.path)
+
+    def _flush(self) -> None:
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.partial, SCHEMA, compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(self.pending, SCHEMA))
+        self.pending, self.pending_tokens = [], 0
+
+
+def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileEntry]:
+    """Index of a split over its shards, in their order. Reads no tokens."""
+    columns = ["length", "source", "content_hash"]
+    tables, blocks = [], []
+    for name in shards:
+        with folder.fs.open(folder.path(name)) as file:
+            shard = pq.ParquetFile(file)
+            sizes = [shard.metadata.row_group(g).num_rows for g in range(shard.num_row_groups)]
+            rows = [np.arange(size) for size in sizes]
+            numbers = [np.full(size, len(blocks) + g) for g, size in enumerate(sizes)]
+            table = shard.read(columns=columns)
+        table = table.append_column("block", pa.array(np.concatenate(numbers), pa.int32()))
+        tables.append(table.append_column("row", pa.array(np.concatenate(rows), pa.int32())))
+        blocks += [{"file": name, "row_group": g} for g in range(len(sizes))]
+    index = pa.concat_tables(tables) if tables else _empty_index()
+    ids = pa.array(sample_ids(_fixed(index["content_hash"]))).cast(pa.string())
+    index = index.append_column("sample_id", ids).select(INDEX_SCHEMA.names)
+    files = []
+    with folder.staging() as directory:
+        for name, content in (
+            (f"{split}.index.parquet", index),
+            (f"{split}.blocks.parquet", pa.Table.from_pylist(blocks, BLOCKS_SCHEMA)),
+        ):
+            pq.write_table(content, directory / name, compression="zstd")
+            size = (directory / name).stat().st_size
+            files.append(FileEntry(name, size, checksum(directory / name)))
+    return files
+
+
+def _empty_index() -> pa.Table:
+    schema = INDEX_SCHEMA.remove(INDEX_SCHEMA.get_field_index("sample_id"))
+    return schema.append(pa.field("content_hash", pa.string())).empty_table()
+
+
+def sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+    """(N,) hash of content hash and occurrence number: unique even where contents repeat.
+
+    Arrays of 32 bytes a sample and no Python objects: a corpus has many short samples.
+    """
+    order = np.argsort(hashes, kind="stable")
+    place, ordered = np.arange(len(hashes)), hashes[order]
+    again = np.append(False, ordered[1:] == ordered[:-1])[: len(hashes)]
+    occurrence = np.empty_like(place)
+    occurrence[order] = place - np.maximum.accumulate(np.where(again, 0, place))
+    return np.fromiter(
+        (
+            xxhash.xxh3_128_hexdigest(b"%b:%d" % pair).encode()
+            for pair in zip(hashes, occurrence, strict=True)
+        ),
+        dtype="S32",
+        count=len(hashes),
+    )
+
+
+def _fixed(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
+    """(N,) S32 of a column of 32 characters."""
+    values = column.combine_chunks().cast(pa.binary()).cast(pa.binary(32))
+    return np.frombuffer(values.buffers()[1], "S32", count=len(values), offset=32 * values.offset)
+
+
+def read_index(folder: Folder, split: str) -> Index:
+    """The index of a split."""
+    with folder.fs.open(folder.path(f"{split}.index.parquet")) as file:
+        table = pq.read_table(file)
+    columns = {
+        name: table[name].to_numpy().astype(np.int64)
+        for name in ("length", "source", "block", "row")
+    }
+    return Index(**columns, sample_id=_fixed(table["sample_id"]))
+
+
+def data_version(url: str) -> str:
+    """Differs when the shards were made anew in the same place, so that caches notice."""
+    return xxhash.xxh3_64_hexdigest(Folder(url).read_text(MANIFEST).encode())
+
+
+class Tokens(NamedTuple):
+    """The R samples of a block. Sample i is values[offsets[i]:offsets[i + 1]]."""
+
+    offsets: NDArray[np.int64]
+    input_ids: NDArray[np.int32]
+    targets: NDArray[np.bool_]
+    word_ids: NDArray[np.int32] | None
+    extras: dict[str, list[Any]]
+    """(R,) each: `pieces` and `grades` of samples that are several answers, `messages` of prompts;
+    only what there is."""
+
+
+@lru_cache(maxsize=CACHED_BLOCKS)
+def read_block(url: str, split: str, block: int, version: str) -> Tokens:
+    """The tokens of one block; recent ones stay in memory, under the version of their data."""
+    folder = Folder(url)
+    file, row_group = _blocks(url, split, version)[block]
+    with folder.fs.open(folder.path(file)) as handle:
+        table = pq.ParquetFile(handle).read_row_group(
+            row_group, columns=["input_ids", "targets", "word_ids", *EXTRAS]
+        )
+    lists = {name: table[name].combine_chunks() for name in table.column_names}
+    words = lists["word_ids"]
+    extras = [name for name in EXTRAS if not table[name].null_count]
+    return Tokens(
+        offsets=lists["input_ids"].offsets.to_numpy().astype(np.int64),
+        input_ids=lists["input_ids"].flatten().to_numpy(),
+        targets=lists["targets"].flatten().to_numpy(zero_copy_only=False),
+        word_ids=None if words.null_count else words.flatten().to_numpy(),
+        extras={name: table[name].to_pylist() for name in extras},
+    )
+
+
+@lru_cache(maxsize=4)
+def _blocks(url: str, split: str, version: str) -> list[tuple[str, int]]:
+    folder = Folder(url)
+    with folder.fs.open(folder.path(f"{split}.blocks.parquet")) as file:
+        table = pq.read_table(file)
+    return list(zip(table["file"].to_pylist(), table["row_group"].to_pylist(), strict=True))

@@ -1,0 +1,85 @@
+"""The tasks of an evaluation, and what is checked before a model is asked."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from medgpt.artifacts import checksum
+from medgpt.config import ConfigError, EvalConfig
+from medgpt.data.sources.rows import content_hash
+from medgpt.eval.results import RESULTS
+from medgpt.eval.task import Task, is_chat
+from medgpt.eval.tasks.generation import GenerationTask
+from medgpt.eval.tasks.key_points import KeyPointsTask
+from medgpt.eval.tasks.mcq import McqTask
+from medgpt.eval.tasks.nll import NllTask
+from medgpt.eval.tasks.safety import SafetyTask
+from medgpt.eval.tasks.triage import TriageTask
+from medgpt.models.tokenizer import load_base
+from medgpt.runs import Run
+
+TASKS: dict[str, Callable[[Any, int], Task]] = {
+    "mcq": McqTask,
+    "nll": NllTask,
+    "generation": GenerationTask,
+    "key_points": KeyPointsTask,
+    "triage": TriageTask,
+    "safety": SafetyTask,
+}
+
+
+def build_tasks(config: EvalConfig) -> list[Task]:
+    """Raises ConfigError: the data of one is wrong."""
+    tasks = []
+    for kind, task, name in config.tasks():
+        try:
+            tasks.append(TASKS[kind](task, config.run.seed))
+        except ConfigError as error:
+            raise ConfigError(f"task {name}: {error}") from None
+        _check_ids(tasks[-1])
+    return tasks
+
+
+def _check_ids(task: Task) -> None:
+    ids = [request.id for request in task.requests()]
+    assert len(set(ids)) == len(ids), f"task {task.name} asks under one id twice"
+
+
+def check_parent(config: EvalConfig) -> None:
+    """Raises ConfigError: model.parent is set and is no finished evaluation."""
+    parent = config.model.parent
+    if parent is not None and not Run(parent).folder.exists(RESULTS):
+        raise ConfigError(
+            f"model.parent={parent}: no {RESULTS} in it; give the run directory of an evaluation "
+            "that is finished, or leave it out"
+        )
+
+
+def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> str | None:
+    """A digest of the model's chat template, if it has one.
+
+    Raises:
+        ConfigError: a task talks to the model, which has none.
+    """
+    template = load_base(folder, config.model.trust_remote_code).chat_template
+    if template is not None:
+        return content_hash(str(template))
+    if talking := [task.name for task in tasks if is_chat(task)]:
+        raise ConfigError(
+            f"task {talking[0]} needs a chat template, and the model in {folder} has none; set "
+            "prompt=plain for it, or score a model that was fine-tuned on conversations"
+        )
+    return None
+
+
+def check_model_unchanged(run: Run, folder: str) -> None:
+    """Raises ConfigError: the run began with other weights than there are in `folder` now."""
+    weights = {path.name: checksum(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    known = run.manifest.get("weights", weights)
+    if known != weights:
+        raise ConfigError(
+            f"run.dir={run.folder.url}: the model in {folder} has other weights than when the "
+            "evaluation began; choose another run.dir"
+        )
+    if "weights" not in run.manifest:
+        run.update_manifest(weights=weights, seed=run.config["run"]["seed"])

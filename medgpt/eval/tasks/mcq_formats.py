@@ -1,0 +1,300 @@
+"""Questions with options, from rows as the public data sets write them."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from medgpt.config import ConfigError
+from medgpt.data.sources.rows import content_hash
+
+LETTERS = "ABCDEFGHIJ"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    id: str
+    text: str
+    options: dict[str, str]  # by letter, in order
+    answer: str  # letters, sorted
+    multiple: bool  # more than one letter may be right
+    context: str = ""
+    slices: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What a layout finds in a row."""
+
+    text: str
+    options: dict[str, str]
+    answer: str
+    multiple: bool | None = None  # None: if the answer has more than one letter
+    id: str | None = None
+    context: str = ""
+    slices: dict[str, str] = field(default_factory=dict)
+
+
+def read_questions(layout: str, rows: Iterable[tuple[str, Row]]) -> list[Question]:
+    """The questions, of equal ones without ids only the first.
+
+    Raises:
+        ConfigError: none, two of one id, equal ones with different answers, columns that the
+            layout does not have, or a right answer that is not among the options. Places are
+            named, texts are not.
+    """
+    questions: dict[str, Question] = {}
+    places: dict[str, str] = {}
+    rows = list(rows)
+    read = LAYOUTS[layout](rows)
+    for place, row in rows:
+        try:
+            found = read(row)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ConfigError(
+                f"{place} does not fit layout={layout} ({type(error).__name__}: {error}); its "
+                f"columns are {', '.join(map(str, row))}"
+            ) from None
+        question = _question(found, place)
+        if question.id in questions and found.id is not None:
+            raise ConfigError(
+                f"{place} has the id {found.id}, which {places[question.id]} has, too; an id must "
+                "stand for one question"
+            )
+        first = questions.setdefault(question.id, question)
+        places.setdefault(question.id, place)
+        if first.answer != question.answer:
+            raise ConfigError(
+                f"{place} is the same question as {places[question.id]}, and their right answers "
+                f"are {question.answer} and {first.answer}; repair or remove one of them"
+            )
+    if not questions:
+        raise ConfigError("no question in paths; name files with at least one")
+    return list(questions.values())
+
+
+def _question(found: Fields, place: str) -> Question:
+    options = {k: v.strip() for k, v in found.options.items() if v and v.strip()}
+    answer = "".join(sorted(set(found.answer)))
+    if len(options) < 2:
+        raise ConfigError(f"{place} has {len(options)} options; a question needs two or more")
+    if not answer or not set(answer) <= set(options):
+        raise ConfigError(
+            f"{place}: its right answer {answer or '(none)'} is not among the options "
+            f"{', '.join(options)}; repair or remove it"
+        )
+    if not found.text.strip():
+        raise ConfigError(f"{place} has an empty question; repair or remove it")
+    multiple = len(answer) > 1 if found.multiple is None else found.multiple
+    if len(answer) > 1 and not multiple:
+        raise ConfigError(f"{place} has {len(answer)} right answers and says that one is right")
+    return Question(
+        id=found.id or content_hash(found.text, found.context, *options.values()),
+        text=found.text.strip(),
+        options=options,
+        answer=answer,
+        multiple=multiple,
+        context=found.context.strip(),
+        slices={k: v.strip() for k, v in found.slices.items() if v and v.strip()},
+    )
+
+
+# ---- what the layouts share ----
+
+Reader = Callable[[Row], Fields]
+LISTED = re.compile(r"^\s*[(（]?([A-J])\s*(?:[)）.．、:：]|\s)\s*", re.MULTILINE)
+
+
+def listed(text: str) -> dict[str, str]:
+    """Options written under each other: `A text`, `A. text` or `(A) text`.
+
+    A line that begins with another letter than the next one goes on with the option before it.
+    """
+    begun: list[re.Match[str]] = []
+    for match in LISTED.finditer(text):
+        if match[1] == LETTERS[len(begun) : len(begun) + 1]:
+            begun.append(match)
+    ends = [*(match.start() for match in begun[1:]), len(text)]
+    return {m[1]: text[m.end() : end] for m, end in zip(begun, ends, strict=False)}
+
+
+def letters(text: str) -> str:
+    """`ACD` of `(A)(C)(D)`, `A,C,D` or `ACD`."""
+    if re.sub(r"[A-J\s,、()（）]", "", text):
+        raise ValueError("the answer is not made of letters")
+    return re.sub(r"[^A-J]", "", text)
+
+
+def numbered(options: Sequence[str]) -> dict[str, str]:
+    return dict(zip(LETTERS, options, strict=False))
+
+
+def _named(row: Row, **columns: str) -> dict[str, str]:
+    """{slice: value} of the columns that are there."""
+    return {name: str(row[column]) for name, column in columns.items() if row.get(column)}
+
+
+# ---- the layouts ----
+
+
+def sample(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """id, question, options {letter: text}, answer (letters), department: medgpt's sample corpus"""
+    return lambda row: Fields(
+        row["question"],
+        dict(row["options"]),
+        letters(row["answer"]),
+        id=str(row["id"]),
+        slices=_named(row, department="department"),
+    )
+
+
+def cmexam(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """Question, Options (a line each), Answer (letters); https://github.com/williamliujl/CMExam"""
+    return lambda row: Fields(
+        row["Question"],
+        listed(row["Options"]),
+        letters(row["Answer"]),
+        slices=_named(
+            row,
+            department="Clinical Department",
+            discipline="Medical Discipline",
+            competency="Area of Competency",
+        ),
+    )
+
+
+def xmedbench(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """question, options (`(A) text.` a line each), answer `(A)`, source"""
+    return lambda row: Fields(
+        row["question"],
+        {
+            letter: text.rstrip().removesuffix(".")
+            for letter, text in listed(row["options"]).items()
+        },
+        letters(row["answer"]),
+        slices=_named(row, source="source"),
+    )
+
+
+def medqa(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """question, options {letter: text}, answer_idx; https://github.com/jind11/MedQA, MMedBench"""
+    return lambda row: Fields(
+        row["question"],
+        dict(row["options"]),
+        letters(row["answer_idx"]),
+        slices=_named(row, chapter="meta_info"),
+    )
+
+
+def cmb(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """question, option {letter: text}, answer, question_type, exam_type, exam_class, exam_subject;
+    https://github.com/FreedomIntelligence/CMB"""
+    return lambda row: Fields(
+        row["question"],
+        dict(row["option"]),
+        letters(row["answer"]),
+        multiple=row["question_type"].startswith("多") if row.get("question_type") else None,
+        id=str(row["id"]) if row.get("id") is not None else None,
+        slices=_named(row, exam="exam_type", subject="exam_subject"),
+    )
+
+
+def medmcqa(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """id, question, opa to opd, cop, subject_name; https://github.com/medmcqa/medmcqa
+
+    `cop` counts from 0 on the Hugging Face hub and from 1 in the authors' files: a set that holds a
+    0 counts from 0, one that holds a 4 counts from 1.
+    """
+    seen = {int(row["cop"]) for _, row in rows if "cop" in row}
+    if len(rows) > 0 and not seen & {0, 4}:
+        raise ConfigError("no cop is 0 or 4, so whether it counts from 0 or 1 is unknown; add rows")
+    first = 0 if 0 in seen else 1
+    return lambda row: Fields(
+        row["question"],
+        numbered([row["opa"], row["opb"], row["opc"], row["opd"]]),
+        LETTERS[_index(int(row["cop"]) - first)],
+        multiple=False,
+        id=str(row["id"]),
+        slices=_named(row, subject="subject_name"),
+    )
+
+
+def _index(number: int) -> int:
+    if number < 0:
+        raise ValueError("the answer's number is below the first option's; test sets have none")
+    return number
+
+
+def pubmedqa(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """QUESTION, CONTEXTS, final_decision (authors' files, a row an abstract) or question,
+    context.contexts, final_decision (hub); https://github.com/pubmedqa/pubmedqa"""
+    decisions = ["yes", "no", "maybe"]
+
+    def read(row: Row) -> Fields:
+        contexts = row["CONTEXTS"] if "CONTEXTS" in row else row["context"]["contexts"]
+        number = row.get("pmid") or row.get("pubid")
+        return Fields(
+            row["QUESTION"] if "QUESTION" in row else row["question"],
+            numbered(decisions),
+            LETTERS[decisions.index(row["final_decision"])],
+            multiple=False,
+            id=str(number) if number is not None else None,
+            context="\n".join(contexts),
+        )
+
+    return read
+
+
+def safetybench(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """id, question, options [texts], answer (number from 0), category;
+    https://github.com/thu-coai/SafetyBench"""
+    return lambda row: Fields(
+        row["question"],
+        numbered(row["options"]),
+        LETTERS[_index(int(row["answer"]))],
+        multiple=False,
+        id=str(row["id"]),
+        slices=_named(row, category="category"),
+    )
+
+
+def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
+    """Question or question, A to D, Answer or answer: the CSV files of CMMLU
+    (https://github.com/haonan-li/CMMLU) and C-Eval (https://github.com/hkust-nlp/ceval)"""
+    subjects = {id(row): _subject(place) for place, row in rows}
+
+    def read(row: Row) -> Fields:
+        return Fields(
+            row["Question"] if "Question" in row else row["question"],
+            {letter: str(row[letter]) for letter in "ABCD"},
+            letters(row["Answer"] if "Answer" in row else row["answer"]),
+            multiple=False,
+            slices={"subject": subjects[id(row)]},
+        )
+
+    return read
+
+
+def _subject(place: str) -> str:
+    """`anatomy` of `dev/anatomy.csv row 1` or `anatomy_dev.csv row 1`."""
+    return re.sub("_(?:dev|val|test)$", "", PurePosixPath(place.rsplit(" row ")[0]).stem)
+
+
+SUBJECT_FILES = ("cmmlu", "ceval")  # layouts of which a file is a subject
+
+
+LAYOUTS: dict[str, Callable[[Sequence[tuple[str, Row]]], Reader]] = {
+    "sample": sample,
+    "cmexam": cmexam,
+    "mmedbench": medqa,
+    "xmedbench": xmedbench,
+    "pubmedqa": pubmedqa,
+    "safetybench": safetybench,
+    "cmb": cmb,
+    "medqa": medqa,
+    "medmcqa": medmcqa,
+    "cmmlu": lettered,
+    "ceval": lettered,
+}

@@ -1,0 +1,70 @@
+"""report.html of an evaluation: scores side by side, with gates and answers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import tomli_w
+
+from medgpt.eval.results import GATES, RESULTS, read_items
+from medgpt.reports.run import page
+from medgpt.reports.scores import BLEU_MARGIN, MARGIN, Column, Table, tables
+from medgpt.runs import Run
+
+
+def write_eval_report(run: Run) -> None:
+    """Write report.html of a finished evaluation, beside its parent if it has one.
+
+    With a parent also comparison.json: by task and metric, the paired test of the two.
+    """
+    results = run.folder.read_json(RESULTS)
+    columns = [read_column(run.folder.url.rsplit("/", 1)[-1], run)]
+    if results["parent"]:
+        columns.insert(0, read_column("parent", Run(results["parent"])))
+    scores = score_tables(columns, results["seed"])
+    if results["parent"]:
+        run.folder.write_json("comparison.json", _comparison(scores["tables"]))
+    html = page(
+        "eval.html.jinja",
+        name=run.folder.url.rsplit("/", 1)[-1],
+        results=results,
+        manifest=run.manifest,
+        config=tomli_w.dumps(run.config),
+        evidence=read_gates({"": run}),
+        **scores,
+    )
+    run.folder.write_text("report.html", html)
+
+
+def read_column(name: str, run: Run) -> Column:
+    results = run.folder.read_json(RESULTS)
+    return Column(name, results, {task: read_items(run, task) for task in results["tasks"]})
+
+
+def read_gates(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+    """Evidence of all gates, with the name of the stage."""
+    return [
+        {"stage": name, **item}
+        for name, run in runs.items()
+        if run.folder.exists(GATES)
+        for item in run.folder.read_json(GATES)
+    ]
+
+
+def _comparison(found: list[Table]) -> dict[str, Any]:
+    """Of the last column with the one before, where they answered the same questions."""
+    return {
+        table.task: {
+            row.metric: {
+                **row.changes[-1]._asdict(),
+                "difference": row.changes[-1].difference._asdict(),
+                "verdict": row.changes[-1].verdict,
+            }
+            for row in table.rows
+            if row.changes[-1] is not None
+        }
+        for table in found
+    }
+
+
+def score_tables(columns: list[Column], seed: int) -> dict[str, Any]:
+    return {"tables": tables(columns, seed), "margin": MARGIN, "bleu_margin": BLEU_MARGIN}

@@ -1,0 +1,134 @@
+"""report.html of a PPO run: scores before and after, curves, time by phase, rollouts."""
+
+from statistics import fmean
+from typing import Any
+
+import tomli_w
+
+from medgpt.reports.run import Metrics, curve, page
+from medgpt.runs import Run
+
+SAMPLES = "rollouts.json"
+"""What a run keeps for its report: a list of {"iteration", "prompt", "answer", "total",
+"components": {name: number}}, never from a sensitive source."""
+WINDOW = 5  # iterations that "before" and "after" are the means of
+CURVES = (  # title, unit, metric -> label
+    (
+        "Score",
+        "reward of an answer, before KL",
+        {"ppo/score_mean": "score", "rewards/total": "total"},
+    ),
+    ("Divergence from the reference", "nats per answer", {"actor/kl_ref": "KL"}),
+    ("Answers", "tokens", {"rollout/response_tokens": "length"}),
+    ("Ended by themselves", "share", {"rollout/eos_rate": "finished"}),
+    ("Entropy", "nats per token", {"actor/entropy": "entropy"}),
+    ("Policy", "share, nats", {"actor/clip_frac": "clipped", "actor/approx_kl": "step KL"}),
+    ("PPO-ptx", "nats per token", {"actor/ptx_loss": "loss"}),
+    ("Critic", "explained variance", {"critic/explained_variance": "critic"}),
+    ("Speed", "samples per second", {"ppo/samples_per_s": "all workers"}),
+)
+COMPARED = {  # metric -> label; more is better unless marked
+    "ppo/score_mean": "score in training",
+    "judge/score": "held-out reward model",
+    "judge/checks": "held-out checks",
+    "judge/key_points": "key points stated",
+    "judge/triage_under": "red flags missed ↓",
+    "judge/triage_over": "sent to emergency without need ↓",
+    "rewards/capped": "answers that violate a rule ↓",
+    "rollout/response_tokens": "tokens of an answer",
+    "actor/kl_ref": "nats from the reference",
+}
+REWARDS = "rewards/"
+PHASES = ("generate", "score", "update", "sync", "prompts", "wait")  # in this order, then others
+
+
+def write_ppo_report(run: Run) -> None:
+    """Write report.html from what the run directory holds."""
+    metrics = run.metrics()
+    samples = run.folder.read_json(SAMPLES) if run.folder.exists(SAMPLES) else []
+    components = _components(metrics)
+    named = {f"{REWARDS}{name}": name for name in components}
+    broken = {f"{REWARDS}{name}_violations": name for name in components}
+    drawn = [
+        *CURVES[:1],
+        ("Reward components", "mean, before weights", named),
+        ("Rules violated", "share of the answers", broken),
+        ("Judge", "held-out questions", {"judge/checks": "checks", "judge/score": "reward model"}),
+        *CURVES[1:],
+    ]
+    curves = [(title, curve(metrics, unit, lines)) for title, unit, lines in drawn]
+    html = page(
+        "ppo.html.jinja",
+        name=run.folder.url.rsplit("/", 1)[-1],
+        manifest=run.manifest,
+        config=tomli_w.dumps(run.config),
+        facts=_facts(metrics),
+        compared=_compared(metrics),
+        phases=_phases(metrics),
+        curves=[(title, svg) for title, svg in curves if svg],
+        samples=_by_prompt(samples),
+    )
+    run.folder.write_text("report.html", html)
+
+
+def _components(metrics: Metrics) -> list[str]:
+    """Names of the reward's components, in the order in which they were logged."""
+    masked = [key for line in metrics for key in line if key.startswith(REWARDS)]
+    names = [key.removeprefix(REWARDS) for key in masked if key.endswith("_masked")]
+    return list(dict.fromkeys(name.removesuffix("_masked") for name in names))
+
+
+def _compared(metrics: Metrics) -> list[dict[str, Any]]:
+    """First and last values; of what every iteration logs, means of the first and last few."""
+    rows = []
+    for name, label in COMPARED.items():
+        values = [line[name] for line in metrics if name in line]
+        size = 1 if name.startswith("judge/") else min(WINDOW, max(1, len(values) // 2))
+        errors = [line[f"{name}_se"] for line in metrics if f"{name}_se" in line]
+        if len(values) > 1:
+            row = {"label": label, "before": fmean(values[:size]), "after": fmean(values[-size:])}
+            rows.append(row | {"errors": (errors[0], errors[-1]) if errors else None})
+    return rows
+
+
+def _phases(metrics: Metrics) -> list[dict[str, Any]]:
+    """Mean seconds of an iteration by phase, and their share of it."""
+    lines = [line for line in metrics if "time/iteration_s" in line]
+    if not lines:
+        return []
+    whole = fmean(line["time/iteration_s"] for line in lines)
+    keys = [k for line in lines for k in line if k.startswith("time/") and k.endswith("_s")]
+    names = [key.removeprefix("time/").removesuffix("_s") for key in dict.fromkeys(keys)]
+    names = [name for name in names if name != "iteration"]
+    ordered = [p for p in PHASES if p in names] + [n for n in names if n not in PHASES]
+    return [
+        {"name": name, "seconds": seconds, "share": seconds / whole}
+        for name in ordered
+        for seconds in [fmean(line.get(f"time/{name}_s", 0.0) for line in lines)]
+    ]
+
+
+def _facts(metrics: Metrics) -> dict[str, str]:
+    """The numbers a reader looks for first."""
+    iterations = [line for line in metrics if "ppo/score_mean" in line]
+    if not iterations:
+        return {}
+    last = iterations[-1]
+    facts = {"Iterations": f"{last['step']:,}", "Time": f"{last['time_s'] / 60:.1f} min"}
+    speeds = sorted(line["ppo/samples_per_s"] for line in iterations if "ppo/samples_per_s" in line)
+    if speeds:
+        facts["Samples per second (median)"] = f"{speeds[len(speeds) // 2]:,.2f}"
+    skipped = sum(line.get("ppo/skipped_steps", 0) for line in iterations)
+    facts["Skipped steps"] = f"{skipped:,.0f}"
+    masked = [line["rewards/masked"] for line in iterations if "rewards/masked" in line]
+    if masked:
+        facts["Samples without reward"] = f"{fmean(masked):.2%}"
+    return facts
+
+
+def _by_prompt(samples: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Answers to the same prompt under each other, the earliest first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sample in sorted(samples, key=lambda sample: sample["iteration"]):
+        found.setdefault(sample["prompt"], []).append(sample)
+    return list(found.items())

@@ -1,0 +1,47 @@
+"""A reward that the sample corpus can check: does an answer to a complaint name its causes and give
+advice? For `reward.functions` of the debug configs; no model of medicine."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from medgpt.medical.statements import states
+from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.sample_corpus.knowledge import load_knowledge
+from medgpt.sample_corpus.render import HEADACHE, Corpus
+from medgpt.sample_corpus.templates import SYMPTOMS
+
+ADVICE = ("建议您", "建议你")
+MOST_CAUSES = 2  # the first, most typical ones
+
+
+def causes_and_advice(answered: Sequence[Answered]) -> list[float]:
+    """Of each answer the share, from 0 to 1, of causes and advice that it states, less the share of
+    conditions among those it names that are no cause of the complaint; 0 for other questions."""
+    causes = known_causes()
+    return [_mark(sample, causes) for sample in answered]
+
+
+def _mark(sample: Answered, causes: Mapping[str, tuple[str, ...]]) -> float:
+    symptom = next((name for name in causes if name in sample.question), None)
+    if symptom is None:
+        return 0.0
+    opening = sample.text.split("。")[0]
+    wanted = causes[symptom][:MOST_CAUSES]
+    found = [states(opening, (cause,)) for cause in wanted] + [states(sample.text, ADVICE)]
+    named = {name for name in condition_names() if name in opening} - {symptom}
+    strange = [name for name in named if name not in causes[symptom]]
+    return sum(found) / len(found) - len(strange) / max(1, len(named))
+
+
+@cache
+def condition_names() -> tuple[str, ...]:
+    return tuple(c.name for department in load_knowledge() for c in department.conditions)
+
+
+@cache
+def known_causes() -> dict[str, tuple[str, ...]]:
+    """By symptom as a patient words it, longer ones first, so that none hides in another."""
+    by_id = {c.id: c for c in Corpus().conditions}
+    found = {symptom: tuple(by_id[i].name for i in ids) for symptom, _, ids in SYMPTOMS}
+    found[by_id[HEADACHE].name] = by_id[HEADACHE].causes.items
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))

@@ -1,0 +1,45 @@
+"""What is told of an iteration beside its metrics. Nothing here ends a run: a pool that dies
+meanwhile is found by the next call to it."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from medgpt.rlhf.pools.pools import DataLost, PoolDied, Pools
+from medgpt.rlhf.pools.worker import Usage
+from medgpt.rlhf.roles.reward import Reward
+from medgpt.runs import Run
+
+SAMPLES = "rollouts.json"
+
+
+def usage(pools: Pools, sampling: Sequence[Any], num_tokens: float) -> dict[str, float]:
+    """Resident memory of the largest workers, and how fast the slowest rollout worker let
+    `num_tokens` come.
+
+    Args:
+        sampling: refs to the rollout workers' Usage, none if another attempt has sampled.
+    """
+    others = (pool for pool in pools.pools.values() if pool.role != "rollout")
+    refs: dict[str, Sequence[Any]] = {pool.role: pool.usage() for pool in others if pool.workers}
+    if sampling:
+        refs["rollout"] = sampling
+    metrics: dict[str, float] = {}
+    with suppress(PoolDied, DataLost):
+        for role, mine in refs.items():
+            used: list[Usage] = pools.get(mine, "usage")
+            metrics[f"memory/{role}_rss_gb"] = max(u.rss_gb for u in used)
+            if role == "rollout":
+                metrics["rollout/tokens_per_s"] = num_tokens / max(u.call_s for u in used)
+        metrics["memory/rss_gb"] = max(n for name, n in metrics.items() if "rss" in name)
+    return metrics
+
+
+def keep_samples(pools: Pools, run: Run, *, step: int, count: int) -> None:
+    """A few of the latest rollouts, for the report."""
+    folder = run.folder
+    known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
+    refs, found = pools.pools["reward"].call(Reward.samples, count), []
+    with suppress(PoolDied, DataLost):
+        found = [{"iteration": step, **sample} for sample in pools.get(refs, "samples")[0]]
+    folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)

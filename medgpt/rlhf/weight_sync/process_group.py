@@ -1,0 +1,283 @@
+"""The workers' side of weight sync: a process group of actor rank 0 and all rollout workers.
+
+It lies beside the default groups of the pools. Functions here run in workers, by `Pool.call`.
+"""
+
+import itertools
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, ObjectLostError
+from torch import Tensor
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from medgpt.config import SyncConfig
+from medgpt.rlhf.weight_sync.buckets import (
+    END,
+    HEADER_BYTES,
+    Changed,
+    Header,
+    Refused,
+    SyncError,
+    pack,
+    unpack,
+)
+
+Meeting = tuple[str, int]
+Shipped = list[tuple[Header, Any]]  # with refs
+NUM_BUFFERS = 3  # one is packed or loaded, two are on their way
+UNSYNCED = -1  # the version of a rollout worker whose weights are not one version's
+
+
+class Sender(Protocol):
+    """What the actor role offers."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Plain Hugging Face names and whole weights on rank 0, nothing elsewhere. Collective."""
+        ...
+
+
+class Receiver(Protocol):
+    """What the rollout role offers."""
+
+    weight_version: int
+
+    def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        """Copy some of the weights into the model; the tensors are valid during the call."""
+        ...
+
+    def weights_loaded(self, version: int) -> None:
+        """All weights have come. Raises ValueError if some are missing."""
+        ...
+
+
+class Link:
+    """One end: rank 0 sends, the others receive."""
+
+    def __init__(
+        self, store: Any, key: str, rank: int, size: int, backend: str, config: SyncConfig
+    ) -> None:
+        self.rank, self.size, self.store = rank, size, store
+        self.me = "actor rank 0" if rank == 0 else f"rollout rank {rank - 1}"
+        self.peers = f"rollout ranks 0 to {size - 2}" if rank == 0 else "actor rank 0"
+        self.timeout_s = config.timeout_s
+        self.device = torch.device("cuda" if backend == "nccl" else "cpu")
+        timeout = timedelta(seconds=config.timeout_s)
+        prefixed = PrefixStore(f"sync/{key}", store)
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            self.group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
+        else:
+            self.group = dist.ProcessGroupGloo(prefixed, rank, size, timeout)
+        self.buffers = [self._bytes(config.bucket_mb * 2**20) for _ in range(NUM_BUFFERS)]
+
+    def send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> int:
+        """Broadcast; buckets are on their way while the next is packed. Returns the bytes."""
+        total = 0
+        under_way: deque[list[Any]] = deque()
+        for header, data in pack(weights, itertools.cycle(self.buffers)):
+            under_way.append([self._start(header.to_tensor().to(self.device)), self._start(data)])
+            total += len(data)
+            # the next bucket takes the oldest buffer; a larger weight is sent from where it lies
+            left = 0 if len(data) > len(self.buffers[0]) else len(self.buffers) - 1
+            while len(under_way) > left:
+                self._wait(under_way.popleft(), version)
+        under_way.append([self._start(END.to_tensor().to(self.device))])
+        for works in under_way:
+            self._wait(works, version)
+        return total
+
+    def receive(self, role: Receiver, version: int) -> int:
+        """Load what rank 0 sends; a bucket is on its way while the one before is loaded.
+
+        What cannot be loaded is told when all has come: until then the others would wait for who
+        left them.
+        """
+        total, where = 0, f"version {version}, {self.peers} to {self.me}"
+        role.weight_version = UNSYNCED  # until all is there, it is a mixture
+        head = self._bytes(HEADER_BYTES)
+        coming = self._start(head)
+        loaded: tuple[Header, Tensor] | None = None
+        failure: SyncError | None = None
+        for turn in itertools.cycle(range(len(self.buffers))):
+            self._wait([coming], version)
+            header = _header(head, where)
+            data = self._room(turn, header.num_bytes)
+            works = [self._start(data)] if header.entries else []
+            if header.entries:
+                coming = self._start(head)
+            if loaded is not None and failure is None:
+                failure = _load(role, *loaded, where)
+            self._wait(works, version)
+            loaded = (header, data)
+            total += len(data)
+            if not header.entries:
+                break
+        if failure is not None:
+            raise failure
+        _finish(role, version, where)
+        return total
+
+    def _room(self, turn: int, size: int) -> Tensor:
+        """So many bytes; larger than any before, the buffer is exchanged for good."""
+        if size > len(self.buffers[turn]):
+            self.buffers[turn] = self._bytes(size)
+        return self.buffers[turn][:size]
+
+    def _start(self, tensor: Tensor) -> Any:
+        return self.group.broadcast(tensor, 0)
+
+    def _wait(self, works: Sequence[Any], version: int) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise SyncError(
+                f"version {version}: {self.me} lost {self.peers}, or waited {self.timeout_s:g} s "
+                f"for it: {str(error).splitlines()[0]}"
+            ) from None
+
+    def _bytes(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
+
+
+# of this process, which holds one role
+_meeting: Any = None
+_link: Link | None = None
+
+
+def meet(role: Sender, timeout_s: float) -> Meeting | None:
+    """On actor rank 0, open the store where the ends meet."""
+    global _meeting
+    if dist.get_rank() > 0:
+        return None
+    host = ray.util.get_node_ip_address()
+    _meeting = TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+    return host, _meeting.port
+
+
+def connect(
+    role: object, meeting: Meeting, key: str, *, rank: int | None, size: int, backend: str,
+    config: SyncConfig,
+) -> None:  # fmt: skip
+    """Become an end of the link. Collective over its ends.
+
+    Args:
+        rank: 0 for the actor pool, None for rollout workers, who take theirs from their pool.
+    """
+    global _link
+    _link = None
+    if rank == 0 and dist.get_rank() > 0:
+        return
+    if rank == 0:
+        store = _meeting
+    else:
+        timeout = timedelta(seconds=config.timeout_s)
+        store = TCPStore(*meeting, is_master=False, timeout=timeout)
+    number = dist.get_rank() + 1 if rank is None else rank
+    _link = Link(store, key, number, size, backend, config)
+
+
+def send(role: Sender, version: int) -> int:
+    """Bytes that rank 0 sent. Collective over the actor pool."""
+    if dist.get_rank() > 0:
+        return sum(0 for _ in role.weights())
+    assert _link is not None
+    weights = role.weights()
+    try:
+        return _link.send(weights, version)
+    except Exception as error:
+        _hang_up(error)
+        raise
+    finally:  # after an error the other ranks still gather
+        for _ in weights:
+            pass
+
+
+def receive(role: Receiver, version: int) -> int:
+    """Bytes that came."""
+    assert _link is not None
+    try:
+        return _link.receive(role, version)
+    except Exception as error:
+        _hang_up(error)
+        raise
+
+
+def _hang_up(error: BaseException | None) -> None:
+    """Close this end, or the others would wait for it as long as they may. Gloo has no call for
+    that: its connections close when nothing refers to the group any more."""
+    global _link
+    _link = None
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def ship(role: Sender, version: int, bucket_mb: int) -> Shipped:
+    """Put all buckets into the object store. Collective over the actor pool."""
+    fresh = (torch.empty(bucket_mb * 2**20, dtype=torch.uint8) for _ in itertools.count())
+    buckets = pack(((name, weight.cpu()) for name, weight in role.weights()), fresh)
+    return [(header, ray.put(data.numpy())) for header, data in buckets]
+
+
+def unship(role: Receiver, shipped: Shipped, version: int, timeout_s: float) -> int:
+    """Load all buckets from the object store; the bytes."""
+    where = f"version {version}, actor rank 0 by object store to rollout rank {dist.get_rank()}"
+    role.weight_version = UNSYNCED
+    for header, ref in shipped:
+        try:
+            data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
+        except (GetTimeoutError, ObjectLostError) as error:
+            raise SyncError(
+                f"{where}: {header.names} did not come within {timeout_s:g} s "
+                f"({type(error).__name__})"
+            ) from None
+        if failure := _load(role, header, data, where):
+            raise failure
+    _finish(role, version, where)
+    return sum(header.num_bytes for header, _ in shipped)
+
+
+def _header(head: Tensor, where: str) -> Header:
+    """Raises Changed."""
+    try:
+        return Header.from_tensor(head.cpu())
+    except (ValueError, KeyError, TypeError) as error:
+        raise Changed(f"{where}: a header arrived changed ({type(error).__name__})") from None
+
+
+def _load(role: Receiver, header: Header, data: Tensor, where: str) -> SyncError | None:
+    """What went wrong, if it did."""
+    try:
+        role.load_weights(unpack(header, data, where=where))
+    except SyncError as error:
+        return error
+    except Exception as error:  # whatever it is, who takes part in the transfer must hear of it
+        return _refused(f"{where}: {header.names}", error)
+    return None
+
+
+def _finish(role: Receiver, version: int, where: str) -> None:
+    try:
+        role.weights_loaded(version)
+    except Exception as error:  # likewise
+        raise _refused(where, error) from error
+
+
+def _refused(where: str, error: Exception) -> Refused:
+    failure = Refused(f"{where}: not taken over, {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,83 @@
+"""Templates filled with facts: the sentences that every kind of record is made of."""
+
+import re
+
+from medgpt.data.sources.punctuation import full_width, half_width
+from medgpt.sample_corpus.knowledge import Condition, Department, Mechanism, Overview, Phrases
+from medgpt.sample_corpus.templates import ANSWERS, BY_DOCTOR, CARE, HOTLINE, REGIONS, URGENCY
+
+SUICIDE = re.compile("自杀|轻生|自伤")
+NO_CLINIC = "急诊科"  # whose conditions are followed up elsewhere
+SPECIALIST = "相关专科"
+
+
+class Wording:
+    """Writes about conditions for one region."""
+
+    def __init__(self, region: str, department: dict[str, Department]) -> None:
+        """`department`: by condition id."""
+        self.region, self.department = REGIONS[region], department
+
+    def fill(self, template: str, condition: Condition, fact: str = "") -> str:
+        """The template's text with full-width punctuation."""
+        department = self.department[condition.id].department
+        values = {
+            "fact": fact,
+            "name": condition.name,
+            "department": department,
+            "clinic": SPECIALIST if department == NO_CLINIC else department,
+            **self.region,  # last: facts hold these placeholders too
+        }
+        for key, value in values.items():
+            template = template.replace("{" + key + "}", value)
+        return full_width(template)
+
+    def fact(self, condition: Condition, field: str) -> str:
+        """What the knowledge says, to be put into a template."""
+        if field == "care":
+            care = condition.care
+            return CARE.format(
+                today="、".join(care.today),
+                routine="、".join(care.routine),
+                self_care="、".join(care.self_care),
+            )
+        section = getattr(condition, field)
+        if isinstance(section, Overview):
+            return section.text
+        if isinstance(section, Mechanism):
+            return "。".join(section.steps)
+        return "、".join(section.items)
+
+    def answer(self, condition: Condition, field: str) -> str:
+        """The answer to every phrasing of a question about this field."""
+        text = self.fill(ANSWERS[field], condition, self.fact(condition, field))
+        section = getattr(condition, field)
+        note = section.note if isinstance(section, Phrases) else None
+        if field == "treatment" and "医生" not in (note or ""):
+            text += BY_DOCTOR
+        if note:
+            text += self.fill(f"{note}。", condition)
+        if condition.urgency and field in ("symptoms", "treatment"):
+            text += self.fill(URGENCY[condition.urgency.level], condition)
+        return text
+
+    def with_hotline(self, text: str, condition: Condition) -> str:
+        """`text`; if it speaks of suicide, with the crisis hotline and the emergency number."""
+        if SUICIDE.search(text) and not all(value in text for value in self.region.values()):
+            return text + self.fill(HOTLINE, condition)
+        return text
+
+
+def alternately(text: str, number: int) -> str:
+    """As people type: half-width punctuation if `number` is even, else full-width."""
+    return full_width(text) if number % 2 else half_width(text)
+
+
+def bigrams(*phrases: str) -> set[str]:
+    """Pairs of neighbouring characters; phrases that share one may mean the same."""
+    return {phrase[i : i + 2] for phrase in phrases for i in range(len(phrase) - 1)}
+
+
+def bare(text: str) -> str:
+    """`text` without punctuation and spaces."""
+    return re.sub(r"\W", "", text)

@@ -1,0 +1,18 @@
+"""`medgpt corpus`: write the sample corpus that ships with medgpt."""
+
+from medgpt.artifacts import commit, committed, entries
+from medgpt.config import CorpusConfig
+from medgpt.runs import Run
+from medgpt.sample_corpus.write import write_corpus
+
+
+def run_corpus(config: CorpusConfig) -> Run:
+    """Render the corpus into run.dir/data, unless it is there."""
+    run = Run.open("corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
+    if committed(run.data) is None:
+        with run.data.staging() as directory:
+            counts = write_corpus(config, directory)
+            files = entries(directory)
+        commit(run.data, files, rows=counts, clinically_reviewed=False)
+    run.update_manifest(finished=True)
+    return run

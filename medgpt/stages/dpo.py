@@ -1,0 +1,9 @@
+"""`medgpt dpo`: preferences without a reward model, through the supervised stages' path."""
+
+from medgpt.config import DPOConfig
+from medgpt.runs import Run
+from medgpt.stages.train import train_and_report
+
+
+def run_dpo(config: DPOConfig) -> Run:
+    return train_and_report("dpo", config)

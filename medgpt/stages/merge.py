@@ -1,0 +1,33 @@
+"""`medgpt merge`: fold LoRA adapters into their base model."""
+
+from pathlib import Path
+
+from medgpt.config import ConfigError
+from medgpt.models.fetch import model_folder
+from medgpt.models.lora import ADAPTER, load_merged
+from medgpt.models.tokenizer import load_base
+from medgpt.models.value_model import Score, load_value_model
+
+
+def merge_adapter(adapter: str, out: Path) -> None:
+    """Fold the adapters of a LoRA run (or model folder) into the base; `out` gets a plain model.
+
+    Raises:
+        ConfigError: there is no adapter, its base is gone, or `out` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
+    folder = model_folder(adapter)
+    if not (folder / ADAPTER).is_file():
+        raise ConfigError(
+            f"RUN={adapter}: has no {ADAPTER}; name a run trained with model.lora.rank > 0"
+        )
+    score = Score.read(folder)
+    if score is not None:  # of a reward model
+        model, tokenizer = load_value_model(str(folder))[0].pretrained, load_base(str(folder))
+    else:
+        model, tokenizer = load_merged(folder)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    if score is not None:
+        score.write(out)

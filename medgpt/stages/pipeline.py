@@ -1,0 +1,95 @@
+"""Several stages in one process, on one Ray, and what their models are worth."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from medgpt.config import (
+    CorpusConfig,
+    DPOConfig,
+    EvalConfig,
+    PipelineConfig,
+    PPOStageConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from medgpt.eval.gates import Evidence, GateFailure, check_gates, require
+from medgpt.eval.results import GATES, RESULTS, read_items, reward_results
+from medgpt.metrics import ConsoleReporter
+from medgpt.reports.pipeline import write_pipeline_report
+from medgpt.runs import Run
+from medgpt.stages.corpus import run_corpus
+from medgpt.stages.dpo import run_dpo
+from medgpt.stages.evaluate import run_eval
+from medgpt.stages.pipeline_stages import Stage, StageConfig, read_stages
+from medgpt.stages.ppo import run_ppo
+from medgpt.stages.train import run_pretrain, run_reward, run_sft
+
+QUESTIONS = ("pretrain", "sft", "rlhf")  # kinds of key points whose answers the console shows
+
+
+def run_pipeline(config: PipelineConfig) -> Run:
+    """Run all stages and report.
+
+    Raises:
+        ConfigError: a stage's config is wrong.
+        GateFailure: a model did not reach what it must; later stages did not run.
+    """
+    stages = read_stages(config)
+    pipeline = Run.open(
+        "pipeline", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes
+    )
+    try:
+        for stage in stages:
+            _run(stage.config)
+            if stage.gates:
+                require(_check_reward(stage))
+    except GateFailure as failure:
+        write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
+        raise GateFailure(f"{failure}; report in {pipeline.folder.url}/report.html") from None
+    write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
+    if not pipeline.finished:
+        urls = {stage.name: stage.run.folder.url for stage in stages}
+        pipeline.update_manifest(finished=True, runs=urls)
+    _show(pipeline, [stage.run for stage in stages if stage.kind == "eval"])
+    return pipeline
+
+
+def _check_reward(stage: Stage) -> list[Evidence]:
+    """What the gates of a reward stage saw, also in its gates.json."""
+    evidence = check_gates(stage.gates, reward_results(stage.run), None)
+    stage.run.folder.write_json(GATES, [asdict(item) for item in evidence])
+    for item in evidence:
+        print(f"{stage.name}: gate {'passed' if item.passed else 'FAILED'}: {item}")
+    return evidence
+
+
+def _run(config: StageConfig) -> None:
+    match config:
+        case CorpusConfig():
+            run_corpus(config)
+        case PretrainConfig():
+            run_pretrain(config)
+        case SFTConfig():
+            run_sft(config)
+        case RewardConfig():
+            run_reward(config)
+        case DPOConfig():
+            run_dpo(config)
+        case PPOStageConfig():
+            run_ppo(config)
+        case EvalConfig():
+            run_eval(config)
+
+
+def _show(pipeline: Run, evaluations: Sequence[Run]) -> None:
+    """What the models answered to the questions of their stages, and where the report is."""
+    reporter = ConsoleReporter("pipeline")
+    for run in evaluations:
+        for name, task in run.folder.read_json(RESULTS)["tasks"].items():
+            if task["kind"] == "key_points":
+                for item in read_items(run, name):
+                    if item.slices["kind"] in QUESTIONS and item.shown:
+                        reporter.say(f"{item.shown['question']}\n    {item.shown['answer']}")
+    reporter.say(f"report in {pipeline.folder.url}/report.html")
+    reporter.close()

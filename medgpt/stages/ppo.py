@@ -1,0 +1,76 @@
+"""`medgpt ppo`: prompts, pools, iterations, export, report."""
+
+from functools import partial
+
+from medgpt.cluster import ray_init
+from medgpt.config import (
+    ConfigError,
+    PPOStageConfig,
+)
+from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.heldout_questions import Judge
+from medgpt.rlhf.rewards.total import Rewards
+from medgpt.rlhf.setup import build_ppo, export, make_pools, prepare_prompts
+from medgpt.runs import Run
+
+
+def run_ppo(config: PPOStageConfig) -> Run:
+    """Raises ConfigError: also where the run has diverged, or its workers died too often."""
+    from medgpt.rlhf.diagnosis import Diverged
+    from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied
+
+    try:
+        run = run_ppo_stage(config)
+    except Diverged as diverged:
+        run = Run(config.run.dir)
+        _report_ppo(run)
+        raise ConfigError(f"halted {diverged}; report in {run.folder.url}/report.html") from None
+    except (PoolDied, DataLost, Leaving) as loss:
+        limit = "max_preemptions" if isinstance(loss, Leaving) else "max_failures"
+        raise ConfigError(
+            f"{loss}, which was once more than cluster.{limit}={getattr(config.cluster, limit)} "
+            "allows; the same command goes on from the newest checkpoint"
+        ) from loss
+    if not run.folder.exists("report.html"):
+        _report_ppo(run)
+    print(f"ppo: report in {run.folder.url}/report.html")
+    return run
+
+
+def run_ppo_stage(config: PPOStageConfig) -> Run:
+    """Run or resume PPO; a finished run is returned as it is.
+
+    Raises:
+        ConfigError: whatever the user can repair, in words.
+    """
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
+    reporter = ConsoleReporter("ppo")
+    try:
+        if run.finished:
+            reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
+            return run
+        reporter.say(f"run directory {run.folder.url}")
+        # what the user can repair is told before anything is prepared or loaded
+        Rewards(config.reward)
+        Judge(config.judge, config.run.seed)
+        ray_init.connect(config.cluster)
+        make_pools(config, 0, reporter).preflight()
+        plan = prepare_prompts(run, config, reporter)
+        pools = make_pools(config, plan.num_steps, reporter)
+        try:
+            pools.start()
+            ppo = build_ppo(run, config, pools, reporter, plan=plan)
+            ppo.fit(partial(export, run, config, pools))
+        finally:
+            pools.close()
+        run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
+        reporter.say(f"model in {run.model.url}")
+    finally:
+        reporter.close()
+    return run
+
+
+def _report_ppo(run: Run) -> None:
+    from medgpt.reports.ppo import write_ppo_report
+
+    write_ppo_report(run)

@@ -1,0 +1,299 @@
+"""DPO, KTO and their kin: TRL's trainers on one rank of a Ray Train worker group.
+
+Records, tokens, config, run directory and metrics are those of every stage. The order of samples,
+the loss and what a resume restores are TRL's: neither the exact stream nor sums over the global
+batch are promised here.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainerCallback
+from trl.trainer.dpo_config import DPOConfig as DPOArguments
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig as KTOArguments
+from trl.trainer.kto_trainer import KTOTrainer
+
+from medgpt.artifacts import commit, committed, entries
+from medgpt.config import DPOConfig, OptimizerConfig
+from medgpt.data.loader.packed_row import Row
+from medgpt.engine.engine import parameter_groups
+from medgpt.engine.export import export_weights
+from medgpt.engine.hugging_face import load_weights_only, trainer_config, use_process_group
+from medgpt.engine.schedule import learning_rate
+from medgpt.engine.setup import compute_dtype
+from medgpt.metrics import MetricsWriter
+from medgpt.models.generate import generation_config
+from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.lora import lora_settings
+from medgpt.runs import Run
+from medgpt.train.loop import Progress
+from medgpt.train.preference_pairs import pairs, read_rows, singles
+from medgpt.train.progress import Started, Trained
+
+CHECKPOINT = "checkpoint-"  # of a step, as the Trainer calls them
+NAMES = {  # TRL's name of a metric and ours; what is not here is not reported
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "epoch": "train/epoch",
+    "rewards/accuracies": "dpo/accuracy",
+    "rewards/margins": "dpo/margin",
+    "rewards/chosen": "dpo/chosen",
+    "rewards/rejected": "dpo/rejected",
+    "logps/chosen": "dpo/logprobs_chosen",
+    "logps/rejected": "dpo/logprobs_rejected",
+    "kl": "dpo/kl",
+    "entropy": "dpo/entropy",
+    "eval_loss": "validation/loss",
+    "eval_rewards/accuracies": "validation/accuracy",
+    "eval_rewards/margins": "validation/margin",
+}
+
+
+class _Ours:
+    """TRL's trainer on our tokens, parameter groups and learning rates."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
+
+    def __init__(self, config: OptimizerConfig, **options: Any) -> None:
+        self.medgpt = config
+        super().__init__(**options)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Ours is written with the model."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            config = self.medgpt
+            groups = parameter_groups(model or self.model, config.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=config.learning_rate, betas=config.betas, eps=config.eps
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            config = self.medgpt
+
+            def share(step: int) -> float:
+                last = min(step, num_training_steps - 1)
+                return learning_rate(last, num_training_steps, config) / config.learning_rate
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.create_optimizer(), share
+            )
+        return self.lr_scheduler
+
+
+class PairTrainer(_Ours, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Of `pairs`."""
+
+
+class SingleTrainer(_Ours, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Of `singles`."""
+
+
+def train_offline(
+    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: Progress
+) -> Callable[[Path], None]:
+    """Train from the newest checkpoint to the end; returns what writes the model into a folder."""
+    trainer = make_trainer(run, config, tokenizer, device, *read_rows(run))
+    trainer.add_callback(_Reported(run, config, progress))
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
+    model: Any = trainer.model
+
+    def export(directory: Path) -> None:
+        if config.model.lora.rank:
+            trainer.save_model(str(directory))
+        else:
+            export_weights(model, directory)  # TRL's would write tied weights twice
+        if dist.get_rank() == 0:
+            if config.model.lora.rank:
+                (directory / "training_args.bin").unlink()  # a pickle
+            else:
+                model.config.save_pretrained(directory)
+                generation_config(tokenizer).save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+        dist.barrier()
+
+    return export
+
+
+def make_trainer(
+    run: Run,
+    config: DPOConfig,
+    tokenizer: Any,
+    device: torch.device,
+    train_rows: list[Row],
+    held_out_rows: list[Row],
+) -> DPOTrainer | KTOTrainer:
+    """TRL's trainer of these samples; checkpoints go to `run`."""
+    load_weights_only()
+    use_process_group(device)
+    train, held_out = (_examples(rows, config) for rows in (train_rows, held_out_rows))
+    model = _model(config, tokenizer, device)
+    lora = lora_settings(model, config.model.lora) if config.model.lora.rank else None
+    kind, arguments = (
+        (SingleTrainer, _single_arguments)
+        if config.dpo.unpaired
+        else (PairTrainer, _pair_arguments)
+    )
+    return kind(
+        config.optimizer,
+        model=model,
+        ref_model=None if lora else _model(config, tokenizer, device),
+        args=arguments(config, **_arguments(run, config, device, validate=len(held_out) > 0)),
+        train_dataset=train,
+        eval_dataset=held_out if len(held_out) else None,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+def _examples(rows: list[Row], config: DPOConfig) -> Dataset:
+    if config.dpo.unpaired:
+        return Dataset.from_list(list(singles(rows, batch_size=config.train.micro_batch_size)))
+    return Dataset.from_list(list(pairs(rows)))
+
+
+def _model(config: DPOConfig, tokenizer: Any, device: torch.device) -> PreTrainedModel:
+    model = build_model(
+        config.model,
+        objective="clm",
+        vocab_size=len(tokenizer),
+        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+        seed=config.run.seed,
+        dtype=compute_dtype(config.engine, device),
+        max_length=config.data.max_length,
+    )
+    model.set_attn_implementation("sdpa")  # TRL pads its rows
+    return model
+
+
+def _arguments(run: Run, config: DPOConfig, device: torch.device, *, validate: bool) -> dict:
+    """What transformers' Trainer is told."""
+    train = config.train
+    share = train.micro_batch_size * dist.get_world_size()
+    return {
+        "output_dir": run.checkpoints.root,
+        "deepspeed": trainer_config(config.engine, device),
+        "accelerator_config": {"use_configured_state": True},
+        "per_device_train_batch_size": train.micro_batch_size,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // share,
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "max_grad_norm": config.optimizer.max_grad_norm,
+        "bf16": compute_dtype(config.engine, device) == torch.bfloat16,
+        "gradient_checkpointing": config.engine.activation_checkpointing,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "eval_strategy": "steps" if validate else "no",
+        "eval_steps": train.eval_every,
+        "save_steps": train.checkpoint_every,
+        "seed": config.run.seed,
+        "max_length": None,  # the samples fit
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+
+
+def _pair_arguments(config: DPOConfig, **common: Any) -> DPOArguments:
+    dpo = config.dpo
+    return DPOArguments(
+        loss_type=list(dpo.loss),
+        loss_weights=None if dpo.loss_weights is None else list(dpo.loss_weights),
+        beta=dpo.beta,
+        label_smoothing=dpo.label_smoothing,
+        **common,
+    )
+
+
+def _single_arguments(config: DPOConfig, **common: Any) -> KTOArguments:
+    dpo = config.dpo
+    return KTOArguments(
+        loss_type=dpo.loss[0],
+        beta=dpo.beta,
+        desirable_weight=dpo.desirable_weight,
+        undesirable_weight=dpo.undesirable_weight,
+        **common,
+    )
+
+
+class _Reported(TrainerCallback):
+    """Metrics, progress and complete checkpoints, as of any other stage."""
+
+    def __init__(self, run: Run, config: DPOConfig, progress: Progress) -> None:
+        self.run, self.config, self.progress = run, config, progress
+        self.metrics: MetricsWriter | None = None
+        self.time_s = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        attempt = self.run.manifest["attempt"] + 1
+        self.run.update_manifest(attempt=attempt, world_size=dist.get_world_size())
+        done = [line["time_s"] for line in self.run.metrics() if line["step"] <= state.global_step]
+        self.metrics = MetricsWriter(self.run, attempt=attempt, time_s=max(done, default=0.0))
+        started = Started(
+            attempt=attempt, step=state.global_step, num_workers=dist.get_world_size()
+        )
+        self.progress.put(started)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.metrics is None or not logs:
+            return
+        found = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
+        found = {name: value for name, value in found.items() if math.isfinite(value)}
+        if found:
+            self.metrics.log(state.global_step, found)
+            self.progress.put(
+                Trained(step=state.global_step, num_steps=state.max_steps, metrics=found)
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """All ranks have written; the checkpoint exists when its manifest does."""
+        dist.barrier()
+        if self.metrics is None:
+            return
+        self.metrics.sync()
+        folder = self.run.checkpoints / f"{CHECKPOINT}{state.global_step}"
+        commit(folder, entries(Path(folder.root)), step=state.global_step)
+        for step in checkpoint_steps(self.run)[: -self.config.train.keep_checkpoints]:
+            (self.run.checkpoints / f"{CHECKPOINT}{step}").remove()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+def checkpoint_steps(run: Run) -> list[int]:
+    """Of all checkpoints, complete or not, oldest first."""
+    names = [name for name in run.checkpoints.names() if name.startswith(CHECKPOINT)]
+    return sorted(int(name.removeprefix(CHECKPOINT)) for name in names)
+
+
+def _newest_checkpoint(run: Run) -> str | None:
+    """Folder of the newest complete one, which rank 0 finds; newer ones are removed."""
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        for step in reversed(checkpoint_steps(run)):
+            folder = run.checkpoints / f"{CHECKPOINT}{step}"
+            if committed(folder, verify=True):
+                found = [folder.root]
+                break
+            folder.remove()
+    dist.broadcast_object_list(found)
+    return found[0]

@@ -1,0 +1,155 @@
+"""The driver of a supervised stage: its workers on Ray Train, and what they report."""
+
+import threading
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from medgpt.artifacts import MANIFEST, Folder
+from medgpt.config import ConfigError, TrainStageConfig
+from medgpt.disk import storage_told
+from medgpt.metrics import ConsoleReporter
+from medgpt.runs import Run
+from medgpt.train.progress import Display
+from medgpt.train.ray_worker import WorkerJob, train_worker
+from medgpt.train.start_barrier import Gate
+
+if TYPE_CHECKING:
+    from medgpt.train.ray_trainer import LeanTrainer
+
+
+class Training:
+    """The workers of a run on Ray Train, and what they tell."""
+
+    def __init__(self, run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
+        self.run, self.config, self.reporter = run, config, reporter
+        self.gate = Gate(run.folder.url)
+        self.display = Display(reporter, log_every=config.train.log_every)
+        self.thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+
+    def start(self) -> None:
+        """Start the workers, which wait at the gate."""
+        from ray.util.queue import Queue
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # where Ray Train's controller is, too: on another node it could be lost without the run
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        self.follower = threading.Thread(
+            target=self.display.follow, args=(self.progress,), daemon=True
+        )
+        self.follower.start()
+        self.reporter.advance("starting workers", 0, self.config.cluster.fewest_workers)
+        (self.run.folder / "ray").remove()  # Ray's own record of an earlier attempt stays unread
+        self.thread = threading.Thread(target=self._fit, daemon=True)
+        self.thread.start()
+
+    def refuse(self) -> None:
+        """Let workers end that have nothing to train on; the user need not wait for them."""
+        if self.thread is not None:
+            with suppress(OSError):  # the disk is full; then they end with this command
+                self.gate.refuse()
+            self._stop_following()
+            threading.Thread(target=self._clean_up, args=(self.thread,), daemon=True).start()
+
+    def finish(self) -> None:
+        """Return when the workers have trained.
+
+        Raises:
+            ConfigError: whatever one of them refused.
+            TrainingFailedError: they failed more often than the config allows.
+        """
+        if self.thread is None:
+            self.start()
+        assert self.thread is not None
+        self.thread.join()
+        self._stop_following()
+        self._clean_up(self.thread)
+        if self.display.refused:
+            raise self.display.refused[0] from None
+        if self.failure is not None:
+            raise self.failure
+
+    def _stop_following(self) -> None:
+        self.progress.put(None)
+        self.follower.join()
+
+    def _clean_up(self, thread: threading.Thread) -> None:
+        thread.join()
+        self.progress.shutdown()
+        with suppress(ConfigError), storage_told(self.run.folder.url, "gate"):
+            self.gate.remove()
+
+    def _fit(self) -> None:
+        from medgpt.cluster.data_reservation import reserved_for_data
+
+        cluster = self.config.cluster
+        elastic = not isinstance(cluster.num_workers, int)
+        url = self.run.folder.url
+        try:
+            with reserved_for_data(url, cluster.data_cpus) if elastic else nullcontext():
+                self._trainer().fit()
+        except Exception as error:
+            self.failure = error
+
+    def _trainer(self) -> "LeanTrainer":
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+        from medgpt.cluster.restart_timeout import Waiting
+        from medgpt.train.ray_trainer import LeanTrainer, ProcessGroup
+
+        cluster, url = self.config.cluster, self.run.folder.url
+        resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+        job = WorkerJob(run_dir=url, config=self.config, progress=self.progress, gate=self.gate)
+        return LeanTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            backend_config=ProcessGroup(gpu=cluster.gpus_per_worker > 0),
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                elastic_resize_monitor_interval_s=cluster.resize_check_s,
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker={name: n for name, n in resources.items() if n},
+                label_selector=cluster.labels or None,
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=url,
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures,
+                    max_preemption_failures=cluster.max_preemptions,
+                ),
+                callbacks=[Waiting(cluster, self.progress)],  # type: ignore[list-item] - see there
+            ),
+        )
+
+
+def describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What was prepared, in a line."""
+    set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
+    rows = sum(source["rows"] for source in data["sources"].values())
+    unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
+    lost = f"; {unreadable} files could not be read to their end" if unreadable else ""
+    return (
+        f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
+        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{lost} "
+        f"(tokenised in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
+    )
+
+
+def cluster_resources() -> dict[str, float]:
+    """CPUs, GPUs and their types in the cluster."""
+    resources = ray.cluster_resources()
+    wanted = ("CPU", "GPU", "accelerator_type")
+    return {name: n for name, n in sorted(resources.items()) if name.startswith(wanted)}
+
+
+def parents(name: str | None) -> list[str]:
+    """The run, else the model, that one starts from which has `name` as its model."""
+    if name is None:
+        return []
+    above, _, last = name.rpartition("/")
+    is_run = last == "model" and Folder(above).exists(MANIFEST)
+    return [above if is_run else name]

@@ -1,0 +1,112 @@
+"""The model card beside an exported model: what it is, from what, and what it is not for."""
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from medgpt.artifacts import MANIFEST, FileEntry, Folder, commit, committed
+from medgpt.config import DataConfig, PPOStageConfig, TrainStageConfig
+from medgpt.runs import Run
+
+CARD = "README.md"
+SCORES = "## Evaluation"
+
+WARNING = (
+    "Not a medical device. No clinician has reviewed this model: it must not diagnose, treat or "
+    "advise anyone."
+)
+
+
+def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
+    """Markdown with the front matter that Hugging Face reads."""
+    manifest, name = run.manifest, config.model.name
+    data = manifest["data"]
+    facts = ModelCardData(
+        language=["zh", "en"],
+        library_name="transformers",
+        tags=["medical", "medgpt", manifest["stage"]],
+        base_model=name if name and not name.startswith("/") and "://" not in name else None,
+    )
+    rows = _sources(config.data, data)
+    if isinstance(config, PPOStageConfig) and config.ptx is not None:
+        rows += _sources(config.ptx.data, manifest["ptx"])
+    return "\n".join(
+        [
+            "---",
+            facts.to_yaml(),
+            "---",
+            "",
+            f"# {run.folder.url.rsplit('/', 1)[-1]}",
+            "",
+            WARNING,
+            "",
+            f"Trained by medgpt {manifest['versions']['medgpt']}, stage {manifest['stage']}, from "
+            f"{name or 'fresh weights'}, seed {config.run.seed}.",
+            "",
+            f"{data['num_samples']:,} samples, {data['num_tokens']:,} tokens an epoch.",
+            "",
+            "| Source | Licence | Sensitive | Samples |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _sources(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
+    """A line of the table for each."""
+    return [
+        f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
+        f"{manifest['sources'][source.name]['train']:,} |"
+        for source in config.sources
+    ]
+
+
+def add_scores(results: dict[str, Any]) -> None:
+    """Put an evaluation's scores into the card of the model that it scored, if medgpt wrote it.
+
+    The card's last section is the evaluation's; a newer one takes its place. From then on the
+    manifest does not speak of the card: whoever is killed, or writes at the same time, leaves a
+    complete model.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    model = _written_model(results["model"])
+    if model is None:
+        return
+    old = model.read_text(CARD)
+    card = old.split(f"\n{SCORES}\n")[0].rstrip("\n") + "\n\n" + "\n".join(_score_lines(results))
+    if card == old:
+        return
+    manifest = model.read_json(MANIFEST)
+    files = [FileEntry(**file) for file in manifest.pop("files")]
+    kept = [file for file in files if file.name != CARD]
+    if kept != files:
+        commit(model, kept, **manifest)
+    model.write_text(CARD, card)
+
+
+def _written_model(name: str) -> Folder | None:
+    """The complete model with a card of a run, or at `name` itself."""
+    folders = (Run(name).model, Folder(name))
+    return next((f for f in folders if f.exists(CARD) and committed(f)), None)
+
+
+def _score_lines(results: dict[str, Any]) -> list[str]:
+    rows = [
+        f"| {task} | {metric} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} | "
+        f"{score['n']} | {result['data_hash']} | {result['template']} |"
+        for task, result in results["tasks"].items()
+        for metric, score in result["metrics"].items()
+    ]
+    return [
+        SCORES,
+        "",
+        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %.",
+        "",
+        "| Task | Metric | Score | Interval | n | Data | Prompt |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]

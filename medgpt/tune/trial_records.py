@@ -1,0 +1,78 @@
+"""What became of every trial, beside its run: enough to go on after a kill without redoing any.
+
+Ray Tune's own record is not read back: it is written every few seconds only, and it is a pickle.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from medgpt.artifacts import Folder
+from medgpt.config import Params
+from medgpt.runs import Run
+
+SUFFIX = ".json"
+Status = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]
+DONE: tuple[Status, ...] = ("finished", "stopped", "diverged", "refused")
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The state of another trial that a trial went on with, from `iteration` on with `params`."""
+
+    trial: str
+    iteration: int
+    params: Params
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial. Trials of a search are called by their number in three digits."""
+
+    name: str
+    params: Params
+    status: Status = "running"
+    why: str = ""
+    copied: Sequence[Copied] = field(default_factory=tuple)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.status in DONE
+
+    @staticmethod
+    def read(tree: dict[str, Any]) -> "Record":
+        return Record(**{**tree, "copied": tuple(Copied(**one) for one in tree["copied"])})
+
+
+def name_of(number: int) -> str:
+    return f"{number:03d}"
+
+
+class Records:
+    """Of the trials in a folder at `url`, each beside its run directory."""
+
+    def __init__(self, url: str) -> None:
+        self.folder = Folder(url)
+
+    def run(self, name: str) -> Run:
+        return Run((self.folder / name).url)
+
+    def read(self, name: str) -> Record | None:
+        file = f"{name}{SUFFIX}"
+        return Record.read(self.folder.read_json(file)) if self.folder.exists(file) else None
+
+    def all(self) -> list[Record]:
+        """By name."""
+        names = [name for name in self.folder.names() if name.endswith(SUFFIX)]
+        return [Record.read(self.folder.read_json(name)) for name in names]
+
+    def write(self, record: Record) -> Record:
+        self.folder.write_json(f"{record.name}{SUFFIX}", asdict(record))
+        return record
+
+    def end(self, name: str, status: Status, why: str) -> None:
+        """What the search has to say of a trial, unless it has said itself how it ended."""
+        record = self.read(name)
+        if record is not None and not record.done:
+            self.write(replace(record, status=status, why=why))

@@ -1,0 +1,108 @@
+"""A Ray is found or started, or the reason why not is told at once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from medgpt.cluster.ray_init import check_address, private_folder, start_patiently
+from medgpt.config import ConfigError
+
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+class SlowNode:
+    """Fails as `ray.init` does for the first times, and leaves a process behind each time."""
+
+    def __init__(self, failures: int, message: str = "The current node timed out during startup."):
+        self.failures, self.message = failures, message
+        self.left: list[psutil.Process] = []
+
+    def __call__(self) -> None:
+        if len(self.left) < self.failures:
+            self.left.append(psutil.Process(subprocess.Popen(SLEEPER).pid))
+            raise Exception(self.message)
+
+
+def test_a_start_that_timed_out_is_tried_once_more_without_what_it_left() -> None:
+    node = SlowNode(failures=1)
+    start_patiently(node)
+    (left,) = node.left
+    assert not left.is_running()
+
+
+def test_a_machine_that_is_too_busy_twice_is_told() -> None:
+    node = SlowNode(failures=2)
+    with pytest.raises(ConfigError, match=r"too busy; try again .* or set RAY_ADDRESS"):
+        start_patiently(node)
+    assert len(node.left) == 2
+
+
+def test_another_failure_is_not_tried_again() -> None:
+    node = SlowNode(failures=2, message="no space left on device")
+    with pytest.raises(Exception, match="no space"):
+        start_patiently(node)
+    (left,) = node.left
+    left.kill()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_ray_address_is_checked_before_ray_tries_it_for_minutes(scheme: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"^RAY_ADDRESS={address}: no cluster answers"):
+            check_address(address)
+        listener.listen()
+        check_address(address)
+    check_address("auto")
+
+
+SPILLING = """
+import json, sys
+import numpy as np
+import psutil
+import ray
+from medgpt.cluster import ray_init
+
+ray_init.start_local(1, spill_dir=sys.argv[1])
+kept = [ray.put(np.full(2**27, i, np.uint8)) for i in range(6)]  # of 128 MiB; the store has 512
+assert ray.get(kept[0])[0] == 0
+family = {p.pid for p in psutil.Process().children(recursive=True)} | {psutil.Process().pid}
+ports = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in family]
+open_to = {c.laddr.ip.removeprefix("::ffff:") for c in ports}
+print(json.dumps({"session": ray._private.worker._global_node.get_session_dir_path(),
+                  "ips": sorted(open_to)}))
+"""
+
+
+@pytest.mark.ray
+def test_what_a_local_ray_writes_is_private_and_its_ports_are_local(tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir(mode=0o755)
+    environment = {**os.environ, "RAY_TMPDIR": "/tmp"}  # names of sockets must be short
+    command = [sys.executable, "-c", SPILLING, str(volume)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    seen = json.loads(found.stdout.splitlines()[-1])
+    assert seen["ips"] == ["127.0.0.1"]
+    for folder in (Path(seen["session"]).parents[1], *volume.iterdir()):
+        assert folder.name == f"medgpt-{os.getuid()}"
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_private_folder_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
+    made = Path(private_folder(str(tmp_path)))
+    assert made.stat().st_mode & 0o777 == 0o700
+    made.chmod(0o755)
+    private_folder(str(tmp_path))  # mine, so it is made private again
+    assert made.stat().st_mode & 0o777 == 0o700
+    made.rmdir()
+    made.symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=r"is not a folder of your own; .* cluster\.spill_dir"):
+        private_folder(str(tmp_path))

@@ -1,0 +1,59 @@
+"""The pinned Ray has every private name that medgpt leans on, where medgpt looks for it."""
+
+import importlib
+
+import pytest
+
+from medgpt.cluster import ray_internals
+from medgpt.data.loader import ray_internals as data_internals
+
+
+@pytest.mark.parametrize("name", sorted(ray_internals.HOMES))
+def test_ray_still_has(name: str) -> None:
+    assert getattr(ray_internals, name) is not None
+
+
+def test_every_name_is_offered_and_has_a_home() -> None:
+    assert sorted(ray_internals.__all__) == sorted(ray_internals.HOMES)
+
+
+def test_a_name_that_ray_has_not_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        ray_internals.nosuch  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (ray_internals.ray_state, "get_draining_nodes"),
+        (ray_internals.ray_state, "actor_table"),
+        (ray_internals.ray_state, "get_cluster_config"),
+        (ray_internals.ray_state, "get_max_resources_from_cluster_config"),
+        (ray_internals.ControllerCallback, "after_controller_state_update"),
+        (data_internals.ExecutionCallback, "on_execution_step"),
+        (data_internals.ExecutionCallback, "before_execution_starts"),
+    ],
+)
+def test_methods_that_are_called_or_overridden_exist(owner: object, method: str) -> None:
+    assert callable(getattr(owner, method))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER"),
+        (
+            "ray.data._internal.cluster_autoscaler.default_cluster_autoscaler_v2",
+            "DefaultClusterAutoscalerV2",
+        ),
+    ],
+)
+def test_what_is_set_exists(module: str, name: str) -> None:
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_ray_data_asks_for_nodes_above_a_threshold_that_can_be_set() -> None:
+    from ray.data._internal.cluster_autoscaler import default_cluster_autoscaler_v2 as module
+
+    source = importlib.import_module("inspect").getsource(module.DefaultClusterAutoscalerV2)
+    assert "_cluster_scaling_up_util_threshold" in source

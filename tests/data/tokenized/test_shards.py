@@ -1,0 +1,152 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import xxhash
+
+from medgpt.artifacts import FileEntry, Folder, commit, committed
+from medgpt.data.sources.records import Origin
+from medgpt.data.tokenized.encode import Encoded
+from medgpt.data.tokenized.shards import (
+    BLOCK_TOKENS,
+    ShardWriter,
+    data_version,
+    read_block,
+    read_index,
+    sample_ids,
+    write_index,
+)
+
+ORIGIN = Origin(source="s", file="f.jsonl", row=1)
+
+
+def encoded(ids: Sequence[int], *, word_ids: Sequence[int] | None = None) -> Encoded:
+    return Encoded(
+        input_ids=np.array(ids, np.int32),
+        targets=np.array(ids) % 2 == 0,
+        word_ids=None if word_ids is None else np.array(word_ids, np.int32),
+    )
+
+
+def write(folder: Folder, name: str, samples: Sequence[Encoded]) -> list[FileEntry]:
+    with ShardWriter(folder, name) as writer:
+        for i, sample in enumerate(samples):
+            writer.add(sample, content_hash=f"{i:032x}", source=0, origin=ORIGIN)
+    return writer.files
+
+
+def test_tokens_come_back_as_they_were_written(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    shards = [[encoded([1, 2, 3]), encoded([4])], [encoded([5, 6])]]
+    files = [f for i, s in enumerate(shards) for f in write(folder, f"train-{i}.parquet", s)]
+    files += write_index(folder, "train", [file.name for file in files])
+    commit(folder, files)
+    assert committed(folder, verify=True)
+    index = read_index(folder, "train")
+    assert index.length.tolist() == [3, 1, 2]
+    assert index.block.tolist() == [0, 0, 1]
+    assert index.row.tolist() == [0, 1, 0]
+    block = read_block(folder.url, "train", 0, data_version(folder.url))
+    assert block.offsets.tolist() == [0, 3, 4]
+    assert block.input_ids.tolist() == [1, 2, 3, 4]
+    assert block.targets.tolist() == [False, True, False, True]
+    assert block.word_ids is None
+
+
+def test_what_only_some_samples_have_comes_back(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    several = replace(
+        encoded([1, 2, 3]), pieces=np.array([2, 1], np.int32), grades=np.array([1, 0.5], np.float32)
+    )
+    prompts = [replace(encoded([n]), messages=f'[["user", "{n}"]]') for n in (1, 2)]
+    for name, samples, extras in (
+        ("train", [several], {"pieces": [[2, 1]], "grades": [[1.0, 0.5]]}),
+        ("validation", prompts, {"messages": ['[["user", "1"]]', '[["user", "2"]]']}),
+    ):
+        files = write(folder, f"{name}-0.parquet", samples)
+        write_index(folder, name, [file.name for file in files])
+        assert read_block(folder.url, name, 0, "v").extras == extras
+
+
+def test_word_ids_are_kept(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    files = write(folder, "train-0.parquet", [encoded([1, 2], word_ids=[-1, 7])])
+    commit(folder, files + write_index(folder, "train", ["train-0.parquet"]))
+    words = read_block(folder.url, "train", 0, data_version(folder.url)).word_ids
+    assert words is not None
+    assert words.tolist() == [-1, 7]
+
+
+def test_a_block_holds_a_bounded_number_of_tokens(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    third = encoded(range(BLOCK_TOKENS // 3 + 1))
+    write(folder, "train-0.parquet", [third] * 7)
+    write_index(folder, "train", ["train-0.parquet"])
+    assert read_index(folder, "train").block.tolist() == [0, 0, 0, 1, 1, 1, 2]
+
+
+def test_a_split_without_samples_has_an_empty_index_and_no_shard(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    assert write(folder, "validation-0.parquet", []) == []
+    write_index(folder, "validation", [])
+    assert len(read_index(folder, "validation")) == 0
+    assert folder.names() == ["validation.blocks.parquet", "validation.index.parquet"]
+
+
+def test_a_failure_leaves_neither_a_shard_nor_a_part_of_one(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    broken = replace(encoded([1]), targets=np.array(["text"]))
+    samples = [encoded(range(BLOCK_TOKENS)), broken]  # the first fills a block, so a file is there
+    with pytest.raises(pa.ArrowInvalid):
+        write(folder, "train-0.parquet", samples)
+    assert folder.names() == []
+
+
+@pytest.mark.parametrize("late_one_fails", [True, False])
+def test_two_tasks_may_write_the_same_shard_at_once(tmp_path: Path, late_one_fails: bool) -> None:
+    folder = Folder(str(tmp_path))
+    sample = encoded(range(BLOCK_TOKENS))
+    late = ShardWriter(folder, "train-0.parquet")
+    late.add(sample, content_hash="0", source=0, origin=ORIGIN)
+    with ShardWriter(folder, "train-0.parquet") as writer:
+        writer.add(sample, content_hash="0", source=0, origin=ORIGIN)
+    commit(folder, writer.files)
+    if late_one_fails:
+        late.__exit__(OSError, OSError(), None)
+    else:
+        late.__exit__(None, None, None)
+        assert late.files == writer.files
+    assert committed(folder, verify=True)
+    assert folder.names() == ["manifest.json", "train-0.parquet"]
+
+
+def test_shards_can_live_behind_a_uri() -> None:
+    folder = Folder("memory://shards/data")
+    files = write(folder, "train-0.parquet", [encoded([1, 2, 3])])
+    commit(folder, files + write_index(folder, "train", ["train-0.parquet"]))
+    assert committed(folder, verify=True)
+    block = read_block(folder.url, "train", 0, data_version(folder.url))
+    assert block.input_ids.tolist() == [1, 2, 3]
+    folder.remove()
+
+
+def test_shards_made_anew_in_the_same_place_are_not_served_from_memory(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path))
+    seen = []
+    for ids in ([1, 2], [3, 4]):
+        files = write(folder, "train-0.parquet", [encoded(ids)])
+        commit(folder, files + write_index(folder, "train", ["train-0.parquet"]))
+        block = read_block(folder.url, "train", 0, data_version(folder.url))
+        seen.append(block.input_ids.tolist())
+    assert seen == [[1, 2], [3, 4]]
+
+
+def test_equal_contents_have_different_ids_and_the_same_ones_in_any_order() -> None:
+    ids = sample_ids(np.array([b"a", b"b", b"a", b"a"])).tolist()
+    assert len(set(ids)) == 4
+    assert set(sample_ids(np.array([b"a", b"a", b"b", b"a"])).tolist()) == set(ids)
+    assert sample_ids(np.array([b"a"])).tolist() == ids[:1]
+    assert ids[2] == xxhash.xxh3_128_hexdigest(b"a:1").encode()

@@ -1,0 +1,162 @@
+"""Each layout, on a row as its data set publishes it and on the real files that are here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medgpt.config import ConfigError
+from medgpt.data.sources.rows import numbered_rows
+from medgpt.eval.tasks.mcq_formats import Question, read_questions
+from medgpt.sample_corpus.pairs import exam_questions
+from medgpt.sample_corpus.render import Corpus
+
+FOUR = {"A": "one", "B": "two", "C": "three", "D": "four"}
+ROWS: dict[str, tuple[dict[str, Any], str]] = {  # a row, its right answer
+    "sample": (
+        {"id": "x", "question": "q", "options": FOUR, "answer": "B", "department": "内科"},
+        "B",
+    ),
+    "cmexam": (
+        {"Question": "q", "Options": "A one\nB two\nC three\nD four", "Answer": "ABD"}
+        | {"Clinical Department": "内科"},
+        "ABD",
+    ),
+    "xmedbench": (
+        {"question": "q", "options": "(A) one.\n(B) two.\n(C) three.\n(D) four.", "answer": "(B)"}
+        | {"source": "cmb-single"},
+        "B",
+    ),
+    "mmedbench": (
+        {"question": "q", "options": FOUR, "answer": "two", "answer_idx": "B", "meta_info": "x"},
+        "B",
+    ),
+    "medqa": ({"question": "q", "options": FOUR, "answer": "two", "answer_idx": "B"}, "B"),
+    "cmb": (
+        {"question": "q", "option": FOUR | {"E": ""}, "answer": "AC", "question_type": "多项选择题"}
+        | {"exam_type": "医师考试", "exam_class": "执业医师", "exam_subject": "临床执业医师"},
+        "AC",
+    ),
+    "medmcqa": (
+        {"id": "x", "question": "q", "opa": "one", "opb": "two", "opc": "three", "opd": "four"}
+        | {"cop": 0, "choice_type": "single", "exp": "e", "subject_name": "Anatomy"},
+        "A",
+    ),
+    "safetybench": (
+        {"id": 1, "question": "q", "options": list(FOUR.values()), "answer": 3, "category": "c"},
+        "D",
+    ),
+    "cmmlu": ({"": 0, "Question": "q", **FOUR, "Answer": "C"}, "C"),
+    "ceval": ({"id": "0", "question": "q", **FOUR, "answer": "D", "explanation": ""}, "D"),
+}
+
+
+def read(layout: str, *rows: dict[str, Any]) -> list[Question]:
+    return read_questions(layout, [(f"file row {i}", row) for i, row in enumerate(rows, 1)])
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_a_published_row_is_read(layout: str):
+    row, answer = ROWS[layout]
+    (question,) = read(layout, row)
+    assert question.text == "q"
+    assert question.options == FOUR
+    assert question.answer == answer
+    assert question.multiple == (len(answer) > 1)
+
+
+@pytest.mark.parametrize("hub", [False, True], ids=["authors", "hub"])
+def test_an_abstract_is_read_in_both_spellings(hub: bool):
+    row = {"pmid": "7", "QUESTION": "q", "CONTEXTS": ["a", "b"], "final_decision": "maybe"}
+    if hub:
+        row = {"pubid": 7, "question": "q", "context": {"contexts": ["a", "b"]}}
+        row |= {"final_decision": "maybe"}
+    (question,) = read("pubmedqa", row)
+    assert (question.id, question.context, question.answer) == ("7", "a\nb", "C")
+    assert question.options == {"A": "yes", "B": "no", "C": "maybe"}
+
+
+def test_medmcqa_counts_from_what_the_set_shows():
+    row = ROWS["medmcqa"][0]
+    from_one = read("medmcqa", row | {"cop": 4}, row | {"cop": 1, "id": "y"})
+    assert [question.answer for question in from_one] == ["D", "A"]
+    from_zero = read("medmcqa", row | {"cop": 0}, row | {"cop": 3, "id": "y"})
+    assert [question.answer for question in from_zero] == ["A", "D"]
+    with pytest.raises(ConfigError, match="counts from 0 or 1 is unknown"):
+        read("medmcqa", row | {"cop": 2})
+    with pytest.raises(ConfigError, match=r"row 2 does not fit .* test sets have none"):
+        read("medmcqa", row, row | {"cop": -1, "id": "y"})
+
+
+def test_subjects_of_several_files_are_slices(tmp_path: Path):
+    for name, answer in (("anatomy", "A"), ("virology", "B")):
+        text = f",Question,A,B,C,D,Answer\n0,what is {name}?,one,two,three,four,{answer}\n"
+        (tmp_path / f"{name}.csv").write_text(text, "utf-8")
+    questions = read_questions("cmmlu", numbered_rows([str(tmp_path / "*.csv")]))
+    assert [q.slices for q in questions] == [{"subject": "anatomy"}, {"subject": "virology"}]
+
+
+def test_an_option_may_run_over_several_lines():
+    row = {"Question": "q", "Options": "A one\nof two lines\nB Big\nC x", "Answer": "A"}
+    assert read("cmexam", row)[0].options == {"A": "one\nof two lines", "B": "Big", "C": "x"}
+
+
+def test_a_line_that_begins_with_another_letter_belongs_to_the_option_before_it():
+    options = "A 维生素\nA 缺乏\nB 血型为\nB. 或 AB\nC 肝炎\nE 抗原\nD x"
+    found = read("cmexam", {"Question": "q", "Options": options, "Answer": "B"})[0].options
+    assert found == {
+        "A": "维生素\nA 缺乏",
+        "B": "血型为\nB. 或 AB",
+        "C": "肝炎\nE 抗原",
+        "D": "x",
+    }
+
+
+def test_equal_questions_count_once_unless_their_answers_differ():
+    row = ROWS["xmedbench"][0]
+    assert len(read("xmedbench", row, row)) == 1
+    with pytest.raises(
+        ConfigError, match=r"row 3 is the same question as file row 1, .* answers are C and B"
+    ):
+        read("xmedbench", row, row, row | {"answer": "(C)"})
+
+
+@pytest.mark.parametrize("answer", ["", "见解析", "F"])
+def test_an_answer_without_an_option_is_refused(answer: str):
+    with pytest.raises(ConfigError, match="file row 1"):
+        read("cmexam", ROWS["cmexam"][0] | {"Answer": answer})
+
+
+def test_a_question_needs_two_options():
+    with pytest.raises(ConfigError, match="has 1 options"):
+        read("cmb", ROWS["cmb"][0] | {"option": {"A": "one", "B": " "}, "answer": "A"})
+
+
+def test_a_question_of_one_right_answer_has_one():
+    with pytest.raises(ConfigError, match="2 right answers and says that one is right"):
+        read("cmb", ROWS["cmb"][0] | {"question_type": "单项选择题"})
+
+
+def test_the_sample_corpus_is_read():
+    rows = [("corpus", row) for row in exam_questions(Corpus())]
+    questions = read_questions("sample", rows)
+    assert len(questions) == len(rows) > 100
+    assert all(q.slices["department"] for q in questions)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("layout", "file", "count", "several"),
+    [
+        ("cmexam", "mcq/cmexam_explained.jsonl", 561, 11),
+        ("mmedbench", "mcq/mmedbench_zh_rationale.jsonl", 523, 0),
+        ("pubmedqa", "mcq/pubmedqa_l_en.jsonl", 500, 0),
+        ("xmedbench", "mcq/xmedbench_zh.jsonl", 3029, 31),  # 151 rows are repeated
+        ("safetybench", "safety/safetybench_health_zh.jsonl", 407, 0),
+    ],
+)
+def test_the_real_files_are_read(
+    shared_data: Path, layout: str, file: str, count: int, several: int
+):
+    questions = read_questions(layout, numbered_rows([str(shared_data / file)]))
+    assert (len(questions), sum(q.multiple for q in questions)) == (count, several)

@@ -1,0 +1,207 @@
+"""PPO-ptx: the second stream's rows, their loss in the actor's steps, and resume."""
+
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medgpt.artifacts import committed
+from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.data.loader.plan import Plan
+from medgpt.engine import gather_weights
+from medgpt.rlhf.ptx import lesson_run, lesson_stream, prepare_lessons
+from medgpt.rlhf.roles.actor import Actor
+from medgpt.runs import Run
+from tests.rlhf.cases import PTX, lessons, ppo_config, sequences
+from tests.rlhf.inline import driver, numbers
+from tests.rlhf.test_actor import (
+    ITERATIONS,
+    assert_same,
+    assert_same_metrics,
+    plain_torch,
+    train,
+)
+from tests.rlhf.test_ppo import config_of, stop_at
+
+SIZES = (3, 1, 5, 3, 2, 3)  # rows of the six steps of an iteration
+
+
+def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, float], dict]:
+    """Metrics and weights after an iteration with lessons on this process's ranks."""
+    actor = Actor(ppo_config(folder, base, PTX, *overrides), total_iterations=ITERATIONS)
+    metrics = train(actor, sequences(), beside=lessons(*SIZES))
+    return metrics, {name: weight.numpy() for name, weight in gather_weights(actor.policy.model)}
+
+
+@pytest.fixture(scope="module")
+def one_rank(base, tmp_path_factory):
+    """The update on one rank without ZeRO."""
+    return rank_update(tmp_path_factory.mktemp("one"), base)
+
+
+def lesson_loss(model, rows) -> torch.Tensor:
+    """Mean over the learnt tokens of all rows, by Hugging Face's own loss on each piece alone."""
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        bounds = np.append(0, np.cumsum(row.lengths))
+        for start, stop in pairwise(bounds):
+            ids = torch.from_numpy(row.input_ids[start:stop]).long()[None]
+            learnt = torch.from_numpy(row.targets[start:stop])[None]
+            learnt[:, 0] = False  # nothing comes before it
+            num = int(learnt.sum())
+            total = total + num * model(input_ids=ids, labels=ids.where(learnt, -100)).loss
+            count += num
+    return total / count
+
+
+def test_a_step_s_gradient_is_the_sum_of_both_losses(base, tmp_path, one_rank):
+    given, losses = lessons(*SIZES), []
+
+    def beside(model, number: int) -> torch.Tensor:
+        loss = lesson_loss(model, given.steps[number])
+        losses.append(loss.item())
+        return 0.5 * loss
+
+    loss, weights = plain_torch(ppo_config(tmp_path, base, PTX), base, beside)
+    metrics, found = one_rank
+    assert metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
+    assert metrics["actor/ptx_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert_same(found, weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_micro_batches_change_nothing(base, tmp_path, one_rank, budget):
+    metrics, weights = rank_update(tmp_path, base, f"ppo.micro_batch_tokens={budget}")
+    assert_same_metrics(metrics, one_rank[0])
+    assert_same(weights, one_rank[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_agree_with_one(base, tmp_path, one_rank, two_ranks, stage):
+    override = f"pools.actor.engine.zero_stage={stage}"
+    (metrics, weights), (others, _) = two_ranks(rank_update, tmp_path, base, override)
+    assert one_rank[0]["actor/ptx_loss"] > 1
+    assert_same_metrics(metrics, one_rank[0])
+    assert_same_metrics(others, one_rank[0])
+    assert_same(weights, one_rank[1], atol=2e-5)
+
+
+def stream(start: int):
+    """Lessons of iteration `start` and all after it."""
+    number = start
+    while True:
+        yield lessons(*SIZES, seed=number % 2)
+        number += 1
+
+
+def test_the_policy_learns_the_lessons_and_resumes_in_them(base, tmp_path):
+    config = config_of(tmp_path / "whole", base, PTX, "ppo.checkpoint_every=2")
+    whole = driver(config, 6, lessons=stream)
+    whole.fit()
+    losses = [line["actor/ptx_loss"] for line in numbers(whole.run)]
+    assert losses[4] < losses[0] - 0.2  # the same rows
+
+    config = config_of(tmp_path / "killed", base, PTX, "ppo.checkpoint_every=2")
+    stop_at(5, driver(config, 6, lessons=stream))
+    again = driver(config, 6, lessons=stream)
+    again.fit()
+    assert numbers(again.run) == numbers(whole.run)
+
+
+def test_a_pool_that_dies_gets_the_same_lessons_again(base, tmp_path):
+    runs = []
+    for name, death in (("whole", None), ("died", ("update", 3))):
+        config = config_of(tmp_path / name, base, PTX, "ppo.checkpoint_every=2")
+        ppo = driver(config, 3, lessons=stream)
+        ppo.pools.pools["actor"].dies_at = death
+        ppo.fit()
+        runs.append(numbers(ppo.run))
+    assert runs[0] == runs[1]
+
+
+def test_there_are_no_lessons_while_the_critic_warms_up(base, tmp_path):
+    ppo = driver(config_of(tmp_path, base, PTX, "critic.warmup_iterations=1"), 2, lessons=stream)
+    ppo.fit()
+    first, second = numbers(ppo.run)
+    assert "actor/ptx_loss" not in first
+    assert second["actor/ptx_loss"] > 0
+
+
+def with_ptx(folder: Path, base: Path, data: Path, *overrides: str) -> PPOStageConfig:
+    """An iteration has six steps of four rows."""
+    source = f"{{name='talk',paths=['{data}'],licence='-'}}"
+    ptx = f"ptx={{batch_size=4,data={{max_length=256,sources=[{source}]}}}}"
+    return ppo_config(folder, base, ptx, *overrides)
+
+
+def ids(steps: list[list]) -> list[list[tuple]]:
+    return [[tuple(zip(r.sample_ids, r.chunks, strict=True)) for r in rows] for rows in steps]
+
+
+@pytest.mark.ray
+def test_lessons_are_a_plan_of_their_own_that_starts_anywhere(
+    base, tmp_path, tiny_corpus, ray_session
+):
+    config = with_ptx(tmp_path, base, tiny_corpus / "sft")
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
+    prepare_lessons(run, config, 5, lambda *_: None)
+    own = lesson_run(run)
+    assert own.folder.url == f"{run.folder.url}/ptx"
+    plan = Plan(own.plan.url, global_batch_size=4, max_steps=None)
+    assert plan.num_steps >= 30
+
+    every = list(islice(lesson_stream(run, config, 0, say=print), 5))
+    assert all(len(part.steps) == 6 for part in every)
+    flat = [row for part in every for step in ids(part.steps) for row in step]
+    first_epoch = flat[: plan.num_rows[0]]
+    assert len(set(first_epoch)) == len(first_epoch) == plan.num_rows[0]
+    (again,) = islice(lesson_stream(run, config, 3, say=print), 1)
+    assert ids(again.steps) == ids(every[3].steps)
+    row = again.steps[0][0]
+    np.testing.assert_array_equal(row.input_ids, every[3].steps[0][0].input_ids)
+    assert row.targets.any()
+    assert not row.targets.all()
+
+    before = committed(own.plan)
+    prepare_lessons(run, config, 5, lambda *_: None)
+    assert committed(own.plan) == before
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("paths", "max_length", "words"),
+    [
+        ("sft", 1024, r"\[ptx\] data.max_length=1024 exceeds the model's 512 positions"),
+        ("nowhere", 256, r"\[ptx\] data.sources talk paths="),
+        ("pretrain", 256, r"\[ptx\] data.sources talk: 300 of 300 rows are malformed"),
+    ],
+)
+def test_what_is_wrong_with_the_conversations_is_told(
+    base, tmp_path, tiny_corpus, ray_session, paths, max_length, words
+):
+    override = f"ptx.data.max_length={max_length}"
+    config = with_ptx(tmp_path, base, tiny_corpus / paths, override)
+    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
+    with pytest.raises(ConfigError, match=words):
+        prepare_lessons(run, config, 5, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("ptx.coef=0.7", r"ptx\.coef was 1\.0, is 0\.7"),
+        ("ptx.data.max_length=128", r"ptx\.data\.max_length was 256, is 128"),
+        ("ptx.data.sources.0.paths=['/other']", r"ptx\.data\.sources\.0\.paths was"),
+    ],
+)
+def test_a_run_goes_on_with_the_lessons_that_it_began_with(base, tmp_path, override, words):
+    def begin(*overrides: str) -> Run:
+        config = with_ptx(tmp_path, base, tmp_path, *overrides)
+        return Run.open("ppo", config, run_dir=config.run.dir, allow_changes=False)
+
+    begin()
+    begin("ptx.data.max_malformed_share=0.5")
+    with pytest.raises(ConfigError, match=words):
+        begin(override)

@@ -1,0 +1,80 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medgpt.config import SFTConfig
+from medgpt.data.loader.stream import Row
+from medgpt.engine import Engine, state
+from medgpt.models.tokenizer import load_base
+from medgpt.train.lm_objective import Objective
+from tests.engine.ranks import start_ranks
+from tests.train.cases import sft_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    with start_ranks(tmp_path_factory.mktemp("ranks") / "store") as run:
+        yield run
+
+
+def row() -> Row:
+    ids = np.arange(20, dtype=np.int32) * 7 % 300
+    return Row(
+        input_ids=ids,
+        targets=ids > 0,
+        word_ids=None,
+        lengths=np.array([12, 8]),
+        sample_ids=["a", "b"],
+        chunks=[0, 0],
+        visits=[0, 0],
+    )
+
+
+def train(config: SFTConfig) -> tuple[list[float], bool]:
+    """Losses of three steps on the same row, and whether the base was partitioned when read."""
+    name = config.model.name
+    assert name is not None
+    objective = Objective(config, load_base(name), CPU)
+    frozen = [p for p in objective.module.parameters() if not p.requires_grad]
+    partitioned = all(state.is_zero_param(p) for p in frozen)
+    engine = Engine(
+        objective.module,
+        engine=config.engine,
+        optimizer=config.optimizer,
+        total_steps=5,
+        device=CPU,
+    )
+    batch = objective.batch([row()], epoch=0)
+    losses = []
+    for _ in range(3):
+        loss = engine(batch, num_tokens=2 * batch.num_targets)
+        engine.backward(loss)
+        engine.step()
+        losses.append(2 * float(loss))
+    return losses, partitioned
+
+
+def test_adapters_train_the_same_on_a_base_that_no_rank_holds_whole(
+    base: Path, tmp_path: Path, two_ranks: Callable[..., list[Any]]
+) -> None:
+    def results(stage: int) -> list[tuple[list[float], bool]]:
+        config = sft_config(
+            tmp_path,
+            tmp_path,
+            base,
+            model={"lora": {"rank": 4}},
+            engine={"zero_stage": stage},
+        )
+        return two_ranks(train, config)
+
+    whole, parts = results(0), results(3)
+    assert [partitioned for _, partitioned in whole + parts] == [False, False, True, True]
+    assert whole[0][0][0] > whole[0][0][-1]
+    for losses, _ in parts:
+        assert losses == pytest.approx(whole[0][0], abs=1e-5)

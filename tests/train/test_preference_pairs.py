@@ -1,0 +1,74 @@
+"""Samples with graded answers become pairs, or single answers that are good or bad."""
+
+import numpy as np
+import pytest
+
+from medgpt.config import ConfigError, DPOConfig, validate
+from medgpt.data.loader.stream import Row
+from medgpt.train.preference_pairs import pairs, singles
+
+PROMPT = [1, 2]
+
+
+def row(*answers: tuple[list[int], float]) -> Row:
+    pieces = [PROMPT + ids for ids, _ in answers]
+    return Row(
+        input_ids=np.concatenate(pieces).astype(np.int32),
+        targets=np.concatenate([[False] * len(PROMPT) + [True] * len(ids) for ids, _ in answers]),
+        word_ids=None,
+        lengths=np.array([sum(map(len, pieces))]),
+        sample_ids=["a"],
+        chunks=[0],
+        visits=[0],
+        pieces=np.array([len(piece) for piece in pieces], np.int32),
+        grades=np.array([grade for _, grade in answers], np.float32),
+    )
+
+
+def test_every_better_answer_meets_every_worse_one() -> None:
+    found = list(pairs([row(([7], 1.0), ([8, 9], 3.0), ([5], 1.0))]))
+
+    assert found == [
+        {"prompt_ids": PROMPT, "chosen_ids": [8, 9], "rejected_ids": [7]},
+        {"prompt_ids": PROMPT, "chosen_ids": [8, 9], "rejected_ids": [5]},
+    ]
+
+
+def test_answers_are_good_or_bad_by_their_prompts_average() -> None:
+    found = list(singles([row(([7], 0.0), ([8], 1.0), ([9], 2.0))], batch_size=2))
+
+    assert [(one["completion_ids"], one["label"]) for one in found] == [([7], False), ([9], True)]
+
+
+def test_the_divergence_is_measured_on_another_answer_of_the_micro_batch() -> None:
+    rows = [row(([7], 0.0), ([8], 1.0)), row(([5], 1.0), ([6], 0.0))]
+    found = list(singles(rows, batch_size=2))
+
+    assert [one["KL_completion_ids"] for one in found] == [[8], [7], [6], [5]]
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("dpo", {"loss": ["kto", "sigmoid"]}, "kto and apo_zero_unpaired stand alone"),
+        ("dpo", {"loss": ["sigmoid", "sigmoid"]}, "names each loss once"),
+        ("dpo", {"loss": ["exo_pair"]}, "exo_pair needs more, such as 1e-3"),
+        ("dpo", {"loss": ["hinge"], "label_smoothing": 0.1}, "only sigmoid, exo_pair"),
+        ("dpo", {"loss_weights": [1.0, 2.0]}, "loss_weights has 2 numbers for 1 losses"),
+        ("dpo", {"loss": ["sigmoidal"]}, "sigmoid"),
+        ("run", {"dir": "s3://bucket/run"}, "give one that all workers share"),
+        ("cluster", {"num_workers": [1, 2]}, "give one number"),
+        ("train", {"audit": True}, "the order of the samples is TRL's"),
+    ],
+)
+def test_what_does_not_fit_is_refused(section: str, changes: dict, message: str) -> None:
+    tree = {
+        "run": {"dir": "/runs/dpo"},
+        "model": {"name": "/runs/sft/model"},
+        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "licence": "CC0-1.0"}]},
+    }
+    validate(DPOConfig, tree)
+    tree[section] = {**tree.get(section, {}), **changes}
+
+    with pytest.raises(ConfigError, match=message):
+        validate(DPOConfig, tree)
