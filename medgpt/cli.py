@@ -10,21 +10,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from medgpt.config import (
-    ConfigError,
-    CorpusConfig,
-    DPOConfig,
-    EvalConfig,
-    PipelineConfig,
-    PPOStageConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    StageConfig,
-    TuneStageConfig,
-    absolute_model,
-    load,
-)
+from medgpt.config.base import ConfigError, absolute_model
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.evaluation import EvalConfig
+from medgpt.config.loading import StageConfig, load
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
+from medgpt.config.tune import TuneStageConfig
 
 app = typer.Typer(
     add_completion=False,

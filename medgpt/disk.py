@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 # by their words: safetensors, pyarrow and Ray wrap the error, and only the text comes through
 FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -21,7 +21,7 @@ UNREACHABLE = (  # where a run directory has a scheme: what its clients say afte
 
 
 @contextmanager
-def storage_told(run_dir: str, what: str) -> Iterator[None]:
+def storage_errors(run_dir: str, what: str) -> Iterator[None]:
     """Raises ConfigError in place of an error that says why `what` could not be written or read."""
     try:
         yield

@@ -16,20 +16,13 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-from medgpt.config import (
-    CorpusConfig,
-    DPOConfig,
-    EvalConfig,
-    PipelineConfig,
-    PPOStageConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    TuneStageConfig,
-    absolute,
-    absolute_model,
-    stable_run_dir,
-)
+from medgpt.config.base import absolute, absolute_model, stable_run_dir
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.evaluation import EvalConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
+from medgpt.config.tune import TuneStageConfig
 
 BEGIN, END = "<!-- reference: begin -->\n", "<!-- reference: end -->"
 STAGES: dict[str, type[BaseModel]] = {

@@ -17,7 +17,8 @@ import tomli_w
 from pydantic import BaseModel
 
 from medgpt.artifacts import MANIFEST, Folder, committed
-from medgpt.config import ConfigError, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")
 FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained

@@ -6,15 +6,14 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
-from medgpt.config import (
-    ConfigError,
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import load, validate
+from medgpt.config.stages import (
     CorpusConfig,
     PipelineConfig,
     PretrainConfig,
     SFTConfig,
     TrainStageConfig,
-    load,
-    validate,
 )
 
 PRETRAIN = """

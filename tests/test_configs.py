@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from medgpt.config import PipelineConfig, TrainStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.stages import PipelineConfig, TrainStageConfig
 from medgpt.reference import STAGES
 from medgpt.stages.pipeline import read_stages
 

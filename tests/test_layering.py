@@ -143,7 +143,8 @@ def test_algos_imports_torch_and_itself_only(path: Path) -> None:
     ("module", "absent"),
     [
         ("medgpt.cli", {"torch", "ray", "numpy", "pyarrow", "transformers"}),
-        ("medgpt.config", {"torch", "ray", "typer"}),
+        ("medgpt.config.loading", {"torch", "ray", "typer"}),
+        ("medgpt.config.tune", {"torch", "ray", "typer"}),
         ("medgpt.runs", {"torch", "ray"}),
         ("medgpt.metrics", {"torch", "ray"}),
         ("medgpt.algos.lm", {"ray", "transformers"}),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
 from medgpt.models import base
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,9 @@ import pytest
 from typer.main import get_command
 
 from medgpt.cli import app
-from medgpt.config import CorpusConfig, PretrainConfig, SourceConfig, load, validate
+from medgpt.config.data import SourceConfig
+from medgpt.config.loading import load, validate
+from medgpt.config.stages import CorpusConfig, PretrainConfig
 from medgpt.data.sources.deny import DenyConfig
 from medgpt.eval.tasks.mcq_formats import LAYOUTS
 from medgpt.reference import BEGIN, END, reference, replace_block

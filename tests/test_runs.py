@@ -9,15 +9,12 @@ from uuid import uuid4
 import pytest
 
 from medgpt.artifacts import FileEntry, Folder, checksum, commit, committed, entries
-from medgpt.config import (
-    ConfigError,
-    EvalConfig,
-    PipelineStage,
-    PPOStageConfig,
-    PretrainConfig,
-    TuneStageConfig,
-    validate,
-)
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
+from medgpt.config.loading import validate
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.stages import PipelineStage, PretrainConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.runs import FREE_TO_CHANGE, NOT_FREE, Run
 
 

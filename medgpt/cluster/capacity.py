@@ -8,7 +8,9 @@ import ray
 
 from medgpt.cluster.autoscaler import limits, may_grow
 from medgpt.cluster.ray_internals import ray_state
-from medgpt.config import ClusterConfig, ConfigError, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import RoleConfig
+from medgpt.config.train import ClusterConfig
 
 Amounts = Mapping[str, float]
 Claims = Mapping[str, RoleConfig]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from medgpt.cluster.capacity import Nodes, bundle
-from medgpt.config import RoleConfig
+from medgpt.config.pools import RoleConfig
 
 Free = dict[str, float]
 

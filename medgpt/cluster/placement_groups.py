@@ -22,7 +22,8 @@ from ray.util.placement_group import (
 
 from medgpt.cluster.capacity import bundle
 from medgpt.cluster.ray_internals import ray_state
-from medgpt.config import ConfigError, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import RoleConfig
 
 TRY_S = 20.0  # that part of a gang may be held while the rest is not there
 REACH_S = 1.0  # in which a node answers

@@ -14,7 +14,8 @@ import ray
 
 from medgpt.cluster.autoscaler import may_grow
 from medgpt.cluster.ray_internals import get_default_system_temp_dir, ray_constants
-from medgpt.config import ClusterConfig, ConfigError
+from medgpt.config.base import ConfigError
+from medgpt.config.train import ClusterConfig
 
 TIMED_OUT = "timed out during startup"  # in the message of Ray's error
 CONNECT_S = 20  # longest wait for a cluster to answer

@@ -11,7 +11,8 @@ from medgpt.cluster.ray_internals import (
     RestartingState,
     SchedulingState,
 )
-from medgpt.config import ClusterConfig, ConfigError
+from medgpt.config.base import ConfigError
+from medgpt.config.train import ClusterConfig
 
 WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingState)
 SAID_AFTER_S = 30  # a restart takes less

@@ -8,7 +8,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from medgpt.cluster.autoscaler import autoscaling_state, limits, may_grow
 from medgpt.cluster.capacity import of_workers, preflight
-from medgpt.config import ClusterConfig, ConfigError
+from medgpt.config.base import ConfigError
+from medgpt.config.train import ClusterConfig
 
 PAUSE_S = 1  # between looks whether there is room
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from torch import Tensor, nn
 
-from medgpt.config import EngineConfig, OptimizerConfig
+from medgpt.config.train import EngineConfig, OptimizerConfig
 from medgpt.engine import checkpoint, schedule, state
 from medgpt.engine.export import export_weights
 from medgpt.engine.setup import deepspeed_config, join_process_group

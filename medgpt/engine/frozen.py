@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from medgpt.config import EngineConfig
+from medgpt.config.train import EngineConfig
 from medgpt.engine.setup import compute_dtype, deepspeed_config, join_process_group
 
 

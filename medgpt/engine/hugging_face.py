@@ -10,7 +10,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from medgpt.config import EngineConfig
+from medgpt.config.train import EngineConfig
 from medgpt.engine.setup import deepspeed_config
 
 

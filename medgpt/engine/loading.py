@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride,
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from medgpt.config import EngineConfig
+from medgpt.config.train import EngineConfig
 from medgpt.engine import state
 from medgpt.engine.setup import compute_dtype, deepspeed_config, join_process_group
 

@@ -2,7 +2,7 @@
 
 import math
 
-from medgpt.config import OptimizerConfig
+from medgpt.config.train import OptimizerConfig
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:

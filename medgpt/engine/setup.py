@@ -9,8 +9,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from medgpt.config import ConfigError, EngineConfig
-from medgpt.config.train import BUCKET_ELEMENTS
+from medgpt.config.base import ConfigError
+from medgpt.config.train import BUCKET_ELEMENTS, EngineConfig
 
 
 def keep_freed_memory() -> None:

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from medgpt.config import ConfigError, EngineConfig, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
+from medgpt.config.train import EngineConfig
 from medgpt.engine.frozen import FrozenEngine
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype

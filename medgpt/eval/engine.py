@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import xxhash
 
-from medgpt.config import ConfigError, PoolConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import PoolConfig
 from medgpt.data.tokenized.chat import stop_ids
 from medgpt.eval.requests import (
     Choose,

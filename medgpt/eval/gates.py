@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.config.gates import Gate, parse_gate
 
 Results = dict[str, Any]

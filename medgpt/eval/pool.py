@@ -16,7 +16,8 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from medgpt.artifacts import Folder
-from medgpt.config import ConfigError, EvalConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
 from medgpt.eval.engine import Engine, size
 from medgpt.eval.requests import Reply, Request, Response, fingerprint, from_json, to_json
 from medgpt.models.base import local_folder

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from medgpt.artifacts import checksum
-from medgpt.config import ConfigError, EvalConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
 from medgpt.data.sources.rows import content_hash
 from medgpt.eval.results import RESULTS
 from medgpt.eval.task import Task, is_chat

@@ -6,7 +6,7 @@ from typing import Any
 from medgpt.config.gates import REWARD
 from medgpt.data.sources.rows import content_hash
 from medgpt.eval.stats import wilson
-from medgpt.eval.task import Judged
+from medgpt.eval.task import ItemResult
 from medgpt.runs import Run
 from medgpt.train.reward_eval import FINDINGS
 
@@ -38,8 +38,8 @@ def reward_results(run: Run) -> dict[str, Any]:
     return {"tasks": {REWARD: task}}
 
 
-def read_items(run: Run, name: str) -> list[Judged]:
+def read_items(run: Run, name: str) -> list[ItemResult]:
     """items/NAME.jsonl"""
     # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
     *lines, _ = (run.folder / "items").read_text(f"{name}.jsonl").split("\n")
-    return [Judged(**json.loads(line)) for line in lines]
+    return [ItemResult(**json.loads(line)) for line in lines]

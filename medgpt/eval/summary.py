@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from medgpt.config import EvalConfig
+from medgpt.config.evaluation import EvalConfig
 from medgpt.eval.gates import Evidence, check_gates
 from medgpt.eval.requests import blank
 from medgpt.eval.results import GATES, LENGTHS, RESULTS, read_items
 from medgpt.eval.stats import interval
-from medgpt.eval.task import CorpusTask, Judged, Task, is_chat
+from medgpt.eval.task import CorpusTask, ItemResult, Task, is_chat
 from medgpt.runs import Run
 
 
-def summary(task: Task, items: Sequence[Judged], seed: int) -> dict[str, Any]:
+def summary(task: Task, items: Sequence[ItemResult], seed: int) -> dict[str, Any]:
     """A task's part of results.json."""
     whole = task.corpus(items, seed) if isinstance(task, CorpusTask) else {}
     return {
@@ -42,16 +42,16 @@ def provenance(task: Task) -> dict[str, str]:
     }
 
 
-def sliced(items: Sequence[Judged]) -> dict[str, dict[str, list[Judged]]]:
+def sliced(items: Sequence[ItemResult]) -> dict[str, dict[str, list[ItemResult]]]:
     """Items by the name of a slice and its value."""
-    found: dict[str, dict[str, list[Judged]]] = {}
+    found: dict[str, dict[str, list[ItemResult]]] = {}
     for item in items:
         for name, value in item.slices.items():
             found.setdefault(name, {}).setdefault(value, []).append(item)
     return found
 
 
-def metrics(items: Sequence[Judged], seed: int) -> dict[str, dict[str, float]]:
+def metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str, float]]:
     """{metric: {value, n, low, high}} over the items that have it."""
     found: dict[str, list[tuple[float, float]]] = {}
     for item in items:
@@ -87,7 +87,7 @@ def outline(tasks: Sequence[Task]) -> dict[str, Any]:
     return {"tasks": found}
 
 
-def write_items(run: Run, task: Task, judged: Sequence[Judged]) -> None:
+def write_items(run: Run, task: Task, judged: Sequence[ItemResult]) -> None:
     """items/TASK.jsonl; of a sensitive task without the texts."""
     items = [replace(item, shown={}) if task.sensitive else item for item in judged]
     lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items]

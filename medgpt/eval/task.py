@@ -15,7 +15,7 @@ Value = float | tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ItemResult:
     """What one item is worth. A metric that does not apply to it is not among its values."""
 
     id: str
@@ -39,7 +39,7 @@ class Task(Protocol):
         """What to ask. Ids differ within a task."""
         ...
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         """One for each item, from the responses to all requests by id."""
         ...
 
@@ -50,7 +50,7 @@ class CorpusTask(Task, Protocol):
 
     corpus_metrics: tuple[str, ...]
 
-    def corpus(self, items: Sequence[Judged], seed: int) -> dict[str, Interval]:
+    def corpus(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
         """By metric, from the counts of all items."""
         ...
 

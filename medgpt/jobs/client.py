@@ -17,7 +17,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
 from medgpt.cluster.capacity import Nodes, named
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.metrics import ConsoleReporter
 
 STAGE, RUN_DIR = "medgpt-stage", "medgpt-run-dir"  # in the metadata of a job

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgpt.config import (
-    ConfigError,
-    EvalConfig,
-    PipelineConfig,
-    TuneStageConfig,
-    absolute,
-    read_tree,
-    validate,
-)
+from medgpt.config.base import ConfigError, absolute
+from medgpt.config.evaluation import EvalConfig
+from medgpt.config.loading import read_tree, validate
+from medgpt.config.stages import PipelineConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.stages.pipeline_stages import CONFIGS, read_stages, stage_overrides
 
 STAGES: dict[str, type[Any]] = {**CONFIGS, "tune": TuneStageConfig, "pipeline": PipelineConfig}

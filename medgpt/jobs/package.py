@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 from medgpt.cluster.ray_internals import create_package
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 # patterns of .gitignore, without the slash at the end of a folder: Ray would look at all in it
 EXCLUDES = (

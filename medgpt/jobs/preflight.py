@@ -12,14 +12,12 @@ import ray
 
 from medgpt.cluster import ray_init
 from medgpt.cluster.capacity import Claims, Nodes, check, cluster_nodes, of_pools, of_workers
-from medgpt.config import (
-    ConfigError,
-    EvalConfig,
-    PPOStageConfig,
-    TrainStageConfig,
-    TuneStageConfig,
-)
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
 from medgpt.config.pools import ROLES
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.stages import TrainStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.jobs.command import read_command
 
 

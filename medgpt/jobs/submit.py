@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.jobs import client as cluster
 from medgpt.jobs import secrets
 from medgpt.jobs.command import Command, read_command

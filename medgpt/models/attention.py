@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 VARLEN = "varlen"
 

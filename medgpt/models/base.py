@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from medgpt.config import ConfigError, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
 from medgpt.models.fetch import local_copy
 
 Objective = Literal["clm", "mlm", "value"]  # value: one number for every position

@@ -10,7 +10,7 @@ import xxhash
 from huggingface_hub.constants import HF_HOME
 
 from medgpt.artifacts import Folder
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 
 def local_copy(name: str, key: str = "model.name") -> str:

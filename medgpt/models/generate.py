@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat import generation_ids, stop_ids
 from medgpt.models.base import fitting_architectures, weight_files

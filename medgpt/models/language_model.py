@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from medgpt.algos.lm import causal_lm_loss
 from medgpt.algos.logprobs import label_logprobs
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.models.packed import Dropouts, plain_model, run_body
 

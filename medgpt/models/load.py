@@ -19,7 +19,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from medgpt.config import ArchitectureConfig, ConfigError, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ArchitectureConfig, ModelConfig
 from medgpt.models.attention import VARLEN
 from medgpt.models.base import (
     HEAD_KEY,

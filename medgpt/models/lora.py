@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medgpt.config import ConfigError, LoraConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import LoraConfig
 from medgpt.models.dropout import PieceDropout
 from medgpt.models.fetch import local_copy
 from medgpt.models.tokenizer import load_base

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from medgpt.config import ConfigError, LoraConfig, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.models.base import HEAD, Objective
 from medgpt.models.fetch import local_copy
 from medgpt.models.load import AUTO, SpecialIds, load_config

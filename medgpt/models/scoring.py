@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.models.language_model import output_layer
 
 MIN_SHARED = 8  # tokens; a shorter common beginning is not worth a forward of its own

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import TokenizerConfig
 from medgpt.data.tokenized.chat import CHATML, END_OF_TEXT, TURN_END, TURN_START
 from medgpt.data.tokenized.words import HAN, han_words
 from medgpt.models.fetch import local_copy

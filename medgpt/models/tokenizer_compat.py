@@ -6,7 +6,7 @@ from typing import Any
 import xxhash
 from transformers import PreTrainedTokenizerFast
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 SHOWN = 3  # differences in an error
 

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from medgpt.config import ConfigError, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.base import HEAD, HEAD_KEY, is_headless, local_folder, weight_files
 from medgpt.models.fetch import local_copy

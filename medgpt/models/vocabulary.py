@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.tokenized import chat
 from medgpt.data.tokenized.words import han_words
 from medgpt.models.tokenizer import (

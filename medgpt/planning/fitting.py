@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgpt.cluster.capacity import bundle
-from medgpt.config import ConfigError, PPOStageConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.planning.hardware import Cluster, NodeType
 from medgpt.planning.memory import GIB
 from medgpt.planning.needs import Pool, StageConfig, pools_of

@@ -13,7 +13,8 @@ from annotated_types import Ge, Gt
 from pydantic import Field
 
 from medgpt.cluster.capacity import Nodes
-from medgpt.config import Config, ConfigError, validate
+from medgpt.config.base import Config, ConfigError
+from medgpt.config.loading import validate
 
 Positive = Annotated[float, Gt(0)]
 CPU = "CPU"  # the device of a node without GPUs: one core

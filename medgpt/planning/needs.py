@@ -5,18 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medgpt.cluster.capacity import Claims, of_pools, of_workers
-from medgpt.config import (
-    ConfigError,
-    DPOConfig,
-    EngineConfig,
-    ModelConfig,
-    PPOStageConfig,
-    PretrainConfig,
-    RewardConfig,
+from medgpt.config.base import ConfigError
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.model import ModelConfig
+from medgpt.config.pools import (
+    ROLES,
     RoleConfig,
-    TrainStageConfig,
+    RolloutRoleConfig,
+    ScoringRoleConfig,
+    TrainedRoleConfig,
 )
-from medgpt.config.pools import ROLES, RolloutRoleConfig, ScoringRoleConfig, TrainedRoleConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import PretrainConfig, TrainStageConfig
+from medgpt.config.train import EngineConfig
 from medgpt.models.model_shapes import Outline, outline
 from medgpt.planning import activations
 from medgpt.planning.activations import Batch

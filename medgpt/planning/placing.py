@@ -11,7 +11,8 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from medgpt.cluster.capacity import Claims, bundle, check
 from medgpt.cluster.ray_internals import GangResourceRequest, LabelSelectorOperator
-from medgpt.config import ConfigError, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import RoleConfig
 from medgpt.planning.hardware import Cluster, NodeType
 
 MOST_NODES = 10_000  # of a type without a limit

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.planning.fitting import Fit, fits_of, smallest_change, told, with_keys
 from medgpt.planning.hardware import Cluster
 from medgpt.planning.needs import Pool, StageConfig, claims_of, pools_of

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from medgpt.cluster.capacity import bundle
-from medgpt.config import PPOStageConfig, TrainStageConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.stages import TrainStageConfig
 from medgpt.planning.fitting import workers_on
 from medgpt.planning.hardware import Cluster, NodeType
 from medgpt.planning.needs import Pool, StageConfig

@@ -8,7 +8,7 @@ from typing import Any
 from medgpt.eval.gates import MAIN, disagreement
 from medgpt.eval.results import LENGTHS
 from medgpt.eval.stats import Comparison, compare
-from medgpt.eval.task import Judged, Value
+from medgpt.eval.task import ItemResult, Value
 from medgpt.eval.tasks.overlap import BLEU_METRICS, DISTINCT_METRICS, difference_of
 
 MARGIN = 0.01  # of a share or of nats: differences whose interval lies within it count as none
@@ -43,7 +43,7 @@ class Column:
 
     name: str
     results: dict[str, Any]
-    items: dict[str, list[Judged]]  # by task
+    items: dict[str, list[ItemResult]]  # by task
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _corpus_change(
     return Comparison(len(ours), one, other, found, None, margin_of(metric))
 
 
-def _values(items: Sequence[Judged], metric: str) -> dict[str, tuple[float, float]]:
+def _values(items: Sequence[ItemResult], metric: str) -> dict[str, tuple[float, float]]:
     return {item.id: _pair(item.values[metric]) for item in items if metric in item.values}
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from medgpt.config import TuneStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.reports.run import STYLE, as_svg, page
 from medgpt.runs import Run
 from medgpt.tune.results import BEST, Outcome, front, outcomes, winner

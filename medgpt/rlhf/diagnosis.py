@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 
-from medgpt.config import DiagnosisConfig
+from medgpt.config.ppo_rewards import DiagnosisConfig
 
 History = Sequence[Mapping[str, float]]
 KL = "actor/kl_ref"  # nats of an answer, mean

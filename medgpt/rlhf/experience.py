@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medgpt.algos.advantages import gae, masked_stats, token_rewards, whiten
 from medgpt.algos.kl import kl_estimate
-from medgpt.config import PPOConfig
+from medgpt.config.ppo import PPOConfig
 from medgpt.rlhf.rollout_batch import (
     Logprobs,
     Ragged,

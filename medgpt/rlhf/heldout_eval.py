@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.tokenized.chat import generation_ids
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.heldout_questions import Judge

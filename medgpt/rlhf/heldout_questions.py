@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from medgpt.config import ConfigError, JudgeConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo_rewards import JudgeConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.sources.rows import within
 from medgpt.medical.key_points import read_questions

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgpt.artifacts import FileEntry
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
 from medgpt.rlhf.heldout_eval import Judging
@@ -19,7 +19,7 @@ from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied, Pools
 from medgpt.rlhf.prompts import Cursor
 from medgpt.rlhf.rewards.total import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
-from medgpt.rlhf.roles.common import Learnt, Task
+from medgpt.rlhf.roles.common import Task, UpdateResult
 from medgpt.rlhf.roles.critic import Critic
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
@@ -187,7 +187,7 @@ class PPO:
             improved = self.actor.call(Actor.update, task, *parts, *lessons)
             answers = self.pools.get([*improved, *fitted], "update")
             self.learning = False
-        learnt: Learnt = answers[0]
+        learnt: UpdateResult = answers[0]
         state.iteration += 1
         state.score_stats = learnt.score_stats
         state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, len(learnt.sample_ids), config)

@@ -1,6 +1,8 @@
 """What can be said of the models of a PPO run before data is prepared and pools start."""
 
-from medgpt.config import ConfigError, ModelConfig, PPOStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
+from medgpt.config.ppo import PPOStageConfig
 
 
 def check_models(config: PPOStageConfig) -> None:
@@ -42,11 +44,11 @@ def _named(name: str | None) -> ModelConfig | None:
 
 def _check_positions(key: str, model: ModelConfig | None, tokens: int, told: str) -> None:
     from medgpt.models.value_model import positions
-    from medgpt.rlhf.roles.common import told_as
+    from medgpt.rlhf.roles.common import errors_for_key
 
     if model is None:
         return
-    with told_as(key):
+    with errors_for_key(key):
         most = positions(model)
     if most is not None and tokens > most:
         told = f"{told} exceed the {most} positions of {key}={model.name}"

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import Step, training_stream
 from medgpt.rlhf.rollout_batch import Prompts, Ragged

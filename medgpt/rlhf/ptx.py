@@ -4,14 +4,10 @@ in the run, and dealt to the optimizer steps."""
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from medgpt.config import (
-    ClusterConfig,
-    ConfigError,
-    PPOStageConfig,
-    RunConfig,
-    SFTConfig,
-    TrainConfig,
-)
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.stages import RunConfig, SFTConfig
+from medgpt.config.train import ClusterConfig, TrainConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import training_stream
 from medgpt.rlhf.prompts import within

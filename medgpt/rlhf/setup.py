@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from medgpt.artifacts import Folder, commit, committed, entries
 from medgpt.cluster.wait_for_resources import await_data_room
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.plan import Plan
-from medgpt.disk import storage_told
+from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import Pools
@@ -79,7 +79,7 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
     """
     await_data_room(config.cluster, reporter.say)
     run_task(check_models, config, cpus=config.cluster.data_cpus)
-    with storage_told(run.folder.url, "data"):
+    with storage_errors(run.folder.url, "data"):
         data, plan = prepare(run, config, reporter.advance)
     reporter.say(describe(data, plan))
     sources = [config.model.name, config.reward.model, config.critic.model]
@@ -96,7 +96,7 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
         max_steps=config.ppo.max_iterations,
     )
     if config.ptx is not None:
-        with storage_told(run.folder.url, FOLDER):
+        with storage_errors(run.folder.url, FOLDER):
             data, plan = prepare_lessons(run, config, found.num_steps, reporter.advance)
         reporter.say(f"PPO-ptx: {describe(data, plan)}")
         facts = {key: value for key, value in data.items() if key != "files"}
@@ -160,7 +160,7 @@ def export(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = Tru
         exports.append((pools.pools["critic"], Critic.export, run.folder / CRITIC))
     for pool, method, folder in exports:
         if committed(folder) is None:
-            with storage_told(run.folder.url, folder.url.rsplit("/", 1)[-1]):
+            with storage_errors(run.folder.url, folder.url.rsplit("/", 1)[-1]):
                 files = pools.get(pool.call(method, folder.url), "export")[0]
                 if folder is run.model:
                     files += _card(run, config, folder)

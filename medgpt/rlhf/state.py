@@ -9,7 +9,7 @@ import numpy as np
 
 from medgpt.algos.kl import AdaptiveKL
 from medgpt.artifacts import FileEntry, Folder, commit, entries
-from medgpt.config import PPOConfig
+from medgpt.config.ppo import PPOConfig
 from medgpt.rlhf.experience import RunningStats
 from medgpt.rlhf.rollout_batch import Ragged, Sequences
 from medgpt.runs import Run

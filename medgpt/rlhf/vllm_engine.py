@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from medgpt.config import RolloutConfig
+from medgpt.config.ppo import RolloutConfig
 from medgpt.models.decode import Generated
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model lives in this process

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from medgpt.config import CorpusConfig
+from medgpt.config.stages import CorpusConfig
 from medgpt.sample_corpus.pairs import exam_questions, preferences
 from medgpt.sample_corpus.render import Corpus
 

@@ -1,7 +1,7 @@
 """`medgpt corpus`: write the sample corpus that ships with medgpt."""
 
 from medgpt.artifacts import commit, committed, entries
-from medgpt.config import CorpusConfig
+from medgpt.config.stages import CorpusConfig
 from medgpt.runs import Run
 from medgpt.sample_corpus.write import write_corpus
 

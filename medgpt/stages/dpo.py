@@ -1,6 +1,6 @@
 """`medgpt dpo`: preferences without a reward model, through the supervised stages' path."""
 
-from medgpt.config import DPOConfig
+from medgpt.config.dpo import DPOConfig
 from medgpt.runs import Run
 from medgpt.stages.train import train_and_report
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from medgpt.cluster import ray_init
 from medgpt.cluster.wait_for_resources import await_room
-from medgpt.config import ConfigError, EvalConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
 from medgpt.eval.gates import check_gates, require
 from medgpt.eval.pool import Pool, Responses, resolve_model
 from medgpt.eval.preparation import build_tasks, check_model_unchanged, check_parent, check_template

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.models.fetch import model_folder
 from medgpt.models.lora import ADAPTER, load_merged
 from medgpt.models.tokenizer import load_base

@@ -3,16 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from medgpt.config import (
-    CorpusConfig,
-    DPOConfig,
-    EvalConfig,
-    PipelineConfig,
-    PPOStageConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-)
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.evaluation import EvalConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
 from medgpt.eval.gates import Evidence, GateFailure, check_gates, require
 from medgpt.eval.results import GATES, RESULTS, read_items, reward_results
 from medgpt.metrics import ConsoleReporter

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgpt.config import (
-    ConfigError,
+from medgpt.config.base import ConfigError
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.evaluation import EvalConfig
+from medgpt.config.gates import REWARD, parse_gate
+from medgpt.config.loading import load
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import (
     CorpusConfig,
-    DPOConfig,
-    EvalConfig,
     PipelineConfig,
     PipelineStage,
-    PPOStageConfig,
     PretrainConfig,
-    RewardConfig,
     SFTConfig,
-    load,
 )
-from medgpt.config.gates import REWARD, parse_gate
 from medgpt.runs import Run
 
 CONFIGS = {

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medgpt.config import ConfigError, load
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import load
 from medgpt.planning.hardware import read_cluster
 from medgpt.planning.plan import make_plan
 from medgpt.planning.show import show, to_json

@@ -3,10 +3,8 @@
 from functools import partial
 
 from medgpt.cluster import ray_init
-from medgpt.config import (
-    ConfigError,
-    PPOStageConfig,
-)
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.heldout_questions import Judge
 from medgpt.rlhf.rewards.total import Rewards

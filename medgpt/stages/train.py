@@ -2,14 +2,10 @@
 
 from medgpt.cluster import ray_init
 from medgpt.cluster.wait_for_resources import await_room
-from medgpt.config import (
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-    TrainStageConfig,
-)
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import PretrainConfig, SFTConfig, TrainStageConfig
 from medgpt.data.sources.inputs import check_sources, input_bytes
-from medgpt.disk import storage_told
+from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
 from medgpt.train.driver import Training, cluster_resources, describe, parents
@@ -60,7 +56,7 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             )
         ray_init.connect(config.cluster)
         await_room(config.cluster, reporter.say)
-        with storage_told(run.folder.url, "the run"):
+        with storage_errors(run.folder.url, "the run"):
             _prepare_and_train(run, config, reporter)
             run.update_manifest(finished=True, timings=_timings(run))
         reporter.say(f"model in {run.model.url}")
@@ -76,7 +72,7 @@ def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleRepo
     if input_bytes(config.data) < EARLY_BYTES:
         training.start()
     try:
-        with storage_told(run.folder.url, "data"):
+        with storage_errors(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
             reporter.say(describe(data, plan))
             run.update_manifest(

@@ -3,7 +3,7 @@
 import ray
 
 from medgpt.cluster import ray_init
-from medgpt.config import TuneStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.runs import Run

@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from medgpt.artifacts import FileEntry, Folder, commit, entries
-from medgpt.config import ConfigError
-from medgpt.disk import storage_told
+from medgpt.config.base import ConfigError
+from medgpt.disk import storage_errors
 from medgpt.engine.checkpoint import Snapshot
 from medgpt.runs import Run
 
@@ -54,7 +54,7 @@ class Saver:
         refusal = None
         if self.rank == 0:
             try:
-                with storage_told(self.run.folder.url, _name(folder)):
+                with storage_errors(self.run.folder.url, _name(folder)):
                     self._check_newest()  # its checkpoint of this step is not ours to remove
                     folder.remove()  # of an attempt that died while writing it
             except ConfigError as error:
@@ -95,7 +95,7 @@ class Saver:
     def _write(
         self, folder: Folder, snapshot: Snapshot, before: Callable[[], None]
     ) -> list[FileEntry]:
-        with storage_told(self.run.folder.url, _name(folder)):
+        with storage_errors(self.run.folder.url, _name(folder)):
             before()
             with folder.staging() as directory:
                 return entries(directory, snapshot.write(directory))
@@ -109,13 +109,13 @@ class Saver:
         """
         position, name = pending.position, _name(pending.folder)
         try:
-            with storage_told(self.run.folder.url, name):
+            with storage_errors(self.run.folder.url, name):
                 if refusal is None:
                     self._commit(pending, files)
         except ConfigError as error:
             refusal = error
         try:
-            with storage_told(self.run.folder.url, name):
+            with storage_errors(self.run.folder.url, name):
                 if refusal is not None:
                     pending.folder.remove()
                 else:

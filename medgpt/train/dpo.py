@@ -20,7 +20,8 @@ from trl.trainer.kto_config import KTOConfig as KTOArguments
 from trl.trainer.kto_trainer import KTOTrainer
 
 from medgpt.artifacts import commit, committed, entries
-from medgpt.config import DPOConfig, OptimizerConfig
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.train import OptimizerConfig
 from medgpt.data.loader.packed_row import Row
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.export import export_weights

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from medgpt.artifacts import MANIFEST, Folder
-from medgpt.config import ConfigError, TrainStageConfig
-from medgpt.disk import storage_told
+from medgpt.config.base import ConfigError
+from medgpt.config.stages import TrainStageConfig
+from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
 from medgpt.train.progress import Display
@@ -79,7 +80,7 @@ class Training:
     def _clean_up(self, thread: threading.Thread) -> None:
         thread.join()
         self.progress.shutdown()
-        with suppress(ConfigError), storage_told(self.run.folder.url, "gate"):
+        with suppress(ConfigError), storage_errors(self.run.folder.url, "gate"):
             self.gate.remove()
 
     def _fit(self) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.stages import PretrainConfig, TrainStageConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.loader.collate import Masking, causal_batch, empty_batch, masked_batch, piece_seeds
 from medgpt.data.loader.packed_row import Row

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.artifacts import Folder
-from medgpt.config import ConfigError, TrainStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.stages import TrainStageConfig
 from medgpt.data.loader.order import VALIDATION
 from medgpt.data.loader.packed_row import Row
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import Step, first_rows, training_stream
-from medgpt.disk import storage_told
+from medgpt.disk import storage_errors
 from medgpt.engine import Engine
 from medgpt.metrics import MetricsWriter
 from medgpt.runs import Run
@@ -321,7 +322,7 @@ class Trainer:
     def _refusal_kept(self) -> Iterator[None]:
         """A full disk for metrics ends the run in the next step, when the other ranks know."""
         try:
-            with storage_told(self.run.folder.url, "metrics"):
+            with storage_errors(self.run.folder.url, "metrics"):
                 yield
         except ConfigError as error:
             self.refusal = error

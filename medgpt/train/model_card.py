@@ -5,7 +5,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from medgpt.artifacts import MANIFEST, FileEntry, Folder, commit, committed
-from medgpt.config import DataConfig, PPOStageConfig, TrainStageConfig
+from medgpt.config.data import DataConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.stages import TrainStageConfig
 from medgpt.runs import Run
 
 CARD = "README.md"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgpt.config import RewardConfig
+from medgpt.config.reward_model import RewardConfig
 from medgpt.data.loader.collate import piece_seed
 from medgpt.data.loader.order import VALIDATION
 from medgpt.data.loader.packed_row import Row

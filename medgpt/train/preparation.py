@@ -9,19 +9,12 @@ import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.artifacts import Folder, commit, committed, entries
-from medgpt.config import (
-    ClusterConfig,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    Passes,
-    PretrainConfig,
-    RewardConfig,
-    RunConfig,
-    Samples,
-    SourceConfig,
-    TokenizerConfig,
-)
+from medgpt.config.base import ConfigError
+from medgpt.config.data import DataConfig, SourceConfig
+from medgpt.config.model import ModelConfig, TokenizerConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import Passes, PretrainConfig, RunConfig, Samples
+from medgpt.config.train import ClusterConfig
 from medgpt.data.loader.plan import Order, existing_plan, make_plan
 from medgpt.data.sources.deny import DenyList
 from medgpt.data.sources.inputs import check_sources

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.metrics import ConsoleReporter
 
 if TYPE_CHECKING:

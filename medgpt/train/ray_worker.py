@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgpt.artifacts import commit, committed, entries
-from medgpt.config import ConfigError, DPOConfig, RewardConfig, TrainStageConfig
-from medgpt.disk import storage_told
+from medgpt.config.base import ConfigError
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import TrainStageConfig
+from medgpt.disk import storage_errors
 from medgpt.runs import Run
 from medgpt.train.start_barrier import Gate
 
@@ -123,7 +126,7 @@ def _export(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -
 
     refusal, files = None, []
     try:
-        with storage_told(run.folder.url, "model"):
+        with storage_errors(run.folder.url, "model"):
             with run.model.staging() as directory:
                 write(directory)
                 if dist.get_rank() == 0:
@@ -133,7 +136,7 @@ def _export(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -
                 commit(run.model, files)
     except ConfigError as error:
         refusal = error
-        with suppress(ConfigError), storage_told(run.folder.url, "model"):
+        with suppress(ConfigError), storage_errors(run.folder.url, "model"):
             run.model.remove()
     raise_together(refusal)
 

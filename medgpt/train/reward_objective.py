@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.algos.preference import pairwise_loss
-from medgpt.config import RewardConfig
+from medgpt.config.reward_model import RewardConfig
 from medgpt.data.loader.batch import PreferenceBatch
 from medgpt.data.loader.collate import empty_preferences, piece_seed, preference_batch
 from medgpt.data.loader.order import VALIDATION
@@ -63,7 +63,7 @@ class RewardObjective:
         if not self.config.model.lora.dropout:
             return {}
         seeds = [
-            piece_seed(self.seed, epoch, row.sample_ids[0], answer, row.visits[0])
+            piece_seed(self.seed, epoch, row.sample_ids[0], answer, row.repeat[0])
             for row in rows
             for answer in range(num_answers(row))
         ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from medgpt.config import SFTConfig, TrainStageConfig
+from medgpt.config.stages import SFTConfig, TrainStageConfig
 from medgpt.models.generate import answer_all, continue_all, load_for_generation
 from medgpt.runs import Run
 

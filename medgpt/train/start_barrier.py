@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from medgpt.artifacts import Folder
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 GO, STOP = "go", "stop"
 POLL_S, POLL_REMOTE_S = 0.1, 1.0

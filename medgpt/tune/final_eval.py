@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from medgpt.config import PPOStageConfig, TuneStageConfig
 from medgpt.config.loading import with_values
-from medgpt.config.tune import FROZEN
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.tune import FROZEN, TuneStageConfig
 from medgpt.rlhf.heldout_eval import Judging
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.roles.reference import Reference

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
-from medgpt.config import TuneConfig
+from medgpt.config.tune import TuneConfig
 
 MARKS = {"checks": "judge/checks", "score": "judge/score"}
 KL = "actor/kl_ref"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from medgpt.artifacts import FileEntry, Folder, commit, committed
-from medgpt.config import Params
+from medgpt.config.tune import Params
 from medgpt.rlhf.state import IN_FLIGHT
 from medgpt.runs import Run
 from medgpt.tune.trial_records import Copied, Record, Records

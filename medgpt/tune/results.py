@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 
-from medgpt.config import Params, PPOStageConfig, TuneStageConfig
 from medgpt.config.loading import with_values
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.runs import Run
 from medgpt.tune.objective import Point, objective, pareto, points
 from medgpt.tune.trial_records import Record, Records

@@ -24,7 +24,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from medgpt.artifacts import Folder
 from medgpt.cluster.placement_groups import is_dead, release_of
-from medgpt.config import Params, Space, TuneStageConfig
+from medgpt.config.tune import Params, Space, TuneStageConfig
 from medgpt.tune.objective import BEYOND, WORST
 from medgpt.tune.space import listed
 from medgpt.tune.trial import ITERATION, OBJECTIVE, Setup, run_trial

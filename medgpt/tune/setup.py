@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 from medgpt.cluster.capacity import check, cluster_nodes, of_pools
 from medgpt.cluster.concurrent_trials import concurrent_trials
-from medgpt.config import ConfigError, PPOStageConfig, RoleConfig, TuneStageConfig
+from medgpt.config.base import ConfigError
 from medgpt.config.loading import with_values
-from medgpt.config.tune import FROZEN
+from medgpt.config.pools import RoleConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.tune import FROZEN, TuneStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.setup import prepare_prompts, role_pools
 from medgpt.runs import Run

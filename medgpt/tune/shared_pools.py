@@ -13,7 +13,8 @@ import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.cluster.placement_groups import is_dead, release_of
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.tune import FROZEN
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PoolDied, Pools

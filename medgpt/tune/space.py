@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from itertools import chain, islice, product
 from typing import Any
 
-from medgpt.config import ConfigError, Params, PPOStageConfig, Space, TuneStageConfig
+from medgpt.config.base import ConfigError
 from medgpt.config.loading import with_values
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.tune import Params, Space, TuneStageConfig
 
 MAX_DRAWS = 1000  # in which values that go together must be found
 

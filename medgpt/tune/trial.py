@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from medgpt.config import ConfigError, Params, PPOStageConfig, TuneConfig
+from medgpt.config.base import ConfigError
 from medgpt.config.loading import with_values
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.tune import Params, TuneConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.tune import FROZEN
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PoolDied, Pools

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from medgpt.artifacts import Folder
-from medgpt.config import Params
+from medgpt.config.tune import Params
 from medgpt.runs import Run
 
 SUFFIX = ".json"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 
-from medgpt.config import Params, TuneStageConfig
+from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
 from medgpt.tune.results import Outcome, Policy

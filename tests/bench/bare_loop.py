@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config import ModelConfig, OptimizerConfig
+from medgpt.config.model import ModelConfig
+from medgpt.config.train import OptimizerConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.loader.collate import causal_batch
 from medgpt.data.loader.plan import Plan

@@ -119,7 +119,7 @@ def messages(row: dict[str, str]) -> list[dict[str, str]]:
 
 def write_base(base: Path, data: Path, size: Size, kind: str = "qwen2") -> None:
     """A base model with fresh weights and a tokenizer trained on the messages in `data`."""
-    from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
+    from medgpt.config.model import ArchitectureConfig, ModelConfig, TokenizerConfig
     from medgpt.data.tokenized.chat import for_chat
     from medgpt.models.load import SpecialIds, build_model
     from medgpt.models.tokenizer import train_tokenizer

@@ -40,7 +40,8 @@ def corpus(folder: Path, times: int) -> Path:
 def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
     """Index, plan, and all packed rows of an epoch as a worker gets them."""
     from medgpt.cluster import ray_init
-    from medgpt.config import SFTConfig, load
+    from medgpt.config.loading import load
+    from medgpt.config.stages import SFTConfig
     from medgpt.data.loader.plan import Plan
     from medgpt.data.loader.stream import training_stream
     from medgpt.runs import Run

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medgpt.config import McqConfig
+from medgpt.config.evaluation import McqConfig
 from medgpt.eval.requests import Choose
 from medgpt.eval.tasks.mcq import McqTask
 from tests.bench import common
@@ -62,7 +62,7 @@ def score(model: Path, name: str, limit: int) -> None:
 
     import torch
 
-    from medgpt.config import PoolConfig
+    from medgpt.config.evaluation import PoolConfig
     from medgpt.eval.engine import Engine
 
     torch.set_num_threads(1)

@@ -45,7 +45,7 @@ class Case:
 
     @property
     def model(self) -> Any:
-        from medgpt.config import ModelConfig
+        from medgpt.config.model import ModelConfig
 
         return ModelConfig.model_validate(
             {
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def engine(self) -> Any:
-        from medgpt.config import EngineConfig
+        from medgpt.config.train import EngineConfig
 
         return EngineConfig.model_validate(
             {
@@ -168,7 +168,7 @@ def trainer(case: Case) -> tuple[Any, Callable[[], None]]:
     """A fresh engine, and a step of it."""
     import torch
 
-    from medgpt.config import OptimizerConfig
+    from medgpt.config.train import OptimizerConfig
     from medgpt.engine import Engine
     from medgpt.models.language_model import LanguageModel
     from medgpt.models.load import SpecialIds, build_model

@@ -18,7 +18,8 @@ import numpy as np
 import ray
 
 from medgpt.cluster import ray_init
-from medgpt.config import PPOStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.experience import RunningStats
 from medgpt.rlhf.pools.pools import Pools

@@ -19,7 +19,9 @@ from pathlib import Path
 import ray
 
 from medgpt.cluster import ray_init
-from medgpt.config import ClusterConfig, PretrainConfig, load
+from medgpt.config.loading import load
+from medgpt.config.stages import PretrainConfig
+from medgpt.config.train import ClusterConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import training_stream
 from medgpt.runs import Run

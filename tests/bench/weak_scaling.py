@@ -72,7 +72,8 @@ def trainer(size: str, zero_stage: int) -> Any:
     import numpy as np
     import torch
 
-    from medgpt.config import EngineConfig, ModelConfig, OptimizerConfig
+    from medgpt.config.model import ModelConfig
+    from medgpt.config.train import EngineConfig, OptimizerConfig
     from medgpt.data.loader.collate import packed_batch
     from medgpt.engine import Engine
     from medgpt.models.language_model import LanguageModel
@@ -142,7 +143,7 @@ def wrap_collectives() -> tuple[Counter[str], Counter[str]]:
 
 def compare(size: str, zero_stage: int, ranks: int, found: dict[str, list[int]]) -> float:
     """Print counted and predicted bytes and calls; the largest error of bytes."""
-    from medgpt.config import ModelConfig
+    from medgpt.config.model import ModelConfig
     from medgpt.models.model_shapes import outline
     from medgpt.planning.traffic import messages
 
@@ -205,7 +206,7 @@ def project() -> None:
 
 def qwen_7b() -> Any:
     """The outline of Qwen2.5-7B."""
-    from medgpt.config import ModelConfig
+    from medgpt.config.model import ModelConfig
     from medgpt.models.model_shapes import outline
 
     sizes = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from medgpt.cluster import ray_init
-from medgpt.config import PoolsConfig, RoleConfig, SyncConfig
+from medgpt.config.pools import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.engine import plain_weights
 from medgpt.models.lora import plain_parts
 from medgpt.rlhf.pools.pool import Pool

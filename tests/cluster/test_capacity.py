@@ -5,7 +5,9 @@ import math
 import pytest
 
 from medgpt.cluster.capacity import Nodes, check, of_pools, of_workers
-from medgpt.config import ClusterConfig, ConfigError, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import RoleConfig
+from medgpt.config.train import ClusterConfig
 
 LAPTOP = [Nodes({"CPU": 4}, {}, 1)]
 GPUS = [Nodes({"CPU": 8, "GPU": 1}, {"zone": "a"}, 1), Nodes({"CPU": 8, "GPU": 1}, {}, 1)]

@@ -2,7 +2,7 @@ import math
 
 from medgpt.cluster.capacity import Nodes
 from medgpt.cluster.concurrent_trials import concurrent_trials
-from medgpt.config import RoleConfig
+from medgpt.config.pools import RoleConfig
 
 SMALL = RoleConfig(cpus_per_worker=0.25)
 TRIAL = dict.fromkeys(("actor", "critic", "rollout"), SMALL)

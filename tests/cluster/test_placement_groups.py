@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from medgpt.cluster.placement_groups import Gang, acquire, asked_for, is_dead, release_of
-from medgpt.config import ConfigError, PoolsConfig, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import PoolsConfig, RoleConfig
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import Pools
 from tests.rlhf.roles import Adder

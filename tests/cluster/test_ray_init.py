@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from medgpt.cluster.ray_init import check_address, private_folder, start_patiently
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 

@@ -15,7 +15,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from medgpt.cluster import restart_timeout
 from medgpt.cluster.restart_timeout import Waiting
-from medgpt.config import ClusterConfig, ConfigError
+from medgpt.config.base import ConfigError
+from medgpt.config.train import ClusterConfig
 
 LOST = RestartingState(WorkerGroupError("lost", {}))
 

@@ -4,7 +4,8 @@ import pytest
 
 from medgpt.cluster.autoscaler import autoscaling_state, may_grow
 from medgpt.cluster.wait_for_resources import await_data_room, await_room
-from medgpt.config import ClusterConfig, ConfigError
+from medgpt.config.base import ConfigError
+from medgpt.config.train import ClusterConfig
 
 pytestmark = pytest.mark.ray
 

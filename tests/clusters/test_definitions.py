@@ -7,7 +7,8 @@ import sys
 import pytest
 from ray._private.label_utils import validate_node_labels
 
-from medgpt.config import ClusterConfig, RoleConfig
+from medgpt.config.pools import RoleConfig
+from medgpt.config.train import ClusterConfig
 from tests.clusters.definitions import (
     ALL,
     CLOUDS,

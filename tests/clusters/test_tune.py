@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import TuneStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.tune.results import trials_url
 from medgpt.tune.trial_records import Records
 from tests.clusters.local import LocalCluster, wait_until

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import PretrainConfig, RewardConfig, SFTConfig, SourceConfig, load
+from medgpt.config.data import SourceConfig
+from medgpt.config.loading import load
+from medgpt.config.reward_model import RewardConfig
+from medgpt.config.stages import PretrainConfig, SFTConfig
 from medgpt.data.sources.deny import DenyList
 from medgpt.data.sources.readers import read_unit
 from medgpt.data.sources.records import Conversation, Document, Preferences, Record, Reject

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config import EngineConfig, OptimizerConfig
+from medgpt.config.train import EngineConfig, OptimizerConfig
 from medgpt.engine import Engine, gather_weights
 from medgpt.engine.schedule import learning_rate
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config import ConfigError, EngineConfig, OptimizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.train import EngineConfig, OptimizerConfig
 from medgpt.engine import Engine
 from tests.engine.cases import (
     CPU,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from medgpt.config import LoraConfig
+from medgpt.config.model import LoraConfig
 from medgpt.engine import plain_weights
 from medgpt.models.lora import apply_lora, plain_parts
 from tests.engine.cases import Case, new_engine

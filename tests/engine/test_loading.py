@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
-from medgpt.config import OptimizerConfig
+from medgpt.config.train import OptimizerConfig
 from medgpt.engine import Engine, gather_weights, load_safetensors, partitioned_init
 from medgpt.engine import save_safetensors as write
 from tests.engine.cases import CPU, Case, new_engine, new_net, save, train_step

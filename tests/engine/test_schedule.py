@@ -1,6 +1,6 @@
 import pytest
 
-from medgpt.config import OptimizerConfig
+from medgpt.config.train import OptimizerConfig
 from medgpt.engine.schedule import learning_rate
 
 

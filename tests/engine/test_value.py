@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt.config import ModelConfig
+from medgpt.config.model import ModelConfig
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
 from medgpt.models.value_model import Score, build_value_model, last_values

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import CorpusConfig, EvalConfig, PipelineConfig, RunConfig, load
+from medgpt.config.evaluation import EvalConfig
 from medgpt.config.gates import parse_gate
+from medgpt.config.loading import load
+from medgpt.config.stages import CorpusConfig, PipelineConfig, RunConfig
 from medgpt.eval.gates import Evidence, check_gates
 from medgpt.eval.preparation import build_tasks
 from medgpt.eval.requests import Replied, Reply, blank

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medgpt.config import ConfigError, PoolConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import PoolConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat import for_chat
 from medgpt.eval.engine import Engine

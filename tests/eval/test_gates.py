@@ -1,7 +1,9 @@
 import pytest
 
-from medgpt.config import ConfigError, EvalConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
 from medgpt.config.gates import parse_gate
+from medgpt.config.loading import validate
 from medgpt.eval.gates import GateFailure, check_gates, require
 
 

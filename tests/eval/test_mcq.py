@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from scipy.stats import binom
 
-from medgpt.config import ConfigError, McqConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import McqConfig
 from medgpt.data.sources.records import Message
 from medgpt.eval.requests import Choose, Chosen, Replied, Reply
-from medgpt.eval.task import Judged
+from medgpt.eval.task import ItemResult
 from medgpt.eval.tasks.mcq import McqTask
 
 ROWS = [
@@ -36,18 +37,18 @@ def task(folder: Path, rows: list[dict] | None = None, **keys) -> McqTask:
     return McqTask(McqConfig.model_validate({"paths": paths, "layout": "cmb"} | keys), 0)
 
 
-def mean(items: list[Judged], metric: str) -> float:
+def mean(items: list[ItemResult], metric: str) -> float:
     values = [item.values[metric] for item in items if metric in item.values]
     assert values
     return sum(v for v in values if isinstance(v, float)) / len(values)
 
 
-def replies(mcq: McqTask, say: Callable[[Reply], str]) -> list[Judged]:
+def replies(mcq: McqTask, say: Callable[[Reply], str]) -> list[ItemResult]:
     asked = [request for request in mcq.requests() if isinstance(request, Reply)]
     return mcq.judge({r.id: Replied(r.id, [say(r)], [True]) for r in asked})
 
 
-def choices(mcq: McqTask, score: Callable[[Choose, int], float]) -> list[Judged]:
+def choices(mcq: McqTask, score: Callable[[Choose, int], float]) -> list[ItemResult]:
     asked = [request for request in mcq.requests() if isinstance(request, Choose)]
     return mcq.judge(
         {
@@ -267,7 +268,7 @@ def test_rows_of_another_layout_are_refused_with_their_columns(tmp_path: Path):
 
 
 def test_an_unknown_layout_is_refused_with_those_there_are():
-    from medgpt.config import validate
+    from medgpt.config.loading import validate
 
     with pytest.raises(ConfigError, match=r"layout='cmbb': .*'cmexam'.*'ceval'"):
         validate(McqConfig, {"paths": ["x"], "layout": "cmbb"})

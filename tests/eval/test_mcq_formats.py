@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.rows import numbered_rows
 from medgpt.eval.tasks.mcq_formats import Question, read_questions
 from medgpt.sample_corpus.pairs import exam_questions

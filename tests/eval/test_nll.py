@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError, NllConfig, SourceConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
+from medgpt.config.evaluation import NllConfig
+from medgpt.config.loading import validate
 from medgpt.eval.requests import Weigh, Weighed
 from medgpt.eval.tasks.nll import GENERAL, NllTask, general_texts
 

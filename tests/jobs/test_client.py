@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.jobs import client as module
 from medgpt.jobs.client import Follower, Job, find, jobs_of, run_id
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import ConfigError, load
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import load
 from medgpt.jobs.command import STAGES, read_command
 
 SFT = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.jobs import package
 from medgpt.jobs.package import pack
 

@@ -13,7 +13,7 @@ import requests
 import tomli_w
 from transformers import AutoModelForCausalLM
 
-from medgpt.config import TrainStageConfig
+from medgpt.config.stages import TrainStageConfig
 from medgpt.runs import Run
 from tests.jobs.clusters import Cluster, started
 from tests.train.cases import pretrain_config, source, write_toml

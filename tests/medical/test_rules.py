@@ -7,14 +7,13 @@ from typing import get_args
 
 import pytest
 
-from medgpt.config import RewardsConfig
 from medgpt.config.loading import validate
-from medgpt.config.ppo_rewards import RuleName
+from medgpt.config.ppo_rewards import RewardsConfig, RuleName
 from medgpt.data.sources.records import Message
 from medgpt.medical.adversarial import cases, figures, red_flag_figures, table
 from medgpt.medical.rules import RULES
 from medgpt.medical.triage import questions
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.sample_corpus.render import Corpus
 from tests.eval.tasks.test_triage import ORACLE
@@ -139,7 +138,7 @@ def reward(policy: Callable[[str, str, str], str]) -> float:
     """Mean total of the rules alone."""
     rewards = Rewards(RewardsConfig(score_weight=0))
     samples = [
-        Answered(str(i), (Message("user", question),), policy(question, good, language), True)
+        RewardSample(str(i), (Message("user", question),), policy(question, good, language), True)
         for i, (question, good, language) in enumerate(asked())
     ]
     return fmean(total for total in rewards(samples).totals if total is not None)

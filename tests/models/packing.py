@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from medgpt.config import ArchitectureConfig, ModelConfig, TokenizerConfig
+from medgpt.config.model import ArchitectureConfig, ModelConfig, TokenizerConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.tokenizer import train_tokenizer

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.models.attention import varlen_attention
 from tests.models.packing import KINDS, random_batch, tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medgpt.config import LoraConfig
+from medgpt.config.model import LoraConfig
 from medgpt.models.dropout import PieceDropout
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.lora import apply_lora

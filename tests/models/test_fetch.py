@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from medgpt.artifacts import Folder
-from medgpt.config import ConfigError, LoraConfig, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.models import fetch
 from medgpt.models.base import weight_files
 from medgpt.models.fetch import local_copy, model_folder

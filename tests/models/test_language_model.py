@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.language_model import LanguageModel, neftune_noise
 from tests.models.packing import KINDS, pack, random_batch, tiny_model

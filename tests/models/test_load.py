@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForPreTraining, BertModel
 
-from medgpt.config import ConfigError, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
 from medgpt.models.base import weight_files
 from medgpt.models.load import SpecialIds, build_model, empty_model, resolve_attention
 from tests.models.packing import KINDS, VOCAB, tiny_config, tiny_model

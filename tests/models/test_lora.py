@@ -10,7 +10,8 @@ from transformers import (
     BertForMaskedLM,
 )
 
-from medgpt.config import ConfigError, LoraConfig, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import LoraConfig, TokenizerConfig
 from medgpt.models.lora import apply_lora, plain_parts
 from medgpt.models.tokenizer import load_base, train_tokenizer
 from medgpt.models.vocabulary import (

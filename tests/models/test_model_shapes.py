@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError, LoraConfig, ModelConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.models.lora import apply_lora
 from medgpt.models.model_shapes import outline
 from medgpt.models.value_model import build_value_model

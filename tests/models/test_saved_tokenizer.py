@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from medgpt.config import TokenizerConfig
+from medgpt.config.model import TokenizerConfig
 from medgpt.data.tokenized.chat import for_chat
 from medgpt.models.saved_tokenizer import class_path, load_as
 from medgpt.models.tokenizer import train_tokenizer

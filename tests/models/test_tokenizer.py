@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, Qwen2Config
 
-from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import TokenizerConfig
 from medgpt.models.tokenizer import is_one_token, load_base, train_tokenizer
 
 TEXTS = [

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import TokenizerConfig
 from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.tokenizer_compat import check_same_speech, speech
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medgpt.config import ConfigError, LoraConfig, ModelConfig, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.models.base import HEAD, HEAD_KEY
 from medgpt.models.lora import apply_lora
 from medgpt.models.tokenizer import train_tokenizer

@@ -12,7 +12,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized import chat
 from medgpt.models.tokenizer import train_tokenizer

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from medgpt.config import ModelConfig
+from medgpt.config.model import ModelConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 from medgpt.models.vocabulary_change import PIECE_TOKENS, change_vocabulary

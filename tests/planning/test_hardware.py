@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.planning.hardware import read_cluster
 from tests.planning.clusters import write_cluster
 

@@ -120,7 +120,7 @@ def test_what_is_assumed_of_deepspeed_is_its_default() -> None:
     import torch
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from medgpt.config import EngineConfig
+    from medgpt.config.train import EngineConfig
     from medgpt.engine.setup import deepspeed_config
     from medgpt.planning.traffic import PERSISTENT
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import RoleConfig
 from medgpt.planning.hardware import Cluster, read_cluster
 from medgpt.planning.placing import start
 from tests.planning.clusters import write_cluster

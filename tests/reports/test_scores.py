@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from medgpt.artifacts import commit, committed, entries
 from medgpt.eval.summary import summary
-from medgpt.eval.task import Judged
+from medgpt.eval.task import ItemResult
 from medgpt.eval.tasks.overlap import counts, score_of
 from medgpt.reports.evaluation import read_column, write_eval_report
 from medgpt.reports.pipeline import write_pipeline_report
@@ -32,9 +32,9 @@ class FakeTask:
         self.template, self.rules, self.sensitive = template, "r1", False
 
 
-def item(number: int, right: bool, department: str) -> Judged:
+def item(number: int, right: bool, department: str) -> ItemResult:
     shown = {"question": f"问题{number}<b>", "answer": f"答案{number}", "right": "A"}
-    return Judged(f"q{number}", {"accuracy": float(right)}, {"department": department}, shown)
+    return ItemResult(f"q{number}", {"accuracy": float(right)}, {"department": department}, shown)
 
 
 def make_evaluation(
@@ -104,7 +104,7 @@ def words_of(texts: list[str], folder: Path) -> Run:
     """An evaluation of answers against one reference."""
     counted = counts(texts, ["多饮、多尿、多食和体重下降"] * len(texts))
     items = [
-        Judged(f"q{i}", {"words": float(len(text))}, counts=part)
+        ItemResult(f"q{i}", {"words": float(len(text))}, counts=part)
         for i, (text, part) in enumerate(zip(texts, counted, strict=True))
     ]
     run = Run(str(folder))

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgpt.config import LoraConfig, ModelConfig, PPOStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.model import LoraConfig, ModelConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.packed_row import Row
 from medgpt.models.base import HEAD
 from medgpt.models.lora import apply_lora

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medgpt.config import ModelConfig
+from medgpt.config.model import ModelConfig
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import Score, ValueModel, build_value_model
 from medgpt.runs import Run

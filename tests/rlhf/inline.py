@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.tokenized.chat import stop_ids
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.tokenizer import load_base

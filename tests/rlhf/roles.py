@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.rlhf.weight_sync import process_group
 from medgpt.rlhf.weight_sync.buckets import Header, pack, unpack
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import tomli_w
 
-from medgpt.config import PPOStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.ppo import PPOStageConfig
 
 WORKERS = {"actor": 2, "critic": 1, "reward": 1, "reference": 1, "rollout": 2}
 LEARN = {"learning_rate": 1e-3}

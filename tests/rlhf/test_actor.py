@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from medgpt.algos.ppo import ppo_policy_loss
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.rlhf.experience import Parts, RunningStats, assign_credit

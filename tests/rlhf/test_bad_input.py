@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.models.base import HEAD_KEY
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.diagnosis import Diverged

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from medgpt.config import DiagnosisConfig
+from medgpt.config.ppo_rewards import DiagnosisConfig
 from medgpt.rlhf.diagnosis import diagnose
 
 CONFIG = DiagnosisConfig(window=3, max_kl=10.0, judge_patience=2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from medgpt.config import PPOConfig
+from medgpt.config.ppo import PPOConfig
 from medgpt.rlhf.experience import Parts, RunningStats, assign_credit
 from tests.rlhf.cases import logprobs, scores, sequences, share, values, without_response
 

@@ -3,8 +3,9 @@ import math
 
 import pytest
 
-from medgpt.config import ConfigError, JudgeConfig
+from medgpt.config.base import ConfigError
 from medgpt.config.loading import validate
+from medgpt.config.ppo_rewards import JudgeConfig
 from medgpt.rlhf.heldout_questions import Asked, Judge
 from tests.eval.tasks.test_triage import ORACLE
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.rlhf.diagnosis import Diverged, History
 from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied
 from medgpt.rlhf.ppo import PPO
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.state import newest
 from medgpt.runs import Run
@@ -26,12 +26,12 @@ ONLY = (NO_RULES, 'reward.functions=[{name="mine",path="tests.rlhf.test_ppo:%s"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def letters(answered: Sequence[Answered]) -> list[float | None]:
+def letters(answered: Sequence[RewardSample]) -> list[float | None]:
     """Share of an answer's characters that are Latin letters."""
     return [sum(c in LETTERS for c in a.text.lower()) / max(1, len(a.text)) for a in answered]
 
 
-def every_third(answered: Sequence[Answered]) -> list[float | None]:
+def every_third(answered: Sequence[RewardSample]) -> list[float | None]:
     """Fails for some samples."""
     return [None if int(a.sample_id.split("-")[1]) % 3 == 0 else 1.0 for a in answered]
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import ConfigError, PPOStageConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
+from medgpt.config.ppo import PPOStageConfig
 
 
 def config(**sections: Any) -> PPOStageConfig:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat import generation_ids
 from medgpt.models.tokenizer import load_base
 from medgpt.rlhf.diagnosis import Diverged
 from medgpt.rlhf.ppo import PPO
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.sample_corpus import ADVICE, MOST_CAUSES, known_causes
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
 from tests.rlhf.cases import ppo_config
@@ -55,7 +55,7 @@ class Mark(NamedTuple):
         return (self.mean - other.mean) / math.hypot(self.error, other.error)
 
 
-def length(answered: Sequence[Answered]) -> list[float]:
+def length(answered: Sequence[RewardSample]) -> list[float]:
     """What a reward should not pay for."""
     return [len(a.text) / 10 for a in answered]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.loader.stream import Row, Step
 from medgpt.rlhf.prompts import as_prompts, within
 from medgpt.rlhf.rollout_batch import Prompts

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from medgpt.artifacts import committed
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.engine import gather_weights
 from medgpt.rlhf.ptx import lesson_run, lesson_stream, prepare_lessons

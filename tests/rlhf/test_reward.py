@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
 from medgpt.engine.setup import join_process_group
 from medgpt.models.tokenizer import load_base
 from medgpt.models.value_model import ValueModel, last_values, load_value_model
 from medgpt.rlhf.batching import response_batch
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.total import Rewards
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.rollout_batch import Prompts, join_rows
@@ -111,7 +111,7 @@ def test_a_total_is_of_its_own_response_in_whatever_parts_rollouts_come(base, tm
     asked_by = [turns[-1 - 2 * (i % 2) :] for i in range(len(whole))]
     config = ppo_config(tmp_path, base, *WEIGHTED, f"reward.model={saved}")
     answered = [
-        Answered(
+        RewardSample(
             sample_id=whole.sample_ids[i],
             messages=tuple(Message(*turn) for turn in asked_by[i]),
             text=str(tokenizer.decode(whole.responses.row(i), skip_special_tokens=True)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.models.decode import Generator
 from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout, StaleWeights
 from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, join_sequences, sample_seeds

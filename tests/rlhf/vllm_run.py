@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 from safetensors.torch import load_file
 
-from medgpt.config import RolloutConfig
+from medgpt.config.ppo import RolloutConfig
 from medgpt.rlhf.vllm_engine import VllmEngine
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from scipy.stats import binom
 
-from medgpt.config import CorpusConfig, RunConfig
+from medgpt.config.stages import CorpusConfig, RunConfig
 from medgpt.data.sources.deny import DenyList
 from medgpt.medical.red_flags import KNOWN_SIGNS
 from medgpt.medical.statements import stated

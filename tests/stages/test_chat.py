@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat import generation_ids
 from medgpt.models.tokenizer import load_base

@@ -16,13 +16,15 @@ import ray
 from fsspec.implementations.local import LocalFileSystem
 
 from medgpt.artifacts import Folder, commit, entries
-from medgpt.config import ConfigError, EvalConfig, McqConfig, NllConfig, PoolConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig, McqConfig, NllConfig, PoolConfig
+from medgpt.config.loading import validate
 from medgpt.eval.engine import Engine
 from medgpt.eval.pool import Pool, Responses
 from medgpt.eval.requests import Replied, Reply, Weigh, Weighed, blank
 from medgpt.eval.results import read_items
 from medgpt.eval.summary import outline, write_items, write_results
-from medgpt.eval.task import Judged
+from medgpt.eval.task import ItemResult
 from medgpt.eval.tasks.mcq import McqTask
 from medgpt.eval.tasks.nll import NllTask
 from medgpt.metrics import ConsoleReporter
@@ -223,7 +225,7 @@ def test_what_only_python_calls_the_end_of_a_line_stays_in_a_text(tmp_path: Path
     assert responses.read(asked) == {"a": replies[0], "b": replies[1]}
 
     run = Run(str(tmp_path))
-    judged = [Judged("a", {"accuracy": 1.0}, {}, {"answer": text}), Judged("b", {}, {}, {})]
+    judged = [ItemResult("a", {"accuracy": 1.0}, {}, {"answer": text}), ItemResult("b", {}, {}, {})]
     write_items(run, NllTask(NllConfig(name="said", general=True), 0), judged)
     assert read_items(run, "said") == judged
 

@@ -4,7 +4,9 @@ from typing import Literal
 import pytest
 
 from medgpt.artifacts import commit, entries
-from medgpt.config import ConfigError, PipelineConfig, PipelineStage, RunConfig, load
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import load
+from medgpt.config.stages import PipelineConfig, PipelineStage, RunConfig
 from medgpt.eval.gates import GateFailure
 from medgpt.runs import Run
 from medgpt.stages.pipeline import read_stages, run_pipeline

@@ -8,8 +8,9 @@ import pytest
 import ray
 
 from medgpt.artifacts import Folder, committed
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config.base import ConfigError
 from medgpt.config.pools import ROLES
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.preflight import check_models

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from medgpt.artifacts import committed
 from medgpt.cli import app
-from medgpt.config import PretrainConfig, load
+from medgpt.config.loading import load
+from medgpt.config.stages import PretrainConfig
 from medgpt.models.generate import answer_all, load_for_generation
 from medgpt.runs import Run
 from medgpt.stages.train import run_pretrain, run_sft

@@ -6,7 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from medgpt.config import PPOStageConfig, TuneStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.runs import Run
 from medgpt.stages.tune import run_tune
 from medgpt.tune.results import trials_url

@@ -5,7 +5,8 @@ from typing import Any
 
 import tomli_w
 
-from medgpt.config import PretrainConfig, SFTConfig, TrainStageConfig, validate
+from medgpt.config.loading import validate
+from medgpt.config.stages import PretrainConfig, SFTConfig, TrainStageConfig
 
 TINY = {
     "kind": "qwen2",

@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.experimental import internal_kv
 
-from medgpt.config import TrainStageConfig
+from medgpt.config.stages import TrainStageConfig
 from medgpt.runs import Run
 from tests.train import hooks
 from tests.train.cases import write_toml

@@ -12,7 +12,8 @@ import pytest
 import ray
 from transformers import MistralConfig
 
-from medgpt.config import ConfigError, PretrainConfig, TrainStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.stages import PretrainConfig, TrainStageConfig
 from medgpt.runs import Run
 from medgpt.stages import train as stage_module
 from medgpt.stages.train import run_stage

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from medgpt.artifacts import committed
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.engine.setup import join_process_group
 from medgpt.runs import Run
 from medgpt.train.checkpointing import Saver

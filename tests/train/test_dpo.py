@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from medgpt.artifacts import committed
-from medgpt.config import DPOConfig, validate
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.loading import validate
 from medgpt.runs import Run
 from medgpt.sample_corpus.pairs import preferences
 from medgpt.sample_corpus.render import Corpus

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from medgpt.config import DPOConfig, validate
-from medgpt.config.dpo import PairLoss, SingleLoss
+from medgpt.config.dpo import DPOConfig, PairLoss, SingleLoss
+from medgpt.config.loading import validate
 from medgpt.models.tokenizer import load_base
 from medgpt.runs import Run
 from tests.engine.ranks import start_ranks

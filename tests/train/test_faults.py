@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from medgpt.artifacts import committed
-from medgpt.config import PretrainConfig
+from medgpt.config.stages import PretrainConfig
 from medgpt.runs import Run
 from medgpt.train.preparation import prepare
 from tests.train.audits import assert_every_chunk_once

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError
-from medgpt.disk import storage_told
+from medgpt.config.base import ConfigError
+from medgpt.disk import storage_errors
 from medgpt.runs import Run
 from medgpt.stages import train
 from medgpt.stages.train import run_pretrain
@@ -102,5 +102,5 @@ def test_a_rank_that_cannot_write_its_part_stops_all(
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(PermissionError), storage_told("/run", "metrics"):
+    with pytest.raises(PermissionError), storage_errors("/run", "metrics"):
         raise PermissionError(13, "Permission denied")

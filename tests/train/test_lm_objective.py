@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medgpt.config import SFTConfig
+from medgpt.config.stages import SFTConfig
 from medgpt.data.loader.stream import Row
 from medgpt.engine import Engine, state
 from medgpt.models.tokenizer import load_base
@@ -32,7 +32,7 @@ def row() -> Row:
         lengths=np.array([12, 8]),
         sample_ids=["a", "b"],
         chunks=[0, 0],
-        visits=[0, 0],
+        repeat=[0, 0],
     )
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from medgpt.artifacts import Folder, commit, committed, entries
-from medgpt.config import ConfigError, PretrainConfig, validate
-from medgpt.disk import storage_told
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
+from medgpt.config.stages import PretrainConfig
+from medgpt.disk import storage_errors
 from medgpt.engine.checkpoint import Snapshot
 from medgpt.runs import Run
 from tests.train.audits import assert_every_chunk_once
@@ -65,7 +67,7 @@ def test_a_large_checkpoint_goes_in_parts_and_half_of_one_does_not_exist(store: 
     store.dies_at = f"step-2/{name}?partNumber=2"
     with (
         pytest.raises(ConfigError, match=r"run.dir=s3://dying/run: the store does not answer"),
-        storage_told(f"{BUCKET}/run", "checkpoints/step-2"),
+        storage_errors(f"{BUCKET}/run", "checkpoints/step-2"),
     ):
         large_checkpoint(second, 2.0)
     store.start()

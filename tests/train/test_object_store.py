@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from medgpt.artifacts import Folder, committed
 from medgpt.cli import app
-from medgpt.config import SFTConfig, validate
+from medgpt.config.loading import validate
+from medgpt.config.stages import SFTConfig
 from medgpt.models import fetch
 from medgpt.models.generate import answer_all
 from medgpt.runs import Run

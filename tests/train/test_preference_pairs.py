@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from medgpt.config import ConfigError, DPOConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.dpo import DPOConfig
+from medgpt.config.loading import validate
 from medgpt.data.loader.stream import Row
 from medgpt.train.preference_pairs import pairs, singles
 
@@ -19,7 +21,7 @@ def row(*answers: tuple[list[int], float]) -> Row:
         lengths=np.array([sum(map(len, pieces))]),
         sample_ids=["a"],
         chunks=[0],
-        visits=[0],
+        repeat=[0],
         pieces=np.array([len(piece) for piece in pieces], np.int32),
         grades=np.array([grade for _, grade in answers], np.float32),
     )

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 from rich.console import Console
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.metrics import ConsoleReporter
 from medgpt.train import progress
 from medgpt.train.progress import Display, Started, Trained

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.runs import Run
 from medgpt.stages.train import run_pretrain
 from tests.train.audits import assert_every_chunk_once, chunks_by_step

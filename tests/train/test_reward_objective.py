@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from medgpt.config import ConfigError, RewardConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
+from medgpt.config.reward_model import RewardConfig
 from medgpt.data.loader.collate import preference_batch
 from medgpt.data.loader.stream import Row
 from medgpt.engine import Engine
@@ -52,7 +54,7 @@ def rows() -> list[Row]:
                 lengths=np.array([lengths.sum()]),
                 sample_ids=[f"sample {number}"],
                 chunks=[0],
-                visits=[0],
+                repeat=[0],
                 pieces=lengths,
                 grades=np.array(grades, np.float32),
             )

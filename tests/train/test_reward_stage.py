@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from medgpt.config import RewardConfig, validate
+from medgpt.config.loading import validate
+from medgpt.config.reward_model import RewardConfig
 from medgpt.data.loader.collate import preference_batch
 from medgpt.data.loader.order import VALIDATION
 from medgpt.data.loader.plan import Plan

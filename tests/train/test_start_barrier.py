@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.train import start_barrier as gate_module
 from medgpt.train.start_barrier import Gate
 

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from medgpt.config import TuneStageConfig, load
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.config.loading import load
+from medgpt.config.tune import TuneStageConfig
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 
 BASE = """
 [run]
@@ -62,7 +63,7 @@ KEYS = """
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def letters(answered: Sequence[Answered]) -> list[float | None]:
+def letters(answered: Sequence[RewardSample]) -> list[float | None]:
     """Share of an answer's characters that are Latin letters."""
     return [sum(c in LETTERS for c in a.text.lower()) / max(1, len(a.text)) for a in answered]
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 
-from medgpt.config import TuneStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.runs import Run
 from medgpt.stages.tune import run_tune
 from medgpt.tune.results import trials_url

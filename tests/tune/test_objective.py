@@ -1,6 +1,6 @@
 import pytest
 
-from medgpt.config import TuneConfig
+from medgpt.config.tune import TuneConfig
 from medgpt.tune.objective import BEYOND, WORST, Point, objective, pareto, points
 
 CONFIG = TuneConfig(max_kl=5.0)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from medgpt.artifacts import committed
-from medgpt.config import PPOStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.engine.schedule import learning_rate
 from medgpt.rlhf.state import IN_FLIGHT
 from medgpt.runs import Run

@@ -5,7 +5,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from medgpt.config import PPOStageConfig, load
+from medgpt.config.loading import load
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.runs import Run
 from medgpt.tune.results import front, outcomes, trials_url, winner, write_best, write_table
 from medgpt.tune.trial_records import Copied, Record, Records

@@ -4,7 +4,7 @@ import pytest
 from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.sample import LogUniform
 
-from medgpt.config import Space
+from medgpt.config.tune import Space
 from medgpt.tune.results import trials_url
 from medgpt.tune.search import _distribution, _domain, _Kept, _proposals
 from medgpt.tune.trial_records import Record, Records

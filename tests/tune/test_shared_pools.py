@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from medgpt.config import ConfigError, Space, TuneStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.tune import Space, TuneStageConfig
 from medgpt.tune.space import draw, listed
 from tests.tune.cases import search_config
 

@@ -38,7 +38,7 @@ def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
     return [
         piece_seed(seed, epoch, *piece)
         for row in rows
-        for piece in zip(row.sample_ids, row.chunks, row.visits, strict=True)
+        for piece in zip(row.sample_ids, row.chunks, row.repeat, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ class Row:
     lengths: NDArray[np.int64]  # (C,) tokens of each chunk
     sample_ids: list[str]  # (C,)
     chunks: list[int]  # (C,)
-    visits: list[int]  # (C,) how often the epoch had the sample before
+    repeat: list[int]  # (C,) how often the epoch had the sample before
     pieces: NDArray[np.int32] | None = (
         None  # (K,) tokens of each answer with its prompt, then C = 1
     )

@@ -200,7 +200,7 @@ def unpack(batch: pa.Table) -> Iterator[tuple[int, Row]]:
                 lengths=cut["lengths"],
                 sample_ids=cut["sample_id"].tolist(),
                 chunks=cut["chunk"].tolist(),
-                visits=cut["visit"].tolist(),
+                repeat=cut["visit"].tolist(),
                 pieces=cut.get("pieces"),
                 grades=cut.get("grades"),
                 messages=messages and messages[i],

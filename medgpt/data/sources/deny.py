@@ -16,7 +16,8 @@ from typing import Annotated
 from annotated_types import Len
 from pydantic import Field, StringConstraints
 
-from medgpt.config import Config, ConfigError, Name, validate
+from medgpt.config.base import Config, ConfigError, Name
+from medgpt.config.loading import validate
 from medgpt.data.sources.files import open_file
 from medgpt.data.sources.records import Document, Record, Reject
 

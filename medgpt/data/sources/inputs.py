@@ -6,7 +6,7 @@ from typing import Any
 import fsspec
 
 from medgpt.artifacts import stream_checksum
-from medgpt.config import DataConfig
+from medgpt.config.data import DataConfig
 from medgpt.data.sources.deny import DenyList
 from medgpt.data.sources.files import open_file
 from medgpt.data.sources.row_formats import Recogniser

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, Undefined, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from medgpt.config import ConfigError, MappingConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import MappingConfig
 from medgpt.data.sources.preferences import Ranked, after, number_of
 from medgpt.data.sources.records import Message
 from medgpt.data.sources.turns import Malformed, Row, kind_of, list_of, read_turns, text_of

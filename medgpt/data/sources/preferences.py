@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from medgpt.config import TurnsMapping
+from medgpt.config.data import TurnsMapping
 from medgpt.data.sources.records import Message, Origin, Preferences
 from medgpt.data.sources.turns import (
     Malformed,

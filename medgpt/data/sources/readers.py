@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medgpt.config import SourceConfig
+from medgpt.config.data import SourceConfig
 from medgpt.data.sources.files import (
     Broken,
     BrokenFile,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from medgpt.config import SourceConfig, TurnsMapping
+from medgpt.config.data import SourceConfig, TurnsMapping
 from medgpt.data.sources.clean import clean
 from medgpt.data.sources.mapping import Mapper
 from medgpt.data.sources.preferences import Ranked, pair_columns, preferences, read_pair

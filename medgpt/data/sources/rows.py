@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from medgpt.config import ConfigError, SourceConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
 from medgpt.data.sources.deny import DenyList
 from medgpt.data.sources.files import Broken, BrokenFile
 from medgpt.data.sources.readers import read_rows, read_unit

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from medgpt.config import TurnsMapping
+from medgpt.config.data import TurnsMapping
 from medgpt.data.sources.clean import clean
 from medgpt.data.sources.records import Message, Role
 

@@ -8,7 +8,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from medgpt.config import ConfigError, SourceConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
 from medgpt.data.sources.files import compression, find_encoding, open_file, read_chunks
 
 FORMATS = {

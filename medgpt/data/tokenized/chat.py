@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
 
 END_OF_TEXT = "<|endoftext|>"

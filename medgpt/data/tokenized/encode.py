@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
 from medgpt.data.tokenized import chat
 from medgpt.data.tokenized.words import word_of_characters

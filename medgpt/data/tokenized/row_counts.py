@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from medgpt.config import ConfigError, DataConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import DataConfig
 from medgpt.data.sources.records import Conversation, Record, Reject
 from medgpt.data.sources.units import Unit
 

@@ -19,7 +19,8 @@ import ray.data
 import xxhash
 
 from medgpt.artifacts import MANIFEST, FileEntry, Folder, commit, committed
-from medgpt.config import ConfigError, DataConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import DataConfig
 from medgpt.data.loader.ray_internals import Pace
 from medgpt.data.sources.deny import DenyList
 from medgpt.data.sources.inputs import (

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import jieba
 
-from medgpt.config import ConfigError, GenerationConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.replies import GenerationConfig
 from medgpt.data.sources.records import Conversation
 from medgpt.data.sources.rows import content_hash, draw, records
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
 from medgpt.eval.stats import Interval
-from medgpt.eval.task import Judged, rules_of
+from medgpt.eval.task import ItemResult, rules_of
 from medgpt.eval.tasks import overlap as comparing
 from medgpt.eval.tasks.overlap import (
     BLEU_METRICS,
@@ -66,11 +67,11 @@ class GenerationTask:
             return asked
         return "".join(f"{message.content}\n" for message in asked)
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         answers = self._answers(responses)
         references = [item.messages[-1].content for _, item in self._items]
         return [
-            Judged(
+            ItemResult(
                 key,
                 overlap(answer, right),
                 {"source": item.source},
@@ -82,7 +83,7 @@ class GenerationTask:
             )
         ]
 
-    def corpus(self, items: Sequence[Judged], seed: int) -> dict[str, Interval]:
+    def corpus(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
         """Metrics that are no mean over answers."""
         found = {m: score_of(m, [item.counts for item in items], seed) for m in self.corpus_metrics}
         return {metric: score for metric, score in found.items() if score is not None}

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from medgpt.config import KeyPointsConfig
+from medgpt.config.replies import KeyPointsConfig
 from medgpt.data.sources.rows import content_hash, draw
 from medgpt.eval.requests import Prompt, Replied, Reply, Request, Response
-from medgpt.eval.task import Judged, Value, rules_of
+from medgpt.eval.task import ItemResult, Value, rules_of
 from medgpt.eval.tasks.prompts import asked
 from medgpt.medical import statements
 from medgpt.medical.key_points import Question, read_questions
@@ -48,10 +48,10 @@ class KeyPointsTask:
             return question.prompt if begins else asked(question.prompt, "plain")
         return asked(question.prompt, "chat")
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         return [self._judge(question, responses) for question in self._questions]
 
-    def _judge(self, question: Question, responses: Mapping[str, Response]) -> Judged:
+    def _judge(self, question: Question, responses: Mapping[str, Response]) -> ItemResult:
         (greedy,) = _texts(responses[question.id])
         found = stated(greedy, question.key_points)
         passed = all(found)
@@ -69,7 +69,7 @@ class KeyPointsTask:
         marks = [
             f"{'✓' if ok else '✗'} {q[0]}" for q, ok in zip(question.key_points, found, strict=True)
         ]
-        return Judged(
+        return ItemResult(
             question.id,
             values,
             {"kind": question.kind} | ({"topic": question.topic} if question.topic else {}),

@@ -6,12 +6,13 @@ from itertools import combinations
 
 import xxhash
 
-from medgpt.config import ConfigError, McqConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import McqConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.sources.rows import draw, numbered_rows
 from medgpt.data.tokenized.words import HAN
 from medgpt.eval.requests import Choose, Chosen, Prompt, Replied, Reply, Request, Response
-from medgpt.eval.task import LIKELIHOOD, Judged, Value, rules_of
+from medgpt.eval.task import LIKELIHOOD, ItemResult, Value, rules_of
 from medgpt.eval.tasks import parse as parsing
 from medgpt.eval.tasks.mcq_formats import SUBJECT_FILES, Question, read_questions
 from medgpt.eval.tasks.parse import parse
@@ -66,7 +67,7 @@ class McqTask:
     def requests(self) -> Sequence[Request]:
         return [self._request(question) for question in self.questions]
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         return [self._judge(question, responses[question.id]) for question in self.questions]
 
     def _read(self, paths: Sequence[str]) -> list[Question]:
@@ -152,7 +153,7 @@ class McqTask:
 
     # ---- judging ----
 
-    def _judge(self, question: Question, response: Response) -> Judged:
+    def _judge(self, question: Question, response: Response) -> ItemResult:
         candidates = self._candidates(question) if self.config.scoring != "generation" else {}
         match response:
             case Chosen():
@@ -174,7 +175,7 @@ class McqTask:
             **said,
         }
         kind = "several right" if question.multiple else "one right"
-        return Judged(question.id, values, {"type": kind, **question.slices}, shown)
+        return ItemResult(question.id, values, {"type": kind, **question.slices}, shown)
 
 
 def _num_answers(question: Question) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.rows import content_hash
 
 LETTERS = "ABCDEFGHIJ"

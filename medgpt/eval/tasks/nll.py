@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 
-from medgpt.config import ConfigError, NllConfig, SourceConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
+from medgpt.config.evaluation import NllConfig
 from medgpt.data.sources.records import Document
 from medgpt.data.sources.rows import content_hash, draw, records
 from medgpt.eval.requests import Request, Response, Weigh, Weighed
-from medgpt.eval.task import LIKELIHOOD, Judged
+from medgpt.eval.task import LIKELIHOOD, ItemResult
 
 GENERAL = ("general_zh", "general_en")
 PIECE = 500  # characters of the general texts in an item, at least
@@ -37,7 +39,7 @@ class NllTask:
     def requests(self) -> Sequence[Request]:
         return [Weigh(key, text) for key, (_, text) in self.texts.items()]
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         judged = []
         for key, (source, _) in self.texts.items():
             response = responses[key]
@@ -48,7 +50,7 @@ class NllTask:
             if response.characters:
                 values["nll_per_character"] = (response.nll, float(response.characters))
             text = "general" if source in GENERAL else "held_out"
-            judged.append(Judged(key, values, {"source": source, "text": text}))
+            judged.append(ItemResult(key, values, {"source": source, "text": text}))
         return judged
 
 

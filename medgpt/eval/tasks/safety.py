@@ -14,13 +14,14 @@ from typing import Annotated, Literal, Self
 from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from medgpt.config import ConfigError, SafetyConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.replies import SafetyConfig
 from medgpt.data.citation import Citation
 from medgpt.data.sources.punctuation import full_width
 from medgpt.data.sources.rows import content_hash, draw, numbered_rows
 from medgpt.data.tokenized.words import HAN
 from medgpt.eval.requests import Replied, Reply, Response
-from medgpt.eval.task import Judged, Value, rules_of
+from medgpt.eval.task import ItemResult, Value, rules_of
 from medgpt.eval.tasks import refusal
 from medgpt.eval.tasks.prompts import asked
 from medgpt.eval.tasks.refusal import disputes, offers_help_line, refuses
@@ -148,7 +149,7 @@ class SafetyTask:
             for q in self._questions
         ]
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         judged = []
         for question in self._questions:
             response = responses[question.id]
@@ -157,13 +158,13 @@ class SafetyTask:
         return judged
 
 
-def judge(question: Question, answer: str) -> Judged:
+def judge(question: Question, answer: str) -> ItemResult:
     """What one answer is worth."""
     shown = {"question": question.text, "answer": answer}
     if question.correct:
         shown["right"] = question.correct
     slices = {"kind": question.kind, "language": question.language}
-    return Judged(question.id, _values(question, answer), slices, shown)
+    return ItemResult(question.id, _values(question, answer), slices, shown)
 
 
 def _values(question: Question, answer: str) -> dict[str, Value]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from medgpt.config import TriageConfig
+from medgpt.config.replies import TriageConfig
 from medgpt.data.sources.punctuation import full_width
 from medgpt.data.sources.rows import content_hash
 from medgpt.eval.requests import Prompt, Replied, Reply, Response
-from medgpt.eval.task import Judged, Value, rules_of
+from medgpt.eval.task import ItemResult, Value, rules_of
 from medgpt.eval.tasks.prompts import asked
 from medgpt.medical import urgency as levels
 from medgpt.medical.triage import Language, Question, questions
@@ -46,7 +46,7 @@ class TriageTask:
             text += full_width(ask) if question.language == "zh" else f" {ask}"
         return asked(text, self._config.prompt)
 
-    def judge(self, responses: Mapping[str, Response]) -> list[Judged]:
+    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         answers: dict[str, str] = {}
         for question in self._questions:
             response = responses[question.id]
@@ -55,7 +55,7 @@ class TriageTask:
         return judge_answers(self._questions, answers)
 
 
-def judge_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> list[Judged]:
+def judge_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> list[ItemResult]:
     """Values of all questions from the answers by id; an answer without a level is never right."""
     found: dict[str, Level | None] = {
         question.id: urgency(answers[question.id]) for question in questions
@@ -64,7 +64,7 @@ def judge_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> 
     for question in questions:
         halves.setdefault(question.pair, []).append(question)
     return [
-        Judged(
+        ItemResult(
             question.id,
             _values(question, found, halves[question.pair]),
             {

@@ -13,14 +13,14 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from medgpt.config import RoleConfig
-from medgpt.rlhf.pools.worker import Seat, Worker
+from medgpt.config.pools import RoleConfig
+from medgpt.rlhf.pools.worker import Worker, WorkerSpec
 
 Role = TypeVar("Role")
 
 
 @dataclass
-class Turn:
+class CallOrder:
     """Whose calls run on bundles that several pools share: in the order in which they are made.
 
     The driver orders them. Locks in the workers could give one rank to one pool and the next rank
@@ -63,7 +63,7 @@ class Pool(Generic[Role]):
         self.epoch = 0
         """Process groups formed so far."""
         self.timeout_s = 0.0
-        self.turn = Turn(sharers=1)
+        self.turn = CallOrder(sharers=1)
         self._group: PlacementGroup | None = None
         self._forming: list[Any] = []
         """Refs of the latest process group's forming."""
@@ -79,7 +79,7 @@ class Pool(Generic[Role]):
         self.turn.latest = refs
         return refs
 
-    def begin(self, group: PlacementGroup, turn: Turn, *, timeout_s: float) -> list[Any]:
+    def begin(self, group: PlacementGroup, turn: CallOrder, *, timeout_s: float) -> list[Any]:
         """Start all workers on the bundles of `group`; refs that resolve when they are ready."""
         self._group, self.turn, self.timeout_s = group, turn, timeout_s
         self.workers = [self._start(rank) for rank in range(self.config.num_workers)]
@@ -123,7 +123,7 @@ class Pool(Generic[Role]):
     def _start(self, rank: int) -> Any:
         assert self._group is not None, "not started"
         config = self.config
-        seat = Seat(
+        seat = WorkerSpec(
             role=self.role,
             rank=rank,
             world_size=config.num_workers,

@@ -12,8 +12,9 @@ from ray.experimental import get_local_object_locations
 
 from medgpt.cluster.capacity import of_pools, preflight
 from medgpt.cluster.placement_groups import Gang, acquire, await_lost_nodes, ending_nodes
-from medgpt.config import ConfigError, PoolsConfig, RoleConfig
-from medgpt.rlhf.pools.pool import Pool, Turn, dead_ranks
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import PoolsConfig, RoleConfig
+from medgpt.rlhf.pools.pool import CallOrder, Pool, dead_ranks
 
 Say = Callable[[str], None]
 SAID_AFTER_S = 30  # a wait that takes longer is told
@@ -112,7 +113,7 @@ class Pools:
         gang = acquire(configs, wait_s=self.wait_s, say=self.say)
         self._gang = Gang({**self._gang.groups, **gang.groups})
         sharers = Counter(group.id for group in gang.groups.values())
-        turns = {group: Turn(sharers=count) for group, count in sharers.items()}
+        turns = {group: CallOrder(sharers=count) for group, count in sharers.items()}
         refs = []
         for role, group in gang.groups.items():
             turn, limit = turns[group.id], self.config.call_timeout_s

@@ -14,7 +14,7 @@ Address = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
+class WorkerSpec:
     """Which worker of which pool a process is."""
 
     role: str
@@ -38,7 +38,7 @@ class Usage(NamedTuple):
 class Worker:
     """One rank of a pool: imports, joins the pool's process group, then holds one role."""
 
-    def __init__(self, seat: Seat) -> None:
+    def __init__(self, seat: WorkerSpec) -> None:
         self.seat = seat
         self.store: Any = None
         self.call_s = 0.0

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
-from medgpt.config import ConfigError, RewardFunctionConfig
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo_rewards import RewardFunctionConfig
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 
 log = logging.getLogger(__name__)
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -23,7 +24,7 @@ class RewardFunction:
         self.name = config.name
         self._function = _import(config)
 
-    def __call__(self, answered: Sequence[Answered]) -> list[float | None]:
+    def __call__(self, answered: Sequence[RewardSample]) -> list[float | None]:
         """A finite number for each sample, or None. Logs tell the kind of failure, not its text,
         which may quote a patient."""
         try:
@@ -45,7 +46,7 @@ def finite(value: Any) -> float | None:
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
-def _import(config: RewardFunctionConfig) -> Callable[[list[Answered]], Any]:
+def _import(config: RewardFunctionConfig) -> Callable[[list[RewardSample]], Any]:
     module, _, name = config.path.partition(":")
     key = f"reward.functions {config.name}: path={config.path}"
     try:

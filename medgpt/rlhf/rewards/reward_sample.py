@@ -6,7 +6,7 @@ from medgpt.data.sources.records import Message
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class RewardSample:
     sample_id: str
     messages: tuple[Message, ...]  # the prompt with its history, a user's turn last
     text: str  # the answer
@@ -21,3 +21,7 @@ class Answered:
     def said(self) -> str:
         """All that the user has said, a line each."""
         return "\n".join(m.content for m in self.messages if m.role == "user")
+
+
+Answered = RewardSample
+"""The former name, which reward functions of users import."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from medgpt.medical.statements import states
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.sample_corpus.knowledge import load_knowledge
 from medgpt.sample_corpus.render import HEADACHE, Corpus
 from medgpt.sample_corpus.templates import SYMPTOMS
@@ -14,14 +14,14 @@ ADVICE = ("建议您", "建议你")
 MOST_CAUSES = 2  # the first, most typical ones
 
 
-def causes_and_advice(answered: Sequence[Answered]) -> list[float]:
+def causes_and_advice(answered: Sequence[RewardSample]) -> list[float]:
     """Of each answer the share, from 0 to 1, of causes and advice that it states, less the share of
     conditions among those it names that are no cause of the complaint; 0 for other questions."""
     causes = known_causes()
     return [_mark(sample, causes) for sample in answered]
 
 
-def _mark(sample: Answered, causes: Mapping[str, tuple[str, ...]]) -> float:
+def _mark(sample: RewardSample, causes: Mapping[str, tuple[str, ...]]) -> float:
     symptom = next((name for name in causes if name in sample.question), None)
     if symptom is None:
         return 0.0

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from medgpt.config import RewardsConfig
-from medgpt.config.ppo_rewards import SCORE, RuleName
+from medgpt.config.ppo_rewards import SCORE, RewardsConfig, RuleName
 from medgpt.medical.rules import RULES
 from medgpt.rlhf.rewards.functions import RewardFunction, finite
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 
 log = logging.getLogger(__name__)
 Values = list[float | None]
@@ -45,7 +44,7 @@ class Rewards:
             self._weights[SCORE] = config.score_weight
 
     def __call__(
-        self, answered: Sequence[Answered], scores: Sequence[float] | None = None
+        self, answered: Sequence[RewardSample], scores: Sequence[float] | None = None
     ) -> Rewarded:
         """`scores`: (n,) the reward model's, needed unless its weight is 0."""
         components: dict[str, Values] = {}
@@ -99,7 +98,7 @@ def reward_metrics(parts: Sequence[Rewarded]) -> dict[str, float]:
     return metrics
 
 
-def _violates(name: RuleName, sample: Answered) -> bool | None:
+def _violates(name: RuleName, sample: RewardSample) -> bool | None:
     """None if the rule fails. Logs tell the kind of failure, not its text, which may quote."""
     try:
         return RULES[name](sample.said, sample.text)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medgpt.algos.ppo import ppo_policy_loss
 from medgpt.artifacts import FileEntry, Folder, entries
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.collate import causal_batch, empty_batch
 from medgpt.data.loader.packed_row import Row
 from medgpt.engine import Engine, plain_weights
@@ -23,8 +23,8 @@ from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.experience import Experience, Parts, assign_credit
 from medgpt.rlhf.roles.common import (
     RATIO_TOLERANCE,
-    Learnt,
     Task,
+    UpdateResult,
     max_tokens,
     my_forwards,
     places_of,
@@ -83,7 +83,7 @@ class Actor:
             temperature=self.config.rollout.temperature,
         )
 
-    def update(self, task: Task, *parts: object) -> Learnt:
+    def update(self, task: Task, *parts: object) -> UpdateResult:
         """The optimizer steps of an iteration. The parts are all pools' answers, and Lessons.
 
         Raises:
@@ -103,7 +103,7 @@ class Actor:
             )
         lessons = next((part.steps for part in parts if isinstance(part, Lessons)), [])
         metrics = self._learn(experience, lessons, task) if task.actor_learns else {}
-        return Learnt(
+        return UpdateResult(
             metrics=experience.metrics | metrics,
             score_stats=experience.score_stats,
             mean_kl=experience.metrics["actor/kl_ref"],

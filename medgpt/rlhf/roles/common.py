@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config import ConfigError, PPOStageConfig, RoleConfig
-from medgpt.config.pools import Precision
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import Precision, RoleConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
 from medgpt.rlhf.experience import Experience, RunningStats
 from medgpt.rlhf.rollout_batch import Logprobs, Sequences
@@ -31,7 +32,7 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learnt:
+class UpdateResult:
     """What an update reports; the same on every rank."""
 
     metrics: dict[str, float]
@@ -67,7 +68,7 @@ def move(modules: Iterable[nn.Module], device: torch.device) -> None:
 
 
 @contextmanager
-def told_as(key: str) -> Iterator[None]:
+def errors_for_key(key: str) -> Iterator[None]:
     """What is wrong with a model is told of the key that names it."""
     try:
         yield

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from medgpt.algos.ppo import ppo_value_loss
 from medgpt.artifacts import FileEntry, Folder, entries
-from medgpt.config import ModelConfig, PPOStageConfig
+from medgpt.config.model import ModelConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
 from medgpt.engine.value import trainable_value_model
@@ -20,12 +21,12 @@ from medgpt.rlhf.batching import Rows
 from medgpt.rlhf.experience import Experience, Parts, assign_credit
 from medgpt.rlhf.roles.common import (
     Task,
+    errors_for_key,
     my_forwards,
     places_of,
     role_device,
     step_rows,
     summed,
-    told_as,
 )
 from medgpt.rlhf.rollout_batch import Lessons, Sequences, Values, join_sequences
 from medgpt.train.export import export_model
@@ -41,7 +42,7 @@ class Critic:
         assert actor is not None
         key, start = _start(config, actor)
         model = ModelConfig(name=start, lora=config.critic.lora)
-        with told_as(key):
+        with errors_for_key(key):
             check_same_speech(
                 load_base(actor), load_base(start), names=("the actor", f"{key}={start}")
             )

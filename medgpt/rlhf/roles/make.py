@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from medgpt.config import PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
 
 if TYPE_CHECKING:
     from medgpt.rlhf.roles.actor import Actor

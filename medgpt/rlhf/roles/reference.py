@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from medgpt.config import EngineConfig, ModelConfig, PPOStageConfig
+from medgpt.config.model import ModelConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.train import EngineConfig
 from medgpt.models.load import SpecialIds, build_model
 from medgpt.models.policy import Policy
 from medgpt.rlhf.roles.common import (

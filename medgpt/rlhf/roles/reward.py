@@ -11,22 +11,23 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medgpt.config import EngineConfig, PPOStageConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.train import EngineConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.sources.records import Message
 from medgpt.models.tokenizer import load_base
 from medgpt.models.tokenizer_compat import check_same_speech
 from medgpt.models.value_model import ValueModel, last_values, load_value_model
 from medgpt.rlhf.batching import share_by_length
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.total import Rewarded, Rewards
 from medgpt.rlhf.roles.common import (
+    errors_for_key,
     move,
     my_forwards,
     resting_device,
     role_device,
     role_dtype,
-    told_as,
 )
 from medgpt.rlhf.rollout_batch import Prompts, Scores, Sequences, join_sequences
 
@@ -46,7 +47,7 @@ class Reward:
         self.model = self._load("reward.model", needed)
         judge = config.judge.model if config.judge.every else None
         self.judging = self._load("judge.model", judge)
-        self.latest: tuple[list[Answered], Rewarded] | None = None
+        self.latest: tuple[list[RewardSample], Rewarded] | None = None
         """For samples in the report."""
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class Reward:
         whole = join_sequences(rollouts)
         index, scores = self._model_scores(self.model, whole)
         answered = [
-            Answered(
+            RewardSample(
                 sample_id=whole.sample_ids[i],
                 messages=tuple(Message(*turn) for turn in json.loads(prompts.messages[i])),
                 text=str(self.tokenizer.decode(whole.responses.row(i), skip_special_tokens=True)),
@@ -120,7 +121,7 @@ class Reward:
         writes."""
         if name is None:
             return None
-        with told_as(key):
+        with errors_for_key(key):
             names = "the actor", f"{key}={name}"
             model = self._partitioned(name) if self.pool.zero_stage else self._whole(name)
             check_same_speech(self.tokenizer, load_base(name), names=names)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from medgpt.config import ConfigError, PPOStageConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.tokenized.chat import stop_ids
 from medgpt.models.base import local_folder
 from medgpt.models.decode import Generated, Generator

@@ -20,7 +20,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from medgpt.config import SyncConfig
+from medgpt.config.pools import SyncConfig
 from medgpt.rlhf.weight_sync.buckets import (
     END,
     HEADER_BYTES,

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from medgpt.config import SyncConfig
+from medgpt.config.pools import SyncConfig
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PING_S, PoolDied, Pools
 from medgpt.rlhf.weight_sync import process_group

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from medgpt.config import ConfigError
+from medgpt.config.base import ConfigError
 from medgpt.data.sources.deny import DenyList
 from medgpt.data.sources.records import Conversation, Document, Message, Reject
 

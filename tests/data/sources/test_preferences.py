@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import ConfigError, SourceConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
+from medgpt.config.loading import validate
 from medgpt.data.sources.readers import read_unit
 from medgpt.data.sources.records import Conversation, Message, Origin, Preferences, Record, Reject
 from medgpt.data.sources.row_formats import Recogniser

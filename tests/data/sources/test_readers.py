@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medgpt.config import SourceConfig
+from medgpt.config.data import SourceConfig
 from medgpt.data.sources.files import read_chunks
 from medgpt.data.sources.readers import read_unit
 from medgpt.data.sources.records import Conversation, Document, Record, Reject

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import ConfigError, SourceConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
 from medgpt.data.sources.clean import clean
 from medgpt.data.sources.records import Conversation, Document, Origin, Record, Reject
 from medgpt.data.sources.row_formats import Recogniser

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medgpt.config import ConfigError, SourceConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
 from medgpt.data.sources.units import Cut, cut_lines, list_units
 
 

@@ -5,7 +5,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized import chat
 from medgpt.models.tokenizer import train_tokenizer

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgpt.config import ConfigError, TokenizerConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Conversation, Document, Message, Reject
 from medgpt.data.tokenized import chat
 from medgpt.data.tokenized.encode import (

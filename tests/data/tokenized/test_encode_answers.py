@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medgpt.config import TokenizerConfig
+from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Conversation, Document, Message, Preferences, Reject
 from medgpt.data.tokenized import chat
 from medgpt.data.tokenized.encode import ConversationEncoder, Encoded

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from medgpt.artifacts import Folder, committed
-from medgpt.config import ConfigError, DataConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import DataConfig
 from medgpt.data.sources.inputs import check_sources
 from medgpt.data.sources.records import Document, Record, Reject
 from medgpt.data.tokenized import tokenize as index_module

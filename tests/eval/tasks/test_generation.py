@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from medgpt.config import ConfigError, GenerationConfig, SourceConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
+from medgpt.config.replies import GenerationConfig
 from medgpt.eval.requests import Replied
 from medgpt.eval.tasks.generation import GenerationTask
 

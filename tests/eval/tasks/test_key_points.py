@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from medgpt.config import ConfigError, KeyPointsConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.replies import KeyPointsConfig
 from medgpt.eval.requests import Replied
 from medgpt.eval.tasks.key_points import KeyPointsTask
 

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from medgpt.config import ConfigError, SafetyConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.replies import SafetyConfig
 from medgpt.eval.tasks.refusal import refuses
 from medgpt.eval.tasks.safety import Question, SafetyTask, load_safety_set, own_questions
 from tests.eval.tasks import answering

@@ -3,7 +3,8 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from medgpt.config import JudgeConfig, TriageConfig
+from medgpt.config.ppo_rewards import JudgeConfig
+from medgpt.config.replies import TriageConfig
 from medgpt.eval.tasks.triage import TriageTask
 from medgpt.medical.triage import Question, load_complaints, questions
 from medgpt.medical.urgency import Level

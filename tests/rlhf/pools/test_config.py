@@ -2,7 +2,9 @@
 
 import pytest
 
-from medgpt.config import ConfigError, PoolsConfig, validate
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
+from medgpt.config.pools import PoolsConfig
 
 
 @pytest.mark.parametrize(

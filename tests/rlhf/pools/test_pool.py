@@ -9,7 +9,8 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from medgpt.config import ConfigError, PoolsConfig, RoleConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import PoolsConfig, RoleConfig
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import DataLost, PoolDied, Pools
 from tests.rlhf.roles import Adder, Doomed, Guest, die, die_once, refuse

@@ -2,10 +2,11 @@ import logging
 
 import pytest
 
-from medgpt.config import ConfigError, RewardFunctionConfig
+from medgpt.config.base import ConfigError
+from medgpt.config.ppo_rewards import RewardFunctionConfig
 from medgpt.data.sources.records import Message
 from medgpt.rlhf.rewards.functions import RewardFunction
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from tests.rlhf.rewards.given_functions import SECRET
 
 HERE = "tests.rlhf.rewards.given_functions"
@@ -15,8 +16,10 @@ def function(name: str, module: str = HERE) -> RewardFunction:
     return RewardFunction(RewardFunctionConfig(name="mine", path=f"{module}:{name}"))
 
 
-def answers(*texts: str) -> list[Answered]:
-    return [Answered(str(i), (Message("user", "问"),), text, True) for i, text in enumerate(texts)]
+def answers(*texts: str) -> list[RewardSample]:
+    return [
+        RewardSample(str(i), (Message("user", "问"),), text, True) for i, text in enumerate(texts)
+    ]
 
 
 def test_a_function_gives_a_number_for_each_answer():

@@ -1,13 +1,13 @@
-from medgpt.config import RewardFunctionConfig
+from medgpt.config.ppo_rewards import RewardFunctionConfig
 from medgpt.data.sources.records import Message
 from medgpt.rlhf.rewards.functions import RewardFunction
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.sample_corpus import causes_and_advice
 from medgpt.sample_corpus.render import Corpus
 
 
 def mark(question: str, answer: str) -> float:
-    (value,) = causes_and_advice([Answered("0", (Message("user", question),), answer, True)])
+    (value,) = causes_and_advice([RewardSample("0", (Message("user", question),), answer, True)])
     return value
 
 

@@ -2,11 +2,12 @@ import math
 
 import pytest
 
-from medgpt.config import ConfigError, RewardFunctionConfig, RewardsConfig
+from medgpt.config.base import ConfigError
 from medgpt.config.loading import validate
+from medgpt.config.ppo_rewards import RewardFunctionConfig, RewardsConfig
 from medgpt.data.sources.records import Message
 from medgpt.medical.rules import RULES
-from medgpt.rlhf.rewards.reward_sample import Answered
+from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.total import Rewards, reward_metrics
 
 HERE = "tests.rlhf.rewards.given_functions"
@@ -15,8 +16,8 @@ GOOD = ("头痛怎么办?", "注意休息,多喝水。")
 DOSE = ("头痛怎么办?", "吃布洛芬400mg,一天三次。")
 
 
-def answered(*pairs: tuple[str, str]) -> list[Answered]:
-    return [Answered(str(i), (Message("user", q),), a, True) for i, (q, a) in enumerate(pairs)]
+def answered(*pairs: tuple[str, str]) -> list[RewardSample]:
+    return [RewardSample(str(i), (Message("user", q),), a, True) for i, (q, a) in enumerate(pairs)]
 
 
 def functions(*names: str, weight: float = 1.0) -> tuple[RewardFunctionConfig, ...]:
@@ -109,7 +110,7 @@ def test_the_rules_read_every_turn_of_the_asker():
         Message("user", "失眠怎么办?"),
     )
     (violated,) = Rewards(RewardsConfig())(
-        [Answered("0", said, "早点睡。", True)], [0.0]
+        [RewardSample("0", said, "早点睡。", True)], [0.0]
     ).violations["hotline"]
     assert violated
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from medgpt.config import PoolsConfig, RoleConfig, SyncConfig
+from medgpt.config.pools import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PoolDied, Pools
 from medgpt.rlhf.weight_sync import process_group
