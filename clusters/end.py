@@ -5,34 +5,34 @@ from contextlib import suppress
 
 import psutil
 
-MARK = "MEDGPT_LOCAL_CLUSTER"
-LEAVE_S = 5  # for raylets and jobs to end by themselves
+ENVIRONMENT_MARK = "MEDGPT_LOCAL_CLUSTER"
+TERMINATE_TIMEOUT_S = 5  # for raylets and jobs to end by themselves
 
 
-def processes(folder: str) -> list[psutil.Process]:
-    found = []
+def cluster_processes(folder: str) -> list[psutil.Process]:
+    processes = []
     for process in psutil.process_iter():
         # others' processes may not be read, and are none of ours
         with suppress(psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            if process.environ().get(MARK) == folder:
-                found.append(process)
-    return found
+            if process.environ().get(ENVIRONMENT_MARK) == folder:
+                processes.append(process)
+    return processes
 
 
-def end(folder: str) -> None:
+def end_cluster(folder: str) -> None:
     """Return when none is left."""
-    for process in processes(folder):
+    for process in cluster_processes(folder):
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-    psutil.wait_procs(processes(folder), timeout=LEAVE_S)
-    while left := processes(folder):
-        for process in left:
+    psutil.wait_procs(cluster_processes(folder), timeout=TERMINATE_TIMEOUT_S)
+    while remaining := cluster_processes(folder):
+        for process in remaining:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=LEAVE_S)
+        psutil.wait_procs(remaining, timeout=TERMINATE_TIMEOUT_S)
 
 
 if __name__ == "__main__":
     if "--check" in sys.argv:  # fails if there are any
-        sys.exit(bool(processes(sys.argv[1])))
-    end(sys.argv[1])
+        sys.exit(bool(cluster_processes(sys.argv[1])))
+    end_cluster(sys.argv[1])

@@ -16,7 +16,7 @@ from aliyunsdkecs.request.v20140526.RunInstancesRequest import RunInstancesReque
 from ray.autoscaler._private.aliyun.node_provider import AliyunNodeProvider
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
-GIVEN = ("SecurityGroupId", "VSwitchId", "KeyPairName")  # by provider, for all nodes
+PROVIDER_PARAMETERS = ("SecurityGroupId", "VSwitchId", "KeyPairName")  # by provider, for all nodes
 
 
 class Nodes(AliyunNodeProvider):
@@ -44,8 +44,8 @@ class Nodes(AliyunNodeProvider):
         request = self.request(node_config, tags, count)
         answer = json.loads(self.acs.cli.do_action_with_exception(request))
         ids = answer["InstanceIdSets"]["InstanceIdSet"]
-        found = self.acs.describe_instances(instance_ids=ids)
-        return {instance["InstanceId"]: instance for instance in found or []}
+        instances = self.acs.describe_instances(instance_ids=ids)
+        return {instance["InstanceId"]: instance for instance in instances or []}
 
     def request(
         self, node_config: dict[str, Any], tags: dict[str, str], count: int
@@ -53,7 +53,7 @@ class Nodes(AliyunNodeProvider):
         """`node_config` holds parameters of RunInstances by their names."""
         request = RunInstancesRequest()
         all_tags = {TAG_RAY_CLUSTER_NAME: self.cluster_name, **tags}
-        given = {name: self.provider_config[name] for name in GIVEN}
+        given = {name: self.provider_config[name] for name in PROVIDER_PARAMETERS}
         parameters = {"InternetMaxBandwidthOut": 0, **given, **node_config, "Amount": count}
         for name, value in parameters.items():
             getattr(request, f"set_{name}")(value)

@@ -33,14 +33,14 @@ class Nodes(FakeMultiNodeProvider):
         """Start one node; the caller does so `count` times."""
         with self.lock:
             name = self._next_hex_node_id()
-            others = {**resources}
+            other_resources = {**resources}
             parameters = RayParams(
                 gcs_address=self._gcs_address,
                 redis_address=self._gcs_address,
-                num_cpus=others.pop("CPU", 0),
-                num_gpus=others.pop("GPU", 0),
-                object_store_memory=others.pop("object_store_memory", None),
-                resources=others,
+                num_cpus=other_resources.pop("CPU", 0),
+                num_gpus=other_resources.pop("GPU", 0),
+                object_store_memory=other_resources.pop("object_store_memory", None),
+                resources=other_resources,
                 labels=labels,
                 min_worker_port=0,
                 max_worker_port=0,
@@ -50,14 +50,14 @@ class Nodes(FakeMultiNodeProvider):
                     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": name,
                     "RAY_CLOUD_INSTANCE_ID": name,
                     "RAY_NODE_TYPE_NAME": tags[TAG_RAY_USER_NODE_TYPE],
-                    RESOURCES_ENVIRONMENT_VARIABLE: json.dumps(others),
+                    RESOURCES_ENVIRONMENT_VARIABLE: json.dumps(other_resources),
                     LABELS_ENVIRONMENT_VARIABLE: json.dumps(labels),
                 },
             )
             node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
-            own = {
+            own_tags = {
                 TAG_RAY_NODE_KIND: NODE_KIND_WORKER,
                 TAG_RAY_NODE_NAME: name,
                 TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE,
             }
-            self._nodes[name] = {"tags": {**own, **tags}, "node": node}
+            self._nodes[name] = {"tags": {**own_tags, **tags}, "node": node}

@@ -68,7 +68,7 @@ def aliyun(server: str) -> float | None:
 @dataclass(frozen=True)
 class Provider:
     server: str
-    notice: Callable[[str], float | None]
+    seconds_until_end: Callable[[str], float | None]
     """Asks the server; seconds until the node ends, None if it stays."""
 
 
@@ -82,12 +82,12 @@ PROVIDERS = {
 def node_id(address: str, ip: str) -> str:
     """Of the living Ray node with this address."""
     nodes = ray._raylet.GcsClient(address=address).get_all_node_info()
-    (found,) = [
+    (node,) = [
         key.hex()
         for key, info in nodes.items()
         if info.node_manager_address == ip and info.state == GcsNodeInfo.ALIVE
     ]
-    return found
+    return node
 
 
 def drain(address: str, node: str, seconds: float) -> None:
@@ -113,7 +113,7 @@ def main() -> None:
     server = options.server or provider.server
     while True:
         try:
-            seconds = provider.notice(server)
+            seconds = provider.seconds_until_end(server)
         except (URLError, TimeoutError) as error:  # busy for a moment
             print(f"{server}: {error}", flush=True)
             seconds = None

@@ -39,7 +39,7 @@ EOF
         sleep 1
     done
     if ! kill -0 "$head" || ! RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token \
-        python clusters/report.py "$folder/cluster.yaml" --address "$ip:$port"; then
+        python clusters/publish_limits.py "$folder/cluster.yaml" --address "$ip:$port"; then
         tail -n 20 "$folder/head.log" >&2
         python clusters/end.py "$folder"
         exit 1

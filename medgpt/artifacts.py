@@ -102,8 +102,8 @@ class Folder:
         """Bytes of the files in the folder."""
         if not self.fs.exists(self.root):
             return {}
-        found = self.fs.ls(self.root, detail=True)
-        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in found if e["type"] == "file"}
+        entries = self.fs.ls(self.root, detail=True)
+        return {e["name"].rsplit("/", 1)[-1]: e["size"] for e in entries if e["type"] == "file"}
 
     def remove(self) -> None:
         if self.fs.exists(self.root):
@@ -141,7 +141,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def entries(directory: Path, names: Sequence[str] | None = None) -> list[FileEntry]:
+def file_entries(directory: Path, names: Sequence[str] | None = None) -> list[FileEntry]:
     """Size and checksum of the named files in a local folder (default: all)."""
     paths = (
         sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)

@@ -10,12 +10,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from medgpt.config.base import ConfigError, absolute_model
+from medgpt.config.base import ConfigError, absolute_model_path
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.evaluation import EvalConfig
-from medgpt.config.loading import StageConfig, load
+from medgpt.config.loading import ConfigT, load
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.reward_model import RewardConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
 from medgpt.config.tune import TuneStageConfig
 
@@ -28,8 +28,8 @@ app = typer.Typer(
 job = typer.Typer(no_args_is_help=True, help="Jobs of `medgpt submit`: status, logs, stop.")
 app.add_typer(job, name="job")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="A file from configs/.")]
-DASHBOARD = "http://127.0.0.1:8265"
-Address = Annotated[
+DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
+DashboardURL = Annotated[
     str,
     typer.Option(
         metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."
@@ -44,43 +44,47 @@ Overrides = Annotated[
 @app.command()
 def corpus(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the sample corpus that ships with medgpt."""
-    _run("medgpt.stages.corpus:run_corpus", config, _load(CorpusConfig, config, overrides))
+    _call("medgpt.stages.corpus:run_corpus", config, _load_config(CorpusConfig, config, overrides))
 
 
 @app.command()
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     """Pretrain on documents: next token (clm) or masked tokens (mlm)."""
-    _run("medgpt.stages.train:run_pretrain", config, _load(PretrainConfig, config, overrides))
+    _call(
+        "medgpt.stages.train:run_pretrain", config, _load_config(PretrainConfig, config, overrides)
+    )
 
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune on conversations."""
-    _run("medgpt.stages.train:run_sft", config, _load(SFTConfig, config, overrides))
+    _call("medgpt.stages.train:run_sft", config, _load_config(SFTConfig, config, overrides))
 
 
 @app.command()
 def reward(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a reward model on preferences: pairs, or several graded answers to a prompt."""
-    _run("medgpt.stages.train:run_reward", config, _load(RewardConfig, config, overrides))
+    _call(
+        "medgpt.stages.train:run_reward", config, _load_config(RewardModelConfig, config, overrides)
+    )
 
 
 @app.command()
 def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train on preferences without a reward model: DPO, KTO and their kin."""
-    _run("medgpt.stages.dpo:run_dpo", config, _load(DPOConfig, config, overrides))
+    _call("medgpt.stages.dpo:run_dpo", config, _load_config(DPOConfig, config, overrides))
 
 
 @app.command()
 def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Learn from rewards: PPO on separate pools of actor, critic, reward, reference, rollout."""
-    _run("medgpt.stages.ppo:run_ppo", config, _load(PPOStageConfig, config, overrides))
+    _call("medgpt.stages.ppo:run_ppo", config, _load_config(PPOStageConfig, config, overrides))
 
 
 @app.command()
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     """Search PPO's keys: many trials, the best config, and what it is worth."""
-    _run("medgpt.stages.tune:run_tune", config, _load(TuneStageConfig, config, overrides))
+    _call("medgpt.stages.tune:run_tune", config, _load_config(TuneStageConfig, config, overrides))
 
 
 @app.command(name="eval")
@@ -90,17 +94,25 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Score a model: multiple choice, held-out text, replies."""
-    named = [
-        f"model.name={json.dumps(absolute_model(model), ensure_ascii=False)}",
+    overrides_with_model = [
+        f"model.name={json.dumps(absolute_model_path(model), ensure_ascii=False)}",
         *(overrides or ()),
     ]
-    _run("medgpt.stages.evaluate:run_eval", config, _load(EvalConfig, config, named))
+    _call(
+        "medgpt.stages.evaluate:run_eval",
+        config,
+        _load_config(EvalConfig, config, overrides_with_model),
+    )
 
 
 @app.command()
 def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run several stages in order on one Ray; finished ones are skipped."""
-    _run("medgpt.stages.pipeline:run_pipeline", config, _load(PipelineConfig, config, overrides))
+    _call(
+        "medgpt.stages.pipeline:run_pipeline",
+        config,
+        _load_config(PipelineConfig, config, overrides),
+    )
 
 
 @app.command()
@@ -118,7 +130,7 @@ def plan(
 ) -> None:
     """What a stage needs on a cluster, what fits, how long it takes and what it costs."""
     arguments = (stage, config, overrides or [], cluster, hardware, tokens, mfu, as_json)
-    _run("medgpt.stages.plan:run_plan", config, *arguments)
+    _call("medgpt.stages.plan:run_plan", config, *arguments)
 
 
 @app.command()
@@ -126,7 +138,7 @@ def submit(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="What to run, as above.")],
     config: ConfigPath,
     overrides: Overrides = None,
-    address: Address = DASHBOARD,
+    address: DashboardURL = DEFAULT_DASHBOARD,
     secret_env: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[=FILE]", help="A secret that the job has from its nodes."),
@@ -135,32 +147,32 @@ def submit(
 ) -> None:
     """Run a stage or a pipeline on a Ray cluster; submitted again, it resumes."""
     arguments = (stage, config, overrides or [], address, secret_env or [], detach)
-    raise typer.Exit(_run("medgpt.jobs.submit:run_submit", config, *arguments))
+    raise typer.Exit(_call("medgpt.jobs.submit:run_submit", config, *arguments))
 
 
 @job.command()
 def status(
     name: Annotated[str | None, typer.Argument(metavar="JOB", help="Unset: all jobs.")] = None,
-    address: Address = DASHBOARD,
+    address: DashboardURL = DEFAULT_DASHBOARD,
 ) -> None:
     """How jobs are doing."""
-    _run("medgpt.jobs.submit:run_status", "job status", name, address)
+    _call("medgpt.jobs.submit:run_status", "job status", name, address)
 
 
 @job.command()
 def logs(
     name: JobName,
-    address: Address = DASHBOARD,
+    address: DashboardURL = DEFAULT_DASHBOARD,
     follow: Annotated[bool, typer.Option("--follow", help="Until its end.")] = False,
 ) -> None:
     """What a job says."""
-    raise typer.Exit(_run("medgpt.jobs.submit:run_logs", name, name, address, follow))
+    raise typer.Exit(_call("medgpt.jobs.submit:run_logs", name, name, address, follow))
 
 
 @job.command()
-def stop(name: JobName, address: Address = DASHBOARD) -> None:
+def stop(name: JobName, address: DashboardURL = DEFAULT_DASHBOARD) -> None:
     """End a job; submitted again, it resumes."""
-    _run("medgpt.jobs.submit:run_stop", name, name, address)
+    _call("medgpt.jobs.submit:run_stop", name, name, address)
 
 
 @app.command()
@@ -170,7 +182,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
 ) -> None:
     """Talk to a trained model in the terminal."""
-    _run("medgpt.stages.chat:run_chat", run, run, max_new_tokens, temperature)
+    _call("medgpt.stages.chat:run_chat", run, run, max_new_tokens, temperature)
 
 
 @app.command()
@@ -179,7 +191,7 @@ def merge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
 ) -> None:
     """Fold LoRA adapters into their base model."""
-    _run("medgpt.stages.merge:merge_adapter", run, run, out)
+    _call("medgpt.stages.merge:merge_adapter", run, run, out)
 
 
 def main() -> None:
@@ -187,23 +199,23 @@ def main() -> None:
     app()
 
 
-def _load(cls: type[StageConfig], path: Path, overrides: list[str] | None) -> StageConfig:
+def _load_config(cls: type[ConfigT], path: Path, overrides: list[str] | None) -> ConfigT:
     try:
         return load(cls, path, overrides or ())
     except ConfigError as error:
-        _fail(f"{path}: {error}")
+        _exit_with_error(f"{path}: {error}")
 
 
-def _run(target: str, subject: object, *arguments: object) -> Any:
+def _call(target: str, subject: object, *arguments: object) -> Any:
     """Call `module:function`; what the user can repair is printed without a traceback."""
     module, function = target.split(":")
     try:
         return getattr(importlib.import_module(module), function)(*arguments)
     except ConfigError as error:
-        _fail(f"{subject}: {error}")
+        _exit_with_error(f"{subject}: {error}")
 
 
-def _fail(message: str) -> NoReturn:
+def _exit_with_error(message: str) -> NoReturn:
     typer.echo(f"medgpt: {message}", err=True)
     raise typer.Exit(2)
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from medgpt.config.base import ConfigError
 
 # by their words: safetensors, pyarrow and Ray wrap the error, and only the text comes through
-FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-UNREACHABLE = (  # where a run directory has a scheme: what its clients say after their own tries
+DISK_FULL_TEXTS = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+# where a run directory has a scheme: what its clients say after their own tries
+UNREACHABLE_TEXTS = (
     "Could not connect to the endpoint URL",  # s3
     "Connection was closed before we received a valid response",
     "Connect timeout on endpoint URL",
@@ -21,25 +22,25 @@ UNREACHABLE = (  # where a run directory has a scheme: what its clients say afte
 
 
 @contextmanager
-def storage_errors(run_dir: str, what: str) -> Iterator[None]:
+def storage_errors(run_dir: str, target: str) -> Iterator[None]:
     """Raises ConfigError in place of an error that says why `what` could not be written or read."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ConfigError):
             raise
-        if full := _word(error, FULL):
+        if message := _matching_text(error, DISK_FULL_TEXTS):
             raise ConfigError(
-                f"run.dir={run_dir}: {full} while writing {what}; free space and repeat the "
+                f"run.dir={run_dir}: {message} while writing {target}; free space and repeat the "
                 "command, the run continues from its newest complete checkpoint"
             ) from None
-        if "://" in run_dir and (lost := _word(error, UNREACHABLE)):
+        if "://" in run_dir and (message := _matching_text(error, UNREACHABLE_TEXTS)):
             raise ConfigError(
-                f"run.dir={run_dir}: the store does not answer ({lost}) at {what}; repeat the "
+                f"run.dir={run_dir}: the store does not answer ({message}) at {target}; repeat the "
                 "command when it does, the run continues from its newest complete checkpoint"
             ) from None
         raise
 
 
-def _word(error: Exception, words: tuple[str, ...]) -> str | None:
-    return next((word for word in words if word in str(error)), None)
+def _matching_text(error: Exception, texts: tuple[str, ...]) -> str | None:
+    return next((text for text in texts if text in str(error)), None)

@@ -31,20 +31,20 @@ class MetricsWriter:
     def __init__(self, run: Run, *, attempt: int, time_s: float) -> None:
         """`time_s`: training time of the steps that earlier attempts completed."""
         self.run, self.attempt = run, attempt
-        self.began = time.monotonic() - time_s
+        self.started_at = time.monotonic() - time_s
         local = run.folder.is_local
         self.scratch = None if local else tempfile.TemporaryDirectory(prefix="medgpt-")
         root = Path(run.folder.root if local else self.scratch.name)  # type: ignore[union-attr]
         self.file = root / "metrics.jsonl"
         if not local and run.folder.exists("metrics.jsonl"):
             self.file.write_text(run.folder.read_text("metrics.jsonl"), "utf-8")
-        _drop_half_line(self.file)
+        _truncate_partial_line(self.file)
         self.events_dir = root / "tensorboard"
         self.events = EventFileWriter(str(self.events_dir), filename_suffix=f".{attempt}")
 
     @property
     def time_s(self) -> float:
-        return time.monotonic() - self.began
+        return time.monotonic() - self.started_at
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append the metrics of an optimizer step (from 1; 0 is before the first)."""
@@ -71,7 +71,7 @@ class MetricsWriter:
             self.scratch.cleanup()
 
 
-def _drop_half_line(file: Path) -> None:
+def _truncate_partial_line(file: Path) -> None:
     """What a writer that died in the middle of a line left must not join the next one."""
     if file.exists():
         data = file.read_bytes()
@@ -97,7 +97,7 @@ class ConsoleReporter:
             disable=not self.console.is_terminal,
         )
         self.tasks: dict[str, Any] = {}
-        self.began: dict[str, tuple[float, int]] = {}
+        self.started_at: dict[str, tuple[float, int]] = {}
         self.progress.start()
 
     def say(self, text: str) -> None:
@@ -105,20 +105,20 @@ class ConsoleReporter:
         self.console.print(f"{self.stage}: {text}", markup=False)
 
     def advance(
-        self, phase: str, done: int, total: int, facts: str = "", *, say: bool = False
+        self, phase: str, done: int, total: int, facts: str = "", *, print_line: bool = False
     ) -> None:
         """Phase `phase` has done `done` of `total`; `say` also prints it as a line."""
         if phase not in self.tasks:
-            self.began[phase] = (time.monotonic(), done)
+            self.started_at[phase] = (time.monotonic(), done)
             self.tasks[phase] = self.progress.add_task(
                 f"{self.stage} {phase}", total=total, facts="", completed=done
             )
         self.progress.update(self.tasks[phase], completed=done, total=total, facts=facts)
-        if say and not self.console.is_terminal:
+        if print_line and not self.console.is_terminal:
             self.say(f"{phase} {done}/{total}  {facts}  {self._remaining(phase, done, total)}")
 
     def _remaining(self, phase: str, done: int, total: int) -> str:
-        began, first = self.began[phase]
+        began, first = self.started_at[phase]
         if done <= first:
             return "--:-- left"
         seconds = int((time.monotonic() - began) / (done - first) * (total - done))

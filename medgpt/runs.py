@@ -21,7 +21,7 @@ from medgpt.config.base import ConfigError
 from medgpt.config.loading import validate
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")
-FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
+CHANGEABLE_KEYS = {  # sections and keys that do not alter what is trained
     "run.allow_changes",
     "run.dir",
     "cluster",
@@ -59,7 +59,7 @@ FREE_TO_CHANGE = {  # sections and keys that do not alter what is trained
     "tune.max_concurrent",
     "tune.max_failures",
 }
-NOT_FREE = {  # of the sections above
+FIXED_KEYS = {  # of the sections above
     "pools.reference_in_actor",
     "pools.actor.engine.precision",
     "pools.critic.engine.precision",
@@ -78,7 +78,7 @@ class Run:
         self.plan = self.folder / "plan"
         self.checkpoints = self.folder / "checkpoints"
         self.model = self.folder / "model"
-        self.accepted: list[str] = []
+        self.accepted_changes: list[str] = []
         """Changes of the config since the run began, with run.allow_changes."""
 
     @classmethod
@@ -89,7 +89,7 @@ class Run:
             ConfigError: the folder cannot be used or holds something else, or the config changed
                 since the run began.
         """
-        run = cls._at(run_dir)
+        run = cls._from_dir(run_dir)
         if run.folder.exists("config.toml"):
             run._check_unchanged(stage, config, allow_changes)
         else:
@@ -97,10 +97,10 @@ class Run:
         if run.finished:
             return run
         try:
-            run.record(config)
+            run.write_config(config)
             now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            began = run.manifest.get("started", now)
-            run.update_manifest(stage=stage, started=began, **environment())
+            started = run.manifest.get("started", now)
+            run.update_manifest(stage=stage, started=started, **environment())
         except OSError as error:
             raise ConfigError(
                 f"run.dir={run_dir} cannot be written: {error}; choose a folder that can"
@@ -108,7 +108,7 @@ class Run:
         return run
 
     @classmethod
-    def _at(cls, run_dir: str) -> "Run":
+    def _from_dir(cls, run_dir: str) -> "Run":
         if "://" not in run_dir and not Path(run_dir).is_absolute():
             raise ConfigError(
                 f"run.dir={run_dir} is relative, and workers stand in other folders; give an "
@@ -139,9 +139,9 @@ class Run:
     def config(self) -> dict[str, Any]:
         return tomllib.loads(self.folder.read_text("config.toml"))
 
-    def record(self, config: BaseModel) -> None:
+    def write_config(self, config: BaseModel) -> None:
         """Write config.toml, unless it is there already."""
-        text = tomli_w.dumps(_tree(config))
+        text = tomli_w.dumps(_config_tree(config))
         if not self.folder.exists("config.toml") or self.folder.read_text("config.toml") != text:
             self.folder.write_text("config.toml", text)
 
@@ -163,14 +163,14 @@ class Run:
                 f"run.dir={self.folder.url} is a run of stage {began_as}; choose another folder "
                 f"for {stage}"
             )
-        old, new = _with_defaults(type(config), self.config), _tree(config)
+        old, new = _with_defaults(type(config), self.config), _config_tree(config)
         changes = list(_differences(old, new))
         if changes and not allow_changes:
             raise ConfigError(
                 f"run.dir={self.folder.url} was begun with another config: {'; '.join(changes)}. "
                 "Restore it, choose another run.dir, or accept with run.allow_changes=true"
             )
-        self.accepted = changes
+        self.accepted_changes = changes
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of all checkpoint folders, complete or not, oldest first."""
@@ -216,7 +216,7 @@ class Run:
         return [merged[step] for step in sorted(merged)]
 
 
-def _tree(config: BaseModel) -> dict[str, Any]:
+def _config_tree(config: BaseModel) -> dict[str, Any]:
     """The config as TOML holds it, with every default but none."""
     return config.model_dump(mode="json", exclude_none=True)
 
@@ -224,30 +224,30 @@ def _tree(config: BaseModel) -> dict[str, Any]:
 def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
     """An older version's config with the keys that came later; as it is if it no longer fits."""
     try:
-        return _tree(validate(cls, tree))
+        return _config_tree(validate(cls, tree))
     except ConfigError:
         return tree
 
 
 def _differences(
-    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, free: bool = False
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, changeable: bool = False
 ) -> Iterator[str]:
     """What may not change and did: `train.epochs was 1, is 2`."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
-        before, after = _numbered(old.get(key)), _numbered(new.get(key))
+        before, after = _as_section(old.get(key)), _as_section(new.get(key))
         if before == after:
             continue
         listed = re.sub(r"\.\d+\.", ".", path)
-        may_change = (free or listed in FREE_TO_CHANGE) and path not in NOT_FREE
+        is_changeable = (changeable or listed in CHANGEABLE_KEYS) and path not in FIXED_KEYS
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{path}.", free=may_change)
-        elif not may_change:
+            yield from _differences(before, after, f"{path}.", changeable=is_changeable)
+        elif not is_changeable:
             was, now = ("unset" if v is None else repr(v) for v in (old.get(key), new.get(key)))
             yield f"{path} was {was}, is {now}"
 
 
-def _numbered(value: Any) -> Any:
+def _as_section(value: Any) -> Any:
     """A list of sections as a section with keys 0, 1, ..."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return {str(number): item for number, item in enumerate(value)}

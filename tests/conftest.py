@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from medgpt.sample_corpus.render import Corpus
+from medgpt.sample_corpus.generator import CorpusGenerator
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -65,9 +65,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """pretrain/*.jsonl with 300 documents and sft/*.jsonl with 150 dialogues, two shards each."""
-    corpus = Corpus()
+    corpus = CorpusGenerator()
     folder = tmp_path_factory.mktemp("corpus")
-    for kind, rows in (("pretrain", corpus.pretraining()), ("sft", corpus.dialogues())):
+    for kind, rows in (("pretrain", corpus.documents()), ("sft", corpus.dialogues())):
         chosen = list(islice(rows, 0, 1500, 5 if kind == "pretrain" else 10))
         for shard in range(2):
             path = folder / kind / f"{shard}.jsonl"
@@ -80,11 +80,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model with fresh weights and a tokenizer that spells everything in bytes."""
-    from tests.models.packing import save_speaking_model
+    from tests.models.tiny_models import save_model_with_tokenizer
 
     texts = ["高血压是常见的慢性病。", "什么是高血压?血压持续升高。"] * 50
     folder = tmp_path_factory.mktemp("base")
-    save_speaking_model(folder, texts, vocab_size=800, max_positions=512)
+    save_model_with_tokenizer(folder, texts, vocab_size=800, max_positions=512)
     return folder
 
 

@@ -42,7 +42,7 @@ def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def refusal(path: Path, *overrides: str, cls: type[TrainStageConfig] = PretrainConfig) -> str:
+def error_message(path: Path, *overrides: str, cls: type[TrainStageConfig] = PretrainConfig) -> str:
     with pytest.raises(ConfigError) as error:
         load(cls, path, overrides)
     return str(error.value)
@@ -72,10 +72,10 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(toml: Path) -
 def test_an_override_is_a_toml_assignment_or_a_bare_word(
     toml: Path, override: str, value: object
 ) -> None:
-    found: object = load(PretrainConfig, toml, [override])
+    value_at_key: object = load(PretrainConfig, toml, [override])
     for name in override.split("=")[0].split("."):
-        found = found[int(name)] if name.isdigit() else getattr(found, name)  # type: ignore[index]
-    assert found == value
+        value_at_key = value_at_key[int(name)] if name.isdigit() else getattr(value_at_key, name)  # type: ignore[index]
+    assert value_at_key == value
 
 
 def test_an_override_reaches_into_a_list_and_leaves_the_rest(toml: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_submitted_job_needs_an_absolute_run_directory(
     toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert refusal(toml) == (
+    assert error_message(toml) == (
         "run.dir='runs/a': a submitted job needs an absolute path or URI, its working directory "
         "is a cached copy"
     )
@@ -213,15 +213,15 @@ def test_a_submitted_job_needs_an_absolute_run_directory(
 def test_an_error_names_the_key_the_value_and_the_rule(
     toml: Path, override: str, message: str
 ) -> None:
-    assert refusal(toml, override) == message
+    assert error_message(toml, override) == message
 
 
 def test_a_range_of_workers_need_not_divide_the_batch(toml: Path) -> None:
     config = load(PretrainConfig, toml, ["cluster.num_workers=[1, 3]"])
-    assert (config.cluster.fewest_workers, config.cluster.most_workers) == (1, 3)
-    assert config.cluster.workers == "[1, 3]"
-    one = load(PretrainConfig, toml, ["cluster.num_workers=2"]).cluster
-    assert (one.fewest_workers, one.most_workers, one.workers) == (2, 2, "2")
+    assert (config.cluster.min_workers, config.cluster.max_workers) == (1, 3)
+    assert config.cluster.workers_text == "[1, 3]"
+    fixed = load(PretrainConfig, toml, ["cluster.num_workers=2"]).cluster
+    assert (fixed.min_workers, fixed.max_workers, fixed.workers_text) == (2, 2, "2")
     tree = config.model_dump(mode="json", exclude_none=True)  # as a run directory keeps it
     assert tree["cluster"]["num_workers"] == [1, 3]
     assert validate(PretrainConfig, tree) == config
@@ -231,45 +231,45 @@ def test_a_range_of_workers_need_not_divide_the_batch(toml: Path) -> None:
 def test_labels_go_with_a_number_of_workers(toml: Path) -> None:
     config = load(PretrainConfig, toml, ['cluster.labels={role="train"}'])
     assert config.cluster.labels == {"role": "train"}
-    told = refusal(toml, 'cluster.labels={role="train"}', "cluster.num_workers=[1, 2]")
-    assert "set num_workers to one number instead of [1, 2], or leave labels out" in told
+    message = error_message(toml, 'cluster.labels={role="train"}', "cluster.num_workers=[1, 2]")
+    assert "set num_workers to one number instead of [1, 2], or leave labels out" in message
 
 
 def test_offload_needs_a_partitioned_optimizer(toml: Path) -> None:
-    message = refusal(toml, "engine.offload_optimizer=true", "engine.zero_stage=0")
+    message = error_message(toml, "engine.offload_optimizer=true", "engine.zero_stage=0")
     assert message == "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
 
 
 def test_a_masked_model_neither_answers_nor_continues_prompts(toml: Path) -> None:
     bert = "model.architecture.kind=bert"
-    assert "bert cannot generate" in refusal(toml, bert, cls=SFTConfig)
-    message = refusal(toml, bert, "objective.kind=mlm", 'report.prompts=["a"]')
+    assert "bert cannot generate" in error_message(toml, bert, cls=SFTConfig)
+    message = error_message(toml, bert, "objective.kind=mlm", 'report.prompts=["a"]')
     assert message.startswith("report.prompts need a model that generates")
 
 
 def test_source_names_differ_and_weights_are_for_all_or_none(toml: Path) -> None:
     toml.write_text(PRETRAIN + SECOND_SOURCE, "utf-8")
-    assert refusal(toml, "data.sources.1.name=first") == (
+    assert error_message(toml, "data.sources.1.name=first") == (
         "data: source names must differ, got first, first"
     )
-    assert refusal(toml, "data.sources.1.weight=2.0") == (
+    assert error_message(toml, "data.sources.1.weight=2.0") == (
         "data: set weight for all sources or for none"
     )
 
 
-def test_a_missing_key_of_a_source_is_the_only_thing_said(toml: Path) -> None:
+def test_a_missing_key_of_a_source_is_the_only_error(toml: Path) -> None:
     toml.write_text(PRETRAIN.replace('licence = "CC0-1.0"', ""), "utf-8")
-    assert refusal(toml) == "missing key data.sources.0.licence"
+    assert error_message(toml) == "missing key data.sources.0.licence"
 
 
-def test_several_errors_are_told_at_once(toml: Path) -> None:
-    message = refusal(toml, "train.epochs=0", "engine.zer_stage=1")
+def test_several_errors_are_reported_at_once(toml: Path) -> None:
+    message = error_message(toml, "train.epochs=0", "engine.zer_stage=1")
     assert "train.epochs=0: Input should be greater than 0" in message
     assert "did you mean engine.zero_stage?" in message
 
 
 def test_a_wrong_value_is_shown_in_at_most_80_characters(toml: Path) -> None:
-    message = refusal(toml, f'report.prompts="{"长" * 500}"')
+    message = error_message(toml, f'report.prompts="{"长" * 500}"')
     assert message == f'report.prompts=\'{"长" * 79}...: must be a list, as ["..."]'
 
 
@@ -281,14 +281,14 @@ def test_a_wrong_value_is_shown_in_at_most_80_characters(toml: Path) -> None:
         (b"", "missing key run; missing key model; missing key data"),
     ],
 )
-def test_a_file_that_is_no_config_is_told_so(toml: Path, content: bytes, message: str) -> None:
+def test_a_file_that_is_no_config_is_an_error(toml: Path, content: bytes, message: str) -> None:
     toml.write_bytes(content)
-    assert refusal(toml).startswith(message)
+    assert error_message(toml).startswith(message)
 
 
-def test_a_missing_file_is_told_with_where_configs_are(tmp_path: Path) -> None:
-    assert refusal(tmp_path / "none.toml") == "no such file; configs/ holds one per stage"
-    assert refusal(tmp_path).startswith("is not a TOML file")
+def test_the_error_of_a_missing_file_says_where_configs_are(tmp_path: Path) -> None:
+    assert error_message(tmp_path / "none.toml") == "no such file; configs/ holds one per stage"
+    assert error_message(tmp_path).startswith("is not a TOML file")
 
 
 def test_a_config_never_changes_after_loading(toml: Path) -> None:
@@ -310,8 +310,8 @@ def test_every_key_is_documented(cls: type) -> None:
 
 
 def _arguments(annotation: object) -> tuple:  # type: ignore[type-arg]
-    found = get_args(annotation)
-    return (*found, *(a for item in found for a in _arguments(item)))
+    arguments = get_args(annotation)
+    return (*arguments, *(a for item in arguments for a in _arguments(item)))
 
 
 def _is_section(annotation: object) -> bool:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from medgpt.config.loading import load
 from medgpt.config.stages import PipelineConfig, TrainStageConfig
 from medgpt.reference import STAGES
-from medgpt.stages.pipeline import read_stages
+from medgpt.stages.pipeline import load_stages
 
 ROOT = Path(__file__).parent.parent
 CLASSES = {**STAGES, "quickstart": PipelineConfig}  # by the first word of the file's name
@@ -32,7 +32,7 @@ def test_a_shipped_config_loads_and_starts_with_a_comment(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_shipped_run_goes_to_runs(path: Path) -> None:
+def test_a_shipped_config_writes_to_runs(path: Path) -> None:
     run = tomllib.loads(path.read_text("utf-8"))["run"]
     assert run["dir"].startswith(("runs/", "/shared/")) or "://" in run["dir"]
 
@@ -46,7 +46,7 @@ def test_no_two_configs_share_a_run_directory() -> None:
 def test_the_stages_of_a_pipeline_load_with_their_overrides(path: Path) -> None:
     pipeline = load_shipped(path)
     assert isinstance(pipeline, PipelineConfig)
-    for stage in read_stages(pipeline):
+    for stage in load_stages(pipeline):
         assert stage.config.run.dir.startswith(pipeline.run.dir)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ModelConfig
-from medgpt.models import base
+from medgpt.models import model_files
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "medgpt").rglob("*.py"))
@@ -27,7 +27,7 @@ UNPICKLE = """
 import sys
 from pathlib import Path
 import torch
-from medgpt.engine.hugging_face import load_weights_only
+from medgpt.engine.transformers_trainer import load_weights_only
 
 class Evil:
     def __reduce__(self):
@@ -73,8 +73,8 @@ def test_code_of_a_model_runs_only_if_it_is_asked_for(
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="trust_remote_code"):
-        base.named_config(ModelConfig(name=str(model)), "clm")
+        model_files.load_hf_config(ModelConfig(name=str(model)), "clm")
     assert not marker.exists()
     with pytest.raises(ConfigError):  # it has no weights
-        base.named_config(ModelConfig(name=str(model), trust_remote_code=True), "clm")
+        model_files.load_hf_config(ModelConfig(name=str(model), trust_remote_code=True), "clm")
     assert marker.exists()

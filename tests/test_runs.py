@@ -8,14 +8,14 @@ from uuid import uuid4
 
 import pytest
 
-from medgpt.artifacts import FileEntry, Folder, checksum, commit, committed, entries
+from medgpt.artifacts import FileEntry, Folder, checksum, commit, committed, file_entries
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.loading import validate
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.stages import PipelineStage, PretrainConfig
 from medgpt.config.tune import TuneStageConfig
-from medgpt.runs import FREE_TO_CHANGE, NOT_FREE, Run
+from medgpt.runs import CHANGEABLE_KEYS, FIXED_KEYS, Run
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -49,7 +49,7 @@ def write_checkpoint(run: Run, step: int, text: str = "weights") -> Folder:
     folder = run.checkpoint(step)
     with folder.staging() as directory:
         (directory / "rank-0.bin").write_text(text)
-        files = entries(directory, ["rank-0.bin"])
+        files = file_entries(directory, ["rank-0.bin"])
     commit(folder, files, position={"step": step})
     return folder
 
@@ -57,7 +57,7 @@ def write_checkpoint(run: Run, step: int, text: str = "weights") -> Folder:
 # folders and artefacts
 
 
-def test_a_folder_lists_reads_and_forgets(url: str) -> None:
+def test_a_folder_lists_reads_and_removes_files(url: str) -> None:
     folder = Folder(url)
     assert folder.names() == []
     (folder / "sub").write_text("b.txt", "内容")
@@ -82,19 +82,19 @@ def test_writing_again_replaces_a_text(url: str) -> None:
     assert folder.names() == ["a.txt"]
 
 
-def test_staged_files_arrive_with_their_folders_and_can_be_had_locally(url: str) -> None:
+def test_staged_files_are_copied_with_their_folders_and_back(url: str) -> None:
     folder = Folder(url)
     with folder.staging() as directory:
         (directory / "sub").mkdir()
         (directory / "sub/b.bin").write_bytes(b"b")
         (directory / "a.bin").write_bytes(b"a")
-        files = entries(directory)
+        files = file_entries(directory)
     assert [file.name for file in files] == ["a.bin", "sub/b.bin"]
     commit(folder, files)
     assert committed(folder, verify=True)
     with folder.local() as directory:
         assert (directory / "sub/b.bin").read_bytes() == b"b"
-        assert entries(directory) == files  # the manifest is not one of them
+        assert file_entries(directory) == files  # the manifest is not one of them
 
 
 def test_the_checksum_is_xxh3_of_128_bit(tmp_path: Path) -> None:
@@ -104,13 +104,13 @@ def test_the_checksum_is_xxh3_of_128_bit(tmp_path: Path) -> None:
     assert Folder(str(tmp_path)).checksum("empty") == checksum(path)
 
 
-def test_an_artefact_is_complete_only_with_a_manifest_and_all_its_files(url: str) -> None:
+def test_an_artifact_is_complete_only_with_a_manifest_and_all_its_files(url: str) -> None:
     folder = Folder(url)
     folder.write_text("a.bin", "aaaa")
     folder.write_text("b.bin", "bbbb")
     assert committed(folder) is None
     with folder.local() as directory:
-        files = entries(directory)
+        files = file_entries(directory)
     commit(folder, files, kind="test")
     manifest = committed(folder)
     assert manifest is not None
@@ -140,7 +140,7 @@ def test_a_new_run_records_its_config_and_environment(url: str) -> None:
     assert run.metrics() == []
 
 
-def test_the_same_command_resumes_and_remembers(url: str) -> None:
+def test_the_same_command_resumes_the_run_and_keeps_its_manifest(url: str) -> None:
     run = open_run(url)
     run.update_manifest(attempt=2, started="then")
     again = open_run(url)
@@ -161,7 +161,9 @@ def test_the_same_command_resumes_and_remembers(url: str) -> None:
         ("run__allow_changes", True),
     ],
 )
-def test_what_does_not_alter_the_result_may_change(tmp_path: Path, key: str, value: object) -> None:
+def test_keys_that_do_not_alter_the_result_may_change(
+    tmp_path: Path, key: str, value: object
+) -> None:
     url = str(tmp_path / "run")
     open_run(url)
     run = open_run(url, **{key: value})
@@ -197,7 +199,7 @@ def test_what_does_not_alter_the_result_may_change(tmp_path: Path, key: str, val
         ("engine__precision", "fp32", "engine.precision was 'auto', is 'fp32'"),
     ],
 )
-def test_what_alters_the_result_is_refused_by_name_unless_told(
+def test_keys_that_alter_the_result_are_refused_unless_allowed(
     tmp_path: Path, key: str, value: object, words: str
 ) -> None:
     url = str(tmp_path / "run")
@@ -222,7 +224,7 @@ def section_of(cls: Any, names: list[str]) -> Any:
 
 
 def test_keys_that_may_change_exist() -> None:
-    for path in FREE_TO_CHANGE:
+    for path in CHANGEABLE_KEYS:
         *sections, name = path.split(".")
         first = path.split(".")[0]
         if first == "stages":  # a list of them
@@ -232,7 +234,7 @@ def test_keys_that_may_change_exist() -> None:
         having = [stage for stage in stages if first in stage.model_fields]
         assert any(name in section_of(stage, sections).model_fields for stage in having), path
 
-    for path in NOT_FREE:
+    for path in FIXED_KEYS:
         *sections, name = path.split(".")
         assert name in section_of(PPOStageConfig, sections).model_fields, path
 
@@ -248,7 +250,7 @@ def test_keys_that_may_change_exist() -> None:
         (("reference_in_actor",), True, True),
     ],
 )
-def test_of_the_pools_only_what_alters_numbers_is_bound(
+def test_only_pool_keys_that_alter_numbers_may_not_change(
     tmp_path: Path, key: tuple[str, ...], value: object, changes: bool
 ) -> None:
     def config(pools: dict[str, Any]) -> PPOStageConfig:
@@ -270,7 +272,7 @@ def test_of_the_pools_only_what_alters_numbers_is_bound(
         run(pools)
 
 
-def test_a_key_that_a_newer_version_added_is_no_change(tmp_path: Path) -> None:
+def test_a_key_added_by_a_newer_version_is_no_change(tmp_path: Path) -> None:
     run = open_run(str(tmp_path / "run"))
     lines = run.folder.read_text("config.toml").splitlines()
     older = [line for line in lines if not line.startswith(("weight_decay", "rope_theta"))]
@@ -279,7 +281,7 @@ def test_a_key_that_a_newer_version_added_is_no_change(tmp_path: Path) -> None:
     open_run(run.folder.url)
 
 
-def test_a_key_that_a_newer_version_lost_is_a_change(tmp_path: Path) -> None:
+def test_a_key_removed_by_a_newer_version_is_a_change(tmp_path: Path) -> None:
     run = open_run(str(tmp_path / "run"))
     text = run.folder.read_text("config.toml").replace("[train]", "[train]\nlost = 1")
     run.folder.write_text("config.toml", text)
@@ -287,7 +289,7 @@ def test_a_key_that_a_newer_version_lost_is_a_change(tmp_path: Path) -> None:
         open_run(run.folder.url)
 
 
-def test_a_finished_run_stays_as_it_is(url: str) -> None:
+def test_a_finished_run_is_not_modified(url: str) -> None:
     run = open_run(url)
     run.update_manifest(finished=True)
     files = {name: run.folder.read_text(name) for name in run.folder.names()}
@@ -326,14 +328,14 @@ def test_hidden_files_do_not_make_a_folder_foreign(tmp_path: Path) -> None:
         ("/proc/version/run", "cannot be written"),
     ],
 )
-def test_an_address_that_cannot_hold_a_run_is_refused(run_dir: str, words: str) -> None:
+def test_an_unusable_run_dir_is_refused(run_dir: str, words: str) -> None:
     config = make_config("/unused")
     with pytest.raises(ConfigError, match=f"run.dir={run_dir}.*{words}"):
         Run.open("pretrain", config, run_dir=run_dir, allow_changes=False)
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("oss", "ossfs")])
-def test_a_store_whose_package_is_missing_is_told_with_its_name(scheme: str, package: str) -> None:
+def test_a_missing_store_package_is_named_in_the_error(scheme: str, package: str) -> None:
     if find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     run_dir = f"{scheme}://bucket/run"
@@ -344,7 +346,7 @@ def test_a_store_whose_package_is_missing_is_told_with_its_name(scheme: str, pac
 # checkpoints
 
 
-def test_the_newest_complete_checkpoint_counts(url: str) -> None:
+def test_the_newest_complete_checkpoint_is_resumed(url: str) -> None:
     run = open_run(url)
     for step in (100, 1000, 200):
         write_checkpoint(run, step)
@@ -368,7 +370,7 @@ def test_the_newest_complete_checkpoint_counts(url: str) -> None:
     ],
     ids=["flipped", "truncated", "missing", "truncated manifest", "no manifest"],
 )
-def test_a_damaged_checkpoint_is_passed_over(url: str, name: str, text: str | None) -> None:
+def test_a_damaged_checkpoint_is_skipped(url: str, name: str, text: str | None) -> None:
     run = open_run(url)
     for step in (100, 200):
         write_checkpoint(run, step)
@@ -390,7 +392,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(url: str) -> None:
     assert run.checkpoint_steps() == [100, 300, 400]
 
 
-def test_what_a_dead_attempt_left_does_not_take_the_place_of_a_good_checkpoint(url: str) -> None:
+def test_remains_of_a_dead_attempt_do_not_replace_a_good_checkpoint(url: str) -> None:
     run = open_run(url)
     for step in (100, 200, 300):
         write_checkpoint(run, step)
@@ -441,7 +443,7 @@ def test_only_the_newest_attempt_of_a_replayed_step_counts(url: str) -> None:
     ]
 
 
-def test_half_a_line_at_the_end_is_no_line(url: str) -> None:
+def test_a_partial_last_line_is_ignored(url: str) -> None:
     run = open_run(url)
     write_metrics(run, {"step": 1, "attempt": 1}, {"step": 2, "attempt": 1}, end='\n{"step": 3, "a')
     assert [line["step"] for line in run.metrics()] == [1, 2]
@@ -449,6 +451,6 @@ def test_half_a_line_at_the_end_is_no_line(url: str) -> None:
 
 def test_a_file_entry_is_what_the_manifest_holds(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1234")
-    (entry,) = entries(tmp_path)
+    (entry,) = file_entries(tmp_path)
     assert FileEntry(**vars(entry)) == entry
     assert (entry.name, entry.size, len(entry.xxh128)) == ("a", 4, 32)

@@ -27,8 +27,8 @@ def token_rewards(
     """
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
-    left = mask.flip(1).cumsum(1).flip(1)  # tokens from here on
-    last = mask & (left == 1)
+    num_left = mask.flip(1).cumsum(1).flip(1)  # tokens from here on
+    last = mask & (num_left == 1)
     penalty = torch.where(mask, -kl_coef * kl, 0.0)
     return penalty + torch.where(last, scores[:, None], 0.0)
 
@@ -62,11 +62,11 @@ def gae(
     following = torch.zeros_like(advantage) if bootstrap_values is None else bootstrap_values
     columns = []
     for t in reversed(range(rewards.shape[1])):
-        here = mask[:, t]
+        is_response = mask[:, t]
         delta = rewards[:, t] + gamma * following - values[:, t]
         # padding lies behind the last token: `following` still waits there for the last one
-        advantage = torch.where(here, delta + gamma * gae_lambda * advantage, 0.0)
-        following = torch.where(here, values[:, t], following)
+        advantage = torch.where(is_response, delta + gamma * gae_lambda * advantage, 0.0)
+        following = torch.where(is_response, values[:, t], following)
         columns.append(advantage)
     advantages = torch.stack(columns[::-1], dim=1) if columns else torch.zeros_like(rewards)
     return Advantages(advantages, advantages + values)

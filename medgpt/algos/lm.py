@@ -69,7 +69,7 @@ def _unit_draws(
     if word_ids is None:
         return torch.rand(shape, generator=generator, device=device)
     rows = torch.arange(shape[0], device=device)[:, None]
-    alone = -1 - torch.arange(shape.numel(), device=device).view(shape)
-    units = torch.where(word_ids < 0, alone, rows * (word_ids.max() + 1) + word_ids)
-    names, inverse = units.unique(return_inverse=True)
-    return torch.rand(len(names), generator=generator, device=device)[inverse]
+    outside_words = -1 - torch.arange(shape.numel(), device=device).view(shape)
+    units = torch.where(word_ids < 0, outside_words, rows * (word_ids.max() + 1) + word_ids)
+    distinct, inverse = units.unique(return_inverse=True)
+    return torch.rand(len(distinct), generator=generator, device=device)[inverse]

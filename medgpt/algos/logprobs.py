@@ -41,8 +41,8 @@ def label_logprobs(
             backward pass needs, and then by their gradient; torch refuses a second one.
     """
     flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    found = _LabelLogprobs.apply(*flat, temperature, overwrite and logits.dtype == torch.float32)
-    return found.view(labels.shape)
+    logprobs = _LabelLogprobs.apply(*flat, temperature, overwrite and logits.dtype == torch.float32)
+    return logprobs.view(labels.shape)
 
 
 class _LabelLogprobs(torch.autograd.Function):

@@ -43,11 +43,11 @@ def pairwise_loss(
     """
     if mask is None:
         mask = torch.ones_like(chosen, dtype=torch.bool)
-    lead = chosen.float() - rejected.float() - margin
+    difference = chosen.float() - rejected.float() - margin
     # where, not multiply: 0 * nan is nan
-    losses = -F.logsigmoid(torch.where(mask, lead, 0.0))
+    losses = -F.logsigmoid(torch.where(mask, difference, 0.0))
     if weights is not None:
         losses = losses * torch.where(mask, weights, 0.0)
     loss = torch.where(mask, losses, 0.0).sum() / num_pairs
-    right = ((chosen > rejected) & mask).sum() / mask.sum().clamp(min=1)
-    return PairwiseLoss(loss, right)
+    accuracy = ((chosen > rejected) & mask).sum() / mask.sum().clamp(min=1)
+    return PairwiseLoss(loss, accuracy)

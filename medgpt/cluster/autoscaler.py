@@ -15,10 +15,10 @@ def autoscaling_state() -> Any | None:
     return state if state.autoscaler_state_version else None
 
 
-def limits() -> Mapping[str, float] | None:
-    """Resources that the cluster may have at most, by what `clusters/report.py` told; else None."""
+def max_cluster_resources() -> Mapping[str, float] | None:
+    """Resources that the cluster can grow to, if `clusters/publish_limits.py` published them."""
     return ray_state.get_max_resources_from_cluster_config()
 
 
-def may_grow() -> bool:
-    return limits() is not None or autoscaling_state() is not None
+def has_autoscaler() -> bool:
+    return max_cluster_resources() is not None or autoscaling_state() is not None

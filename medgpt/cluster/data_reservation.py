@@ -13,12 +13,12 @@ from medgpt.cluster.ray_internals import (
     get_or_create_autoscaling_coordinator,
 )
 
-EXPIRES_S = 180  # after the last renewal, when the driver is gone
-RENEWED_S = 60
+EXPIRE_AFTER_S = 180  # after the last renewal, when the driver is gone
+RENEW_EVERY_S = 60
 
 
 @contextmanager
-def reserved_for_data(run_dir: str, cpus: float) -> Iterator[None]:
+def reserve_cpus_for_data(run_dir: str, cpus: float) -> Iterator[None]:
     """Keep `cpus` out of what Ray Train counts as room for workers.
 
     Of equal priority the first request is served first, so this must begin before the training.
@@ -26,25 +26,25 @@ def reserved_for_data(run_dir: str, cpus: float) -> Iterator[None]:
     coordinator: Any = get_or_create_autoscaling_coordinator()
     name = f"medgpt-data-{run_dir}"  # the same when the command is repeated
 
-    def ask() -> None:
+    def request() -> None:
         ray.get(
             coordinator.request_resources.remote(
                 requester_id=name,
                 resources=[{"CPU": cpus}],
-                expire_after_s=EXPIRES_S,
+                expire_after_s=EXPIRE_AFTER_S,
                 priority=ResourceRequestPriority.HIGH,
             )
         )
 
     def renew() -> None:
-        while not ended.wait(RENEWED_S):
-            ask()
+        while not stopped.wait(RENEW_EVERY_S):
+            request()
 
-    ended = threading.Event()
-    ask()
+    stopped = threading.Event()
+    request()
     threading.Thread(target=renew, daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
+        stopped.set()
         coordinator.cancel_request.remote(name)

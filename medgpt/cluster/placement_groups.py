@@ -20,15 +20,15 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from medgpt.cluster.capacity import bundle
+from medgpt.cluster.capacity import worker_bundle
 from medgpt.cluster.ray_internals import ray_state
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 
-TRY_S = 20.0  # that part of a gang may be held while the rest is not there
-REACH_S = 1.0  # in which a node answers
-MADE_BY_ACTOR = re.compile(r"medgpt-\w+-([0-9a-f]+)-\w+")  # names of groups
-PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
+PLACEMENT_ATTEMPT_S = 20.0  # that part of a gang may be held while the rest is not there
+CONNECT_TIMEOUT_S = 1.0  # in which a node answers
+ACTOR_GROUP_NAME = re.compile(r"medgpt-\w+-([0-9a-f]+)-\w+")  # names of groups
+FIRST_PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Gang:
         }
 
 
-def acquire(
+def acquire_gang(
     roles: Mapping[str, RoleConfig],
     *,
     wait_s: float,
     say: Callable[[str], None],
-    try_s: float = TRY_S,
+    attempt_s: float = PLACEMENT_ATTEMPT_S,
 ) -> Gang:
     """Place all pools, or none of them.
 
@@ -69,61 +69,61 @@ def acquire(
         ConfigError: a pool had no room within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
-    pause, asked = min(PAUSE_S, try_s), False
+    pause, requested = min(FIRST_PAUSE_S, attempt_s), False
     try:
         while True:
-            gang = _request(roles)
-            missing = _missing(gang, min(try_s, max(0.0, deadline - time.monotonic())))
-            if not missing:
+            gang = _create_groups(roles)
+            unplaced = _unplaced_roles(gang, min(attempt_s, max(0.0, deadline - time.monotonic())))
+            if not unplaced:
                 return gang
-            state = f"{', '.join(missing)}, {_free()}"
+            shortage = f"{', '.join(unplaced)}, {_describe_free_resources()}"
             gang.release()
             if time.monotonic() + pause > deadline:
                 raise ConfigError(
                     f"cluster.wait_s={wait_s:g}: no room for all pools in this time, last not for "
-                    f"{state}; use fewer or smaller workers in [pools], or a larger cluster"
+                    f"{shortage}; use fewer or smaller workers in [pools], or a larger cluster"
                 )
-            if not asked:
-                say(f"waiting up to {wait_s:g} s for room for all pools: none for {state}")
+            if not requested:
+                say(f"waiting up to {wait_s:g} s for room for all pools: none for {shortage}")
                 # an autoscaler forgets what is released here, but not this
-                bundles, labels = asked_for(roles)
+                bundles, labels = bundles_and_labels(roles)
                 request_resources(bundles=bundles, bundle_label_selectors=labels)
-                asked = True
+                requested = True
             time.sleep(random.uniform(0.5, 1.5) * pause)
-            pause = min(2 * pause, TRY_S)
+            pause = min(2 * pause, PLACEMENT_ATTEMPT_S)
     finally:
-        if asked:
+        if requested:
             request_resources(bundles=[])
 
 
-def _request(roles: Mapping[str, RoleConfig]) -> Gang:
+def _create_groups(roles: Mapping[str, RoleConfig]) -> Gang:
     groups: dict[str, PlacementGroup] = {}
-    maker = ray.get_runtime_context().get_actor_id() or "driver"
-    unique = uuid.uuid4().hex[:8]  # Ray wants each name once
+    owner = ray.get_runtime_context().get_actor_id() or "driver"
+    suffix = uuid.uuid4().hex[:8]  # Ray wants each name once
     for name, config in roles.items():
         if config.share_with is None:
             groups[name] = placement_group(
-                [bundle(config)] * config.num_workers,
+                [worker_bundle(config)] * config.num_workers,
                 strategy=config.strategy,
-                name=f"medgpt-{name}-{maker}-{unique}",
+                name=f"medgpt-{name}-{owner}-{suffix}",
                 bundle_label_selector=[config.labels] * config.num_workers,
             )
     shared = {n: groups[c.share_with] for n, c in roles.items() if c.share_with is not None}
     return Gang(groups | shared)
 
 
-def release_of(is_orphaned: Callable[[str], bool]) -> None:
+def release_orphaned_groups(is_orphaned: Callable[[str], bool]) -> None:
     """Remove the groups that certain actors, by their id, have made and cannot release any more.
 
     Ray would keep those of a dead actor until the job ends.
     """
     for key, row in placement_group_table().items():
-        found = MADE_BY_ACTOR.fullmatch(row["name"])
-        if found and row["state"] != "REMOVED" and is_orphaned(found[1]):
+        match = ACTOR_GROUP_NAME.fullmatch(row["name"])
+        if match and row["state"] != "REMOVED" and is_orphaned(match[1]):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
 
 
-def ending_nodes() -> dict[str, float]:
+def draining_nodes() -> dict[str, float]:
     """Nodes whose end Ray has announced (it drains them), by id the seconds that are left."""
     now_ms = time.time() * 1000
     draining = ray_state.get_draining_nodes()
@@ -133,49 +133,51 @@ def ending_nodes() -> dict[str, float]:
     }
 
 
-def await_lost_nodes(timeout_s: float) -> None:
+def wait_for_lost_nodes(timeout_s: float) -> None:
     """Return when Ray knows of every node that cannot be reached that it is lost.
 
     Ray counts missed heartbeats first, and would start new workers there until then.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if all(_is_reached(node) for node in ray.nodes() if node["Alive"]):
+        if all(_is_reachable(node) for node in ray.nodes() if node["Alive"]):
             return
-        time.sleep(REACH_S)
+        time.sleep(CONNECT_TIMEOUT_S)
 
 
-def _is_reached(node: Mapping[str, Any]) -> bool:
+def _is_reachable(node: Mapping[str, Any]) -> bool:
     try:
         address = (node["NodeManagerAddress"], node["NodeManagerPort"])
-        socket.create_connection(address, timeout=REACH_S).close()
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
     except OSError:
         return False
     return True
 
 
-def is_dead(actor_id: str) -> bool:
+def is_actor_dead(actor_id: str) -> bool:
     """Whether Ray knows that it is, or no longer knows it."""
     return ray_state.actor_table(actor_id).get("State", "DEAD") == "DEAD"
 
 
-def _missing(gang: Gang, seconds: float) -> list[str]:
+def _unplaced_roles(gang: Gang, seconds: float) -> list[str]:
     """Roles whose groups are not placed after so many seconds."""
-    ready = {name: group.ready() for name, group in gang.groups.items()}
-    placed, _ = ray.wait(list(ready.values()), num_returns=len(ready), timeout=seconds)
-    return [name for name, ref in ready.items() if ref not in placed]
+    ready_refs = {name: group.ready() for name, group in gang.groups.items()}
+    placed, _ = ray.wait(list(ready_refs.values()), num_returns=len(ready_refs), timeout=seconds)
+    return [name for name, ref in ready_refs.items() if ref not in placed]
 
 
-def asked_for(
+def bundles_and_labels(
     roles: Mapping[str, RoleConfig],
 ) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
     """Bundles of all workers, and the labels of the node that each wants."""
-    own = [config for config in roles.values() if config.share_with is None]
-    workers = [config for config in own for _ in range(config.num_workers)]
-    return [bundle(config) for config in workers], [dict(config.labels) for config in workers]
+    hosts = [config for config in roles.values() if config.share_with is None]
+    workers = [config for config in hosts for _ in range(config.num_workers)]
+    return [worker_bundle(config) for config in workers], [
+        dict(config.labels) for config in workers
+    ]
 
 
-def _free() -> str:
-    free, whole = ray.available_resources(), ray.cluster_resources()
-    parts = [f"{free.get(n, 0):g} of {whole[n]:g} {n}" for n in ("CPU", "GPU") if n in whole]
+def _describe_free_resources() -> str:
+    free, total = ray.available_resources(), ray.cluster_resources()
+    parts = [f"{free.get(n, 0):g} of {total[n]:g} {n}" for n in ("CPU", "GPU") if n in total]
     return f"free now {' and '.join(parts) or 'nothing'}"

@@ -12,16 +12,16 @@ from typing import Any
 import psutil
 import ray
 
-from medgpt.cluster.autoscaler import may_grow
+from medgpt.cluster.autoscaler import has_autoscaler
 from medgpt.cluster.ray_internals import get_default_system_temp_dir, ray_constants
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
 
-TIMED_OUT = "timed out during startup"  # in the message of Ray's error
-CONNECT_S = 20  # longest wait for a cluster to answer
-SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+NODE_TIMEOUT_TEXT = "timed out during startup"  # in the message of Ray's error
+CONNECT_TIMEOUT_S = 20  # longest wait for a cluster to answer
+SILENT_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
-QUIET = {
+RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -31,7 +31,8 @@ QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
 }
-LOCAL = {  # one machine is not preempted, its workers are polled for nothing, no one reads metrics
+# one machine is not preempted, its workers are polled for nothing, no one reads metrics
+LOCAL_RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -40,7 +41,7 @@ LOCAL = {  # one machine is not preempted, its workers are polled for nothing, n
 }
 
 
-def connect(cluster: ClusterConfig) -> None:
+def init_ray(cluster: ClusterConfig) -> None:
     """Connect to RAY_ADDRESS, or start a Ray on this machine's CPUs; once in a process.
 
     The local Ray has one logical CPU more than the machine: data tasks are light and run beside
@@ -53,18 +54,18 @@ def connect(cluster: ClusterConfig) -> None:
         return
     if address := os.environ.get("RAY_ADDRESS"):
         check_address(address)
-        os.environ.update(QUIET)
-        ray.init(address=address, **SILENT)
-        if isinstance(cluster.num_workers, int) and _one_node():
+        os.environ.update(RAY_ENVIRONMENT)
+        ray.init(address=address, **SILENT_INIT)
+        if isinstance(cluster.num_workers, int) and _is_single_fixed_node():
             os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         _silence_libraries()
     else:
         start_local((os.cpu_count() or 1) + cluster.data_cpus, cluster.spill_dir)
 
 
-def _one_node() -> bool:
+def _is_single_fixed_node() -> bool:
     """Whether the cluster is this machine and stays so; it is not preempted without the command."""
-    return len(ray.nodes()) == 1 and not may_grow()
+    return len(ray.nodes()) == 1 and not has_autoscaler()
 
 
 def check_address(address: str) -> None:
@@ -73,7 +74,7 @@ def check_address(address: str) -> None:
     if not port.isdigit():
         return  # auto
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(
             f"RAY_ADDRESS={address}: no cluster answers ({error}); start it, or unset RAY_ADDRESS "
@@ -95,7 +96,7 @@ def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool
     Raises:
         ConfigError: the machine is too busy, or a folder cannot be made private.
     """
-    os.environ.update(QUIET | LOCAL)
+    os.environ.update(RAY_ENVIRONMENT | LOCAL_RAY_ENVIRONMENT)
     # Ray opens the folder that it is given to everyone, but nobody gets there
     folder = f"{private_folder(get_default_system_temp_dir())}/ray"
     start = partial(
@@ -106,18 +107,20 @@ def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool
         object_store_memory=LOCAL_OBJECT_STORE_BYTES,
         object_spilling_directory=private_folder(spill_dir) if spill_dir else None,
         _temp_dir=folder,
-        **SILENT,
+        **SILENT_INIT,
     )
-    with _on_loopback() if loopback else nullcontext():
-        start_patiently(start)
+    with _loopback_only() if loopback else nullcontext():
+        start_with_retry(start)
     # nothing is forwarded to this process, but Ray looks for it ten times a second
     children = psutil.Process().children()
-    _end(child for child in children if any("log_monitor" in word for word in child.cmdline()))
+    _kill_processes(
+        child for child in children if any("log_monitor" in word for word in child.cmdline())
+    )
     _silence_libraries()
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
+def _loopback_only() -> Iterator[None]:
     """Let a Ray that starts open its ports to this machine alone, as it does on macOS.
 
     On Linux it opens them to every interface, and changes `_node_ip_address="127.0.0.1"` to one
@@ -140,8 +143,8 @@ def private_folder(parent: str) -> str:
     path = f"{parent}/medgpt-{os.getuid()}"
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        found = os.lstat(path)  # a link could lead to a folder of somebody else
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        status = os.lstat(path)  # a link could lead to a folder of somebody else
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ConfigError(
                 f"{path} is not a folder of your own; remove it, or set another RAY_TMPDIR or "
                 "cluster.spill_dir"
@@ -154,7 +157,7 @@ def private_folder(parent: str) -> str:
     return path
 
 
-def start_patiently(start: Callable[[], Any]) -> None:
+def start_with_retry(start: Callable[[], Any]) -> None:
     """Call `start` a second time if the first failed by Ray's time limit for a node, 30 s.
 
     Raises:
@@ -166,17 +169,17 @@ def start_patiently(start: Callable[[], Any]) -> None:
             start()
             return
         except Exception as error:  # Ray's own is no narrower
-            if TIMED_OUT not in str(error):
+            if NODE_TIMEOUT_TEXT not in str(error):
                 raise
             ray.shutdown()
-            _end(set(psutil.Process().children()) - before)
+            _kill_processes(set(psutil.Process().children()) - before)
     raise ConfigError(
         "Ray did not start within twice 30 s, this machine is too busy; try again when there is "
         "less load, or set RAY_ADDRESS to a cluster"
     )
 
 
-def _end(processes: Iterable[psutil.Process]) -> None:
+def _kill_processes(processes: Iterable[psutil.Process]) -> None:
     """Ray forgets what it started of a node that did not come up; it would slow down the next."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):

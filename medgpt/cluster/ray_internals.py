@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _COORDINATION = "ray.data._internal.cluster_autoscaler"
 _CONTROLLER = "ray.train.v2._internal.execution.controller.state"
-HOMES = {
+MODULE_OF = {
     "get_default_system_temp_dir": "ray._common.utils",
     "ray_constants": "ray._private",
     "create_package": "ray._private.runtime_env.packaging",
@@ -93,10 +93,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, _, other = HOMES[name].partition(":")
-    found = importlib.import_module(module)
-    if hasattr(found, other or name):
-        return getattr(found, other or name)
+    module, _, name_in_ray = MODULE_OF[name].partition(":")
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, name_in_ray or name):
+        return getattr(loaded, name_in_ray or name)
     return importlib.import_module(f"{module}.{name}")

@@ -14,41 +14,41 @@ from medgpt.cluster.ray_internals import (
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
 
-WAITING = (InitializingState, SchedulingState, ReschedulingState, RestartingState)
-SAID_AFTER_S = 30  # a restart takes less
-PAUSE_S = 1
+WAITING_STATES = (InitializingState, SchedulingState, ReschedulingState, RestartingState)
+ANNOUNCE_AFTER_S = 30  # a restart takes less
+POLL_S = 1
 
 
-class Messages(Protocol):
+class MessageQueue(Protocol):
     """Where the driver reads."""
 
     def put(self, item: Any) -> None: ...
 
 
-class Waiting(ControllerCallback):
+class RestartTimeout(ControllerCallback):
     """Runs in Ray Train's controller, which alone knows that there are no workers."""
 
-    def __init__(self, cluster: ClusterConfig, messages: Messages) -> None:
+    def __init__(self, cluster: ClusterConfig, messages: MessageQueue) -> None:
         self.cluster, self.messages = cluster, messages
-        self.since: float | None = None
-        self.said = False
+        self.waiting_since: float | None = None
+        self.announced = False
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        if not isinstance(current_state, WAITING):
-            self.since, self.said = None, False
+        if not isinstance(current_state, WAITING_STATES):
+            self.waiting_since, self.announced = None, False
             return
         now = time.monotonic()
-        self.since = self.since or now
-        room = f"room for {self.cluster.fewest_workers} workers"
-        if now - self.since > self.cluster.wait_s:
+        self.waiting_since = self.waiting_since or now
+        resources = f"room for {self.cluster.min_workers} workers"
+        if now - self.waiting_since > self.cluster.wait_s:
             error = ConfigError(
-                f"cluster.wait_s={self.cluster.wait_s:g}: no {room} in this time; repeat the "
+                f"cluster.wait_s={self.cluster.wait_s:g}: no {resources} in this time; repeat the "
                 "command when the cluster has its nodes again, the run continues"
             )
             self.messages.put(error)
             raise error
-        if now - self.since > SAID_AFTER_S and not self.said:
-            self.messages.put(f"waiting up to {self.cluster.wait_s:g} s for {room}")
-            self.said = True
+        if now - self.waiting_since > ANNOUNCE_AFTER_S and not self.announced:
+            self.messages.put(f"waiting up to {self.cluster.wait_s:g} s for {resources}")
+            self.announced = True
         if current_state is previous_state:
-            time.sleep(PAUSE_S)  # Ray Train would ask again at once, for as long as it takes
+            time.sleep(POLL_S)  # Ray Train would ask again at once, for as long as it takes

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
 
 Count = Annotated[int, Gt(0)]
-Share = Annotated[float, Ge(0), Lt(1)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 
 
@@ -17,7 +17,7 @@ class ConfigError(ValueError):
     """The configuration or the data is wrong and the user can fix it."""
 
 
-def absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """`path` as an absolute path; a URI stays as it is.
 
     Raises:
@@ -28,23 +28,23 @@ def absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def absolute_model(name: str) -> str:
+def absolute_model_path(name: str) -> str:
     """A model that is a path becomes absolute; `owner/name` without such a folder is a hub id."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    return absolute(name) if is_path else name
+    return absolute_path(name) if is_path else name
 
 
-def stable_run_dir(path: str) -> str:
+def absolute_run_dir(path: str) -> str:
     """An absolute run directory; a submitted job would lose a relative one in its cached copy."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if submitted and "://" not in path and not Path(path).expanduser().is_absolute():
         raise ValueError(
             "a submitted job needs an absolute path or URI, its working directory is a cached copy"
         )
-    return absolute(path)
+    return absolute_path(path)
 
 
-def worker_counts(value: object) -> int | tuple[int, int]:
+def parse_worker_counts(value: object) -> int | tuple[int, int]:
     """A number of workers, or the fewest and the most."""
     counts = value if isinstance(value, list | tuple) else (value, value)
     numbers = [count for count in counts if type(count) is int and count > 0]  # True is an int, too
@@ -53,13 +53,13 @@ def worker_counts(value: object) -> int | tuple[int, int]:
     return (numbers[0], numbers[1]) if isinstance(value, list | tuple) else numbers[0]
 
 
-DataPath = Annotated[str, AfterValidator(absolute)]
+DataPath = Annotated[str, AfterValidator(absolute_path)]
 DenyPath = Annotated[
-    str, AfterValidator(lambda name: name if name == "default" else absolute(name))
+    str, AfterValidator(lambda name: name if name == "default" else absolute_path(name))
 ]
-ModelPath = Annotated[str, AfterValidator(absolute_model)]
-RunDir = Annotated[str, AfterValidator(stable_run_dir)]
-Workers = Annotated[int | tuple[int, int], BeforeValidator(worker_counts)]
+ModelPath = Annotated[str, AfterValidator(absolute_model_path)]
+RunDir = Annotated[str, AfterValidator(absolute_run_dir)]
+Workers = Annotated[int | tuple[int, int], BeforeValidator(parse_worker_counts)]
 
 
 class Config(BaseModel):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import StringConstraints, model_validator
 
-from medgpt.config.base import Config, Count, DataPath, DenyPath, Name, Share
+from medgpt.config.base import Config, Count, DataPath, DenyPath, Fraction, Name
 
 
 class TurnsMapping(Config):
@@ -45,7 +45,7 @@ class AnswersMapping(Config):
     follows it."""
 
     @model_validator(mode="after")
-    def _one_shape(self) -> Self:
+    def _check_one_shape(self) -> Self:
         if (self.text is None) == (self.turns is None):
             raise ValueError("set exactly one of text and turns")
         return self
@@ -78,7 +78,7 @@ class MappingConfig(Config):
         return self.user is not None and all(answer is None for answer in answers)
 
     @model_validator(mode="after")
-    def _one_shape(self) -> Self:
+    def _check_one_shape(self) -> Self:
         shapes = [self.text is not None, self.user is not None, self.turns is not None]
         answers = [x is not None for x in (self.assistant, self.chosen, self.answers)]
         paired = (self.chosen is None) == (self.rejected is None)
@@ -131,7 +131,7 @@ class DataConfig(Config):
     max_length: Annotated[int, Ge(16)] = 1024
     """Tokens in a packed row. Longer documents span rows, conversations lose their oldest turns. Of
     preferences: tokens of a prompt with an answer. Of prompts: longer ones are set aside."""
-    validation_share: Share = 0.02
+    validation_share: Fraction = 0.02
     """Share of the samples held out, chosen by the hash of their content."""
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01
     """The run stops when more than this share of a source's rows is malformed."""
@@ -139,7 +139,7 @@ class DataConfig(Config):
     """Files that can be split are read in pieces of at most about this many MiB."""
 
     @model_validator(mode="after")
-    def _names_and_weights(self) -> Self:
+    def _check_names_and_weights(self) -> Self:
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"source names must differ, got {', '.join(names)}")

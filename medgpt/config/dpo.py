@@ -25,13 +25,13 @@ PairLoss = Literal[
     "sft",
     "sigmoid_norm",
 ]
-SingleLoss = Literal["kto", "apo_zero_unpaired"]
-SINGLE: tuple[SingleLoss, ...] = ("kto", "apo_zero_unpaired")
-SMOOTHED = ("sigmoid", "exo_pair", "robust", "sigmoid_norm")
+UnpairedLoss = Literal["kto", "apo_zero_unpaired"]
+UNPAIRED_LOSSES: tuple[UnpairedLoss, ...] = ("kto", "apo_zero_unpaired")
+SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "sigmoid_norm")
 
 
-class OfflineConfig(Config):
-    loss: Annotated[tuple[PairLoss | SingleLoss, ...], Len(1)] = ("sigmoid",)
+class DPOLossConfig(Config):
+    loss: Annotated[tuple[PairLoss | UnpairedLoss, ...], Len(1)] = ("sigmoid",)
     """TRL's loss types of pairs; several are summed. `kto` and `apo_zero_unpaired` learn from
     single answers and stand alone."""
     loss_weights: tuple[float, ...] | None = None
@@ -47,12 +47,12 @@ class OfflineConfig(Config):
 
     @property
     def unpaired(self) -> bool:
-        return self.loss[0] in SINGLE
+        return self.loss[0] in UNPAIRED_LOSSES
 
     @model_validator(mode="after")
-    def _relations(self) -> Self:
-        if len(self.loss) > 1 and any(loss in SINGLE for loss in self.loss):
-            raise ValueError(f"loss={list(self.loss)}: {' and '.join(SINGLE)} stand alone")
+    def _check_losses(self) -> Self:
+        if len(self.loss) > 1 and any(loss in UNPAIRED_LOSSES for loss in self.loss):
+            raise ValueError(f"loss={list(self.loss)}: {' and '.join(UNPAIRED_LOSSES)} stand alone")
         if len(set(self.loss)) < len(self.loss):
             raise ValueError(f"loss={list(self.loss)}: names each loss once")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
@@ -63,9 +63,10 @@ class OfflineConfig(Config):
             raise ValueError(f"loss_weights: not with loss={list(self.loss)}; leave it out")
         if "exo_pair" in self.loss and not self.label_smoothing:
             raise ValueError("label_smoothing=0: exo_pair needs more, such as 1e-3")
-        if self.label_smoothing and not any(loss in SMOOTHED for loss in self.loss):
+        if self.label_smoothing and not any(loss in SMOOTHED_LOSSES for loss in self.loss):
             raise ValueError(
-                f"label_smoothing={self.label_smoothing:g}: only {', '.join(SMOOTHED)} use it"
+                f"label_smoothing={self.label_smoothing:g}: only {', '.join(SMOOTHED_LOSSES)} "
+                "use it"
             )
         return self
 
@@ -73,10 +74,10 @@ class OfflineConfig(Config):
 class DPOConfig(PreferenceStageConfig):
     """configs/dpo.toml"""
 
-    dpo: OfflineConfig = OfflineConfig()
+    dpo: DPOLossConfig = DPOLossConfig()
 
     @model_validator(mode="after")
-    def _what_the_library_can(self) -> Self:
+    def _check_trainer_limits(self) -> Self:
         if "://" in self.run.dir and not self.run.dir.startswith("file://"):
             raise ValueError(
                 f"run.dir={self.run.dir}: TRL's trainer writes its checkpoints to a folder; give "
@@ -84,8 +85,8 @@ class DPOConfig(PreferenceStageConfig):
             )
         if not isinstance(self.cluster.num_workers, int):
             raise ValueError(
-                f"cluster.num_workers={self.cluster.workers}: TRL's trainer resumes with as many "
-                "workers as before; give one number"
+                f"cluster.num_workers={self.cluster.workers_text}: TRL's trainer resumes with as "
+                "many workers as before; give one number"
             )
         if self.dpo.unpaired and self.train.micro_batch_size < 2:
             raise ValueError(

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from medgpt.config.base import Config, Count, DataPath, ModelPath, Name
 from medgpt.config.data import SourceConfig
 from medgpt.config.gates import parse_gate
-from medgpt.config.replies import (
+from medgpt.config.reply_tasks import (
     GenerationConfig,
     KeyPointsConfig,
     SafetyConfig,
@@ -21,7 +21,7 @@ from medgpt.config.replies import (
 from medgpt.config.stages import RunConfig
 from medgpt.config.train import ClusterConfig
 
-Layout = Literal[
+McqFormat = Literal[
     "sample",
     "cmexam",
     "mmedbench",
@@ -53,7 +53,7 @@ class EvalModelConfig(Config):
     """auto: bf16 on a GPU, fp32 on a CPU."""
 
 
-class PoolConfig(Config):
+class EvalPoolConfig(Config):
     batch_tokens: Count = 2048
     """Most tokens, padding included, that one forward pass scores. A GPU wants more."""
     batch_replies: Count = 32
@@ -70,7 +70,7 @@ class McqConfig(TaskConfig):
     """How results and gates call it."""
     paths: Annotated[tuple[DataPath, ...], Len(1)]
     """Files, globs, directories or fsspec URIs: JSON, JSON lines, CSV or Parquet."""
-    layout: Layout
+    layout: McqFormat
     """The columns that the rows have, by the data set that brought them; see the README."""
     language: Literal["auto", "zh", "en"] = "auto"
     """Of the prompt around a question; auto goes by its characters."""
@@ -90,7 +90,7 @@ class McqConfig(TaskConfig):
     """Longest reply with scoring=generation."""
 
     @model_validator(mode="after")
-    def _examples_come_from_somewhere(self) -> Self:
+    def _check_shots(self) -> Self:
         if bool(self.shots) != bool(self.shots_paths):
             raise ValueError(
                 f"shots={self.shots} and shots_paths go together; set both or neither, and take "
@@ -111,7 +111,7 @@ class NllConfig(TaskConfig):
     general_zh and general_en: what a model loses there it has forgotten."""
 
     @model_validator(mode="after")
-    def _something_to_weigh(self) -> Self:
+    def _check_has_texts(self) -> Self:
         if not self.sources and not self.general:
             raise ValueError("has nothing to weigh; name sources or set general=true")
         return self
@@ -132,7 +132,7 @@ class EvalConfig(Config):
     key_points: tuple[KeyPointsConfig, ...] = ()
     triage: tuple[TriageConfig, ...] = ()
     safety: tuple[SafetyConfig, ...] = ()
-    pool: PoolConfig = Field(default=PoolConfig())
+    pool: EvalPoolConfig = Field(default=EvalPoolConfig())
     cluster: ClusterConfig = ClusterConfig()
 
     def tasks(self) -> Iterator[tuple[str, TaskConfig, str]]:
@@ -142,17 +142,17 @@ class EvalConfig(Config):
                 yield kind, task, task.name
 
     @model_validator(mode="after")
-    def _tasks_have_names_of_their_own(self) -> Self:
+    def _check_task_names(self) -> Self:
         names = Counter(name for _, _, name in self.tasks())
-        twice = [name for name, times in names.items() if times > 1]
-        if twice:
-            raise ValueError(f"two tasks are called {twice[0]}; give each a name of its own")
+        duplicates = [name for name, times in names.items() if times > 1]
+        if duplicates:
+            raise ValueError(f"two tasks are called {duplicates[0]}; give each a name of its own")
         if not names:
             raise ValueError("there is no task; add at least one, as [[mcq]] or [[nll]]")
         return self
 
     @model_validator(mode="after")
-    def _gates_can_be_checked(self) -> Self:
+    def _check_gates(self) -> Self:
         names = [name for _, _, name in self.tasks()]
         for gate in map(parse_gate, self.gates):
             if gate.task not in names:

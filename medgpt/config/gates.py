@@ -6,19 +6,19 @@ from typing import Literal
 
 Sign = Literal[">=", "<=", ">", "<", "=="]
 Side = Literal["value", "low", "high"]
-REWARD = "reward"
+REWARD_TASK = "reward"
 """The task by which gates know a reward model."""
-NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-QUOTED = r"\"[^\"]+\"|'[^']+'"
-TASK = rf"(?:{QUOTED}|[\w-]+)"
-PART = rf"(?:{QUOTED}|[^\s\"'.<>=](?:[^\".<>=]*[^\s\".<>=])?)"
-GATE = re.compile(
-    rf"(?:(?P<side>low|high)\(\s*)?(?P<name>{TASK}(?:\.{PART}){{1,2}})(?(side)\s*\))"
+NUMBER_PATTERN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+QUOTED_PATTERN = r"\"[^\"]+\"|'[^']+'"
+TASK_PATTERN = rf"(?:{QUOTED_PATTERN}|[\w-]+)"
+PART_PATTERN = rf"(?:{QUOTED_PATTERN}|[^\s\"'.<>=](?:[^\".<>=]*[^\s\".<>=])?)"
+GATE_PATTERN = re.compile(
+    rf"(?:(?P<side>low|high)\(\s*)?(?P<name>{TASK_PATTERN}(?:\.{PART_PATTERN}){{1,2}})(?(side)\s*\))"
     r"\s*(?P<sign>>=|<=|==|>|<)\s*"
-    rf"(?:(?P<passed>pass)|(?P<number>{NUMBER})"
-    rf"|(?:(?P<factor>{NUMBER})\s*\*\s*)?(?P<parent>parent)(?:\s*(?P<plus>[+-])\s*(?P<offset>{NUMBER}))?)"
+    rf"(?:(?P<passed>pass)|(?P<number>{NUMBER_PATTERN})"
+    rf"|(?:(?P<factor>{NUMBER_PATTERN})\s*\*\s*)?(?P<parent>parent)(?:\s*(?P<plus>[+-])\s*(?P<offset>{NUMBER_PATTERN}))?)"
 )
-SHAPE = (
+GATE_SYNTAX = (
     "write TASK.METRIC, TASK.SLICE or TASK.SLICE.METRIC (a part with a dot, =, < or > in quotes), "
     "or low(...) or high(...) of that for an end of its 95 % interval, then >=, <=, >, < or ==, "
     "then a number, pass, parent, 1.05 * parent or parent - 0.02"
@@ -44,7 +44,7 @@ class Gate:
     def needs_parent(self) -> bool:
         return self.factor != 0
 
-    def holds(self, value: float, parent: float) -> bool:
+    def is_passed(self, value: float, parent: float) -> bool:
         """Whether a value passes; `parent` is not looked at if the gate needs none."""
         bound = self.bound(parent)
         match self.sign:
@@ -65,22 +65,22 @@ class Gate:
 
 def parse_gate(text: str) -> Gate:
     """Raises ValueError: the text is no gate."""
-    found = GATE.fullmatch(text.strip())
-    if found is None:
-        raise ValueError(f"gate {text!r} is not understood; {SHAPE}")
-    sign: Sign = found["sign"]  # type: ignore[assignment]: the pattern allows no other
+    match = GATE_PATTERN.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"gate {text!r} is not understood; {GATE_SYNTAX}")
+    sign: Sign = match["sign"]  # type: ignore[assignment]: the pattern allows no other
     factor, offset = 0.0, 0.0
-    if found["passed"]:
+    if match["passed"]:
         if sign != "==":
             raise ValueError(f"gate {text!r}: only == goes with pass")
         offset = 1.0
-    elif found["number"]:
-        offset = float(found["number"])
+    elif match["number"]:
+        offset = float(match["number"])
     else:
-        factor = float(found["factor"] or 1)
+        factor = float(match["factor"] or 1)
         if factor <= 0:
             raise ValueError(f"gate {text!r}: parent must be multiplied by more than 0")
-        offset = float(f"{found['plus']}1") * float(found["offset"]) if found["offset"] else 0.0
-    name = tuple(part.strip("\"'") for part in re.findall(PART, found["name"]))
-    side: Side = found["side"] or "value"  # type: ignore[assignment]: as above
+        offset = float(f"{match['plus']}1") * float(match["offset"]) if match["offset"] else 0.0
+    name = tuple(part.strip("\"'") for part in re.findall(PART_PATTERN, match["name"]))
+    side: Side = match["side"] or "value"  # type: ignore[assignment]: as above
     return Gate(text.strip(), side, name, sign, factor, offset)

@@ -11,16 +11,16 @@ from pydantic import BaseModel, ValidationError
 
 from medgpt.config.base import ConfigError
 
-StageConfig = TypeVar("StageConfig", bound=BaseModel)
-SHOWN_CHARS = 80  # of a wrong value in an error
-RULES = {  # in TOML's words where pydantic's are Python's
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+MAX_VALUE_CHARS = 80  # of a wrong value in an error
+RULES_BY_ERROR_TYPE = {  # in TOML's words where pydantic's are Python's
     "tuple_type": 'must be a list, as ["..."]',
     "too_short": "must not be empty",
     "model_type": "must be a section of keys",
 }
 
 
-def load(cls: type[StageConfig], path: Path, overrides: Sequence[str] = ()) -> StageConfig:
+def load(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Read `path` into `cls`. Overrides are TOML assignments: `train.epochs=2`.
 
     Raises:
@@ -42,19 +42,19 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return tree
 
 
-def validate(cls: type[StageConfig], tree: dict[str, Any]) -> StageConfig:
+def validate(cls: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
     """`tree` as a `cls`. Raises ConfigError like `load`."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
         problems = error.errors()
-        inner = [p for p in problems if not any(_inside(q["loc"], p["loc"]) for q in problems)]
-        raise ConfigError("; ".join(_explain(cls, problem) for problem in inner)) from None
+        innermost = [
+            p for p in problems if not any(_is_inside(q["loc"], p["loc"]) for q in problems)
+        ]
+        raise ConfigError("; ".join(_explain(cls, problem) for problem in innermost)) from None
 
 
-def with_values(
-    cls: type[StageConfig], config: StageConfig, values: Mapping[str, Any]
-) -> StageConfig:
+def with_values(cls: type[ConfigT], config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
     """`config` with other values of some keys, `{"ppo.epochs": 2}`, checked as when it was read."""
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in values.items():
@@ -66,9 +66,9 @@ def with_values(
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    for candidate in (text, text.replace("=", '="', 1) + '"'):  # bare words are strings
+    for attempt in (text, text.replace("=", '="', 1) + '"'):  # bare words are strings
         try:
-            return tomllib.loads(candidate)
+            return tomllib.loads(attempt)
         except tomllib.TOMLDecodeError:
             continue
     raise ConfigError(f"cannot parse override {text!r}; write it as section.key=value")
@@ -77,18 +77,18 @@ def _parse_override(text: str) -> dict[str, Any]:
 def _merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
     """Update `tree` in place; `sources.0.name=x` changes an item of a list."""
     for name, value in update.items():
-        known = tree.get(name)
-        if isinstance(known, list) and isinstance(value, dict) and all(map(str.isdigit, value)):
-            items = {str(i): item for i, item in enumerate(known)}
+        current = tree.get(name)
+        if isinstance(current, list) and isinstance(value, dict) and all(map(str.isdigit, value)):
+            items = {str(i): item for i, item in enumerate(current)}
             _merge(items, value)
             tree[name] = list(items.values())
-        elif isinstance(known, dict) and isinstance(value, dict):
-            _merge(known, value)
+        elif isinstance(current, dict) and isinstance(value, dict):
+            _merge(current, value)
         else:
             tree[name] = value
 
 
-def _inside(key: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+def _is_inside(key: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
     """Whether `other` is a section around `key`: what is wrong with it then follows."""
     return len(key) > len(other) and key[: len(other)] == other
 
@@ -101,10 +101,12 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         return f"missing key {key}"
     if problem["type"] != "extra_forbidden":
         value: object = problem["input"]
-        shown = "" if isinstance(value, (dict, BaseModel)) else f"={_short(value)}"
-        rule: str = RULES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(value, (dict, BaseModel)) else f"={_shorten(value)}"
+        rule: str = RULES_BY_ERROR_TYPE.get(problem["type"]) or problem["msg"].removeprefix(
+            "Value error, "
+        )
         return f"{key}{shown}: {rule}" if key or shown else rule
-    known = _section(cls, path[:-1]).model_fields
+    known = _section_class(cls, path[:-1]).model_fields
     close = difflib.get_close_matches(path[-1], known, n=1)
     hint = (
         f"did you mean {'.'.join([*path[:-1], *close])}?" if close else f"known: {', '.join(known)}"
@@ -112,21 +114,21 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     return f"unknown key {key}; {hint}"
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = re.sub(r"(://[^/:]*:)[^/]*@", r"\1***@", repr(value))  # of a password
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
-def _section(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+def _section_class(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     for name in path:
         if name in cls.model_fields:  # else an index into a list of sections, or a key of a table
-            cls = _model_in(cls.model_fields[name].annotation)
+            cls = _find_model_class(cls.model_fields[name].annotation)
     return cls
 
 
-def _model_in(annotation: Any) -> Any:
+def _find_model_class(annotation: Any) -> Any:
     """The pydantic model inside `X | None`, `tuple[X, ...]`, `dict[str, X]` or `Annotated[X, ...]`;
     None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for t in get_args(annotation) if (found := _model_in(t))), None)
+    return next((found for t in get_args(annotation) if (found := _find_model_class(t))), None)

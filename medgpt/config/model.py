@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Gt
 from pydantic import model_validator
 
-from medgpt.config.base import Config, Count, ModelPath, Share
+from medgpt.config.base import Config, Count, Fraction, ModelPath
 
 
 class ArchitectureConfig(Config):
@@ -31,7 +31,7 @@ class ArchitectureConfig(Config):
     """Base of the rotary position encoding."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> Self:
+    def _check_heads(self) -> Self:
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}; "
@@ -50,7 +50,7 @@ class LoraConfig(Config):
     """Rank of the adapters; 0 trains all weights."""
     alpha: Annotated[float, Gt(0)] = 32.0
     """Adapter output is scaled by alpha / rank."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Dropout in front of the adapters."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers to adapt; empty adapts all of them but the output layer."""
@@ -69,7 +69,7 @@ class ModelConfig(Config):
     """Run Python code that comes with the model."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _check_one_origin(self) -> Self:
         if (self.name is None) == (self.architecture is None):
             rule = "neither is set" if self.name is None else f"both are set, name={self.name}"
             raise ValueError(

@@ -41,7 +41,7 @@ class TrainedRoleConfig(RoleConfig):
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")
-    def _optimizer_fits(self) -> Self:
+    def _check_optimizer(self) -> Self:
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
             raise ValueError(
                 "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
@@ -104,7 +104,7 @@ class PoolsConfig(Config):
         return roles[name]
 
     @model_validator(mode="after")
-    def _offload_fits(self) -> Self:
+    def _check_offload(self) -> Self:
         for name in ROLES:
             role = self.role(name)
             trains = isinstance(role, TrainedRoleConfig)
@@ -117,7 +117,7 @@ class PoolsConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _sharing_fits(self) -> Self:
+    def _check_sharing(self) -> Self:
         for name in ROLES:
             guest = self.role(name)
             if guest.share_with is None:

@@ -9,12 +9,12 @@ from medgpt.config.base import Config, Count, ModelPath
 from medgpt.config.data import DataConfig
 from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.config.pools import ROLES, PoolsConfig
-from medgpt.config.ppo_rewards import DiagnosisConfig, JudgeConfig, RewardsConfig
-from medgpt.config.stages import Passes, RunConfig, Samples
+from medgpt.config.ppo_rewards import DiagnosisConfig, JudgeConfig, PPORewardConfig
+from medgpt.config.stages import Passes, RunConfig, SampleKind
 from medgpt.config.train import ClusterConfig, OptimizerConfig, Schedule
 
 Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
+NonNegative = Annotated[float, Ge(0)]
 
 
 class PPOConfig(Config):
@@ -44,7 +44,7 @@ class PPOConfig(Config):
     audit: bool = False
     """Write which prompt was learnt from in which iteration to audit/."""
 
-    kl_coef: NotNegative = 0.05
+    kl_coef: NonNegative = 0.05
     """Reward lost per nat of divergence from the reference; the first of an adaptive one."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """Of each token's divergence (http://joschu.net/blog/kl-approx.html). As a reward only k1 has
@@ -61,7 +61,7 @@ class PPOConfig(Config):
     """Scores relative to the running mean and standard deviation of all so far."""
     length_penalty: float = 0.0
     """Taken from the score for each token of the response."""
-    missing_end_penalty: NotNegative = 0.0
+    missing_end_penalty: NonNegative = 0.0
     """Taken from the score of a response without end token."""
     gamma: Annotated[float, Gt(0), Le(1)] = 1.0
     """Discount per token."""
@@ -82,7 +82,7 @@ class PPOConfig(Config):
     target_kl: Positive | None = None
     """End an iteration's updates when a step's KL from the old policy, in nats per token, exceeds
     this; unset never does."""
-    entropy_coef: NotNegative = 0.0
+    entropy_coef: NonNegative = 0.0
     """Of the entropy bonus in the policy's loss."""
     max_logprob_gap: Positive = 0.01
     """Mean distance, in nats per token, of the rollout engine's log-probabilities from training's
@@ -96,7 +96,7 @@ class PPOConfig(Config):
         return self.epochs * (self.rollout_batch_size // self.global_batch_size)
 
     @model_validator(mode="after")
-    def _relations(self) -> Self:
+    def _check_relations(self) -> Self:
         rollout, batch = self.rollout_batch_size, self.global_batch_size
         if rollout % batch:
             fitting = [
@@ -136,7 +136,7 @@ class PolicyOptimizerConfig(OptimizerConfig):
     """After warm-up: cosine or linear to min_lr_ratio; wsd stays and decays linearly at the end."""
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
     """The schedule ends at this share of learning_rate."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: NonNegative = 0.0
     """AdamW decay of matrices; vectors and embeddings are not decayed."""
 
 
@@ -189,7 +189,7 @@ class PPOStageConfig(Config):
     ppo: PPOConfig = PPOConfig()
     optimizer: PolicyOptimizerConfig = PolicyOptimizerConfig()
     critic: CriticConfig = CriticConfig()
-    reward: RewardsConfig = RewardsConfig()
+    reward: PPORewardConfig = PPORewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     ptx: PtxConfig | None = None
     judge: JudgeConfig = JudgeConfig()
@@ -198,7 +198,7 @@ class PPOStageConfig(Config):
     cluster: ClusterConfig = ClusterConfig()
     report: PPOReportConfig = PPOReportConfig()
 
-    samples: ClassVar[Samples] = "prompts"
+    sample_kind: ClassVar[SampleKind] = "prompts"
 
     @property
     def passes(self) -> Passes:
@@ -211,7 +211,7 @@ class PPOStageConfig(Config):
         return TokenizerConfig()
 
     @model_validator(mode="after")
-    def _models_are_there(self) -> Self:
+    def _check_models(self) -> Self:
         if self.model.name is None:
             raise ValueError("model.name is unset; name the model that medgpt sft wrote")
         if self.reward.score_weight and self.reward.model is None:
@@ -232,7 +232,7 @@ class PPOStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _the_engine_leaves_its_gpu(self) -> Self:
+    def _check_rollout_offload(self) -> Self:
         if self.pools.rollout.offload and self.rollout.engine == "vllm":
             raise ValueError(
                 "pools.rollout.offload=true: vLLM keeps weights, keys and values on its GPU; set "
@@ -241,7 +241,7 @@ class PPOStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _every_worker_has_work(self) -> Self:
+    def _check_batch_sizes(self) -> Self:
         ppo = self.ppo
         for role in ROLES:
             workers = self.pools.role(role).num_workers

@@ -17,7 +17,7 @@ RULES: tuple[RuleName, ...] = (
     "language",
     "repetition",
 )
-SCORE = "score"  # the reward model's component
+SCORE_COMPONENT = "score"  # the reward model's component
 Weight = Annotated[float, Ge(0)]
 
 
@@ -34,7 +34,7 @@ class RewardFunctionConfig(Config):
     """Its share of the total."""
 
 
-class RewardsConfig(Config):
+class PPORewardConfig(Config):
     """A reward is the weighted sum of its components."""
 
     model: ModelPath | None = None
@@ -49,15 +49,15 @@ class RewardsConfig(Config):
     functions: tuple[RewardFunctionConfig, ...] = ()
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = Counter([SCORE, *RULES, *(function.name for function in self.functions)])
-        twice = [name for name, times in names.items() if times > 1]
-        if twice:
-            raise ValueError(f"two components are called {twice[0]}; rename the function")
+    def _check_names(self) -> Self:
+        names = Counter([SCORE_COMPONENT, *RULES, *(function.name for function in self.functions)])
+        duplicates = [name for name, times in names.items() if times > 1]
+        if duplicates:
+            raise ValueError(f"two components are called {duplicates[0]}; rename the function")
         return self
 
     @model_validator(mode="after")
-    def _something_to_reward(self) -> Self:
+    def _check_has_component(self) -> Self:
         if not (self.score_weight or self.functions or any(self.rule_weights().values())):
             raise ValueError("there is no component; set score_weight, a rule or a function")
         return self
@@ -92,7 +92,7 @@ class JudgeConfig(Config):
     two judges without a common question."""
 
     @model_validator(mode="after")
-    def _something_to_ask(self) -> Self:
+    def _check_has_questions(self) -> Self:
         if self.every and not (self.key_points or self.triage):
             raise ValueError("has no questions; set key_points or triage, or every=0")
         if self.triage == 1:

@@ -6,7 +6,7 @@ from annotated_types import Ge
 from pydantic import model_validator
 
 from medgpt.config.base import Config, Count
-from medgpt.config.stages import Samples, TrainStageConfig
+from medgpt.config.stages import SampleKind, TrainStageConfig
 
 
 class RewardObjectiveConfig(Config):
@@ -25,10 +25,10 @@ class RewardObjectiveConfig(Config):
 class PreferenceStageConfig(TrainStageConfig):
     """What stages have that learn from preferences."""
 
-    samples: ClassVar[Samples] = "preferences"
+    sample_kind: ClassVar[SampleKind] = "preferences"
 
     @model_validator(mode="after")
-    def _starts_from_a_chat_model(self) -> Self:
+    def _check_base_model(self) -> Self:
         if self.model.name is None:
             raise ValueError(
                 "model.architecture: start from a model that medgpt sft wrote, as name"
@@ -43,13 +43,13 @@ class PreferenceStageConfig(TrainStageConfig):
         return self
 
 
-class RewardConfig(PreferenceStageConfig):
+class RewardModelConfig(PreferenceStageConfig):
     """configs/reward.toml"""
 
     objective: RewardObjectiveConfig = RewardObjectiveConfig()
 
     @model_validator(mode="after")
-    def _writes_no_answers(self) -> Self:
+    def _check_no_report_prompts(self) -> Self:
         if self.report.prompts:
             raise ValueError("report.prompts: a reward model writes no answers; leave them out")
         return self

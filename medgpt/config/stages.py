@@ -28,7 +28,7 @@ class RunConfig(Config):
     at the same step; of an order that is another one now, rows may be repeated or left out."""
 
 
-Samples = Literal["documents", "conversations", "preferences", "prompts"]
+SampleKind = Literal["documents", "conversations", "preferences", "prompts"]
 
 
 class Passes(NamedTuple):
@@ -41,7 +41,7 @@ class Passes(NamedTuple):
 class TrainStageConfig(Config):
     """What every supervised stage has."""
 
-    samples: ClassVar[Samples]
+    sample_kind: ClassVar[SampleKind]
 
     run: RunConfig
     model: ModelConfig
@@ -59,18 +59,20 @@ class TrainStageConfig(Config):
         return Passes(self.train.epochs, None if steps is None else steps * rows)
 
     @model_validator(mode="after")
-    def _relations(self) -> Self:
+    def _check_relations(self) -> Self:
         train, cluster = self.train, self.cluster
-        share = train.micro_batch_size * cluster.most_workers
-        fixed = cluster.num_workers == cluster.most_workers
-        if train.global_batch_size < share or (fixed and train.global_batch_size % share):
-            below = train.global_batch_size // share * share
-            fitting = [str(size) for size in (below, below + share) if size]
+        rows_per_micro_step = train.micro_batch_size * cluster.max_workers
+        is_fixed = cluster.num_workers == cluster.max_workers
+        if train.global_batch_size < rows_per_micro_step or (
+            is_fixed and train.global_batch_size % rows_per_micro_step
+        ):
+            below = train.global_batch_size // rows_per_micro_step * rows_per_micro_step
+            fitting = [str(size) for size in (below, below + rows_per_micro_step) if size]
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} must be "
-                f"{'a multiple of' if fixed else 'at least'} "
+                f"{'a multiple of' if is_fixed else 'at least'} "
                 f"train.micro_batch_size={train.micro_batch_size} x "
-                f"cluster.num_workers={cluster.most_workers}; "
+                f"cluster.num_workers={cluster.max_workers}; "
                 f"{' or '.join(fitting)} would do"
             )
         if self.engine.offload_optimizer and self.engine.zero_stage == 0:
@@ -96,11 +98,11 @@ class TrainStageConfig(Config):
 class PretrainConfig(TrainStageConfig):
     """configs/pretrain.toml"""
 
-    samples: ClassVar[Samples] = "documents"
+    sample_kind: ClassVar[SampleKind] = "documents"
     objective: ObjectiveConfig = ObjectiveConfig()
 
     @model_validator(mode="after")
-    def _objective_fits(self) -> Self:
+    def _check_objective(self) -> Self:
         architecture = self.model.architecture
         if architecture and (architecture.kind == "bert") != (self.objective.kind == "mlm"):
             raise ValueError(
@@ -118,10 +120,10 @@ class PretrainConfig(TrainStageConfig):
 class SFTConfig(TrainStageConfig):
     """configs/sft.toml"""
 
-    samples: ClassVar[Samples] = "conversations"
+    sample_kind: ClassVar[SampleKind] = "conversations"
 
     @model_validator(mode="after")
-    def _can_answer(self) -> Self:
+    def _check_can_answer(self) -> Self:
         if self.model.architecture and self.model.architecture.kind == "bert":
             raise ValueError(
                 "model.architecture.kind=bert cannot generate answers; take qwen2 or llama"

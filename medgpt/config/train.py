@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import Field, model_validator
 
-from medgpt.config.base import Config, Count, DataPath, Share, Workers
+from medgpt.config.base import Config, Count, DataPath, Fraction, Workers
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 
@@ -24,7 +24,7 @@ class OptimizerConfig(Config):
     """Peak learning rate."""
     schedule: Schedule = "cosine"
     """After warm-up: cosine or linear to min_lr_ratio; wsd stays and decays linearly at the end."""
-    warmup_share: Share = 0.03
+    warmup_share: Fraction = 0.03
     """Share of all steps with linearly rising learning rate."""
     decay_share: Annotated[float, Ge(0), Le(1)] = 0.2
     """wsd: share of all steps in the final decay."""
@@ -32,7 +32,7 @@ class OptimizerConfig(Config):
     """The schedule ends at this share of learning_rate."""
     weight_decay: Annotated[float, Ge(0)] = 0.1
     """AdamW decay of matrices; vectors and embeddings are not decayed."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: Annotated[float, Gt(0)] = 1e-8
     """Adam's denominator offset."""
@@ -106,24 +106,24 @@ class ClusterConfig(Config):
     /tmp."""
 
     @model_validator(mode="after")
-    def _labels_fit(self) -> Self:
+    def _check_labels(self) -> Self:
         if self.labels and not isinstance(self.num_workers, int):
             raise ValueError(
                 f"labels: Ray counts the room for a range of workers on nodes without them, too; "
-                f"set num_workers to one number instead of {self.workers}, or leave labels out"
+                f"set num_workers to one number instead of {self.workers_text}, or leave labels out"
             )
         return self
 
     @property
-    def fewest_workers(self) -> int:
+    def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
-    def workers(self) -> str:
+    def workers_text(self) -> str:
         """`num_workers` as TOML."""
         return str(self.num_workers).replace("(", "[").replace(")", "]")
 

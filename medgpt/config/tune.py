@@ -19,12 +19,12 @@ from medgpt.config.stages import RunConfig
 
 Value = bool | int | float | str
 Params = dict[str, Any]  # searched keys with a trial's values
-KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
-FROZEN: tuple[RoleName, ...] = ("reward", "reference")  # pools that all trials can share
+SPACE_KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
+SHARED_ROLES: tuple[RoleName, ...] = ("reward", "reference")  # pools that all trials can share
 MAX_COMBINATIONS = 1000  # of values that are checked together
-MIDDLE = 0.381966  # of a range: no whole number there, whatever its ends
+INNER_POINT = 0.381966  # of a range: no whole number there, whatever its ends
 
-FIXED = {  # keys of the PPO stage that are not searched, and why
+NOT_SEARCHABLE = {  # keys of the PPO stage that are not searched, and why
     "run": "every trial has a run of its own; seeds are compared by check.seeds",
     "model.name": "all trials start from the same model",
     "data": "all trials learn from the same prompts",
@@ -39,19 +39,19 @@ FIXED = {  # keys of the PPO stage that are not searched, and why
     "ppo.keep_checkpoints": "it changes no trial",
     "ppo.log_every": "it changes no trial",
 }
-SHARED = {  # what a pool that all trials share is made from
+SHARED_POOL_KEYS = {  # what a pool that all trials share is made from
     "reward": "reward",
     "model.attention": "reference",
     "model.trust_remote_code": "reference",
 }
-NOT_COPIED = {  # a copied state would not fit
+NOT_COPYABLE = {  # a copied state would not fit
     "model": "the policy",
     "critic.model": "the critic",
     "critic.lora": "the critic",
 }
 
 
-class Space(Config):
+class SearchSpace(Config):
     """What one key may be: a table with one of these. The key is in quotes:
     `"ppo.kl_coef" = { loguniform = [1e-3, 0.3] }`."""
 
@@ -67,11 +67,13 @@ class Space(Config):
     """All of these, with all of the other keys; needs tune.searcher=grid."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        given = [kind for kind in KINDS if getattr(self, kind) is not None]
+    def _check_one_kind(self) -> Self:
+        given = [kind for kind in SPACE_KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             has = " and ".join(given) or "none"  # of the file and of an override together
-            raise ValueError(f"has {has}; needs one of {', '.join(KINDS)}, as {{ choice = [1] }}")
+            raise ValueError(
+                f"has {has}; needs one of {', '.join(SPACE_KINDS)}, as {{ choice = [1] }}"
+            )
         if self.bounds is not None and self.bounds[0] >= self.bounds[1]:
             raise ValueError(f"{given[0]} needs the lower end first, as [0.1, 1.0]")
         return self
@@ -87,13 +89,13 @@ class Space(Config):
         return self.choice or self.grid
 
     @property
-    def extremes(self) -> tuple[Value, ...]:
+    def values_to_check(self) -> tuple[Value, ...]:
         """Values that must be right for all to be: the ends of a range and one between them."""
         if self.values is not None:
             return self.values
         assert self.bounds is not None
         low, high = self.bounds
-        return self.bounds if self.randint else (low, high, low + MIDDLE * (high - low))
+        return self.bounds if self.randint else (low, high, low + INNER_POINT * (high - low))
 
     def __contains__(self, value: object) -> bool:
         if self.values is not None:
@@ -103,14 +105,14 @@ class Space(Config):
             return False
         return self.bounds[0] <= value <= self.bounds[1]
 
-    def nearest(self, value: Any) -> Any:
+    def clip(self, value: Any) -> Any:
         """`value`, or the end of the range that it lies beyond."""
         if self.bounds is None:
             return value
         return type(value)(min(max(value, self.bounds[0]), self.bounds[1]))
 
 
-def flat_spaces(tree: object) -> object:
+def flatten_spaces(tree: object) -> object:
     """Tables of tables as `ppo.kl_coef = {...}` writes them, under keys with dots."""
     if not isinstance(tree, dict):
         return tree
@@ -119,7 +121,7 @@ def flat_spaces(tree: object) -> object:
         is_table = (
             isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values())
         )
-        if is_table and not value.keys() & set(KINDS):
+        if is_table and not value.keys() & set(SPACE_KINDS):
             for name, inner in value.items():
                 yield from leaves(f"{path}.{name}", inner)
         else:
@@ -128,7 +130,12 @@ def flat_spaces(tree: object) -> object:
     return {name: space for key, value in tree.items() for name, space in leaves(key, value)}
 
 
-STEPS = ("ppo.epochs", "ppo.global_batch_size", "ppo.rollout_batch_size", "ptx.batch_size")
+ROWS_PER_ITERATION_KEYS = (
+    "ppo.epochs",
+    "ppo.global_batch_size",
+    "ppo.rollout_batch_size",
+    "ptx.batch_size",
+)
 """Keys that decide how many rows of [ptx] an iteration takes."""
 
 
@@ -179,12 +186,12 @@ class TuneStageConfig(Config):
     """TOML file of `medgpt ppo`: what all trials have in common."""
     overrides: tuple[str, ...] = ()
     """`section.key=value` assignments on top of it."""
-    search: Annotated[dict[str, Space], Len(1), BeforeValidator(flat_spaces)]
+    search: Annotated[dict[str, SearchSpace], Len(1), BeforeValidator(flatten_spaces)]
     tune: TuneConfig = TuneConfig()
     check: CheckConfig = CheckConfig()
 
     @cached_property
-    def stage(self) -> PPOStageConfig:
+    def base_config(self) -> PPOStageConfig:
         """What all trials have in common. Raises ConfigError."""
         own = f"run.dir={json.dumps(f'{self.run.dir}/base', ensure_ascii=False)}"
         try:
@@ -193,13 +200,13 @@ class TuneStageConfig(Config):
             raise ConfigError(f"base={self.base}: {error}") from None
 
     @cached_property
-    def own_values(self) -> Params:
+    def base_values(self) -> Params:
         """The base's values of the searched keys."""
-        return {key: value_at(self.stage, key) for key in self.search}
+        return {key: value_at(self.base_config, key) for key in self.search}
 
     @model_validator(mode="after")
-    def _trials_can_be_judged(self) -> Self:
-        ppo, judge, tune = self.stage.ppo, self.stage.judge, self.tune
+    def _check_judge(self) -> Self:
+        ppo, judge, tune = self.base_config.ppo, self.base_config.judge, self.tune
         if not judge.every:
             raise ValueError(
                 "base: judge.every=0: trials are compared by the judge; set judge.every there"
@@ -217,21 +224,21 @@ class TuneStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _keys_may_be_searched(self) -> Self:
+    def _check_keys(self) -> Self:
         for key in self.search:
-            if self.stage.ptx is not None and key in STEPS:
+            if self.base_config.ptx is not None and key in ROWS_PER_ITERATION_KEYS:
                 raise ValueError(
                     f'search."{key}" cannot be searched: the base has [ptx], whose rows are dealt '
                     "to the steps of an iteration, and it changes how many; leave it out"
                 )
-            if why := _reason(key, FIXED):
-                raise ValueError(f'search."{key}" cannot be searched: {why}')
-            if self.tune.shared_pools and (pool := _reason(key, SHARED)):
+            if reason := _reason_for(key, NOT_SEARCHABLE):
+                raise ValueError(f'search."{key}" cannot be searched: {reason}')
+            if self.tune.shared_pools and (pool := _reason_for(key, SHARED_POOL_KEYS)):
                 raise ValueError(
                     f'search."{key}" would change the {pool} pool, which all trials share; leave '
                     "it out, or give each trial its own by tune.shared_pools=false"
                 )
-            if self.tune.scheduler == "pbt" and (part := _reason(key, NOT_COPIED)):
+            if self.tune.scheduler == "pbt" and (part := _reason_for(key, NOT_COPYABLE)):
                 raise ValueError(
                     f'search."{key}" makes {part} another model, and tune.scheduler=pbt copies '
                     "weights between trials; leave it out, or take asha"
@@ -239,18 +246,18 @@ class TuneStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _values_are_right(self) -> Self:
+    def _check_values(self) -> Self:
         for key, space in self.search.items():
-            for value in space.extremes:
-                self._check({key: value})
-        each = [space.extremes for space in self.search.values()]
-        if math.prod(map(len, each)) <= MAX_COMBINATIONS:
-            for values in product(*each):
-                self._check(dict(zip(self.search, values, strict=True)))
+            for value in space.values_to_check:
+                self._trial_config({key: value})
+        choices = [space.values_to_check for space in self.search.values()]
+        if math.prod(map(len, choices)) <= MAX_COMBINATIONS:
+            for values in product(*choices):
+                self._trial_config(dict(zip(self.search, values, strict=True)))
         return self
 
     @model_validator(mode="after")
-    def _searcher_fits(self) -> Self:
+    def _check_searcher(self) -> Self:
         tune = self.tune
         for key, space in self.search.items():
             if tune.searcher == "grid" and space.values is None:
@@ -262,9 +269,9 @@ class TuneStageConfig(Config):
                 raise ValueError(
                     f'search."{key}": grid goes with tune.searcher=grid; write choice, or set that'
                 )
-            if tune.default_first and tune.searcher == "tpe" and self.own_values[key] not in space:
+            if tune.default_first and tune.searcher == "tpe" and self.base_values[key] not in space:
                 raise ValueError(
-                    f'search."{key}" does not contain {self.own_values[key]}, the base\'s own '
+                    f'search."{key}" does not contain {self.base_values[key]}, the base\'s own '
                     "value, which is to be trial 1; widen it, or set tune.default_first=false"
                 )
         if tune.scheduler == "pbt" and tune.searcher != "random":
@@ -275,12 +282,12 @@ class TuneStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _shared_pools_stand_alone(self) -> Self:
+    def _check_shared_pools(self) -> Self:
         if not self.tune.shared_pools:
             return self
         for name in ROLES:
-            host = self.stage.pools.role(name).share_with
-            if host is not None and (name in FROZEN) != (host in FROZEN):
+            host = self.base_config.pools.role(name).share_with
+            if host is not None and (name in SHARED_ROLES) != (host in SHARED_ROLES):
                 raise ValueError(
                     f"base: pools.{name}.share_with={host}: one of them is shared by all trials, "
                     "the other is each trial's; unset it, or set tune.shared_pools=false"
@@ -288,33 +295,33 @@ class TuneStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _paths_are_absolute(self) -> Self:
+    def _make_paths_absolute(self) -> Self:
         """Trials run in other folders."""
         listed = {
-            key: [value_at(self._check({key: value}), key) for value in space.values]
+            key: [value_at(self._trial_config({key: value}), key) for value in space.values]
             for key, space in self.search.items()
             if space.values is not None
         }
         changed = {
-            key: Space(**{"grid" if self.search[key].grid else "choice": tuple(values)})
+            key: SearchSpace(**{"grid" if self.search[key].grid else "choice": tuple(values)})
             for key, values in listed.items()
         }
         return self.model_copy(update={"search": {**self.search, **changed}})
 
-    def _check(self, values: Params) -> PPOStageConfig:
+    def _trial_config(self, values: Params) -> PPOStageConfig:
         """A trial's config. Raises ConfigError if it cannot have these."""
         try:
-            return with_values(PPOStageConfig, self.stage, values)
+            return with_values(PPOStageConfig, self.base_config, values)
         except ConfigError as error:
-            several = ", ".join(f"{key}={value}" for key, value in values.items())
-            told = f"with {several}: " if len(values) > 1 else ""
-            raise ConfigError(f"search: {told}{error}") from None
+            assignments = ", ".join(f"{key}={value}" for key, value in values.items())
+            prefix = f"with {assignments}: " if len(values) > 1 else ""
+            raise ConfigError(f"search: {prefix}{error}") from None
 
 
-def _reason(key: str, reasons: Mapping[str, str]) -> str | None:
+def _reason_for(key: str, reasons: Mapping[str, str]) -> str | None:
     """Of the key, or of a section that it is in."""
-    found = (why for known, why in reasons.items() if f"{key}.".startswith(f"{known}."))
-    return next(found, None)
+    matches = (why for known, why in reasons.items() if f"{key}.".startswith(f"{known}."))
+    return next(matches, None)
 
 
 def value_at(config: Any, key: str) -> Any:

@@ -23,11 +23,11 @@ from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: E402, F401
 compiler.compile = _compile
 
 
-def _no_report(message: str, force: bool = False) -> None:
+def _report_no_memory(message: str, force: bool = False) -> None:
     """Instead of memory statistics on stdout and a garbage collection, six times per engine."""
 
 
-bf16_optimizer.see_memory_usage = _no_report
+bf16_optimizer.see_memory_usage = _report_no_memory
 # or it compiles C++ at run time where it finds a compiler
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -36,14 +36,14 @@ for handler in logging.getLogger("DeepSpeed").handlers:
     handler.setStream(sys.stderr)  # stdout belongs to the program's own output
 
 from medgpt.engine.engine import Engine  # noqa: E402
-from medgpt.engine.export import gather_weights, plain_weights, save_safetensors  # noqa: E402
+from medgpt.engine.export import gather_merged_weights, gather_weights, save_safetensors  # noqa: E402
 from medgpt.engine.loading import load_safetensors, partitioned_init  # noqa: E402
 
 __all__ = [
     "Engine",
+    "gather_merged_weights",
     "gather_weights",
     "load_safetensors",
     "partitioned_init",
-    "plain_weights",
     "save_safetensors",
 ]

@@ -52,14 +52,14 @@ def snapshot(
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     sizes = {name: state.full_shape(param).numel() for name, param in params.items()}
     owners = assign_owners(sizes, num_ranks)
-    mine: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, param in params.items():
-        for kind in state.KINDS:
-            full = state.gather(optimizer, param, kind)
+        for kind in state.STATE_KINDS:
+            full = state.gather_full(optimizer, param, kind)
             if owners[name] == rank:
-                mine[f"{kind}/{name}"] = full.to("cpu", torch.float32, copy=True).contiguous()
+                tensors[f"{kind}/{name}"] = full.to("cpu", torch.float32, copy=True).contiguous()
     counts = {"steps": steps, "adam_steps": state.adam_step(adam, optimizer)}
-    return Snapshot(mine, rank, num_ranks, counts)
+    return Snapshot(tensors, rank, num_ranks, counts)
 
 
 def load(
@@ -74,18 +74,18 @@ def load(
         ValueError: the checkpoint is of a model with other trainable parameters.
     """
     counts = json.loads((directory / STEPS_FILE).read_text("utf-8"))
-    found: set[str] = set()
+    stored: set[str] = set()
     for file in sorted(directory.glob("rank-*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 kind, name = key.split("/", 1)
-                assert kind in state.KINDS
-                found.add(key)
+                assert kind in state.STATE_KINDS
+                stored.add(key)
                 if name in params:
-                    state.scatter(optimizer, params[name], kind, tensors.get_tensor(key))
-    expected = {f"{kind}/{name}" for kind in state.KINDS for name in params}
-    if found != expected:
-        some = ", ".join(sorted(found ^ expected)[:3])
+                    state.scatter_full(optimizer, params[name], kind, tensors.get_tensor(key))
+    expected = {f"{kind}/{name}" for kind in state.STATE_KINDS for name in params}
+    if stored != expected:
+        some = ", ".join(sorted(stored ^ expected)[:3])
         raise ValueError(f"{directory} is a checkpoint of another model: it differs in {some}")
     state.set_adam_step(adam, optimizer, counts["adam_steps"])
     state.refresh_weights(optimizer)
@@ -94,9 +94,9 @@ def load(
 
 def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     """The rank that writes each parameter: largest first, each to the rank with the least yet."""
-    load = [0] * num_ranks
+    num_elements = [0] * num_ranks
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = load.index(min(load))
-        load[owners[name]] += sizes[name]
+        owners[name] = num_elements.index(min(num_elements))
+        num_elements[owners[name]] += sizes[name]
     return owners

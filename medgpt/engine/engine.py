@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medgpt.config.train import EngineConfig, OptimizerConfig
 from medgpt.engine import checkpoint, schedule, state
 from medgpt.engine.export import export_weights
-from medgpt.engine.setup import deepspeed_config, join_process_group
+from medgpt.engine.setup import deepspeed_config, ensure_process_group
 
 
 class Engine:
@@ -32,11 +32,11 @@ class Engine:
         total_steps: int,
         device: torch.device,
     ) -> None:
-        join_process_group(device)
+        ensure_process_group(device)
         self.module = module
         self.steps = 0
         """Optimizer steps done."""
-        self._config = optimizer
+        self._optimizer_config = optimizer
         self._total_steps = total_steps
         self._adam = torch.optim.AdamW(
             parameter_groups(module, optimizer.weight_decay),
@@ -55,11 +55,11 @@ class Engine:
         assert isinstance(wrapped, torch.optim.AdamW | ZeROOptimizer), type(wrapped)
         self._optimizer: state.DeepSpeedOptimizer = wrapped
         self._grad_norm = math.nan
-        self._num_averaged = dist.get_world_size()
+        self._grad_divisor = dist.get_world_size()
         """By what DeepSpeed divides the sum of the ranks' gradients."""
         if isinstance(self._optimizer, torch.optim.AdamW):
-            self._adam.register_step_pre_hook(lambda *_: self._clip())
-            self._num_averaged = 1
+            self._adam.register_step_pre_hook(lambda *_: self._clip_gradients())
+            self._grad_divisor = 1
             # one rank would copy all gradients into a buffer and back, for nobody
             self._engine.enable_backward_allreduce = dist.get_world_size() > 1
         state.create_moments(self._adam, self._optimizer)
@@ -67,7 +67,9 @@ class Engine:
     @property
     def learning_rate(self) -> float:
         """The rate of the latest step; before the first, of the first."""
-        return schedule.learning_rate(max(self.steps - 1, 0), self._total_steps, self._config)
+        return schedule.learning_rate(
+            max(self.steps - 1, 0), self._total_steps, self._optimizer_config
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output."""
@@ -75,14 +77,14 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this rank's share of a loss divided by the global token count."""
-        self._engine.backward(loss * self._num_averaged, scale_wrt_gas=False)
+        self._engine.backward(loss * self._grad_divisor, scale_wrt_gas=False)
 
     def step(self) -> float:
         """Clip, update, clear the gradients. Returns their global norm before clipping.
 
         A norm that is not finite leaves weights and moments as they were; it counts as a step.
         """
-        rate = schedule.learning_rate(self.steps, self._total_steps, self._config)
+        rate = schedule.learning_rate(self.steps, self._total_steps, self._optimizer_config)
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._engine.step()
@@ -97,29 +99,33 @@ class Engine:
 
     def snapshot(self) -> checkpoint.Snapshot:
         """A copy of all that `load` needs. Collective; every rank writes its part on its own."""
-        return checkpoint.snapshot(self._trainable(), self._adam, self._optimizer, steps=self.steps)
+        return checkpoint.snapshot(
+            self._trainable_parameters(), self._adam, self._optimizer, steps=self.steps
+        )
 
     def load(self, directory: Path) -> None:
         """Continue from snapshots that were written at any world size, ZeRO stage and offload.
 
         Collective; the files of all ranks must be there.
         """
-        self.steps = checkpoint.load(directory, self._trainable(), self._adam, self._optimizer)
+        self.steps = checkpoint.load(
+            directory, self._trainable_parameters(), self._adam, self._optimizer
+        )
 
-    def export(self, directory: Path, part: nn.Module | None = None) -> None:
+    def export(self, directory: Path, submodule: nn.Module | None = None) -> None:
         """Write the weights of the module, or a `part` of it, as safetensors shards. Collective."""
-        export_weights(self.module if part is None else part, directory)
+        export_weights(self.module if submodule is None else submodule, directory)
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
+    def _trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def _clip(self) -> None:
+    def _clip_gradients(self) -> None:
         """For the bare torch optimizer of stage 0; DeepSpeed's own optimizers do it themselves."""
-        params = list(self._trainable().values())
+        params = list(self._trainable_parameters().values())
         for param in params:
             if param.grad is None:  # its moments decay, as with DeepSpeed's own optimizers
                 param.grad = torch.zeros_like(param)
-        limit = self._config.max_grad_norm or math.inf
+        limit = self._optimizer_config.max_grad_norm or math.inf
         self._grad_norm = float(nn.utils.clip_grad_norm_(params, limit))
         if not math.isfinite(self._grad_norm):
             for param in params:
@@ -131,14 +137,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     embeddings = {
         id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
-    decayed: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for param in module.parameters():
         if param.requires_grad:
             is_matrix = len(state.full_shape(param)) > 1 and id(param) not in embeddings
-            (decayed if is_matrix else others).append(param)
+            (matrices if is_matrix else others).append(param)
     groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": weight_decay},
+        {"name": "decayed", "params": matrices, "weight_decay": weight_decay},
         {"name": "others", "params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from medgpt.engine import state
 
 if TYPE_CHECKING:
-    from medgpt.models.lora import Part
+    from medgpt.models.lora import MergedWeight
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -47,20 +47,20 @@ def export_weights(module: nn.Module, directory: Path) -> None:
         deque(weights, maxlen=0)
 
 
-def plain_weights(parts: "Iterable[Part]") -> Iterator[tuple[str, Tensor]]:
+def gather_merged_weights(weights: "Iterable[MergedWeight]") -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each part, on the device of the model, where ZeRO-3 gathers it.
 
     Collective like `gather_weights`. A tensor is read before the next one is asked for; it may be
     the weight itself.
     """
     rank = dist.get_rank()
-    for part in parts:
-        params = [source for source in part.sources if state.is_zero_param(source)]
+    for merged in weights:
+        params = [source for source in merged.sources if state.is_zero_param(source)]
         with deepspeed.zero.GatheredParameters(params, enabled=bool(params)):
             if rank == 0:
                 with torch.no_grad():
-                    weight = part.make()
-                yield part.name, weight
+                    weight = merged.compute()
+                yield merged.name, weight
 
 
 def save_safetensors(
@@ -77,25 +77,25 @@ def save_safetensors(
     for name, tensor in items:
         size = tensor.numel() * tensor.element_size()
         if shard and _num_bytes(shard) + size > max_shard_bytes:
-            shards.append(_write(shard, directory, len(shards)))
+            shards.append(_write_shard(shard, directory, len(shards)))
             shard = {}
         shard[name] = tensor
         total += size
     if shard:
-        shards.append(_write(shard, directory, len(shards)))
-    _name_shards(shards, total, directory)
+        shards.append(_write_shard(shard, directory, len(shards)))
+    _finish_shards(shards, total, directory)
 
 
 def _num_bytes(shard: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
 
 
-def _write(shard: dict[str, Tensor], directory: Path, index: int) -> list[str]:
+def _write_shard(shard: dict[str, Tensor], directory: Path, index: int) -> list[str]:
     save_file(shard, directory / f"shard-{index}.tmp", metadata={"format": "pt"})
     return list(shard)
 
 
-def _name_shards(shards: list[list[str]], total: int, directory: Path) -> None:
+def _finish_shards(shards: list[list[str]], total: int, directory: Path) -> None:
     """The final names hold the number of shards, which is known last."""
     if len(shards) == 1:
         (directory / "shard-0.tmp").replace(directory / "model.safetensors")

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from medgpt.config.train import EngineConfig
-from medgpt.engine.setup import compute_dtype, deepspeed_config, join_process_group
+from medgpt.engine.setup import compute_dtype, deepspeed_config, ensure_process_group
 
 
 class FrozenEngine:
     """Calls `module` without gradients. At ZeRO-3 every rank makes the same number of calls."""
 
     def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
-        join_process_group(device)
+        ensure_process_group(device)
         module.requires_grad_(False).eval()
         dtype = compute_dtype(config, device)
         if config.zero_stage < 3:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from medgpt.config.train import EngineConfig
 from medgpt.engine import state
-from medgpt.engine.setup import compute_dtype, deepspeed_config, join_process_group
+from medgpt.engine.setup import compute_dtype, deepspeed_config, ensure_process_group
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def partitioned_init(config: EngineConfig, device: torch.device) -> Iterator[Non
     if config.zero_stage < 3:
         yield
         return
-    join_process_group(device)
+    ensure_process_group(device)
     dtype, dtype_before = compute_dtype(config, device), torch.get_default_dtype()
     init = deepspeed.zero.Init(
         config_dict_or_path=deepspeed_config(config, device, max_grad_norm=0.0),
@@ -67,32 +67,32 @@ def load_safetensors(module: nn.Module, files: Sequence[Path]) -> tuple[list[str
                     raise ValueError(
                         f"{file}: {name} has shape {tuple(shape)}, the model's is {expected}"
                     )
-                _fill(targets[name], tensors, name)
+                _copy_shard(targets[name], tensors, name)
                 filled.add(id(targets[name]))
     missing = [name for name, tensor in targets.items() if id(tensor) not in filled]
     return missing, unexpected
 
 
 @torch.no_grad()
-def _fill(target: Any, tensors: safe_open, name: str) -> None:
+def _copy_shard(target: Any, tensors: safe_open, name: str) -> None:
     """Copy this rank's part into `target`, a tensor or what ZeRO-3 made of it."""
     if not state.is_zero_param(target):
         target.copy_(tensors.get_tensor(name))
         return
     assert target.ds_status is ZeroParamStatus.NOT_AVAILABLE, "load before the engine is made"
-    part = target.ds_tensor  # the last ranks' parts may reach past the end
-    start = min(dist.get_rank() * part.numel(), target.ds_numel)
-    stop = min(start + part.numel(), target.ds_numel)
-    part[: stop - start].copy_(_read(tensors, name, start, stop))
+    shard = target.ds_tensor  # the last ranks' parts may reach past the end
+    start = min(dist.get_rank() * shard.numel(), target.ds_numel)
+    stop = min(start + shard.numel(), target.ds_numel)
+    shard[: stop - start].copy_(_read_elements(tensors, name, start, stop))
 
 
-def _read(tensors: safe_open, name: str, start: int, stop: int) -> Tensor:
+def _read_elements(tensors: safe_open, name: str, start: int, stop: int) -> Tensor:
     """Elements `start` to `stop` of the flattened tensor; only the rows that hold them are read."""
-    whole = tensors.get_slice(name)
-    shape = whole.get_shape()
+    tensor_slice = tensors.get_slice(name)
+    shape = tensor_slice.get_shape()
     if not shape:
         return tensors.get_tensor(name).flatten()[start:stop]
-    row = math.prod(shape[1:])
-    first = start // row
-    rows = whole[first : -(-stop // row)].flatten()
-    return rows[start - first * row : stop - first * row]
+    row_numel = math.prod(shape[1:])
+    first_row = start // row_numel
+    rows = tensor_slice[first_row : -(-stop // row_numel)].flatten()
+    return rows[start - first_row * row_numel : stop - first_row * row_numel]

@@ -10,7 +10,7 @@ from medgpt.config.model import ModelConfig
 from medgpt.config.train import EngineConfig
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
-from medgpt.models.load import SpecialIds, build_model, empty_model, weight_files
+from medgpt.models.load import SpecialTokenIds, build_empty_model, build_model, weight_files
 from medgpt.models.lora import apply_lora
 from medgpt.models.policy import Policy
 
@@ -35,15 +35,15 @@ def build_policy(
         ConfigError: config.name is no causal model.
     """
     options: dict[str, Any] = {
-        "objective": "clm",
+        "head_kind": "clm",
         "vocab_size": 0,  # a saved model's own
-        "special": SpecialIds(),
+        "special_ids": SpecialTokenIds(),
         "dtype": compute_dtype(engine, device),
     }
     if engine.zero_stage == 3:
         assert config.name is not None
         with partitioned_init(engine, device):
-            model: Any = empty_model(config, **options)
+            model: Any = build_empty_model(config, **options)
         missing, _ = load_safetensors(model, weight_files(config.name))
         if missing:
             raise ConfigError(

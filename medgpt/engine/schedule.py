@@ -21,7 +21,7 @@ def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float
     if config.schedule == "wsd":  # stays at the peak until the final decay
         start = max(warmup, total_steps - round(config.decay_share * total_steps))
     progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
-    left = 1 - progress  # linear and wsd
+    remaining = 1 - progress  # linear and wsd
     if config.schedule == "cosine":
-        left = (1 + math.cos(math.pi * progress)) / 2
-    return peak * (floor + (1 - floor) * left)
+        remaining = (1 + math.cos(math.pi * progress)) / 2
+    return peak * (floor + (1 - floor) * remaining)

@@ -35,12 +35,12 @@ def compute_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-def effective_stage(config: EngineConfig, dtype: torch.dtype) -> int:
+def effective_zero_stage(config: EngineConfig, dtype: torch.dtype) -> int:
     """The ZeRO stage that runs: stage 0 cannot accumulate the gradients of bf16 weights in fp32."""
     return 1 if config.zero_stage == 0 and dtype == torch.bfloat16 else config.zero_stage
 
 
-def join_process_group(device: torch.device) -> None:
+def ensure_process_group(device: torch.device) -> None:
     """Let DeepSpeed use the default process group; a process without one becomes a group of one."""
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -61,7 +61,7 @@ def deepspeed_config(
         ConfigError: optimizer offload without ZeRO.
     """
     dtype = compute_dtype(config, device)
-    stage = effective_stage(config, dtype)
+    stage = effective_zero_stage(config, dtype)
     if config.offload_optimizer and config.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")
     zero: dict[str, Any] = {

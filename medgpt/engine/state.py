@@ -24,8 +24,8 @@ from deepspeed.utils import (
 from torch import Tensor
 from torch.nn import Parameter
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
-KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
+STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 
 DeepSpeedOptimizer: TypeAlias = torch.optim.AdamW | ZeROOptimizer
 
@@ -35,7 +35,7 @@ def full_shape(param: Tensor) -> torch.Size:
     return param.ds_shape if is_zero_param(param) else param.shape  # type: ignore[attr-defined]
 
 
-def masters(optimizer: DeepSpeedOptimizer) -> list[Tensor]:
+def master_weights(optimizer: DeepSpeedOptimizer) -> list[Tensor]:
     """The fp32 tensors on this rank that Adam steps on."""
     if isinstance(optimizer, torch.optim.AdamW):
         return [param for group in optimizer.param_groups for param in group["params"]]
@@ -49,11 +49,11 @@ def masters(optimizer: DeepSpeedOptimizer) -> list[Tensor]:
 
 def create_moments(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer) -> None:
     """Zero moments; torch makes them in the first step, too late to save or load them before it."""
-    for master in masters(optimizer):
-        adam.state[master] = {
-            "step": torch.zeros((), dtype=torch.float32, device=master.device),
-            "exp_avg": torch.zeros_like(master, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+    for weight in master_weights(optimizer):
+        adam.state[weight] = {
+            "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+            "exp_avg": torch.zeros_like(weight, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(weight, requires_grad=False),
         }
     if isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer):
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -61,15 +61,15 @@ def create_moments(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer) -> No
 
 def adam_step(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer) -> int:
     """Updates made so far; fewer than the engine's steps when gradients were not finite."""
-    return int(adam.state[masters(optimizer)[0]]["step"])
+    return int(adam.state[master_weights(optimizer)[0]]["step"])
 
 
 def set_adam_step(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer, step: int) -> None:
-    for master in masters(optimizer):
+    for master in master_weights(optimizer):
         adam.state[master]["step"].fill_(step)
 
 
-def gather(optimizer: DeepSpeedOptimizer, param: Parameter, kind: Kind) -> Tensor:
+def gather_full(optimizer: DeepSpeedOptimizer, param: Parameter, kind: StateKind) -> Tensor:
     """The whole fp32 tensor of a trainable parameter, on every rank. Collective."""
     if isinstance(optimizer, torch.optim.AdamW):
         return param.detach() if kind == "weight" else optimizer.state[param][kind]
@@ -82,7 +82,9 @@ def gather(optimizer: DeepSpeedOptimizer, param: Parameter, kind: Kind) -> Tenso
 
 
 @torch.no_grad()
-def scatter(optimizer: DeepSpeedOptimizer, param: Parameter, kind: Kind, value: Tensor) -> None:
+def scatter_full(
+    optimizer: DeepSpeedOptimizer, param: Parameter, kind: StateKind, value: Tensor
+) -> None:
     """Write this rank's part of `value`, the whole fp32 tensor; `refresh_weights` must follow."""
     if isinstance(optimizer, torch.optim.AdamW):
         (param if kind == "weight" else optimizer.state[param][kind]).copy_(value)
@@ -100,10 +102,10 @@ def scatter(optimizer: DeepSpeedOptimizer, param: Parameter, kind: Kind, value: 
 
 def _partition(value: Tensor, size: int) -> Tensor:
     """This rank's slice of `value`, zero-padded to `size` (the last ranks' slices may be short)."""
-    part = value.new_zeros(size)
-    mine = value.flatten()[dist.get_rank() * size :][:size]
-    part[: mine.numel()] = mine
-    return part
+    partition = value.new_zeros(size)
+    own_slice = value.flatten()[dist.get_rank() * size :][:size]
+    partition[: own_slice.numel()] = own_slice
+    return partition
 
 
 def refresh_weights(optimizer: DeepSpeedOptimizer) -> None:

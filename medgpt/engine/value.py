@@ -10,27 +10,27 @@ from medgpt.config.train import EngineConfig
 from medgpt.engine.frozen import FrozenEngine
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
-from medgpt.models.base import HEAD, HEAD_KEY, weight_files
-from medgpt.models.load import SpecialIds, empty_model
+from medgpt.models.load import SpecialTokenIds, build_empty_model
 from medgpt.models.lora import apply_lora
+from medgpt.models.model_files import VALUE_HEAD, VALUE_HEAD_WEIGHT, weight_files
 from medgpt.models.value_model import (
-    Scale,
     ValueModel,
+    ValueScale,
     build_value_model,
     has_adapters,
-    install_head,
-    saved_score,
+    install_value_head,
+    load_reward_model_info,
 )
 
 
-def trainable_value_model(
+def build_trainable_value_model(
     config: ModelConfig,
     engine: EngineConfig,
     device: torch.device,
     *,
     seed: int,
     max_length: int | None = None,
-    normalised: bool = True,
+    normalized: bool = True,
 ) -> ValueModel:
     """A language model with a fresh head, or a reward model or critic with its own; with LoRA if
     asked for.
@@ -52,13 +52,13 @@ def trainable_value_model(
     assert config.name is not None
     dtype = compute_dtype(engine, device)
     if engine.zero_stage == 3 and not has_adapters(config.name):
-        model = _partitioned(config, engine, device, seed=seed, max_length=max_length)
+        model = _build_partitioned(config, engine, device, seed=seed, max_length=max_length)
     else:
         model = build_value_model(config, seed=seed, dtype=dtype, max_length=max_length)
     if config.lora.rank:
         torch.manual_seed(seed)  # LoRA's draws come from torch's global generator
-        model = apply_lora(model, config.lora, head=HEAD)
-    scale = Scale.of(config.name) if normalised else Scale()
+        model = apply_lora(model, config.lora, head=VALUE_HEAD)
+    scale = ValueScale.load(config.name) if normalized else ValueScale()
     value_model = ValueModel(
         model,
         mean=scale.mean,
@@ -68,23 +68,25 @@ def trainable_value_model(
     return value_model.train().to(device)
 
 
-def partitioned_reward_model(name: str, engine: EngineConfig, device: torch.device) -> FrozenEngine:
+def load_partitioned_reward_model(
+    name: str, engine: EngineConfig, device: torch.device
+) -> FrozenEngine:
     """A reward model as `medgpt reward` wrote it, to score with; every rank calls it.
 
     Raises:
         ConfigError: `name` is no reward model, its head is missing, or it holds adapters.
     """
-    saved_score(name)  # or there is none
+    load_reward_model_info(name)  # or there is none
     if has_adapters(name):
         raise ConfigError(
             f"model.name={name}: it holds adapters, and zero_stage=3 reads whole models; fold them "
             "in with medgpt merge and name the result, or set 0"
         )
-    model = trainable_value_model(ModelConfig(name=name), engine, device, seed=0)
+    model = build_trainable_value_model(ModelConfig(name=name), engine, device, seed=0)
     return FrozenEngine(model, engine, device)
 
 
-def _partitioned(
+def _build_partitioned(
     config: ModelConfig,
     engine: EngineConfig,
     device: torch.device,
@@ -94,19 +96,19 @@ def _partitioned(
 ) -> Any:
     assert config.name is not None
     with partitioned_init(engine, device):
-        model = empty_model(
+        model = build_empty_model(
             config,
-            objective="value",
+            head_kind="value",
             vocab_size=0,
-            special=SpecialIds(),
+            special_ids=SpecialTokenIds(),
             dtype=compute_dtype(engine, device),
             max_length=max_length,
         )
     missing, _ = load_safetensors(model, weight_files(config.name))
-    missing = [name for name in missing if name != HEAD_KEY]
+    missing = [name for name in missing if name != VALUE_HEAD_WEIGHT]
     if missing:
         raise ConfigError(
             f"model.name={config.name}: {len(missing)} weights missing, as {missing[0]}"
         )
-    install_head(model, config, seed=seed)  # whole on every rank until the engine is made
+    install_value_head(model, config, seed=seed)  # whole on every rank until the engine is made
     return model

@@ -8,22 +8,22 @@ import torch
 import xxhash
 
 from medgpt.config.base import ConfigError
-from medgpt.config.evaluation import PoolConfig
-from medgpt.data.tokenized.chat import stop_ids
+from medgpt.config.evaluation import EvalPoolConfig
+from medgpt.data.tokenized.chat_template import stop_token_ids
 from medgpt.eval.requests import (
-    Choose,
-    Chosen,
+    Generate,
+    GenerateResponse,
+    Loglikelihood,
+    LoglikelihoodResponse,
     Prompt,
-    Replied,
-    Reply,
     Request,
     Response,
-    Weigh,
-    Weighed,
+    RollingLoglikelihood,
+    RollingLoglikelihoodResponse,
 )
-from medgpt.models.generate import document_ends, load_for_generation, reply_all
-from medgpt.models.prompts import choice_ids, prompt_ids, text_ids
-from medgpt.models.scoring import Scorer
+from medgpt.models.generate import document_stop_ids, generate_responses, load_for_generation
+from medgpt.models.loglikelihood import LoglikelihoodScorer
+from medgpt.models.prompts import encode_prompt, encode_prompt_options, encode_text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -33,10 +33,10 @@ class Engine:
 
     def __init__(
         self,
-        folder: str,
+        model_folder: str,
         *,
         precision: str,
-        pool: PoolConfig,
+        pool: EvalPoolConfig,
         trust_remote_code: bool = False,
         fresh_seed: int | None = None,
     ) -> None:
@@ -47,40 +47,41 @@ class Engine:
             ConfigError: there is no causal model in it.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        default = torch.bfloat16 if device.type == "cuda" else torch.float32
+        default_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, self.tokenizer = load_for_generation(
-            folder, device, trust_remote_code=trust_remote_code, fresh_seed=fresh_seed
+            model_folder, device, trust_remote_code=trust_remote_code, init_seed=fresh_seed
         )
-        self.model: Any = model.to(DTYPES.get(precision, default))  # type: ignore[arg-type]
+        self.model: Any = model.to(DTYPES.get(precision, default_dtype))  # type: ignore[arg-type]
         self.pool = pool
-        self.scorer = Scorer(
+        self.scorer = LoglikelihoodScorer(
             self.model, batch_tokens=pool.batch_tokens, window_tokens=pool.window_tokens
         )
 
     def run(self, requests: Sequence[Request]) -> list[Response]:
         """A response to each, in any order."""
         return [
-            *self._choose([r for r in requests if isinstance(r, Choose)]),
-            *self._weigh([r for r in requests if isinstance(r, Weigh)]),
-            *self._reply([r for r in requests if isinstance(r, Reply)]),
+            *self._score_options([r for r in requests if isinstance(r, Loglikelihood)]),
+            *self._score_texts([r for r in requests if isinstance(r, RollingLoglikelihood)]),
+            *self._generate([r for r in requests if isinstance(r, Generate)]),
         ]
 
-    def _choose(self, requests: Sequence[Choose]) -> list[Response]:
-        choices, cut = [], []
+    def _score_options(self, requests: Sequence[Loglikelihood]) -> list[Response]:
+        choices, were_cut = [], []
         for request in requests:
-            choice = choice_ids(self.tokenizer, request.prompt, request.options)
+            choice = encode_prompt_options(self.tokenizer, request.prompt, request.options)
             longest = max(len(option) for option in choice.options)
-            room = self.scorer.positions - longest + 1
-            if room < 1:
+            max_prompt_tokens = self.scorer.max_positions - longest + 1
+            if max_prompt_tokens < 1:
                 raise ConfigError(
                     f"question {request.id} has an option of {longest} tokens, the model has "
-                    f"{self.scorer.positions} positions; remove the question, or use scoring=letter"
+                    f"{self.scorer.max_positions} positions; remove the question, or use "
+                    "scoring=letter"
                 )
-            cut.append(len(choice.prompt) > room)
-            choices.append(replace(choice, prompt=choice.prompt[-room:]))
-        found = self.scorer.choose(choices)
+            were_cut.append(len(choice.prompt) > max_prompt_tokens)
+            choices.append(replace(choice, prompt=choice.prompt[-max_prompt_tokens:]))
+        option_logprobs = self.scorer.option_logprobs(choices)
         return [
-            Chosen(
+            LoglikelihoodResponse(
                 request.id,
                 logprobs,
                 [len(option) for option in choice.options],
@@ -88,77 +89,81 @@ class Engine:
                 was_cut,
             )
             for request, choice, logprobs, was_cut in zip(
-                requests, choices, found, cut, strict=True
+                requests, choices, option_logprobs, were_cut, strict=True
             )
         ]
 
-    def _weigh(self, requests: Sequence[Weigh]) -> list[Response]:
-        texts = [text_ids(self.tokenizer, request.text) for request in requests]
-        found = self.scorer.weigh([ids for ids, _ in texts])
+    def _score_texts(self, requests: Sequence[RollingLoglikelihood]) -> list[Response]:
+        texts = [encode_text(self.tokenizer, request.text) for request in requests]
+        token_logprobs = self.scorer.rolling_logprobs([ids for ids, _ in texts])
         return [
-            Weighed(request.id, -sum(logprobs), len(logprobs), characters)
-            for request, (_, characters), logprobs in zip(requests, texts, found, strict=True)
+            RollingLoglikelihoodResponse(request.id, -sum(logprobs), len(logprobs), characters)
+            for request, (_, characters), logprobs in zip(
+                requests, texts, token_logprobs, strict=True
+            )
         ]
 
-    def _reply(self, requests: Sequence[Reply]) -> list[Response]:
-        groups: dict[tuple[bool, int, float], list[tuple[Reply, list[int], int]]] = {}
-        cut = {}
+    def _generate(self, requests: Sequence[Generate]) -> list[Response]:
+        groups: dict[tuple[bool, int, float], list[tuple[Generate, list[int], int]]] = {}
+        was_cut = {}
         for request in requests:
-            ids = prompt_ids(self.tokenizer, request.prompt)
-            room = self.scorer.positions - request.max_new_tokens
-            if room < 1:
+            ids = encode_prompt(self.tokenizer, request.prompt)
+            max_prompt_tokens = self.scorer.max_positions - request.max_new_tokens
+            if max_prompt_tokens < 1:
                 raise ConfigError(
                     f"max_new_tokens={request.max_new_tokens} leaves no room for a prompt, the "
-                    f"model has {self.scorer.positions} positions; lower it"
+                    f"model has {self.scorer.max_positions} positions; lower it"
                 )
-            cut[request.id] = len(ids) > room
+            was_cut[request.id] = len(ids) > max_prompt_tokens
             key = (isinstance(request.prompt, str), request.max_new_tokens, request.temperature)
             for sample in range(request.samples):
-                groups.setdefault(key, []).append((request, ids[-room:], sample))
-        said: dict[str, dict[int, tuple[str, bool]]] = {request.id: {} for request in requests}
-        for (plain, length, temperature), asked in groups.items():
-            asked.sort(key=lambda item: len(item[1]))
-            for start in range(0, len(asked), self.pool.batch_replies):
-                batch = asked[start : start + self.pool.batch_replies]
-                replies = reply_all(
+                groups.setdefault(key, []).append((request, ids[-max_prompt_tokens:], sample))
+        replies_by_id: dict[str, dict[int, tuple[str, bool]]] = {
+            request.id: {} for request in requests
+        }
+        for (is_plain, max_new_tokens, temperature), group in groups.items():
+            group.sort(key=lambda item: len(item[1]))
+            for start in range(0, len(group), self.pool.batch_replies):
+                batch = group[start : start + self.pool.batch_replies]
+                replies = generate_responses(
                     self.model,
                     self.tokenizer,
                     [ids for _, ids, _ in batch],
-                    (document_ends if plain else stop_ids)(self.tokenizer),
-                    max_new_tokens=length,
+                    (document_stop_ids if is_plain else stop_token_ids)(self.tokenizer),
+                    max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     seeds=[sample_seed(request, sample) for request, _, sample in batch],
                 )
                 for (request, _, sample), reply in zip(batch, replies, strict=True):
-                    said[request.id][sample] = reply
+                    replies_by_id[request.id][sample] = reply
         return [
-            Replied(
+            GenerateResponse(
                 request.id,
-                [said[request.id][sample][0] for sample in range(request.samples)],
-                [said[request.id][sample][1] for sample in range(request.samples)],
-                cut[request.id],
+                [replies_by_id[request.id][sample][0] for sample in range(request.samples)],
+                [replies_by_id[request.id][sample][1] for sample in range(request.samples)],
+                was_cut[request.id],
             )
             for request in requests
         ]
 
 
-def sample_seed(request: Reply, sample: int) -> int:
+def sample_seed(request: Generate, sample: int) -> int:
     """A function of the request's id and seed, so the same in every batch and on every worker."""
     return xxhash.xxh3_64_intdigest(f"{request.seed} {sample} {request.id}".encode()) >> 1
 
 
-def size(request: Request) -> int:
+def num_characters(request: Request) -> int:
     """Characters, to put requests of similar length together."""
     match request:
-        case Weigh():
+        case RollingLoglikelihood():
             return len(request.text)
-        case Choose():
-            return _size(request.prompt) + sum(map(len, request.options))
-        case Reply():
-            return _size(request.prompt)
+        case Loglikelihood():
+            return _num_prompt_characters(request.prompt) + sum(map(len, request.options))
+        case Generate():
+            return _num_prompt_characters(request.prompt)
 
 
-def _size(prompt: Prompt) -> int:
+def _num_prompt_characters(prompt: Prompt) -> int:
     if isinstance(prompt, str):
         return len(prompt)
     return sum(len(message.content) for message in prompt)

@@ -7,16 +7,16 @@ from typing import Any
 from medgpt.artifacts import checksum
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
-from medgpt.data.sources.rows import content_hash
+from medgpt.data.sources.sampling import hash_texts
 from medgpt.eval.results import RESULTS
-from medgpt.eval.task import Task, is_chat
+from medgpt.eval.task import Task, uses_chat_template
 from medgpt.eval.tasks.generation import GenerationTask
 from medgpt.eval.tasks.key_points import KeyPointsTask
 from medgpt.eval.tasks.mcq import McqTask
 from medgpt.eval.tasks.nll import NllTask
 from medgpt.eval.tasks.safety import SafetyTask
 from medgpt.eval.tasks.triage import TriageTask
-from medgpt.models.tokenizer import load_base
+from medgpt.models.tokenizer import load_tokenizer
 from medgpt.runs import Run
 
 TASKS: dict[str, Callable[[Any, int], Task]] = {
@@ -62,12 +62,12 @@ def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> st
     Raises:
         ConfigError: a task talks to the model, which has none.
     """
-    template = load_base(folder, config.model.trust_remote_code).chat_template
+    template = load_tokenizer(folder, config.model.trust_remote_code).chat_template
     if template is not None:
-        return content_hash(str(template))
-    if talking := [task.name for task in tasks if is_chat(task)]:
+        return hash_texts(str(template))
+    if chat_tasks := [task.name for task in tasks if uses_chat_template(task)]:
         raise ConfigError(
-            f"task {talking[0]} needs a chat template, and the model in {folder} has none; set "
+            f"task {chat_tasks[0]} needs a chat template, and the model in {folder} has none; set "
             "prompt=plain for it, or score a model that was fine-tuned on conversations"
         )
     return None
@@ -75,12 +75,14 @@ def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> st
 
 def check_model_unchanged(run: Run, folder: str) -> None:
     """Raises ConfigError: the run began with other weights than there are in `folder` now."""
-    weights = {path.name: checksum(path) for path in sorted(Path(folder).glob("*.safetensors"))}
-    known = run.manifest.get("weights", weights)
-    if known != weights:
+    current_weights = {
+        path.name: checksum(path) for path in sorted(Path(folder).glob("*.safetensors"))
+    }
+    known_weights = run.manifest.get("weights", current_weights)
+    if known_weights != current_weights:
         raise ConfigError(
             f"run.dir={run.folder.url}: the model in {folder} has other weights than when the "
             "evaluation began; choose another run.dir"
         )
     if "weights" not in run.manifest:
-        run.update_manifest(weights=weights, seed=run.config["run"]["seed"])
+        run.update_manifest(weights=current_weights, seed=run.config["run"]["seed"])

@@ -12,7 +12,7 @@ Prompt = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Choose:
+class Loglikelihood:
     """How likely is each option after the prompt?"""
 
     id: str
@@ -21,7 +21,7 @@ class Choose:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class LoglikelihoodResponse:
     id: str
     logprobs: list[float]  # natural log, summed over each option
     tokens: list[int]  # of each option
@@ -30,7 +30,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Weigh:
+class RollingLoglikelihood:
     """How likely is the text?"""
 
     id: str
@@ -38,7 +38,7 @@ class Weigh:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class RollingLoglikelihoodResponse:
     id: str
     nll: float  # nats, summed over the tokens that have something before them
     tokens: int
@@ -46,7 +46,7 @@ class Weighed:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Generate:
     """What does the model say? A temperature of 0 always takes the likeliest token."""
 
     id: str
@@ -58,38 +58,58 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class Replied:
+class GenerateResponse:
     id: str
     texts: list[str]  # one for each sample
     finished: list[bool]  # False where max_new_tokens came before the end
     cut: bool = False  # the prompt was too long for the model and lost its beginning
 
 
-Request = Choose | Weigh | Reply
-Response = Chosen | Weighed | Replied
-RESPONSES: dict[str, type[Response]] = {cls.__name__: cls for cls in (Chosen, Weighed, Replied)}
+Request = Loglikelihood | RollingLoglikelihood | Generate
+Response = LoglikelihoodResponse | RollingLoglikelihoodResponse | GenerateResponse
+REQUEST_NAMES: dict[type[Request], str] = {  # in files on disk
+    Loglikelihood: "Choose",
+    RollingLoglikelihood: "Weigh",
+    Generate: "Reply",
+}
+RESPONSE_NAMES: dict[type[Response], str] = {  # in files on disk
+    LoglikelihoodResponse: "Chosen",
+    RollingLoglikelihoodResponse: "Weighed",
+    GenerateResponse: "Replied",
+}
+RESPONSE_TYPES = {name: cls for cls, name in RESPONSE_NAMES.items()}
 
 
-def blank(request: Request) -> Response:
+def dummy_response(request: Request) -> Response:
     """A response as any model could give it."""
     match request:
-        case Choose():
-            count = len(request.options)
-            return Chosen(request.id, [-1.0] * count, [1] * count, [1] * count)
-        case Weigh():
-            return Weighed(request.id, 1.0, 1, 1)
-        case Reply():
-            return Replied(request.id, ["a b c d e"] * request.samples, [True] * request.samples)
+        case Loglikelihood():
+            num_options = len(request.options)
+            return LoglikelihoodResponse(
+                request.id, [-1.0] * num_options, [1] * num_options, [1] * num_options
+            )
+        case RollingLoglikelihood():
+            return RollingLoglikelihoodResponse(request.id, 1.0, 1, 1)
+        case Generate():
+            return GenerateResponse(
+                request.id, ["a b c d e"] * request.samples, [True] * request.samples
+            )
 
 
 def fingerprint(request: Request) -> str:
     """Equal for equal requests only: a kept response to another one is not taken."""
-    return xxhash.xxh3_64_hexdigest(repr(request).encode())
+    name = REQUEST_NAMES[type(request)]
+    return xxhash.xxh3_64_hexdigest(repr_as(name, request).encode())
+
+
+def repr_as(name: str, record: object) -> str:
+    """`repr` of a dataclass under a name that stays when the class is renamed."""
+    return name + repr(record).removeprefix(type(record).__qualname__)
 
 
 def to_json(response: Response) -> dict[str, Any]:
-    return {"kind": type(response).__name__, **asdict(response)}
+    return {"kind": RESPONSE_NAMES[type(response)], **asdict(response)}
 
 
-def from_json(tree: dict[str, Any]) -> Response:
-    return RESPONSES[tree["kind"]](**{k: v for k, v in tree.items() if k != "kind"})
+def from_json(record: dict[str, Any]) -> Response:
+    return RESPONSE_TYPES[record["kind"]](**{k: v for k, v in record.items() if k != "kind"})

@@ -3,16 +3,16 @@
 import json
 from typing import Any
 
-from medgpt.config.gates import REWARD
-from medgpt.data.sources.rows import content_hash
-from medgpt.eval.stats import wilson
+from medgpt.config.gates import REWARD_TASK
+from medgpt.data.sources.sampling import hash_texts
+from medgpt.eval.stats import wilson_interval
 from medgpt.eval.task import ItemResult
 from medgpt.runs import Run
-from medgpt.train.reward_eval import FINDINGS
+from medgpt.train.reward_eval import REWARD_EVAL_FILE
 
 RESULTS = "results.json"
 GATES = "gates.json"
-LENGTHS = ("words",)  # metrics that are no shares
+LENGTH_METRICS = ("words",)  # metrics that are no shares
 
 
 def reward_results(run: Run) -> dict[str, Any]:
@@ -20,22 +20,22 @@ def reward_results(run: Run) -> dict[str, Any]:
 
     The interval takes prompts for independent, not the pairs of a prompt.
     """
-    found, manifest = run.folder.read_json(FINDINGS), run.manifest
-    n = found["samples"]
-    score = wilson(round(found["accuracy"] * n), n) if n else None
+    reward_eval, manifest = run.folder.read_json(REWARD_EVAL_FILE), run.manifest
+    n = reward_eval["samples"]
+    score = wilson_interval(round(reward_eval["accuracy"] * n), n) if n else None
     task = {
-        "kind": REWARD,
+        "kind": REWARD_TASK,
         "n": n,
-        "data_hash": content_hash(*(file["xxh128"] for file in manifest["data"]["inputs"])),
+        "data_hash": hash_texts(*(file["xxh128"] for file in manifest["data"]["inputs"])),
         "template": "pairs",
         "rules": "scores",
         "seed": manifest["seed"],
-        "metrics": {"accuracy": {**score._asdict(), "value": found["accuracy"], "n": n}}
+        "metrics": {"accuracy": {**score._asdict(), "value": reward_eval["accuracy"], "n": n}}
         if score
         else {},
         "slices": {},
     }
-    return {"tasks": {REWARD: task}}
+    return {"tasks": {REWARD_TASK: task}}
 
 
 def read_items(run: Run, name: str) -> list[ItemResult]:

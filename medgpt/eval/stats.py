@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-RESAMPLES = 2000
-DRAWN_AT_ONCE = 1 << 22  # items; bounds the memory
-TAILS = (2.5, 97.5)  # percentiles: 95 %
+NUM_RESAMPLES = 2000
+MAX_INDICES_PER_BATCH = 1 << 22  # items; bounds the memory
+PERCENTILES = (2.5, 97.5)  # percentiles: 95 %
 
-Values = NDArray[np.float64]  # (n, 2) numerators and denominators
+RatioTerms = NDArray[np.float64]  # (n, 2) numerators and denominators
 Verdict = Literal["higher", "lower", "same", "undecided"]
 
 
@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
         return "lower" if high < 0 else "undecided"
 
 
-def interval(values: Values, seed: int, *, share: bool = True) -> Interval:
+def confidence_interval(values: RatioTerms, seed: int, *, is_proportion: bool = True) -> Interval:
     """The ratio of sums with its 95 % interval: Wilson's (1927) where every item counts 0 or 1,
     else the percentile bootstrap's.
 
@@ -62,22 +62,22 @@ def interval(values: Values, seed: int, *, share: bool = True) -> Interval:
         ValueError: no items, a value that is not finite, or denominators that sum to 0.
     """
     _check(values)
-    value, counted = _ratio(values), values[values[:, 1] > 0]
-    parts = counted[:, 0] / counted[:, 1]
-    is_binary = np.isin(parts, (0, 1)).all() and (values[:, 1] == 1).all()
-    if share and (is_binary or value in (0, 1)):
-        return wilson(round(float(parts.sum())), len(parts))
-    sums = np.concatenate([values[rows].sum(1) for rows in _resampled(len(values), seed)])
+    value, counted_items = _ratio(values), values[values[:, 1] > 0]
+    item_scores = counted_items[:, 0] / counted_items[:, 1]
+    is_binary = np.isin(item_scores, (0, 1)).all() and (values[:, 1] == 1).all()
+    if is_proportion and (is_binary or value in (0, 1)):
+        return wilson_interval(round(float(item_scores.sum())), len(item_scores))
+    sums = np.concatenate([values[rows].sum(1) for rows in _index_batches(len(values), seed)])
     return Interval(value, *_percentiles(_ratios(sums)))
 
 
-def wilson(hits: int, n: int) -> Interval:
+def wilson_interval(hits: int, n: int) -> Interval:
     """The share of hits with Wilson's 95 % interval."""
-    found = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return Interval(hits / n, float(found.low), float(found.high))
+    proportion = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return Interval(hits / n, float(proportion.low), float(proportion.high))
 
 
-def difference(ours: Values, theirs: Values, seed: int) -> Interval:
+def paired_difference(ours: RatioTerms, theirs: RatioTerms, seed: int) -> Interval:
     """Ours minus theirs, row i of both being the same item: both are resampled together.
 
     Raises:
@@ -87,21 +87,25 @@ def difference(ours: Values, theirs: Values, seed: int) -> Interval:
         raise ValueError(f"paired values have shapes {ours.shape} and {theirs.shape}")
     _check(ours)
     _check(theirs)
-    drawn = [
+    resampled = [
         _ratios(ours[rows].sum(1)) - _ratios(theirs[rows].sum(1))
-        for rows in _resampled(len(ours), seed)
+        for rows in _index_batches(len(ours), seed)
     ]
-    return Interval(_ratio(ours) - _ratio(theirs), *_percentiles(np.concatenate(drawn)))
+    return Interval(_ratio(ours) - _ratio(theirs), *_percentiles(np.concatenate(resampled)))
 
 
-def mcnemar(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> float:
+def mcnemar_p_value(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> float:
     """Two-sided p-value of McNemar's exact test: only items that one of the two got right count."""
-    gained = int((ours & ~theirs).sum())
-    lost = int((theirs & ~ours).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    num_ours_only = int((ours & ~theirs).sum())
+    num_theirs_only = int((theirs & ~ours).sum())
+    return (
+        float(binomtest(num_ours_only, num_ours_only + num_theirs_only).pvalue)
+        if num_ours_only + num_theirs_only
+        else 1.0
+    )
 
 
-def compare(
+def compare_runs(
     ours: Mapping[str, tuple[float, float]],
     theirs: Mapping[str, tuple[float, float]],
     *,
@@ -116,31 +120,33 @@ def compare(
     if margin < 0:
         raise ValueError(f"margin={margin} is negative")
     shared = sorted(ours.keys() & theirs.keys())
-    a, b = (
+    our_terms, their_terms = (
         np.array([run[id] for id in shared], np.float64).reshape(-1, 2) for run in (ours, theirs)
     )
-    found = difference(a, b, seed)
-    is_binary = bool(np.isin(np.stack([a[:, 0], b[:, 0]]), (0, 1)).all()) and bool(
-        (np.stack([a[:, 1], b[:, 1]]) == 1).all()
+    difference = paired_difference(our_terms, their_terms, seed)
+    is_binary = bool(
+        np.isin(np.stack([our_terms[:, 0], their_terms[:, 0]]), (0, 1)).all()
+    ) and bool((np.stack([our_terms[:, 1], their_terms[:, 1]]) == 1).all())
+    p_value = mcnemar_p_value(our_terms[:, 0] == 1, their_terms[:, 0] == 1) if is_binary else None
+    return Comparison(
+        len(shared), _ratio(our_terms), _ratio(their_terms), difference, p_value, margin
     )
-    p_value = mcnemar(a[:, 0] == 1, b[:, 0] == 1) if is_binary else None
-    return Comparison(len(shared), _ratio(a), _ratio(b), found, p_value, margin)
 
 
-def resamples(n: int, seed: int) -> NDArray[np.int64]:
+def bootstrap_indices(n: int, seed: int) -> NDArray[np.int64]:
     """(RESAMPLES, n) item numbers, drawn with replacement."""
-    return np.concatenate(list(_resampled(n, seed)))
+    return np.concatenate(list(_index_batches(n, seed)))
 
 
-def _resampled(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def _index_batches(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """The same in (some, n) pieces."""
-    random = np.random.default_rng(seed)
-    step = max(1, DRAWN_AT_ONCE // n)
-    for start in range(0, RESAMPLES, step):
-        yield random.integers(n, size=(min(step, RESAMPLES - start), n))
+    rng = np.random.default_rng(seed)
+    batch_size = max(1, MAX_INDICES_PER_BATCH // n)
+    for start in range(0, NUM_RESAMPLES, batch_size):
+        yield rng.integers(n, size=(min(batch_size, NUM_RESAMPLES - start), n))
 
 
-def _check(values: Values) -> None:
+def _check(values: RatioTerms) -> None:
     if values.ndim != 2 or values.shape[1] != 2 or not len(values):
         raise ValueError(f"a score needs (n, 2) values with n > 0, not {values.shape}")
     if not np.isfinite(values).all():
@@ -149,17 +155,17 @@ def _check(values: Values) -> None:
         raise ValueError("a score's denominators sum to 0")
 
 
-def _ratio(values: Values) -> float:
+def _ratio(values: RatioTerms) -> float:
     numerator, denominator = values.sum(0)
     return float(numerator / denominator)
 
 
-def _ratios(sums: Values) -> Values:
+def _ratios(sums: RatioTerms) -> RatioTerms:
     """(R,) of (R, 2) sums; nan where a resample has no denominator."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
 
 
-def _percentiles(drawn: Values) -> tuple[float, float]:
-    low, high = np.nanpercentile(drawn, TAILS)
+def _percentiles(resampled: RatioTerms) -> tuple[float, float]:
+    low, high = np.nanpercentile(resampled, PERCENTILES)
     return float(low), float(high)

@@ -8,26 +8,26 @@ from typing import Any
 import numpy as np
 
 from medgpt.config.evaluation import EvalConfig
-from medgpt.eval.gates import Evidence, check_gates
-from medgpt.eval.requests import blank
-from medgpt.eval.results import GATES, LENGTHS, RESULTS, read_items
-from medgpt.eval.stats import interval
-from medgpt.eval.task import CorpusTask, ItemResult, Task, is_chat
+from medgpt.eval.gates import GateResult, check_gates
+from medgpt.eval.requests import dummy_response
+from medgpt.eval.results import GATES, LENGTH_METRICS, RESULTS, read_items
+from medgpt.eval.stats import confidence_interval
+from medgpt.eval.task import CorpusTask, ItemResult, Task, uses_chat_template
 from medgpt.runs import Run
 
 
-def summary(task: Task, items: Sequence[ItemResult], seed: int) -> dict[str, Any]:
+def summarize_task(task: Task, items: Sequence[ItemResult], seed: int) -> dict[str, Any]:
     """A task's part of results.json."""
-    whole = task.corpus(items, seed) if isinstance(task, CorpusTask) else {}
+    corpus_scores = task.corpus_scores(items, seed) if isinstance(task, CorpusTask) else {}
     return {
         **provenance(task),
         "n": len(items),
         "seed": seed,
-        "metrics": metrics(items, seed)
-        | {metric: {**score._asdict(), "n": len(items)} for metric, score in whole.items()},
+        "metrics": score_metrics(items, seed)
+        | {metric: {**score._asdict(), "n": len(items)} for metric, score in corpus_scores.items()},
         "slices": {
-            name: {value: metrics(part, seed) for value, part in sorted(groups.items())}
-            for name, groups in sliced(items).items()
+            name: {value: score_metrics(part, seed) for value, part in sorted(groups.items())}
+            for name, groups in group_by_slice(items).items()
         },
     }
 
@@ -42,66 +42,68 @@ def provenance(task: Task) -> dict[str, str]:
     }
 
 
-def sliced(items: Sequence[ItemResult]) -> dict[str, dict[str, list[ItemResult]]]:
+def group_by_slice(items: Sequence[ItemResult]) -> dict[str, dict[str, list[ItemResult]]]:
     """Items by the name of a slice and its value."""
-    found: dict[str, dict[str, list[ItemResult]]] = {}
+    groups: dict[str, dict[str, list[ItemResult]]] = {}
     for item in items:
         for name, value in item.slices.items():
-            found.setdefault(name, {}).setdefault(value, []).append(item)
-    return found
+            groups.setdefault(name, {}).setdefault(value, []).append(item)
+    return groups
 
 
-def metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str, float]]:
+def score_metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str, float]]:
     """{metric: {value, n, low, high}} over the items that have it."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    terms_by_metric: dict[str, list[tuple[float, float]]] = {}
     for item in items:
         for name, value in item.values.items():
-            pair = (value, 1.0) if isinstance(value, int | float) else (value[0], value[1])
-            found.setdefault(name, []).append(pair)
-    result = {}
-    for name, pairs in found.items():
+            terms = (value, 1.0) if isinstance(value, int | float) else (value[0], value[1])
+            terms_by_metric.setdefault(name, []).append(terms)
+    scores = {}
+    for name, pairs in terms_by_metric.items():
         values = np.array(pairs, dtype=np.float64)
-        value, low, high = interval(values, seed, share=name not in LENGTHS)
-        result[name] = {"value": value, "n": len(pairs), "low": low, "high": high}
-    return result
+        value, low, high = confidence_interval(
+            values, seed, is_proportion=name not in LENGTH_METRICS
+        )
+        scores[name] = {"value": value, "n": len(pairs), "low": low, "high": high}
+    return scores
 
 
-def outline(tasks: Sequence[Task]) -> dict[str, Any]:
+def placeholder_results(tasks: Sequence[Task]) -> dict[str, Any]:
     """results.json as it will be, with all scores 0: gates can be checked against it before a model
     is asked."""
-    nothing = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
-    found = {}
+    zero_score = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+    results_by_task = {}
     for task in tasks:
-        items = task.judge({request.id: blank(request) for request in task.requests()})
-        names = {metric: nothing for item in items for metric in item.values}
+        items = task.grade({request.id: dummy_response(request) for request in task.requests()})
+        metrics = {metric: zero_score for item in items for metric in item.values}
         if isinstance(task, CorpusTask):
-            names |= dict.fromkeys(task.corpus_metrics, nothing)
+            metrics |= dict.fromkeys(task.corpus_metrics, zero_score)
         slices = {
             name: {
-                value: {metric: nothing for item in part for metric in item.values}
+                value: {metric: zero_score for item in part for metric in item.values}
                 for value, part in groups.items()
             }
-            for name, groups in sliced(items).items()
+            for name, groups in group_by_slice(items).items()
         }
-        found[task.name] = {**provenance(task), "metrics": names, "slices": slices}
-    return {"tasks": found}
+        results_by_task[task.name] = {**provenance(task), "metrics": metrics, "slices": slices}
+    return {"tasks": results_by_task}
 
 
-def write_items(run: Run, task: Task, judged: Sequence[ItemResult]) -> None:
+def write_items(run: Run, task: Task, items: Sequence[ItemResult]) -> None:
     """items/TASK.jsonl; of a sensitive task without the texts."""
-    items = [replace(item, shown={}) if task.sensitive else item for item in judged]
+    items = [replace(item, shown={}) if task.sensitive else item for item in items]
     lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items]
     (run.folder / "items").write_text(f"{task.name}.jsonl", "".join(lines))
 
 
 def write_results(
-    run: Run, config: EvalConfig, tasks: Sequence[Task], template: str | None
+    run: Run, config: EvalConfig, tasks: Sequence[Task], chat_template: str | None
 ) -> None:
     """results.json, from the items of all tasks; `template` is the digest of the model's."""
     seed = config.run.seed
     summaries = {
-        task.name: summary(task, read_items(run, task.name), seed)
-        | {"chat_template": template if is_chat(task) else None}
+        task.name: summarize_task(task, read_items(run, task.name), seed)
+        | {"chat_template": chat_template if uses_chat_template(task) else None}
         for task in tasks
     }
     run.folder.write_json(
@@ -116,14 +118,16 @@ def write_results(
     )
 
 
-def write_gates(run: Run, config: EvalConfig) -> list[Evidence]:
+def write_gates(run: Run, config: EvalConfig) -> list[GateResult]:
     """gates.json: what the gates saw. Raises ConfigError: one names no score, or has no parent."""
-    evidence = check_gates(config.gates, run.folder.read_json(RESULTS), parent_results(config))
-    run.folder.write_json(GATES, [asdict(item) for item in evidence])
-    return evidence
+    gate_results = check_gates(
+        config.gates, run.folder.read_json(RESULTS), read_parent_results(config)
+    )
+    run.folder.write_json(GATES, [asdict(item) for item in gate_results])
+    return gate_results
 
 
-def parent_results(config: EvalConfig) -> dict[str, Any] | None:
+def read_parent_results(config: EvalConfig) -> dict[str, Any] | None:
     """results.json of the parent."""
     parent = config.model.parent
     return Run(parent).folder.read_json(RESULTS) if parent else None

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
-from medgpt.data.sources.rows import content_hash
-from medgpt.eval.requests import Choose, Reply, Request, Response
+from medgpt.data.sources.sampling import hash_texts
+from medgpt.eval.requests import Generate, Loglikelihood, Request, Response
 from medgpt.eval.stats import Interval
 
-Value = float | tuple[float, float]
+MetricValue = float | tuple[float, float]
 """A ratio of sums is given as (numerator, denominator); a plain number v is (v, 1)."""
 
 
@@ -19,7 +19,7 @@ class ItemResult:
     """What one item is worth. A metric that does not apply to it is not among its values."""
 
     id: str
-    values: dict[str, Value]
+    values: dict[str, MetricValue]
     slices: dict[str, str] = field(default_factory=dict)
     shown: dict[str, str] = field(default_factory=dict)  # for reports; never of a sensitive task
     counts: dict[str, list[float]] = field(default_factory=dict)  # what a CorpusTask adds up
@@ -39,7 +39,7 @@ class Task(Protocol):
         """What to ask. Ids differ within a task."""
         ...
 
-    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
+    def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         """One for each item, from the responses to all requests by id."""
         ...
 
@@ -50,21 +50,21 @@ class CorpusTask(Task, Protocol):
 
     corpus_metrics: tuple[str, ...]
 
-    def corpus(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
+    def corpus_scores(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
         """By metric, from the counts of all items."""
         ...
 
 
-LIKELIHOOD = "likelihood"  # the rules of a task that reads no answers
+NO_RULES = "likelihood"  # the rules of a task that reads no answers
 
 
-def rules_of(*modules: ModuleType) -> str:
+def rules_digest(*modules: ModuleType) -> str:
     """A digest of the source of what judges: with other rules, scores do not compare."""
-    return content_hash(*(inspect.getsource(module) for module in modules))
+    return hash_texts(*(inspect.getsource(module) for module in modules))
 
 
-def is_chat(task: Task) -> bool:
+def uses_chat_template(task: Task) -> bool:
     return any(
-        isinstance(request, Choose | Reply) and not isinstance(request.prompt, str)
+        isinstance(request, Loglikelihood | Generate) and not isinstance(request.prompt, str)
         for request in task.requests()
     )

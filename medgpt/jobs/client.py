@@ -16,17 +16,17 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
 
-from medgpt.cluster.capacity import Nodes, named
+from medgpt.cluster.capacity import NodeGroup, schedulable_resources
 from medgpt.config.base import ConfigError
 from medgpt.metrics import ConsoleReporter
 
-STAGE, RUN_DIR = "medgpt-stage", "medgpt-run-dir"  # in the metadata of a job
-PROGRESS = re.compile(r"\w+: (?P<phase>\D+) (?P<done>\d+)/(?P<total>\d+)(?: +(?P<facts>.*))?")
+STAGE_KEY, RUN_DIR_KEY = "medgpt-stage", "medgpt-run-dir"  # in the metadata of a job
+PROGRESS_LINE = re.compile(r"\w+: (?P<phase>\D+) (?P<done>\d+)/(?P<total>\d+)(?: +(?P<facts>.*))?")
 POLL_S = 0.5
 RECONNECT_S = 2
-STOP_S = 60
-LOST_S = 60.0  # a dashboard may start again
-NODES = 10_000  # the most that Ray lists
+STOP_TIMEOUT_S = 60
+UNREACHABLE_TIMEOUT_S = 60.0  # a dashboard may start again
+MAX_LISTED_NODES = 10_000  # the most that Ray lists
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ class Job:
 
     @property
     def run_dir(self) -> str:
-        return (self.details.metadata or {})[RUN_DIR]
+        return (self.details.metadata or {})[RUN_DIR_KEY]
 
     @property
     def stage(self) -> str:
-        return (self.details.metadata or {})[STAGE]
+        return (self.details.metadata or {})[STAGE_KEY]
 
     @property
     def attempt(self) -> int:
         return int(self.id.rpartition("-")[2])
 
     @property
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         return self.details.status.is_terminal()
 
     def __str__(self) -> str:
         status, code = self.details.status, self.details.driver_exit_code
-        began = time.strftime(
+        started = time.strftime(
             "%Y-%m-%d %H:%M", time.localtime((self.details.start_time or 0) / 1e3)
         )
         with_code = f" ({code})" if status == JobStatus.FAILED and code is not None else ""
-        return f"{self.id}  {status}{with_code}  since {began}  {self.run_dir}"
+        return f"{self.id}  {status}{with_code}  since {started}  {self.run_dir}"
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -88,74 +88,78 @@ def connect(address: str) -> JobSubmissionClient:
     return client
 
 
-def run_id(run_dir: str) -> str:
+def job_id_prefix(run_dir: str) -> str:
     """What the ids of all jobs of a run begin with."""
     name = re.sub(r"[^\w.-]", "-", run_dir.rstrip("/").rpartition("/")[2])
     return f"{name}-{hashlib.sha256(run_dir.rstrip('/').encode()).hexdigest()[:8]}"
 
 
-def jobs(client: JobSubmissionClient) -> list[Job]:
+def list_jobs(client: JobSubmissionClient) -> list[Job]:
     """Those that `medgpt submit` started, the newest last."""
-    found = [Job(details) for details in client.list_jobs() if RUN_DIR in (details.metadata or {})]
-    return sorted(found, key=lambda job: (job.details.start_time or 0, job.id))
+    submitted = [
+        Job(details) for details in client.list_jobs() if RUN_DIR_KEY in (details.metadata or {})
+    ]
+    return sorted(submitted, key=lambda job: (job.details.start_time or 0, job.id))
 
 
-def jobs_of(client: JobSubmissionClient, run_dir: str) -> list[Job]:
+def list_run_jobs(client: JobSubmissionClient, run_dir: str) -> list[Job]:
     """Of a run, by attempt."""
-    prefix = run_id(run_dir)
-    found = [job for job in jobs(client) if job.id.rpartition("-")[0] == prefix]
-    return sorted(found, key=lambda job: job.attempt)
+    prefix = job_id_prefix(run_dir)
+    run_jobs = [job for job in list_jobs(client) if job.id.rpartition("-")[0] == prefix]
+    return sorted(run_jobs, key=lambda job: job.attempt)
 
 
-def find(client: JobSubmissionClient, name: str) -> Job:
+def find_job(client: JobSubmissionClient, name: str) -> Job:
     """The job with this id, or the newest of the run in this directory.
 
     Raises:
         ConfigError: there is none.
     """
-    every = jobs(client)
-    found = [job for job in every if name in (job.id, job.run_dir)]
-    if not found:
-        known = ", ".join(job.id for job in every) or "none"
+    all_jobs = list_jobs(client)
+    matching = [job for job in all_jobs if name in (job.id, job.run_dir)]
+    if not matching:
+        known = ", ".join(job.id for job in all_jobs) or "none"
         raise ConfigError(f"no job of this name or run directory; there are {known}")
-    return found[-1]
+    return matching[-1]
 
 
-def present_nodes(address: str) -> list[Nodes]:
+def list_alive_nodes(address: str) -> list[NodeGroup]:
     """What is there now, without what the autoscaler could add: the dashboard does not tell."""
-    states: Any = list_nodes(address, limit=NODES, filters=[("state", "=", "ALIVE")])
-    return [Nodes(named(one.resources_total), one.labels, 1) for one in states]
+    states: Any = list_nodes(address, limit=MAX_LISTED_NODES, filters=[("state", "=", "ALIVE")])
+    return [
+        NodeGroup(schedulable_resources(node.resources_total), node.labels, 1) for node in states
+    ]
 
 
-class Follower:
+class LogFollower:
     """Shows what a job says, each line once, over connections that may break."""
 
     def __init__(self, client: JobSubmissionClient, job: Job) -> None:
-        self.client, self.job, self.num_shown = client, job, 0
+        self.client, self.job, self.num_shown_lines = client, job, 0
         self.reporter = ConsoleReporter(job.stage)
 
-    def to_the_end(self) -> Job:
+    def follow_until_end(self) -> Job:
         """The job when it has ended.
 
         Raises:
             ConfigError: the cluster does not answer any more.
         """
-        deadline = time.monotonic() + LOST_S
+        deadline = time.monotonic() + UNREACHABLE_TIMEOUT_S
         try:
             while True:
-                before = self.num_shown
+                before = self.num_shown_lines
                 with suppress(RuntimeError, ClientError, OSError):
                     asyncio.run(self._show_log())
                 with suppress(OSError, RuntimeError):
-                    if (job := find(self.client, self.job.id)).ended:
+                    if (job := find_job(self.client, self.job.id)).has_ended:
                         return job
-                    deadline = time.monotonic() + LOST_S
+                    deadline = time.monotonic() + UNREACHABLE_TIMEOUT_S
                 if time.monotonic() > deadline:
                     raise ConfigError(
-                        f"the cluster has not answered for {LOST_S:g} s; if its head is lost, "
-                        "submit the same run to a new one, it resumes"
+                        f"the cluster has not answered for {UNREACHABLE_TIMEOUT_S:g} s; if its "
+                        "head is lost, submit the same run to a new one, it resumes"
                     )
-                time.sleep(POLL_S if self.num_shown > before else RECONNECT_S)
+                time.sleep(POLL_S if self.num_shown_lines > before else RECONNECT_S)
         finally:
             self.reporter.close()
 
@@ -165,33 +169,33 @@ class Follower:
             *lines, rest = (rest + chunk).split("\n")
             for line in lines:
                 number += 1
-                self._show(number, line)
+                self._show_line(number, line)
         if rest:
-            self._show(number + 1, rest)
+            self._show_line(number + 1, rest)
 
-    def _show(self, number: int, line: str) -> None:
+    def _show_line(self, number: int, line: str) -> None:
         """Once. The job has no terminal; on one, its progress is a bar."""
-        if number <= self.num_shown:
+        if number <= self.num_shown_lines:
             return
-        self.num_shown = number
-        if self.reporter.console.is_terminal and (found := PROGRESS.fullmatch(line)):
-            done, total = int(found["done"]), int(found["total"])
-            self.reporter.advance(found["phase"], done, total, found["facts"] or "")
+        self.num_shown_lines = number
+        if self.reporter.console.is_terminal and (progress := PROGRESS_LINE.fullmatch(line)):
+            done, total = int(progress["done"]), int(progress["total"])
+            self.reporter.advance(progress["phase"], done, total, progress["facts"] or "")
         else:
             self.reporter.console.print(line, markup=False)
 
 
-def stop(client: JobSubmissionClient, job: Job) -> Job:
+def stop_job(client: JobSubmissionClient, job: Job) -> Job:
     """End a job; returns when it has.
 
     Raises:
         ConfigError: it did not in time.
     """
     client.stop_job(job.id)
-    deadline = time.monotonic() + STOP_S
-    while not job.ended:
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while not job.has_ended:
         if time.monotonic() > deadline:
-            raise ConfigError(f"{job.id} has not ended after {STOP_S} s; look at its node")
+            raise ConfigError(f"{job.id} has not ended after {STOP_TIMEOUT_S} s; look at its node")
         time.sleep(POLL_S)
-        job = find(client, job.id)
+        job = find_job(client, job.id)
     return job

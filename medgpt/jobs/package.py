@@ -14,10 +14,10 @@ EXCLUDES = (
     *(".env*", ".netrc", ".pypirc", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
     *(".aws", ".ssh", ".kube", ".config"),
 )
-MAX_MB = 100  # Ray keeps it in the head's memory, and takes no more than 500
+MAX_PACKAGE_MB = 100  # Ray keeps it in the head's memory, and takes no more than 500
 
 
-def pack(folder: Path, target: Path) -> frozenset[str]:
+def package_working_dir(folder: Path, target: Path) -> frozenset[str]:
     """Write the zip `target` without EXCLUDES and what .gitignore and .rayignore name.
 
     Returns:
@@ -26,17 +26,19 @@ def pack(folder: Path, target: Path) -> frozenset[str]:
     Raises:
         ConfigError: it is too large.
     """
-    quiet = logging.getLogger(__name__)
+    silent_logger = logging.getLogger(__name__)
     create_package(
-        str(folder), target, include_gitignore=True, excludes=list(EXCLUDES), logger=quiet
+        str(folder), target, include_gitignore=True, excludes=list(EXCLUDES), logger=silent_logger
     )
     with zipfile.ZipFile(target) as archive:
         entries = archive.infolist()
-    if target.stat().st_size > MAX_MB * 2**20:
+    if target.stat().st_size > MAX_PACKAGE_MB * 2**20:
         largest = sorted(entries, key=lambda entry: entry.compress_size)[-3:]
-        told = ", ".join(f"{one.filename} ({one.compress_size >> 20} MiB)" for one in largest)
+        largest_files = ", ".join(
+            f"{entry.filename} ({entry.compress_size >> 20} MiB)" for entry in largest
+        )
         raise ConfigError(
-            f"{folder}: the job would get a copy of more than {MAX_MB} MiB, of it {told}; name in "
-            ".rayignore what it does not need"
+            f"{folder}: the job would get a copy of more than {MAX_PACKAGE_MB} MiB, of it "
+            f"{largest_files}; name in .rayignore what it does not need"
         )
     return frozenset(entry.filename for entry in entries)

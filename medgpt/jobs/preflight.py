@@ -11,43 +11,52 @@ from typing import Any
 import ray
 
 from medgpt.cluster import ray_init
-from medgpt.cluster.capacity import Claims, Nodes, check, cluster_nodes, of_pools, of_workers
+from medgpt.cluster.capacity import (
+    Demands,
+    NodeGroup,
+    check_demands,
+    cluster_nodes,
+    pool_demands,
+    worker_demands,
+)
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.pools import ROLES
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.stages import TrainStageConfig
 from medgpt.config.tune import TuneStageConfig
-from medgpt.jobs.command import read_command
+from medgpt.jobs.command import resolve_command
 
 
-def claims(config: Any) -> tuple[Claims, float]:
+def resource_demands(config: Any) -> tuple[Demands, float]:
     """(workers that must be there at the same time, CPUs of a data task beside them)"""
     match config:
         case TuneStageConfig():
-            return claims(config.stage)  # of one trial
+            return resource_demands(config.base_config)  # of one trial
         case PPOStageConfig():
-            absent = {"reference"} if config.pools.reference_in_actor else set()
-            roles = {name: config.pools.role(name) for name in ROLES if name not in absent}
-            return of_pools(roles), 0.0
+            skipped_roles = {"reference"} if config.pools.reference_in_actor else set()
+            roles = {name: config.pools.role(name) for name in ROLES if name not in skipped_roles}
+            return pool_demands(roles), 0.0
         case TrainStageConfig() | EvalConfig():
-            return of_workers(config.cluster), config.cluster.data_cpus
+            return worker_demands(config.cluster), config.cluster.data_cpus
     return {}, 0.0
 
 
-def check_all(configs: Sequence[Any], present: Sequence[Nodes], addable: Sequence[Nodes]) -> None:
+def check_capacity(
+    configs: Sequence[Any], present: Sequence[NodeGroup], addable: Sequence[NodeGroup]
+) -> None:
     """Raises ConfigError: such nodes can never hold one of the stages."""
     for config in configs:
-        wanted, data_cpus = claims(config)
-        check(wanted, present, addable, data_cpus=data_cpus)
+        demands, data_cpus = resource_demands(config)
+        check_demands(demands, present, addable, data_cpus=data_cpus)
 
 
 def main() -> None:
     stage, config, *overrides = sys.argv[1:]
-    command = read_command(stage, Path(config), overrides)
-    ray.init(**ray_init.SILENT)
+    command = resolve_command(stage, Path(config), overrides)
+    ray.init(**ray_init.SILENT_INIT)
     try:
-        check_all(command.configs, *cluster_nodes())
+        check_capacity(command.configs, *cluster_nodes())
     except ConfigError as error:
         print(f"medgpt: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,17 +8,17 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-LISTED = "MEDGPT_SECRETS"
-HOOK = "medgpt.jobs.secrets.fill_environment"
+SECRETS_VARIABLE = "MEDGPT_SECRETS"
+WORKER_SETUP_HOOK = "medgpt.jobs.secrets.fill_environment"
 
 
 class MissingSecret(RuntimeError):
     """The message names the secret and the place where it should be."""
 
 
-def fill(environment: MutableMapping[str, str]) -> None:
+def load_secrets(environment: MutableMapping[str, str]) -> None:
     """Put all listed secrets into `environment`. Raises MissingSecret."""
-    for item in filter(None, environment.get(LISTED, "").split(",")):
+    for item in filter(None, environment.get(SECRETS_VARIABLE, "").split(",")):
         name, _, file = item.partition("=")
         if file:
             try:
@@ -38,4 +38,4 @@ def fill(environment: MutableMapping[str, str]) -> None:
 
 def fill_environment() -> None:
     """What Ray calls in every worker before anything else (worker_process_setup_hook)."""
-    fill(os.environ)
+    load_secrets(os.environ)

@@ -13,17 +13,17 @@ from uuid import uuid4
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from medgpt.config.base import ConfigError
-from medgpt.jobs import client as cluster
+from medgpt.jobs import client as job_client
 from medgpt.jobs import secrets
-from medgpt.jobs.command import Command, read_command
-from medgpt.jobs.package import pack
-from medgpt.jobs.preflight import check_all
+from medgpt.jobs.command import JobCommand, resolve_command
+from medgpt.jobs.package import package_working_dir
+from medgpt.jobs.preflight import check_capacity
 
-SUPERVISED = ("python", "-m", "medgpt.jobs.supervise", "python", "-m", "medgpt")
-PREFLIGHT = ("python", "-m", "medgpt.jobs.preflight")
-PREFLIGHT_S = 300
-REFUSED = "medgpt: "
-SECRET = re.compile(r"[A-Za-z_]\w*(=/[^,=]+)?")
+SUPERVISE_COMMAND = ("python", "-m", "medgpt.jobs.supervise", "python", "-m", "medgpt")
+PREFLIGHT_COMMAND = ("python", "-m", "medgpt.jobs.preflight")
+PREFLIGHT_TIMEOUT_S = 300
+ERROR_PREFIX = "medgpt: "
+SECRET_PATTERN = re.compile(r"[A-Za-z_]\w*(=/[^,=]+)?")
 
 
 def run_submit(
@@ -40,28 +40,28 @@ def run_submit(
         ConfigError: the config is wrong, the run is going on already, or the cluster can never hold
             its workers.
     """
-    command = read_command(stage, config, list(overrides))
-    _check_secrets(secret_env, command.texts())
-    client = cluster.connect(address)
-    earlier = cluster.jobs_of(client, command.run_dir)
-    if running := [job for job in earlier if not job.ended]:
+    command = resolve_command(stage, config, list(overrides))
+    _check_secrets(secret_env, command.user_texts())
+    client = job_client.connect(address)
+    earlier = job_client.list_run_jobs(client, command.run_dir)
+    if running := [job for job in earlier if not job.has_ended]:
         raise ConfigError(
             f"run.dir={command.run_dir} is being worked on by job {running[0].id}; watch it with "
             f"`medgpt job logs {running[0].id} --follow`, or end it with `medgpt job stop`"
         )
     attempt = 1 + max((job.attempt for job in earlier), default=0)
-    name = f"{cluster.run_id(command.run_dir)}-{attempt}"
+    name = f"{job_client.job_id_prefix(command.run_dir)}-{attempt}"
     with tempfile.TemporaryDirectory(prefix="medgpt-") as scratch:
         package = Path(scratch) / "code.zip"
-        _check_files(command, pack(Path.cwd(), package))
+        _check_config_files(command, package_working_dir(Path.cwd(), package))
         runtime_env = _runtime_env(package, secret_env)
-        _check_room(client, address, command, runtime_env)
-        _start(client, name, command, runtime_env)
+        _check_capacity(client, address, command, runtime_env)
+        _submit_job(client, name, command, runtime_env)
     print(f"submitted {name}: {'resumes' if attempt > 1 else 'begins'} {command.run_dir}")
     if detach:
         print(f"watch it with `medgpt job logs {name} --follow --address {address}`")
         return 0
-    return follow(client, cluster.find(client, name))
+    return follow_job(client, job_client.find_job(client, name))
 
 
 def run_status(name: str | None, address: str) -> None:
@@ -70,31 +70,33 @@ def run_status(name: str | None, address: str) -> None:
     Raises:
         ConfigError: there is no such job.
     """
-    client = cluster.connect(address)
-    for job in cluster.jobs(client) if name is None else [cluster.find(client, name)]:
+    client = job_client.connect(address)
+    for job in (
+        job_client.list_jobs(client) if name is None else [job_client.find_job(client, name)]
+    ):
         print(job)
 
 
-def run_logs(name: str, address: str, to_the_end: bool) -> int:
+def run_logs(name: str, address: str, follow: bool) -> int:
     """The exit status of the job's command, if it is followed. Raises ConfigError as above."""
-    client = cluster.connect(address)
-    job = cluster.find(client, name)
-    if to_the_end:
-        return follow(client, job)
+    client = job_client.connect(address)
+    job = job_client.find_job(client, name)
+    if follow:
+        return follow_job(client, job)
     print(client.get_job_logs(job.id), end="")
     return 0
 
 
 def run_stop(name: str, address: str) -> None:
     """Raises ConfigError: there is no such job, or it does not end."""
-    client = cluster.connect(address)
-    print(cluster.stop(client, cluster.find(client, name)))
+    client = job_client.connect(address)
+    print(job_client.stop_job(client, job_client.find_job(client, name)))
 
 
-def follow(client: JobSubmissionClient, job: cluster.Job) -> int:
+def follow_job(client: JobSubmissionClient, job: job_client.Job) -> int:
     """Show what a job says until it ends; the exit status of its command."""
     try:
-        job = cluster.Follower(client, job).to_the_end()
+        job = job_client.LogFollower(client, job).follow_until_end()
     except KeyboardInterrupt:
         print(f"\n{job.id} goes on; end it with `medgpt job stop {job.id}`")
         return 130
@@ -109,7 +111,7 @@ def follow(client: JobSubmissionClient, job: cluster.Job) -> int:
 def _check_secrets(items: Sequence[str], texts: Sequence[str]) -> None:
     """Raises ConfigError: an item is no NAME or NAME=FILE, or the value itself is in a text."""
     for item in items:
-        if not SECRET.fullmatch(item):
+        if not SECRET_PATTERN.fullmatch(item):
             raise ConfigError(
                 "--secret-env takes NAME, or NAME=FILE with the absolute path of a file on the "
                 "cluster's nodes; the value itself must not be given"
@@ -123,8 +125,8 @@ def _check_secrets(items: Sequence[str], texts: Sequence[str]) -> None:
             )
 
 
-def _check_files(command: Command, packed: frozenset[str]) -> None:
-    for name in command.files:
+def _check_config_files(command: JobCommand, packed: frozenset[str]) -> None:
+    for name in command.config_files:
         if name not in packed:
             raise ConfigError(
                 f"{name} is not in the copy that the job gets: .gitignore, .rayignore or medgpt's "
@@ -135,13 +137,13 @@ def _check_files(command: Command, packed: frozenset[str]) -> None:
 def _runtime_env(package: Path, secret_env: Sequence[str]) -> dict[str, Any]:
     runtime_env: dict[str, Any] = {"working_dir": str(package)}
     if secret_env:
-        runtime_env["env_vars"] = {secrets.LISTED: ",".join(secret_env)}
-        runtime_env["worker_process_setup_hook"] = secrets.HOOK
+        runtime_env["env_vars"] = {secrets.SECRETS_VARIABLE: ",".join(secret_env)}
+        runtime_env["worker_process_setup_hook"] = secrets.WORKER_SETUP_HOOK
     return runtime_env
 
 
-def _check_room(
-    client: JobSubmissionClient, address: str, command: Command, runtime_env: dict[str, Any]
+def _check_capacity(
+    client: JobSubmissionClient, address: str, command: JobCommand, runtime_env: dict[str, Any]
 ) -> None:
     """Raises ConfigError: the cluster can never hold the stage's workers.
 
@@ -149,37 +151,41 @@ def _check_room(
     process on the cluster, so a small job asks if they are not enough.
     """
     try:
-        check_all(command.configs, cluster.present_nodes(address), [])
+        check_capacity(command.configs, job_client.list_alive_nodes(address), [])
         return
     except ConfigError:
         print("more than the nodes that are there; asking what the autoscaler may add ...")
     job = client.submit_job(
-        entrypoint=shlex.join([*PREFLIGHT, *command.typed]),
+        entrypoint=shlex.join([*PREFLIGHT_COMMAND, *command.submit_arguments]),
         runtime_env=runtime_env,
         submission_id=f"preflight-{uuid4().hex[:8]}",
     )
-    deadline = time.monotonic() + PREFLIGHT_S
+    deadline = time.monotonic() + PREFLIGHT_TIMEOUT_S
     while not (status := client.get_job_status(job)).is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(job)
-            raise ConfigError(f"the cluster started no job within {PREFLIGHT_S} s; look at {job}")
-        time.sleep(cluster.POLL_S)
-    said = client.get_job_logs(job)
+            raise ConfigError(
+                f"the cluster started no job within {PREFLIGHT_TIMEOUT_S} s; look at {job}"
+            )
+        time.sleep(job_client.POLL_S)
+    output = client.get_job_logs(job)
     client.delete_job(job)
     if status != JobStatus.SUCCEEDED:
-        refused = [line for line in said.splitlines() if line.startswith(REFUSED)]
-        raise ConfigError(refused[0].removeprefix(REFUSED) if refused else f"preflight: {said}")
+        errors = [line for line in output.splitlines() if line.startswith(ERROR_PREFIX)]
+        raise ConfigError(
+            errors[0].removeprefix(ERROR_PREFIX) if errors else f"preflight: {output}"
+        )
 
 
-def _start(
-    client: JobSubmissionClient, name: str, command: Command, runtime_env: dict[str, Any]
+def _submit_job(
+    client: JobSubmissionClient, name: str, command: JobCommand, runtime_env: dict[str, Any]
 ) -> None:
     try:
         client.submit_job(
-            entrypoint=shlex.join([*SUPERVISED, *command.arguments]),
+            entrypoint=shlex.join([*SUPERVISE_COMMAND, *command.cli_arguments]),
             runtime_env=runtime_env,
             submission_id=name,
-            metadata={cluster.STAGE: command.stage, cluster.RUN_DIR: command.run_dir},
+            metadata={job_client.STAGE_KEY: command.stage, job_client.RUN_DIR_KEY: command.run_dir},
         )
     except RuntimeError as error:  # also if another one submitted the run a moment ago
         raise ConfigError(f"the cluster does not take job {name}: {error}") from None

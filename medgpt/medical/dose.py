@@ -7,10 +7,10 @@ measured, eaten, drunk or bled are no doses.
 
 import re
 
-from medgpt.medical.text import NUMERALS, plain, sentences
+from medgpt.medical.text import NUMERALS, normalize_text, split_sentences
 
 NUMBER = rf"(?:\d+(?:\.\d+)?(?:\s?(?:-|~|–|到|至|to)\s?\d+(?:\.\d+)?)?|[{NUMERALS}点]+)"
-WORDS = (
+NUMBER_WORDS = (
     r"(?:half|one|two|three|four|five|six|eight|ten|fifteen|twenty|fifty|hundred|thousand|a|single"
     r"|an?other)"
 )
@@ -23,8 +23,9 @@ FORM_EN = (
 )
 AMOUNT = re.compile(
     rf"(?P<mass>{NUMBER}\s?-?{MASS}(?![a-z])(?P<per>\s?/\s?(?!kg|day|d\b|h\b)[a-zμ0-9]+)?)"
-    rf"|(?P<form>{NUMBER}\s?{FORM_ZH}|(?<![\w]){WORDS}(?: a)? (?:\w+ )?{FORM_EN}|\d+ {FORM_EN})"
-    rf"|(?P<words>(?:\d+|{WORDS}(?:[ -]{WORDS})*) {MASS_WORD})",
+    rf"|(?P<form>{NUMBER}\s?{FORM_ZH}|(?<![\w]){NUMBER_WORDS}(?: a)? (?:\w+ )?{FORM_EN}"
+    rf"|\d+ {FORM_EN})"
+    rf"|(?P<words>(?:\d+|{NUMBER_WORDS}(?:[ -]{NUMBER_WORDS})*) {MASS_WORD})",
     re.IGNORECASE,
 )
 DOSING = re.compile(  # what says that something is taken
@@ -75,7 +76,7 @@ CITED = re.compile(
     r"|label)\b[^.]{0,20}\(?\d{4}",
     re.IGNORECASE,
 )
-UNITS = {
+SHORT_UNITS = {
     "毫克": "mg",
     "克": "g",
     "微克": "mcg",
@@ -86,12 +87,14 @@ UNITS = {
 }
 
 
-def uncited_dose(question: str, answer: str) -> bool:
+def gives_uncited_dose(question: str, answer: str) -> bool:
     """Whether it states a dose that neither a source in its sentence nor the question gives."""
-    told = {_same(match.group()) for match in AMOUNT.finditer(plain(question))}
+    amounts_in_question = {
+        _canonical_amount(match.group()) for match in AMOUNT.finditer(normalize_text(question))
+    }
     return any(
-        _same(amount) not in told
-        for sentence in sentences(plain(answer))
+        _canonical_amount(amount) not in amounts_in_question
+        for sentence in split_sentences(normalize_text(answer))
         if not CITED.search(sentence)
         for amount in _doses(sentence)
     )
@@ -99,7 +102,7 @@ def uncited_dose(question: str, answer: str) -> bool:
 
 def _doses(sentence: str) -> list[str]:
     """Amounts of a medicine in one sentence."""
-    found = []
+    amounts = []
     clauses = re.split("[,:]", sentence)
     names_medicine = bool(MEDICINE.search(sentence))
     for clause in clauses:
@@ -109,13 +112,13 @@ def _doses(sentence: str) -> list[str]:
             if match["per"] or not (names_medicine or DOSING.search(clause)):
                 continue
             if match["form"] or DOSING.search(sentence) or names_medicine:
-                found.append(match.group())
-    return found
+                amounts.append(match.group())
+    return amounts
 
 
-def _same(amount: str) -> str:
+def _canonical_amount(amount: str) -> str:
     """One spelling of an amount."""
     text = re.sub(r"[\s-]", "", amount.lower())
-    for unit, short in UNITS.items():
+    for unit, short in SHORT_UNITS.items():
         text = text.replace(unit, short)
     return text.replace("二", "两")

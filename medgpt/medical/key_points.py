@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgpt.config.base import ConfigError
-from medgpt.data.sources.rows import content_hash, numbered_rows
+from medgpt.data.sources.readers import read_located_rows
+from medgpt.data.sources.sampling import hash_texts
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class KeyPointQuestion:
     id: str
     prompt: str
     key_points: tuple[tuple[str, ...], ...]
@@ -18,29 +19,33 @@ class Question:
     topic: str
 
 
-def read_questions(path: str, kinds: Sequence[str]) -> list[Question]:
+def read_key_point_questions(path: str, kinds: Sequence[str]) -> list[KeyPointQuestion]:
     """Those of the kinds, or all; at least one.
 
     Raises:
         ConfigError: the file cannot be read, has a question twice, or none of the kinds.
     """
-    found: dict[str, Question] = {}
+    questions: dict[str, KeyPointQuestion] = {}
     places: dict[str, str] = {}
-    for place, row in numbered_rows((path,)):
-        question = _question(place, row)
-        if question.id in found:
+    for place, row in read_located_rows((path,)):
+        question = _parse_question(place, row)
+        if question.id in questions:
             raise ConfigError(
                 f"{place} is the same question as {places[question.id]}; remove one of them"
             )
-        found[question.id], places[question.id] = question, place
-    kept = [question for question in found.values() if not kinds or question.kind in kinds]
-    if not kept:
-        there = ", ".join(sorted({question.kind for question in found.values()})) or "nothing"
-        raise ConfigError(f"kinds={list(kinds)}: no such question in {path}, it has {there}")
-    return kept
+        questions[question.id], places[question.id] = question, place
+    questions_of_kinds = [
+        question for question in questions.values() if not kinds or question.kind in kinds
+    ]
+    if not questions_of_kinds:
+        known_kinds = (
+            ", ".join(sorted({question.kind for question in questions.values()})) or "nothing"
+        )
+        raise ConfigError(f"kinds={list(kinds)}: no such question in {path}, it has {known_kinds}")
+    return questions_of_kinds
 
 
-def _question(place: str, row: dict[str, Any]) -> Question:
+def _parse_question(place: str, row: dict[str, Any]) -> KeyPointQuestion:
     """Raises ConfigError: the row is no question with key points."""
     try:
         points = tuple(tuple(wordings) for wordings in row["key_points"])
@@ -53,5 +58,5 @@ def _question(place: str, row: dict[str, Any]) -> Question:
             f'{place}: needs prompt and key_points, as [["fact", "synonym"], ["fact"]]'
         )
     kind = str(row.get("kind", "question"))
-    digest = content_hash(kind, prompt, json.dumps(points, ensure_ascii=False))
-    return Question(f"{kind}-{digest}", prompt, points, kind, str(row.get("condition", "")))
+    digest = hash_texts(kind, prompt, json.dumps(points, ensure_ascii=False))
+    return KeyPointQuestion(f"{kind}-{digest}", prompt, points, kind, str(row.get("condition", "")))

@@ -2,7 +2,14 @@
 
 import re
 
-from medgpt.medical.text import HAN_CHARACTER, OTHER_SCRIPT, SENTENCE_END, Language, plain, weight
+from medgpt.medical.text import (
+    HAN_CHARACTER,
+    OTHER_SCRIPT,
+    SENTENCE_END,
+    Language,
+    count_han_and_words,
+    normalize_text,
+)
 
 ASKED_FOR = re.compile(  # the question names the language, or asks for a translation
     r"英[文语]|中[文语]|汉语|翻译|普通话|日语|法语"
@@ -25,43 +32,50 @@ RUN_EN = re.compile(r"[A-Za-z][A-Za-z',;-]*(?:[ ,;]+[A-Za-z0-9][A-Za-z0-9',;-]*)
 RUN_ZH = re.compile(r"[\u4e00-\u9fff][\u4e00-\u9fff,、;:0-9]*")
 
 
-def language(text: str) -> Language | None:
+def detect_language(text: str) -> Language | None:
     """In which a text is written, its terms aside; None if neither."""
-    text = BRACKETS.sub(" ", plain(text)) if any(weight(BRACKETS.sub("", plain(text)))) else text
-    characters, words = weight(text)
-    if not characters and not words:
+    text = (
+        BRACKETS.sub(" ", normalize_text(text))
+        if any(count_han_and_words(BRACKETS.sub("", normalize_text(text))))
+        else text
+    )
+    num_han, num_words = count_han_and_words(text)
+    if not num_han and not num_words:
         return None
-    chinese, english = bool(GRAMMAR_ZH.search(text)), bool(GRAMMAR_EN.search(text))
-    if chinese != english:  # the rest may be terms
-        return "zh" if chinese else "en"
-    return "zh" if characters > words else "en"
+    has_chinese_grammar, has_english_grammar = (
+        bool(GRAMMAR_ZH.search(text)),
+        bool(GRAMMAR_EN.search(text)),
+    )
+    if has_chinese_grammar != has_english_grammar:  # the rest may be terms
+        return "zh" if has_chinese_grammar else "en"
+    return "zh" if num_han > num_words else "en"
 
 
-def language_violated(question: str, answer: str) -> bool:
+def answers_in_other_language(question: str, answer: str) -> bool:
     """Whether the answer, or a sentence of it, is in another language than the question."""
-    if ASKED_FOR.search(plain(question)):
+    if ASKED_FOR.search(normalize_text(question)):
         return False
     if OTHER_SCRIPT.search(answer) and not OTHER_SCRIPT.search(question):
         return True
-    asked, text = language(question), plain(answer)
-    if asked is None or language(text) is None:
+    question_language, text = detect_language(question), normalize_text(answer)
+    if question_language is None or detect_language(text) is None:
         return False
-    if language(text) != asked:
+    if detect_language(text) != question_language:
         return True
-    bare = BRACKETS.sub(" ", text)
-    parts = [part for part in SENTENCE_END.split(bare) if part.strip()]
-    return any(_foreign(part, asked, question) for part in parts)
+    without_brackets = BRACKETS.sub(" ", text)
+    sentences = [part for part in SENTENCE_END.split(without_brackets) if part.strip()]
+    return any(_is_foreign(part, question_language, question) for part in sentences)
 
 
-def _foreign(part: str, asked: Language, question: str) -> bool:
+def _is_foreign(sentence: str, question_language: Language, question: str) -> bool:
     """Whether a sentence is of the other language, or holds a clause of it."""
-    if asked == "zh":
-        runs = [run for run in RUN_EN.findall(part) if run not in plain(question)]
-        if runs and not HAN_CHARACTER.search(part) and len(part.split()) > 2:
+    if question_language == "zh":
+        runs = [run for run in RUN_EN.findall(sentence) if run not in normalize_text(question)]
+        if runs and not HAN_CHARACTER.search(sentence) and len(sentence.split()) > 2:
             return True
-        return any(weight(run)[1] >= FOREIGN_WORDS for run in runs)
-    runs = [run for run in RUN_ZH.findall(part) if run not in plain(question)]
-    characters, words = weight(part)
-    return (characters >= 3 and characters > 2 * words) or any(
-        weight(run)[0] >= FOREIGN_CHARACTERS for run in runs
+        return any(count_han_and_words(run)[1] >= FOREIGN_WORDS for run in runs)
+    runs = [run for run in RUN_ZH.findall(sentence) if run not in normalize_text(question)]
+    num_han, num_words = count_han_and_words(sentence)
+    return (num_han >= 3 and num_han > 2 * num_words) or any(
+        count_han_and_words(run)[0] >= FOREIGN_CHARACTERS for run in runs
     )

@@ -12,8 +12,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from medgpt.medical.text import plain, sentences
-from medgpt.medical.urgency import LEVELS, Level
+from medgpt.medical.text import normalize_text, split_sentences
+from medgpt.medical.urgency import URGENCY_LEVELS, UrgencyLevel
 
 DATA = Path(__file__).parent / "red_flags.toml"
 KNOWN_SIGNS = Path(__file__).parent / "known_signs.toml"
@@ -47,33 +47,33 @@ OWN_CASE = re.compile(
     r"|\b(?:i|my|he|she|his|her|today|now|sudden\w*|year-old|minutes|hours)\b",
     re.IGNORECASE,
 )
-KNOWN_LEVELS: tuple[Level, ...] = ("emergency", "today", "days")
-SHORT_CHARS = 40  # of a question that only names a disease
+KNOWN_LEVELS: tuple[UrgencyLevel, ...] = ("emergency", "today", "days")
+SHORT_QUESTION_CHARS = 40  # of a question that only names a disease
 QUOTED = re.compile('["“「]([^"“”「」]+)["”」]')
 Sign = tuple[re.Pattern[str], ...]
 
 
 @lru_cache(maxsize=4096)  # several answers to a question are judged one after the other
-def question_level(question: str) -> Level | None:
+def required_urgency(question: str) -> UrgencyLevel | None:
     """The most urgent level that a sign in the question asks for; None if no sign is known."""
-    text = plain(question)
-    if (known := _known_fact(text)) is not None:
-        return known
-    if _in_general(text):
+    text = normalize_text(question)
+    if (known_level := _level_of_quoted_fact(text)) is not None:
+        return known_level
+    if _is_general_question(text):
         return None
-    for level in reversed(LEVELS):
-        if any(_stands(sign, text) for sign in _signs()[level]):
+    for level in reversed(URGENCY_LEVELS):
+        if any(_has_sign(sign, text) for sign in _signs_by_level()[level]):
             return level
     return None
 
 
-def _in_general(text: str) -> bool:
+def _is_general_question(text: str) -> bool:
     """Whether the question is about a disease or its signs, and about nobody who has them."""
-    if len(sentences(text)) > 1 or OWN_CASE.search(text):
+    if len(split_sentences(text)) > 1 or OWN_CASE.search(text):
         return False
-    short = len(text) <= SHORT_CHARS and "," not in text
-    named = short and any(name in text for name in disease_names())
-    return named or bool(IN_GENERAL.search(text))
+    is_short = len(text) <= SHORT_QUESTION_CHARS and "," not in text
+    names_disease = is_short and any(name in text for name in disease_names())
+    return names_disease or bool(IN_GENERAL.search(text))
 
 
 @cache
@@ -81,11 +81,11 @@ def disease_names() -> tuple[str, ...]:
     return tuple(condition["name"] for condition in _conditions())
 
 
-def _stands(sign: Sign, text: str) -> bool:
-    return all(any(_affirmed(text, m) for m in pattern.finditer(text)) for pattern in sign)
+def _has_sign(sign: Sign, text: str) -> bool:
+    return all(any(_is_affirmed(text, m) for m in pattern.finditer(text)) for pattern in sign)
 
 
-def _affirmed(text: str, match: re.Match[str]) -> bool:
+def _is_affirmed(text: str, match: re.Match[str]) -> bool:
     before = CLAUSE.split(text[: match.start()])[-1]
     if DENIED.search(before) or PAST.search(before + match.group()):
         return False
@@ -93,7 +93,7 @@ def _affirmed(text: str, match: re.Match[str]) -> bool:
 
 
 @cache
-def _signs() -> dict[Level, list[Sign]]:
+def _signs_by_level() -> dict[UrgencyLevel, list[Sign]]:
     data = tomllib.loads(DATA.read_text("utf-8"))
     return {
         level: [
@@ -101,26 +101,26 @@ def _signs() -> dict[Level, list[Sign]]:
             for language in ("zh", "en")
             for sign in data[f"{level}_{language}"]
         ]
-        for level in LEVELS
+        for level in URGENCY_LEVELS
     }
 
 
-def _known_fact(text: str) -> Level | None:
+def _level_of_quoted_fact(text: str) -> UrgencyLevel | None:
     """The level that the sample knowledge gives to a fact that stands in quotes."""
     quoted = set(QUOTED.findall(text))
-    return next((level for fact, level in _facts() if fact in quoted), None)
+    return next((level for fact, level in _known_facts() if fact in quoted), None)
 
 
 @cache
-def _facts() -> tuple[tuple[str, Level], ...]:
-    return tuple(_told())
+def _known_facts() -> tuple[tuple[str, UrgencyLevel], ...]:
+    return tuple(_iter_known_facts())
 
 
-def _told() -> Iterator[tuple[str, Level]]:
+def _iter_known_facts() -> Iterator[tuple[str, UrgencyLevel]]:
     for condition in _conditions():
         for level in KNOWN_LEVELS:
             for fact in condition[level]:
-                yield plain(fact), level
+                yield normalize_text(fact), level
 
 
 @cache

@@ -12,20 +12,22 @@ AFFIRMED_TWICE = re.compile(  # two negations, or one that needs its negation
     "(?:不能|无法|不可|难以|不)(?:完全)?(?:排除|除外)|(?:不是|并非|不会|不可能)没有|不得不|不能不"
     "|不可不|无不"
 )
-TURN = re.compile("但|而是|却|只有|仅有|反而")  # what is negated before it is not meant after it
-NO = "(?:^|(?<=[、均也并亦且可常多者期有会]))无(?!论|痛|力|张力|保护|菌|创|效|法|意|形|害|需|须)"
+CONTRAST = re.compile(
+    "但|而是|却|只有|仅有|反而"
+)  # what is negated before it is not meant after it
+NO_ZH = "(?:^|(?<=[、均也并亦且可常多者期有会]))无(?!论|痛|力|张力|保护|菌|创|效|法|意|形|害|需|须)"
 NEGATES_LIST = re.compile(  # of nouns: reaches over the enumeration that follows
     "(?:没有|没(?:出现|见|发现)|未(?:见|出现|发现|发生|有)|否认|排除|是否|"
     "不(?:包括|包含|含|伴|是|属于?|存在|具有|等于|指|出现|引起|导致|会|一定)|[并绝决而]非|"
-    rf"{NO}|\b(?:no|not|without|never|denie[sd])\b)(?!.*(?:者|时|的人|的话))"
+    rf"{NO_ZH}|\b(?:no|not|without|never|denie[sd])\b)(?!.*(?:者|时|的人|的话))"
 )
-NEGATES_NEXT = re.compile(  # a modal or an adverb: reaches over the words it stands with
+NEGATES_NEXT_WORDS = re.compile(  # a modal or an adverb: reaches over the words it stands with
     "(?:不(?:能|可|应|该|要|用|必|需|须|宜|得|再|太|常|建议|推荐|主张|支持|考虑)|无[需须法]|未必"
     "|难以|避免|"
     "禁[用止]|勿|(?<![特区级分性])别|很少|极少|少有|几乎不)[^、者时后]{0,6}$|[不没未非无]$"
 )
 ENUMERATION = "(?:、[^、]{1,12}?){0,7}(?:[和及与或][^、]{1,10}?)?"  # what a mention may begin
-DENIED = re.compile(  # after the mention, or after the enumeration it stands in
+DENIED_AFTER = re.compile(  # after the mention, or after the enumeration it stands in
     f"{ENUMERATION}"
     "(?:等|[这那](?:一|[个种些类])*|一[个种]|些|类|症状|表现|情况|的|说法|观点|看法|想法|都|均|也|并|其实|通常"
     "|一般|往往|很|较|极){0,6}"
@@ -39,29 +41,31 @@ LACKS = re.compile("(?:缺乏|缺少)[^者时后]*$")
 LACKED = re.compile(f"{ENUMERATION}等?的?(?:典型|明显|特异性?)?的?(?:症状|表现|体征|证据|依据)")
 
 
-def states(text: str, wordings: Sequence[str]) -> bool:
+def states_fact(text: str, wordings: Sequence[str]) -> bool:
     """Whether one of the wordings stands in `text` in a clause that does not negate it."""
-    return any(_affirmed(text, wording) for wording in wordings)
+    return any(_is_affirmed(text, wording) for wording in wordings)
 
 
-def stated(text: str, key_points: Sequence[Sequence[str]]) -> list[bool]:
+def states_key_points(text: str, key_points: Sequence[Sequence[str]]) -> list[bool]:
     """For each key point (its accepted wordings), whether `text` states it."""
-    return [states(text, wordings) for wordings in key_points]
+    return [states_fact(text, wordings) for wordings in key_points]
 
 
-def _affirmed(text: str, wording: str) -> bool:
+def _is_affirmed(text: str, wording: str) -> bool:
     for match in re.finditer(re.escape(wording), text):
         before = CLAUSE_END.split(text[: match.start()])[-1]
         after = CLAUSE_END.split(text[match.end() :])[0]
         rest = text[match.end() + len(after) :]
-        if not (_negated(before, after) or QUESTION.match(after + rest[:1])):
+        if not (_is_negated(before, after) or QUESTION.match(after + rest[:1])):
             return True
     return False
 
 
-def _negated(before: str, after: str) -> bool:
-    before = TURN.split(AFFIRMED_TWICE.sub("有", before))[-1]
-    words = before.rsplit("、", 1)[-1]
+def _is_negated(before: str, after: str) -> bool:
+    before = CONTRAST.split(AFFIRMED_TWICE.sub("有", before))[-1]
+    item = before.rsplit("、", 1)[-1]
     if LACKS.search(before) and LACKED.match(after):  # of a cause, 缺乏运动, more is told
         return True
-    return bool(NEGATES_LIST.search(before) or NEGATES_NEXT.search(words) or DENIED.match(after))
+    return bool(
+        NEGATES_LIST.search(before) or NEGATES_NEXT_WORDS.search(item) or DENIED_AFTER.match(after)
+    )

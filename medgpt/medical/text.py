@@ -15,16 +15,16 @@ SENTENCE_END = re.compile(r"[。!?;\n]+|\.(?![\da-z])")
 CLAUSE_END = re.compile(r"[,、:]")
 
 
-def plain(text: str) -> str:
+def normalize_text(text: str) -> str:
     """`text` with half-width digits, letters and punctuation; the full stop of Chinese stays."""
     return unicodedata.normalize("NFKC", text).replace("\u2019", "'")
 
 
-def sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Of plain text, without their ends and without empty ones."""
     return [part.strip() for part in SENTENCE_END.split(text) if part.strip()]
 
 
-def weight(text: str) -> tuple[int, int]:
+def count_han_and_words(text: str) -> tuple[int, int]:
     """(Chinese characters, words of Latin letters): about the same time to read, each."""
     return len(HAN_CHARACTER.findall(text)), len(WORD.findall(text))

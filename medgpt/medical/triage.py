@@ -19,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from medgpt.data.citation import Citation
 from medgpt.data.sources.punctuation import full_width
-from medgpt.data.sources.rows import within
-from medgpt.medical.urgency import Level
+from medgpt.data.sources.sampling import in_hash_range
+from medgpt.medical.urgency import UrgencyLevel
 
 DATA = Path(__file__).parent / "triage.toml"
 Language = Literal["zh", "en"]
-Who = Literal["adult", "older", "child", "woman", "man", "pregnant", "postpartum"]
-AGES: dict[Who, tuple[int, int]] = {
+PatientGroup = Literal["adult", "older", "child", "woman", "man", "pregnant", "postpartum"]
+AGES: dict[PatientGroup, tuple[int, int]] = {
     "adult": (20, 59),
     "older": (60, 84),
     "child": (1, 4),
@@ -35,7 +35,7 @@ AGES: dict[Who, tuple[int, int]] = {
     "postpartum": (22, 38),
 }
 FEMALE = {"woman", "pregnant", "postpartum"}
-NOTES: dict[Language, tuple[str, ...]] = {
+NOTE_TEMPLATES: dict[Language, tuple[str, ...]] = {
     "zh": (
         "{sex},{age}岁,因{complaint}来电咨询。{detail}。有多急,应该怎么办?",
         "电话分诊记录:患者{sex},{age}岁,主诉{complaint}。追问:{detail}。给什么建议?",
@@ -51,7 +51,7 @@ NOTES: dict[Language, tuple[str, ...]] = {
         "About {complaint} in a {age}-year-old {sex}. {Detail}. What should we do now?",
     ),
 }
-PHRASINGS = 2  # of each pair and language
+PHRASINGS_PER_PAIR = 2  # of each pair and language
 
 
 class _Data(BaseModel):
@@ -70,7 +70,7 @@ class Pair(_Data):
 class Complaint(_Data):
     id: str
     sources: Annotated[tuple[str, ...], Len(1)]
-    who: Who
+    who: PatientGroup
     zh: str
     en: str
     pairs: Annotated[tuple[Pair, ...], Len(1)]
@@ -90,13 +90,13 @@ class Complaints(_Data):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class TriageQuestion:
     id: str
     pair: str  # the same of both halves
     language: Language
     complaint: str
     text: str
-    level: Level  # the right one; emergency of a red flag
+    level: UrgencyLevel  # the right one; emergency of a red flag
 
 
 @cache
@@ -104,61 +104,63 @@ def load_complaints() -> Complaints:
     return Complaints.model_validate(tomllib.loads(DATA.read_text("utf-8")))
 
 
-def questions(
+def triage_questions(
     seed: int,
     languages: Sequence[Language] = ("zh", "en"),
     limit: int | None = None,
-    part: tuple[float, float] = (0.0, 1.0),
-) -> list[Question]:
+    hash_range: tuple[float, float] = (0.0, 1.0),
+) -> list[TriageQuestion]:
     """Whole pairs, at most `limit` questions; patients and wordings are drawn with the seed.
 
     Args:
         part: of the complaints, only those whose hash lies within it.
     """
-    drawn = [
+    pairs = [
         halves
         for complaint in load_complaints().complaints
-        if within(complaint.id, part)
+        if in_hash_range(complaint.id, hash_range)
         for number, pair in enumerate(complaint.pairs)
         for language in languages
-        for halves in _phrased(complaint, number, pair, language, seed)
+        for halves in _write_pair(complaint, number, pair, language, seed)
     ]
-    if limit is not None and 2 * len(drawn) > limit:
-        chosen = random.Random(seed).sample(range(len(drawn)), limit // 2)
-        drawn = [drawn[i] for i in sorted(chosen)]
-    return [question for halves in drawn for question in halves]
+    if limit is not None and 2 * len(pairs) > limit:
+        indices = random.Random(seed).sample(range(len(pairs)), limit // 2)
+        pairs = [pairs[i] for i in sorted(indices)]
+    return [question for halves in pairs for question in halves]
 
 
-def _phrased(
+def _write_pair(
     complaint: Complaint, number: int, pair: Pair, language: Language, seed: int
-) -> Iterator[tuple[Question, Question]]:
+) -> Iterator[tuple[TriageQuestion, TriageQuestion]]:
     rng = random.Random(f"{seed} {complaint.id} {number} {language}")
-    notes = rng.sample(NOTES[language], PHRASINGS)
-    ages = rng.sample(range(AGES[complaint.who][0], AGES[complaint.who][1] + 1), PHRASINGS)
-    for phrasing, (note, age) in enumerate(zip(notes, ages, strict=True)):
-        key = f"{complaint.id}-{number}-{language}-{phrasing}"
-        female = complaint.who in FEMALE or (complaint.who != "man" and rng.random() < 0.5)
+    templates = rng.sample(NOTE_TEMPLATES[language], PHRASINGS_PER_PAIR)
+    ages = rng.sample(range(AGES[complaint.who][0], AGES[complaint.who][1] + 1), PHRASINGS_PER_PAIR)
+    for phrasing, (template, age) in enumerate(zip(templates, ages, strict=True)):
+        pair_id = f"{complaint.id}-{number}-{language}-{phrasing}"
+        is_female = complaint.who in FEMALE or (complaint.who != "man" and rng.random() < 0.5)
 
         texts = {
-            kind: _note(note, language, complaint, female, age, getattr(pair, f"{kind}_{language}"))
+            kind: _write_note(
+                template, language, complaint, is_female, age, getattr(pair, f"{kind}_{language}")
+            )
             for kind in ("red", "benign")
         }
-        about = (key, language, complaint.id)
+        about = (pair_id, language, complaint.id)
         yield (
-            Question(f"{key}-red", *about, texts["red"], "emergency"),
-            Question(f"{key}-benign", *about, texts["benign"], pair.level),
+            TriageQuestion(f"{pair_id}-red", *about, texts["red"], "emergency"),
+            TriageQuestion(f"{pair_id}-benign", *about, texts["benign"], pair.level),
         )
 
 
-def _note(
-    note: str, language: Language, complaint: Complaint, female: bool, age: int, detail: str
+def _write_note(
+    template: str, language: Language, complaint: Complaint, is_female: bool, age: int, detail: str
 ) -> str:
     if language == "zh":
         words = ("女孩", "男孩") if complaint.who == "child" else ("女", "男")
     else:
         words = ("girl", "boy") if complaint.who == "child" else ("woman", "man")
-    sex = words[0] if female else words[1]
-    text = note.format(
+    sex = words[0] if is_female else words[1]
+    text = template.format(
         sex=sex,
         Sex=sex.capitalize(),
         age=age,

@@ -8,13 +8,18 @@ now. Of several levels that remain the most urgent counts.
 import re
 from typing import Literal
 
-from medgpt.medical.text import plain
+from medgpt.medical.text import normalize_text
 
-Level = Literal["self_care", "days", "today", "emergency"]
-LEVELS: tuple[Level, ...] = ("self_care", "days", "today", "emergency")  # in rising order
+UrgencyLevel = Literal["self_care", "days", "today", "emergency"]
+URGENCY_LEVELS: tuple[UrgencyLevel, ...] = (
+    "self_care",
+    "days",
+    "today",
+    "emergency",
+)  # in rising order
 
 STATED = re.compile(r"(?:紧急程度|urgency(?: level)?)\W{0,6}(.+)", re.IGNORECASE)
-LABELS: dict[Level, str] = {
+LABELS: dict[UrgencyLevel, str] = {
     "emergency": "立即(?:呼叫)?急救|急救|emergency now|emergency",
     "today": "当[天日]就?[医诊]|今[天日]就?[医诊]|same day|see a doctor today",
     "days": "几天内就?[医诊]|近[日期]就?[医诊]|within days|within a few days",
@@ -34,7 +39,7 @@ SOON = (
     "(?:today|tonight|same[- ]day|within 24 hours|as soon as possible|urgent(?:ly)?|right away"
     "|promptly)"
 )
-PATTERNS: dict[Level, str] = {
+PATTERNS: dict[UrgencyLevel, str] = {
     "emergency": (
         rf"(?:拨打|呼叫|打|叫|联系|拨)\S{{0,6}}?(?:{NUMBER}|急救|救护车)|(?:叫|呼叫|找)救护车"
         r"|(?:去|到|前往|送往?|送到|转|看|挂)\S{0,8}?急诊|急诊(?:就[医诊]|处理|手术)"
@@ -66,7 +71,7 @@ PATTERNS: dict[Level, str] = {
         r"|\b(?:no need|not need|n't need|unnecessary) (?:for|to see)\b[^.;]{0,15}\bdoctor"
     ),
 }
-RULES: dict[Level, re.Pattern[str]] = {
+RULES: dict[UrgencyLevel, re.Pattern[str]] = {
     level: re.compile(pattern, re.IGNORECASE) for level, pattern in PATTERNS.items()
 }
 THIS_CASE = re.compile(  # no condition: what the question told is the case
@@ -83,58 +88,58 @@ CONDITION = re.compile(
     r"|\bshould (?:you|it|the|he|she|they|symptoms|any)\b",
     re.IGNORECASE,
 )
-CONDITION_BEHIND = re.compile(r"[^,]{0,40}?\b(?:if|unless|in case|should)\b", re.IGNORECASE)
-TURN = re.compile(r"否则|不然|\botherwise\b", re.IGNORECASE)
-DENIED = re.compile(
+CONDITION_AFTER = re.compile(r"[^,]{0,40}?\b(?:if|unless|in case|should)\b", re.IGNORECASE)
+OTHERWISE = re.compile(r"否则|不然|\botherwise\b", re.IGNORECASE)
+DENIED_BEFORE = re.compile(
     "(?:不(?:需要?|用|必|要|建议|是|能|可|应)|无[需须]|没(?:有)?必要|并非|别|而不是|勿|未必|谈不上)"
     "[^,，]{0,8}$"
     r"|(?:\b(?:no need|not|never|rather than|instead of|unnecessary|without)\b|n't\b)[^,]{0,30}$",
     re.IGNORECASE,
 )
-DENIED_BEHIND = re.compile(
+DENIED_AFTER = re.compile(
     r"\s*(?:是?(?:不需要|不必要|没有?必要|多余)"
     r"|(?:is|are|would be) (?:not|un)\s?(?:needed|necessary))",
     re.IGNORECASE,
 )
 
 
-def urgency(answer: str) -> Level | None:
+def advised_urgency(answer: str) -> UrgencyLevel | None:
     """The level that the answer advises; None if it commits to none."""
-    answer = plain(answer)
+    answer = normalize_text(answer)
     for line in reversed(STATED.findall(answer)):
-        if level := _label(line):
+        if level := _labelled_level(line):
             return level
     prose = STATED.sub("", answer)
-    found: set[Level] = {
-        level for sentence in SENTENCE.findall(prose) for level in _advised(sentence)
+    levels: set[UrgencyLevel] = {
+        level for sentence in SENTENCE.findall(prose) for level in _advised_levels(sentence)
     }
-    return max(found, key=lambda level: LEVELS.index(level)) if found else None
+    return max(levels, key=lambda level: URGENCY_LEVELS.index(level)) if levels else None
 
 
-def _label(text: str) -> Level | None:
+def _labelled_level(text: str) -> UrgencyLevel | None:
     """The one level that is named; None if there is none, or several, as when all are repeated."""
-    named: list[Level] = [
+    named_levels: list[UrgencyLevel] = [
         level for level, label in LABELS.items() if re.search(label, text, re.IGNORECASE)
     ]
-    return named[0] if len(named) == 1 else None
+    return named_levels[0] if len(named_levels) == 1 else None
 
 
-def _advised(sentence: str) -> set[Level]:
+def _advised_levels(sentence: str) -> set[UrgencyLevel]:
     """Levels that a sentence advises whatever happens."""
     sentence = THIS_CASE.sub("", sentence)
     return {
         level
         for level, rule in RULES.items()
         for match in rule.finditer(sentence)
-        if not _conditional(sentence, match) and not _denied(sentence, match)
+        if not _is_conditional(sentence, match) and not _is_denied(sentence, match)
     }
 
 
-def _conditional(sentence: str, match: re.Match[str]) -> bool:
-    before = TURN.split(sentence[: match.start()])[-1] + match.group()
-    return bool(CONDITION.search(before) or CONDITION_BEHIND.match(sentence[match.end() :]))
+def _is_conditional(sentence: str, match: re.Match[str]) -> bool:
+    before = OTHERWISE.split(sentence[: match.start()])[-1] + match.group()
+    return bool(CONDITION.search(before) or CONDITION_AFTER.match(sentence[match.end() :]))
 
 
-def _denied(sentence: str, match: re.Match[str]) -> bool:
+def _is_denied(sentence: str, match: re.Match[str]) -> bool:
     before = CLAUSE.split(sentence[: match.start()])[-1]
-    return bool(DENIED.search(before) or DENIED_BEHIND.match(sentence[match.end() :]))
+    return bool(DENIED_BEFORE.search(before) or DENIED_AFTER.match(sentence[match.end() :]))

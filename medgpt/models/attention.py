@@ -54,7 +54,7 @@ def varlen_attention(
     causal = bool(module.is_causal if is_causal is None else is_causal)
     lengths = cu_seq_lens_q.diff().tolist()
     # split, not slices: the backward of S slices would allocate S tensors of the whole's size
-    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     outputs = [
         F.scaled_dot_product_attention(
             q,
@@ -63,21 +63,21 @@ def varlen_attention(
             scale=scaling,
             dropout_p=dropout,
             enable_gqa=q.shape[1] != k.shape[1],
-            **_visible(q, causal, sliding_window),
+            **_mask_arguments(q, causal, sliding_window),
         ).transpose(1, 2)
-        for q, k, v in pieces
+        for q, k, v in sequences
     ]
     return torch.cat(outputs, dim=1), None
 
 
-def _visible(query: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
+def _mask_arguments(query: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
     """What a token of this piece may see, as arguments of scaled_dot_product_attention."""
     length = query.shape[2]
     if window is None or length <= window:
         return {"is_causal": causal}
     ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    below = ones.triu(1 - window)
-    return {"attn_mask": below.tril() if causal else below.tril(window - 1)}
+    in_window = ones.triu(1 - window)
+    return {"attn_mask": in_window.tril() if causal else in_window.tril(window - 1)}
 
 
 # Without a mask function of this name transformers builds no mask at all.

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from medgpt.models.scoring import batches
+from medgpt.models.loglikelihood import batches_by_length
 
-BLOCK = 128  # tokens of the vocabulary that are added up first
-COMPACT_SHARE = 0.875  # of a batch's rows; when no more are unfinished, the others are dropped
+VOCAB_BLOCK = 128  # tokens of the vocabulary that are added up first
+COMPACT_FRACTION = 0.875  # of a batch's rows; when no more are unfinished, the others are dropped
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class GeneratedResponse:
     """What follows a prompt: at least a token, the end token included where there is one."""
 
     ids: list[int]
@@ -30,7 +30,7 @@ class Generated:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _DecodeStep:
     """One token of each row that is still in the batch, finished ones among them."""
 
     rows: Tensor  # (b,) int64, which of the batch's rows
@@ -38,7 +38,7 @@ class _Step:
     logprobs: Tensor  # (b,) float32
 
 
-class Generator:
+class TokenGenerator:
     """Generates with one causal model, in batches of prompts of similar length.
 
     Args:
@@ -50,7 +50,7 @@ class Generator:
     def __init__(self, model: PreTrainedModel, *, batch_tokens: int = 2**16) -> None:
         self.model: Any = model  # transformers does not type its models' forward
         self.batch_tokens = batch_tokens
-        self.positions: int = (
+        self.max_positions: int = (
             model.config.get_text_config().to_dict().get("max_position_embeddings") or 2**31
         )
 
@@ -61,8 +61,8 @@ class Generator:
         *,
         max_new_tokens: int,
         temperature: float,
-        ends: Sequence[int],
-    ) -> list[Generated]:
+        stop_token_ids: Sequence[int],
+    ) -> list[GeneratedResponse]:
         """What the model says after each prompt.
 
         Args:
@@ -73,19 +73,23 @@ class Generator:
         Raises:
             ValueError: a prompt is empty, or the model has too few positions for it and its reply.
         """
-        self._check(prompts, max_new_tokens)
-        found: list[Generated] = [Generated([], [], False)] * len(prompts)
-        for batch in batches([len(p) + max_new_tokens for p in prompts], self.batch_tokens):
+        self._check_lengths(prompts, max_new_tokens)
+        responses: list[GeneratedResponse] = [GeneratedResponse([], [], False)] * len(prompts)
+        for batch in batches_by_length(
+            [len(p) + max_new_tokens for p in prompts], self.batch_tokens
+        ):
             shape, device = (len(batch), max_new_tokens), self.model.device
             tokens = torch.zeros(shape, dtype=torch.int64, device=device)
             logprobs = torch.zeros(shape, device=device)
-            noise = uniforms([seeds[i] for i in batch], max_new_tokens)
-            steps = self._steps([prompts[i] for i in batch], noise, temperature, ends)
+            noise = uniform_noise([seeds[i] for i in batch], max_new_tokens)
+            steps = self._steps([prompts[i] for i in batch], noise, temperature, stop_token_ids)
             for at, step in enumerate(steps):
                 tokens[step.rows, at], logprobs[step.rows, at] = step.tokens, step.logprobs
-            for i, row in zip(batch, _cut(tokens, logprobs, ends), strict=True):
-                found[i] = row
-        return found
+            for i, row in zip(
+                batch, _truncate_at_stop(tokens, logprobs, stop_token_ids), strict=True
+            ):
+                responses[i] = row
+        return responses
 
     def stream(
         self,
@@ -94,20 +98,22 @@ class Generator:
         *,
         max_new_tokens: int,
         temperature: float,
-        ends: Sequence[int],
+        stop_token_ids: Sequence[int],
     ) -> Iterator[int]:
         """The same for one prompt, each id as soon as it is there."""
-        self._check([prompt], max_new_tokens)
-        noise = uniforms([seed], max_new_tokens)
-        for step in self._steps([prompt], noise, temperature, ends):
+        self._check_lengths([prompt], max_new_tokens)
+        noise = uniform_noise([seed], max_new_tokens)
+        for step in self._steps([prompt], noise, temperature, stop_token_ids):
             yield int(step.tokens)
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not all(prompts) or max_new_tokens < 1:
             raise ValueError("generation needs a token in each prompt and room for one more")
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        if longest > self.positions:
-            raise ValueError(f"{longest} tokens to hold, the model has {self.positions} positions")
+        if longest > self.max_positions:
+            raise ValueError(
+                f"{longest} tokens to hold, the model has {self.max_positions} positions"
+            )
 
     @torch.inference_mode()
     def _steps(
@@ -115,46 +121,46 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         noise: Tensor,  # (B, T) in [0, 1)
         temperature: float,
-        ends: Sequence[int],
-    ) -> Iterator[_Step]:
+        stop_token_ids: Sequence[int],
+    ) -> Iterator[_DecodeStep]:
         """Until all rows are finished, or T steps."""
         device = self.model.device
-        noise, end_ids = noise.to(device), torch.tensor(ends, device=device)
+        noise, stop_ids = noise.to(device), torch.tensor(stop_token_ids, device=device)
         rows = torch.arange(len(prompts), device=device)
         finished = torch.zeros_like(rows, dtype=torch.bool)
-        context = _Context(self.model, prompts, noise.shape[1])
-        logits = context.read_prompts()
+        state = _DecodeState(self.model, prompts, noise.shape[1])
+        logits = state.read_prompts()
         for at in range(noise.shape[1]):
-            tokens, logprobs = draw(logits, noise[rows, at], temperature)
-            yield _Step(rows, tokens, logprobs)
-            finished |= torch.isin(tokens, end_ids)
-            left = len(rows) - int(finished.sum())
-            if not left or at + 1 == noise.shape[1]:
+            tokens, logprobs = sample_tokens(logits, noise[rows, at], temperature)
+            yield _DecodeStep(rows, tokens, logprobs)
+            finished |= torch.isin(tokens, stop_ids)
+            num_unfinished = len(rows) - int(finished.sum())
+            if not num_unfinished or at + 1 == noise.shape[1]:
                 return
-            if left <= COMPACT_SHARE * len(rows):
-                kept = (~finished).nonzero()[:, 0]
-                rows, tokens, finished = rows[kept], tokens[kept], finished[kept]
-                context.keep(kept)
-            logits = context.read(tokens)
+            if num_unfinished <= COMPACT_FRACTION * len(rows):
+                unfinished = (~finished).nonzero()[:, 0]
+                rows, tokens, finished = rows[unfinished], tokens[unfinished], finished[unfinished]
+                state.select_rows(unfinished)
+            logits = state.read(tokens)
 
 
-class _Context:
+class _DecodeState:
     """What the model has read so far: keys and values of a batch padded on the left."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model, device = model, model.device
         width = max(len(prompt) for prompt in prompts)
         padding = [width - len(prompt) for prompt in prompts]
         ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         self.ids = torch.tensor(ids, device=device)  # (B, width)
-        slots = torch.arange(width + room, device=device)
+        slots = torch.arange(width + max_new_tokens, device=device)
         self.padding = torch.tensor(padding, device=device)[:, None]  # (B, 1)
         # (B, slots); none without padding: attention has faster ways then
         self.mask = (slots >= self.padding).long() if any(padding) else None
         self.length = 0
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [
-            RoomyLayer(width + room) if type(layer) is DynamicLayer else layer
+            PreallocatedLayer(width + max_new_tokens) if type(layer) is DynamicLayer else layer
             for layer in self.cache.layers
         ]
 
@@ -177,7 +183,7 @@ class _Context:
         )
         return output.logits[:, -1]
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Forget all rows but these (b,)."""
         self.cache.batch_select_indices(rows)
         self.padding = self.padding[rows]
@@ -185,7 +191,7 @@ class _Context:
             self.mask = self.mask[rows]
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values in buffers with room for all tokens to come: a step writes one, copies none.
 
     DynamicLayer copies everything at every step.
@@ -194,7 +200,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.size = size
-        self.rooms: tuple[Tensor, Tensor] | None = None  # (B, heads, size, width) each
+        self.buffers: tuple[Tensor, Tensor] | None = None  # (B, heads, size, width) each
 
     def update(  # type: ignore[override]  # positional names
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -202,25 +208,27 @@ class RoomyLayer(DynamicLayer):
         """(B, heads, tokens until now, width) each."""
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
-        if self.rooms is None:
+        if self.buffers is None:
             self.lazy_initialization(key_states, value_states)
             both = (key_states, value_states)
-            key_room, value_room = (x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in both)
-            self.rooms = key_room, value_room
-        key_room, value_room = self.rooms
-        key_room[:, :, start:stop], value_room[:, :, start:stop] = key_states, value_states
-        self.keys, self.values = key_room[:, :, :stop], value_room[:, :, :stop]
+            key_buffer, value_buffer = (
+                x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in both
+            )
+            self.buffers = key_buffer, value_buffer
+        key_buffer, value_buffer = self.buffers
+        key_buffer[:, :, start:stop], value_buffer[:, :, start:stop] = key_states, value_states
+        self.keys, self.values = key_buffer[:, :, :stop], value_buffer[:, :, :stop]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        assert self.rooms is not None, "there are rows after the prompts have been read"
+        assert self.buffers is not None, "there are rows after the prompts have been read"
         length = self.get_seq_length()
-        key_room, value_room = (room[indices] for room in self.rooms)
-        self.rooms = key_room, value_room
-        self.keys, self.values = key_room[:, :, :length], value_room[:, :, :length]
+        key_buffer, value_buffer = (buffer[indices] for buffer in self.buffers)
+        self.buffers = key_buffer, value_buffer
+        self.keys, self.values = key_buffer[:, :, :length], value_buffer[:, :, :length]
 
 
-def uniforms(seeds: Sequence[int], length: int) -> Tensor:
+def uniform_noise(seeds: Sequence[int], length: int) -> Tensor:
     """(B, T) float64 in [0, 1): token t of a row is a function of its seed and t.
 
     Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox): raw words, whose
@@ -230,7 +238,7 @@ def uniforms(seeds: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token of each row (B, V) and its log-probability, by the inverse of the distribution.
 
     Found in two steps, a block of the vocabulary and the token in it: one pass over all
@@ -247,37 +255,41 @@ def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Ten
         best = logprobs.argmax(-1, keepdim=True)
         return best[:, 0], logprobs.gather(1, best)[:, 0]
     rows, size = logits.shape
-    weights = logits.new_zeros(rows, -(-size // BLOCK) * BLOCK, dtype=torch.float32)
+    weights = logits.new_zeros(rows, -(-size // VOCAB_BLOCK) * VOCAB_BLOCK, dtype=torch.float32)
     scaled = torch.div(logits.float(), temperature, out=weights[:, :size])
     top = scaled.amax(-1, keepdim=True)
     scaled.sub_(top).exp_()
-    blocks = weights.view(rows, -1, BLOCK)
+    blocks = weights.view(rows, -1, VOCAB_BLOCK)
     # float64: many unlikely tokens add up, and none of probability 0 is drawn by rounding
     cumulated = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, V / BLOCK)
     total = cumulated[:, -1:]
-    block, before = _find(cumulated, noise[:, None] * total)
+    block, before = _search_cumulative(cumulated, noise[:, None] * total)
     inside = blocks[torch.arange(rows, device=block.device), block[:, 0]]  # (B, BLOCK)
-    token, _ = _find(inside.cumsum(-1, dtype=torch.float64), noise[:, None] * total - before)
-    tokens = block * BLOCK + token
+    token, _ = _search_cumulative(
+        inside.cumsum(-1, dtype=torch.float64), noise[:, None] * total - before
+    )
+    tokens = block * VOCAB_BLOCK + token
     logprobs = logits.gather(1, tokens).float() / temperature - top - total.log().float()
     return tokens[:, 0], logprobs[:, 0]
 
 
-def _find(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _search_cumulative(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1) where rows (B, K) first exceed `target` (B, 1), and how much they hold before."""
     # a rounded target may be the whole sum: not beyond what counts
     target = target.minimum(torch.nextafter(cumulated[:, -1:], torch.zeros_like(target)))
-    found = torch.searchsorted(cumulated, target, right=True)
-    before = cumulated.gather(1, (found - 1).clamp(min=0))
-    return found, torch.where(found > 0, before, 0.0)
+    index = torch.searchsorted(cumulated, target, right=True)
+    before = cumulated.gather(1, (index - 1).clamp(min=0))
+    return index, torch.where(index > 0, before, 0.0)
 
 
-def _cut(tokens: Tensor, logprobs: Tensor, ends: Sequence[int]) -> Iterator[Generated]:
+def _truncate_at_stop(
+    tokens: Tensor, logprobs: Tensor, stop_token_ids: Sequence[int]
+) -> Iterator[GeneratedResponse]:
     """Rows (B, T) up to their first end."""
-    is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device))
-    length = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
+    is_stop = torch.isin(tokens, torch.tensor(stop_token_ids, device=tokens.device))
+    length = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, tokens.shape[1])
     rows = zip(
-        tokens.tolist(), logprobs.tolist(), length.tolist(), is_end.any(1).tolist(), strict=True
+        tokens.tolist(), logprobs.tolist(), length.tolist(), is_stop.any(1).tolist(), strict=True
     )
-    for ids, found, stop, finished in rows:
-        yield Generated(ids[:stop], found[:stop], finished)
+    for ids, row_logprobs, stop, finished in rows:
+        yield GeneratedResponse(ids[:stop], row_logprobs[:stop], finished)

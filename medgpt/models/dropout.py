@@ -9,7 +9,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # spreads layer numbers over 64 bits, as in splitm
 _LARGEST_SEED = 2**63 - 1
 
 
-class PieceDropout(nn.Module):
+class SequenceDropout(nn.Module):
     """Zeroes inputs (1, N, H) with probability `p` and scales the others by 1 / (1 - p).
 
     A piece's mask depends on its seed, its length and `layer` only, so neither on the worker nor on
@@ -28,7 +28,7 @@ class PieceDropout(nn.Module):
             return x
         keep = torch.empty_like(x[0], requires_grad=False)
         generator = torch.Generator(x.device)
-        for piece, seed in zip(keep.split(self.lengths), self.seeds, strict=True):
+        for sequence, seed in zip(keep.split(self.lengths), self.seeds, strict=True):
             generator.manual_seed((seed ^ (self.layer + 1) * _GOLDEN) & _LARGEST_SEED)
-            piece.bernoulli_(1 - self.p, generator=generator)
+            sequence.bernoulli_(1 - self.p, generator=generator)
         return x * keep[None] / (1 - self.p)

@@ -21,11 +21,11 @@ def local_copy(name: str, key: str = "model.name") -> str:
     """
     if "://" not in name:
         return name
-    with _readable(name, key):
-        return str(_copy(name))
+    with _config_error_if_unreadable(name, key):
+        return str(_copy_to_cache(name))
 
 
-def model_folder(run: str) -> Path:
+def run_model_folder(run: str) -> Path:
     """The folder of a run's model, or `run` itself where it is a model.
 
     Raises:
@@ -33,13 +33,13 @@ def model_folder(run: str) -> Path:
     """
     if "://" not in run:
         return Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
-    with _readable(run, "RUN"):
+    with _config_error_if_unreadable(run, "RUN"):
         inner = Folder(run) / "model"
-        return Path(_copy(inner.url if inner.names() else run))
+        return Path(_copy_to_cache(inner.url if inner.names() else run))
 
 
 @contextmanager
-def _readable(uri: str, key: str) -> Iterator[None]:
+def _config_error_if_unreadable(uri: str, key: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every kind of store has its own
@@ -50,7 +50,7 @@ def _readable(uri: str, key: str) -> Iterator[None]:
 
 
 @cache
-def _copy(uri: str) -> Path:
+def _copy_to_cache(uri: str) -> Path:
     """A folder beside Hugging Face's cache, named after the URI and the versions of its files.
 
     All processes of a machine use the same one.

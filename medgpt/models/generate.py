@@ -19,11 +19,11 @@ from transformers import (
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
-from medgpt.data.tokenized.chat import generation_ids, stop_ids
-from medgpt.models.base import fitting_architectures, weight_files
-from medgpt.models.decode import Generator
+from medgpt.data.tokenized.chat_template import generation_prompt_ids, stop_token_ids
+from medgpt.models.decode import TokenGenerator
 from medgpt.models.lora import load_merged
-from medgpt.models.tokenizer import load_base
+from medgpt.models.model_files import compatible_architectures, weight_files
+from medgpt.models.tokenizer import load_tokenizer
 
 
 def load_for_generation(
@@ -31,31 +31,31 @@ def load_for_generation(
     device: torch.device,
     *,
     trust_remote_code: bool = False,
-    fresh_seed: int | None = None,
+    init_seed: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer of an export; adapters are merged in memory.
 
     Args:
-        fresh_seed: draw the weights with it, instead of reading them.
+        init_seed: draw the weights with it, instead of reading them.
 
     Raises:
         ConfigError: the folder holds no causal model.
     """
-    check_generates(folder, trust_remote_code)
-    if fresh_seed is not None:
-        model, tokenizer = _untrained(folder, trust_remote_code, fresh_seed)
+    check_causal_model(folder, trust_remote_code)
+    if init_seed is not None:
+        model, tokenizer = _load_untrained(folder, trust_remote_code, init_seed)
     elif _is_adapter(folder):
         model, tokenizer = load_merged(Path(folder))
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code
         )
-        tokenizer = load_base(folder, trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 
-def _untrained(
+def _load_untrained(
     folder: str, trust_remote_code: bool, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if _is_adapter(folder):
@@ -67,10 +67,10 @@ def _untrained(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model, load_base(folder, trust_remote_code)
+    return model, load_tokenizer(folder, trust_remote_code)
 
 
-def check_generates(folder: str, trust_remote_code: bool = False) -> None:
+def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
     """Raises ConfigError unless the folder holds a causal model, or adapters; nothing is loaded."""
     if _is_adapter(folder):
         return
@@ -83,11 +83,11 @@ def check_generates(folder: str, trust_remote_code: bool = False) -> None:
             reason = "is a model with code of its own, which runs only if it is trusted; read it, "
             raise ConfigError(f"{folder} {reason}then set model.trust_remote_code=true") from None
         raise ConfigError(f"{folder}: {error}") from None
-    found = config.architectures or []
-    if not fitting_architectures(config, "clm").intersection(found):
+    architectures = config.architectures or []
+    if not compatible_architectures(config, "clm").intersection(architectures):
         raise ConfigError(
-            f"{folder} holds {', '.join(found) or 'no known model'}, which cannot generate text; "
-            "give a causal model"
+            f"{folder} holds {', '.join(architectures) or 'no known model'}, which cannot "
+            "generate text; give a causal model"
         )
     weight_files(folder)
 
@@ -99,7 +99,7 @@ def _is_adapter(folder: str) -> bool:
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     """What tells others' generate() where to stop."""
     return GenerationConfig(
-        eos_token_id=document_ends(tokenizer), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=document_stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
 
 
@@ -113,16 +113,16 @@ def stream_answer(
     seed: int,
 ) -> Iterator[int]:
     """Ids of the assistant's next turn as they come, its end token included."""
-    return Generator(model).stream(
-        generation_ids(tokenizer, messages),
+    return TokenGenerator(model).stream(
+        generation_prompt_ids(tokenizer, messages),
         seed,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        ends=stop_ids(tokenizer),
+        stop_token_ids=stop_token_ids(tokenizer),
     )
 
 
-def answer_all(
+def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     questions: Sequence[str],
@@ -130,11 +130,11 @@ def answer_all(
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers to single questions."""
-    prompts = [generation_ids(tokenizer, [Message("user", text)]) for text in questions]
-    return _say_all(model, tokenizer, prompts, stop_ids(tokenizer), max_new_tokens)
+    prompts = [generation_prompt_ids(tokenizer, [Message("user", text)]) for text in questions]
+    return _generate_greedy(model, tokenizer, prompts, stop_token_ids(tokenizer), max_new_tokens)
 
 
-def continue_all(
+def generate_continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],
@@ -143,14 +143,14 @@ def continue_all(
 ) -> list[str]:
     """Greedy continuations of documents."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return _say_all(model, tokenizer, prompts, document_ends(tokenizer), max_new_tokens)
+    return _generate_greedy(model, tokenizer, prompts, document_stop_ids(tokenizer), max_new_tokens)
 
 
-def reply_all(
+def generate_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
-    ends: list[int],
+    stop_token_ids: list[int],
     *,
     max_new_tokens: int,
     temperature: float,
@@ -163,34 +163,38 @@ def reply_all(
         temperature: 0 always takes the likeliest token.
     """
     options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    found = Generator(model).generate(prompts, seeds, ends=ends, **options)
+    responses = TokenGenerator(model).generate(
+        prompts, seeds, stop_token_ids=stop_token_ids, **options
+    )
     return [
-        (decode(tokenizer, reply.ids[:-1] if reply.finished else reply.ids), reply.finished)
-        for reply in found
+        (decode_text(tokenizer, reply.ids[:-1] if reply.finished else reply.ids), reply.finished)
+        for reply in responses
     ]
 
 
-def document_ends(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def document_stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids that end a continued text."""
     if tokenizer.chat_template:
-        return stop_ids(tokenizer)
+        return stop_token_ids(tokenizer)
     end = tokenizer.eos_token_id
-    assert isinstance(end, int), "load_base takes no tokenizer without an end token"
+    assert isinstance(end, int), "load_tokenizer takes no tokenizer without an end token"
     return [end]
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of generated ids, without special tokens and the space around it."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def _say_all(
+def _generate_greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompts: list[list[int]],
-    ends: list[int],
+    stop_token_ids: list[int],
     max_new_tokens: int,
 ) -> list[str]:
     options: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
-    replies = reply_all(model, tokenizer, prompts, ends, seeds=[0] * len(prompts), **options)
-    return [text for text, _ in replies]
+    responses = generate_responses(
+        model, tokenizer, prompts, stop_token_ids, seeds=[0] * len(prompts), **options
+    )
+    return [text for text, _ in responses]

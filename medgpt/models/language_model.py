@@ -13,13 +13,13 @@ from medgpt.algos.lm import causal_lm_loss
 from medgpt.algos.logprobs import label_logprobs
 from medgpt.config.base import ConfigError
 from medgpt.data.loader.batch import IGNORE, PackedBatch
-from medgpt.models.packed import Dropouts, plain_model, run_body
+from medgpt.models.packed import SequenceDropouts, run_backbone, unwrap_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 # What some models do to logits after the output layer. We call only the layer.
-LOGIT_TERMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class LanguageModel(nn.Module):
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.max_batch_tokens = max_batch_tokens
         self.neftune_alpha = neftune_alpha
-        self.dropouts = Dropouts(model)
+        self.dropouts = SequenceDropouts(model)
         output_layer(self.pretrained)  # raises now rather than in the first step
         if activation_checkpointing:
             self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
@@ -56,7 +56,7 @@ class LanguageModel(nn.Module):
     @property
     def pretrained(self) -> PreTrainedModel:
         """The Hugging Face model, with LoRA layers inside where there are any."""
-        return plain_model(self.model)
+        return unwrap_peft(self.model)
 
     def forward(
         self,
@@ -75,29 +75,31 @@ class LanguageModel(nn.Module):
             noise_seeds: S seeds, one per piece, for NEFTune and dropout.
         """
         loss = partial(causal_lm_loss, num_tokens=num_tokens, overwrite=True)
-        return torch.stack(self._per_chunk(loss, batch, label_positions(batch), noise_seeds)).sum()
+        return torch.stack(
+            self._map_label_chunks(loss, batch, label_positions(batch), noise_seeds)
+        ).sum()
 
     def token_logprobs(self, batch: PackedBatch) -> Tensor:
         """(1, N) float32: log p(label) of every position, 0 where there is no label."""
         positions = label_positions(batch)
-        score = partial(label_logprobs, overwrite=True)
-        found = torch.cat(self._per_chunk(score, batch, positions))
-        return found.new_zeros(batch.labels.shape[1]).index_copy(0, positions, found)[None]
+        compute = partial(label_logprobs, overwrite=True)
+        logprobs = torch.cat(self._map_label_chunks(compute, batch, positions))
+        return logprobs.new_zeros(batch.labels.shape[1]).index_copy(0, positions, logprobs)[None]
 
-    def _per_chunk(
+    def _map_label_chunks(
         self,
-        score: Callable[[Tensor, Tensor], Tensor],
+        compute: Callable[[Tensor, Tensor], Tensor],
         batch: PackedBatch,
         positions: Tensor,
         noise_seeds: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """`score(logits, labels)` of the chosen positions (M,), chunk by chunk."""
-        hidden, labels = self._hidden(batch, noise_seeds), batch.labels[0]
+        hidden, labels = self._hidden_states(batch, noise_seeds), batch.labels[0]
         if len(positions) < len(labels):
             hidden, labels = hidden.index_select(0, positions), labels[positions]
         sizes = self._chunk_sizes(len(positions))
         chunks = zip(hidden.split(sizes), labels.split(sizes), strict=True)
-        run: Callable[..., Any] = partial(_score_chunk, output_layer(self.pretrained), score)
+        run: Callable[..., Any] = partial(_run_chunk, output_layer(self.pretrained), compute)
         if len(sizes) > 1:  # the backward pass computes a chunk's logits again
             run = partial(checkpoint, run, use_reentrant=False)
         return [run(*chunk) for chunk in chunks]
@@ -108,7 +110,7 @@ class LanguageModel(nn.Module):
         size, longer = divmod(num_positions, num_chunks)
         return [size + (i < longer) for i in range(num_chunks)]
 
-    def _hidden(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
+    def _hidden_states(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
         """(N, H) last hidden state."""
         inputs = {}
         if self.training:
@@ -118,7 +120,7 @@ class LanguageModel(nn.Module):
             embeddings = self.pretrained.get_input_embeddings()(batch.input_ids)
             noise = neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha, noise_seeds)
             inputs = {"inputs_embeds": embeddings + noise}
-        return run_body(self.pretrained, batch, **inputs)
+        return run_backbone(self.pretrained, batch, **inputs)
 
 
 def label_positions(batch: PackedBatch) -> Tensor:
@@ -134,10 +136,14 @@ def output_layer(model: PreTrainedModel) -> nn.Module:
         ConfigError: the model is not a body followed by one such module.
     """
     config = model.config.to_dict()
-    terms = [term for term in LOGIT_TERMS if config.get(term) not in (None, 1.0)]
+    transforms = [term for term in LOGIT_TRANSFORMS if config.get(term) not in (None, 1.0)]
     heads = [module for module in model.children() if module is not model.base_model]
-    if terms or len(heads) != 1:
-        reason = f"{terms[0]}={config[terms[0]]}" if terms else f"{len(heads)} output modules"
+    if transforms or len(heads) != 1:
+        reason = (
+            f"{transforms[0]}={config[transforms[0]]}"
+            if transforms
+            else f"{len(heads)} output modules"
+        )
         raise ConfigError(
             f"model.name: {type(model).__name__} has {reason}, which training does not support; "
             "use a model like Qwen, Llama, Mistral or BERT"
@@ -145,10 +151,10 @@ def output_layer(model: PreTrainedModel) -> nn.Module:
     return heads[0]
 
 
-def _score_chunk(
-    head: nn.Module, score: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor
+def _run_chunk(
+    head: nn.Module, compute: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor
 ) -> Tensor:
-    return score(head(hidden), labels)
+    return compute(head(hidden), labels)
 
 
 def neftune_noise(
@@ -162,8 +168,8 @@ def neftune_noise(
     width = embeddings.shape[-1]
     noise = torch.empty_like(embeddings[0], requires_grad=False)
     generator = torch.Generator(embeddings.device)
-    pieces = noise.split(cu_seqlens.diff().tolist())
-    for piece, seed in zip(pieces, seeds, strict=True):
-        bound = alpha / (len(piece) * width) ** 0.5
-        piece.uniform_(-bound, bound, generator=generator.manual_seed(seed))
+    sequences = noise.split(cu_seqlens.diff().tolist())
+    for sequence_noise, seed in zip(sequences, seeds, strict=True):
+        bound = alpha / (len(sequence_noise) * width) ** 0.5
+        sequence_noise.uniform_(-bound, bound, generator=generator.manual_seed(seed))
     return noise[None]

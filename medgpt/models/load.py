@@ -22,16 +22,16 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ArchitectureConfig, ModelConfig
 from medgpt.models.attention import VARLEN
-from medgpt.models.base import (
-    HEAD_KEY,
-    Objective,
-    check_positions,
-    local_folder,
-    named_config,
+from medgpt.models.model_files import (
+    VALUE_HEAD_WEIGHT,
+    HeadKind,
+    check_max_length,
+    load_hf_config,
+    resolve_model_folder,
     weight_files,
 )
 
-AUTO = {
+AUTO_CLASSES = {
     "clm": AutoModelForCausalLM,
     "mlm": AutoModelForMaskedLM,
     "value": AutoModelForSequenceClassification,
@@ -40,7 +40,7 @@ EMBEDDING_SCALE = 2.0  # a power of two: exact in bf16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpecialIds:
+class SpecialTokenIds:
     """Token ids that a fresh model's config names."""
 
     bos: int | None = None
@@ -51,9 +51,9 @@ class SpecialIds:
 def build_model(
     config: ModelConfig,
     *,
-    objective: Objective,
+    head_kind: HeadKind,
     vocab_size: int,
-    special: SpecialIds,
+    special_ids: SpecialTokenIds,
     seed: int,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
@@ -68,44 +68,52 @@ def build_model(
     Raises:
         ConfigError: model.name is no model for this objective, or does not fit this machine.
     """
-    hf_config = load_config(config, objective=objective, vocab_size=vocab_size, special=special)
-    check_positions(hf_config, max_length)
+    hf_config = build_hf_config(
+        config, head_kind=head_kind, vocab_size=vocab_size, special_ids=special_ids
+    )
+    check_max_length(hf_config, max_length)
     attention = resolve_attention(config.attention, dtype)
     if config.architecture is None:
         assert config.name is not None
-        return _prepared(_read(config, hf_config, objective, dtype, attention), config.name)
+        return _prepare_for_training(
+            _load_weights(config, hf_config, head_kind, dtype, attention), config.name
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AUTO[objective].from_config(hf_config, dtype=dtype, attn_implementation=attention)
-    _scale_fresh_weights(model, config.architecture.num_layers)
-    return _prepared(model, None)
+        model = AUTO_CLASSES[head_kind].from_config(
+            hf_config, dtype=dtype, attn_implementation=attention
+        )
+    _scale_initial_weights(model, config.architecture.num_layers)
+    return _prepare_for_training(model, None)
 
 
-def empty_model(
+def build_empty_model(
     config: ModelConfig,
     *,
-    objective: Objective,
+    head_kind: HeadKind,
     vocab_size: int,
-    special: SpecialIds,
+    special_ids: SpecialTokenIds,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
 ) -> PreTrainedModel:
     """The same without weights: nothing is read or initialised, so it may run inside zero.Init."""
-    hf_config = load_config(config, objective=objective, vocab_size=vocab_size, special=special)
-    check_positions(hf_config, max_length)
+    hf_config = build_hf_config(
+        config, head_kind=head_kind, vocab_size=vocab_size, special_ids=special_ids
+    )
+    check_max_length(hf_config, max_length)
     with no_init_weights():
-        model = AUTO[objective].from_config(
+        model = AUTO_CLASSES[head_kind].from_config(
             hf_config,
             dtype=dtype,
             attn_implementation=resolve_attention(config.attention, dtype),
             trust_remote_code=config.trust_remote_code,
         )
     model.tie_weights()  # no_init_weights skips it
-    return _prepared(model, config.name)
+    return _prepare_for_training(model, config.name)
 
 
-def load_config(
-    config: ModelConfig, *, objective: Objective, vocab_size: int, special: SpecialIds
+def build_hf_config(
+    config: ModelConfig, *, head_kind: HeadKind, vocab_size: int, special_ids: SpecialTokenIds
 ) -> PreTrainedConfig:
     """The Hugging Face config of the model.
 
@@ -113,8 +121,8 @@ def load_config(
         ConfigError: model.name is no model for this objective.
     """
     if config.architecture is not None:
-        return _fresh_config(config.architecture, vocab_size, special)
-    return named_config(config, objective)
+        return _fresh_hf_config(config.architecture, vocab_size, special_ids)
+    return load_hf_config(config, head_kind)
 
 
 def resolve_attention(attention: str, dtype: torch.dtype) -> str:
@@ -134,8 +142,8 @@ def resolve_attention(attention: str, dtype: torch.dtype) -> str:
     return "flash_attention_2" if attention != VARLEN and flash_runs else VARLEN
 
 
-def _fresh_config(
-    architecture: ArchitectureConfig, vocab_size: int, special: SpecialIds
+def _fresh_hf_config(
+    architecture: ArchitectureConfig, vocab_size: int, special_ids: SpecialTokenIds
 ) -> PreTrainedConfig:
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -146,9 +154,9 @@ def _fresh_config(
         "max_position_embeddings": architecture.max_positions,
         "tie_word_embeddings": architecture.tie_embeddings,
         "initializer_range": architecture.hidden_size**-0.5,  # keeps variance; 0.02 is for 2500
-        "bos_token_id": special.bos,
-        "eos_token_id": special.eos,
-        "pad_token_id": special.pad,
+        "bos_token_id": special_ids.bos,
+        "eos_token_id": special_ids.eos,
+        "pad_token_id": special_ids.pad,
     }
     if architecture.kind == "bert":
         return BertConfig(**common)
@@ -159,10 +167,10 @@ def _fresh_config(
     return {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture.kind](**common, **decoder)
 
 
-def _read(
+def _load_weights(
     config: ModelConfig,
     hf_config: PreTrainedConfig,
-    objective: Objective,
+    head_kind: HeadKind,
     dtype: torch.dtype,
     attention: str,
 ) -> PreTrainedModel:
@@ -170,8 +178,8 @@ def _read(
     weight_files(config.name)  # its message says more than transformers'
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report is read here
-    model, report = AUTO[objective].from_pretrained(
-        local_folder(config.name),
+    model, report = AUTO_CLASSES[head_kind].from_pretrained(
+        resolve_model_folder(config.name),
         config=hf_config,
         dtype=dtype,
         attn_implementation=attention,
@@ -182,15 +190,17 @@ def _read(
     )
     logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
-    if objective == "value":
-        missing.discard(HEAD_KEY)  # value_model.install_head tells
-    wrong = sorted(missing) + sorted(report["mismatched_keys"])
-    if wrong:  # transformers would fill them with random numbers
-        raise ConfigError(f"model.name={config.name}: {len(wrong)} weights missing, as {wrong[0]}")
+    if head_kind == "value":
+        missing.discard(VALUE_HEAD_WEIGHT)  # value_model.install_value_head tells
+    unusable = sorted(missing) + sorted(report["mismatched_keys"])
+    if unusable:  # transformers would fill them with random numbers
+        raise ConfigError(
+            f"model.name={config.name}: {len(unusable)} weights missing, as {unusable[0]}"
+        )
     return model
 
 
-def _scale_fresh_weights(model: PreTrainedModel, num_layers: int) -> None:
+def _scale_initial_weights(model: PreTrainedModel, num_layers: int) -> None:
     """Depth does not grow the residual stream, and tokens stand out in it from the first step.
 
     Residual outputs: Radford et al., 2019 (GPT-2). Embeddings: twice the matrices' standard
@@ -202,7 +212,7 @@ def _scale_fresh_weights(model: PreTrainedModel, num_layers: int) -> None:
             weight.data.mul_((2 * num_layers) ** -0.5)
 
 
-def _prepared(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
+def _prepare_for_training(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if name is not None:
         model.name_or_path = name  # not the copy's path: adapters name their base by it
     for module in model.modules():

@@ -21,13 +21,13 @@ from transformers import (
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig
-from medgpt.models.dropout import PieceDropout
+from medgpt.models.dropout import SequenceDropout
 from medgpt.models.fetch import local_copy
-from medgpt.models.tokenizer import load_base
-from medgpt.models.vocabulary import resize_for_new_tokens
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.vocabulary import replace_vocabulary
 
-ADAPTER = "adapter_config.json"
-_NAME = "default"  # of the adapter, peft's own choice
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_NAME = "default"  # of the adapter, peft's own choice
 
 
 def apply_lora(
@@ -42,16 +42,16 @@ def apply_lora(
     Raises:
         ConfigError: no linear layer has a name in config.targets.
     """
-    settings = lora_settings(model, config, new_token_ids=new_token_ids, head=head)
+    settings = peft_config(model, config, new_token_ids=new_token_ids, head=head)
     adapted = peft.PeftModel(model, settings)
     if config.dropout:
         layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
         for number, layer in enumerate(layers):
-            layer.lora_dropout["default"] = PieceDropout(config.dropout, number)
+            layer.lora_dropout["default"] = SequenceDropout(config.dropout, number)
     return adapted
 
 
-def lora_settings(
+def peft_config(
     model: PreTrainedModel,
     config: LoraConfig,
     *,
@@ -68,7 +68,7 @@ def lora_settings(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number does
         target_modules=list(config.targets) or "all-linear",
-        trainable_token_indices=_embeddings(model, list(new_token_ids)),
+        trainable_token_indices=_embedding_rows(model, list(new_token_ids)),
         modules_to_save=None if head is None else [head],
         task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear leaves it out
     )
@@ -80,17 +80,17 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
     Raises:
         ConfigError: the base model is gone.
     """
-    named = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = local_copy(str(named), f"{folder / ADAPTER}: base_model_name_or_path")
+    base_name = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = local_copy(str(base_name), f"{folder / ADAPTER_CONFIG}: base_model_name_or_path")
     if Path(base).is_absolute() and not Path(base).exists():
         raise ConfigError(
-            f"{folder / ADAPTER}: base_model_name_or_path={base} is gone; restore the base model "
-            "or write its new path there"
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base} is gone; restore the base "
+            "model or write its new path there"
         )
     model, base_tokenizer = _load_base_model(base)
-    tokenizer = load_base(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     if tokenizer.get_vocab() != base_tokenizer.get_vocab():
-        resize_for_new_tokens(model, base_tokenizer, tokenizer)
+        replace_vocabulary(model, base_tokenizer, tokenizer)
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
     if (folder / "generation_config.json").is_file():
@@ -99,16 +99,16 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
 
 @dataclass(frozen=True)
-class Part:
+class MergedWeight:
     """One weight of a plain model: the parameters that it is made of, and how."""
 
     name: str
     sources: list[Tensor]
-    make: Callable[[], Tensor]
+    compute: Callable[[], Tensor]
     """The sources must be whole. What comes out may be one of them."""
 
 
-def plain_parts(model: PreTrainedModel | peft.PeftModel) -> Iterator[Part]:
+def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWeight]:
     """The weights of the plain model that `model` stands for, adapters folded in.
 
     Parameters and persistent buffers under their Hugging Face names; tied ones once, by the first.
@@ -116,35 +116,40 @@ def plain_parts(model: PreTrainedModel | peft.PeftModel) -> Iterator[Part]:
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
     seen: set[int] = set()
     for key, tensor in base.state_dict(keep_vars=True).items():
-        adapted, _, last = key.partition(".base_layer.")
-        is_adapter = not last and any(
-            isinstance(module, LoraLayer | TrainableTokensLayer) for module in _above(base, key)
+        layer_name, _, weight_name = key.partition(".base_layer.")
+        is_adapter = not weight_name and any(
+            isinstance(module, LoraLayer | TrainableTokensLayer)
+            for module in _modules_above(base, key)
         )
         if id(tensor) in seen or is_adapter:
             continue
         seen.add(id(tensor))
-        if last != "weight":
-            yield Part(key.replace(".base_layer.", "."), [tensor], tensor.detach)
+        if weight_name != "weight":
+            yield MergedWeight(key.replace(".base_layer.", "."), [tensor], tensor.detach)
             continue
-        layer = base.get_submodule(adapted)
-        name = f"{adapted.removesuffix('.token_adapter')}.weight"
+        layer = base.get_submodule(layer_name)
+        name = f"{layer_name.removesuffix('.token_adapter')}.weight"
         if isinstance(layer, TrainableTokensLayer):
-            sources = [tensor, layer.trainable_tokens_delta[_NAME]]
-            yield Part(name, sources, partial(layer.get_merged_weights, [_NAME]))
+            sources = [tensor, layer.trainable_tokens_delta[_ADAPTER_NAME]]
+            yield MergedWeight(name, sources, partial(layer.get_merged_weights, [_ADAPTER_NAME]))
         else:
             assert isinstance(layer, LoraLinear), type(layer)
-            sources = [tensor, layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight]
-            yield Part(name, sources, partial(_merged, layer))
+            sources = [
+                tensor,
+                layer.lora_A[_ADAPTER_NAME].weight,
+                layer.lora_B[_ADAPTER_NAME].weight,
+            ]
+            yield MergedWeight(name, sources, partial(_merged_weight, layer))
 
 
-def _merged(layer: LoraLinear) -> Tensor:
+def _merged_weight(layer: LoraLinear) -> Tensor:
     """peft's own sum, without changing the layer."""
     weight = layer.get_base_layer().weight
     assert isinstance(weight, Tensor)
-    return weight + layer.get_delta_weight(_NAME).to(weight.dtype)
+    return weight + layer.get_delta_weight(_ADAPTER_NAME).to(weight.dtype)
 
 
-def _above(model: nn.Module, key: str) -> Iterator[nn.Module]:
+def _modules_above(model: nn.Module, key: str) -> Iterator[nn.Module]:
     """The modules on the way to a weight."""
     for name in key.split(".")[:-1]:
         model = model.get_submodule(name)
@@ -152,12 +157,12 @@ def _above(model: nn.Module, key: str) -> Iterator[nn.Module]:
 
 
 def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if (Path(name) / ADAPTER).is_file():  # adapters trained on top of adapters
+    if (Path(name) / ADAPTER_CONFIG).is_file():  # adapters trained on top of adapters
         return load_merged(Path(name))
     architectures = AutoConfig.from_pretrained(name).architectures or []
     masked = any(architecture.endswith("ForMaskedLM") for architecture in architectures)
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    return auto.from_pretrained(name, dtype="auto"), load_base(name)
+    return auto.from_pretrained(name, dtype="auto"), load_tokenizer(name)
 
 
 def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -174,7 +179,7 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
         )
 
 
-def _embeddings(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:
+def _embedding_rows(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:
     """The same rows of the input and, if it is a matrix of its own, of the output embedding."""
     if not ids:
         return None

@@ -14,51 +14,53 @@ from transformers.initialization import no_init_weights
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig, ModelConfig
-from medgpt.models.base import HEAD, Objective
 from medgpt.models.fetch import local_copy
-from medgpt.models.load import AUTO, SpecialIds, load_config
+from medgpt.models.load import AUTO_CLASSES, SpecialTokenIds, build_hf_config
+from medgpt.models.model_files import VALUE_HEAD, HeadKind
 
 REMEDY = "name a model that is there and has the same sizes, as model.name=Qwen/Qwen2.5-7B"
-GATE = "gate_proj"  # what transformers calls the third matrix of a gated feed-forward layer
+GATE_PROJECTION = (
+    "gate_proj"  # what transformers calls the third matrix of a gated feed-forward layer
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class WeightShape:
     """One parameter; tied ones are one."""
 
-    numel: int
+    num_elements: int
     is_matrix: bool
     """Of a linear layer; not an embedding."""
     trainable: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
+class ModelShape:
     """A model's parameters, in the order of its modules, and the sizes that its forward knows."""
 
-    weights: tuple[Weight, ...]
-    embedding: int
+    weights: tuple[WeightShape, ...]
+    num_embedding: int
     """Elements of the input embedding."""
-    hidden: int
+    hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_size: int
-    feed_forward: int
-    gated: bool
+    head_dim: int
+    intermediate_size: int
+    has_gated_mlp: bool
     """The feed-forward layer has three matrices, as in Llama, not two, as in BERT."""
-    vocab: int
+    vocab_size: int
     """Rows of the output layer; 1 for a model with a value head."""
-    tied: bool
+    has_tied_embeddings: bool
     """The output layer is the embedding."""
 
     @property
     def num_params(self) -> int:
-        return sum(weight.numel for weight in self.weights)
+        return sum(weight.num_elements for weight in self.weights)
 
     @property
     def num_trainable(self) -> int:
-        return sum(weight.numel for weight in self.weights if weight.trainable)
+        return sum(weight.num_elements for weight in self.weights if weight.trainable)
 
     @property
     def num_frozen(self) -> int:
@@ -67,18 +69,20 @@ class Outline:
     @property
     def num_decayed(self) -> int:
         """Trainable elements of matrices, the larger one of the optimizer's groups."""
-        return sum(weight.numel for weight in self.weights if weight.trainable and weight.is_matrix)
+        return sum(
+            weight.num_elements for weight in self.weights if weight.trainable and weight.is_matrix
+        )
 
     @property
-    def num_in_products(self) -> int:
+    def num_matmul_params(self) -> int:
         """Parameters of matrix products with every token: all matrices, and a tied output layer."""
-        head = self.hidden * self.vocab if self.tied else 0
-        return sum(weight.numel for weight in self.weights if weight.is_matrix) + head
+        head = self.hidden_size * self.vocab_size if self.has_tied_embeddings else 0
+        return sum(weight.num_elements for weight in self.weights if weight.is_matrix) + head
 
 
-def outline(
-    config: ModelConfig, objective: Objective, *, vocab_size: int = 0, new_tokens: int = 0
-) -> Outline:
+def model_shape(
+    config: ModelConfig, head_kind: HeadKind, *, vocab_size: int = 0, new_tokens: int = 0
+) -> ModelShape:
     """The model that a stage with this config trains or runs.
 
     Args:
@@ -89,49 +93,51 @@ def outline(
         ConfigError: there is no such configuration, or it is none for this objective.
     """
     key: Any = config  # frozen, so it has a hash
-    return _outline(key, objective, vocab_size, new_tokens)
+    return _cached_model_shape(key, head_kind, vocab_size, new_tokens)
 
 
 @cache
-def _outline(
-    config: ModelConfig, objective: Objective, vocab_size: int, new_tokens: int
-) -> Outline:
-    hf_config = _hf_config(config, objective, vocab_size, new_tokens)
+def _cached_model_shape(
+    config: ModelConfig, head_kind: HeadKind, vocab_size: int, new_tokens: int
+) -> ModelShape:
+    hf_config = _hf_config(config, head_kind, vocab_size, new_tokens)
     with torch.device("meta"), no_init_weights():
-        model: Any = AUTO[objective].from_config(
+        model: Any = AUTO_CLASSES[head_kind].from_config(
             hf_config, trust_remote_code=config.trust_remote_code
         )
         model.tie_weights()  # no_init_weights skips it
         if config.lora.rank:
-            model = _adapted(model, config.lora, HEAD if objective == "value" else None)
+            model = _with_lora(model, config.lora, VALUE_HEAD if head_kind == "value" else None)
     text: Any = hf_config.get_text_config()
     heads = text.num_attention_heads
     tree = text.to_dict()
-    return Outline(
-        weights=tuple(_weights(model)),
-        embedding=model.get_input_embeddings().weight.numel(),
-        hidden=text.hidden_size,
+    return ModelShape(
+        weights=tuple(_weight_shapes(model)),
+        num_embedding=model.get_input_embeddings().weight.numel(),
+        hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
         num_heads=heads,
         num_kv_heads=tree.get("num_key_value_heads") or heads,
-        head_size=tree.get("head_dim") or text.hidden_size // heads,
-        feed_forward=text.intermediate_size,
-        gated=any(name.endswith(GATE) for name, _ in model.named_modules()),
-        vocab=1 if objective == "value" else text.vocab_size,
-        tied=objective != "value" and bool(hf_config.tie_word_embeddings),
+        head_dim=tree.get("head_dim") or text.hidden_size // heads,
+        intermediate_size=text.intermediate_size,
+        has_gated_mlp=any(name.endswith(GATE_PROJECTION) for name, _ in model.named_modules()),
+        vocab_size=1 if head_kind == "value" else text.vocab_size,
+        has_tied_embeddings=head_kind != "value" and bool(hf_config.tie_word_embeddings),
     )
 
 
 def _hf_config(
-    config: ModelConfig, objective: Objective, vocab_size: int, new_tokens: int
+    config: ModelConfig, head_kind: HeadKind, vocab_size: int, new_tokens: int
 ) -> PreTrainedConfig:
     if config.architecture is not None:
-        return load_config(config, objective=objective, vocab_size=vocab_size, special=SpecialIds())
+        return build_hf_config(
+            config, head_kind=head_kind, vocab_size=vocab_size, special_ids=SpecialTokenIds()
+        )
     assert config.name is not None
     if Path(config.name).is_absolute() and not Path(config.name).is_dir():
         raise ConfigError(f"model.name={config.name}: no such folder; {REMEDY}")
     try:
-        found = AutoConfig.from_pretrained(
+        hf_config = AutoConfig.from_pretrained(
             local_copy(config.name), trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, HFValidationError) as error:
@@ -139,20 +145,20 @@ def _hf_config(
             f"model.name={config.name}: no configuration of a model there "
             f"({str(error).splitlines()[0]}); {REMEDY}"
         ) from None
-    if objective == "value":
-        found.num_labels = 1
+    if head_kind == "value":
+        hf_config.num_labels = 1
     if new_tokens:
-        found.get_text_config().vocab_size += new_tokens
-    return found
+        hf_config.get_text_config().vocab_size += new_tokens
+    return hf_config
 
 
-def _adapted(model: Any, lora: LoraConfig, head: str | None) -> nn.Module:
+def _with_lora(model: Any, lora: LoraConfig, head: str | None) -> nn.Module:
     from medgpt.models.lora import apply_lora  # imports peft, for few
 
     return apply_lora(model, lora, head=head)
 
 
-def _weights(model: nn.Module) -> list[Weight]:
+def _weight_shapes(model: nn.Module) -> list[WeightShape]:
     embeddings = {
         id(param)
         for module in model.modules()
@@ -160,8 +166,8 @@ def _weights(model: nn.Module) -> list[Weight]:
         for param in module.parameters()
     }
     return [
-        Weight(
-            numel=math.prod(param.shape),
+        WeightShape(
+            num_elements=math.prod(param.shape),
             is_matrix=param.dim() > 1 and id(param) not in embeddings,
             trainable=param.requires_grad,
         )

@@ -7,19 +7,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from medgpt.data.loader.batch import PackedBatch
-from medgpt.models.dropout import PieceDropout
+from medgpt.models.dropout import SequenceDropout
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def plain_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
+def unwrap_peft(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """The Hugging Face model, with LoRA layers inside where there are any."""
-    found = model if isinstance(model, PreTrainedModel) else model.get_base_model()
-    return cast(PreTrainedModel, found)
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    return cast(PreTrainedModel, base)
 
 
-def run_body(model: PreTrainedModel, batch: PackedBatch, **inputs: Any) -> Tensor:
+def run_backbone(model: PreTrainedModel, batch: PackedBatch, **inputs: Any) -> Tensor:
     """(N, H) last hidden state. `inputs` may be inputs_embeds (1, N, H) in place of the ids."""
     output = model.base_model(
         **(inputs or {"input_ids": batch.input_ids}),
@@ -33,11 +33,11 @@ def run_body(model: PreTrainedModel, batch: PackedBatch, **inputs: Any) -> Tenso
     return output.last_hidden_state[0]
 
 
-class Dropouts:
+class SequenceDropouts:
     """The PieceDropouts of a module, which must know the pieces of a batch before it runs."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers = [m for m in module.modules() if isinstance(m, PieceDropout)]
+        self.layers = [m for m in module.modules() if isinstance(m, SequenceDropout)]
 
     def prepare(self, batch: PackedBatch, seeds: Sequence[int] | None) -> None:
         """Args: seeds: S, one per piece."""

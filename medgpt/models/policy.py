@@ -24,7 +24,7 @@ class Policy(LanguageModel):
         def terms(logits: Tensor, labels: Tensor) -> Tensor:
             if with_entropy:
                 return torch.stack(policy_terms(logits, labels, temperature=temperature))
-            found = label_logprobs(logits, labels, temperature=temperature, overwrite=True)
-            return torch.stack([found, torch.zeros_like(found)])
+            logprobs = label_logprobs(logits, labels, temperature=temperature, overwrite=True)
+            return torch.stack([logprobs, torch.zeros_like(logprobs)])
 
-        return torch.cat(self._per_chunk(terms, batch, label_positions(batch)), dim=1)
+        return torch.cat(self._map_label_chunks(terms, batch, label_positions(batch)), dim=1)

@@ -8,21 +8,21 @@ import importlib
 from transformers import PreTrainedTokenizerFast
 
 
-def class_path(folder: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
+def tokenizer_class_path(folder: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """`module:class` that loads what AutoTokenizer loaded from `folder`; None if none does."""
     cls = type(tokenizer)
     if cls.__module__.partition(".")[0] != "transformers":
         return None  # code that came with a model
     path = f"{cls.__module__}:{cls.__qualname__}"
-    return path if _content(load_as(folder, path)) == _content(tokenizer) else None
+    return path if _behavior(load_by_class_path(folder, path)) == _behavior(tokenizer) else None
 
 
-def load_as(folder: str, path: str) -> PreTrainedTokenizerFast:
+def load_by_class_path(folder: str, path: str) -> PreTrainedTokenizerFast:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name).from_pretrained(folder)
 
 
-def _content(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
+def _behavior(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
     """All that decides what it does."""
     return (
         tokenizer.backend_tokenizer.to_str(),

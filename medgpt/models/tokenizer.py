@@ -19,25 +19,25 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import TokenizerConfig
-from medgpt.data.tokenized.chat import CHATML, END_OF_TEXT, TURN_END, TURN_START
+from medgpt.data.tokenized.chat_template import CHATML, END_OF_TEXT, TURN_END, TURN_START
 from medgpt.data.tokenized.words import HAN, han_words
 from medgpt.models.fetch import local_copy
 
 _BPE_SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]
 _WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-_SPELLING = bytes_to_unicode()
+_BYTE_TO_CHARACTER = bytes_to_unicode()
 _WORD_BREAK = "\x1f"
 _CHARACTER_COVERAGE = 0.9995  # rarer characters are spelled in bytes; SentencePiece's default
-_TOKEN_CUT = (  # a token lies in one piece: a digit, Chinese, other letters, space, punctuation
+_TOKEN_PATTERN = (  # a token lies in one piece: a digit, Chinese, other letters, space, punctuation
     rf"\p{{N}}|[{HAN}]+| ?[\p{{L}}\p{{M}}&&[^{HAN}]]+"
     rf"|\s*[\r\n]+|\s+(?!\S)|\s+|[^\s\p{{L}}\p{{M}}\p{{N}}{HAN}]+"
 )
-_ONE_TOKEN = pre_tokenizers.Split(Regex(_TOKEN_CUT), "isolated")
+_TOKEN_SPLITTER = pre_tokenizers.Split(Regex(_TOKEN_PATTERN), "isolated")
 
 Merge = tuple[str, str]
 
 
-def load_base(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of a model, a path, a URI or a hub id.
 
     Raises:
@@ -73,24 +73,26 @@ def train_tokenizer(
     return _train_bpe(texts, config) if kind == "bpe" else _train_wordpiece(texts, config)
 
 
-def is_one_token(text: str, max_chinese_run: int) -> bool:
+def may_be_one_token(text: str, max_chinese_run: int) -> bool:
     """Whether a trained byte-level BPE may hold `text` as one token."""
     is_chinese = any(True for _ in han_words(text))
-    one_piece = len(_ONE_TOKEN.pre_tokenize_str(text)) == 1
-    return one_piece and not (is_chinese and len(text) > max_chinese_run)
+    is_unsplit = len(_TOKEN_SPLITTER.pre_tokenize_str(text)) == 1
+    return is_unsplit and not (is_chinese and len(text) > max_chinese_run)
 
 
 def _train_bpe(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
     """Merges are learned on characters, then spelled as bytes: no token ends inside a character."""
-    corpus = [_break_words(text, config.max_chinese_run) for text in texts]
-    vocabulary = {token: i for i, token in enumerate([*_BPE_SPECIAL, *sorted(_SPELLING.values())])}
+    corpus = [_mark_word_breaks(text, config.max_chinese_run) for text in texts]
+    vocabulary = {
+        token: i for i, token in enumerate([*_BPE_SPECIAL, *sorted(_BYTE_TO_CHARACTER.values())])
+    }
     num_merges = config.vocab_size - len(vocabulary)
     characters, merges = character_merges(
-        by_frequency(corpus), lambda character: list(spell_bytes(character)), num_merges // 2
+        frequent_characters(corpus), lambda character: list(spell_bytes(character)), num_merges // 2
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(_WORD_BREAK, "removed"), _ONE_TOKEN]
+        [pre_tokenizers.Split(_WORD_BREAK, "removed"), _TOKEN_SPLITTER]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=len(characters) + num_merges - len(merges),
@@ -107,7 +109,7 @@ def _train_bpe(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedToken
     return _wrap_bpe(vocabulary, merges)
 
 
-def _break_words(text: str, max_run: int) -> str:
+def _mark_word_breaks(text: str, max_run: int) -> str:
     """`text` with a break after every Chinese word and inside those longer than `max_run`."""
     parts, done = [], 0
     for start, end in han_words(text):
@@ -117,16 +119,18 @@ def _break_words(text: str, max_run: int) -> str:
     return "".join([*parts, text[done:]])
 
 
-def by_frequency(corpus: list[str]) -> list[str]:
+def frequent_characters(corpus: list[str]) -> list[str]:
     """The characters that make up all but a sliver of the corpus, the most frequent first."""
     counts = Counter[str]()
     for text in corpus:
         counts.update(text)
     del counts[_WORD_BREAK]
     ordered = sorted(counts, key=lambda character: (-counts[character], character))
-    seen = accumulate(counts[character] for character in ordered)
-    enough = _CHARACTER_COVERAGE * counts.total()
-    return [c for c, total in zip(ordered, seen, strict=True) if total - counts[c] < enough]
+    running_totals = accumulate(counts[character] for character in ordered)
+    limit = _CHARACTER_COVERAGE * counts.total()
+    return [
+        c for c, total in zip(ordered, running_totals, strict=True) if total - counts[c] < limit
+    ]
 
 
 def character_merges(
@@ -147,7 +151,7 @@ def character_merges(
 
 def spell_bytes(text: str) -> str:
     """`text` as byte-level tokenizers spell it: one printable character for each byte."""
-    return "".join(_SPELLING[byte] for byte in text.encode())
+    return "".join(_BYTE_TO_CHARACTER[byte] for byte in text.encode())
 
 
 def _wrap_bpe(vocabulary: dict[str, int], merges: list[Merge]) -> PreTrainedTokenizerFast:
@@ -175,13 +179,15 @@ def _train_wordpiece(texts: Iterator[str], config: TokenizerConfig) -> PreTraine
     corpus = list(texts)
     cased = partial(BertTokenizer, do_lower_case=False, strip_accents=False)
     learner = cased().backend_tokenizer
-    characters = [c for c in by_frequency(corpus) if not c.isspace()][: config.vocab_size // 2]
+    characters = [c for c in frequent_characters(corpus) if not c.isspace()][
+        : config.vocab_size // 2
+    ]
     # inside a word; named up front, the trainer would number them in the random order of a hash map
-    inside = [f"##{c}" for c in characters if learner.normalizer.normalize_str(c) == c]
+    continuations = [f"##{c}" for c in characters if learner.normalizer.normalize_str(c) == c]
     trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocab_size,
         min_frequency=2,
-        special_tokens=[*_WORDPIECE_SPECIAL, *inside],
+        special_tokens=[*_WORDPIECE_SPECIAL, *continuations],
         initial_alphabet=characters,
         limit_alphabet=len(characters),
         show_progress=False,

@@ -8,67 +8,73 @@ from transformers import PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
 
-SHOWN = 3  # differences in an error
+MAX_SHOWN = 3  # differences in an error
 
 
-def speech(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Digests of what turns a conversation into ids, which a saved reward model keeps."""
     return {
-        "tokenizer": _digest(json.dumps(_rules(tokenizer), sort_keys=True)),
+        "tokenizer": _digest(json.dumps(_tokenization_rules(tokenizer), sort_keys=True)),
         "template": _digest(str(tokenizer.chat_template)),
     }
 
 
-def check_same_speech(
-    one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, *, names: tuple[str, str]
+def check_same_token_ids(
+    first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast, *, names: tuple[str, str]
 ) -> None:
     """Raise ConfigError, with the differences, unless ids of `one` mean the same to `other`.
 
     `names` says whose tokenizers these are, as in ("the actor", "reward.model=runs/reward/model").
     """
-    found = differences(one, other)
-    if found:
+    problems = tokenizer_differences(first, second)
+    if problems:
         raise ConfigError(
-            f"{names[0]} and {names[1]} do not read the same token ids: {'; '.join(found)}. Train "
-            "both from one SFT model"
+            f"{names[0]} and {names[1]} do not read the same token ids: {'; '.join(problems)}. "
+            "Train both from one SFT model"
         )
 
 
-def differences(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> list[str]:
+def tokenizer_differences(
+    first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast
+) -> list[str]:
     """In words, a few at most; none if both turn every conversation into the same ids."""
-    ours, theirs = one.get_vocab(), other.get_vocab()
-    differing = sorted(ours.items() ^ theirs.items(), key=lambda item: (item[1], item[0]))
+    first_ids, second_ids = first.get_vocab(), second.get_vocab()
+    differing = sorted(first_ids.items() ^ second_ids.items(), key=lambda item: (item[1], item[0]))
     tokens = list(dict.fromkeys(token for token, _ in differing))
-    found = []
+    sentences = []
     if tokens:
         some = ", ".join(
-            f"{token!r} is {ours.get(token, 'none')} and {theirs.get(token, 'none')}"
-            for token in tokens[:SHOWN]
+            f"{token!r} is {first_ids.get(token, 'none')} and {second_ids.get(token, 'none')}"
+            for token in tokens[:MAX_SHOWN]
         )
-        found.append(f"{len(tokens)} tokens have other ids, as {some}")
-    mine, its = _rules(one), _rules(other)
-    parts = [name for name in mine if name != "model" and mine[name] != its.get(name)]
-    if mine["model"] != its["model"] and not tokens:
+        sentences.append(f"{len(tokens)} tokens have other ids, as {some}")
+    first_rules, second_rules = _tokenization_rules(first), _tokenization_rules(second)
+    parts = [
+        name
+        for name in first_rules
+        if name != "model" and first_rules[name] != second_rules.get(name)
+    ]
+    if first_rules["model"] != second_rules["model"] and not tokens:
         parts.append("model")
     if parts:
-        found.append(f"their tokenizers differ in {', '.join(parts)}")
-    if one.chat_template != other.chat_template:
-        found.append(_template_difference(str(one.chat_template), str(other.chat_template)))
-    return found
+        sentences.append(f"their tokenizers differ in {', '.join(parts)}")
+    if first.chat_template != second.chat_template:
+        sentences.append(_template_difference(str(first.chat_template), str(second.chat_template)))
+    return sentences
 
 
-def _template_difference(one: str, other: str) -> str:
+def _template_difference(first: str, second: str) -> str:
     same = next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
     )
     return (
-        f"their chat templates differ from character {same + 1} on: {one[same : same + 30]!r} and "
-        f"{other[same : same + 30]!r}"
+        f"their chat templates differ from character {same + 1} on: {first[same : same + 30]!r} "
+        f"and {second[same : same + 30]!r}"
     )
 
 
-def _rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _tokenization_rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """All that decides the ids of a text; padding and truncation do not."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}

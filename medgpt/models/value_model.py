@@ -16,55 +16,63 @@ from transformers import AutoConfig, PreTrainedModel
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ModelConfig
 from medgpt.data.loader.batch import PackedBatch
-from medgpt.models.base import HEAD, HEAD_KEY, is_headless, local_folder, weight_files
 from medgpt.models.fetch import local_copy
-from medgpt.models.load import SpecialIds, build_model
-from medgpt.models.packed import Dropouts, plain_model, run_body
+from medgpt.models.load import SpecialTokenIds, build_model
+from medgpt.models.model_files import (
+    VALUE_HEAD,
+    VALUE_HEAD_WEIGHT,
+    lacks_value_head,
+    resolve_model_folder,
+    weight_files,
+)
+from medgpt.models.packed import SequenceDropouts, run_backbone, unwrap_peft
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SCORE, SCALE = "score.json", "value.json"
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SCORE_FILE, SCALE_FILE = "score.json", "value.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
+class RewardModelInfo:
     """What a saved reward model says about its numbers; score.json beside its weights."""
 
     mean: float  # of the raw scores of the texts it was normalised on
     std: float
     normalised_on: str
-    speech: dict[str, str]  # digests of what turns a conversation into ids, see models.speech
+    speech: dict[
+        str, str
+    ]  # digests of what turns a conversation into ids, see tokenizer_fingerprint
 
     @staticmethod
-    def read(folder: Path) -> "Score | None":
+    def read(folder: Path) -> "RewardModelInfo | None":
         """None for a folder that holds no reward model."""
-        file = folder / SCORE
-        return Score(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
+        file = folder / SCORE_FILE
+        return RewardModelInfo(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
     def write(self, folder: Path) -> None:
-        (folder / SCORE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        (folder / SCORE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scale:
+class ValueScale:
     """What a value model's numbers are relative to; value.json beside a critic's weights."""
 
     mean: float = 0.0
     std: float = 1.0
 
     @staticmethod
-    def of(name: str) -> "Scale":
+    def load(name: str) -> "ValueScale":
         """Of a critic's or a reward model's folder; of any other model's, that of a fresh head."""
-        folder = value_folder(name)
-        if (folder / SCALE).is_file():
-            return Scale(**json.loads((folder / SCALE).read_text("utf-8")))
-        score = Score.read(folder)
-        return Scale() if score is None else Scale(mean=score.mean, std=score.std)
+        folder = resolve_value_model_folder(name)
+        if (folder / SCALE_FILE).is_file():
+            return ValueScale(**json.loads((folder / SCALE_FILE).read_text("utf-8")))
+        score = RewardModelInfo.read(folder)
+        return ValueScale() if score is None else ValueScale(mean=score.mean, std=score.std)
 
     def write(self, folder: Path) -> None:
-        (folder / SCALE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+        (folder / SCALE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
 class ValueModel(nn.Module):
@@ -87,14 +95,14 @@ class ValueModel(nn.Module):
         super().__init__()
         self.model = model
         self.mean, self.std = mean, std
-        self.dropouts = Dropouts(model)
+        self.dropouts = SequenceDropouts(model)
         if activation_checkpointing:
             self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def pretrained(self) -> PreTrainedModel:
         """The Hugging Face model, with LoRA layers inside where there are any."""
-        return plain_model(self.model)
+        return unwrap_peft(self.model)
 
     def forward(self, batch: PackedBatch, *, noise_seeds: Sequence[int] | None = None) -> Tensor:
         """(1, N) float32: the value at every position, of its own piece up to there.
@@ -104,12 +112,12 @@ class ValueModel(nn.Module):
         """
         if self.training:
             self.dropouts.prepare(batch, noise_seeds)
-        hidden = run_body(self.pretrained, batch)
-        values = self.pretrained.get_submodule(HEAD)(hidden)[:, 0]
+        hidden = run_backbone(self.pretrained, batch)
+        values = self.pretrained.get_submodule(VALUE_HEAD)(hidden)[:, 0]
         return ((values - self.mean) / self.std)[None]
 
 
-def last_values(values: Tensor, batch: PackedBatch) -> Tensor:
+def last_token_values(values: Tensor, batch: PackedBatch) -> Tensor:
     """(S,) the values (1, N) at the last token of each piece: the scores of a reward model."""
     return values[0, batch.cu_seqlens[1:].long() - 1]
 
@@ -128,41 +136,41 @@ class ValueHead(nn.Linear):
         return F.linear(input.float(), self.weight.float())
 
 
-def install_head(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> None:
+def install_value_head(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> None:
     """Put a ValueHead in the place of transformers' head: a saved model's own, else a fresh one.
 
     Raises:
         ConfigError: the model's head is of another kind, or not in its files.
     """
-    found = dict(model.named_children()).get(HEAD)
-    if not isinstance(found, nn.Linear) or found.bias is not None:
+    transformers_head = dict(model.named_children()).get(VALUE_HEAD)
+    if not isinstance(transformers_head, nn.Linear) or transformers_head.bias is not None:
         raise ConfigError(
-            f"model.name={config.name}: {type(model).__name__} has no linear layer `{HEAD}` "
+            f"model.name={config.name}: {type(model).__name__} has no linear layer `{VALUE_HEAD}` "
             "without bias as its head; use a model like Qwen, Llama or Mistral"
         )
-    head = ValueHead(found.in_features, dtype=found.weight.dtype, seed=seed)
-    if has_head(config):
-        head.weight.data.copy_(_saved_head(config))
-    model.add_module(HEAD, head)
+    head = ValueHead(transformers_head.in_features, dtype=transformers_head.weight.dtype, seed=seed)
+    if has_value_head(config):
+        head.weight.data.copy_(_load_saved_head(config))
+    model.add_module(VALUE_HEAD, head)
 
 
-def has_head(config: ModelConfig) -> bool:
+def has_value_head(config: ModelConfig) -> bool:
     """Whether the model is saved with a value head, and not a language model."""
     assert config.name is not None
-    folder, remote = local_folder(config.name), config.trust_remote_code
-    return not is_headless(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
+    folder, remote = resolve_model_folder(config.name), config.trust_remote_code
+    return not lacks_value_head(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
 
 
-def _saved_head(config: ModelConfig) -> Tensor:
+def _load_saved_head(config: ModelConfig) -> Tensor:
     """(1, H)"""
     assert config.name is not None
     for file in weight_files(config.name):
         with safe_open(file, framework="pt") as tensors:
-            if HEAD_KEY in tensors.keys():  # noqa: SIM118 - not a mapping
-                return tensors.get_tensor(HEAD_KEY)
+            if VALUE_HEAD_WEIGHT in tensors.keys():  # noqa: SIM118 - not a mapping
+                return tensors.get_tensor(VALUE_HEAD_WEIGHT)
     raise ConfigError(
-        f"model.name={config.name}: its weights hold no {HEAD_KEY}, the head; name the folder that "
-        "medgpt reward wrote, or a language model to give a fresh head"
+        f"model.name={config.name}: its weights hold no {VALUE_HEAD_WEIGHT}, the head; name "
+        "the folder that medgpt reward wrote, or a language model to give a fresh head"
     )
 
 
@@ -179,36 +187,36 @@ def build_value_model(
     """
     assert config.name is not None
     if has_adapters(config.name):
-        return _merged(config, seed=seed, dtype=dtype, max_length=max_length)
+        return _build_with_merged_adapters(config, seed=seed, dtype=dtype, max_length=max_length)
     model = build_model(
         config,
-        objective="value",
+        head_kind="value",
         vocab_size=0,
-        special=SpecialIds(),
+        special_ids=SpecialTokenIds(),
         seed=seed,
         dtype=dtype,
         max_length=max_length,
     )
-    install_head(model, config, seed=seed)
+    install_value_head(model, config, seed=seed)
     return model
 
 
-def saved_score(name: str) -> Score:
+def load_reward_model_info(name: str) -> RewardModelInfo:
     """Facts of a saved reward model. Raises ConfigError: `name` is none, or its head is missing."""
-    score = Score.read(value_folder(name))
+    score = RewardModelInfo.read(resolve_value_model_folder(name))
     if score is None:
         raise ConfigError(
-            f"model.name={name}: no {SCORE} in it, so it is no reward model; name the folder that "
-            "medgpt reward wrote, runs/NAME/model"
+            f"model.name={name}: no {SCORE_FILE} in it, so it is no reward model; name the "
+            "folder that medgpt reward wrote, runs/NAME/model"
         )
-    if not has_adapters(name) and not has_head(ModelConfig(name=name)):
-        raise ConfigError(f"model.name={name}: it has {SCORE} and no head; restore its export")
+    if not has_adapters(name) and not has_value_head(ModelConfig(name=name)):
+        raise ConfigError(f"model.name={name}: it has {SCORE_FILE} and no head; restore its export")
     return score
 
 
 def load_value_model(
     name: str, *, dtype: torch.dtype = torch.float32, max_length: int | None = None
-) -> tuple[ValueModel, Score]:
+) -> tuple[ValueModel, RewardModelInfo]:
     """A reward model as `medgpt reward` wrote it, to score with; and its facts.
 
     Weights are on the CPU and frozen; scores are normalised.
@@ -216,56 +224,58 @@ def load_value_model(
     Raises:
         ConfigError: `name` is no reward model, its head is missing, or the base of its adapters.
     """
-    score, config = saved_score(name), ModelConfig(name=name)
+    score, config = load_reward_model_info(name), ModelConfig(name=name)
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
     scorer = ValueModel(model, mean=score.mean, std=score.std)
     return scorer.requires_grad_(False).eval(), score
 
 
-def positions(config: ModelConfig) -> int | None:
+def max_positions(config: ModelConfig) -> int | None:
     """Tokens that a model can read, whatever its adapters; None without a limit."""
     assert config.name is not None
-    folder, remote = value_folder(config.name), config.trust_remote_code
+    folder, remote = resolve_value_model_folder(config.name), config.trust_remote_code
     if has_adapters(config.name):
-        return positions(config.model_copy(update={"name": _named_base(folder)}))
-    found = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
-    return found.to_dict().get("max_position_embeddings")
+        return max_positions(config.model_copy(update={"name": _base_model_name(folder)}))
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
+    return hf_config.to_dict().get("max_position_embeddings")
 
 
 def has_adapters(name: str) -> bool:
-    return (value_folder(name) / ADAPTER).is_file()
+    return (resolve_value_model_folder(name) / ADAPTER_CONFIG).is_file()
 
 
-def value_folder(name: str) -> Path:
-    """As base.local_folder, which refuses adapters."""
+def resolve_value_model_folder(name: str) -> Path:
+    """As resolve_model_folder, which refuses adapters."""
     copy = Path(local_copy(name))
-    return copy if (copy / ADAPTER).is_file() else local_folder(name)
+    return copy if (copy / ADAPTER_CONFIG).is_file() else resolve_model_folder(name)
 
 
-def _merged(
+def _build_with_merged_adapters(
     config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None
 ) -> PreTrainedModel:
     """The base with the adapters in config.name folded in, and their head."""
     from peft import PeftModel  # which imports a lot, for few
 
     assert config.name is not None
-    folder = value_folder(config.name)
-    below = config.model_copy(update={"name": _base_of(config.name, folder)})
-    base = build_value_model(below, seed=seed, dtype=dtype, max_length=max_length)
+    folder = resolve_value_model_folder(config.name)
+    base_config = config.model_copy(
+        update={"name": _base_of_adapter_with_head(config.name, folder)}
+    )
+    base = build_value_model(base_config, seed=seed, dtype=dtype, max_length=max_length)
     adapted = PeftModel.from_pretrained(base, str(folder))
     model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.name_or_path = config.name  # adapters on top name their base by it
     return model.requires_grad_(True).train()
 
 
-def _base_of(name: str, folder: Path) -> str:
+def _base_of_adapter_with_head(name: str, folder: Path) -> str:
     """The base of an adapter with a head; without one peft would go on with the base's."""
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        found = [key for key in tensors.keys() if key.endswith(f".{HEAD_KEY}")]  # noqa: SIM118
-    if not found:
+        head_keys = [key for key in tensors.keys() if key.endswith(f".{VALUE_HEAD_WEIGHT}")]  # noqa: SIM118
+    if not head_keys:
         raise ConfigError(f"model.name={name}: its adapter has no head; restore its export")
-    return _named_base(folder)
+    return _base_model_name(folder)
 
 
-def _named_base(folder: Path) -> str:
-    return str(json.loads((folder / ADAPTER).read_text("utf-8"))["base_model_name_or_path"])
+def _base_model_name(folder: Path) -> str:
+    return str(json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"])

@@ -27,13 +27,13 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from medgpt.config.base import ConfigError
-from medgpt.data.tokenized import chat
+from medgpt.data.tokenized import chat_template
 from medgpt.data.tokenized.words import han_words
 from medgpt.models.tokenizer import (
     Merge,
-    by_frequency,
     character_merges,
-    is_one_token,
+    frequent_characters,
+    may_be_one_token,
     spell_bytes,
 )
 
@@ -41,10 +41,10 @@ _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 _FIRST_CODE = (
     0x10000  # of the characters that stand for the base's tokens while new merges are learned
 )
-_CUT_CODE = ord("\n")
-_SPARE = 64  # merges learned beyond those asked for, as some are refused
-_BATCH = 256  # texts per call of the tokenizer
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_BREAK_CODE = ord("\n")
+_SPARE_MERGES = 64  # merges learned beyond those asked for, as some are refused
+_BATCH_TEXTS = 256  # texts per call of the tokenizer
+_SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ def extend_tokenizer(
         ConfigError: `base` is no byte-level BPE.
     """
     corpus = list(texts)
-    spelled_out = _with_characters(base, corpus, new_tokens // 2)
-    return _with_words(
+    spelled_out = _add_characters(base, corpus, new_tokens // 2)
+    return _add_words(
         spelled_out, corpus, len(base) + new_tokens - len(spelled_out), max_chinese_run
     )
 
@@ -84,16 +84,18 @@ def trim_tokenizer(
     Raises:
         ConfigError: `base` is no byte-level BPE.
     """
-    spec = _byte_level_bpe(base)
+    spec = _tokenizer_spec(base)
     vocabulary = base.get_vocab()
     used = set(base.added_tokens_encoder) | (set(_BYTE_OF) & set(vocabulary))
     names = base.convert_ids_to_tokens
     if base.chat_template is not None:
-        used.update(names(chat.generation_ids(base, chat.PROBE[:5])))
-    for batch in _batches(texts):
+        used.update(
+            names(chat_template.generation_prompt_ids(base, chat_template.PROBE_MESSAGES[:5]))
+        )
+    for batch in _batch_texts(texts):
         ids = base(batch, add_special_tokens=True, split_special_tokens=True, verbose=False)
         used.update(names(sorted({i for row in ids["input_ids"] for i in row})))
-    kept = _with_parents(used, spec["model"]["merges"])
+    kept = _with_merge_sources(used, spec["model"]["merges"])
     kept_ids = sorted(vocabulary[token] for token in kept)
     new_id = {old: new for new, old in enumerate(kept_ids)}
     spec["model"]["vocab"] = {
@@ -102,11 +104,11 @@ def trim_tokenizer(
     spec["model"]["merges"] = [pair for pair in spec["model"]["merges"] if "".join(pair) in kept]
     for token in spec["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    _renumber(spec["post_processor"], new_id)
-    return _rebuilt(base, spec), kept_ids
+    _renumber_post_processor(spec["post_processor"], new_id)
+    return _rebuild(base, spec), kept_ids
 
 
-def resize_for_new_tokens(
+def replace_vocabulary(
     model: PreTrainedModel,
     base_tokenizer: PreTrainedTokenizerFast,
     tokenizer: PreTrainedTokenizerFast,
@@ -116,20 +118,24 @@ def resize_for_new_tokens(
     An old token keeps its rows of the input and output embedding; a new one gets the mean of the
     rows of the old tokens that spell it. Tied embeddings stay tied.
     """
-    rows = _old_tokens(base_tokenizer, tokenizer)
-    old, now = base_tokenizer.get_vocab(), tokenizer.get_vocab()
-    moved = {old[token]: i for token, i in now.items() if token in old}
-    if all(before == after for before, after in moved.items()):  # none trimmed: padding rows stay
+    rows = _old_ids_of_tokens(base_tokenizer, tokenizer)
+    base_vocabulary, vocabulary = base_tokenizer.get_vocab(), tokenizer.get_vocab()
+    new_id = {
+        base_vocabulary[token]: i for token, i in vocabulary.items() if token in base_vocabulary
+    }
+    if all(before == after for before, after in new_id.items()):  # none trimmed: padding rows stay
         rows += [[i] for i in range(len(rows), _input_embedding(model).num_embeddings)]
-        moved = {}
+        new_id = {}
     _replace_rows(model, rows)
-    if moved:
-        _renumber_config(model, moved)
-    num_pieces = [len(rows[i]) for token, i in now.items() if token not in old]
+    if new_id:
+        _renumber_config(model, new_id)
+    num_old_tokens = [
+        len(rows[i]) for token, i in vocabulary.items() if token not in base_vocabulary
+    ]
     return VocabularyReport(
-        num_tokens=len(now),
-        num_new_tokens=len(num_pieces),
-        mean_old_tokens=sum(num_pieces) / len(num_pieces) if num_pieces else 0.0,
+        num_tokens=len(vocabulary),
+        num_new_tokens=len(num_old_tokens),
+        mean_old_tokens=sum(num_old_tokens) / len(num_old_tokens) if num_old_tokens else 0.0,
     )
 
 
@@ -139,7 +145,7 @@ def trim_model(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
     _renumber_config(model, {old: new for new, old in enumerate(kept_ids)})
 
 
-def _byte_level_bpe(base: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _tokenizer_spec(base: PreTrainedTokenizerFast) -> dict[str, Any]:
     """tokenizer.json of `base`, every merge a pair, every added token in the model's vocabulary."""
     spec = json.loads(base.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(spec["pre_tokenizer"]):
@@ -154,7 +160,7 @@ def _byte_level_bpe(base: PreTrainedTokenizerFast) -> dict[str, Any]:
     return spec
 
 
-def _rebuilt(
+def _rebuild(
     base: PreTrainedTokenizerFast, spec: dict[str, Any], merges: Sequence[Merge] = ()
 ) -> PreTrainedTokenizerFast:
     """`base` with another tokenizer.json plus `merges`, loaded as others will load it."""
@@ -173,48 +179,48 @@ def _rebuilt(
     return tokenizer
 
 
-def _with_characters(
+def _add_characters(
     base: PreTrainedTokenizerFast, corpus: list[str], max_new: int
 ) -> PreTrainedTokenizerFast:
     """`base` plus frequent characters that it spells with several tokens."""
-    spec, vocabulary = _byte_level_bpe(base), base.get_vocab()
+    spec, vocabulary = _tokenizer_spec(base), base.get_vocab()
     model = base.backend_tokenizer.model
 
     def spell(character: str) -> list[str]:
         return [token.value for token in model.tokenize(spell_bytes(character))]
 
     # a character that the base has but does not reach stays so: old texts keep their tokens
-    split = [c for c in by_frequency(corpus) if spell_bytes(c) not in vocabulary]
+    split = [c for c in frequent_characters(corpus) if spell_bytes(c) not in vocabulary]
     _, merges = character_merges(split, spell, max_new)
-    return _rebuilt(base, spec, [merge for merge in merges if "".join(merge) not in vocabulary])
+    return _rebuild(base, spec, [merge for merge in merges if "".join(merge) not in vocabulary])
 
 
-def _with_words(
+def _add_words(
     base: PreTrainedTokenizerFast, corpus: list[str], max_new: int, max_chinese_run: int
 ) -> PreTrainedTokenizerFast:
     """`base` plus tokens made of several characters."""
-    spec, vocabulary = _byte_level_bpe(base), base.get_vocab()
-    spelled = {chr(_FIRST_CODE + i): token for token, i in vocabulary.items()}
+    spec, vocabulary = _tokenizer_spec(base), base.get_vocab()
+    token_of_character = {chr(_FIRST_CODE + i): token for token, i in vocabulary.items()}
     merges: list[Merge] = []
     new: set[str] = set()
-    for left, right in _learn_merges(base, corpus, max_new * 5 // 4 + _SPARE):
-        if left not in spelled or right not in spelled:
+    for left, right in _learn_merges(base, corpus, max_new * 5 // 4 + _SPARE_MERGES):
+        if left not in token_of_character or right not in token_of_character:
             continue  # made of a refused token
-        token = spelled[left] + spelled[right]
-        if token in vocabulary or not _is_wanted(token, max_chinese_run):
+        token = token_of_character[left] + token_of_character[right]
+        if token in vocabulary or not _is_trainable_token(token, max_chinese_run):
             continue  # joining old tokens to another old one would change old texts
         if len(new | {token}) > max_new:
             break
         new.add(token)
-        merges.append((spelled[left], spelled[right]))
-        spelled[left + right] = token
-    return _rebuilt(base, spec, merges)
+        merges.append((token_of_character[left], token_of_character[right]))
+        token_of_character[left + right] = token
+    return _rebuild(base, spec, merges)
 
 
 def _learn_merges(base: PreTrainedTokenizerFast, corpus: list[str], num_merges: int) -> list[Merge]:
     """Merges of the base's tokens, each token written as one character."""
     learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Split(chr(_CUT_CODE), "removed")
+    learner.pre_tokenizer = pre_tokenizers.Split(chr(_BREAK_CODE), "removed")
     trainer = trainers.BpeTrainer(
         vocab_size=len(base) + num_merges,
         min_frequency=2,
@@ -230,7 +236,7 @@ def _token_strings(
     base: PreTrainedTokenizerFast, corpus: list[str], added: NDArray[np.int64]
 ) -> Iterator[str]:
     """Each text as one character per token, cut between pieces and between Chinese words."""
-    for batch in _batches(corpus):
+    for batch in _batch_texts(corpus):
         encoded = base(
             batch,
             add_special_tokens=False,
@@ -243,47 +249,47 @@ def _token_strings(
             if len(ids) < 2:
                 continue
             starts = np.array(encoded["offset_mapping"][row], dtype=np.int64)[:, 0]
-            pieces = np.array([-1 if i is None else i for i in encoded.word_ids(row)])
+            word_ids = np.array([-1 if i is None else i for i in encoded.word_ids(row)])
             word_border = np.zeros(len(text) + 1, dtype=np.bool_)
             for start, end in han_words(text):
                 word_border[[start, end]] = True
             is_added = np.isin(ids, added)
-            cut = (pieces[1:] != pieces[:-1]) | is_added[1:] | is_added[:-1]
-            cut |= word_border[starts[1:]] & (starts[1:] != starts[:-1])
-            codes = np.insert(ids + _FIRST_CODE, np.flatnonzero(cut) + 1, _CUT_CODE)
+            is_break = (word_ids[1:] != word_ids[:-1]) | is_added[1:] | is_added[:-1]
+            is_break |= word_border[starts[1:]] & (starts[1:] != starts[:-1])
+            codes = np.insert(ids + _FIRST_CODE, np.flatnonzero(is_break) + 1, _BREAK_CODE)
             yield codes.astype("<u4").tobytes().decode("utf-32-le")
 
 
-def _is_wanted(token: str, max_chinese_run: int) -> bool:
+def _is_trainable_token(token: str, max_chinese_run: int) -> bool:
     """Whether a trained vocabulary would hold it."""
     try:
         text = bytes(_BYTE_OF[character] for character in token).decode()
     except UnicodeDecodeError:
         return False  # ends inside a character
-    return is_one_token(text, max_chinese_run)
+    return may_be_one_token(text, max_chinese_run)
 
 
-def _with_parents(used: set[str], merges: list[Merge]) -> set[str]:
+def _with_merge_sources(used: set[str], merges: list[Merge]) -> set[str]:
     """`used` and every token from which merges build them."""
     made_from: dict[str, list[str]] = {}
     for left, right in merges:
         made_from.setdefault(left + right, []).extend((left, right))
-    kept, waiting = set(used), list(used)
-    while waiting:
-        for part in made_from.get(waiting.pop(), ()):
-            if part not in kept:
-                kept.add(part)
-                waiting.append(part)
+    kept, queue = set(used), list(used)
+    while queue:
+        for source in made_from.get(queue.pop(), ()):
+            if source not in kept:
+                kept.add(source)
+                queue.append(source)
     return kept
 
 
-def _renumber(post_processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
+def _renumber_post_processor(post_processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
     """Token ids in the JSON of a post-processor, in place."""
     if post_processor is None or post_processor["type"] == "ByteLevel":
         return
     if post_processor["type"] == "Sequence":
-        for part in post_processor["processors"]:
-            _renumber(part, new_id)
+        for processor in post_processor["processors"]:
+            _renumber_post_processor(processor, new_id)
     elif post_processor["type"] == "TemplateProcessing":
         for token in post_processor["special_tokens"].values():
             token["ids"] = [new_id[i] for i in token["ids"]]
@@ -293,7 +299,7 @@ def _renumber(post_processor: dict[str, Any] | None, new_id: dict[int, int]) -> 
         )
 
 
-def _old_tokens(
+def _old_ids_of_tokens(
     base: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[int]]:
     """For every id of `tokenizer` the ids of `base` that spell its token."""
@@ -306,7 +312,7 @@ def _old_tokens(
         elif token in added:
             rows[i] = base(token, add_special_tokens=False)["input_ids"]
         else:
-            rows[i] = [piece.id for piece in spell(token)]
+            rows[i] = [old_token.id for old_token in spell(token)]
     return [old or [i] for i, old in enumerate(rows)]  # an id without a token keeps its row
 
 
@@ -314,15 +320,15 @@ def _replace_rows(model: PreTrainedModel, rows: list[list[int]]) -> None:
     """Row i of the input and output embedding becomes the mean of its old `rows[i]`."""
     inputs, outputs = _input_embedding(model), model.get_output_embeddings()
     tied = outputs is not None and outputs.weight is inputs.weight
-    inputs.weight = _mean_rows(inputs.weight, rows)
+    inputs.weight = _average_rows(inputs.weight, rows)
     inputs.num_embeddings = len(rows)
     if inputs.padding_idx is not None:
         inputs.padding_idx = rows.index([inputs.padding_idx])
     if outputs is not None:
-        outputs.weight = inputs.weight if tied else _mean_rows(outputs.weight, rows)
+        outputs.weight = inputs.weight if tied else _average_rows(outputs.weight, rows)
         outputs.out_features = len(rows)
         if outputs.bias is not None:
-            outputs.bias = _mean_rows(outputs.bias, rows)
+            outputs.bias = _average_rows(outputs.bias, rows)
     model.config.get_text_config().vocab_size = len(rows)
     model.resize_token_embeddings(len(rows))  # the size is right; what else keeps it is updated
 
@@ -333,7 +339,7 @@ def _input_embedding(model: PreTrainedModel) -> nn.Embedding:
     return embedding
 
 
-def _mean_rows(weight: Tensor, rows: list[list[int]]) -> nn.Parameter:
+def _average_rows(weight: Tensor, rows: list[list[int]]) -> nn.Parameter:
     """(V, ...) -> (len(rows), ...)"""
     mean = weight.detach()[[old[0] for old in rows]]
     for i, old in enumerate(rows):
@@ -347,7 +353,7 @@ def _renumber_config(model: PreTrainedModel, new_id: dict[int, int]) -> None:
     if model.can_generate():
         configs.append(model.generation_config)
     for config in configs:
-        for key in _SPECIAL_IDS:
+        for key in _SPECIAL_ID_KEYS:
             old = getattr(config, key)
             if isinstance(old, list):
                 setattr(config, key, [new_id[i] for i in old if i in new_id])
@@ -355,7 +361,7 @@ def _renumber_config(model: PreTrainedModel, new_id: dict[int, int]) -> None:
                 setattr(config, key, new_id.get(old))
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
     texts = iter(texts)
-    while batch := list(islice(texts, _BATCH)):
+    while batch := list(islice(texts, _BATCH_TEXTS)):
         yield batch

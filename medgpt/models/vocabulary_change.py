@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.models.language_model import LanguageModel
-from medgpt.models.vocabulary import VocabularyReport, resize_for_new_tokens
+from medgpt.models.vocabulary import VocabularyReport, replace_vocabulary
 
-PIECE_TOKENS = 128  # of each text
+MAX_TEXT_TOKENS = 128  # of each text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class VocabularyChange:
     vocabulary: VocabularyReport
     loss: LossShift | None
 
-    def facts(self) -> dict[str, Any]:
+    def manifest_entry(self) -> dict[str, Any]:
         """For a manifest."""
         return asdict(self.vocabulary) | ({"loss": asdict(self.loss)} if self.loss else {})
 
@@ -63,33 +63,35 @@ def change_vocabulary(
         texts: a few, on which a causal model's loss is measured. Those with tokens that are gone
             are left out.
     """
-    old, now = base.get_vocab(), tokenizer.get_vocab()
-    new_id = {old[token]: i for token, i in now.items() if token in old}
+    base_vocabulary, vocabulary = base.get_vocab(), tokenizer.get_vocab()
+    new_id = {
+        base_vocabulary[token]: i for token, i in vocabulary.items() if token in base_vocabulary
+    }
     encoded = [base(text, add_special_tokens=False)["input_ids"] for text in texts]
-    pieces = [ids[:PIECE_TOKENS] for ids in encoded]
-    pieces = [ids for ids in pieces if len(ids) > 1 and new_id.keys() >= set(ids)]
-    before = _mean_loss(model, pieces) if pieces else 0.0
-    report = resize_for_new_tokens(model, base, tokenizer)
-    if not pieces:
+    sequences = [ids[:MAX_TEXT_TOKENS] for ids in encoded]
+    sequences = [ids for ids in sequences if len(ids) > 1 and new_id.keys() >= set(ids)]
+    before = _mean_loss(model, sequences) if sequences else 0.0
+    report = replace_vocabulary(model, base, tokenizer)
+    if not sequences:
         return VocabularyChange(vocabulary=report, loss=None)
-    after = _mean_loss(model, [[new_id[i] for i in ids] for ids in pieces])
-    num_targets = sum(len(ids) - 1 for ids in pieces)
+    after = _mean_loss(model, [[new_id[i] for i in ids] for ids in sequences])
+    num_targets = sum(len(ids) - 1 for ids in sequences)
     loss = LossShift(before=before, after=after, num_targets=num_targets)
     return VocabularyChange(vocabulary=report, loss=loss)
 
 
 @torch.no_grad()
-def _mean_loss(model: PreTrainedModel, pieces: list[list[int]]) -> float:
+def _mean_loss(model: PreTrainedModel, sequences: list[list[int]]) -> float:
     """Every token but a piece's first is predicted."""
-    batch = _batch(pieces).to(model.device)
+    batch = _pack(sequences).to(model.device)
     return float(LanguageModel(model)(batch, num_tokens=batch.num_targets))
 
 
-def _batch(pieces: list[list[int]]) -> PackedBatch:
-    lengths = [len(ids) for ids in pieces]
-    labels = [label for ids in pieces for label in (*ids[1:], IGNORE)]
+def _pack(sequences: list[list[int]]) -> PackedBatch:
+    lengths = [len(ids) for ids in sequences]
+    labels = [label for ids in sequences for label in (*ids[1:], IGNORE)]
     return PackedBatch(
-        input_ids=torch.tensor([[i for ids in pieces for i in ids]]),
+        input_ids=torch.tensor([[i for ids in sequences for i in ids]]),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         labels=torch.tensor([labels]),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),

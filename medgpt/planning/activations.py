@@ -7,23 +7,23 @@ no N x N matrix of attention weights. b is the bytes of a number: 2 in bf16, 4 i
 
 from dataclasses import dataclass
 
-from medgpt.models.model_shapes import Outline
+from medgpt.models.model_shapes import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class MicroBatch:
     """The largest micro-batch of a worker."""
 
-    tokens: int
-    labels: int
+    num_tokens: int
+    num_labels: int
     """Positions that the output layer runs on."""
-    chunk: int
+    loss_chunk_tokens: int
     """Of these at a time."""
-    checkpointing: bool
+    activation_checkpointing: bool
     """Activations are computed again in the backward pass."""
 
 
-def saved_by_layer(model: Outline, b: int) -> int:
+def saved_per_layer(model: ModelShape, b: int) -> int:
     """Bytes a token of one layer.
 
     A decoder has twice a norm: its input in fp32, its result before and after its weights, and a
@@ -32,60 +32,60 @@ def saved_by_layer(model: Outline, b: int) -> int:
     its attention as above, the inputs and outputs of two norms, the feed-forward layer before and
     after its activation.
     """
-    heads = model.num_heads * model.head_size
-    keys = model.num_kv_heads * model.head_size
+    heads = model.num_heads * model.head_dim
+    keys = model.num_kv_heads * model.head_dim
     attention = b * (3 * heads + 2 * keys) + 4 * model.num_heads  # and a number for each head
-    if model.gated:
-        norms = 2 * (model.hidden * (4 + 2 * b) + 4)
-        return attention + norms + 4 * b * model.feed_forward
-    norms = 4 * (b * model.hidden + 4)
-    return attention + norms + 2 * b * model.feed_forward
+    if model.has_gated_mlp:
+        norms = 2 * (model.hidden_size * (4 + 2 * b) + 4)
+        return attention + norms + 4 * b * model.intermediate_size
+    norms = 4 * (b * model.hidden_size + 4)
+    return attention + norms + 2 * b * model.intermediate_size
 
 
-def saved_outside(model: Outline, b: int) -> int:
+def saved_outside_layers(model: ModelShape, b: int) -> int:
     """Bytes a token outside of the layers: a decoder's last norm and its positions' rotation; an
     encoder's embedding norm and what its head has before the output layer."""
-    if model.gated:
-        return model.hidden * (4 + 2 * b) + 4 + 2 * b * model.head_size + 8
-    return b * 5 * model.hidden + 40
+    if model.has_gated_mlp:
+        return model.hidden_size * (4 + 2 * b) + 4 + 2 * b * model.head_dim + 8
+    return b * 5 * model.hidden_size + 40
 
 
-def saved(model: Outline, batch: Batch, b: int) -> int:
+def saved_activations(model: ModelShape, batch: MicroBatch, b: int) -> int:
     """Bytes that a forward pass keeps, the output layer's not counted.
 
     With checkpointing each layer keeps its input alone, and one is computed again at a time.
     """
-    layer = batch.tokens * saved_by_layer(model, b)
-    outside = batch.tokens * saved_outside(model, b)
-    if batch.checkpointing:
-        return model.num_layers * batch.tokens * b * model.hidden + layer + outside
+    layer = batch.num_tokens * saved_per_layer(model, b)
+    outside = batch.num_tokens * saved_outside_layers(model, b)
+    if batch.activation_checkpointing:
+        return model.num_layers * batch.num_tokens * b * model.hidden_size + layer + outside
     return model.num_layers * layer + outside
 
 
-def logits(model: Outline, batch: Batch, b: int) -> int:
+def logits_bytes(model: ModelShape, batch: MicroBatch, b: int) -> int:
     """Bytes of the output layer and the loss: the logits of a chunk, and their gradient, which in
     fp32 takes their place.
 
     `algos.logprobs` keeps nothing else of this size. Several chunks are computed again one by one.
     """
     copies = 1 if b == 4 else 2
-    return copies * b * min(batch.labels, batch.chunk) * model.vocab
+    return copies * b * min(batch.num_labels, batch.loss_chunk_tokens) * model.vocab_size
 
 
-def backward_work(model: Outline, batch: Batch, b: int) -> int:
+def backward_buffers(model: ModelShape, batch: MicroBatch, b: int) -> int:
     """Bytes that come and go in the backward pass of a layer: three gradients of the feed-forward
     width, two of the residual stream's, and one of the layer's largest matrix."""
-    wide = 3 * model.feed_forward + 2 * model.hidden
-    return b * (batch.tokens * wide + model.hidden * model.feed_forward)
+    wide = 3 * model.intermediate_size + 2 * model.hidden_size
+    return b * (batch.num_tokens * wide + model.hidden_size * model.intermediate_size)
 
 
-def forward_work(model: Outline, tokens: int, b: int) -> int:
+def forward_buffers(model: ModelShape, tokens: int, b: int) -> int:
     """Bytes at the widest place of a pass that keeps nothing: residual stream, norm, and the
     feed-forward layer's two halves with their product."""
-    wide = 3 * model.feed_forward if model.gated else 2 * model.feed_forward
-    return tokens * (b * (2 * model.hidden + wide) + 4 * model.hidden)
+    wide = 3 * model.intermediate_size if model.has_gated_mlp else 2 * model.intermediate_size
+    return tokens * (b * (2 * model.hidden_size + wide) + 4 * model.hidden_size)
 
 
-def cache(model: Outline, tokens: int, b: int) -> int:
+def kv_cache_bytes(model: ModelShape, tokens: int, b: int) -> int:
     """Bytes of keys and values of so many tokens, in all layers."""
-    return tokens * model.num_layers * 2 * model.num_kv_heads * model.head_size * b
+    return tokens * model.num_layers * 2 * model.num_kv_heads * model.head_dim * b

@@ -12,15 +12,15 @@ import yaml
 from annotated_types import Ge, Gt
 from pydantic import Field
 
-from medgpt.cluster.capacity import Nodes
+from medgpt.cluster.capacity import NodeGroup
 from medgpt.config.base import Config, ConfigError
 from medgpt.config.loading import validate
 
 Positive = Annotated[float, Gt(0)]
-CPU = "CPU"  # the device of a node without GPUs: one core
+CPU_DEVICE = "CPU"  # the device of a node without GPUs: one core
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 ACCELERATOR_RESOURCE = "accelerator_type:"
-TYPES, PRICES = "available_node_types", "usd_per_hour"
+NODE_TYPES_KEY, PRICES_KEY = "available_node_types", "usd_per_hour"
 
 
 class Device(Config):
@@ -38,7 +38,7 @@ class Device(Config):
     """Where the numbers are from."""
 
 
-class NodeFacts(Config):
+class NodeHardware(Config):
     """What Ray does not know of a node type."""
 
     device: str | None = None
@@ -51,18 +51,18 @@ class NodeFacts(Config):
     """1e9 bytes/s that the node sends to other nodes; unset: 1.25, 10 Gbit/s."""
 
 
-class Hardware(Config):
+class HardwareFile(Config):
     """A hardware file."""
 
     currency: str = "USD"
     """Of prices."""
-    nodes: dict[str, NodeFacts] = Field(default={})
+    nodes: dict[str, NodeHardware] = Field(default={})
     """By node type of the cluster definition."""
     devices: dict[str, Device] = Field(default={})
     """Beside those that medgpt knows, or in their place."""
 
 
-NETWORK_GB_PER_S = 1.25
+DEFAULT_NETWORK_GB_PER_S = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +72,11 @@ class NodeType:
     name: str
     resources: Mapping[str, float]
     labels: Mapping[str, str]
-    fewest: int
-    most: float
+    min_nodes: int
+    max_nodes: float
     device: Device
     device_name: str
-    facts: NodeFacts
+    hardware: NodeHardware
     price_per_hour: float | None
     """None: not known."""
 
@@ -92,30 +92,30 @@ class NodeType:
     def host_gb(self) -> float | None:
         """GiB of the node's memory, where it is known."""
         known = self.resources.get("memory")
-        return self.facts.memory_gb or (known / 2**30 if known else None)
+        return self.hardware.memory_gb or (known / 2**30 if known else None)
 
     @property
     def network_gb_per_s(self) -> float:
-        return self.facts.network_gb_per_s or NETWORK_GB_PER_S
+        return self.hardware.network_gb_per_s or DEFAULT_NETWORK_GB_PER_S
 
-    def as_nodes(self) -> Nodes:
-        own = {name: n for name, n in self.resources.items() if "memory" not in name}
-        return Nodes(own, self.labels, self.most)
+    def to_node_group(self) -> NodeGroup:
+        resources = {name: n for name, n in self.resources.items() if "memory" not in name}
+        return NodeGroup(resources, self.labels, self.max_nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class PlannedCluster:
     """What a plan may use."""
 
     file: str
     head: NodeType
     workers: tuple[NodeType, ...]
-    most_workers: float
+    max_workers: float
     """Nodes of all types together, the head not counted."""
     currency: str
 
 
-def read_cluster(path: Path, hardware: Path | None) -> Cluster:
+def read_cluster(path: Path, hardware: Path | None) -> PlannedCluster:
     """The cluster of a Ray cluster definition.
 
     Args:
@@ -126,42 +126,48 @@ def read_cluster(path: Path, hardware: Path | None) -> Cluster:
     """
     key = f"--cluster={path}"
     tree = _read_yaml(path, key)
-    found = tree.get(TYPES)
-    if not isinstance(found, dict) or not found:
+    node_types = tree.get(NODE_TYPES_KEY)
+    if not isinstance(node_types, dict) or not node_types:
         raise ConfigError(
-            f"{key}: has no section {TYPES}; name a Ray cluster definition, as clusters/aws.yaml"
+            f"{key}: has no section {NODE_TYPES_KEY}; name a Ray cluster "
+            "definition, as clusters/aws.yaml"
         )
     head = tree.get("head_node_type")
-    if head not in found:
-        raise ConfigError(f"{key}: head_node_type={head} is none of {TYPES}: {', '.join(found)}")
-    facts = _read_hardware(hardware, path)
-    devices = known_devices() | facts.devices
-    prices = (tree.get("metadata") or {}).get(PRICES) or {}
-    for where, named in (("--hardware: nodes", facts.nodes), (f"{key}: metadata.{PRICES}", prices)):
-        for name in named:
-            if name not in found:
+    if head not in node_types:
+        raise ConfigError(
+            f"{key}: head_node_type={head} is none of {NODE_TYPES_KEY}: {', '.join(node_types)}"
+        )
+    hardware_file = _read_hardware(hardware, path)
+    devices = load_known_devices() | hardware_file.devices
+    prices = (tree.get("metadata") or {}).get(PRICES_KEY) or {}
+    for where, names in (
+        ("--hardware: nodes", hardware_file.nodes),
+        (f"{key}: metadata.{PRICES_KEY}", prices),
+    ):
+        for name in names:
+            if name not in node_types:
                 raise ConfigError(
-                    f"{where}.{name} is no node type of the cluster; known: {', '.join(found)}"
+                    f"{where}.{name} is no node type of the cluster; known: {', '.join(node_types)}"
                 )
-    most = tree.get("max_workers", math.inf)
+    max_workers = tree.get("max_workers", math.inf)
     types = {
         name: _node_type(
             name,
             section,
             key,
-            most=most,
-            facts=facts.nodes.get(name, NodeFacts()),
+            max_workers=max_workers,
+            hardware=hardware_file.nodes.get(name, NodeHardware()),
             price=prices.get(name),
             devices=devices,
         )
-        for name, section in found.items()
+        for name, section in node_types.items()
     }
-    return Cluster(
+    return PlannedCluster(
         file=str(path),
         head=types[head],
-        workers=tuple(node for name, node in types.items() if name != head and node.most),
-        most_workers=most,
-        currency=facts.currency,
+        workers=tuple(node for name, node in types.items() if name != head and node.max_nodes),
+        max_workers=max_workers,
+        currency=hardware_file.currency,
     )
 
 
@@ -175,13 +181,13 @@ def _read_yaml(path: Path, key: str) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _read_hardware(path: Path | None, cluster: Path) -> Hardware:
+def _read_hardware(path: Path | None, cluster: Path) -> HardwareFile:
     chosen = cluster.with_suffix(".toml") if path is None else path
     if path is None and not chosen.exists():
-        return Hardware()
+        return HardwareFile()
     key = f"--hardware={chosen}"
     try:
-        return validate(Hardware, tomllib.loads(chosen.read_text("utf-8")))
+        return validate(HardwareFile, tomllib.loads(chosen.read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"{key}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -190,10 +196,10 @@ def _read_hardware(path: Path | None, cluster: Path) -> Hardware:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def known_devices() -> dict[str, Device]:
+def load_known_devices() -> dict[str, Device]:
     """By name, those that ship with medgpt."""
     text = files("medgpt.planning").joinpath("devices.toml").read_text("utf-8")
-    return validate(Hardware, tomllib.loads(text)).devices
+    return validate(HardwareFile, tomllib.loads(text)).devices
 
 
 def _node_type(
@@ -201,40 +207,42 @@ def _node_type(
     section: Any,
     key: str,
     *,
-    most: float,
-    facts: NodeFacts,
+    max_workers: float,
+    hardware: NodeHardware,
     price: float | None,
     devices: Mapping[str, Device],
 ) -> NodeType:
     resources = section.get("resources") if isinstance(section, dict) else None
     if not resources or "CPU" not in resources:
         raise ConfigError(
-            f"{key}: {TYPES}.{name} has no resources; write them, as resources: {{CPU: 8, GPU: 1}}"
+            f"{key}: {NODE_TYPES_KEY}.{name} has no resources; write them, as "
+            "resources: {CPU: 8, GPU: 1}"
         )
     labels = section.get("labels") or {}
-    device = facts.device or _accelerator(resources, labels)
+    device = hardware.device or _device_name(resources, labels)
     if device not in devices:
         raise ConfigError(
-            f"{TYPES}.{name}: the device {device} is not known; describe it as [devices.{device}] "
-            f"in the hardware file, or set nodes.{name}.device to one of {', '.join(devices)}"
+            f"{NODE_TYPES_KEY}.{name}: the device {device} is not known; describe it as "
+            f"[devices.{device}] in the hardware file, or set nodes.{name}.device to one "
+            f"of {', '.join(devices)}"
         )
     return NodeType(
         name=name,
         resources={key: float(amount) for key, amount in resources.items()},
         labels=labels,
-        fewest=section.get("min_workers", 0),
-        most=section.get("max_workers", most),
+        min_nodes=section.get("min_workers", 0),
+        max_nodes=section.get("max_workers", max_workers),
         device=devices[device],
         device_name=device,
-        facts=facts,
-        price_per_hour=price if facts.price_per_hour is None else facts.price_per_hour,
+        hardware=hardware,
+        price_per_hour=price if hardware.price_per_hour is None else hardware.price_per_hour,
     )
 
 
-def _accelerator(resources: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+def _device_name(resources: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """The GPU by Ray's own label or resource; a GPU that nothing names is called GPU."""
     if not resources.get("GPU"):
-        return CPU
-    named = [key.removeprefix(ACCELERATOR_RESOURCE) for key in resources]
-    named = [name for key, name in zip(resources, named, strict=True) if name != key]
-    return labels.get(ACCELERATOR_LABEL) or (named[0] if named else "GPU")
+        return CPU_DEVICE
+    names = [key.removeprefix(ACCELERATOR_RESOURCE) for key in resources]
+    names = [name for key, name in zip(resources, names, strict=True) if name != key]
+    return labels.get(ACCELERATOR_LABEL) or (names[0] if names else "GPU")

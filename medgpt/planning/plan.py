@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.planning.fitting import Fit, fits_of, smallest_change, told, with_keys
-from medgpt.planning.hardware import Cluster
-from medgpt.planning.needs import Pool, StageConfig, claims_of, pools_of
-from medgpt.planning.placing import Started, start
-from medgpt.planning.timing import Timing, timing
+from medgpt.planning.hardware import PlannedCluster
+from medgpt.planning.node_fit import PoolFit, describe_misfit, fit_pools, smallest_change, with_keys
+from medgpt.planning.node_launches import NodeLaunches, plan_node_launches
+from medgpt.planning.planned_pools import PlannableConfig, PlannedPool, plan_pools, stage_demands
+from medgpt.planning.time_and_cost import TimeAndCost, estimate_time_and_cost
 
-STAGES = (0, 1, 2, 3)
+ZERO_STAGES = (0, 1, 2, 3)
 NOTHING_FITS = (
     "no change of its engine, micro-batches or workers makes it fit; use a smaller model or larger "
     "nodes"
@@ -19,32 +19,37 @@ NOTHING_FITS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class EngineVariant:
     """Another way to set up the engines of the pools that train."""
 
     zero_stage: int
     offload: bool
     checkpointing: bool
-    fits: Mapping[str, Fit]
+    fits: Mapping[str, PoolFit]
     """By pool."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StagePlan:
     stage: str
-    cluster: Cluster
-    pools: Sequence[Pool]
-    fits: Mapping[str, Fit]
+    cluster: PlannedCluster
+    pools: Sequence[PlannedPool]
+    fits: Mapping[str, PoolFit]
     """By pool that has bundles of its own."""
-    variants: Sequence[Variant]
-    started: Started
-    timing: Timing
+    variants: Sequence[EngineVariant]
+    launches: NodeLaunches
+    time_and_cost: TimeAndCost
     notes: Sequence[str]
 
 
 def make_plan(
-    stage: str, config: StageConfig, cluster: Cluster, *, tokens: float | None, mfu: float
-) -> Plan:
+    stage: str,
+    config: PlannableConfig,
+    cluster: PlannedCluster,
+    *,
+    tokens: float | None,
+    mfu: float,
+) -> StagePlan:
     """The plan of a stage.
 
     Args:
@@ -54,52 +59,56 @@ def make_plan(
     Raises:
         ConfigError: a model cannot be found, a pool can never be placed, or fits no node type.
     """
-    pools, notes = pools_of(config)
-    started = start(cluster, claims_of(config), data_cpus=config.cluster.data_cpus)
-    fits = fits_of(pools, cluster)
+    pools, notes = plan_pools(config)
+    launches = plan_node_launches(
+        cluster, stage_demands(config), data_cpus=config.cluster.data_cpus
+    )
+    fits = fit_pools(pools, cluster)
     for name, fit in fits.items():
         if not any(room.fits is not False for room in fit.rooms.values()):
             change = smallest_change(config, name, cluster)
-            raise ConfigError(f"{told(name, fit)}; {change or NOTHING_FITS}")
-    return Plan(
+            raise ConfigError(f"{describe_misfit(name, fit)}; {change or NOTHING_FITS}")
+    return StagePlan(
         stage=stage,
         cluster=cluster,
         pools=pools,
         fits=fits,
-        variants=_variants(config, cluster),
-        started=started,
-        timing=timing(config, pools, cluster, started, tokens=tokens, mfu=mfu),
+        variants=_engine_variants(config, cluster),
+        launches=launches,
+        time_and_cost=estimate_time_and_cost(
+            config, pools, cluster, launches, tokens=tokens, mfu=mfu
+        ),
         notes=notes,
     )
 
 
-def _variants(config: StageConfig, cluster: Cluster) -> list[Variant]:
-    found = []
-    for zero_stage in STAGES:
+def _engine_variants(config: PlannableConfig, cluster: PlannedCluster) -> list[EngineVariant]:
+    variants = []
+    for zero_stage in ZERO_STAGES:
         for offload in (False, True)[: 1 + (zero_stage > 0)]:
             for checkpointing in (False, True):
                 keys = {
                     f"{engine}.{key}": value
-                    for engine in _engines(config)
+                    for engine in _engine_keys(config)
                     for key, value in {
                         "zero_stage": zero_stage,
                         "offload_optimizer": offload,
                         "activation_checkpointing": checkpointing,
                     }.items()
                 }
-                pools = [pool for pool in pools_of(with_keys(config, keys))[0] if pool.trains]
-                found.append(
-                    Variant(
+                pools = [pool for pool in plan_pools(with_keys(config, keys))[0] if pool.is_trained]
+                variants.append(
+                    EngineVariant(
                         zero_stage=zero_stage,
                         offload=offload,
                         checkpointing=checkpointing,
-                        fits=fits_of(pools, cluster),
+                        fits=fit_pools(pools, cluster),
                     )
                 )
-    return found
+    return variants
 
 
-def _engines(config: StageConfig) -> list[str]:
+def _engine_keys(config: PlannableConfig) -> list[str]:
     if isinstance(config, PPOStageConfig):
         return ["pools.actor.engine", "pools.critic.engine"]
     return ["engine"]

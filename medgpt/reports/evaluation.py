@@ -6,8 +6,14 @@ from typing import Any
 import tomli_w
 
 from medgpt.eval.results import GATES, RESULTS, read_items
-from medgpt.reports.run import page
-from medgpt.reports.scores import BLEU_MARGIN, MARGIN, Column, Table, tables
+from medgpt.reports.run import render_page
+from medgpt.reports.scores import (
+    BLEU_EQUIVALENCE_MARGIN,
+    EQUIVALENCE_MARGIN,
+    EvalColumn,
+    TaskTable,
+    build_task_tables,
+)
 from medgpt.runs import Run
 
 
@@ -17,30 +23,30 @@ def write_eval_report(run: Run) -> None:
     With a parent also comparison.json: by task and metric, the paired test of the two.
     """
     results = run.folder.read_json(RESULTS)
-    columns = [read_column(run.folder.url.rsplit("/", 1)[-1], run)]
+    columns = [load_eval_column(run.folder.url.rsplit("/", 1)[-1], run)]
     if results["parent"]:
-        columns.insert(0, read_column("parent", Run(results["parent"])))
-    scores = score_tables(columns, results["seed"])
+        columns.insert(0, load_eval_column("parent", Run(results["parent"])))
+    scores = score_template_values(columns, results["seed"])
     if results["parent"]:
-        run.folder.write_json("comparison.json", _comparison(scores["tables"]))
-    html = page(
+        run.folder.write_json("comparison.json", _comparisons_to_json(scores["tables"]))
+    html = render_page(
         "eval.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
         results=results,
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
-        evidence=read_gates({"": run}),
+        gate_results=load_gate_results({"": run}),
         **scores,
     )
     run.folder.write_text("report.html", html)
 
 
-def read_column(name: str, run: Run) -> Column:
+def load_eval_column(name: str, run: Run) -> EvalColumn:
     results = run.folder.read_json(RESULTS)
-    return Column(name, results, {task: read_items(run, task) for task in results["tasks"]})
+    return EvalColumn(name, results, {task: read_items(run, task) for task in results["tasks"]})
 
 
-def read_gates(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
+def load_gate_results(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     """Evidence of all gates, with the name of the stage."""
     return [
         {"stage": name, **item}
@@ -50,7 +56,7 @@ def read_gates(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _comparison(found: list[Table]) -> dict[str, Any]:
+def _comparisons_to_json(tables: list[TaskTable]) -> dict[str, Any]:
     """Of the last column with the one before, where they answered the same questions."""
     return {
         table.task: {
@@ -62,9 +68,13 @@ def _comparison(found: list[Table]) -> dict[str, Any]:
             for row in table.rows
             if row.changes[-1] is not None
         }
-        for table in found
+        for table in tables
     }
 
 
-def score_tables(columns: list[Column], seed: int) -> dict[str, Any]:
-    return {"tables": tables(columns, seed), "margin": MARGIN, "bleu_margin": BLEU_MARGIN}
+def score_template_values(columns: list[EvalColumn], seed: int) -> dict[str, Any]:
+    return {
+        "tables": build_task_tables(columns, seed),
+        "equivalence_margin": EQUIVALENCE_MARGIN,
+        "bleu_equivalence_margin": BLEU_EQUIVALENCE_MARGIN,
+    }

@@ -5,13 +5,13 @@ from typing import Any
 
 import tomli_w
 
-from medgpt.reports.run import Metrics, curve, page
+from medgpt.reports.run import Metrics, plot_curve, render_page
 from medgpt.runs import Run
 
-SAMPLES = "rollouts.json"
+ROLLOUT_SAMPLES = "rollouts.json"
 """What a run keeps for its report: a list of {"iteration", "prompt", "answer", "total",
 "components": {name: number}}, never from a sensitive source."""
-WINDOW = 5  # iterations that "before" and "after" are the means of
+WINDOW_ITERATIONS = 5  # iterations that "before" and "after" are the means of
 CURVES = (  # title, unit, metric -> label
     (
         "Score",
@@ -27,7 +27,7 @@ CURVES = (  # title, unit, metric -> label
     ("Critic", "explained variance", {"critic/explained_variance": "critic"}),
     ("Speed", "samples per second", {"ppo/samples_per_s": "all workers"}),
 )
-COMPARED = {  # metric -> label; more is better unless marked
+COMPARED_METRICS = {  # metric -> label; more is better unless marked
     "ppo/score_mean": "score in training",
     "judge/score": "held-out reward model",
     "judge/checks": "held-out checks",
@@ -38,97 +38,110 @@ COMPARED = {  # metric -> label; more is better unless marked
     "rollout/response_tokens": "tokens of an answer",
     "actor/kl_ref": "nats from the reference",
 }
-REWARDS = "rewards/"
-PHASES = ("generate", "score", "update", "sync", "prompts", "wait")  # in this order, then others
+REWARDS_PREFIX = "rewards/"
+PHASE_ORDER = (
+    "generate",
+    "score",
+    "update",
+    "sync",
+    "prompts",
+    "wait",
+)  # in this order, then others
 
 
 def write_ppo_report(run: Run) -> None:
     """Write report.html from what the run directory holds."""
     metrics = run.metrics()
-    samples = run.folder.read_json(SAMPLES) if run.folder.exists(SAMPLES) else []
-    components = _components(metrics)
-    named = {f"{REWARDS}{name}": name for name in components}
-    broken = {f"{REWARDS}{name}_violations": name for name in components}
-    drawn = [
+    samples = run.folder.read_json(ROLLOUT_SAMPLES) if run.folder.exists(ROLLOUT_SAMPLES) else []
+    components = _component_names(metrics)
+    component_labels = {f"{REWARDS_PREFIX}{name}": name for name in components}
+    violation_labels = {f"{REWARDS_PREFIX}{name}_violations": name for name in components}
+    curve_specs = [
         *CURVES[:1],
-        ("Reward components", "mean, before weights", named),
-        ("Rules violated", "share of the answers", broken),
+        ("Reward components", "mean, before weights", component_labels),
+        ("Rules violated", "share of the answers", violation_labels),
         ("Judge", "held-out questions", {"judge/checks": "checks", "judge/score": "reward model"}),
         *CURVES[1:],
     ]
-    curves = [(title, curve(metrics, unit, lines)) for title, unit, lines in drawn]
-    html = page(
+    curves = [(title, plot_curve(metrics, unit, lines)) for title, unit, lines in curve_specs]
+    html = render_page(
         "ppo.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
-        facts=_facts(metrics),
-        compared=_compared(metrics),
-        phases=_phases(metrics),
+        key_numbers=_key_numbers(metrics),
+        compared=_before_and_after(metrics),
+        phase_times=_phase_times(metrics),
         curves=[(title, svg) for title, svg in curves if svg],
-        samples=_by_prompt(samples),
+        samples=_group_by_prompt(samples),
     )
     run.folder.write_text("report.html", html)
 
 
-def _components(metrics: Metrics) -> list[str]:
+def _component_names(metrics: Metrics) -> list[str]:
     """Names of the reward's components, in the order in which they were logged."""
-    masked = [key for line in metrics for key in line if key.startswith(REWARDS)]
-    names = [key.removeprefix(REWARDS) for key in masked if key.endswith("_masked")]
+    reward_keys = [key for line in metrics for key in line if key.startswith(REWARDS_PREFIX)]
+    names = [key.removeprefix(REWARDS_PREFIX) for key in reward_keys if key.endswith("_masked")]
     return list(dict.fromkeys(name.removesuffix("_masked") for name in names))
 
 
-def _compared(metrics: Metrics) -> list[dict[str, Any]]:
+def _before_and_after(metrics: Metrics) -> list[dict[str, Any]]:
     """First and last values; of what every iteration logs, means of the first and last few."""
     rows = []
-    for name, label in COMPARED.items():
+    for name, label in COMPARED_METRICS.items():
         values = [line[name] for line in metrics if name in line]
-        size = 1 if name.startswith("judge/") else min(WINDOW, max(1, len(values) // 2))
+        window = (
+            1 if name.startswith("judge/") else min(WINDOW_ITERATIONS, max(1, len(values) // 2))
+        )
         errors = [line[f"{name}_se"] for line in metrics if f"{name}_se" in line]
         if len(values) > 1:
-            row = {"label": label, "before": fmean(values[:size]), "after": fmean(values[-size:])}
+            row = {
+                "label": label,
+                "before": fmean(values[:window]),
+                "after": fmean(values[-window:]),
+            }
             rows.append(row | {"errors": (errors[0], errors[-1]) if errors else None})
     return rows
 
 
-def _phases(metrics: Metrics) -> list[dict[str, Any]]:
+def _phase_times(metrics: Metrics) -> list[dict[str, Any]]:
     """Mean seconds of an iteration by phase, and their share of it."""
     lines = [line for line in metrics if "time/iteration_s" in line]
     if not lines:
         return []
-    whole = fmean(line["time/iteration_s"] for line in lines)
+    iteration_s = fmean(line["time/iteration_s"] for line in lines)
     keys = [k for line in lines for k in line if k.startswith("time/") and k.endswith("_s")]
     names = [key.removeprefix("time/").removesuffix("_s") for key in dict.fromkeys(keys)]
     names = [name for name in names if name != "iteration"]
-    ordered = [p for p in PHASES if p in names] + [n for n in names if n not in PHASES]
+    ordered = [p for p in PHASE_ORDER if p in names] + [n for n in names if n not in PHASE_ORDER]
     return [
-        {"name": name, "seconds": seconds, "share": seconds / whole}
+        {"name": name, "seconds": seconds, "share": seconds / iteration_s}
         for name in ordered
         for seconds in [fmean(line.get(f"time/{name}_s", 0.0) for line in lines)]
     ]
 
 
-def _facts(metrics: Metrics) -> dict[str, str]:
+def _key_numbers(metrics: Metrics) -> dict[str, str]:
     """The numbers a reader looks for first."""
     iterations = [line for line in metrics if "ppo/score_mean" in line]
     if not iterations:
         return {}
     last = iterations[-1]
-    facts = {"Iterations": f"{last['step']:,}", "Time": f"{last['time_s'] / 60:.1f} min"}
+    numbers = {"Iterations": f"{last['step']:,}", "Time": f"{last['time_s'] / 60:.1f} min"}
     speeds = sorted(line["ppo/samples_per_s"] for line in iterations if "ppo/samples_per_s" in line)
     if speeds:
-        facts["Samples per second (median)"] = f"{speeds[len(speeds) // 2]:,.2f}"
+        numbers["Samples per second (median)"] = f"{speeds[len(speeds) // 2]:,.2f}"
     skipped = sum(line.get("ppo/skipped_steps", 0) for line in iterations)
-    facts["Skipped steps"] = f"{skipped:,.0f}"
-    masked = [line["rewards/masked"] for line in iterations if "rewards/masked" in line]
-    if masked:
-        facts["Samples without reward"] = f"{fmean(masked):.2%}"
-    return facts
+    numbers["Skipped steps"] = f"{skipped:,.0f}"
+    masked_shares = [line["rewards/masked"] for line in iterations if "rewards/masked" in line]
+    if masked_shares:
+        numbers["Samples without reward"] = f"{fmean(masked_shares):.2%}"
+    return numbers
 
 
-def _by_prompt(samples: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+def _group_by_prompt(samples: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Answers to the same prompt under each other, the earliest first."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    answers_by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: sample["iteration"]):
-        found.setdefault(sample["prompt"], []).append(sample)
-    return list(found.items())
+        answers_by_prompt.setdefault(sample["prompt"], []).append(sample)
+    return list(answers_by_prompt.items())

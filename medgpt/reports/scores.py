@@ -5,21 +5,23 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from medgpt.eval.gates import MAIN, disagreement
-from medgpt.eval.results import LENGTHS
-from medgpt.eval.stats import Comparison, compare
-from medgpt.eval.task import ItemResult, Value
-from medgpt.eval.tasks.overlap import BLEU_METRICS, DISTINCT_METRICS, difference_of
+from medgpt.eval.gates import MAIN_METRICS, why_not_comparable
+from medgpt.eval.results import LENGTH_METRICS
+from medgpt.eval.stats import Comparison, compare_runs
+from medgpt.eval.task import ItemResult, MetricValue
+from medgpt.eval.tasks.text_metrics import BLEU_METRICS, DISTINCT_METRICS, corpus_difference
 
-MARGIN = 0.01  # of a share or of nats: differences whose interval lies within it count as none
-BLEU_MARGIN = 1.0  # the same in percent
-SHOWN_ANSWERS = 3  # best, and as many worst
+EQUIVALENCE_MARGIN = (
+    0.01  # of a share or of nats: differences whose interval lies within it count as none
+)
+BLEU_EQUIVALENCE_MARGIN = 1.0  # the same in percent
+NUM_SHOWN_ANSWERS = 3  # best, and as many worst
 LOWER_IS_BETTER = {
     *("nll_per_token", "nll_per_character", "invalid_rate", "refused_rate", "cut_rate"),
     *("under", "over", "less_urgent", "more_urgent", "over_refusal", "premise_accepted"),
     "repetition",
 }
-RANKED_BY = {  # what makes an answer good
+ANSWER_RANKING_METRICS = {  # what makes an answer good
     "mcq": ("accuracy",),
     "generation": ("rouge_l",),
     "key_points": ("passed", "stated"),
@@ -30,15 +32,15 @@ RANKED_BY = {  # what makes an answer good
 Score = dict[str, float]
 
 
-def margin_of(metric: str) -> float:
+def equivalence_margin(metric: str) -> float:
     """The difference that counts as none."""
-    if metric in LENGTHS:
+    if metric in LENGTH_METRICS:
         return 0.0
-    return BLEU_MARGIN if metric in BLEU_METRICS else MARGIN
+    return BLEU_EQUIVALENCE_MARGIN if metric in BLEU_METRICS else EQUIVALENCE_MARGIN
 
 
 @dataclass(frozen=True)
-class Column:
+class EvalColumn:
     """One evaluation."""
 
     name: str
@@ -47,7 +49,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """One metric: a score in each column that has it, and the change over the column before."""
 
     metric: str
@@ -59,14 +61,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Slices:
+class SliceTable:
     name: str
     metric: str
     values: list[tuple[str, list[Score | None]]]
 
 
 @dataclass(frozen=True)
-class Answers:
+class SharedAnswers:
     """The same question in all columns that asked it and may show it."""
 
     score: float
@@ -74,47 +76,50 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Table:
+class TaskTable:
     task: str
     kind: str
     columns: list[str]
     facts: list[str]
-    rows: list[Row]
-    slices: list[Slices]
-    best: list[Answers]
-    worst: list[Answers]
+    rows: list[MetricRow]
+    slices: list[SliceTable]
+    best: list[SharedAnswers]
+    worst: list[SharedAnswers]
 
 
-def tables(columns: Sequence[Column], seed: int) -> list[Table]:
+def build_task_tables(columns: Sequence[EvalColumn], seed: int) -> list[TaskTable]:
     """One for each task, in the order in which they appear."""
     tasks = dict.fromkeys(task for column in columns for task in column.results["tasks"])
     return [
-        _table(task, [c for c in columns if task in c.results["tasks"]], seed) for task in tasks
+        _task_table(task, [c for c in columns if task in c.results["tasks"]], seed)
+        for task in tasks
     ]
 
 
-def _table(task: str, columns: Sequence[Column], seed: int) -> Table:
+def _task_table(task: str, columns: Sequence[EvalColumn], seed: int) -> TaskTable:
     parts = [column.results["tasks"][task] for column in columns]
     kind = parts[-1]["kind"]
     metrics = dict.fromkeys(metric for part in parts for metric in part["metrics"])
-    facts = [_facts(column.name, part) for column, part in zip(columns, parts, strict=True)]
+    facts = [
+        _describe_column(column.name, part) for column, part in zip(columns, parts, strict=True)
+    ]
     for (before, theirs), (now, ours) in pairwise(zip(columns, parts, strict=True)):
-        if reason := disagreement(ours, theirs):
+        if reason := why_not_comparable(ours, theirs):
             facts.append(f"{now.name} is not compared with {before.name}, which {reason}")
-    best, worst = _answers(task, kind, columns)
-    return Table(
+    best, worst = _best_and_worst_answers(task, kind, columns)
+    return TaskTable(
         task,
         kind,
         [column.name for column in columns],
         facts,
-        [_row(task, metric, columns, seed) for metric in metrics],
-        _slices(kind, parts),
+        [_metric_row(task, metric, columns, seed) for metric in metrics],
+        _slice_tables(kind, parts),
         best,
         worst,
     )
 
 
-def _facts(name: str, part: dict[str, Any]) -> str:
+def _describe_column(name: str, part: dict[str, Any]) -> str:
     template = part.get("chat_template")
     chat = f", chat template {template[:8]}" if template else ""
     return (
@@ -123,7 +128,7 @@ def _facts(name: str, part: dict[str, Any]) -> str:
     )
 
 
-def _row(task: str, metric: str, columns: Sequence[Column], seed: int) -> Row:
+def _metric_row(task: str, metric: str, columns: Sequence[EvalColumn], seed: int) -> MetricRow:
     scores = [column.results["tasks"][task]["metrics"].get(metric) for column in columns]
     known = [score for score in scores if score]
     low, high = min(s["low"] for s in known), max(s["high"] for s in known)
@@ -131,75 +136,83 @@ def _row(task: str, metric: str, columns: Sequence[Column], seed: int) -> Row:
         low, high = 0.0, 1.0
     changes: list[Comparison | None] = [None] * len(columns)
     for number in range(1, len(columns)):
-        changes[number] = _change(task, metric, columns[number - 1], columns[number], seed)
-    return Row(metric, metric in LOWER_IS_BETTER, scores, changes, low, high)
+        changes[number] = _compare_columns(task, metric, columns[number - 1], columns[number], seed)
+    return MetricRow(metric, metric in LOWER_IS_BETTER, scores, changes, low, high)
 
 
-def _change(task: str, metric: str, before: Column, now: Column, seed: int) -> Comparison | None:
+def _compare_columns(
+    task: str, metric: str, before: EvalColumn, now: EvalColumn, seed: int
+) -> Comparison | None:
     """None if the two do not compare, or one of them has no such metric."""
-    if disagreement(now.results["tasks"][task], before.results["tasks"][task]):
+    if why_not_comparable(now.results["tasks"][task], before.results["tasks"][task]):
         return None
     if metric in (*BLEU_METRICS, *DISTINCT_METRICS):
-        return _corpus_change(task, metric, before, now, seed)
-    ours, theirs = _values(now.items[task], metric), _values(before.items[task], metric)
+        return _compare_corpus_scores(task, metric, before, now, seed)
+    ours, theirs = _item_values(now.items[task], metric), _item_values(before.items[task], metric)
     shared = ours.keys() & theirs.keys()
     if not any(ours[id][1] for id in shared) or not any(theirs[id][1] for id in shared):
         return None
-    return compare(ours, theirs, margin=margin_of(metric), seed=seed)
+    return compare_runs(ours, theirs, margin=equivalence_margin(metric), seed=seed)
 
 
-def _corpus_change(
-    task: str, metric: str, before: Column, now: Column, seed: int
+def _compare_corpus_scores(
+    task: str, metric: str, before: EvalColumn, now: EvalColumn, seed: int
 ) -> Comparison | None:
     """Of a score of all answers together."""
     scores = [column.results["tasks"][task]["metrics"].get(metric) for column in (now, before)]
     if None in scores:
         return None
-    one, other = (score["value"] for score in scores)
+    our_value, their_value = (score["value"] for score in scores)
     ours, theirs = ({i.id: i.counts for i in column.items[task]} for column in (now, before))
     assert ours.keys() == theirs.keys(), f"{task}: equal data have other items"
-    found = difference_of(metric, list(ours.values()), [theirs[id] for id in ours], seed)
-    return Comparison(len(ours), one, other, found, None, margin_of(metric))
+    difference = corpus_difference(metric, list(ours.values()), [theirs[id] for id in ours], seed)
+    return Comparison(
+        len(ours), our_value, their_value, difference, None, equivalence_margin(metric)
+    )
 
 
-def _values(items: Sequence[ItemResult], metric: str) -> dict[str, tuple[float, float]]:
-    return {item.id: _pair(item.values[metric]) for item in items if metric in item.values}
+def _item_values(items: Sequence[ItemResult], metric: str) -> dict[str, tuple[float, float]]:
+    return {item.id: _as_fraction(item.values[metric]) for item in items if metric in item.values}
 
 
-def _pair(value: Value) -> tuple[float, float]:
+def _as_fraction(value: MetricValue) -> tuple[float, float]:
     return (float(value), 1.0) if isinstance(value, int | float) else (value[0], value[1])
 
 
-def _slices(kind: str, parts: Sequence[dict[str, Any]]) -> list[Slices]:
+def _slice_tables(kind: str, parts: Sequence[dict[str, Any]]) -> list[SliceTable]:
     """Of each slice with more than one value, the main metric (else the first that is there)."""
-    found = []
+    slice_tables = []
     names = dict.fromkeys(name for part in parts for name in part["slices"])
     for name in names:
         groups = [part["slices"].get(name, {}) for part in parts]
         values = sorted({value for group in groups for value in group})
         if len(values) < 2:
             continue
-        rows: dict[str, list[tuple[str, list[Score | None]]]] = {}
+        rows_by_metric: dict[str, list[tuple[str, list[Score | None]]]] = {}
         for value in values:
-            have = next(group[value] for group in groups if value in group)
-            main = MAIN.get(kind)
-            metric = main if main in have else next(iter(have), None)
+            metrics = next(group[value] for group in groups if value in group)
+            main_metric = MAIN_METRICS.get(kind)
+            metric = main_metric if main_metric in metrics else next(iter(metrics), None)
             if metric is not None:
                 scores = [group.get(value, {}).get(metric) for group in groups]
-                rows.setdefault(metric, []).append((value, scores))
-        found += [Slices(name, metric, part) for metric, part in rows.items()]
-    return found
+                rows_by_metric.setdefault(metric, []).append((value, scores))
+        slice_tables += [SliceTable(name, metric, part) for metric, part in rows_by_metric.items()]
+    return slice_tables
 
 
-def _answers(
-    task: str, kind: str, columns: Sequence[Column]
-) -> tuple[list[Answers], list[Answers]]:
+def _best_and_worst_answers(
+    task: str, kind: str, columns: Sequence[EvalColumn]
+) -> tuple[list[SharedAnswers], list[SharedAnswers]]:
     """Best and worst answers of the last column; nothing that must not be shown has any."""
     ranked = []
     for item in columns[-1].items[task]:
-        scores = [item.values[name] for name in RANKED_BY.get(kind, ()) if name in item.values]
+        scores = [
+            item.values[name]
+            for name in ANSWER_RANKING_METRICS.get(kind, ())
+            if name in item.values
+        ]
         if scores and item.shown:
-            pairs = [_pair(score) for score in scores]
+            pairs = [_as_fraction(score) for score in scores]
             mean = sum(a / b if b else 0.0 for a, b in pairs) / len(pairs)
             ranked.append((mean, item.id))
     ranked.sort(key=lambda pair: (-pair[0], pair[1]))
@@ -210,11 +223,11 @@ def _answers(
         if item.shown
     }
     answers = [
-        Answers(
+        SharedAnswers(
             score,
             [(c.name, shown[c.name, id]) for c in columns if (c.name, id) in shown],
         )
         for score, id in ranked
     ]
-    half = min(SHOWN_ANSWERS, len(answers) // 2)
-    return answers[: len(answers) - half][:SHOWN_ANSWERS], answers[::-1][:half]
+    half = min(NUM_SHOWN_ANSWERS, len(answers) // 2)
+    return answers[: len(answers) - half][:NUM_SHOWN_ANSWERS], answers[::-1][:half]

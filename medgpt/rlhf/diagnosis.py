@@ -15,14 +15,14 @@ KL = "actor/kl_ref"  # nats of an answer, mean
 ENTROPY = "actor/entropy"  # nats of a token, mean
 SCORE = "ppo/score_mean"
 LENGTH = "rollout/response_tokens"  # mean
-STEPS = (  # optimizer steps of the iteration, those not finite, whose rate to lower
+STEP_COUNTS = (  # optimizer steps of the iteration, those not finite, whose rate to lower
     ("ppo/steps", "ppo/skipped_steps", "optimizer.learning_rate"),
     ("critic/steps", "critic/skipped_steps", "critic.optimizer.learning_rate"),
 )
 NOT_FINITE = "ppo/not_finite"  # share of the samples that were left out as such
 MASKED = "rewards/masked"  # share of the samples
-MARKS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
-WATCHED = (KL, ENTROPY, SCORE, LENGTH)
+JUDGE_METRICS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
+MUST_BE_FINITE = (KL, ENTROPY, SCORE, LENGTH)
 
 
 class Diverged(RuntimeError):
@@ -34,23 +34,23 @@ def diagnose(history: History, config: DiagnosisConfig) -> str | None:
     return next((why for check in CHECKS if (why := check(history, config))), None)
 
 
-def not_finite(history: History, config: DiagnosisConfig) -> str | None:
+def nonfinite_numbers(history: History, config: DiagnosisConfig) -> str | None:
     """A metric of the last iteration is no number, or most steps or samples were left out."""
-    last = history[-1] if history else {}
-    for name in WATCHED:
-        if name in last and not math.isfinite(last[name]):
-            return f"{name} is {last[name]}; lower optimizer.learning_rate or compute in fp32"
-    recent = history[-config.window :]
-    for made, lost, key in STEPS:
-        steps = sum(line.get(made, 0) for line in recent)
-        skipped = sum(line.get(lost, 0) for line in recent)
+    latest = history[-1] if history else {}
+    for name in MUST_BE_FINITE:
+        if name in latest and not math.isfinite(latest[name]):
+            return f"{name} is {latest[name]}; lower optimizer.learning_rate or compute in fp32"
+    recent_lines = history[-config.window :]
+    for steps_metric, skipped_metric, key in STEP_COUNTS:
+        steps = sum(line.get(steps_metric, 0) for line in recent_lines)
+        skipped = sum(line.get(skipped_metric, 0) for line in recent_lines)
         if config.max_skipped_share and steps and skipped / steps > config.max_skipped_share:
-            whose = "the critic's " if key.startswith("critic") else ""
+            owner = "the critic's " if key.startswith("critic") else ""
             return (
-                f"{skipped:.0f} of {whose}{steps:.0f} optimizer steps in {len(recent)} iterations "
-                f"were not finite and were skipped; lower {key} or compute in fp32"
+                f"{skipped:.0f} of {owner}{steps:.0f} optimizer steps in {len(recent_lines)} "
+                f"iterations were not finite and were skipped; lower {key} or compute in fp32"
             )
-    left_out = _recent(history, NOT_FINITE, config.window)
+    left_out = _recent_mean(history, NOT_FINITE, config.window)
     if config.max_skipped_share and left_out and left_out > config.max_skipped_share:
         return (
             f"{left_out:.0%} of the samples were left out: a model gave them numbers that are not "
@@ -59,9 +59,9 @@ def not_finite(history: History, config: DiagnosisConfig) -> str | None:
     return None
 
 
-def masked(history: History, config: DiagnosisConfig) -> str | None:
+def too_many_masked(history: History, config: DiagnosisConfig) -> str | None:
     """Too many samples have no reward."""
-    share = _recent(history, MASKED, config.window)
+    share = _recent_mean(history, MASKED, config.window)
     if share is None or not config.max_masked_share or share <= config.max_masked_share:
         return None
     names = [
@@ -69,16 +69,16 @@ def masked(history: History, config: DiagnosisConfig) -> str | None:
         for name, value in history[-1].items()
         if name.startswith("rewards/") and name.endswith("_masked") and value
     ]
-    whose = ", ".join(names) or "a component"
+    components = ", ".join(names) or "a component"
     return (
-        f"{share:.0%} of the samples have no reward because {whose} failed; the log tells with "
-        "which error"
+        f"{share:.0%} of the samples have no reward because {components} failed; the log tells "
+        "with which error"
     )
 
 
 def far_from_reference(history: History, config: DiagnosisConfig) -> str | None:
     """The policy has left the reference."""
-    kl = _recent(history, KL, config.window)
+    kl = _recent_mean(history, KL, config.window)
     if kl is None or not config.max_kl or kl <= config.max_kl:
         return None
     return (
@@ -89,10 +89,10 @@ def far_from_reference(history: History, config: DiagnosisConfig) -> str | None:
 
 def entropy_collapse(history: History, config: DiagnosisConfig) -> str | None:
     """The policy says the same whatever it is asked."""
-    found = _first_and_recent(history, ENTROPY, config.window)
-    if found is None or not config.min_entropy_share:
+    means = _first_and_recent_means(history, ENTROPY, config.window)
+    if means is None or not config.min_entropy_share:
         return None
-    first, recent = found
+    first, recent = means
     if recent >= config.min_entropy_share * first:
         return None
     return (
@@ -104,10 +104,10 @@ def entropy_collapse(history: History, config: DiagnosisConfig) -> str | None:
 
 def length_explosion(history: History, config: DiagnosisConfig) -> str | None:
     """Answers grow and grow."""
-    found = _first_and_recent(history, LENGTH, config.window)
-    if found is None or not config.max_length_factor:
+    means = _first_and_recent_means(history, LENGTH, config.window)
+    if means is None or not config.max_length_factor:
         return None
-    first, recent = found
+    first, recent = means
     if recent <= config.max_length_factor * first:
         return None
     return (
@@ -117,49 +117,55 @@ def length_explosion(history: History, config: DiagnosisConfig) -> str | None:
     )
 
 
-def proxy_hacked(history: History, config: DiagnosisConfig) -> str | None:
+def reward_hacking(history: History, config: DiagnosisConfig) -> str | None:
     """The training score rises while a held-out mark falls."""
     if not config.judge_drop:
         return None
-    for mark in MARKS:
-        if why := _hacked(history, mark, config):
-            return why
+    for metric in JUDGE_METRICS:
+        if reason := _exploits_reward(history, metric, config):
+            return reason
     return None
 
 
-def _hacked(history: History, mark: str, config: DiagnosisConfig) -> str | None:
-    judged = [i for i, line in enumerate(history) if mark in line]
-    if len(judged) <= config.judge_patience:
+def _exploits_reward(history: History, metric: str, config: DiagnosisConfig) -> str | None:
+    judged_steps = [i for i, line in enumerate(history) if metric in line]
+    if len(judged_steps) <= config.judge_patience:
         return None
-    best = max(judged[: -config.judge_patience], key=lambda i: history[i][mark])
-    low = judged[-config.judge_patience :]
-    if not all(_below(history[i], history[best], mark, config.judge_drop) for i in low):
+    best_step = max(judged_steps[: -config.judge_patience], key=lambda i: history[i][metric])
+    recent_judged = judged_steps[-config.judge_patience :]
+    best = history[best_step]
+    if not all(_is_below(history[i], best, metric, config.judge_drop) for i in recent_judged):
         return None
     # judged best before there was a window of scores: the first one counts
-    then = _scores(history[: best + 1])[-config.window :]
-    if len(then) < config.window:
-        then = _scores(history)[: config.window]
-    now = _scores(history)[-config.window :]
-    if len(now) < config.window or not _rose(then, now, config.judge_drop):
+    scores_before = _scores(history[: best_step + 1])[-config.window :]
+    if len(scores_before) < config.window:
+        scores_before = _scores(history)[: config.window]
+    scores_now = _scores(history)[-config.window :]
+    if len(scores_now) < config.window or not _has_risen(
+        scores_before, scores_now, config.judge_drop
+    ):
         return None
-    was, told = history[best][mark], history[low[-1]][mark]
+    highest, latest = best[metric], history[recent_judged[-1]][metric]
     return (
-        f"the training score rose from {fmean(then):.3g} to {fmean(now):.3g} while the held-out "
-        f"{mark} fell from {was:.3g} to {told:.3g}: the policy exploits the reward; raise "
-        "ppo.kl_coef, cap or drop the component that rose, or stop earlier"
+        f"the training score rose from {fmean(scores_before):.3g} to {fmean(scores_now):.3g} "
+        f"while the held-out {metric} fell from {highest:.3g} to {latest:.3g}: the policy "
+        "exploits the reward; raise ppo.kl_coef, cap or drop the component that rose, or stop "
+        "earlier"
     )
 
 
-def _below(line: Mapping[str, float], best: Mapping[str, float], mark: str, errors: float) -> bool:
+def _is_below(
+    line: Mapping[str, float], best: Mapping[str, float], metric: str, errors: float
+) -> bool:
     """Whether a mark lies that many standard errors of the difference below the best."""
-    error = math.hypot(line.get(f"{mark}_se", 0.0), best.get(f"{mark}_se", 0.0))
-    return line[mark] < best[mark] - errors * error
+    error = math.hypot(line.get(f"{metric}_se", 0.0), best.get(f"{metric}_se", 0.0))
+    return line[metric] < best[metric] - errors * error
 
 
-def _rose(then: Sequence[float], now: Sequence[float], errors: float) -> bool:
+def _has_risen(before: Sequence[float], now: Sequence[float], errors: float) -> bool:
     """Whether the second mean is that many standard errors of the difference above the first."""
-    error = math.hypot(*(stdev(part) / math.sqrt(len(part)) for part in (then, now)))
-    return fmean(now) - fmean(then) > errors * error
+    error = math.hypot(*(stdev(part) / math.sqrt(len(part)) for part in (before, now)))
+    return fmean(now) - fmean(before) > errors * error
 
 
 def _scores(history: History) -> list[float]:
@@ -170,13 +176,13 @@ def _values(history: History, name: str) -> Iterator[float]:
     yield from (line[name] for line in history if name in line)
 
 
-def _recent(history: History, name: str, window: int) -> float | None:
+def _recent_mean(history: History, name: str, window: int) -> float | None:
     """Mean of the last window; None before there is a whole one."""
     values = list(_values(history, name))[-window:]
     return fmean(values) if len(values) == window else None
 
 
-def _first_and_recent(history: History, name: str, window: int) -> tuple[float, float] | None:
+def _first_and_recent_means(history: History, name: str, window: int) -> tuple[float, float] | None:
     """Means of the first and of the last window; None while they overlap."""
     values = list(_values(history, name))
     if len(values) < 2 * window:
@@ -185,10 +191,10 @@ def _first_and_recent(history: History, name: str, window: int) -> tuple[float, 
 
 
 CHECKS: tuple[Callable[[History, DiagnosisConfig], str | None], ...] = (
-    not_finite,
-    masked,
+    nonfinite_numbers,
+    too_many_masked,
     far_from_reference,
     entropy_collapse,
     length_explosion,
-    proxy_hacked,
+    reward_hacking,
 )

@@ -22,9 +22,9 @@ from medgpt.rlhf.rollout_batch import (
     Scores,
     Sequences,
     Values,
-    join_rows,
+    join_per_sequence,
+    join_per_token,
     join_sequences,
-    join_tokens,
 )
 
 
@@ -33,9 +33,9 @@ class RunningStats(NamedTuple):
 
     num: float = 0.0
     mean: float = 0.0
-    squares: float = 0.0  # sum of squared distances from the mean
+    sum_squares: float = 0.0  # sum of squared distances from the mean
 
-    def including(self, x: NDArray[np.floating[Any]]) -> "RunningStats":
+    def updated(self, x: NDArray[np.floating[Any]]) -> "RunningStats":
         if not len(x):
             return self
         num, mean = self.num + len(x), float(x.mean(dtype=np.float64))
@@ -44,37 +44,39 @@ class RunningStats(NamedTuple):
         return RunningStats(
             num,
             self.mean + (mean - self.mean) * len(x) / num,
-            self.squares + squares + between,
+            self.sum_squares + squares + between,
         )
 
     @property
     def std(self) -> float:
-        return (self.squares / max(1.0, self.num - 1)) ** 0.5
+        return (self.sum_squares / max(1.0, self.num - 1)) ** 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class RolloutParts:
     """All that the pools found out about an iteration's rollouts, in any order."""
 
     sequences: list[Sequences]
     scores: list[Scores]
     values: list[Values]
-    old: list[Logprobs]
+    old_logprobs: list[Logprobs]
     """Of the policy before the updates."""
-    reference: list[Logprobs]
+    reference_logprobs: list[Logprobs]
 
     @staticmethod
-    def of(parts: Iterable[object]) -> "Parts":
+    def from_outputs(parts: Iterable[object]) -> "RolloutParts":
         """Tell the parts by their kinds."""
-        found: dict[object, list[Any]] = {}
+        by_kind: dict[object, list[Any]] = {}
         for part in parts:
-            found.setdefault(part.of if isinstance(part, Logprobs) else type(part), []).append(part)
-        return Parts(
-            sequences=found[Sequences],
-            scores=found[Scores],
-            values=found[Values],
-            old=found["actor"],
-            reference=found["reference"],
+            by_kind.setdefault(part.model if isinstance(part, Logprobs) else type(part), []).append(
+                part
+            )
+        return RolloutParts(
+            sequences=by_kind[Sequences],
+            scores=by_kind[Scores],
+            values=by_kind[Values],
+            old_logprobs=by_kind["actor"],
+            reference_logprobs=by_kind["reference"],
         )
 
 
@@ -83,76 +85,85 @@ class Experience:
     """A rollout batch with everything PPO needs to learn from it."""
 
     sequences: Sequences
-    rows: NDArray[np.int64]
+    valid_rows: NDArray[np.int64]
     """Sequences that count: not those with a failed reward, an empty response, or a log-probability
     or value that is not finite and would spoil all others by the whitening."""
     old_logprobs: Tensor  # (N,)
     values: Tensor  # (N,) before the updates
     advantages: Tensor  # (N,)
     returns: Tensor  # (N,)
-    weights: Tensor | None  # (N,) truncated importance weights
+    importance_weights: Tensor | None  # (N,) truncated importance weights
     score_stats: RunningStats  # with this batch
     metrics: dict[str, float]
 
 
-def assign_credit(
-    parts: Parts, config: PPOConfig, *, kl_coef: float, score_stats: RunningStats
+def make_experience(
+    parts: RolloutParts, config: PPOConfig, *, kl_coef: float, score_stats: RunningStats
 ) -> Experience:
     """Scores and divergence as rewards of tokens, advantages and returns."""
     sequences = join_sequences(parts.sequences)
     responses = sequences.responses
-    old, reference = join_tokens(parts.old, responses), join_tokens(parts.reference, responses)
-    totals = join_rows([p.index for p in parts.scores], [p.totals for p in parts.scores])
-    flat_values = join_tokens(parts.values, responses)
-    after = join_rows([p.index for p in parts.values], [p.after for p in parts.values])
-    broken = _not_finite(responses, old, reference, flat_values) | ~np.isfinite(after)
-    counts = np.isfinite(totals) & (responses.lengths > 0) & ~broken
-    rows, scored = np.flatnonzero(counts), totals[np.isfinite(totals)]
+    old, reference = (
+        join_per_token(parts.old_logprobs, responses),
+        join_per_token(parts.reference_logprobs, responses),
+    )
+    totals = join_per_sequence([p.index for p in parts.scores], [p.totals for p in parts.scores])
+    flat_values = join_per_token(parts.values, responses)
+    bootstrap = join_per_sequence(
+        [p.index for p in parts.values], [p.bootstrap for p in parts.values]
+    )
+    nonfinite = _has_nonfinite_token(responses, old, reference, flat_values) | ~np.isfinite(
+        bootstrap
+    )
+    valid = np.isfinite(totals) & (responses.lengths > 0) & ~nonfinite
+    valid_rows, known_totals = np.flatnonzero(valid), totals[np.isfinite(totals)]
 
-    scores, stats = shape_scores(totals, sequences, counts, config, score_stats)
-    real = _real_tokens(responses.lengths)  # (B, T)
-    mask = real & torch.from_numpy(counts)[:, None]
-    old_, reference_, values_ = (_padded(x, real) for x in (old, reference, flat_values))
+    scores, stats = shape_scores(totals, sequences, valid, config, score_stats)
+    response_mask = _response_mask(responses.lengths)  # (B, T)
+    mask = response_mask & torch.from_numpy(valid)[:, None]
+    old_, reference_, values_ = (_pad(x, response_mask) for x in (old, reference, flat_values))
     kl = kl_estimate(old_, reference_, config.kl_estimator)
     rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, score_clip=config.score_clip)
-    cut_off = torch.from_numpy(~sequences.finished)
+    truncated = torch.from_numpy(~sequences.finished)
     estimates = gae(
         rewards,
         values_,
         mask,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-        bootstrap_values=torch.from_numpy(after) * cut_off if config.bootstrap_truncated else None,
+        bootstrap_values=torch.from_numpy(bootstrap) * truncated
+        if config.bootstrap_truncated
+        else None,
     )
     advantages = estimates.advantages
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
-    gap, weights = importance(old, sequences, config)
-    divergence = torch.where(mask, old_ - reference_, 0.0).sum(1)[rows]
+    gap_metrics, weights = importance_weights(old, sequences, config)
+    divergence = torch.where(mask, old_ - reference_, 0.0).sum(1)[valid_rows]
     return Experience(
         sequences=sequences,
-        rows=rows,
+        valid_rows=valid_rows,
         old_logprobs=torch.from_numpy(old),
         values=torch.from_numpy(flat_values),
-        advantages=advantages[real],
-        returns=estimates.returns[real],
-        weights=weights,
+        advantages=advantages[response_mask],
+        returns=estimates.returns[response_mask],
+        importance_weights=weights,
         score_stats=stats,
         metrics={
-            "actor/kl_ref": float(divergence.mean()) if len(rows) else 0.0,
-            "actor/entropy": sum(part.entropy for part in parts.old) / max(1, len(old)),
-            "critic/explained_variance": _explained(estimates.returns, values_, mask),
-            "ppo/score_mean": float(scored.mean()) if len(scored) else 0.0,
-            "ppo/score_std": float(scored.std()) if len(scored) else 0.0,
+            "actor/kl_ref": float(divergence.mean()) if len(valid_rows) else 0.0,
+            "actor/entropy": sum(part.entropy for part in parts.old_logprobs) / max(1, len(old)),
+            "critic/explained_variance": _explained_variance(estimates.returns, values_, mask),
+            "ppo/score_mean": float(known_totals.mean()) if len(known_totals) else 0.0,
+            "ppo/score_std": float(known_totals.std()) if len(known_totals) else 0.0,
             "ppo/return_mean": float(masked_stats(estimates.returns, mask)[0]),
             "ppo/kl_coef": kl_coef,
-            "ppo/masked": float(len(totals) - len(scored)),
-            "ppo/not_finite": float(broken.mean()),
+            "ppo/masked": float(len(totals) - len(known_totals)),
+            "ppo/not_finite": float(nonfinite.mean()),
             "rollout/response_tokens": float(responses.lengths.mean()),
             "rollout/prompt_tokens": float(sequences.prompts.lengths.mean()),
             "rollout/eos_rate": float(sequences.finished.mean()),
             "rollout/empty": float((responses.lengths == 0).sum()),
-            **gap,
+            **gap_metrics,
         },
     )
 
@@ -160,20 +171,20 @@ def assign_credit(
 def shape_scores(
     totals: NDArray[np.float32],
     sequences: Sequences,
-    counts: NDArray[np.bool_],
+    valid: NDArray[np.bool_],
     config: PPOConfig,
     stats: RunningStats,
 ) -> tuple[Tensor, RunningStats]:
     """(B,) scores after the penalties, normalised if the config says so; and the running stats."""
     scores = totals - np.float32(config.length_penalty) * sequences.responses.lengths
     scores = scores - np.float32(config.missing_end_penalty) * ~sequences.finished
-    stats = stats.including(scores[counts])
+    stats = stats.updated(scores[valid])
     if config.normalise_scores:
         scores = (scores - stats.mean) / (stats.std + 1e-8)
     return torch.from_numpy(scores.astype(np.float32)), stats
 
 
-def importance(
+def importance_weights(
     old: NDArray[np.float32], sequences: Sequences, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor | None]:
     """How far the sampling was from the old policy; (N,) min(ratio, cap) where it is too far."""
@@ -192,28 +203,28 @@ def importance(
     return metrics | {"rollout/importance_weight": float(weights.nanmean())}, weights
 
 
-def _real_tokens(lengths: NDArray[np.int64]) -> Tensor:
+def _response_mask(lengths: NDArray[np.int64]) -> Tensor:
     """(B, T) bool"""
     width = max(1, int(lengths.max(initial=0)))
     return torch.arange(width) < torch.from_numpy(lengths)[:, None]
 
 
-def _not_finite(responses: Ragged, *flat: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _has_nonfinite_token(responses: Ragged, *flat: NDArray[np.float32]) -> NDArray[np.bool_]:
     """(B,) sequences with a token of which one of the `flat` (N,) is nan or infinite."""
     bad = ~np.isfinite(np.stack(flat)).all(0)
     rows = np.repeat(np.arange(len(responses)), responses.lengths)
     return np.bincount(rows[bad], minlength=len(responses)) > 0
 
 
-def _padded(flat: NDArray[np.float32], real: Tensor) -> Tensor:
+def _pad(flat: NDArray[np.float32], response_mask: Tensor) -> Tensor:
     """(B, T)"""
-    rows = torch.zeros(real.shape)
-    rows[real] = torch.from_numpy(flat)
+    rows = torch.zeros(response_mask.shape)
+    rows[response_mask] = torch.from_numpy(flat)
     return rows
 
 
-def _explained(returns: Tensor, values: Tensor, mask: Tensor) -> float:
+def _explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant one."""
     variance = float(masked_stats(returns, mask)[1])
-    left = float(masked_stats(returns - values, mask)[1])
-    return 1 - left / variance if variance > 0 else 0.0
+    residual = float(masked_stats(returns - values, mask)[1])
+    return 1 - residual / variance if variance > 0 else 0.0

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.data.tokenized.chat import generation_ids
-from medgpt.models.tokenizer import load_base
-from medgpt.rlhf.heldout_questions import Judge
+from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.rlhf.heldout_questions import HeldoutQuestions
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.roles.reward import Reward
@@ -15,7 +15,7 @@ from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.rollout_batch import Ragged, join_sequences
 
 
-class Judging:
+class HeldoutEval:
     """Asks what the judge wants to know, greedily, and has its reward model score the answers."""
 
     def __init__(self, config: PPOStageConfig, pools: Pools) -> None:
@@ -23,29 +23,34 @@ class Judging:
         self.config, self.pools = config, pools
         self.rollout: Pool[Rollout] = pools.pools["rollout"]
         self.reward: Pool[Reward] = pools.pools["reward"]
-        self.judge = Judge(config.judge, config.run.seed)
-        self.tokenizer = load_base(config.model.name)
-        prompts = [generation_ids(self.tokenizer, asked.messages) for asked in self.judge.asked]
-        self.prompts = pools.put(Ragged.of(prompts, np.int32))
+        self.question_set = HeldoutQuestions(config.judge, config.run.seed)
+        self.tokenizer = load_tokenizer(config.model.name)
+        prompts = [
+            generation_prompt_ids(self.tokenizer, question.messages)
+            for question in self.question_set.questions
+        ]
+        self.prompts = pools.put(Ragged.from_rows(prompts, np.int32))
 
-    def due(self, iteration: int) -> bool:
-        return self.judge.due(iteration)
+    def is_due(self, iteration: int) -> bool:
+        return self.question_set.is_due(iteration)
 
     def metrics(self) -> dict[str, float]:
         """Marks of the policy whose weights the rollout pool has."""
-        longest = self.config.judge.max_new_tokens
-        return self.marks(self.rollout.call(Rollout.answer, self.prompts, longest))
+        max_new_tokens = self.config.judge.max_new_tokens
+        return self.score_answers(
+            self.rollout.call(Rollout.generate_greedy, self.prompts, max_new_tokens)
+        )
 
-    def marks(self, answers: list[Any]) -> dict[str, float]:
+    def score_answers(self, answers: list[Any]) -> dict[str, float]:
         """Of refs of answers to all questions."""
         scores = None
         if self.config.judge.model is not None:
-            parts = self.pools.get(self.reward.call(Reward.judge, *answers), "judge")
+            parts = self.pools.get(self.reward.call(Reward.judge_scores, *answers), "judge")
             index = np.concatenate([part[0] for part in parts])
             scores = np.concatenate([part[1] for part in parts])[np.argsort(index)].tolist()
-        whole = join_sequences(self.pools.get(answers, "judge"))
+        sequences = join_sequences(self.pools.get(answers, "judge"))
         texts = [
-            str(self.tokenizer.decode(whole.responses.row(i), skip_special_tokens=True)).strip()
-            for i in range(len(whole))
+            str(self.tokenizer.decode(sequences.responses.row(i), skip_special_tokens=True)).strip()
+            for i in range(len(sequences))
         ]
-        return self.judge.metrics(texts, scores)
+        return self.question_set.metrics(texts, scores)

@@ -13,28 +13,28 @@ from statistics import fmean, stdev
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo_rewards import JudgeConfig
 from medgpt.data.sources.records import Message
-from medgpt.data.sources.rows import within
-from medgpt.medical.key_points import read_questions
-from medgpt.medical.statements import stated
-from medgpt.medical.triage import questions
-from medgpt.medical.urgency import Level, urgency
+from medgpt.data.sources.sampling import in_hash_range
+from medgpt.medical.key_points import read_key_point_questions
+from medgpt.medical.statements import states_key_points
+from medgpt.medical.triage import triage_questions
+from medgpt.medical.urgency import UrgencyLevel, advised_urgency
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class HeldoutQuestion:
     """A held-out question, with key points or with a level of urgency."""
 
     id: str
     messages: tuple[Message, ...]
     key_points: tuple[tuple[str, ...], ...] = ()
-    level: Level | None = None
+    level: UrgencyLevel | None = None
 
-    def mark(self, answer: str) -> float:
+    def score(self, answer: str) -> float:
         """From 0 to 1: the share of the key points, or whether the level is right: emergency or
         not. An answer that commits to no level is wrong."""
         if self.level is None:
-            return fmean(stated(answer, self.key_points))
-        advised = urgency(answer)
+            return fmean(states_key_points(answer, self.key_points))
+        advised = advised_urgency(answer)
         return float(advised is not None and (advised == "emergency") == self.is_red_flag)
 
     @property
@@ -42,27 +42,33 @@ class Asked:
         return self.level == "emergency"
 
 
-class Judge:
+class HeldoutQuestions:
     """Greedy answers to `asked`, in its order, are worth `metrics(answers, scores)`."""
 
     def __init__(self, config: JudgeConfig, seed: int) -> None:
         """Raises ConfigError: the file of key points cannot be read, or there is no question."""
         self._every = config.every
-        found: list[Asked] = []
+        questions: list[HeldoutQuestion] = []
         if config.key_points:
-            for question in read_questions(config.key_points, config.kinds):
-                if within(question.id, config.part):
-                    found.append(Asked(question.id, _said(question.prompt), question.key_points))
+            for question in read_key_point_questions(config.key_points, config.kinds):
+                if in_hash_range(question.id, config.part):
+                    questions.append(
+                        HeldoutQuestion(
+                            question.id, _user_turn(question.prompt), question.key_points
+                        )
+                    )
         if config.triage:
-            notes = questions(seed, config.languages, config.triage, part=config.part)
-            found += [Asked(note.id, _said(note.text), level=note.level) for note in notes]
-        self.asked = tuple(found)
-        if config.every and not found:
+            notes = triage_questions(seed, config.languages, config.triage, hash_range=config.part)
+            questions += [
+                HeldoutQuestion(note.id, _user_turn(note.text), level=note.level) for note in notes
+            ]
+        self.questions = tuple(questions)
+        if config.every and not questions:
             raise ConfigError(
                 f"judge.part={list(config.part)} leaves no question; widen it or ask more questions"
             )
 
-    def due(self, iteration: int) -> bool:
+    def is_due(self, iteration: int) -> bool:
         """Whether to judge the policy as it is before this iteration, from 0."""
         return bool(self._every) and iteration % self._every == 0
 
@@ -71,36 +77,47 @@ class Judge:
     ) -> dict[str, float]:
         """Of the answers to all questions, and of the judge's reward model if it has one; marks of
         the diagnosis come with their standard errors."""
-        marks = [asked.mark(text) for asked, text in zip(self.asked, answers, strict=True)]
-        metrics = _mean("judge/checks", marks)
-        stated_shares = [m for m, asked in zip(marks, self.asked, strict=True) if asked.key_points]
+        correct = [
+            question.score(text) for question, text in zip(self.questions, answers, strict=True)
+        ]
+        metrics = _mean_and_error("judge/checks", correct)
+        stated_shares = [
+            share
+            for share, question in zip(correct, self.questions, strict=True)
+            if question.key_points
+        ]
         if stated_shares:
             metrics["judge/key_points"] = fmean(stated_shares)
-        missed, sent = self._triage(answers)
-        if missed:
-            metrics |= {"judge/triage_under": fmean(missed), "judge/triage_over": fmean(sent)}
+        missed_emergencies, false_emergencies = self._triage_errors(answers)
+        if missed_emergencies:
+            metrics |= {
+                "judge/triage_under": fmean(missed_emergencies),
+                "judge/triage_over": fmean(false_emergencies),
+            }
         if scores is not None:
-            known = [score for score in scores if math.isfinite(score)]
-            metrics["judge/score_masked"] = 1 - len(known) / len(scores)
-            metrics |= _mean("judge/score", known) if known else {}
+            finite_scores = [score for score in scores if math.isfinite(score)]
+            metrics["judge/score_masked"] = 1 - len(finite_scores) / len(scores)
+            metrics |= _mean_and_error("judge/score", finite_scores) if finite_scores else {}
         return metrics
 
-    def _triage(self, answers: Sequence[str]) -> tuple[list[bool], list[bool]]:
+    def _triage_errors(self, answers: Sequence[str]) -> tuple[list[bool], list[bool]]:
         """Of each red flag whether it was missed, of each other note whether it was sent there."""
-        missed: list[bool] = []
-        sent: list[bool] = []
-        for asked, text in zip(self.asked, answers, strict=True):
-            if asked.level is not None:
-                emergency = urgency(text) == "emergency"
-                (missed if asked.is_red_flag else sent).append(emergency != asked.is_red_flag)
-        return missed, sent
+        missed_emergencies: list[bool] = []
+        false_emergencies: list[bool] = []
+        for question, text in zip(self.questions, answers, strict=True):
+            if question.level is not None:
+                emergency = advised_urgency(text) == "emergency"
+                (missed_emergencies if question.is_red_flag else false_emergencies).append(
+                    emergency != question.is_red_flag
+                )
+        return missed_emergencies, false_emergencies
 
 
-def _said(text: str) -> tuple[Message, ...]:
+def _user_turn(text: str) -> tuple[Message, ...]:
     return (Message("user", text),)
 
 
-def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
+def _mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
     """Mean and standard error."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return {name: fmean(values), f"{name}_se": error}

@@ -12,28 +12,34 @@ from typing import Any
 from medgpt.artifacts import FileEntry
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.metrics import ConsoleReporter, MetricsWriter
+from medgpt.rlhf.checkpoint import (
+    PendingCheckpoint,
+    PPOState,
+    newest_checkpoint,
+    next_kl_coef,
+    read_sequences,
+)
 from medgpt.rlhf.diagnosis import Diverged, History, diagnose
-from medgpt.rlhf.heldout_eval import Judging
+from medgpt.rlhf.heldout_eval import HeldoutEval
 from medgpt.rlhf.pools.pool import Pool
-from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied, Pools
-from medgpt.rlhf.prompts import Cursor
-from medgpt.rlhf.rewards.total import reward_metrics
+from medgpt.rlhf.pools.pools import DataLost, NodesDraining, PoolDied, Pools
+from medgpt.rlhf.prompts import SeekableStream
+from medgpt.rlhf.rewards.weighted_sum import reward_metrics
 from medgpt.rlhf.roles.actor import Actor
-from medgpt.rlhf.roles.common import Task, UpdateResult
+from medgpt.rlhf.roles.common import UpdateResult, UpdateTask
 from medgpt.rlhf.roles.critic import Critic
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
-from medgpt.rlhf.rollout_batch import Lessons, Prompts, Sequences, join_sequences
-from medgpt.rlhf.state import Checkpoint, State, newest, next_kl_coef, read_sequences
-from medgpt.rlhf.telemetry import keep_samples, usage
+from medgpt.rlhf.rollout_batch import Prompts, PtxBatch, Sequences, join_sequences
+from medgpt.rlhf.telemetry import save_report_samples, usage_metrics
 from medgpt.runs import Run
 from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # of what each worker of a pool answers
 PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
-LessonStream = Callable[[int], Iterator[Lessons]]
-FACTS = (  # label, metric, format
+PtxStream = Callable[[int], Iterator[PtxBatch]]
+CONSOLE_METRICS = (  # label, metric, format
     ("score", "ppo/score_mean", ".3f"),
     ("kl", "actor/kl_ref", ".3f"),
     ("tokens", "rollout/response_tokens", ".0f"),
@@ -42,7 +48,7 @@ FACTS = (  # label, metric, format
 
 
 @dataclass(frozen=True)
-class Batch:
+class RolloutRefs:
     """The rollouts of an iteration, done or on their way."""
 
     iteration: int
@@ -51,7 +57,7 @@ class Batch:
     prompts: Any  # ref
     num_prompts: int
     rollouts: Refs
-    usage: Refs = ()  # of the rollout workers that sampled, if this attempt has seen them
+    usage_refs: Refs = ()  # of the rollout workers that sampled, if this attempt has seen them
 
 
 class PPO:
@@ -67,8 +73,8 @@ class PPO:
         sync: Callable[[int], dict[str, float]],
         num_iterations: int,
         reporter: ConsoleReporter,
-        lessons: LessonStream | None = None,
-        judged: Callable[[History], None] | None = None,
+        ptx: PtxStream | None = None,
+        on_eval: Callable[[History], None] | None = None,
     ) -> None:
         """
         Args:
@@ -79,33 +85,33 @@ class PPO:
         """
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
         self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
-        self.judged = judged
-        self.prompts = Cursor(lambda start: self.prompts_from(start))
-        assert (lessons is None) == (config.ptx is None), "lessons go with [ptx]"
-        self.lessons = None if lessons is None else Cursor(lessons)
+        self.on_eval = on_eval
+        self.prompts = SeekableStream(lambda start: self.prompts_from(start))
+        assert (ptx is None) == (config.ptx is None), "lessons go with [ptx]"
+        self.ptx = None if ptx is None else SeekableStream(ptx)
         self.actor: Pool[Actor] = pools.pools["actor"]
         self.critic: Pool[Critic] = pools.pools["critic"]
         self.reward: Pool[Reward] = pools.pools["reward"]
         self.rollout: Pool[Rollout] = pools.pools["rollout"]
         self.reference: Pool[Reference] | None = pools.pools.get("reference")
-        self.judging = Judging(config, pools)
+        self.heldout_eval = HeldoutEval(config, pools)
         sensitive = any(source.sensitive for source in config.data.sources)
-        self.shown = 0 if sensitive else config.report.samples
-        self.deaths = self.moves = 0
-        self.learning = False
+        self.num_report_samples = 0 if sensitive else config.report.samples
+        self.num_failures = self.num_preemptions = 0
+        self.is_updating = False
         """Updates are on their way: if they end in a loss, one rank may have learnt and another
         wait for it."""
-        self.renewed: set[str] = set()
+        self.rebuilt_roles: set[str] = set()
         """Roles whose pools were rebuilt since the loss that is being recovered from."""
-        self.times: dict[str, float] = {}  # of an iteration's phases
+        self.phase_times: dict[str, float] = {}  # of an iteration's phases
         self.sync_metrics: dict[str, float] = {}
-        self.saving: Checkpoint | None = None
-        self.metrics: MetricsWriter | None = None  # of this attempt
+        self.pending_checkpoint: PendingCheckpoint | None = None
+        self.metrics_writer: MetricsWriter | None = None  # of this attempt
 
     @property
-    def _log(self) -> MetricsWriter:
-        assert self.metrics is not None
-        return self.metrics
+    def _open_writer(self) -> MetricsWriter:
+        assert self.metrics_writer is not None
+        return self.metrics_writer
 
     def fit(self, finish: Callable[[], object] = lambda: None) -> None:
         """Iterate to the end; the last iteration is saved.
@@ -119,47 +125,47 @@ class PPO:
             Diverged: what the run became is not worth going on with.
         """
         try:
-            self._go_on(finish)
+            self._run_with_recovery(finish)
         finally:  # a run that halts has a report, too
-            if self.metrics is not None:
-                self.metrics.close()
+            if self.metrics_writer is not None:
+                self.metrics_writer.close()
 
-    def _go_on(self, finish: Callable[[], object]) -> None:
-        loss: PoolDied | DataLost | Leaving | None = None
+    def _run_with_recovery(self, finish: Callable[[], object]) -> None:
+        failure: PoolDied | DataLost | NodesDraining | None = None
         while True:
             try:
-                if isinstance(loss, Leaving):
-                    self._leave(loss)
-                elif loss is not None:
-                    self._recover(loss)
-                elif self.metrics is None:
-                    self._rewind()
-                loss = None
-                self._examine()
+                if isinstance(failure, NodesDraining):
+                    self._move_off_draining_nodes(failure)
+                elif failure is not None:
+                    self._recover(failure)
+                elif self.metrics_writer is None:
+                    self._restart_from_checkpoint()
+                failure = None
+                self._evaluate_and_diagnose()
                 if self.state.iteration == self.num_iterations:
-                    self._finish_save()
+                    self._finish_checkpoint()
                     finish()
                     break
                 self.pools.check_nodes()
                 self._iterate()
-            except Leaving as leaving:
-                loss = leaving
-                if 0 <= self.config.cluster.max_preemptions <= self.moves:
+            except NodesDraining as draining:
+                failure = draining
+                if 0 <= self.config.cluster.max_preemptions <= self.num_preemptions:
                     raise
             except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
-                loss = error
-                self.deaths += 1
-                if 0 <= self.config.cluster.max_failures < self.deaths:
+                failure = error
+                self.num_failures += 1
+                if 0 <= self.config.cluster.max_failures < self.num_failures:
                     raise
 
     def _iterate(self) -> None:
-        began, self.times = time.monotonic(), {}
+        began, self.phase_times = time.monotonic(), {}
         state, config = self.state, self.config.ppo
         batch = self.in_flight or self._generate(state.iteration)
         with self._timed("generate"):
-            self.pools.wait(batch.rollouts, "generate", watch=True)
-        self._finish_save()  # actor and critic wrote it meanwhile
-        self.in_flight, self.sampled = None, batch
+            self.pools.wait(batch.rollouts, "generate", watch_nodes=True)
+        self._finish_checkpoint()  # actor and critic wrote it meanwhile
+        self.in_flight, self.untrained_batch = None, batch
         if config.async_rollouts and state.iteration + 1 < self.num_iterations:
             self.in_flight = self._generate(state.iteration + 1)
 
@@ -167,54 +173,66 @@ class PPO:
             scores = self.reward.call(Reward.score, batch.prompts, *batch.rollouts)
             values = self.critic.call(Critic.values, *batch.rollouts)
             logprobs = self.actor.call(Actor.logprobs, *batch.rollouts)
-            reference = self._reference_logprobs(batch.rollouts)
-            parts = [*batch.rollouts, *scores, *values, *logprobs, *reference]
-            lessons = self._lessons(state.iteration)  # meanwhile
-            self.pools.wait(parts, "score", watch=True)
+            reference_logprobs = self._reference_logprobs(batch.rollouts)
+            experience_refs = [*batch.rollouts, *scores, *values, *logprobs, *reference_logprobs]
+            ptx_batch = self._ptx_batch(state.iteration)  # meanwhile
+            self.pools.wait(experience_refs, "score", watch_nodes=True)
             # before anything is learnt: a death from now on may lose them
-            rewarded = [part.rewarded for part in self.pools.get(scores, "score")]
+            reward_results = [part.rewards for part in self.pools.get(scores, "score")]
 
         with self._timed("update"):
-            task = Task(
+            task = UpdateTask(
                 iteration=state.iteration,
                 weight_version=batch.weight_version,
                 kl_coef=state.kl_coef,
                 score_stats=state.score_stats,
-                actor_learns=state.iteration >= self.config.critic.warmup_iterations,
+                update_actor=state.iteration >= self.config.critic.warmup_iterations,
             )
-            self.learning, self.sampled = True, None
-            fitted = self.critic.call(Critic.update, task, *parts)
-            improved = self.actor.call(Actor.update, task, *parts, *lessons)
-            answers = self.pools.get([*improved, *fitted], "update")
-            self.learning = False
-        learnt: UpdateResult = answers[0]
+            self.is_updating, self.untrained_batch = True, None
+            critic_updates = self.critic.call(Critic.update, task, *experience_refs)
+            actor_updates = self.actor.call(Actor.update, task, *experience_refs, *ptx_batch)
+            results = self.pools.get([*actor_updates, *critic_updates], "update")
+            self.is_updating = False
+        actor_result: UpdateResult = results[0]
         state.iteration += 1
-        state.score_stats = learnt.score_stats
-        state.kl_coef = next_kl_coef(state.kl_coef, learnt.mean_kl, len(learnt.sample_ids), config)
+        state.score_stats = actor_result.score_stats
+        state.kl_coef = next_kl_coef(
+            state.kl_coef, actor_result.mean_kl, len(actor_result.sample_ids), config
+        )
 
-        metrics = learnt.metrics | answers[len(improved)] | reward_metrics(rewarded)
-        metrics |= self._speed(batch.num_prompts, time.monotonic() - began)
+        metrics = (
+            actor_result.metrics | results[len(actor_updates)] | reward_metrics(reward_results)
+        )
+        metrics |= self._timing_metrics(batch.num_prompts, time.monotonic() - began)
         tokens = metrics["rollout/response_tokens"] * batch.num_prompts
-        self._report(metrics | usage(self.pools, batch.usage, tokens))
+        self._log_metrics(metrics | usage_metrics(self.pools, batch.usage_refs, tokens))
         if config.audit:
-            self.audit.note(batch.epoch, batch.iteration, ((id, 0) for id in learnt.sample_ids))
-            self.audit.write(self.audit.take())
+            self.audit.add_chunks(
+                batch.epoch, batch.iteration, ((id, 0) for id in actor_result.sample_ids)
+            )
+            self.audit.write(self.audit.take_lines())
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
-            self._save()
-        if self.shown and (state.iteration == 1 or state.iteration % self.config.report.every == 0):
-            keep_samples(self.pools, self.run, step=state.iteration, count=self.shown)
+            self._start_checkpoint()
+        if self.num_report_samples and (
+            state.iteration == 1 or state.iteration % self.config.report.every == 0
+        ):
+            save_report_samples(
+                self.pools, self.run, step=state.iteration, count=self.num_report_samples
+            )
 
-    def _generate(self, iteration: int) -> Batch:
+    def _generate(self, iteration: int) -> RolloutRefs:
         """Begin the rollouts of an iteration, with weights as new as the actor has them."""
-        self._bring_weights()
+        self._sync_weights()
         with self._timed("prompts"):
             prompts = self._prompts(iteration)
             ref = self.pools.put(prompts)
         rollouts = self.rollout.call(Rollout.generate, ref, iteration, self.synced)
         usage = self.rollout.usage()
-        return Batch(iteration, self.synced, prompts.epoch, ref, len(prompts), rollouts, usage)
+        return RolloutRefs(
+            iteration, self.synced, prompts.epoch, ref, len(prompts), rollouts, usage
+        )
 
-    def _bring_weights(self) -> None:
+    def _sync_weights(self) -> None:
         """Give the rollout pool the actor's weights, if it has not got them."""
         if self.synced != self.state.iteration:
             with self._timed("sync"):
@@ -230,68 +248,72 @@ class PPO:
     def _prompts(self, iteration: int) -> Prompts:
         return self.prompts.take(iteration)
 
-    def _lessons(self, iteration: int) -> Refs:
+    def _ptx_batch(self, iteration: int) -> Refs:
         """Of PPO-ptx, none without it or while the critic warms up."""
-        if self.lessons is None or iteration < self.config.critic.warmup_iterations:
+        if self.ptx is None or iteration < self.config.critic.warmup_iterations:
             return []
-        return [self.pools.put(self.lessons.take(iteration))]
+        return [self.pools.put(self.ptx.take(iteration))]
 
-    def _recover(self, loss: PoolDied | DataLost) -> None:
+    def _recover(self, failure: PoolDied | DataLost) -> None:
         """Make the pools work again. If the actor or the critic died or was learning, what was
         learnt since the last checkpoint is lost; else the batch is done again."""
-        if isinstance(loss, PoolDied):
-            self.reporter.say(f"{loss}; the pool is rebuilt")
-            self.renewed.add(loss.role)  # though it may not live through it
-            self.renewed |= self.pools.rebuild(loss)
+        if isinstance(failure, PoolDied):
+            self.reporter.say(f"{failure}; the pool is rebuilt")
+            self.rebuilt_roles.add(failure.role)  # though it may not live through it
+            self.rebuilt_roles |= self.pools.rebuild(failure)
         else:
-            self.reporter.say(f"{loss}; it is made again")
-        self.synced, self.in_flight, self.sampled = -1, None, None
-        if self.learning or self.renewed & {"actor", "critic"}:
-            if self.learning or newest(self.run) is None:  # then back to the first weights
+            self.reporter.say(f"{failure}; it is made again")
+        self.synced, self.in_flight, self.untrained_batch = -1, None, None
+        if self.is_updating or self.rebuilt_roles & {"actor", "critic"}:
+            if (
+                self.is_updating or newest_checkpoint(self.run) is None
+            ):  # then back to the first weights
                 for pool in (self.actor, self.critic):
-                    if pool.role not in self.renewed:
-                        self.renewed.add(pool.role)
+                    if pool.role not in self.rebuilt_roles:
+                        self.rebuilt_roles.add(pool.role)
                         ranks = range(len(pool.workers))
                         self.pools.rebuild(PoolDied(pool.role, ranks, "starts again"))
-            self._rewind()
-        self.learning = False
-        self.renewed.clear()
+            self._restart_from_checkpoint()
+        self.is_updating = False
+        self.rebuilt_roles.clear()
 
-    def _leave(self, leaving: Leaving) -> None:
+    def _move_off_draining_nodes(self, draining: NodesDraining) -> None:
         """Save what was learnt, and take the pools away from nodes that are about to end."""
-        self.reporter.say(f"{leaving}; what was learnt is saved, then the pools move")
-        self._finish_save()
-        found = newest(self.run)
-        if self.state.iteration and (found is None or found[1].iteration < self.state.iteration):
-            self.in_flight = self.sampled or self.in_flight
-            self._save()
-            self._finish_save()
-        self.pools.move(leaving.roles)
-        self.moves += 1
-        self._rewind()
+        self.reporter.say(f"{draining}; what was learnt is saved, then the pools move")
+        self._finish_checkpoint()
+        saved = newest_checkpoint(self.run)
+        if self.state.iteration and (saved is None or saved[1].iteration < self.state.iteration):
+            self.in_flight = self.untrained_batch or self.in_flight
+            self._start_checkpoint()
+            self._finish_checkpoint()
+        self.pools.move(draining.roles)
+        self.num_preemptions += 1
+        self._restart_from_checkpoint()
 
-    def _rewind(self) -> None:
+    def _restart_from_checkpoint(self) -> None:
         """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
-        found = newest(self.run)
-        self.state = State(kl_coef=self.config.ppo.kl_coef)
+        saved = newest_checkpoint(self.run)
+        self.state = PPOState(kl_coef=self.config.ppo.kl_coef)
         self.synced = -1
-        self.in_flight: Batch | None = None
-        self.sampled: Batch | None = None  # and not learnt from
-        self.saving = None
-        if found is not None:
-            folder, self.state = found
-            loads = self.actor.call(Actor.load, (folder / "actor").url)
-            loads += self.critic.call(Critic.load, (folder / "critic").url)
-            self.pools.get(loads, "load checkpoint")
+        self.in_flight: RolloutRefs | None = None
+        self.untrained_batch: RolloutRefs | None = None  # and not learnt from
+        self.pending_checkpoint = None
+        if saved is not None:
+            folder, self.state = saved
+            load_refs = self.actor.call(Actor.load, (folder / "actor").url)
+            load_refs += self.critic.call(Critic.load, (folder / "critic").url)
+            self.pools.get(load_refs, "load checkpoint")
             sequences = read_sequences(folder)
             if sequences is not None:
-                self.in_flight = self._as_batch(sequences)
+                self.in_flight = self._rollouts_from_checkpoint(sequences)
         self.attempt = self.run.manifest["attempt"] + 1
         self.run.update_manifest(attempt=self.attempt)
-        if self.metrics is not None:
-            self.metrics.close()
-            self.metrics = None
-        self.metrics = MetricsWriter(self.run, attempt=self.attempt, time_s=self.state.time_s)
+        if self.metrics_writer is not None:
+            self.metrics_writer.close()
+            self.metrics_writer = None
+        self.metrics_writer = MetricsWriter(
+            self.run, attempt=self.attempt, time_s=self.state.time_s
+        )
         self.audit = Audit(self.run.folder / "audit", attempt=self.attempt, rank=0)
         self.history = [
             {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
@@ -302,76 +324,85 @@ class PPO:
             done = self.state.iteration
             self.reporter.say(f"attempt {self.attempt} continues after iteration {done}")
 
-    def _as_batch(self, sequences: Sequences) -> Batch:
+    def _rollouts_from_checkpoint(self, sequences: Sequences) -> RolloutRefs:
         """Rollouts of the next iteration that an earlier attempt has sampled."""
         iteration, version = self.state.iteration, sequences.weight_version
         prompts = self._prompts(iteration)
         assert prompts.sample_ids == sequences.sample_ids
-        refs = [self.pools.put(sequences)]
-        return Batch(iteration, version, prompts.epoch, self.pools.put(prompts), len(prompts), refs)
+        rollout_refs = [self.pools.put(sequences)]
+        return RolloutRefs(
+            iteration, version, prompts.epoch, self.pools.put(prompts), len(prompts), rollout_refs
+        )
 
-    def _save(self) -> None:
+    def _start_checkpoint(self) -> None:
         """Begin a checkpoint; actor and critic write it before their next work."""
         folder = self.run.checkpoint(self.state.iteration)
         folder.remove()  # of an attempt that died while writing it
-        self.state.time_s = self._log.time_s
-        self._log.sync()
-        actor = self.actor.call(Actor.save, (folder / "actor").url)
-        critic = self.critic.call(Critic.save, (folder / "critic").url)
-        parts = {"actor": self._files(actor), "critic": self._files(critic)}
-        self.saving = Checkpoint(self.run, self.state, parts, keep=self.config.ppo.keep_checkpoints)
+        self.state.time_s = self._open_writer.time_s
+        self._open_writer.sync()
+        actor_saves = self.actor.call(Actor.save, (folder / "actor").url)
+        critic_saves = self.critic.call(Critic.save, (folder / "critic").url)
+        written_files = {
+            "actor": self._written_files(actor_saves),
+            "critic": self._written_files(critic_saves),
+        }
+        self.pending_checkpoint = PendingCheckpoint(
+            self.run, self.state, written_files, keep=self.config.ppo.keep_checkpoints
+        )
 
-    def _finish_save(self) -> None:
+    def _finish_checkpoint(self) -> None:
         """Wait for what is being written and make it a checkpoint."""
-        if self.saving is not None:
+        if self.pending_checkpoint is not None:
             batch, sequences = self.in_flight, None
             if batch is not None:
                 sequences = join_sequences(self.pools.get(batch.rollouts, "generate"))
-            self.saving.finish(in_flight=sequences)
-            self.saving = None
+            self.pending_checkpoint.finish(in_flight=sequences)
+            self.pending_checkpoint = None
 
-    def _files(self, refs: Refs) -> Callable[[], list[FileEntry]]:
+    def _written_files(self, refs: Refs) -> Callable[[], list[FileEntry]]:
         return lambda: [file for part in self.pools.get(refs, "save") for file in part]
 
-    def _examine(self) -> None:
+    def _evaluate_and_diagnose(self) -> None:
         """Have the policy judged, if that is due. Raises Diverged if the run must end here."""
         step = self.state.iteration
         has_line = bool(self.history) and self.history[-1]["step"] == step
         latest = self.history[-1] if has_line else {"step": step}
-        if self.judging.due(step) and "time/judge_s" not in latest:
+        if self.heldout_eval.is_due(step) and "time/judge_s" not in latest:
             began = time.monotonic()
-            self._bring_weights()
-            marks = self.judging.metrics()
-            latest = latest | marks | {"time/judge_s": time.monotonic() - began}
-            self._log.log(step, latest)
+            self._sync_weights()
+            eval_metrics = self.heldout_eval.metrics()
+            latest = latest | eval_metrics | {"time/judge_s": time.monotonic() - began}
+            self._open_writer.log(step, latest)
             if has_line:
                 self.history.pop()
             self.history.append(latest)
-        if self.history and (why := diagnose(self.history, self.config.diagnosis)):
-            raise Diverged(f"after iteration {step}: {why}")
-        if self.judged is not None and "time/judge_s" in latest:
-            self._finish_save()
-            self._log.sync()
-            self.judged(self.history)
+        if self.history and (reason := diagnose(self.history, self.config.diagnosis)):
+            raise Diverged(f"after iteration {step}: {reason}")
+        if self.on_eval is not None and "time/judge_s" in latest:
+            self._finish_checkpoint()
+            self._open_writer.sync()
+            self.on_eval(self.history)
 
-    def _speed(self, num_samples: int, elapsed_s: float) -> dict[str, float]:
+    def _timing_metrics(self, num_samples: int, elapsed_s: float) -> dict[str, float]:
         return self.sync_metrics | {
             "ppo/samples_per_s": num_samples / elapsed_s,
             "time/iteration_s": elapsed_s,
-            "time/wait_s": elapsed_s - sum(self.times.values()),
-            **{f"time/{phase}_s": seconds for phase, seconds in self.times.items()},
+            "time/wait_s": elapsed_s - sum(self.phase_times.values()),
+            **{f"time/{phase}_s": seconds for phase, seconds in self.phase_times.items()},
         }
 
-    def _report(self, metrics: dict[str, float]) -> None:
+    def _log_metrics(self, metrics: dict[str, float]) -> None:
         step = self.state.iteration
-        self._log.log(step, metrics)
+        self._open_writer.log(step, metrics)
         self.history.append({"step": step, **metrics})
-        facts = "  ".join(f"{label} {metrics[name]:{form}}" for label, name, form in FACTS)
+        summary = "  ".join(
+            f"{label} {metrics[name]:{spec}}" for label, name, spec in CONSOLE_METRICS
+        )
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
-        self.reporter.advance("iterations", step, self.num_iterations, facts, say=due)
+        self.reporter.advance("iterations", step, self.num_iterations, summary, print_line=due)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.times[phase] = self.times.get(phase, 0.0) + time.monotonic() - began
+        self.phase_times[phase] = self.phase_times.get(phase, 0.0) + time.monotonic() - began

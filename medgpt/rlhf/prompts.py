@@ -9,26 +9,26 @@ import numpy as np
 
 from medgpt.config.base import ConfigError
 from medgpt.data.loader.plan import Plan
-from medgpt.data.loader.stream import Step, training_stream
+from medgpt.data.loader.stream import StepRows, training_stream
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
 
 T = TypeVar("T")
-SAID_AFTER_S = 30.0  # a wait that takes longer is told
+LOG_AFTER_S = 30.0  # a wait that takes longer is told
 
 
-class Cursor(Generic[T]):
+class SeekableStream(Generic[T]):
     """What a stream has for an iteration; it begins anew where that is not the next one, as after a
     rewind or for a batch that is done again."""
 
-    def __init__(self, begin: Callable[[int], Iterator[T]]) -> None:
+    def __init__(self, open_at: Callable[[int], Iterator[T]]) -> None:
         """`begin` yields what belongs to an iteration and to all after it."""
-        self._begin, self._at = begin, -1
+        self._open_at, self._position = open_at, -1
         self._stream: Iterator[T] = iter(())
 
     def take(self, iteration: int) -> T:
-        if self._at != iteration:
-            self._stream, self._at = self._begin(iteration), iteration
-        self._at += 1
+        if self._position != iteration:
+            self._stream, self._position = self._open_at(iteration), iteration
+        self._position += 1
         return next(self._stream)
 
 
@@ -43,55 +43,55 @@ def prompt_stream(
 ) -> Iterator[Prompts]:
     """Those of iteration `start` and all after it, each `within` that time."""
     steps = training_stream(plan, data_url, rank=0, world_size=1, start=start, data_cpus=data_cpus)
-    return within(map(as_prompts, steps), "prompts", wait_s=wait_s, say=say)
+    return with_timeout(map(to_prompts, steps), "prompts", wait_s=wait_s, say=say)
 
 
-def within(
+def with_timeout(
     stream: Iterator[T],
-    what: str,
+    name: str,
     *,
     wait_s: float,
     say: Callable[[str], None],
-    said_after_s: float = SAID_AFTER_S,
+    log_after_s: float = LOG_AFTER_S,
 ) -> Iterator[T]:
     """The same stream. Ray Data waits in silence, and for ever, for a CPU that the pools hold.
 
     Raises:
         ConfigError: the next of `what` did not come in `wait_s`.
     """
-    said_after_s = min(wait_s, said_after_s)
-    while (found := _awaited(stream, what, wait_s, said_after_s, say)) is not None:
-        yield found
+    log_after_s = min(wait_s, log_after_s)
+    while (value := _next_or_timeout(stream, name, wait_s, log_after_s, say)) is not None:
+        yield value
 
 
-def _awaited(
-    stream: Iterator[T], what: str, wait_s: float, said_after_s: float, say: Callable[[str], None]
+def _next_or_timeout(
+    stream: Iterator[T], name: str, wait_s: float, log_after_s: float, say: Callable[[str], None]
 ) -> T | None:
     """None at the end."""
-    found: Future[T | None] = Future()
-    Thread(target=_resolve, args=(found, stream), daemon=True).start()
-    if not wait([found], timeout=said_after_s).done:
-        say(f"{what}: waiting up to {wait_s:g} s for the data tasks")
-        if not wait([found], timeout=wait_s - said_after_s).done:
+    future: Future[T | None] = Future()
+    Thread(target=_resolve, args=(future, stream), daemon=True).start()
+    if not wait([future], timeout=log_after_s).done:
+        say(f"{name}: waiting up to {wait_s:g} s for the data tasks")
+        if not wait([future], timeout=wait_s - log_after_s).done:
             raise ConfigError(
-                f"cluster.wait_s={wait_s:g}: no {what} came in this time; a data task needs "
+                f"cluster.wait_s={wait_s:g}: no {name} came in this time; a data task needs "
                 "cluster.data_cpus on one node beside the pools: use fewer or smaller workers in "
                 "[pools], or a larger cluster"
             )
-    return found.result()
+    return future.result()
 
 
-def _resolve(found: Future[T | None], stream: Iterator[T]) -> None:
+def _resolve(future: Future[T | None], stream: Iterator[T]) -> None:
     try:
-        found.set_result(next(stream, None))
+        future.set_result(next(stream, None))
     except BaseException as error:  # it is the driver's
-        found.set_exception(error)
+        future.set_exception(error)
 
 
-def as_prompts(step: Step) -> Prompts:
+def to_prompts(step: StepRows) -> Prompts:
     return Prompts(
         sample_ids=[row.sample_ids[0] for row in step.rows],
-        ids=Ragged.of([row.input_ids for row in step.rows], np.int32),
+        ids=Ragged.from_rows([row.input_ids for row in step.rows], np.int32),
         messages=[row.messages or "[]" for row in step.rows],
         epoch=step.epoch,
     )

@@ -10,59 +10,59 @@ from medgpt.config.stages import RunConfig, SFTConfig
 from medgpt.config.train import ClusterConfig, TrainConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import training_stream
-from medgpt.rlhf.prompts import within
-from medgpt.rlhf.rollout_batch import Lessons
+from medgpt.rlhf.prompts import with_timeout
+from medgpt.rlhf.rollout_batch import PtxBatch
 from medgpt.runs import Run
-from medgpt.train.preparation import Prepared, prepare
+from medgpt.train.preparation import PreparedData, prepare
 
-FOLDER = "ptx"
+PTX_FOLDER = "ptx"
 
 
-def lesson_run(run: Run) -> Run:
+def ptx_run(run: Run) -> Run:
     """Where their tokens and their plan are."""
-    return Run((run.folder / FOLDER).url)
+    return Run((run.folder / PTX_FOLDER).url)
 
 
-def prepare_lessons(
+def prepare_ptx(
     run: Run,
     config: PPOStageConfig,
     num_iterations: int,
     on_progress: Callable[[str, int, int], None],
-) -> Prepared:
+) -> PreparedData:
     """Tokenised data and the plan for so many iterations, made unless they are there.
 
     Raises:
         ConfigError: whatever is wrong with the conversations, as fine-tuning would tell it.
     """
-    own = lesson_run(run)
-    as_told = _fine_tuning(config, own, num_iterations * config.ppo.num_steps)
+    folder_run = ptx_run(run)
+    sft_config = _sft_config(config, folder_run, num_iterations * config.ppo.num_steps)
     try:
-        return prepare(own, as_told, on_progress)
+        return prepare(folder_run, sft_config, on_progress)
     except ConfigError as error:
         raise ConfigError(f"[ptx] {error}") from None
 
 
-def lesson_stream(
+def ptx_stream(
     run: Run, config: PPOStageConfig, start: int, *, say: Callable[[str], None]
-) -> Iterator[Lessons]:
+) -> Iterator[PtxBatch]:
     """Those of iteration `start` and all after it, each `within` cluster.wait_s."""
     assert config.ptx is not None
-    own, num_steps = lesson_run(run), config.ppo.num_steps
-    plan = Plan(own.plan.url, global_batch_size=config.ptx.batch_size, max_steps=None)
+    folder_run, num_steps = ptx_run(run), config.ppo.num_steps
+    plan = Plan(folder_run.plan.url, global_batch_size=config.ptx.batch_size, max_steps=None)
     steps = training_stream(
         plan,
-        own.data.url,
+        folder_run.data.url,
         rank=0,
         world_size=1,
         start=start * num_steps,
         data_cpus=config.cluster.data_cpus,
     )
-    parts = iter(lambda: list(islice(steps, num_steps)), [])
-    lessons = (Lessons(steps=[step.rows for step in part]) for part in parts)
-    return within(lessons, "conversations of [ptx]", wait_s=config.cluster.wait_s, say=say)
+    iterations = iter(lambda: list(islice(steps, num_steps)), [])
+    batches = (PtxBatch(steps=[step.rows for step in iteration]) for iteration in iterations)
+    return with_timeout(batches, "conversations of [ptx]", wait_s=config.cluster.wait_s, say=say)
 
 
-def _fine_tuning(config: PPOStageConfig, run: Run, num_steps: int) -> SFTConfig:
+def _sft_config(config: PPOStageConfig, run: Run, num_steps: int) -> SFTConfig:
     """What fine-tuning on the conversations would be told; an epoch has at least one step."""
     assert config.ptx is not None
     return SFTConfig(

@@ -13,12 +13,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from medgpt.data.loader.packed_row import Row
+from medgpt.data.loader.packed_row import PackedRow
 
 if TYPE_CHECKING:
-    from medgpt.rlhf.rewards.total import Rewarded
+    from medgpt.rlhf.rewards.weighted_sum import RewardResult
 
-Index = Sequence[int] | NDArray[np.int64]
+RowIndex = Sequence[int] | NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Ragged:
     offsets: NDArray[np.int64]  # (B + 1,) row i is values[offsets[i] : offsets[i + 1]]
 
     @staticmethod
-    def of(rows: Sequence[Sequence[Any] | NDArray[Any]], dtype: Any) -> "Ragged":
+    def from_rows(rows: Sequence[Sequence[Any] | NDArray[Any]], dtype: Any) -> "Ragged":
         offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
         values = np.concatenate([np.asarray(row, dtype) for row in rows] or [np.empty(0, dtype)])
         return Ragged(values, offsets)
@@ -44,14 +44,14 @@ class Ragged:
     def row(self, i: int) -> NDArray[Any]:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
-    def places(self, rows: Index) -> NDArray[np.int64]:
+    def positions(self, rows: RowIndex) -> NDArray[np.int64]:
         """(n,) where the values of these rows are, row after row."""
         spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows]
         return np.concatenate(spans or [np.empty(0, np.int64)])
 
-    def take(self, rows: Index) -> "Ragged":
+    def take(self, rows: RowIndex) -> "Ragged":
         lengths = self.lengths[np.asarray(rows, np.int64)]
-        return Ragged(self.values[self.places(rows)], np.append(0, np.cumsum(lengths)))
+        return Ragged(self.values[self.positions(rows)], np.append(0, np.cumsum(lengths)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,7 @@ class Sequences:
 class Logprobs:
     """Log-probabilities of the responses' tokens under one model."""
 
-    of: Literal["actor", "reference"]  # the actor as it was before the updates
+    model: Literal["actor", "reference"]  # the actor as it was before the updates
     index: NDArray[np.int64]  # (b,)
     values: NDArray[np.float32]  # (n,) in the order of `index`
     entropy: float  # sum over the n tokens, in nats
@@ -104,7 +104,7 @@ class Values:
 
     index: NDArray[np.int64]  # (b,)
     values: NDArray[np.float32]  # (n,) in the order of `index`
-    after: NDArray[np.float32]  # (b,)
+    bootstrap: NDArray[np.float32]  # (b,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,21 +113,21 @@ class Scores:
 
     index: NDArray[np.int64]  # (b,)
     totals: NDArray[np.float32]  # (b,)
-    rewarded: "Rewarded"  # of which components they are made
+    rewards: "RewardResult"  # of which components they are made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lessons:
+class PtxBatch:
     """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
 
-    steps: list[list[Row]]
+    steps: list[list[PackedRow]]
 
 
 def join_sequences(parts: Iterable[Sequences]) -> Sequences:
     """The whole batch, in order. Raises ValueError if the parts make no whole, or are of weights
     of different versions."""
     parts = list(parts)
-    order = _order(np.concatenate([part.index for part in parts]))
+    order = _batch_order(np.concatenate([part.index for part in parts]))
     versions = {part.weight_version for part in parts}
     if len(versions) != 1:
         raise ValueError(f"rollout workers have sampled with weights of versions {versions}")
@@ -139,41 +139,43 @@ def join_sequences(parts: Iterable[Sequences]) -> Sequences:
         sample_ids=[ids[i] for i in order],
         prompts=_concatenate([part.prompts for part in parts]).take(order),
         responses=responses.take(order),
-        logprobs=logprobs[responses.places(order)],
+        logprobs=logprobs[responses.positions(order)],
         finished=np.concatenate([part.finished for part in parts])[order],
         weight_version=versions.pop(),
     )
 
 
-def join_tokens(
+def join_per_token(
     parts: Sequence[Logprobs] | Sequence[Values], responses: Ragged
 ) -> NDArray[np.float32]:
     """(N,) the parts' values in the order of the whole batch's response tokens."""
     index = np.concatenate([part.index for part in parts])
-    _order(index)  # checks that they make a whole
-    whole = np.empty(len(responses.values), np.float32)
-    whole[responses.places(index)] = np.concatenate([part.values for part in parts])
-    return whole
+    _batch_order(index)  # checks that they make a whole
+    joined = np.empty(len(responses.values), np.float32)
+    joined[responses.positions(index)] = np.concatenate([part.values for part in parts])
+    return joined
 
 
-def join_rows(index: Sequence[NDArray[np.int64]], rows: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def join_per_sequence(
+    index: Sequence[NDArray[np.int64]], rows: Sequence[NDArray[Any]]
+) -> NDArray[Any]:
     """(B,) numbers of whole sequences, in the order of the batch."""
-    return np.concatenate(rows)[_order(np.concatenate(index))]
+    return np.concatenate(rows)[_batch_order(np.concatenate(index))]
 
 
 def sample_seeds(seed: int, iteration: int, sample_ids: Sequence[str]) -> list[int]:
     """(B,) of all randomness in each response, whichever worker samples it. A sample that a batch
     visits again gets another one."""
-    visits, seeds = Counter[str](), []
+    repeats, seeds = Counter[str](), []
     for sample_id in sample_ids:
         key = f"{seed} {iteration} {sample_id}"
-        again = f"\0{visits[sample_id]}" if visits[sample_id] else ""
-        seeds.append(xxhash.xxh3_64_intdigest(f"{key}{again}".encode()) >> 1)
-        visits[sample_id] += 1
+        suffix = f"\0{repeats[sample_id]}" if repeats[sample_id] else ""
+        seeds.append(xxhash.xxh3_64_intdigest(f"{key}{suffix}".encode()) >> 1)
+        repeats[sample_id] += 1
     return seeds
 
 
-def _order(index: NDArray[np.int64]) -> NDArray[np.int64]:
+def _batch_order(index: NDArray[np.int64]) -> NDArray[np.int64]:
     order = np.argsort(index, kind="stable")
     if not np.array_equal(index[order], np.arange(len(index))):
         raise ValueError("the workers' shares do not make a whole batch")

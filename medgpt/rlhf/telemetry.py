@@ -10,10 +10,12 @@ from medgpt.rlhf.pools.worker import Usage
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.runs import Run
 
-SAMPLES = "rollouts.json"
+SAMPLES_FILE = "rollouts.json"
 
 
-def usage(pools: Pools, sampling: Sequence[Any], num_tokens: float) -> dict[str, float]:
+def usage_metrics(
+    pools: Pools, rollout_usage: Sequence[Any], num_tokens: float
+) -> dict[str, float]:
     """Resident memory of the largest workers, and how fast the slowest rollout worker let
     `num_tokens` come.
 
@@ -22,12 +24,12 @@ def usage(pools: Pools, sampling: Sequence[Any], num_tokens: float) -> dict[str,
     """
     others = (pool for pool in pools.pools.values() if pool.role != "rollout")
     refs: dict[str, Sequence[Any]] = {pool.role: pool.usage() for pool in others if pool.workers}
-    if sampling:
-        refs["rollout"] = sampling
+    if rollout_usage:
+        refs["rollout"] = rollout_usage
     metrics: dict[str, float] = {}
     with suppress(PoolDied, DataLost):
-        for role, mine in refs.items():
-            used: list[Usage] = pools.get(mine, "usage")
+        for role, role_refs in refs.items():
+            used: list[Usage] = pools.get(role_refs, "usage")
             metrics[f"memory/{role}_rss_gb"] = max(u.rss_gb for u in used)
             if role == "rollout":
                 metrics["rollout/tokens_per_s"] = num_tokens / max(u.call_s for u in used)
@@ -35,11 +37,11 @@ def usage(pools: Pools, sampling: Sequence[Any], num_tokens: float) -> dict[str,
     return metrics
 
 
-def keep_samples(pools: Pools, run: Run, *, step: int, count: int) -> None:
+def save_report_samples(pools: Pools, run: Run, *, step: int, count: int) -> None:
     """A few of the latest rollouts, for the report."""
     folder = run.folder
-    known = folder.read_json(SAMPLES) if folder.exists(SAMPLES) else []
-    refs, found = pools.pools["reward"].call(Reward.samples, count), []
+    earlier = folder.read_json(SAMPLES_FILE) if folder.exists(SAMPLES_FILE) else []
+    refs, latest = pools.pools["reward"].call(Reward.report_samples, count), []
     with suppress(PoolDied, DataLost):
-        found = [{"iteration": step, **sample} for sample in pools.get(refs, "samples")[0]]
-    folder.write_json(SAMPLES, [s for s in known if s["iteration"] < step] + found)
+        latest = [{"iteration": step, **sample} for sample in pools.get(refs, "samples")[0]]
+    folder.write_json(SAMPLES_FILE, [s for s in earlier if s["iteration"] < step] + latest)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from medgpt.config.ppo import RolloutConfig
-from medgpt.models.decode import Generated
+from medgpt.models.decode import GeneratedResponse
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model lives in this process
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of a CPU's
@@ -42,33 +42,33 @@ IN_MEMORY = "medgpt"
 
 
 @dataclass
-class NoInfo(WeightTransferInitInfo):
+class EmptyInitInfo(WeightTransferInitInfo):
     """There is nobody to meet."""
 
 
 @dataclass
-class Weights(WeightTransferUpdateInfo):
+class WeightBucket(WeightTransferUpdateInfo):
     """Some weights under their Hugging Face names."""
 
     weights: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
-class InMemory(WeightTransferEngine):
+class InMemoryTransferEngine(WeightTransferEngine):
     """Takes weights from the same process."""
 
-    init_info_cls = NoInfo
-    update_info_cls = Weights
+    init_info_cls = EmptyInitInfo
+    update_info_cls = WeightBucket
 
-    def init_transfer_engine(self, init_info: NoInfo) -> None:
+    def init_transfer_engine(self, init_info: EmptyInitInfo) -> None:
         """vLLM asks for it; there is nobody to meet."""
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(Weights(**update_info))
+        self.receive_weights(WeightBucket(**update_info))
 
-    def receive_weights(self, update_info: Weights) -> None:
+    def receive_weights(self, update_info: WeightBucket) -> None:
         self.model.load_weights(update_info.weights)
 
     def finish_weight_update(self) -> None:
@@ -82,7 +82,7 @@ class InMemory(WeightTransferEngine):
         """vLLM asks for it; nothing is open."""
 
 
-WeightTransferEngineFactory.register_engine(IN_MEMORY, InMemory)
+WeightTransferEngineFactory.register_engine(IN_MEMORY, InMemoryTransferEngine)
 
 
 class VllmEngine:
@@ -101,11 +101,11 @@ class VllmEngine:
             disable_log_stats=True,
         )
         self.llm.collective_rpc("init_weight_transfer_engine", args=({},))
-        self.names = set[str]()
+        self.weight_names = set[str]()
         for file in Path(folder).glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
-                self.names.update(tensors.keys())
-        self.came: set[str] | None = None
+                self.weight_names.update(tensors.keys())
+        self.received: set[str] | None = None
         """Names of the weights of a sync that is under way."""
 
     def generate(
@@ -115,14 +115,14 @@ class VllmEngine:
         *,
         max_new_tokens: int,
         temperature: float,
-        ends: Sequence[int],
-    ) -> list[Generated]:
-        """As `Generator.generate`; the noise is vLLM's, also a function of a row's seed."""
+        stop_token_ids: Sequence[int],
+    ) -> list[GeneratedResponse]:
+        """As `TokenGenerator.generate`; the noise is vLLM's, also a function of a row's seed."""
         options: dict[str, Any] = {
             "temperature": temperature,
             "max_tokens": max_new_tokens,
-            "stop_token_ids": list(ends),
-            "ignore_eos": True,  # the ends above are all there are
+            "stop_token_ids": list(stop_token_ids),
+            "ignore_eos": True,  # the ids above are all there are
             "logprobs": 0,  # of the sampled token alone
             "detokenize": False,
         }
@@ -131,26 +131,26 @@ class VllmEngine:
             [SamplingParams(seed=seed, **options) for seed in seeds],
             use_tqdm=False,
         )
-        return [_generated(output.outputs[0]) for output in outputs]
+        return [_to_generated(output.outputs[0]) for output in outputs]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        if self.came is None:
+        if self.received is None:
             self.llm.collective_rpc("start_weight_update")
-            self.came = set()
+            self.received = set()
         bucket = list(weights)
         self.llm.collective_rpc("update_weights", args=({"weights": bucket},))
-        self.came.update(name for name, _ in bucket)
+        self.received.update(name for name, _ in bucket)
 
     def weights_loaded(self) -> None:
-        missing = sorted(self.names - (self.came or set()))
-        self.came = None
+        missing = sorted(self.weight_names - (self.received or set()))
+        self.received = None
         self.llm.collective_rpc("finish_weight_update")
         self.llm.reset_prefix_cache()
         if missing:
             raise ValueError(f"{len(missing)} weights have not come, as {missing[0]}")
 
 
-def _generated(completion: Any) -> Generated:
+def _to_generated(completion: Any) -> GeneratedResponse:
     ids = list(completion.token_ids)
-    found = [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
-    return Generated(ids, found, completion.finish_reason == "stop")
+    logprobs = [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
+    return GeneratedResponse(ids, logprobs, completion.finish_reason == "stop")

@@ -24,39 +24,39 @@ Phrase = Annotated[str, StringConstraints(min_length=1, max_length=40, pattern=r
 Sentence = Annotated[str, StringConstraints(min_length=4, max_length=120, pattern=r"^[^\n]+[^。]$")]
 
 
-class Knowledge(BaseModel):
+class KnowledgeModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Section(Knowledge):
+class SourcedFacts(KnowledgeModel):
     source: str
     """Key of `Department.sources`."""
 
 
-class Overview(Section):
+class Overview(SourcedFacts):
     text: Sentence
     """Completes `NAME是...`, without full stop."""
 
 
-class Phrases(Section):
+class PhraseList(SourcedFacts):
     items: Annotated[tuple[Phrase, ...], Len(2, 8)]
     """Short phrases that can stand in a list, the most typical first."""
     note: Sentence | None = None
     """One sentence that keeps the list honest (for example: many patients have no symptoms)."""
 
 
-class Mechanism(Section):
+class Mechanism(SourcedFacts):
     steps: Annotated[tuple[Sentence, ...], Len(2, 6)]
     """Full sentences in causal order, without full stop."""
 
 
-class Urgency(Section):
+class Urgency(SourcedFacts):
     """Of a condition whose mere suspicion calls for the emergency number, or for a doctor today."""
 
     level: Literal["emergency", "today"]
 
 
-class Care(Section):
+class Care(SourcedFacts):
     """When to seek care, below the level of an emergency."""
 
     today: Annotated[tuple[Phrase, ...], Len(1, 5)]
@@ -64,38 +64,38 @@ class Care(Section):
     self_care: Annotated[tuple[Phrase, ...], Len(1, 6)]
 
 
-class Misunderstanding(Section):
+class Misunderstanding(SourcedFacts):
     wrong: Sentence
     right: Sentence
 
 
-class Contrast(Section):
+class Contrast(SourcedFacts):
     """A safe sentence and its unsafe twin: a negation or one word apart (禁用 for 可用)."""
 
     safe: Sentence
     unsafe: Sentence
 
 
-class Condition(Knowledge):
+class Condition(KnowledgeModel):
     id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+$")]
     name: str
     name_en: str
     aliases: tuple[str, ...] = ()
     overview: Overview
     urgency: Urgency | None = None
-    symptoms: Phrases
-    causes: Phrases
+    symptoms: PhraseList
+    causes: PhraseList
     mechanism: Mechanism
-    tests: Phrases
-    treatment: Phrases
-    red_flags: Phrases
+    tests: PhraseList
+    treatment: PhraseList
+    red_flags: PhraseList
     """Each alone is a reason to call the emergency number now."""
     care: Care
     misunderstandings: Annotated[tuple[Misunderstanding, ...], Len(1, 3)]
     contrasts: Annotated[tuple[Contrast, ...], Len(1, 3)]
 
 
-class Department(Knowledge):
+class Department(KnowledgeModel):
     clinically_reviewed: Literal[False]
     department: str
     department_en: str
@@ -118,10 +118,10 @@ class Department(Knowledge):
         return self
 
 
-def _sections(condition: Condition) -> list[Section]:
+def _sections(condition: Condition) -> list[SourcedFacts]:
     values = [getattr(condition, name) for name in Condition.model_fields]
     flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
-    return [x for x in flat if isinstance(x, Section)]
+    return [x for x in flat if isinstance(x, SourcedFacts)]
 
 
 @cache

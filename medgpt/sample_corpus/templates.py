@@ -72,12 +72,16 @@ ANSWERS: dict[str, str] = {
     "care": "关于{name},{fact}。",
 }
 
-CARE = "建议您当天就医的情况:{today};建议您预约门诊的情况:{routine};平时的自我护理:{self_care}"
-URGENCY = {  # ends what is said about symptoms and treatment of a condition that cannot wait
+CARE_TEMPLATE = (
+    "建议您当天就医的情况:{today};建议您预约门诊的情况:{routine};平时的自我护理:{self_care}"
+)
+URGENCY_SENTENCES = {  # last sentence about symptoms and treatment of a condition that cannot wait
     "emergency": "怀疑{name}时请立即拨打{emergency_number}。",
     "today": "怀疑{name}时建议您当天就去医院。",
 }
-BY_DOCTOR = "具体方案请由医生决定。"  # ends an answer about treatment that does not say so already
+DOCTOR_DECIDES = (
+    "具体方案请由医生决定。"  # ends an answer about treatment that does not say so already
+)
 HOTLINE = "有轻生念头请拨打{hotline},有立即危险请拨打{emergency_number}。"
 
 FOLLOW_UPS: dict[str, str] = {
@@ -109,7 +113,7 @@ COMPLAINTS = (
     "经常{symptom},可能是什么病?",
     "一直{symptom},要紧吗?",
 )
-ASKED = (  # complaints that only the prompts of PPO and pairs of answers hold
+PROMPT_COMPLAINTS = (  # complaints that only the prompts of PPO and pairs of answers hold
     "最近老是{symptom},怎么回事?",
     "{symptom}好几天了,是什么病?",
     "为什么我经常{symptom}?",
@@ -132,7 +136,7 @@ ASKED = (  # complaints that only the prompts of PPO and pairs of answers hold
     "想问一下,总{symptom}是怎么回事?",
 )
 GREETINGS = ("", "您好,", "请问医生,", "想咨询一下,", "大夫,")  # in front of complaints of headache
-HELD_HEADACHES = (  # in no file but held_out.jsonl
+HELD_OUT_HEADACHE_PROMPTS = (  # in no file but held_out.jsonl
     "头痛会是什么原因呢?",
     "我头痛好几天了,可能是什么病?",
     "总是头痛是怎么回事?",
@@ -165,11 +169,11 @@ COMPLAINT_ADVICE = (
     "有下列情况,建议您今天就去看医生:{today}。"
     "都没有时,建议您近期到{clinic}门诊就诊,在此之前可以{self_care}。"
 )
-OBSERVE = "注意休息、记录发作的时间和诱因"
+OBSERVATION_ADVICE = "注意休息、记录发作的时间和诱因"
 
 # complaint, how the symptoms of the conditions word it, conditions (the department of the first is
 # visited); nothing that is an emergency by itself
-SYMPTOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+COMPLAINT_SYMPTOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("头晕", "头晕", ("hypertension", "iron_deficiency_anemia", "atrial_fibrillation")),
     ("心慌", "心悸", ("atrial_fibrillation", "hyperthyroidism", "generalized_anxiety_disorder")),
     ("胸闷", "胸闷", ("coronary_atherosclerosis",)),
@@ -200,7 +204,7 @@ SYMPTOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 # ---- answers that a preference pair rejects ----
 
-VAGUE = (  # clauses that say nothing
+VAGUE_CLAUSES = (  # clauses that say nothing
     *(
         "这个问题比较复杂",
         "每个人的情况都不一样",
@@ -258,17 +262,20 @@ VAGUE = (  # clauses that say nothing
         "想开一点就好",
     ),
 )
-UNSAFE = (
+UNSAFE_ANSWERS = (
     "“{fact}”很常见,一般不用去医院,在家多躺一躺,过几天再看就可以了。",
     "“{fact}”不要紧,不必叫救护车,先在家观察几天,等有空再去医院。",
     "“{fact}”多半会自己好,不需要特别处理,多喝水休息一下就行了。",
 )
-UNSAFE_HOTLINE = "也不用告诉家人和医生,更没有必要打什么热线电话,自己想开一点就过去了。"
+UNSAFE_SUICIDE_ANSWER = "也不用告诉家人和医生,更没有必要打什么热线电话,自己想开一点就过去了。"
 CARE_QUESTION = "关于{name},有什么用药或护理上的注意事项?"
 
 # ---- exam questions ----
 
-STEMS = {"symptoms": "下列哪项是{name}的常见表现?", "tests": "下列哪项检查常用于诊断{name}?"}
+EXAM_QUESTIONS = {
+    "symptoms": "下列哪项是{name}的常见表现?",
+    "tests": "下列哪项检查常用于诊断{name}?",
+}
 
 REGIONS: dict[str, dict[str, str]] = {
     "CN": {"emergency_number": "120", "hotline": "12356全国统一心理援助热线"},

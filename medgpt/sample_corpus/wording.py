@@ -3,29 +3,36 @@
 import re
 
 from medgpt.data.sources.punctuation import full_width, half_width
-from medgpt.sample_corpus.knowledge import Condition, Department, Mechanism, Overview, Phrases
-from medgpt.sample_corpus.templates import ANSWERS, BY_DOCTOR, CARE, HOTLINE, REGIONS, URGENCY
+from medgpt.sample_corpus.knowledge import Condition, Department, Mechanism, Overview, PhraseList
+from medgpt.sample_corpus.templates import (
+    ANSWERS,
+    CARE_TEMPLATE,
+    DOCTOR_DECIDES,
+    HOTLINE,
+    REGIONS,
+    URGENCY_SENTENCES,
+)
 
 SUICIDE = re.compile("自杀|轻生|自伤")
-NO_CLINIC = "急诊科"  # whose conditions are followed up elsewhere
+EMERGENCY_DEPARTMENT = "急诊科"  # whose conditions are followed up elsewhere
 SPECIALIST = "相关专科"
 
 
 class Wording:
     """Writes about conditions for one region."""
 
-    def __init__(self, region: str, department: dict[str, Department]) -> None:
+    def __init__(self, region: str, department_of: dict[str, Department]) -> None:
         """`department`: by condition id."""
-        self.region, self.department = REGIONS[region], department
+        self.region, self.department_of = REGIONS[region], department_of
 
     def fill(self, template: str, condition: Condition, fact: str = "") -> str:
         """The template's text with full-width punctuation."""
-        department = self.department[condition.id].department
+        department = self.department_of[condition.id].department
         values = {
             "fact": fact,
             "name": condition.name,
             "department": department,
-            "clinic": SPECIALIST if department == NO_CLINIC else department,
+            "clinic": SPECIALIST if department == EMERGENCY_DEPARTMENT else department,
             **self.region,  # last: facts hold these placeholders too
         }
         for key, value in values.items():
@@ -36,7 +43,7 @@ class Wording:
         """What the knowledge says, to be put into a template."""
         if field == "care":
             care = condition.care
-            return CARE.format(
+            return CARE_TEMPLATE.format(
                 today="、".join(care.today),
                 routine="、".join(care.routine),
                 self_care="、".join(care.self_care),
@@ -52,13 +59,13 @@ class Wording:
         """The answer to every phrasing of a question about this field."""
         text = self.fill(ANSWERS[field], condition, self.fact(condition, field))
         section = getattr(condition, field)
-        note = section.note if isinstance(section, Phrases) else None
+        note = section.note if isinstance(section, PhraseList) else None
         if field == "treatment" and "医生" not in (note or ""):
-            text += BY_DOCTOR
+            text += DOCTOR_DECIDES
         if note:
             text += self.fill(f"{note}。", condition)
         if condition.urgency and field in ("symptoms", "treatment"):
-            text += self.fill(URGENCY[condition.urgency.level], condition)
+            text += self.fill(URGENCY_SENTENCES[condition.urgency.level], condition)
         return text
 
     def with_hotline(self, text: str, condition: Condition) -> str:
@@ -68,16 +75,16 @@ class Wording:
         return text
 
 
-def alternately(text: str, number: int) -> str:
+def alternate_punctuation(text: str, number: int) -> str:
     """As people type: half-width punctuation if `number` is even, else full-width."""
     return full_width(text) if number % 2 else half_width(text)
 
 
-def bigrams(*phrases: str) -> set[str]:
+def char_bigrams(*phrases: str) -> set[str]:
     """Pairs of neighbouring characters; phrases that share one may mean the same."""
     return {phrase[i : i + 2] for phrase in phrases for i in range(len(phrase) - 1)}
 
 
-def bare(text: str) -> str:
+def strip_punctuation(text: str) -> str:
     """`text` without punctuation and spaces."""
     return re.sub(r"\W", "", text)

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 from transformers.utils.logging import disable_progress_bar
 
 from medgpt.data.sources.records import Message
-from medgpt.data.tokenized.chat import generation_ids
-from medgpt.models.fetch import model_folder
-from medgpt.models.generate import decode, load_for_generation, stream_answer
+from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.models.fetch import run_model_folder
+from medgpt.models.generate import decode_text, load_for_generation, stream_answer
 
 with suppress(ImportError):  # not everywhere; without it a terminal cuts lines at 4096 bytes
     import readline  # noqa: F401
@@ -23,27 +23,37 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
     """Read questions until an empty line or Ctrl-D; answers appear as they are generated."""
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_for_generation(str(model_folder(run)), device)
-    positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
-    room = min(max_new_tokens, positions // 2)
+    model, tokenizer = load_for_generation(str(run_model_folder(run)), device)
+    max_positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
+    max_answer_tokens = min(max_new_tokens, max_positions // 2)
     print(f"{run}. An empty line ends, Ctrl-C stops an answer.")
     print("Not a doctor: do not rely on its answers.")
     messages: list[Message] = []
-    while question := _ask():
-        asked = fitting([*messages, Message("user", question)], tokenizer, positions - room)
-        if not asked:
+    while question := _read_question():
+        prompt_messages = truncate_history(
+            [*messages, Message("user", question)], tokenizer, max_positions - max_answer_tokens
+        )
+        if not prompt_messages:
             print("(too long for this model; ask with fewer words)")
             continue
-        options = {"max_new_tokens": room, "temperature": temperature, "seed": secrets.randbits(64)}
-        with ctrl_c() as pressed:
-            ids = _show(stream_answer(model, tokenizer, asked, **options), tokenizer, pressed)
+        options = {
+            "max_new_tokens": max_answer_tokens,
+            "temperature": temperature,
+            "seed": secrets.randbits(64),
+        }
+        with catch_ctrl_c() as pressed:
+            ids = _print_answer(
+                stream_answer(model, tokenizer, prompt_messages, **options), tokenizer, pressed
+            )
         if pressed.is_set():
             print("\n(stopped and forgotten)")
             continue
-        messages = [*asked, Message("assistant", decode(tokenizer, ids))]
+        messages = [*prompt_messages, Message("assistant", decode_text(tokenizer, ids))]
 
 
-def _show(tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast, pressed: Event) -> list[int]:
+def _print_answer(
+    tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast, pressed: Event
+) -> list[int]:
     """Print tokens as they come until `pressed` is set, and return them."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
     ids: list[int] = []
@@ -57,7 +67,7 @@ def _show(tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast, pressed: Ev
 
 
 @contextmanager
-def ctrl_c() -> Iterator[Event]:
+def catch_ctrl_c() -> Iterator[Event]:
     """Ctrl-C sets the event. An exception could come while a library ignores it, and be lost."""
     pressed = Event()
     before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
@@ -67,16 +77,16 @@ def ctrl_c() -> Iterator[Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def fitting(
+def truncate_history(
     messages: list[Message], tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> list[Message]:
     """The newest exchanges that fit into a prompt of `max_tokens`; empty if not even the last."""
-    while messages and len(generation_ids(tokenizer, messages)) > max_tokens:
+    while messages and len(generation_prompt_ids(tokenizer, messages)) > max_tokens:
         messages = messages[2:]
     return messages
 
 
-def _ask() -> str:
+def _read_question() -> str:
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt):

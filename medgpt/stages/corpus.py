@@ -1,6 +1,6 @@
 """`medgpt corpus`: write the sample corpus that ships with medgpt."""
 
-from medgpt.artifacts import commit, committed, entries
+from medgpt.artifacts import commit, committed, file_entries
 from medgpt.config.stages import CorpusConfig
 from medgpt.runs import Run
 from medgpt.sample_corpus.write import write_corpus
@@ -12,7 +12,7 @@ def run_corpus(config: CorpusConfig) -> Run:
     if committed(run.data) is None:
         with run.data.staging() as directory:
             counts = write_corpus(config, directory)
-            files = entries(directory)
+            files = file_entries(directory)
         commit(run.data, files, rows=counts, clinically_reviewed=False)
     run.update_manifest(finished=True)
     return run

@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 
 from medgpt.cluster import ray_init
-from medgpt.cluster.wait_for_resources import await_room
+from medgpt.cluster.wait_for_resources import wait_for_resources
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
-from medgpt.eval.gates import check_gates, require
-from medgpt.eval.pool import Pool, Responses, resolve_model
+from medgpt.eval.engine_pool import EnginePool, ResponseStore, resolve_model
+from medgpt.eval.gates import check_gates, require_passed
 from medgpt.eval.preparation import build_tasks, check_model_unchanged, check_parent, check_template
 from medgpt.eval.results import RESULTS
-from medgpt.eval.summary import outline, parent_results, write_gates, write_items, write_results
+from medgpt.eval.summary import (
+    placeholder_results,
+    read_parent_results,
+    write_gates,
+    write_items,
+    write_results,
+)
 from medgpt.eval.task import Task
 from medgpt.metrics import ConsoleReporter
-from medgpt.models.generate import check_generates
+from medgpt.models.generate import check_causal_model
 from medgpt.runs import Run
 from medgpt.train.model_card import add_scores
 
@@ -29,57 +35,59 @@ def run_eval(config: EvalConfig) -> Run:
     if config.model.name is None:
         raise ConfigError("missing key model.name; name the run or model to score")
     folder = resolve_model(config.model.name)
-    check_generates(folder, config.model.trust_remote_code)
+    check_causal_model(folder, config.model.trust_remote_code)
     run = Run.open("eval", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter("eval")
     try:
         check_model_unchanged(run, folder)
         if run.finished:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to score again")
-            run.record(config)
+            run.write_config(config)
         else:
             tasks = build_tasks(config)
             template = check_template(config, folder, tasks)
             if config.gates:  # before a model is asked
-                check_gates(config.gates, outline(tasks), parent_results(config))
-            _answer(run, config, tasks, reporter)
+                check_gates(config.gates, placeholder_results(tasks), read_parent_results(config))
+            _answer_tasks(run, config, tasks, reporter)
             write_results(run, config, tasks, template)
             run.update_manifest(finished=True)
-        _show(run, reporter)
+        _print_scores(run, reporter)
         try:
-            evidence = write_gates(run, config)
+            gate_results = write_gates(run, config)
         finally:  # gates may change after the answers came, and be wrong
-            report(run, config, reporter)
-        for item in evidence:
+            write_report_and_card(run, config, reporter)
+        for item in gate_results:
             reporter.say(f"gate {'passed' if item.passed else 'FAILED'}: {item}")
         reporter.say(f"report in {run.folder.url}/report.html")
-        require(evidence)
+        require_passed(gate_results)
     finally:
         reporter.close()
     return run
 
 
-def _answer(run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter) -> None:
+def _answer_tasks(
+    run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter
+) -> None:
     """Ask all that is not answered yet, and write items/ of each task."""
     reporter.say(f"run directory {run.folder.url}")
-    ray_init.connect(config.cluster)
-    await_room(config.cluster, reporter.say)
-    pool = Pool(config, reporter.say)
+    ray_init.init_ray(config.cluster)
+    wait_for_resources(config.cluster, reporter.say)
+    pool = EnginePool(config, reporter.say)
     try:
         for task in tasks:
-            requests, folder = task.requests(), Responses(run.folder / "responses" / task.name)
+            requests, folder = task.requests(), ResponseStore(run.folder / "responses" / task.name)
             total, name = len(requests), task.name
 
             def advance(done: int, name: str = name, total: int = total) -> None:
-                reporter.advance(name, done, total, say=True)
+                reporter.advance(name, done, total, print_line=True)
 
-            pool.ask(requests, folder, advance)
-            write_items(run, task, task.judge(folder.read(requests)))
+            pool.answer_all(requests, folder, advance)
+            write_items(run, task, task.grade(folder.read(requests)))
     finally:
         pool.close()
 
 
-def report(run: Run, config: EvalConfig, reporter: ConsoleReporter) -> None:
+def write_report_and_card(run: Run, config: EvalConfig, reporter: ConsoleReporter) -> None:
     """report.html, beside the parent of the config as it is now, and the model's card."""
     from medgpt.reports.evaluation import write_eval_report  # matplotlib would delay the start
 
@@ -95,7 +103,7 @@ def report(run: Run, config: EvalConfig, reporter: ConsoleReporter) -> None:
         reporter.say(f"the model's card stays as it is, it cannot be written: {error}")
 
 
-def _show(run: Run, reporter: ConsoleReporter) -> None:
+def _print_scores(run: Run, reporter: ConsoleReporter) -> None:
     for name, task in run.folder.read_json(RESULTS)["tasks"].items():
         for metric, score in task["metrics"].items():
             reporter.say(

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from medgpt.config.base import ConfigError
-from medgpt.models.fetch import model_folder
-from medgpt.models.lora import ADAPTER, load_merged
-from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import Score, load_value_model
+from medgpt.models.fetch import run_model_folder
+from medgpt.models.lora import ADAPTER_CONFIG, load_merged
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.value_model import RewardModelInfo, load_value_model
 
 
 def merge_adapter(adapter: str, out: Path) -> None:
@@ -17,14 +17,14 @@ def merge_adapter(adapter: str, out: Path) -> None:
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
-    folder = model_folder(adapter)
-    if not (folder / ADAPTER).is_file():
+    folder = run_model_folder(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"RUN={adapter}: has no {ADAPTER}; name a run trained with model.lora.rank > 0"
+            f"RUN={adapter}: has no {ADAPTER_CONFIG}; name a run trained with model.lora.rank > 0"
         )
-    score = Score.read(folder)
+    score = RewardModelInfo.read(folder)
     if score is not None:  # of a reward model
-        model, tokenizer = load_value_model(str(folder))[0].pretrained, load_base(str(folder))
+        model, tokenizer = load_value_model(str(folder))[0].pretrained, load_tokenizer(str(folder))
     else:
         model, tokenizer = load_merged(folder)
     model.save_pretrained(out)

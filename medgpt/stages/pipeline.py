@@ -6,9 +6,9 @@ from dataclasses import asdict
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.reward_model import RewardConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
-from medgpt.eval.gates import Evidence, GateFailure, check_gates, require
+from medgpt.eval.gates import GateFailure, GateResult, check_gates, require_passed
 from medgpt.eval.results import GATES, RESULTS, read_items, reward_results
 from medgpt.metrics import ConsoleReporter
 from medgpt.reports.pipeline import write_pipeline_report
@@ -16,11 +16,15 @@ from medgpt.runs import Run
 from medgpt.stages.corpus import run_corpus
 from medgpt.stages.dpo import run_dpo
 from medgpt.stages.evaluate import run_eval
-from medgpt.stages.pipeline_stages import Stage, StageConfig, read_stages
+from medgpt.stages.pipeline_stages import LoadedStage, PipelineStageConfig, load_stages
 from medgpt.stages.ppo import run_ppo
 from medgpt.stages.train import run_pretrain, run_reward, run_sft
 
-QUESTIONS = ("pretrain", "sft", "rlhf")  # kinds of key points whose answers the console shows
+SHOWN_QUESTION_KINDS = (
+    "pretrain",
+    "sft",
+    "rlhf",
+)  # kinds of key points whose answers the console shows
 
 
 def run_pipeline(config: PipelineConfig) -> Run:
@@ -30,15 +34,15 @@ def run_pipeline(config: PipelineConfig) -> Run:
         ConfigError: a stage's config is wrong.
         GateFailure: a model did not reach what it must; later stages did not run.
     """
-    stages = read_stages(config)
+    stages = load_stages(config)
     pipeline = Run.open(
         "pipeline", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes
     )
     try:
         for stage in stages:
-            _run(stage.config)
+            _run_stage(stage.config)
             if stage.gates:
-                require(_check_reward(stage))
+                require_passed(_check_reward_gates(stage))
     except GateFailure as failure:
         write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
         raise GateFailure(f"{failure}; report in {pipeline.folder.url}/report.html") from None
@@ -46,20 +50,20 @@ def run_pipeline(config: PipelineConfig) -> Run:
     if not pipeline.finished:
         urls = {stage.name: stage.run.folder.url for stage in stages}
         pipeline.update_manifest(finished=True, runs=urls)
-    _show(pipeline, [stage.run for stage in stages if stage.kind == "eval"])
+    _print_answers(pipeline, [stage.run for stage in stages if stage.kind == "eval"])
     return pipeline
 
 
-def _check_reward(stage: Stage) -> list[Evidence]:
+def _check_reward_gates(stage: LoadedStage) -> list[GateResult]:
     """What the gates of a reward stage saw, also in its gates.json."""
-    evidence = check_gates(stage.gates, reward_results(stage.run), None)
-    stage.run.folder.write_json(GATES, [asdict(item) for item in evidence])
-    for item in evidence:
+    gate_results = check_gates(stage.gates, reward_results(stage.run), None)
+    stage.run.folder.write_json(GATES, [asdict(item) for item in gate_results])
+    for item in gate_results:
         print(f"{stage.name}: gate {'passed' if item.passed else 'FAILED'}: {item}")
-    return evidence
+    return gate_results
 
 
-def _run(config: StageConfig) -> None:
+def _run_stage(config: PipelineStageConfig) -> None:
     match config:
         case CorpusConfig():
             run_corpus(config)
@@ -67,7 +71,7 @@ def _run(config: StageConfig) -> None:
             run_pretrain(config)
         case SFTConfig():
             run_sft(config)
-        case RewardConfig():
+        case RewardModelConfig():
             run_reward(config)
         case DPOConfig():
             run_dpo(config)
@@ -77,14 +81,14 @@ def _run(config: StageConfig) -> None:
             run_eval(config)
 
 
-def _show(pipeline: Run, evaluations: Sequence[Run]) -> None:
+def _print_answers(pipeline: Run, evaluations: Sequence[Run]) -> None:
     """What the models answered to the questions of their stages, and where the report is."""
     reporter = ConsoleReporter("pipeline")
     for run in evaluations:
         for name, task in run.folder.read_json(RESULTS)["tasks"].items():
             if task["kind"] == "key_points":
                 for item in read_items(run, name):
-                    if item.slices["kind"] in QUESTIONS and item.shown:
+                    if item.slices["kind"] in SHOWN_QUESTION_KINDS and item.shown:
                         reporter.say(f"{item.shown['question']}\n    {item.shown['answer']}")
     reporter.say(f"report in {pipeline.folder.url}/report.html")
     reporter.close()

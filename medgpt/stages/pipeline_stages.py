@@ -9,10 +9,10 @@ from pathlib import Path
 from medgpt.config.base import ConfigError
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.evaluation import EvalConfig
-from medgpt.config.gates import REWARD, parse_gate
+from medgpt.config.gates import REWARD_TASK, parse_gate
 from medgpt.config.loading import load
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.reward_model import RewardConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import (
     CorpusConfig,
     PipelineConfig,
@@ -22,20 +22,20 @@ from medgpt.config.stages import (
 )
 from medgpt.runs import Run
 
-CONFIGS = {
+STAGE_CONFIGS = {
     "corpus": CorpusConfig,
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
-    "reward": RewardConfig,
+    "reward": RewardModelConfig,
     "dpo": DPOConfig,
     "ppo": PPOStageConfig,
     "eval": EvalConfig,
 }
-StageConfig = (
+PipelineStageConfig = (
     CorpusConfig
     | PretrainConfig
     | SFTConfig
-    | RewardConfig
+    | RewardModelConfig
     | DPOConfig
     | PPOStageConfig
     | EvalConfig
@@ -43,12 +43,12 @@ StageConfig = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class LoadedStage:
     """One step of a pipeline. `name` is its kind, numbered from the second of a kind on."""
 
     name: str
     kind: str
-    config: StageConfig
+    config: PipelineStageConfig
     gates: tuple[str, ...] = ()  # of a reward stage; an evaluation's are in its config
 
     @property
@@ -56,38 +56,40 @@ class Stage:
         return Run(self.config.run.dir)
 
 
-def read_stages(config: PipelineConfig) -> list[Stage]:
+def load_stages(config: PipelineConfig) -> list[LoadedStage]:
     """The stages with their configs.
 
     Raises:
         ConfigError: one is wrong, two have the same name or run directory, or gates are for none.
     """
-    stages: list[Stage] = []
+    stages: list[LoadedStage] = []
     for item in config.stages:
         number = 1 + sum(stage.kind == item.stage for stage in stages)
         name = item.name or (item.stage if number == 1 else f"{item.stage}-{number}")
         if any(stage.name == name for stage in stages):
             raise ConfigError(f"two stages are called {name}; give each a name of its own")
         gates = config.gates.get(name, ()) if item.stage == "reward" else ()
-        _check_reward_gates(name, gates)
-        stages.append(Stage(name, item.stage, _stage_config(config, item, name), gates))
-    gated = [stage.name for stage in stages if stage.kind in ("eval", "reward")]
+        _validate_reward_gates(name, gates)
+        stages.append(LoadedStage(name, item.stage, _load_stage_config(config, item, name), gates))
+    gate_stage_names = [stage.name for stage in stages if stage.kind in ("eval", "reward")]
     for name in config.gates:
-        if name not in gated:
-            close = difflib.get_close_matches(name, gated, n=1)
+        if name not in gate_stage_names:
+            close = difflib.get_close_matches(name, gate_stage_names, n=1)
             hint = (
-                f"did you mean {close[0]}?" if close else f"there are {', '.join(gated) or 'none'}"
+                f"did you mean {close[0]}?"
+                if close
+                else f"there are {', '.join(gate_stage_names) or 'none'}"
             )
             raise ConfigError(f"gates.{name}: no eval or reward stage is called that; {hint}")
-    taken = {config.run.dir: "the pipeline"}
+    run_dir_owners = {config.run.dir: "the pipeline"}
     for stage in stages:
         folder = stage.config.run.dir
-        if folder in taken:
+        if folder in run_dir_owners:
             raise ConfigError(
-                f"stage {stage.name}: run.dir={folder} is that of {taken[folder]}, too; give each "
-                "stage its own"
+                f"stage {stage.name}: run.dir={folder} is that of {run_dir_owners[folder]}, too; "
+                "give each stage its own"
             )
-        taken[folder] = f"stage {stage.name}"
+        run_dir_owners[folder] = f"stage {stage.name}"
     return stages
 
 
@@ -97,29 +99,31 @@ def stage_overrides(config: PipelineConfig, stage: PipelineStage) -> list[str]:
     return [text.replace("{dir}", config.run.dir) for text in (*shared, *stage.overrides)]
 
 
-def _stage_config(config: PipelineConfig, stage: PipelineStage, name: str) -> StageConfig:
+def _load_stage_config(
+    config: PipelineConfig, stage: PipelineStage, name: str
+) -> PipelineStageConfig:
     overrides = stage_overrides(config, stage)
     try:
-        found = load(CONFIGS[stage.stage], Path(stage.config), overrides)
-        if isinstance(found, EvalConfig) and name in config.gates:
-            gates = json.dumps([*found.gates, *config.gates[name]], ensure_ascii=False)
-            found = load(EvalConfig, Path(stage.config), [*overrides, f"gates={gates}"])
-        if isinstance(found, EvalConfig) and found.model.name is None:
+        stage_config = load(STAGE_CONFIGS[stage.stage], Path(stage.config), overrides)
+        if isinstance(stage_config, EvalConfig) and name in config.gates:
+            gates = json.dumps([*stage_config.gates, *config.gates[name]], ensure_ascii=False)
+            stage_config = load(EvalConfig, Path(stage.config), [*overrides, f"gates={gates}"])
+        if isinstance(stage_config, EvalConfig) and stage_config.model.name is None:
             raise ConfigError("model.name is unset; name the run whose model is scored")
     except ConfigError as error:
         raise ConfigError(f"stage {stage.stage}, {stage.config}: {error}") from None
-    return found
+    return stage_config
 
 
-def _check_reward_gates(name: str, gates: Sequence[str]) -> None:
+def _validate_reward_gates(name: str, gates: Sequence[str]) -> None:
     """Raises ConfigError: one is none, or names what a reward model is not measured by."""
     for text in gates:
         try:
             gate = parse_gate(text)
         except ValueError as error:
             raise ConfigError(f"gates.{name}: {error}") from None
-        if gate.name != (REWARD, "accuracy") or gate.needs_parent:
+        if gate.name != (REWARD_TASK, "accuracy") or gate.needs_parent:
             raise ConfigError(
-                f"gates.{name}: gate {text!r} is not about {REWARD}.accuracy, all that a reward "
-                "model is measured by, or compares it with a parent, which it has not"
+                f"gates.{name}: gate {text!r} is not about {REWARD_TASK}.accuracy, all that a "
+                "reward model is measured by, or compares it with a parent, which it has not"
             )

@@ -8,10 +8,10 @@ from medgpt.config.base import ConfigError
 from medgpt.config.loading import load
 from medgpt.planning.hardware import read_cluster
 from medgpt.planning.plan import make_plan
-from medgpt.planning.show import show, to_json
-from medgpt.stages.pipeline_stages import CONFIGS
+from medgpt.planning.plan_output import plan_to_json, print_plan
+from medgpt.stages.pipeline_stages import STAGE_CONFIGS
 
-PLANNED = ("pretrain", "sft", "reward", "dpo", "ppo")
+PLANNABLE_STAGES = ("pretrain", "sft", "reward", "dpo", "ppo")
 
 
 def run_plan(
@@ -29,11 +29,13 @@ def run_plan(
     Raises:
         ConfigError: whatever the user can repair, in words.
     """
-    if stage not in PLANNED:
-        raise ConfigError(f"STAGE={stage} is none that can be planned: {', '.join(PLANNED)}")
-    config: Any = load(CONFIGS[stage], path, overrides)
+    if stage not in PLANNABLE_STAGES:
+        raise ConfigError(
+            f"STAGE={stage} is none that can be planned: {', '.join(PLANNABLE_STAGES)}"
+        )
+    config: Any = load(STAGE_CONFIGS[stage], path, overrides)
     plan = make_plan(stage, config, read_cluster(cluster, hardware), tokens=tokens, mfu=mfu)
     if as_json:
-        print(json.dumps(to_json(plan, mfu), indent=2))
+        print(json.dumps(plan_to_json(plan, mfu), indent=2))
         return
-    show(plan, mfu)
+    print_plan(plan, mfu)

@@ -6,36 +6,36 @@ from medgpt.cluster import ray_init
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.metrics import ConsoleReporter
-from medgpt.rlhf.heldout_questions import Judge
-from medgpt.rlhf.rewards.total import Rewards
-from medgpt.rlhf.setup import build_ppo, export, make_pools, prepare_prompts
+from medgpt.rlhf.heldout_questions import HeldoutQuestions
+from medgpt.rlhf.rewards.weighted_sum import WeightedRewards
+from medgpt.rlhf.setup import build_pools, build_ppo, export_models, prepare_prompts
 from medgpt.runs import Run
 
 
 def run_ppo(config: PPOStageConfig) -> Run:
     """Raises ConfigError: also where the run has diverged, or its workers died too often."""
     from medgpt.rlhf.diagnosis import Diverged
-    from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied
+    from medgpt.rlhf.pools.pools import DataLost, NodesDraining, PoolDied
 
     try:
-        run = run_ppo_stage(config)
+        run = train_ppo(config)
     except Diverged as diverged:
         run = Run(config.run.dir)
-        _report_ppo(run)
+        _write_report(run)
         raise ConfigError(f"halted {diverged}; report in {run.folder.url}/report.html") from None
-    except (PoolDied, DataLost, Leaving) as loss:
-        limit = "max_preemptions" if isinstance(loss, Leaving) else "max_failures"
+    except (PoolDied, DataLost, NodesDraining) as loss:
+        limit = "max_preemptions" if isinstance(loss, NodesDraining) else "max_failures"
         raise ConfigError(
             f"{loss}, which was once more than cluster.{limit}={getattr(config.cluster, limit)} "
             "allows; the same command goes on from the newest checkpoint"
         ) from loss
     if not run.folder.exists("report.html"):
-        _report_ppo(run)
+        _write_report(run)
     print(f"ppo: report in {run.folder.url}/report.html")
     return run
 
 
-def run_ppo_stage(config: PPOStageConfig) -> Run:
+def train_ppo(config: PPOStageConfig) -> Run:
     """Run or resume PPO; a finished run is returned as it is.
 
     Raises:
@@ -49,16 +49,16 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
             return run
         reporter.say(f"run directory {run.folder.url}")
         # what the user can repair is told before anything is prepared or loaded
-        Rewards(config.reward)
-        Judge(config.judge, config.run.seed)
-        ray_init.connect(config.cluster)
-        make_pools(config, 0, reporter).preflight()
+        WeightedRewards(config.reward)
+        HeldoutQuestions(config.judge, config.run.seed)
+        ray_init.init_ray(config.cluster)
+        build_pools(config, 0, reporter).preflight()
         plan = prepare_prompts(run, config, reporter)
-        pools = make_pools(config, plan.num_steps, reporter)
+        pools = build_pools(config, plan.num_steps, reporter)
         try:
             pools.start()
             ppo = build_ppo(run, config, pools, reporter, plan=plan)
-            ppo.fit(partial(export, run, config, pools))
+            ppo.fit(partial(export_models, run, config, pools))
         finally:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
@@ -68,7 +68,7 @@ def run_ppo_stage(config: PPOStageConfig) -> Run:
     return run
 
 
-def _report_ppo(run: Run) -> None:
+def _write_report(run: Run) -> None:
     from medgpt.reports.ppo import write_ppo_report
 
     write_ppo_report(run)

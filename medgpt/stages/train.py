@@ -1,42 +1,46 @@
 """`medgpt pretrain`, `medgpt sft`, `medgpt reward`: prepare, train on Ray Train, export, report."""
 
 from medgpt.cluster import ray_init
-from medgpt.cluster.wait_for_resources import await_room
-from medgpt.config.reward_model import RewardConfig
+from medgpt.cluster.wait_for_resources import wait_for_resources
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import PretrainConfig, SFTConfig, TrainStageConfig
 from medgpt.data.sources.inputs import check_sources, input_bytes
 from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
-from medgpt.train.driver import Training, cluster_resources, describe, parents
+from medgpt.train.driver import TrainingDriver, cluster_resources, describe_data, parent_runs
 from medgpt.train.preparation import prepare
 
-EARLY_BYTES = 64 * 2**20  # of input; the preparation of more is worth the CPUs of the workers
+EAGER_START_MAX_BYTES = (
+    64 * 2**20
+)  # of input; the preparation of more is worth the CPUs of the workers
 
 
 def run_pretrain(config: PretrainConfig) -> Run:
-    return train_and_report("pretrain", config)
+    return train_and_write_report("pretrain", config)
 
 
 def run_sft(config: SFTConfig) -> Run:
-    return train_and_report("sft", config)
+    return train_and_write_report("sft", config)
 
 
-def run_reward(config: RewardConfig) -> Run:
-    return train_and_report("reward", config)
+def run_reward(config: RewardModelConfig) -> Run:
+    return train_and_write_report("reward", config)
 
 
-def train_and_report(stage: str, config: TrainStageConfig) -> Run:
-    run = run_stage(stage, config)
+def train_and_write_report(stage: str, config: TrainStageConfig) -> Run:
+    run = train_stage(stage, config)
     if not run.folder.exists("report.html"):
-        from medgpt.reports.run import write_report  # matplotlib would delay the start of training
+        from medgpt.reports.run import (
+            write_run_report,  # matplotlib would delay the start of training
+        )
 
-        write_report(run)
+        write_run_report(run)
     print(f"{stage}: report in {run.folder.url}/report.html")
     return run
 
 
-def run_stage(stage: str, config: TrainStageConfig) -> Run:
+def train_stage(stage: str, config: TrainStageConfig) -> Run:
     """Run or resume `stage`; a finished run is returned as it is.
 
     Raises:
@@ -49,13 +53,13 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        if run.accepted:
+        if run.accepted_changes:
             reporter.say(
-                f"goes on with changes, at the same step: {'; '.join(run.accepted)}. If they or "
-                "the data change the order, rows of this epoch may be repeated or left out"
+                f"goes on with changes, at the same step: {'; '.join(run.accepted_changes)}. If "
+                "they or the data change the order, rows of this epoch may be repeated or left out"
             )
-        ray_init.connect(config.cluster)
-        await_room(config.cluster, reporter.say)
+        ray_init.init_ray(config.cluster)
+        wait_for_resources(config.cluster, reporter.say)
         with storage_errors(run.folder.url, "the run"):
             _prepare_and_train(run, config, reporter)
             run.update_manifest(finished=True, timings=_timings(run))
@@ -68,23 +72,23 @@ def run_stage(stage: str, config: TrainStageConfig) -> Run:
 def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
     """Workers start at once, or after the preparation if it needs their CPUs."""
     check_sources(config.data)
-    training = Training(run, config, reporter)
-    if input_bytes(config.data) < EARLY_BYTES:
+    training = TrainingDriver(run, config, reporter)
+    if input_bytes(config.data) < EAGER_START_MAX_BYTES:
         training.start()
     try:
         with storage_errors(run.folder.url, "data"):
             data, plan = prepare(run, config, reporter.advance)
-            reporter.say(describe(data, plan))
+            reporter.say(describe_data(data, plan))
             run.update_manifest(
                 seed=config.run.seed,
-                parents=parents(config.model.name),
+                parents=parent_runs(config.model.name),
                 data={key: value for key, value in data.items() if key != "files"},
                 plan={key: value for key, value in plan.items() if key != "files"},
                 hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
             )
-            training.gate.open()
+            training.start_barrier.release()
     except Exception:
-        training.refuse()
+        training.abort()
         raise
     training.finish()
 

@@ -5,27 +5,33 @@ import ray
 from medgpt.cluster import ray_init
 from medgpt.config.tune import TuneStageConfig
 from medgpt.metrics import ConsoleReporter
-from medgpt.rlhf.rewards.total import Rewards
+from medgpt.rlhf.rewards.weighted_sum import WeightedRewards
 from medgpt.runs import Run
-from medgpt.tune.results import outcomes, trials_url, winner, write_best, write_table
+from medgpt.tune.results import load_results, trials_url, winner, write_best, write_table
 from medgpt.tune.search import run_search
-from medgpt.tune.setup import base_run, count_trials, for_trials, prepare_base, widest
-from medgpt.tune.shared_pools import start_front, stop_front
-from medgpt.tune.trial import Setup
+from medgpt.tune.setup import (
+    config_for_trials,
+    largest_config,
+    num_concurrent_trials,
+    open_base_run,
+    prepare_base,
+)
+from medgpt.tune.shared_pools import start_shared_pools, stop_shared_pools
+from medgpt.tune.trial import TrialSetup
 from medgpt.tune.winner_check import check_winner
 
 
 def run_tune(config: TuneStageConfig) -> Run:
     from medgpt.reports.tuning import write_tune_report
 
-    run = run_tune_stage(config)
+    run = search_hyperparameters(config)
     if not run.folder.exists("report.html"):
         write_tune_report(run, config)
     print(f"tune: report in {run.folder.url}/report.html")
     return run
 
 
-def run_tune_stage(config: TuneStageConfig) -> Run:
+def search_hyperparameters(config: TuneStageConfig) -> Run:
     """Run or resume a search; a finished one is returned as it is.
 
     Raises:
@@ -38,45 +44,51 @@ def run_tune_stage(config: TuneStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to search again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        base = base_run(config)
-        Rewards(config.stage.reward)  # a function that cannot be imported is told before all else
-        ray_init.connect(config.stage.cluster)
-        concurrent = count_trials(config)
+        base = open_base_run(config)
+        WeightedRewards(
+            config.base_config.reward
+        )  # a function that cannot be imported is told before all else
+        ray_init.init_ray(config.base_config.cluster)
+        max_concurrent = num_concurrent_trials(config)
         prepare_base(base, config, reporter)
-        _search(run, config, concurrent, reporter)
+        _run_trials(run, config, max_concurrent, reporter)
         run.update_manifest(finished=True)
     finally:
         reporter.close()
     return run
 
 
-def _search(run: Run, config: TuneStageConfig, concurrent: int, reporter: ConsoleReporter) -> None:
+def _run_trials(
+    run: Run, config: TuneStageConfig, max_concurrent: int, reporter: ConsoleReporter
+) -> None:
     """Trials, their table, the best config, and its check."""
-    stage = for_trials(config)
-    front, num_workers = None, dict[str, int]()
+    ppo_config = config_for_trials(config)
+    shared_pools_actor, num_shared_workers = None, dict[str, int]()
     if config.tune.shared_pools:
-        front, num_workers = start_front(widest(config, stage), num_callers=concurrent)
+        shared_pools_actor, num_shared_workers = start_shared_pools(
+            largest_config(config, ppo_config), num_callers=max_concurrent
+        )
     try:
-        setup = Setup(
-            stage=stage,
+        setup = TrialSetup(
+            ppo_config=ppo_config,
             config=config.tune,
             trials_url=trials_url(config),
-            base_url=config.stage.run.dir,
-            front=front,
-            num_workers=num_workers,
+            base_url=config.base_config.run.dir,
+            shared_pools_actor=shared_pools_actor,
+            num_shared_workers=num_shared_workers,
         )
-        reporter.say(f"{concurrent} trials at a time")
-        run_search(config, setup, concurrent=concurrent, say=reporter.say)
-        found = outcomes(config)
-        write_table(run, found, config)
-        best = winner(found, config)
+        reporter.say(f"{max_concurrent} trials at a time")
+        run_search(config, setup, max_concurrent=max_concurrent, say=reporter.say)
+        results = load_results(config)
+        write_table(run, results, config)
+        best = winner(results, config)
         if best is None:
             reporter.say("no trial came to its end within tune.max_kl; see the report")
         else:
             write_best(run, best, config)
-            check_winner(run, config, setup, best, concurrent=concurrent, reporter=reporter)
-        if front is not None:
-            run.update_manifest(shared_pools=ray.get(front.counts.remote()))
+            check_winner(run, config, setup, best, max_concurrent=max_concurrent, reporter=reporter)
+        if shared_pools_actor is not None:
+            run.update_manifest(shared_pools=ray.get(shared_pools_actor.counts.remote()))
     finally:
-        if front is not None:
-            stop_front(front)
+        if shared_pools_actor is not None:
+            stop_shared_pools(shared_pools_actor)

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from medgpt.artifacts import Folder
-from medgpt.data.loader.stream import Step
+from medgpt.data.loader.stream import StepRows
 
 SCHEMA = pa.schema(
     {
@@ -27,16 +27,16 @@ class Audit:
         self.folder, self.attempt, self.rank = folder, attempt, rank
         self.lines: list[dict[str, int | str]] = []
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepRows) -> None:
         for row in step.rows:
-            self.note(step.epoch, step.step, zip(row.sample_ids, row.chunks, strict=True))
+            self.add_chunks(step.epoch, step.step, zip(row.sample_ids, row.chunks, strict=True))
 
-    def note(self, epoch: int, step: int, chunks: Iterable[tuple[str, int]]) -> None:
+    def add_chunks(self, epoch: int, step: int, chunks: Iterable[tuple[str, int]]) -> None:
         """Chunks, each a sample's id and its number, were trained in `step`, from 0."""
         key = {"attempt": self.attempt, "epoch": epoch, "step": step, "rank": self.rank}
         self.lines += [{**key, "sample_id": sample, "chunk": chunk} for sample, chunk in chunks]
 
-    def take(self) -> list[dict[str, int | str]]:
+    def take_lines(self) -> list[dict[str, int | str]]:
         """What was collected since the last time."""
         lines, self.lines = self.lines, []
         return lines

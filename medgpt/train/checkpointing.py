@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from medgpt.artifacts import FileEntry, Folder, commit, entries
+from medgpt.artifacts import FileEntry, Folder, commit, file_entries
 from medgpt.config.base import ConfigError
 from medgpt.disk import storage_errors
 from medgpt.engine.checkpoint import Snapshot
@@ -16,32 +16,35 @@ from medgpt.runs import Run
 
 
 @dataclass
-class Pending:
+class PendingCheckpoint:
     """A checkpoint that is being written."""
 
     folder: Folder
-    position: dict[str, Any]
+    state: dict[str, Any]
     files: Future[list[FileEntry]]  # of this rank
     began: float
     stall_s: float  # that training waited so far
 
 
-class Saver:
+class AsyncCheckpointer:
     """One rank's part in the checkpoints of an attempt; one is written at a time."""
 
     def __init__(self, run: Run, *, attempt: int, keep: int) -> None:
         self.run, self.attempt, self.keep = run, attempt, keep
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.pending: Pending | None = None
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: PendingCheckpoint | None = None
 
     @property
-    def written(self) -> bool:
+    def is_written(self) -> bool:
         """This rank has done its part of the pending checkpoint, which can be committed."""
         return self.pending is not None and self.pending.files.done()
 
     def begin(
-        self, take: Callable[[], Snapshot], position: dict[str, Any], before: Callable[[], None]
+        self,
+        take_snapshot: Callable[[], Snapshot],
+        state: dict[str, Any],
+        write_before: Callable[[], None],
     ) -> None:
         """Take a snapshot and start to write it, after `before`. Collective; none is pending.
 
@@ -50,18 +53,21 @@ class Saver:
         """
         assert self.pending is None
         began = time.monotonic()
-        folder = self.run.checkpoint(position["step"])
-        refusal = None
+        folder = self.run.checkpoint(state["step"])
+        failure = None
         if self.rank == 0:
             try:
-                with storage_errors(self.run.folder.url, _name(folder)):
-                    self._check_newest()  # its checkpoint of this step is not ours to remove
+                with storage_errors(self.run.folder.url, _display_name(folder)):
+                    # a newer attempt's checkpoint of this step is not ours to remove
+                    self._check_attempt_is_newest()
                     folder.remove()  # of an attempt that died while writing it
             except ConfigError as error:
-                refusal = error
-        raise_together(refusal)
-        files = self.thread.submit(self._write, folder, take(), before)
-        self.pending = Pending(folder, dict(position), files, began, time.monotonic() - began)
+                failure = error
+        raise_on_all_ranks(failure)
+        files = self.executor.submit(self._write, folder, take_snapshot(), write_before)
+        self.pending = PendingCheckpoint(
+            folder, dict(state), files, began, time.monotonic() - began
+        )
 
     def finish(self) -> dict[str, float]:
         """Wait for all ranks and commit. Collective. Returns metrics of the checkpoint.
@@ -73,80 +79,80 @@ class Saver:
         pending, self.pending = self.pending, None
         assert pending is not None
         began = time.monotonic()
-        part: list[FileEntry] | ConfigError
+        result: list[FileEntry] | ConfigError
         try:
-            part = pending.files.result()
+            result = pending.files.result()
         except ConfigError as error:
-            part = error
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, part)
-        refusal = next((part for part in parts if isinstance(part, ConfigError)), None)
+            result = error
+        results: list[Any] = [None] * self.world_size
+        dist.all_gather_object(results, result)
+        failure = next((part for part in results if isinstance(part, ConfigError)), None)
         if self.rank == 0:
-            files = [] if refusal else [file for part in parts for file in part]
-            refusal = self._conclude(pending, files, refusal)
-        raise_together(refusal)
+            files = [] if failure else [file for part in results for file in part]
+            failure = self._commit_or_remove(pending, files, failure)
+        raise_on_all_ranks(failure)
         now = time.monotonic()
         return {
-            "checkpoint/bytes": sum(file.size for part in parts for file in part),
+            "checkpoint/bytes": sum(file.size for part in results for file in part),
             "time/checkpoint_s": now - pending.began,
             "time/checkpoint_stall_s": pending.stall_s + now - began,
         }
 
     def _write(
-        self, folder: Folder, snapshot: Snapshot, before: Callable[[], None]
+        self, folder: Folder, snapshot: Snapshot, write_before: Callable[[], None]
     ) -> list[FileEntry]:
-        with storage_errors(self.run.folder.url, _name(folder)):
-            before()
+        with storage_errors(self.run.folder.url, _display_name(folder)):
+            write_before()
             with folder.staging() as directory:
-                return entries(directory, snapshot.write(directory))
+                return file_entries(directory, snapshot.write(directory))
 
-    def _conclude(
-        self, pending: Pending, files: list[FileEntry], refusal: ConfigError | None
+    def _commit_or_remove(
+        self, pending: PendingCheckpoint, files: list[FileEntry], failure: ConfigError | None
     ) -> ConfigError | None:
         """Commit and prune, or remove what was written; what one of the ranks or the store refused.
 
         Files of a checkpoint that is committed stay, whatever comes then.
         """
-        position, name = pending.position, _name(pending.folder)
+        state, name = pending.state, _display_name(pending.folder)
         try:
             with storage_errors(self.run.folder.url, name):
-                if refusal is None:
+                if failure is None:
                     self._commit(pending, files)
         except ConfigError as error:
-            refusal = error
+            failure = error
         try:
             with storage_errors(self.run.folder.url, name):
-                if refusal is not None:
+                if failure is not None:
                     pending.folder.remove()
                 else:
                     self.run.prune_checkpoints(
-                        newest=position["step"], keep=self.keep, best_step=position["best_step"]
+                        newest=state["step"], keep=self.keep, best_step=state["best_step"]
                     )
         except ConfigError as error:
-            refusal = refusal or error
-        return refusal
+            failure = failure or error
+        return failure
 
-    def _check_newest(self) -> None:
+    def _check_attempt_is_newest(self) -> None:
         """Raises RuntimeError in an attempt that was given up, as after a network partition."""
-        newest = self.run.manifest["attempt"]
-        if newest != self.attempt:
+        newest_attempt = self.run.manifest["attempt"]
+        if newest_attempt != self.attempt:
             raise RuntimeError(
-                f"attempt {newest} of the run has begun, attempt {self.attempt} ends"
+                f"attempt {newest_attempt} of the run has begun, attempt {self.attempt} ends"
             )
 
-    def _commit(self, pending: Pending, files: list[FileEntry]) -> None:
-        self._check_newest()
-        commit(pending.folder, files, position=pending.position, world_size=self.world_size)
+    def _commit(self, pending: PendingCheckpoint, files: list[FileEntry]) -> None:
+        self._check_attempt_is_newest()
+        commit(pending.folder, files, position=pending.state, world_size=self.world_size)
 
 
-def raise_together(error: ConfigError | None) -> None:
+def raise_on_all_ranks(error: ConfigError | None) -> None:
     """Raise on all ranks what one of them met. Collective."""
     errors: list[ConfigError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    for met in errors:
-        if met is not None:
-            raise met
+    for rank_error in errors:
+        if rank_error is not None:
+            raise rank_error
 
 
-def _name(folder: Folder) -> str:
+def _display_name(folder: Folder) -> str:
     return "/".join(folder.url.rsplit("/", 2)[1:])

@@ -19,26 +19,26 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_config import KTOConfig as KTOArguments
 from trl.trainer.kto_trainer import KTOTrainer
 
-from medgpt.artifacts import commit, committed, entries
+from medgpt.artifacts import commit, committed, file_entries
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.train import OptimizerConfig
-from medgpt.data.loader.packed_row import Row
+from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.export import export_weights
-from medgpt.engine.hugging_face import load_weights_only, trainer_config, use_process_group
 from medgpt.engine.schedule import learning_rate
 from medgpt.engine.setup import compute_dtype
+from medgpt.engine.transformers_trainer import load_weights_only, trainer_config, use_process_group
 from medgpt.metrics import MetricsWriter
 from medgpt.models.generate import generation_config
-from medgpt.models.load import SpecialIds, build_model
-from medgpt.models.lora import lora_settings
+from medgpt.models.load import SpecialTokenIds, build_model
+from medgpt.models.lora import peft_config
 from medgpt.runs import Run
-from medgpt.train.loop import Progress
-from medgpt.train.preference_pairs import pairs, read_rows, singles
-from medgpt.train.progress import Started, Trained
+from medgpt.train.loop import ProgressQueue
+from medgpt.train.preference_pairs import paired_examples, read_all_rows, unpaired_examples
+from medgpt.train.progress import AttemptStarted, StepReport
 
-CHECKPOINT = "checkpoint-"  # of a step, as the Trainer calls them
-NAMES = {  # TRL's name of a metric and ours; what is not here is not reported
+CHECKPOINT_PREFIX = "checkpoint-"  # of a step, as the Trainer calls them
+METRIC_NAMES = {  # TRL's name of a metric and ours; what is not here is not reported
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
@@ -57,7 +57,7 @@ NAMES = {  # TRL's name of a metric and ours; what is not here is not reported
 }
 
 
-class _Ours:
+class _TrlOverrides:
     """TRL's trainer on our tokens, parameter groups and learning rates."""
 
     model: torch.nn.Module
@@ -65,7 +65,7 @@ class _Ours:
     lr_scheduler: Any
 
     def __init__(self, config: OptimizerConfig, **options: Any) -> None:
-        self.medgpt = config
+        self.optimizer_config = config
         super().__init__(**options)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
@@ -76,7 +76,7 @@ class _Ours:
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            config = self.medgpt
+            config = self.optimizer_config
             groups = parameter_groups(model or self.model, config.weight_decay)
             self.optimizer = torch.optim.AdamW(
                 groups, lr=config.learning_rate, betas=config.betas, eps=config.eps
@@ -85,32 +85,32 @@ class _Ours:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
-            config = self.medgpt
+            config = self.optimizer_config
 
-            def share(step: int) -> float:
-                last = min(step, num_training_steps - 1)
-                return learning_rate(last, num_training_steps, config) / config.learning_rate
+            def learning_rate_factor(step: int) -> float:
+                capped_step = min(step, num_training_steps - 1)
+                return learning_rate(capped_step, num_training_steps, config) / config.learning_rate
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.create_optimizer(), share
+                optimizer or self.create_optimizer(), learning_rate_factor
             )
         return self.lr_scheduler
 
 
-class PairTrainer(_Ours, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class PairedTrainer(_TrlOverrides, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Of `pairs`."""
 
 
-class SingleTrainer(_Ours, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+class UnpairedTrainer(_TrlOverrides, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Of `singles`."""
 
 
-def train_offline(
-    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: Progress
+def train_dpo(
+    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: ProgressQueue
 ) -> Callable[[Path], None]:
     """Train from the newest checkpoint to the end; returns what writes the model into a folder."""
-    trainer = make_trainer(run, config, tokenizer, device, *read_rows(run))
-    trainer.add_callback(_Reported(run, config, progress))
+    trainer = make_trainer(run, config, tokenizer, device, *read_all_rows(run))
+    trainer.add_callback(_RunCallback(run, config, progress))
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
     model: Any = trainer.model
 
@@ -136,25 +136,27 @@ def make_trainer(
     config: DPOConfig,
     tokenizer: Any,
     device: torch.device,
-    train_rows: list[Row],
-    held_out_rows: list[Row],
+    train_rows: list[PackedRow],
+    held_out_rows: list[PackedRow],
 ) -> DPOTrainer | KTOTrainer:
     """TRL's trainer of these samples; checkpoints go to `run`."""
     load_weights_only()
     use_process_group(device)
-    train, held_out = (_examples(rows, config) for rows in (train_rows, held_out_rows))
-    model = _model(config, tokenizer, device)
-    lora = lora_settings(model, config.model.lora) if config.model.lora.rank else None
+    train, held_out = (_make_dataset(rows, config) for rows in (train_rows, held_out_rows))
+    model = _build_model(config, tokenizer, device)
+    lora = peft_config(model, config.model.lora) if config.model.lora.rank else None
     kind, arguments = (
-        (SingleTrainer, _single_arguments)
+        (UnpairedTrainer, _kto_arguments)
         if config.dpo.unpaired
-        else (PairTrainer, _pair_arguments)
+        else (PairedTrainer, _dpo_arguments)
     )
     return kind(
         config.optimizer,
         model=model,
-        ref_model=None if lora else _model(config, tokenizer, device),
-        args=arguments(config, **_arguments(run, config, device, validate=len(held_out) > 0)),
+        ref_model=None if lora else _build_model(config, tokenizer, device),
+        args=arguments(
+            config, **_common_arguments(run, config, device, validate=len(held_out) > 0)
+        ),
         train_dataset=train,
         eval_dataset=held_out if len(held_out) else None,
         processing_class=tokenizer,
@@ -162,18 +164,20 @@ def make_trainer(
     )
 
 
-def _examples(rows: list[Row], config: DPOConfig) -> Dataset:
+def _make_dataset(rows: list[PackedRow], config: DPOConfig) -> Dataset:
     if config.dpo.unpaired:
-        return Dataset.from_list(list(singles(rows, batch_size=config.train.micro_batch_size)))
-    return Dataset.from_list(list(pairs(rows)))
+        return Dataset.from_list(
+            list(unpaired_examples(rows, batch_size=config.train.micro_batch_size))
+        )
+    return Dataset.from_list(list(paired_examples(rows)))
 
 
-def _model(config: DPOConfig, tokenizer: Any, device: torch.device) -> PreTrainedModel:
+def _build_model(config: DPOConfig, tokenizer: Any, device: torch.device) -> PreTrainedModel:
     model = build_model(
         config.model,
-        objective="clm",
+        head_kind="clm",
         vocab_size=len(tokenizer),
-        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+        special_ids=SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
         seed=config.run.seed,
         dtype=compute_dtype(config.engine, device),
         max_length=config.data.max_length,
@@ -182,17 +186,17 @@ def _model(config: DPOConfig, tokenizer: Any, device: torch.device) -> PreTraine
     return model
 
 
-def _arguments(run: Run, config: DPOConfig, device: torch.device, *, validate: bool) -> dict:
+def _common_arguments(run: Run, config: DPOConfig, device: torch.device, *, validate: bool) -> dict:
     """What transformers' Trainer is told."""
     train = config.train
-    share = train.micro_batch_size * dist.get_world_size()
+    samples_per_micro_step = train.micro_batch_size * dist.get_world_size()
     return {
         "output_dir": run.checkpoints.root,
         "deepspeed": trainer_config(config.engine, device),
         "accelerator_config": {"use_configured_state": True},
         "per_device_train_batch_size": train.micro_batch_size,
         "per_device_eval_batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // share,
+        "gradient_accumulation_steps": train.global_batch_size // samples_per_micro_step,
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
         "max_grad_norm": config.optimizer.max_grad_norm,
@@ -211,7 +215,7 @@ def _arguments(run: Run, config: DPOConfig, device: torch.device, *, validate: b
     }
 
 
-def _pair_arguments(config: DPOConfig, **common: Any) -> DPOArguments:
+def _dpo_arguments(config: DPOConfig, **common: Any) -> DPOArguments:
     dpo = config.dpo
     return DPOArguments(
         loss_type=list(dpo.loss),
@@ -222,7 +226,7 @@ def _pair_arguments(config: DPOConfig, **common: Any) -> DPOArguments:
     )
 
 
-def _single_arguments(config: DPOConfig, **common: Any) -> KTOArguments:
+def _kto_arguments(config: DPOConfig, **common: Any) -> KTOArguments:
     dpo = config.dpo
     return KTOArguments(
         loss_type=dpo.loss[0],
@@ -233,10 +237,10 @@ def _single_arguments(config: DPOConfig, **common: Any) -> KTOArguments:
     )
 
 
-class _Reported(TrainerCallback):
+class _RunCallback(TrainerCallback):
     """Metrics, progress and complete checkpoints, as of any other stage."""
 
-    def __init__(self, run: Run, config: DPOConfig, progress: Progress) -> None:
+    def __init__(self, run: Run, config: DPOConfig, progress: ProgressQueue) -> None:
         self.run, self.config, self.progress = run, config, progress
         self.metrics: MetricsWriter | None = None
         self.time_s = 0.0
@@ -246,9 +250,13 @@ class _Reported(TrainerCallback):
             return
         attempt = self.run.manifest["attempt"] + 1
         self.run.update_manifest(attempt=attempt, world_size=dist.get_world_size())
-        done = [line["time_s"] for line in self.run.metrics() if line["step"] <= state.global_step]
-        self.metrics = MetricsWriter(self.run, attempt=attempt, time_s=max(done, default=0.0))
-        started = Started(
+        done_times_s = [
+            line["time_s"] for line in self.run.metrics() if line["step"] <= state.global_step
+        ]
+        self.metrics = MetricsWriter(
+            self.run, attempt=attempt, time_s=max(done_times_s, default=0.0)
+        )
+        started = AttemptStarted(
             attempt=attempt, step=state.global_step, num_workers=dist.get_world_size()
         )
         self.progress.put(started)
@@ -256,12 +264,14 @@ class _Reported(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.metrics is None or not logs:
             return
-        found = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
-        found = {name: value for name, value in found.items() if math.isfinite(value)}
-        if found:
-            self.metrics.log(state.global_step, found)
+        metrics = {
+            METRIC_NAMES[name]: float(value) for name, value in logs.items() if name in METRIC_NAMES
+        }
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if metrics:
+            self.metrics.log(state.global_step, metrics)
             self.progress.put(
-                Trained(step=state.global_step, num_steps=state.max_steps, metrics=found)
+                StepReport(step=state.global_step, num_steps=state.max_steps, metrics=metrics)
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -270,31 +280,31 @@ class _Reported(TrainerCallback):
         if self.metrics is None:
             return
         self.metrics.sync()
-        folder = self.run.checkpoints / f"{CHECKPOINT}{state.global_step}"
-        commit(folder, entries(Path(folder.root)), step=state.global_step)
-        for step in checkpoint_steps(self.run)[: -self.config.train.keep_checkpoints]:
-            (self.run.checkpoints / f"{CHECKPOINT}{step}").remove()
+        folder = self.run.checkpoints / f"{CHECKPOINT_PREFIX}{state.global_step}"
+        commit(folder, file_entries(Path(folder.root)), step=state.global_step)
+        for step in trl_checkpoint_steps(self.run)[: -self.config.train.keep_checkpoints]:
+            (self.run.checkpoints / f"{CHECKPOINT_PREFIX}{step}").remove()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.metrics is not None:
             self.metrics.close()
 
 
-def checkpoint_steps(run: Run) -> list[int]:
+def trl_checkpoint_steps(run: Run) -> list[int]:
     """Of all checkpoints, complete or not, oldest first."""
-    names = [name for name in run.checkpoints.names() if name.startswith(CHECKPOINT)]
-    return sorted(int(name.removeprefix(CHECKPOINT)) for name in names)
+    names = [name for name in run.checkpoints.names() if name.startswith(CHECKPOINT_PREFIX)]
+    return sorted(int(name.removeprefix(CHECKPOINT_PREFIX)) for name in names)
 
 
 def _newest_checkpoint(run: Run) -> str | None:
     """Folder of the newest complete one, which rank 0 finds; newer ones are removed."""
-    found: list[str | None] = [None]
+    newest: list[str | None] = [None]
     if dist.get_rank() == 0:
-        for step in reversed(checkpoint_steps(run)):
-            folder = run.checkpoints / f"{CHECKPOINT}{step}"
+        for step in reversed(trl_checkpoint_steps(run)):
+            folder = run.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
             if committed(folder, verify=True):
-                found = [folder.root]
+                newest = [folder.root]
                 break
             folder.remove()
-    dist.broadcast_object_list(found)
-    return found[0]
+    dist.broadcast_object_list(newest)
+    return newest[0]

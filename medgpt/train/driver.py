@@ -12,22 +12,22 @@ from medgpt.config.stages import TrainStageConfig
 from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
-from medgpt.train.progress import Display
+from medgpt.train.progress import ProgressDisplay
 from medgpt.train.ray_worker import WorkerJob, train_worker
-from medgpt.train.start_barrier import Gate
+from medgpt.train.start_barrier import StartBarrier
 
 if TYPE_CHECKING:
-    from medgpt.train.ray_trainer import LeanTrainer
+    from medgpt.train.ray_train_backend import LightTorchTrainer
 
 
-class Training:
+class TrainingDriver:
     """The workers of a run on Ray Train, and what they tell."""
 
     def __init__(self, run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
         self.run, self.config, self.reporter = run, config, reporter
-        self.gate = Gate(run.folder.url)
-        self.display = Display(reporter, log_every=config.train.log_every)
-        self.thread: threading.Thread | None = None
+        self.start_barrier = StartBarrier(run.folder.url)
+        self.display = ProgressDisplay(reporter, log_every=config.train.log_every)
+        self.fit_thread: threading.Thread | None = None
         self.failure: Exception | None = None
 
     def start(self) -> None:
@@ -36,24 +36,26 @@ class Training:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # where Ray Train's controller is, too: on another node it could be lost without the run
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-        self.follower = threading.Thread(
+        driver_node = NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self.progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
+        self.display_thread = threading.Thread(
             target=self.display.follow, args=(self.progress,), daemon=True
         )
-        self.follower.start()
-        self.reporter.advance("starting workers", 0, self.config.cluster.fewest_workers)
+        self.display_thread.start()
+        self.reporter.advance("starting workers", 0, self.config.cluster.min_workers)
         (self.run.folder / "ray").remove()  # Ray's own record of an earlier attempt stays unread
-        self.thread = threading.Thread(target=self._fit, daemon=True)
-        self.thread.start()
+        self.fit_thread = threading.Thread(target=self._fit, daemon=True)
+        self.fit_thread.start()
 
-    def refuse(self) -> None:
+    def abort(self) -> None:
         """Let workers end that have nothing to train on; the user need not wait for them."""
-        if self.thread is not None:
+        if self.fit_thread is not None:
             with suppress(OSError):  # the disk is full; then they end with this command
-                self.gate.refuse()
+                self.start_barrier.abort()
             self._stop_following()
-            threading.Thread(target=self._clean_up, args=(self.thread,), daemon=True).start()
+            threading.Thread(target=self._clean_up, args=(self.fit_thread,), daemon=True).start()
 
     def finish(self) -> None:
         """Return when the workers have trained.
@@ -62,52 +64,57 @@ class Training:
             ConfigError: whatever one of them refused.
             TrainingFailedError: they failed more often than the config allows.
         """
-        if self.thread is None:
+        if self.fit_thread is None:
             self.start()
-        assert self.thread is not None
-        self.thread.join()
+        assert self.fit_thread is not None
+        self.fit_thread.join()
         self._stop_following()
-        self._clean_up(self.thread)
-        if self.display.refused:
-            raise self.display.refused[0] from None
+        self._clean_up(self.fit_thread)
+        if self.display.errors:
+            raise self.display.errors[0] from None
         if self.failure is not None:
             raise self.failure
 
     def _stop_following(self) -> None:
         self.progress.put(None)
-        self.follower.join()
+        self.display_thread.join()
 
-    def _clean_up(self, thread: threading.Thread) -> None:
-        thread.join()
+    def _clean_up(self, fit_thread: threading.Thread) -> None:
+        fit_thread.join()
         self.progress.shutdown()
         with suppress(ConfigError), storage_errors(self.run.folder.url, "gate"):
-            self.gate.remove()
+            self.start_barrier.remove()
 
     def _fit(self) -> None:
-        from medgpt.cluster.data_reservation import reserved_for_data
+        from medgpt.cluster.data_reservation import reserve_cpus_for_data
 
         cluster = self.config.cluster
         elastic = not isinstance(cluster.num_workers, int)
         url = self.run.folder.url
         try:
-            with reserved_for_data(url, cluster.data_cpus) if elastic else nullcontext():
+            with reserve_cpus_for_data(url, cluster.data_cpus) if elastic else nullcontext():
                 self._trainer().fit()
         except Exception as error:
             self.failure = error
 
-    def _trainer(self) -> "LeanTrainer":
+    def _trainer(self) -> "LightTorchTrainer":
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-        from medgpt.cluster.restart_timeout import Waiting
-        from medgpt.train.ray_trainer import LeanTrainer, ProcessGroup
+        from medgpt.cluster.restart_timeout import RestartTimeout
+        from medgpt.train.ray_train_backend import LightTorchTrainer, ProcessGroupConfig
 
         cluster, url = self.config.cluster, self.run.folder.url
         resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-        job = WorkerJob(run_dir=url, config=self.config, progress=self.progress, gate=self.gate)
-        return LeanTrainer(
+        job = WorkerJob(
+            run_dir=url,
+            config=self.config,
+            progress=self.progress,
+            start_barrier=self.start_barrier,
+        )
+        return LightTorchTrainer(
             train_worker,
             train_loop_config={"job": job},
-            backend_config=ProcessGroup(gpu=cluster.gpus_per_worker > 0),
+            backend_config=ProcessGroupConfig(gpu=cluster.gpus_per_worker > 0),
             scaling_config=ScalingConfig(
                 num_workers=cluster.num_workers,
                 elastic_resize_monitor_interval_s=cluster.resize_check_s,
@@ -122,20 +129,20 @@ class Training:
                     max_failures=cluster.max_failures,
                     max_preemption_failures=cluster.max_preemptions,
                 ),
-                callbacks=[Waiting(cluster, self.progress)],  # type: ignore[list-item] - see there
+                callbacks=[RestartTimeout(cluster, self.progress)],  # type: ignore[list-item] - see there
             ),
         )
 
 
-def describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
+def describe_data(data: dict[str, Any], plan: dict[str, Any]) -> str:
     """What was prepared, in a line."""
     set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
     rows = sum(source["rows"] for source in data["sources"].values())
     unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
-    lost = f"; {unreadable} files could not be read to their end" if unreadable else ""
+    unreadable_note = f"; {unreadable} files could not be read to their end" if unreadable else ""
     return (
         f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
-        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{lost} "
+        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{unreadable_note} "
         f"(tokenised in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
     )
 
@@ -143,14 +150,14 @@ def describe(data: dict[str, Any], plan: dict[str, Any]) -> str:
 def cluster_resources() -> dict[str, float]:
     """CPUs, GPUs and their types in the cluster."""
     resources = ray.cluster_resources()
-    wanted = ("CPU", "GPU", "accelerator_type")
-    return {name: n for name, n in sorted(resources.items()) if name.startswith(wanted)}
+    prefixes = ("CPU", "GPU", "accelerator_type")
+    return {name: n for name, n in sorted(resources.items()) if name.startswith(prefixes)}
 
 
-def parents(name: str | None) -> list[str]:
+def parent_runs(name: str | None) -> list[str]:
     """The run, else the model, that one starts from which has `name` as its model."""
     if name is None:
         return []
-    above, _, last = name.rpartition("/")
-    is_run = last == "model" and Folder(above).exists(MANIFEST)
-    return [above if is_run else name]
+    run_dir, _, last = name.rpartition("/")
+    is_run = last == "model" and Folder(run_dir).exists(MANIFEST)
+    return [run_dir if is_run else name]

@@ -7,21 +7,21 @@ import torch.distributed as dist
 
 from medgpt.engine import Engine
 from medgpt.engine.export import gather_weights
-from medgpt.models.packed import plain_model
+from medgpt.models.packed import unwrap_peft
 
 
 def export_model(engine: Engine, model: Any, tokenizer: Any, directory: Path) -> None:
     """Write `model` and `tokenizer`; under LoRA (a peft model) an adapter folder. Collective."""
-    plain = plain_model(model)
-    if model is not plain:
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        weights = {n: tensor for n, tensor in gather_weights(model) if n in trained}
+    inner_model = unwrap_peft(model)
+    if model is not inner_model:
+        trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+        weights = {n: tensor for n, tensor in gather_weights(model) if n in trained_names}
         if dist.get_rank() == 0:
             model.save_pretrained(str(directory), state_dict=weights)
     else:
-        engine.export(directory, plain)
+        engine.export(directory, inner_model)
         if dist.get_rank() == 0:
-            plain.config.architectures = [type(plain).__name__]
-            plain.config.save_pretrained(directory)
+            inner_model.config.architectures = [type(inner_model).__name__]
+            inner_model.config.save_pretrained(directory)
     if dist.get_rank() == 0:
         tokenizer.save_pretrained(directory)

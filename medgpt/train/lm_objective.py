@@ -10,30 +10,36 @@ import torch.distributed as dist
 from medgpt.config.base import ConfigError
 from medgpt.config.stages import PretrainConfig, TrainStageConfig
 from medgpt.data.loader.batch import PackedBatch
-from medgpt.data.loader.collate import Masking, causal_batch, empty_batch, masked_batch, piece_seeds
-from medgpt.data.loader.packed_row import Row
+from medgpt.data.loader.collate import (
+    MaskingSettings,
+    causal_batch,
+    empty_batch,
+    masked_batch,
+    sequence_seeds,
+)
+from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
 from medgpt.engine.loading import load_safetensors, partitioned_init
 from medgpt.engine.setup import compute_dtype
-from medgpt.models.base import weight_files
 from medgpt.models.generate import generation_config
 from medgpt.models.language_model import LanguageModel
-from medgpt.models.load import SpecialIds, build_model, empty_model
+from medgpt.models.load import SpecialTokenIds, build_empty_model, build_model
 from medgpt.models.lora import apply_lora
-from medgpt.models.tokenizer import load_base
+from medgpt.models.model_files import weight_files
+from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary_change import VocabularyChange, change_vocabulary
 from medgpt.train.export import export_model
-from medgpt.train.loop import Loss, Trainer
+from medgpt.train.loop import MicroBatchLoss, Trainer
 
 
-class Objective:
+class LanguageModelObjective:
     """Causal or masked language modelling with the model of the config.
 
     `vocabulary` says what changed if the base model speaks another than `tokenizer`'s. A causal
     model's loss is then measured on the texts of `probe`, before and after.
     """
 
-    num_counts = 0
+    num_metric_sums = 0
 
     def __init__(
         self,
@@ -41,44 +47,44 @@ class Objective:
         tokenizer: Any,
         device: torch.device,
         *,
-        probe: Iterable[str] = (),
+        probe_texts: Iterable[str] = (),
     ) -> None:
-        self.vocabulary: VocabularyChange | None = None
+        self.vocabulary_change: VocabularyChange | None = None
         self.config, self.tokenizer = config, tokenizer
         self.seed = config.run.seed
         self.kind = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
-        self.masking = self._masking() if self.kind == "mlm" else None
+        self.masking = self._make_masking() if self.kind == "mlm" else None
         self.module = LanguageModel(
-            self._model(device, probe),
+            self._build_model(device, probe_texts),
             loss_chunk_tokens=config.engine.loss_chunk_tokens,
             max_batch_tokens=config.train.micro_batch_size * config.data.max_length,
             activation_checkpointing=config.engine.activation_checkpointing,
             neftune_alpha=config.train.neftune_alpha,
         ).to(device)
 
-    def batch(self, rows: Sequence[Row], *, epoch: int) -> PackedBatch:
+    def collate(self, rows: Sequence[PackedRow], *, epoch: int) -> PackedBatch:
         if self.masking is None:
             return causal_batch(rows)
-        return masked_batch(rows, self.masking, piece_seeds(rows, seed=self.seed, epoch=epoch))
+        return masked_batch(rows, self.masking, sequence_seeds(rows, seed=self.seed, epoch=epoch))
 
     def empty_batch(self) -> PackedBatch:
         return empty_batch(0)
 
-    def loss_options(self, rows: Sequence[Row], *, epoch: int) -> dict[str, Any]:
+    def loss_kwargs(self, rows: Sequence[PackedRow], *, epoch: int) -> dict[str, Any]:
         if not (self.config.train.neftune_alpha or self.config.model.lora.dropout):
             return {}
-        seeds = piece_seeds(rows, seed=self.seed, epoch=epoch)
+        seeds = sequence_seeds(rows, seed=self.seed, epoch=epoch)
         return {"noise_seeds": seeds or [0]}  # the empty batch is one piece
 
     def loss(
         self, engine: Engine, batch: PackedBatch, *, num_targets: float, **options: Any
-    ) -> Loss:
-        return Loss(engine(batch, num_tokens=num_targets, **options))
+    ) -> MicroBatchLoss:
+        return MicroBatchLoss(engine(batch, num_tokens=num_targets, **options))
 
-    def metrics(self, counts: Sequence[float], *, held_out: bool) -> dict[str, float]:
+    def metrics(self, metric_sums: Sequence[float], *, held_out: bool) -> dict[str, float]:
         return {}
 
-    def finish(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer) -> None:
         """Nothing is left to do."""
 
     def export(self, engine: Engine, directory: Path) -> None:
@@ -87,48 +93,50 @@ class Objective:
         if self.kind == "clm" and not self.config.model.lora.rank and dist.get_rank() == 0:
             generation_config(self.tokenizer).save_pretrained(directory)
 
-    def _model(self, device: torch.device, probe: Iterable[str]) -> Any:
+    def _build_model(self, device: torch.device, probe_texts: Iterable[str]) -> Any:
         config, tokenizer = self.config, self.tokenizer
         dtype = compute_dtype(config.engine, device)
         options: dict[str, Any] = {
-            "objective": self.kind,
+            "head_kind": self.kind,
             "vocab_size": len(tokenizer),
-            "special": SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+            "special_ids": SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
             "dtype": dtype,
             "max_length": config.data.max_length,
         }
         name, lora = config.model.name, config.model.lora
-        base = None if name is None else load_base(name, config.model.trust_remote_code)
-        known = tokenizer.get_vocab() if base is None else base.get_vocab()
-        resize = known != tokenizer.get_vocab()
+        base = None if name is None else load_tokenizer(name, config.model.trust_remote_code)
+        base_tokens = tokenizer.get_vocab() if base is None else base.get_vocab()
+        resize = base_tokens != tokenizer.get_vocab()
         if name is not None and config.engine.zero_stage == 3 and not resize:
-            model = self._partitioned(name, options, device)
+            model = self._build_partitioned_model(name, options, device)
         else:
             model = build_model(config.model, seed=self.seed, **options)
         new_ids = []
         if base is not None and resize:
-            texts = probe if self.kind == "clm" else ()
+            texts = probe_texts if self.kind == "clm" else ()
             model.to(device)  # type: ignore[arg-type]
-            self.vocabulary = change_vocabulary(model, base, tokenizer, texts)
-            new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in known]
+            self.vocabulary_change = change_vocabulary(model, base, tokenizer, texts)
+            new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in base_tokens]
         if not lora.rank:
             return model
         # LoRA's draws come from torch's global generator
         torch.manual_seed(self.seed)
         return apply_lora(model, lora, new_token_ids=sorted(new_ids))
 
-    def _partitioned(self, name: str, options: dict[str, Any], device: torch.device) -> Any:
+    def _build_partitioned_model(
+        self, name: str, options: dict[str, Any], device: torch.device
+    ) -> Any:
         """ZeRO-3: no rank ever holds the whole model."""
         with partitioned_init(self.config.engine, device):
-            model = empty_model(self.config.model, **options)
+            model = build_empty_model(self.config.model, **options)
         missing, _ = load_safetensors(model, weight_files(name))
         if missing:
             raise ConfigError(f"model.name={name}: {len(missing)} weights missing, as {missing[0]}")
         return model
 
-    def _masking(self) -> Masking:
+    def _make_masking(self) -> MaskingSettings:
         assert isinstance(self.config, PretrainConfig)
-        return Masking(
+        return MaskingSettings(
             mask_id=self.tokenizer.mask_token_id,
             vocab_size=len(self.tokenizer),
             probability=self.config.objective.mlm_probability,

@@ -10,8 +10,8 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.stages import TrainStageConfig
 from medgpt.runs import Run
 
-CARD = "README.md"
-SCORES = "## Evaluation"
+MODEL_CARD_FILE = "README.md"
+SCORES_HEADING = "## Evaluation"
 
 WARNING = (
     "Not a medical device. No clinician has reviewed this model: it must not diagnose, treat or "
@@ -23,19 +23,19 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
     """Markdown with the front matter that Hugging Face reads."""
     manifest, name = run.manifest, config.model.name
     data = manifest["data"]
-    facts = ModelCardData(
+    card_data = ModelCardData(
         language=["zh", "en"],
         library_name="transformers",
         tags=["medical", "medgpt", manifest["stage"]],
         base_model=name if name and not name.startswith("/") and "://" not in name else None,
     )
-    rows = _sources(config.data, data)
+    rows = _source_lines(config.data, data)
     if isinstance(config, PPOStageConfig) and config.ptx is not None:
-        rows += _sources(config.ptx.data, manifest["ptx"])
+        rows += _source_lines(config.ptx.data, manifest["ptx"])
     return "\n".join(
         [
             "---",
-            facts.to_yaml(),
+            card_data.to_yaml(),
             "---",
             "",
             f"# {run.folder.url.rsplit('/', 1)[-1]}",
@@ -55,7 +55,7 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
     )
 
 
-def _sources(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
+def _source_lines(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
     """A line of the table for each."""
     return [
         f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
@@ -74,25 +74,29 @@ def add_scores(results: dict[str, Any]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    model = _written_model(results["model"])
+    model = _find_model_with_card(results["model"])
     if model is None:
         return
-    old = model.read_text(CARD)
-    card = old.split(f"\n{SCORES}\n")[0].rstrip("\n") + "\n\n" + "\n".join(_score_lines(results))
-    if card == old:
+    old_card = model.read_text(MODEL_CARD_FILE)
+    card = (
+        old_card.split(f"\n{SCORES_HEADING}\n")[0].rstrip("\n")
+        + "\n\n"
+        + "\n".join(_score_lines(results))
+    )
+    if card == old_card:
         return
     manifest = model.read_json(MANIFEST)
     files = [FileEntry(**file) for file in manifest.pop("files")]
-    kept = [file for file in files if file.name != CARD]
+    kept = [file for file in files if file.name != MODEL_CARD_FILE]
     if kept != files:
         commit(model, kept, **manifest)
-    model.write_text(CARD, card)
+    model.write_text(MODEL_CARD_FILE, card)
 
 
-def _written_model(name: str) -> Folder | None:
+def _find_model_with_card(name: str) -> Folder | None:
     """The complete model with a card of a run, or at `name` itself."""
     folders = (Run(name).model, Folder(name))
-    return next((f for f in folders if f.exists(CARD) and committed(f)), None)
+    return next((f for f in folders if f.exists(MODEL_CARD_FILE) and committed(f)), None)
 
 
 def _score_lines(results: dict[str, Any]) -> list[str]:
@@ -103,7 +107,7 @@ def _score_lines(results: dict[str, Any]) -> list[str]:
         for metric, score in result["metrics"].items()
     ]
     return [
-        SCORES,
+        SCORES_HEADING,
         "",
         f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %.",
         "",

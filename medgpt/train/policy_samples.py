@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from medgpt.config.reward_model import RewardConfig
-from medgpt.data.loader.collate import piece_seed
-from medgpt.data.loader.order import VALIDATION
-from medgpt.data.loader.packed_row import Row
-from medgpt.data.tokenized.chat import stop_ids
-from medgpt.models.base import local_folder
-from medgpt.models.decode import Generator
+from medgpt.config.reward_model import RewardModelConfig
+from medgpt.data.loader.collate import sequence_seed
+from medgpt.data.loader.epoch_order import VALIDATION
+from medgpt.data.loader.packed_row import PackedRow
+from medgpt.data.tokenized.chat_template import stop_token_ids
+from medgpt.models.decode import TokenGenerator
 from medgpt.models.generate import load_for_generation
+from medgpt.models.model_files import resolve_model_folder
 
 TEMPERATURE = 1.0  # its own distribution
 
 
-def own_answers(
-    config: RewardConfig, tokenizer: Any, device: torch.device, rows: Sequence[Row]
-) -> list[Row]:
+def sample_policy_answers(
+    config: RewardModelConfig, tokenizer: Any, device: torch.device, rows: Sequence[PackedRow]
+) -> list[PackedRow]:
     """The rows' prompts, each with one answer that model.name gives to it.
 
     Every worker answers its own rows with a whole model, beside what it trains.
@@ -29,36 +29,36 @@ def own_answers(
     if not rows:
         return []
     assert config.model.name is not None
-    model, _ = load_for_generation(str(local_folder(config.model.name)), device)
-    generator, prompts = Generator(model), [_prompt(row) for row in rows]
-    room = generator.positions - max(map(len, prompts))
-    seeds = [piece_seed(config.run.seed, VALIDATION, row.sample_ids[0], 0) for row in rows]
+    model, _ = load_for_generation(str(resolve_model_folder(config.model.name)), device)
+    generator, prompts = TokenGenerator(model), [_prompt_ids(row) for row in rows]
+    max_answer_tokens = generator.max_positions - max(map(len, prompts))
+    seeds = [sequence_seed(config.run.seed, VALIDATION, row.sample_ids[0], 0) for row in rows]
     with torch.no_grad():
         replies = generator.generate(
             prompts,
             seeds,
-            max_new_tokens=min(config.objective.max_new_tokens, room),
+            max_new_tokens=min(config.objective.max_new_tokens, max_answer_tokens),
             temperature=TEMPERATURE,
-            ends=stop_ids(tokenizer),
+            stop_token_ids=stop_token_ids(tokenizer),
         )
     return [
-        _answered(row, prompt, reply.ids)
+        _row_with_answer(row, prompt, reply.ids)
         for row, prompt, reply in zip(rows, prompts, replies, strict=True)
     ]
 
 
-def _prompt(row: Row) -> list[int]:
+def _prompt_ids(row: PackedRow) -> list[int]:
     """What comes before the first answer."""
     return row.input_ids[: int(row.targets.argmax())].tolist()
 
 
-def _answered(row: Row, prompt: list[int], reply: list[int]) -> Row:
-    ids = np.array([*prompt, *reply], np.int32)
+def _row_with_answer(row: PackedRow, prompt_ids: list[int], answer_ids: list[int]) -> PackedRow:
+    ids = np.array([*prompt_ids, *answer_ids], np.int32)
     return replace(
         row,
         input_ids=ids,
-        targets=np.arange(len(ids)) >= len(prompt),
+        targets=np.arange(len(ids)) >= len(prompt_ids),
         lengths=np.array([len(ids)]),
-        pieces=np.array([len(ids)], np.int32),
+        sequence_lengths=np.array([len(ids)], np.int32),
         grades=np.zeros(1, np.float32),
     )

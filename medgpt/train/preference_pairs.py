@@ -3,47 +3,49 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from medgpt.data.loader.order import VALIDATION
-from medgpt.data.loader.packed_row import Row
+from medgpt.data.loader.epoch_order import VALIDATION
+from medgpt.data.loader.packed_row import PackedRow
 from medgpt.data.loader.plan import Plan
-from medgpt.data.loader.stream import first_rows
+from medgpt.data.loader.stream import read_first_rows
 from medgpt.runs import Run
-from medgpt.train.loop import VALIDATION_ROWS
+from medgpt.train.loop import MAX_VALIDATION_ROWS
 
 
-def read_rows(run: Run) -> tuple[list[Row], list[Row]]:
+def read_all_rows(run: Run) -> tuple[list[PackedRow], list[PackedRow]]:
     """All samples of the first epoch in its order, and of the held-out split."""
     plan = Plan(run.plan.url, global_batch_size=1, max_steps=None)
-    whole = {"rank": 0, "world_size": 1}
+    single_rank = {"rank": 0, "world_size": 1}
     return (
-        first_rows(plan, run.data.url, epoch=0, limit=plan.num_rows[0], **whole),
-        first_rows(plan, run.data.url, epoch=VALIDATION, limit=VALIDATION_ROWS, **whole),
+        read_first_rows(plan, run.data.url, epoch=0, limit=plan.num_rows[0], **single_rank),
+        read_first_rows(
+            plan, run.data.url, epoch=VALIDATION, limit=MAX_VALIDATION_ROWS, **single_rank
+        ),
     )
 
 
-def pairs(rows: Iterable[Row]) -> Iterator[dict[str, list[int]]]:
+def paired_examples(rows: Iterable[PackedRow]) -> Iterator[dict[str, list[int]]]:
     """Each better answer with each worse one of the same prompt: `chosen_ids`, `rejected_ids`."""
     for row in rows:
-        answers = _answers(row)
-        for prompt, chosen, high in answers:
-            for _, rejected, low in answers:
-                if high > low:
+        answers = _graded_answers(row)
+        for prompt, chosen, better in answers:
+            for _, rejected, worse in answers:
+                if better > worse:
                     yield {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
 
 
-def singles(rows: Iterable[Row], *, batch_size: int) -> Iterator[dict[str, Any]]:
+def unpaired_examples(rows: Iterable[PackedRow], *, batch_size: int) -> Iterator[dict[str, Any]]:
     """Answers better than the average of their prompt as True, worse ones as False.
 
     `KL_completion_ids` is another answer of the same micro-batch, on which KTO measures the
     distance to the reference (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306, 4.1).
     """
-    found = []
+    labeled = []
     for row in rows:
-        answers = _answers(row)
+        answers = _graded_answers(row)
         mean = sum(grade for *_, grade in answers) / len(answers)
-        found += [(prompt, ids, grade > mean) for prompt, ids, grade in answers if grade != mean]
-    for start in range(0, len(found), batch_size):
-        batch = found[start : start + batch_size]
+        labeled += [(prompt, ids, grade > mean) for prompt, ids, grade in answers if grade != mean]
+    for start in range(0, len(labeled), batch_size):
+        batch = labeled[start : start + batch_size]
         for number, (prompt, ids, label) in enumerate(batch):
             yield {
                 "prompt_ids": prompt,
@@ -53,13 +55,13 @@ def singles(rows: Iterable[Row], *, batch_size: int) -> Iterator[dict[str, Any]]
             }
 
 
-def _answers(row: Row) -> list[tuple[list[int], list[int], float]]:
+def _graded_answers(row: PackedRow) -> list[tuple[list[int], list[int], float]]:
     """Ids of the prompt and of the answer, and its grade."""
-    assert row.pieces is not None
+    assert row.sequence_lengths is not None
     assert row.grades is not None
-    found, start = [], 0
-    for length, grade in zip(row.pieces.tolist(), row.grades.tolist(), strict=True):
-        ids, first = row.input_ids[start : start + length], row.targets[start:].argmax()
-        found.append((ids[:first].tolist(), ids[first:].tolist(), grade))
+    answers, start = [], 0
+    for length, grade in zip(row.sequence_lengths.tolist(), row.grades.tolist(), strict=True):
+        ids, prompt_length = row.input_ids[start : start + length], row.targets[start:].argmax()
+        answers.append((ids[:prompt_length].tolist(), ids[prompt_length:].tolist(), grade))
         start += length
-    return found
+    return answers

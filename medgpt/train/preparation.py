@@ -8,31 +8,34 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import ray
 from ray.exceptions import RayTaskError
 
-from medgpt.artifacts import Folder, commit, committed, entries
+from medgpt.artifacts import Folder, commit, committed, file_entries
 from medgpt.config.base import ConfigError
 from medgpt.config.data import DataConfig, SourceConfig
 from medgpt.config.model import ModelConfig, TokenizerConfig
-from medgpt.config.reward_model import RewardConfig
-from medgpt.config.stages import Passes, PretrainConfig, RunConfig, Samples
+from medgpt.config.reward_model import RewardModelConfig
+from medgpt.config.stages import Passes, PretrainConfig, RunConfig, SampleKind
 from medgpt.config.train import ClusterConfig
-from medgpt.data.loader.plan import Order, existing_plan, make_plan
-from medgpt.data.sources.deny import DenyList
+from medgpt.data.loader.plan import PlanSettings, find_plan, make_plan
+from medgpt.data.sources.deny_list import DenyList
+from medgpt.data.sources.file_slices import FileSlice, list_slices
 from medgpt.data.sources.inputs import check_sources
-from medgpt.data.sources.readers import read_unit
+from medgpt.data.sources.readers import read_slice
 from medgpt.data.sources.records import Document, Reject
-from medgpt.data.sources.units import Unit, list_units
 from medgpt.data.tokenized.shards import data_version
-from medgpt.data.tokenized.tokenize import Encode, IndexJob, build_index
+from medgpt.data.tokenized.tokenize import EncodeBatch, TokenizeJob, tokenize_sources
 from medgpt.runs import Run
 
 TOKENIZER = "tokenizer"
-PROBE_TEXTS, PROBE_CHARACTERS = 4, 200  # of every source, to measure a changed vocabulary on
+PROBE_TEXTS_PER_SOURCE, PROBE_CHARACTERS = (
+    4,
+    200,
+)  # of every source, to measure a changed vocabulary on
 
 
-class DataStage(Protocol):
+class DataStageConfig(Protocol):
     """What a stage says of its data: a config with these sections."""
 
-    samples: ClassVar[Samples]
+    sample_kind: ClassVar[SampleKind]
 
     @property
     def run(self) -> RunConfig: ...
@@ -49,43 +52,45 @@ class DataStage(Protocol):
     def model_dump_json(self) -> str: ...
 
 
-class Prepared(NamedTuple):
+class PreparedData(NamedTuple):
     """Manifests of what a stage trains on."""
 
     data: dict[str, Any]
     plan: dict[str, Any]
 
 
-def prepare(run: Run, config: DataStage, on_progress: Callable[[str, int, int], None]) -> Prepared:
+def prepare(
+    run: Run, config: DataStageConfig, on_progress: Callable[[str, int, int], None]
+) -> PreparedData:
     """Tokenizer, data and plan of the run, made unless they are there."""
     cpus = config.cluster.data_cpus
     check_sources(config.data)  # before anything is started
     folder = run.folder / TOKENIZER
     tokenizer = committed(folder)
-    if tokenizer is None or tokenizer["made_from"] != _made_from(config):
+    if tokenizer is None or tokenizer["made_from"] != _tokenizer_settings(config):
         folder.remove()
         on_progress("tokenizer", 0, 1)
         run_task(make_tokenizer, folder.url, config, cpus=cpus)
         on_progress("tokenizer", 1, 1)
-    job = IndexJob(
+    index_job = TokenizeJob(
         data_url=run.data.url,
         rejected_url=(run.folder / "rejected").url,
         config=config.data,
-        encoding=_encoding(folder, config),
+        encoding=_encoding_settings(folder, config),
         make_encode=partial(load_encoder, folder.url, config.model_dump_json(), type(config)),
-        packed=_packed(config),
+        packing=_is_packed(config),
         allow_changes=config.run.allow_changes,
     )
-    data = build_index(job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
-    order = _order(run, config)
-    plan = existing_plan(run.plan.url, order)
+    data = tokenize_sources(index_job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
+    order = _row_order(run, config)
+    plan = find_plan(run.plan.url, order)
     if plan is None:
         on_progress("planning", 0, 1)
         run_task(make_plan, run.plan.url, run.data.url, order, cpus=cpus)
         on_progress("planning", 1, 1)
-        plan = existing_plan(run.plan.url, order)
+        plan = find_plan(run.plan.url, order)
         assert plan is not None
-    return Prepared(data, plan)
+    return PreparedData(data, plan)
 
 
 def run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
@@ -98,12 +103,12 @@ def run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
         raise
 
 
-def _order(run: Run, config: DataStage) -> Order:
+def _row_order(run: Run, config: DataStageConfig) -> PlanSettings:
     """What decides which rows the run trains, and when."""
     weights = [source.weight for source in config.data.sources]
-    return Order(
+    return PlanSettings(
         data_version=data_version(run.data.url),
-        max_length=config.data.max_length if _packed(config) else None,
+        max_length=config.data.max_length if _is_packed(config) else None,
         seed=config.run.seed,
         epochs=config.passes.epochs,
         weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
@@ -111,43 +116,43 @@ def _order(run: Run, config: DataStage) -> Order:
     )
 
 
-def _packed(config: DataStage) -> bool:
+def _is_packed(config: DataStageConfig) -> bool:
     """Whether samples share rows; preferences and prompts are taken one by one."""
-    return config.samples in ("documents", "conversations")
+    return config.sample_kind in ("documents", "conversations")
 
 
-def _encoding(folder: Folder, config: DataStage) -> dict[str, Any]:
+def _encoding_settings(folder: Folder, config: DataStageConfig) -> dict[str, Any]:
     """What decides how a record becomes tokens: the tokenizer's files and the objective."""
     tokenizer = committed(folder)
     assert tokenizer is not None
     encoding: dict[str, Any] = {f["name"]: f["xxh128"] for f in tokenizer["files"]}
     if isinstance(config, PretrainConfig):
         encoding |= config.objective.model_dump(include={"kind", "whole_word"})
-    if not _packed(config):
-        encoding["samples"] = config.samples
+    if not _is_packed(config):
+        encoding["samples"] = config.sample_kind
     return encoding
 
 
-def _made_from(config: DataStage) -> dict[str, Any]:
+def _tokenizer_settings(config: DataStageConfig) -> dict[str, Any]:
     """What the tokenizer follows from, besides the data."""
     model = config.model.model_dump(mode="json", include={"name", "architecture"})
     return {"tokenizer": config.tokenizer.model_dump(mode="json"), "model": model}
 
 
 @cache
-def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> Encode:
+def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
     """The function that turns records into tokens; once in each process."""
     from medgpt.data.tokenized.encode import ConversationEncoder, DocumentEncoder
-    from medgpt.data.tokenized.encode_answers import PreferenceEncoder, PromptEncoder
+    from medgpt.data.tokenized.encode_rlhf import PreferenceEncoder, PromptEncoder
 
-    config: DataStage = cls.model_validate_json(config_json)
+    config: DataStageConfig = cls.model_validate_json(config_json)
     tokenizer, max_length = load_tokenizer(tokenizer_url), config.data.max_length
     if isinstance(config, PretrainConfig):
         objective = config.objective
         return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
-    if config.samples == "conversations":
+    if config.sample_kind == "conversations":
         return ConversationEncoder(tokenizer, max_length).encode_batch
-    encoder = PreferenceEncoder if config.samples == "preferences" else PromptEncoder
+    encoder = PreferenceEncoder if config.sample_kind == "preferences" else PromptEncoder
     return encoder(tokenizer, max_length).encode_batch
 
 
@@ -157,23 +162,23 @@ def load_tokenizer(url: str) -> Any:
     assert tokenizer is not None, f"{url} holds no tokenizer"
     with folder.local() as directory:
         if path := tokenizer.get("class_path"):
-            from medgpt.models.saved_tokenizer import load_as
+            from medgpt.models.saved_tokenizer import load_by_class_path
 
-            return load_as(str(directory), path)
-        from medgpt.models.tokenizer import load_base
+            return load_by_class_path(str(directory), path)
+        from medgpt.models.tokenizer import load_tokenizer
 
-        return load_base(str(directory))
+        return load_tokenizer(str(directory))
 
 
-def make_tokenizer(url: str, config: DataStage) -> None:
+def make_tokenizer(url: str, config: DataStageConfig) -> None:
     """Write the stage's tokenizer: the base's, or trained, extended or trimmed on the data."""
-    from medgpt.data.tokenized.chat import for_chat
-    from medgpt.models.saved_tokenizer import class_path
-    from medgpt.models.tokenizer import load_base, train_tokenizer
+    from medgpt.data.tokenized.chat_template import prepare_chat_tokenizer
+    from medgpt.models.saved_tokenizer import tokenizer_class_path
+    from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
 
     mode, model = config.tokenizer.mode, config.model
     if model.name is not None:
-        check_model(config)
+        check_base_model(config)
     texts = corpus_texts(config)
     if mode == "train":
         assert model.architecture is not None
@@ -181,9 +186,9 @@ def make_tokenizer(url: str, config: DataStage) -> None:
         tokenizer = train_tokenizer(texts, config.tokenizer, kind)
     else:
         assert model.name is not None
-        tokenizer = load_base(model.name, model.trust_remote_code)
-        if config.samples == "conversations":
-            tokenizer = for_chat(tokenizer)
+        tokenizer = load_tokenizer(model.name, model.trust_remote_code)
+        if config.sample_kind == "conversations":
+            tokenizer = prepare_chat_tokenizer(tokenizer)
         if mode == "extend":
             from medgpt.models.vocabulary import extend_tokenizer
 
@@ -194,9 +199,9 @@ def make_tokenizer(url: str, config: DataStage) -> None:
             from medgpt.models.vocabulary import trim_tokenizer
 
             tokenizer, _ = trim_tokenizer(tokenizer, texts)
-    if config.samples == "conversations":
-        tokenizer = for_chat(tokenizer)
-    if not _packed(config) and tokenizer.chat_template is None:
+    if config.sample_kind == "conversations":
+        tokenizer = prepare_chat_tokenizer(tokenizer)
+    if not _is_packed(config) and tokenizer.chat_template is None:
         raise ConfigError(
             f"model.name={model.name}: its tokenizer has no chat template, so it never learnt to "
             "answer; name a model that medgpt sft wrote, or another chat model"
@@ -204,52 +209,56 @@ def make_tokenizer(url: str, config: DataStage) -> None:
     folder = Folder(url)
     with folder.staging() as directory:
         tokenizer.save_pretrained(directory)
-        files = entries(directory)
-        path = class_path(str(directory), load_base(str(directory)))
-    facts = {"mode": mode, "num_tokens": len(tokenizer), "made_from": _made_from(config)}
-    commit(folder, files, class_path=path, **facts)
+        files = file_entries(directory)
+        path = tokenizer_class_path(str(directory), load_tokenizer(str(directory)))
+    manifest = {
+        "mode": mode,
+        "num_tokens": len(tokenizer),
+        "made_from": _tokenizer_settings(config),
+    }
+    commit(folder, files, class_path=path, **manifest)
 
 
-def check_model(config: DataStage) -> None:
+def check_base_model(config: DataStageConfig) -> None:
     """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
-    from medgpt.models.base import check_positions, named_config, weight_files
+    from medgpt.models.model_files import check_max_length, load_hf_config, weight_files
 
-    objective = "value" if isinstance(config, RewardConfig) else "clm"
+    objective = "value" if isinstance(config, RewardModelConfig) else "clm"
     if isinstance(config, PretrainConfig):
         objective = config.objective.kind
-    hf_config = named_config(config.model, objective)
-    check_positions(hf_config, config.data.max_length)
+    hf_config = load_hf_config(config.model, objective)
+    check_max_length(hf_config, config.data.max_length)
     assert config.model.name is not None
     weight_files(config.model.name)
 
 
-def corpus_texts(config: DataStage) -> Iterator[str]:
+def corpus_texts(config: DataStageConfig) -> Iterator[str]:
     """Texts of all sources, at most `tokenizer.max_train_mb`, the same share of every unit."""
     sources = config.data.sources
     for source in sources:
-        units = list_units(source, config.data.shard_mb)
+        units = list_slices(source, config.data.shard_mb)
         budget = config.tokenizer.max_train_mb * 2**20 / len(sources) / len(units)
         deny = DenyList.load(source.deny)
         for unit in units:
-            left = budget
+            bytes_left = budget
             for text in _unit_texts(unit, source, deny):
                 yield text
-                left -= len(text.encode())
-                if left <= 0:
+                bytes_left -= len(text.encode())
+                if bytes_left <= 0:
                     break
 
 
-def first_texts(config: DataStage) -> Iterator[str]:
+def probe_texts(config: DataStageConfig) -> Iterator[str]:
     """The beginnings of the first few texts of every source."""
     for source in config.data.sources:
-        units, deny = list_units(source, config.data.shard_mb), DenyList.load(source.deny)
+        units, deny = list_slices(source, config.data.shard_mb), DenyList.load(source.deny)
         texts = (text for unit in units for text in _unit_texts(unit, source, deny))
-        yield from (text[:PROBE_CHARACTERS] for text in islice(texts, PROBE_TEXTS))
+        yield from (text[:PROBE_CHARACTERS] for text in islice(texts, PROBE_TEXTS_PER_SOURCE))
 
 
-def _unit_texts(unit: Unit, source: SourceConfig, deny: DenyList) -> Iterator[str]:
+def _unit_texts(unit: FileSlice, source: SourceConfig, deny: DenyList) -> Iterator[str]:
     """Documents, and what is said in conversations."""
-    for item in read_unit(unit, source):
+    for item in read_slice(unit, source):
         record = item if isinstance(item, Reject) else deny.check(item)
         if isinstance(record, Document):
             yield record.text

@@ -27,7 +27,7 @@ FACTS = (  # label, metric, format
 
 
 @dataclass(frozen=True, kw_only=True)
-class Started:
+class AttemptStarted:
     """All workers are there and go on after `step`."""
 
     attempt: int  # from 1, over all starts of the run
@@ -36,7 +36,7 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class StepReport:
     """`step` of `num_steps` is done. `metrics` may be those of its validation."""
 
     step: int
@@ -44,7 +44,7 @@ class Trained:
     metrics: dict[str, float]
 
 
-class Posted:
+class AsyncQueue:
     """Ray's queue for a worker that trains on while its message is on the way."""
 
     def __init__(self, queue: "Queue") -> None:
@@ -62,29 +62,29 @@ class Posted:
             ray.get(self.latest)
 
 
-class Messages(Protocol):
+class MessageQueue(Protocol):
     """A queue: `queue.Queue`, or Ray's."""
 
     def get(self, block: bool = ..., timeout: float | None = ...) -> Any: ...
 
 
-class Display:
+class ProgressDisplay:
     """Shows what the workers tell. `refused` keeps the configuration errors among it."""
 
     def __init__(self, reporter: ConsoleReporter, *, log_every: int) -> None:
         self.reporter, self.log_every = reporter, log_every
-        self.refused: list[ConfigError] = []
+        self.errors: list[ConfigError] = []
         self.latest: dict[str, float] = {}
         self.starts = 0
         self.started_at: float | None = None  # until the first step after it, or a word about it
 
-    def follow(self, messages: Messages) -> None:
+    def follow(self, messages: MessageQueue) -> None:
         """Show messages until one is None."""
         while True:
             try:
                 message = messages.get(timeout=POLL_S)
             except Empty:
-                self._wonder(time.monotonic())
+                self._warn_if_stalled(time.monotonic())
                 continue
             if message is None:
                 return
@@ -93,49 +93,49 @@ class Display:
     def show(self, message: object) -> None:
         match message:
             case ConfigError():
-                self.refused.append(message)
-            case Started():
-                self._started(message)
-            case Trained():
-                self._trained(message)
+                self.errors.append(message)
+            case AttemptStarted():
+                self._show_attempt(message)
+            case StepReport():
+                self._show_step(message)
             case str():
                 self.reporter.say(message)
             case _:
                 raise AssertionError(f"unknown message {type(message).__name__}")
 
-    def _started(self, start: Started) -> None:
+    def _show_attempt(self, start: AttemptStarted) -> None:
         """Nothing to say of a run's first start; the later ones of a command were not asked for."""
         self.starts += 1
         self.started_at = time.monotonic()
         if start.attempt > 1:
             why = "workers were lost or replaced; " if self.starts > 1 else ""
             workers = f"{start.num_workers} worker{'s' if start.num_workers > 1 else ''}"
-            place = f"continues after step {start.step}" if start.step else "begins again"
-            self.reporter.say(f"{why}attempt {start.attempt} {place}, with {workers}")
+            position = f"continues after step {start.step}" if start.step else "begins again"
+            self.reporter.say(f"{why}attempt {start.attempt} {position}, with {workers}")
 
-    def _wonder(self, now: float) -> None:
+    def _warn_if_stalled(self, now: float) -> None:
         """After a node was lost, workers may hold all the CPUs that are left."""
         if self.started_at is not None and now - self.started_at > FIRST_STEP_S:
             self.started_at = None
             self.reporter.say(
-                f"no step {FIRST_STEP_S} s after the workers started; do data tasks wait for a "
-                "free CPU (cluster.data_cpus)?"
+                f"no step {FIRST_STEP_S} s after the workers started; do data tasks wait for "
+                "a free CPU (cluster.data_cpus)?"
             )
 
-    def _trained(self, done: Trained) -> None:
-        if "train/loss" in done.metrics:
+    def _show_step(self, report: StepReport) -> None:
+        if "train/loss" in report.metrics:
             self.started_at = None
-        self.latest |= done.metrics
+        self.latest |= report.metrics
         facts = "  ".join(
             f"{label} {self.latest[name]:{form}}"
             for label, name, form in FACTS
             if name in self.latest
         )
-        due = done.step % self.log_every == 0 or done.step == done.num_steps
+        is_due = report.step % self.log_every == 0 or report.step == report.num_steps
         self.reporter.advance(
             "training",
-            done.step,
-            done.num_steps,
+            report.step,
+            report.num_steps,
             facts,
-            say=due and "train/loss" in done.metrics,
+            print_line=is_due and "train/loss" in report.metrics,
         )

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medgpt.artifacts import commit, committed, entries
+from medgpt.artifacts import commit, committed, file_entries
 from medgpt.config.base import ConfigError
 from medgpt.config.dpo import DPOConfig
-from medgpt.config.reward_model import RewardConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import TrainStageConfig
 from medgpt.disk import storage_errors
 from medgpt.runs import Run
-from medgpt.train.start_barrier import Gate
+from medgpt.train.start_barrier import StartBarrier
 
 if TYPE_CHECKING:
     from ray.util.queue import Queue
 
-    from medgpt.train.lm_objective import Objective
-    from medgpt.train.progress import Posted
+    from medgpt.train.lm_objective import LanguageModelObjective
+    from medgpt.train.progress import AsyncQueue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class WorkerJob:
     run_dir: str
     config: TrainStageConfig
     progress: "Queue"
-    gate: Gate
+    start_barrier: StartBarrier
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -52,8 +52,8 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
 
     from medgpt.engine.setup import keep_freed_memory
     from medgpt.train.preparation import TOKENIZER, load_tokenizer
-    from medgpt.train.progress import Posted
-    from medgpt.train.samples import write_samples
+    from medgpt.train.progress import AsyncQueue
+    from medgpt.train.samples import write_sample_generations
 
     config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -61,99 +61,102 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
         keep_freed_memory()
     else:
         torch.cuda.set_device(device)  # of this thread
-    if not job.gate.passed():
+    if not job.start_barrier.wait():
         return
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
-    progress = Posted(job.progress)
+    progress = AsyncQueue(job.progress)
     try:
         if isinstance(config, DPOConfig):
-            from medgpt.train.dpo import train_offline
+            from medgpt.train.dpo import train_dpo
 
-            export = train_offline(run, config, tokenizer, device, progress)
+            write_model = train_dpo(run, config, tokenizer, device, progress)
         else:
-            export = _train(job, run, tokenizer, device, progress)
+            write_model = _train_on_stream(job, run, tokenizer, device, progress)
     finally:
         progress.flush()
     if committed(run.model) is None:
-        _export(run, config, export)
+        _export_model(run, config, write_model)
     if dist.get_rank() == 0 and config.report.prompts:
-        write_samples(run, config, device)
+        write_sample_generations(run, config, device)
     dist.barrier()
 
 
-def _train(
-    job: WorkerJob, run: Run, tokenizer: Any, device: Any, progress: "Posted"
+def _train_on_stream(
+    job: WorkerJob, run: Run, tokenizer: Any, device: Any, progress: "AsyncQueue"
 ) -> Callable[[Path], None]:
     """Train on the exact stream; returns what writes the model into a folder on all ranks."""
     from ray.exceptions import RayActorError
     from ray.train import get_preemption_info
 
-    from medgpt.train.loop import NodeEnds, Trainer
+    from medgpt.train.loop import Preempted, Trainer
 
     config = job.config
-    if isinstance(config, RewardConfig):
+    if isinstance(config, RewardModelConfig):
         from medgpt.train.reward_objective import RewardObjective
 
         objective = RewardObjective(config, tokenizer, device)
     else:
-        objective = _language_modelling(job, run, tokenizer, device)
+        objective = _make_language_model_objective(job, run, tokenizer, device)
     trainer = Trainer(
         run,
         config,
         objective,
         device=device,
         progress=progress,
-        node_ends=lambda: get_preemption_info() is not None,
+        is_preempted=lambda: get_preemption_info() is not None,
     )
     try:
         trainer.fit()
-    except NodeEnds as end:  # Ray Train counts this kind of error as a preemption, not as a failure
-        raise RayActorError(error_msg=str(end), preempted=True) from None
+    except Preempted as error:
+        # Ray Train counts this kind of error as a preemption, not as a failure
+        raise RayActorError(error_msg=str(error), preempted=True) from None
 
     def export(directory: Path) -> None:
-        objective.finish(trainer)
+        objective.on_train_end(trainer)
         objective.export(trainer.engine, directory)
 
     return export
 
 
-def _export(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -> None:
+def _export_model(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -> None:
     """All ranks write the model. Raises ConfigError on all of them if the disk of one is full."""
     import torch.distributed as dist
 
-    from medgpt.train.checkpointing import raise_together
+    from medgpt.train.checkpointing import raise_on_all_ranks
     from medgpt.train.model_card import model_card
 
-    refusal, files = None, []
+    failure, files = None, []
     try:
         with storage_errors(run.folder.url, "model"):
             with run.model.staging() as directory:
                 write(directory)
                 if dist.get_rank() == 0:
                     (directory / "README.md").write_text(model_card(run, config), "utf-8")
-                    files = entries(directory)
+                    files = file_entries(directory)
             if dist.get_rank() == 0:
                 commit(run.model, files)
     except ConfigError as error:
-        refusal = error
+        failure = error
         with suppress(ConfigError), storage_errors(run.folder.url, "model"):
             run.model.remove()
-    raise_together(refusal)
+    raise_on_all_ranks(failure)
 
 
-def _language_modelling(job: WorkerJob, run: Run, tokenizer: Any, device: Any) -> "Objective":
+def _make_language_model_objective(
+    job: WorkerJob, run: Run, tokenizer: Any, device: Any
+) -> "LanguageModelObjective":
     """The objective; rank 0 tells what changed if the base speaks another vocabulary."""
     import torch.distributed as dist
 
-    from medgpt.train.lm_objective import Objective
-    from medgpt.train.preparation import first_texts
+    from medgpt.train.lm_objective import LanguageModelObjective
+    from medgpt.train.preparation import probe_texts
 
     config = job.config
-    unmeasured = dist.get_rank() == 0 and "vocabulary" not in run.manifest
-    objective = Objective(
-        config, tokenizer, device, probe=first_texts(config) if unmeasured else ()
+    measure_change = dist.get_rank() == 0 and "vocabulary" not in run.manifest
+    objective = LanguageModelObjective(
+        config, tokenizer, device, probe_texts=probe_texts(config) if measure_change else ()
     )
-    if unmeasured and objective.vocabulary is not None:
-        run.update_manifest(vocabulary=objective.vocabulary.facts())
-        job.progress.put(str(objective.vocabulary))
+    if measure_change and objective.vocabulary_change is not None:
+        run.update_manifest(vocabulary=objective.vocabulary_change.manifest_entry())
+        job.progress.put(str(objective.vocabulary_change))
     return objective

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from medgpt.artifacts import Folder
 from medgpt.config.base import ConfigError
 
-GO, STOP = "go", "stop"
+RELEASED, ABORTED = "go", "stop"
 POLL_S, POLL_REMOTE_S = 0.1, 1.0
-WAIT_S = 1800
+TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
-class Gate:
+class StartBarrier:
     """What workers wait at, through a file in the run directory. Each start has a new one."""
 
     run_dir: str
@@ -23,29 +23,29 @@ class Gate:
     def _folder(self) -> Folder:
         return Folder(self.run_dir) / "gate"
 
-    def open(self) -> None:
+    def release(self) -> None:
         """All that workers read is in the run directory."""
-        self._folder.write_text(self.token, GO)
+        self._folder.write_text(self.token, RELEASED)
 
-    def refuse(self) -> None:
+    def abort(self) -> None:
         """There is nothing to train on; the workers end."""
-        self._folder.write_text(self.token, STOP)
+        self._folder.write_text(self.token, ABORTED)
 
-    def passed(self) -> bool:
+    def wait(self) -> bool:
         """Returns when the driver has decided; without a driver Ray ends the workers.
 
         Raises:
             ConfigError: it did not in WAIT_S.
         """
-        folder, deadline = self._folder, time.monotonic() + WAIT_S
+        folder, deadline = self._folder, time.monotonic() + TIMEOUT_S
         while not folder.exists(self.token):
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"{self.run_dir}: workers heard nothing for {WAIT_S} s while the data were "
+                    f"{self.run_dir}: workers heard nothing for {TIMEOUT_S} s while the data were "
                     "prepared; repeat the command, it goes on where it stopped"
                 )
             time.sleep(POLL_S if folder.is_local else POLL_REMOTE_S)
-        return folder.read_text(self.token) == GO
+        return folder.read_text(self.token) == RELEASED
 
     def remove(self) -> None:
         """When the workers are gone."""

@@ -14,98 +14,107 @@ from numpy.typing import NDArray
 from medgpt.rlhf.rollout_batch import Logprobs, Prompts, Ragged, Scores, Sequences, join_sequences
 
 if TYPE_CHECKING:
-    from medgpt.rlhf.rewards.total import Rewarded
+    from medgpt.rlhf.rewards.weighted_sum import RewardResult
     from medgpt.rlhf.roles.reference import Reference
     from medgpt.rlhf.roles.reward import Reward
 
-Rows = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
 def score(role: "Reward", counts: Sequence[int], *args: Any) -> list[Scores]:
     """`Reward.score` of each request; `counts` says how many of `args` each has."""
-    requests = _requests(counts, args)
+    requests = _split_requests(counts, args)
     if len(requests) == 1:
         return [role.score(*requests[0])]
-    wholes = [join_sequences(rollouts) for _, *rollouts in requests]
-    found = role.score(_stack_prompts([prompts for prompts, *_ in requests]), stack(wholes))
+    batches = [join_sequences(rollouts) for _, *rollouts in requests]
+    scores = role.score(
+        _stack_prompts([prompts for prompts, *_ in requests]), stack_sequences(batches)
+    )
     return [
-        Scores(index=index, totals=found.totals[rows], rewarded=_take(found.rewarded, rows))
-        for index, rows in _shares(found.index, wholes)
+        Scores(index=index, totals=scores.totals[rows], rewards=_select_rows(scores.rewards, rows))
+        for index, rows in _rows_by_batch(scores.index, batches)
     ]
 
 
-def judge(
+def judge_scores(
     role: "Reward", counts: Sequence[int], *args: Any
 ) -> list[tuple[NDArray[np.int64], list[float]]]:
     """`Reward.judge` of each request."""
-    wholes = [join_sequences(answers) for answers in _requests(counts, args)]
-    index, scores = role.judge(stack(wholes))
-    return [(mine, [scores[row] for row in rows]) for mine, rows in _shares(index, wholes)]
+    batches = [join_sequences(answers) for answers in _split_requests(counts, args)]
+    index, scores = role.judge_scores(stack_sequences(batches))
+    return [
+        (batch_index, [scores[row] for row in rows])
+        for batch_index, rows in _rows_by_batch(index, batches)
+    ]
 
 
 def logprobs(
     role: "Reference", counts: Sequence[int], *args: Any, temperature: float
 ) -> list[Logprobs]:
     """`Reference.logprobs` of each request."""
-    wholes = [join_sequences(rollouts) for rollouts in _requests(counts, args)]
-    whole = stack(wholes)
-    found = role.logprobs(temperature, whole)
-    lengths = whole.responses.lengths[found.index]
-    values = Ragged(found.values, np.append(0, np.cumsum(lengths)))
+    batches = [join_sequences(rollouts) for rollouts in _split_requests(counts, args)]
+    stacked = stack_sequences(batches)
+    stacked_logprobs = role.logprobs(temperature, stacked)
+    lengths = stacked.responses.lengths[stacked_logprobs.index]
+    values = Ragged(stacked_logprobs.values, np.append(0, np.cumsum(lengths)))
     return [
-        Logprobs(of=found.of, index=index, values=values.take(rows).values, entropy=0.0)
-        for index, rows in _shares(found.index, wholes)
+        Logprobs(
+            model=stacked_logprobs.model, index=index, values=values.take(rows).values, entropy=0.0
+        )
+        for index, rows in _rows_by_batch(stacked_logprobs.index, batches)
     ]
 
 
-def stack(wholes: Sequence[Sequences]) -> Sequences:
+def stack_sequences(batches: Sequence[Sequences]) -> Sequences:
     """All sequences of several batches as one batch, which no version of weights has sampled."""
     return Sequences(
-        index=np.arange(sum(map(len, wholes))),
-        sample_ids=[sample_id for whole in wholes for sample_id in whole.sample_ids],
-        prompts=_stack([whole.prompts for whole in wholes]),
-        responses=_stack([whole.responses for whole in wholes]),
-        logprobs=np.concatenate([whole.logprobs for whole in wholes]),
-        finished=np.concatenate([whole.finished for whole in wholes]),
+        index=np.arange(sum(map(len, batches))),
+        sample_ids=[sample_id for batch in batches for sample_id in batch.sample_ids],
+        prompts=_stack_ragged([batch.prompts for batch in batches]),
+        responses=_stack_ragged([batch.responses for batch in batches]),
+        logprobs=np.concatenate([batch.logprobs for batch in batches]),
+        finished=np.concatenate([batch.finished for batch in batches]),
         weight_version=-1,
     )
 
 
-def _requests(counts: Sequence[int], args: Sequence[Any]) -> list[Sequence[Any]]:
+def _split_requests(counts: Sequence[int], args: Sequence[Any]) -> list[Sequence[Any]]:
     assert sum(counts) == len(args)
     return [args[start:stop] for start, stop in pairwise(accumulate(counts, initial=0))]
 
 
-def _shares(index: Rows, wholes: Sequence[Sequences]) -> list[tuple[Rows, Rows]]:
+def _rows_by_batch(index: Indices, batches: Sequence[Sequences]) -> list[tuple[Indices, Indices]]:
     """For each batch, this rank's rows in it, and where they are among all rows of this rank."""
-    bounds = pairwise(accumulate(map(len, wholes), initial=0))
-    found = [(start, np.flatnonzero((index >= start) & (index < stop))) for start, stop in bounds]
-    return [(index[rows] - start, rows) for start, rows in found]
+    bounds = pairwise(accumulate(map(len, batches), initial=0))
+    positions = [
+        (start, np.flatnonzero((index >= start) & (index < stop))) for start, stop in bounds
+    ]
+    return [(index[rows] - start, rows) for start, rows in positions]
 
 
 def _stack_prompts(parts: Sequence[Prompts]) -> Prompts:
     return Prompts(
         sample_ids=[sample_id for part in parts for sample_id in part.sample_ids],
-        ids=_stack([part.ids for part in parts]),
+        ids=_stack_ragged([part.ids for part in parts]),
         messages=[text for part in parts for text in part.messages],
     )
 
 
-def _stack(parts: Sequence[Ragged]) -> Ragged:
+def _stack_ragged(parts: Sequence[Ragged]) -> Ragged:
     lengths = np.concatenate([part.lengths for part in parts])
     return Ragged(np.concatenate([part.values for part in parts]), np.append(0, lengths.cumsum()))
 
 
-def _take(rewarded: "Rewarded", rows: Rows) -> "Rewarded":
+def _select_rows(rewards: "RewardResult", rows: Indices) -> "RewardResult":
     """Those of some samples."""
 
     def pick(values: Sequence[Any]) -> list[Any]:
         return [values[row] for row in rows]
 
-    return type(rewarded)(
-        totals=pick(rewarded.totals),
-        components={name: pick(values) for name, values in rewarded.components.items()},
-        violations={name: pick(values) for name, values in rewarded.violations.items()},
-        empty=pick(rewarded.empty),
-        capped=pick(rewarded.capped),
+    return type(rewards)(
+        totals=pick(rewards.totals),
+        components={name: pick(values) for name, values in rewards.components.items()},
+        violations={name: pick(values) for name, values in rewards.violations.items()},
+        empty=pick(rewards.empty),
+        capped=pick(rewards.capped),
     )

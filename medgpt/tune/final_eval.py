@@ -4,87 +4,101 @@ from typing import Any
 
 from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.tune import FROZEN, TuneStageConfig
-from medgpt.rlhf.heldout_eval import Judging
+from medgpt.config.tune import SHARED_ROLES, TuneStageConfig
+from medgpt.rlhf.heldout_eval import HeldoutEval
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.rollout import Rollout
-from medgpt.rlhf.rollout_batch import Prompts, join_sequences, join_tokens
-from medgpt.rlhf.setup import role_pools
-from medgpt.tune.objective import MARKS
-from medgpt.tune.results import Policy
-from medgpt.tune.trial import Setup
+from medgpt.rlhf.rollout_batch import Prompts, join_per_token, join_sequences
+from medgpt.rlhf.setup import build_role_pools
+from medgpt.tune.objective import JUDGE_METRICS
+from medgpt.tune.results import TrainedPolicy
+from medgpt.tune.trial import TrialSetup
 from medgpt.tune.trial_pools import TrialPools
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
-class Exam(Judging):
+class FinalEvaluation(HeldoutEval):
     """Answers that are sampled, where the judge has greedy ones."""
 
-    def sampled(self, seed: int) -> tuple[dict[str, float], float | None]:
+    def sampled_metrics(self, seed: int) -> tuple[dict[str, float], float | None]:
         """Marks of answers that are drawn with the seed; nats of an answer from the reference."""
         (ids,) = self.pools.get([self.prompts], "prompts")
         prompts = Prompts(
-            sample_ids=[asked.id for asked in self.judge.asked],
+            sample_ids=[question.id for question in self.question_set.questions],
             ids=ids,
             messages=["[]"] * len(ids),
         )
         answers = self.rollout.call(Rollout.generate, prompts, seed)
-        marks = self.marks(answers)
+        metrics = self.score_answers(answers)
         if "reference" not in self.pools.pools:
-            return marks, None
+            return metrics, None
         pool: Pool[Reference] = self.pools.pools["reference"]
         refs = pool.call(Reference.logprobs, self.config.rollout.temperature, *answers)
         reference = self.pools.get(refs, "reference")
-        whole = join_sequences(self.pools.get(answers, "answers"))
-        gap = whole.logprobs - join_tokens(reference, whole.responses)
-        return marks, float(gap.sum()) / len(whole)
+        sequences = join_sequences(self.pools.get(answers, "answers"))
+        logprob_gap = sequences.logprobs - join_per_token(reference, sequences.responses)
+        return metrics, float(logprob_gap.sum()) / len(sequences)
 
 
-def examine(config: TuneStageConfig, setup: Setup, policies: list[Policy]) -> list[Row]:
+def evaluate_policies(
+    config: TuneStageConfig, setup: TrialSetup, policies: list[TrainedPolicy]
+) -> list[ResultRow]:
     """For each policy and seed: policy, seed, mark, mark_se, kl."""
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     pools: TrialPools | None = None
     try:
         for policy in policies:
-            stage = _for_exam(config, policy.url)
-            found = [pool for pool in role_pools(stage, 1) if pool.role == "rollout"]
-            found += [pool for pool in role_pools(setup.stage, 1) if pool.role in FROZEN]
+            ppo_config = _final_eval_config(config, policy.url)
+            role_pools = [
+                pool for pool in build_role_pools(ppo_config, 1) if pool.role == "rollout"
+            ]
+            role_pools += [
+                pool for pool in build_role_pools(setup.ppo_config, 1) if pool.role in SHARED_ROLES
+            ]
             if pools is None:
                 pools = TrialPools(
-                    found, stage, front=setup.front, num_workers=setup.num_workers, say=print
+                    role_pools,
+                    ppo_config,
+                    shared_pools_actor=setup.shared_pools_actor,
+                    num_shared_workers=setup.num_shared_workers,
+                    say=print,
                 )
                 pools.start()
             else:
-                pools.renew(found)
-            rows += _rows(policy, Exam(stage, pools), config)
+                pools.rebuild_roles(role_pools)
+            rows += _policy_rows(policy, FinalEvaluation(ppo_config, pools), config)
     finally:
         if pools is not None:
             pools.close()
     return rows
 
 
-def _rows(policy: Policy, exam: Exam, config: TuneStageConfig) -> list[Row]:
-    name = MARKS[config.tune.mark]
+def _policy_rows(
+    policy: TrainedPolicy, evaluation: FinalEvaluation, config: TuneStageConfig
+) -> list[ResultRow]:
+    name = JUDGE_METRICS[config.tune.mark]
 
-    def row(seed: int, marks: dict[str, float], kl: float | None) -> Row:
-        mark = {"mark": marks[name], "mark_se": marks[f"{name}_se"]}
-        return {"policy": policy.who, "seed": seed, **mark, "kl": kl}
+    def row(seed: int, metrics: dict[str, float], kl: float | None) -> ResultRow:
+        value = {"mark": metrics[name], "mark_se": metrics[f"{name}_se"]}
+        return {"policy": policy.name, "seed": seed, **value, "kl": kl}
 
     if policy.seed is not None:
-        _, kl = exam.sampled(policy.seed)
-        return [row(policy.seed, exam.metrics(), kl)]
-    return [row(seed, *exam.sampled(seed)) for seed in range(1, config.check.seeds + 1)]
+        _, kl = evaluation.sampled_metrics(policy.seed)
+        return [row(policy.seed, evaluation.metrics(), kl)]
+    return [
+        row(seed, *evaluation.sampled_metrics(seed)) for seed in range(1, config.check.seeds + 1)
+    ]
 
 
-def _for_exam(config: TuneStageConfig, url: str) -> PPOStageConfig:
+def _final_eval_config(config: TuneStageConfig, url: str) -> PPOStageConfig:
     """The base with a policy's model, and the judge's questions that trials are not judged by."""
-    stage = config.stage
-    low, high = stage.judge.part
+    ppo_config = config.base_config
+    low, high = ppo_config.judge.part
     values = {
         "model.name": url,
         "judge.part": [high - config.check.share * (high - low), high],
-        "rollout.max_new_tokens": stage.judge.max_new_tokens,
+        "rollout.max_new_tokens": ppo_config.judge.max_new_tokens,
     }
-    return with_values(PPOStageConfig, stage, values)
+    return with_values(PPOStageConfig, ppo_config, values)

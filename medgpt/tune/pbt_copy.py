@@ -6,44 +6,46 @@ from typing import Any
 
 from medgpt.artifacts import FileEntry, Folder, commit, committed
 from medgpt.config.tune import Params
-from medgpt.rlhf.state import IN_FLIGHT
+from medgpt.rlhf.checkpoint import IN_FLIGHT_FILE
 from medgpt.runs import Run
-from medgpt.tune.trial_records import Copied, Record, Records
+from medgpt.tune.trial_records import StateCopy, TrialRecord, TrialRecords
 
 KL_COEF = "ppo.kl_coef"
 METRICS = "metrics.jsonl"
 
 
-def adopt(records: Records, record: Record, params: Params, pointer: dict[str, Any]) -> Record:
+def copy_trial_state(
+    records: TrialRecords, record: TrialRecord, params: Params, pointer: dict[str, Any]
+) -> TrialRecord:
     """Give the trial of `record` the state that `pointer` names, and its metrics.
 
     The learning rates follow from the config, and the searched KL coefficient takes the place of
     the copied one. What was sampled with the old weights is not copied. Done before, as a trial
     that died afterwards knows, it is not done again.
     """
-    asked = Copied(pointer["trial"], pointer["iteration"], params)
-    if record.copied and record.copied[-1] == asked:
+    state_copy = StateCopy(pointer["trial"], pointer["iteration"], params)
+    if record.copied and record.copied[-1] == state_copy:
         return record
-    run, donor = records.run(record.name), records.run(asked.trial)
-    iteration = _copied(run, donor, asked.iteration, params)
+    run, donor = records.run(record.name), records.run(state_copy.trial)
+    iteration = _copy_checkpoint(run, donor, state_copy.iteration, params)
     _copy_metrics(run, donor, iteration)
-    return records.write(replace(record, params=params, copied=(*record.copied, asked)))
+    return records.write(replace(record, params=params, copied=(*record.copied, state_copy)))
 
 
-def _copied(run: Run, donor: Run, iteration: int, params: Params) -> int:
+def _copy_checkpoint(run: Run, donor: Run, iteration: int, params: Params) -> int:
     """The iteration of what was copied: a donor that went on keeps its newest states only."""
     run.checkpoints.remove()
     for step in donor.checkpoint_steps():
         source, target = donor.checkpoint(step), run.checkpoint(step)
         manifest = committed(source, verify=True) if step >= iteration else None
-        if manifest is not None and _copy(source, target, manifest, params):
+        if manifest is not None and _copy_files(source, target, manifest, params):
             return step
     raise RuntimeError(f"{donor.folder.url} holds no state from iteration {iteration} on")
 
 
-def _copy(source: Folder, target: Folder, manifest: dict[str, Any], params: Params) -> bool:
+def _copy_files(source: Folder, target: Folder, manifest: dict[str, Any], params: Params) -> bool:
     """Whether the source stayed there until all was copied."""
-    files = [FileEntry(**file) for file in manifest["files"] if file["name"] != IN_FLIGHT]
+    files = [FileEntry(**file) for file in manifest["files"] if file["name"] != IN_FLIGHT_FILE]
     try:
         for file in files:
             path = target.path(file.name)
@@ -61,7 +63,7 @@ def _copy(source: Folder, target: Folder, manifest: dict[str, Any], params: Para
 
 def _copy_metrics(run: Run, donor: Run, iteration: int) -> None:
     """The history of the weights that the trial now has; its next attempt comes after all of it."""
-    kept = [line for line in donor.metrics() if line["step"] <= iteration]
-    run.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-    attempts = [run.manifest["attempt"], *(line["attempt"] for line in kept)]
+    lines = [line for line in donor.metrics() if line["step"] <= iteration]
+    run.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    attempts = [run.manifest["attempt"], *(line["attempt"] for line in lines)]
     run.update_manifest(attempt=max(attempts))

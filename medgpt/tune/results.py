@@ -13,10 +13,10 @@ from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.runs import Run
-from medgpt.tune.objective import Point, objective, pareto, points
-from medgpt.tune.trial_records import Record, Records
+from medgpt.tune.objective import JudgeResult, judge_results, objective, pareto_optimal
+from medgpt.tune.trial_records import TrialRecord, TrialRecords
 
-TABLE, BEST = "results.parquet", "best.toml"
+TABLE_FILE, BEST_CONFIG_FILE = "results.parquet", "best.toml"
 
 
 def trials_url(config: TuneStageConfig) -> str:
@@ -24,100 +24,104 @@ def trials_url(config: TuneStageConfig) -> str:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     """A trial with all of its judgements."""
 
-    record: Record
-    points: Sequence[Point]
+    record: TrialRecord
+    judge_results: Sequence[JudgeResult]
     time_s: float
 
     @property
-    def last(self) -> Point | None:
+    def last_result(self) -> JudgeResult | None:
         """The last judgement after some training."""
-        return self.points[-1] if self.points and self.points[-1].iteration else None
+        return (
+            self.judge_results[-1]
+            if self.judge_results and self.judge_results[-1].iteration
+            else None
+        )
 
 
-def outcomes(config: TuneStageConfig) -> list[Outcome]:
+def load_results(config: TuneStageConfig) -> list[TrialResult]:
     """Of all trials, by number."""
-    records = Records(trials_url(config))
-    found = []
+    records = TrialRecords(trials_url(config))
+    results = []
     for record in records.all():
         metrics = records.run(record.name).metrics()
         time_s = metrics[-1]["time_s"] if metrics else 0.0
-        found.append(Outcome(record, points(metrics, config.tune), time_s))
-    return found
+        results.append(TrialResult(record, judge_results(metrics, config.tune), time_s))
+    return results
 
 
-def winner(found: Sequence[Outcome], config: TuneStageConfig) -> Outcome | None:
+def winner(results: Sequence[TrialResult], config: TuneStageConfig) -> TrialResult | None:
     """The best that was trained to the end, if there is one within the limit of divergence; of
     several, the nearest to the reference."""
-    whole = [
-        (outcome, outcome.last)
-        for outcome in found
-        if outcome.record.status == "finished" and outcome.last is not None
+    finished = [
+        (result, result.last_result)
+        for result in results
+        if result.record.status == "finished" and result.last_result is not None
     ]
-    within = [(o, last) for o, last in whole if last.kl <= config.tune.max_kl]
-    best = max(within, key=lambda pair: (pair[1].mark, -pair[1].kl), default=None)
+    within_max_kl = [(result, last) for result, last in finished if last.kl <= config.tune.max_kl]
+    best = max(within_max_kl, key=lambda pair: (pair[1].metric, -pair[1].kl), default=None)
     return None if best is None else best[0]
 
 
-def front(found: Sequence[Outcome]) -> list[Outcome]:
+def pareto_front(results: Sequence[TrialResult]) -> list[TrialResult]:
     """Trials with the highest marks at their divergence, by divergence."""
-    judged = [(outcome, outcome.last) for outcome in found if outcome.last is not None]
-    return pareto([outcome for outcome, _ in judged], [last for _, last in judged])
+    judged = [(result, result.last_result) for result in results if result.last_result is not None]
+    return pareto_optimal([result for result, _ in judged], [last for _, last in judged])
 
 
-def write_table(run: Run, found: Sequence[Outcome], config: TuneStageConfig) -> None:
+def write_table(run: Run, results: Sequence[TrialResult], config: TuneStageConfig) -> None:
     """results.parquet: a row for each trial."""
-    best, efficient = winner(found, config), front(found)
+    best, optimal = winner(results, config), pareto_front(results)
     columns: dict[str, list[Any]] = {}
-    for outcome in found:
-        last = outcome.last
+    for result in results:
+        last = result.last_result
         row = {
-            "trial": outcome.record.name,
-            "status": outcome.record.status,
-            "why": outcome.record.why,
+            "trial": result.record.name,
+            "status": result.record.status,
+            "why": result.record.why,
             "iteration": last and last.iteration,
-            "mark": last and last.mark,
-            "mark_se": last and last.error,
+            "mark": last and last.metric,
+            "mark_se": last and last.metric_se,
             "kl": last and last.kl,
             "objective": last and objective(last, config.tune),
-            "time_s": outcome.time_s,
-            "pareto": outcome in efficient,
-            "winner": outcome is best,
-            "copied": json.dumps([[c.trial, c.iteration] for c in outcome.record.copied]),
-            **outcome.record.params,
+            "time_s": result.time_s,
+            "pareto": result in optimal,
+            "winner": result is best,
+            "copied": json.dumps([[c.trial, c.iteration] for c in result.record.copied]),
+            **result.record.params,
         }
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     with run.folder.staging() as directory:
-        pq.write_table(pa.table(columns), directory / TABLE)
+        pq.write_table(pa.table(columns), directory / TABLE_FILE)
 
 
-def write_best(run: Run, best: Outcome, config: TuneStageConfig) -> None:
+def write_best(run: Run, best: TrialResult, config: TuneStageConfig) -> None:
     """best.toml, which `medgpt ppo` takes."""
-    last = best.last
+    last = best.last_result
     assert last is not None
     head = [
-        f"# Trial {best.record.name} of {run.folder.url}: {config.tune.mark} {last.mark:.3f} ± "
-        f"{last.error:.3f}, {last.kl:.2f} nats from the reference."
+        f"# Trial {best.record.name} of {run.folder.url}: {config.tune.mark} {last.metric:.3f} ± "
+        f"{last.metric_se:.3f}, {last.kl:.2f} nats from the reference."
     ]
     if best.record.copied:
         head.append("# Its values changed on the way; these are the last ones.")
-    values = repeated(config, best.record.params, f"{run.folder.url}/best")
+    values = rerun_config(config, best.record.params, f"{run.folder.url}/best")
     tree = values.model_dump(mode="json", exclude_defaults=True)
-    run.folder.write_text(BEST, "\n".join([*head, "", tomli_w.dumps(tree)]))
+    run.folder.write_text(BEST_CONFIG_FILE, "\n".join([*head, "", tomli_w.dumps(tree)]))
 
 
-def repeated(config: TuneStageConfig, params: Params, url: str) -> PPOStageConfig:
+def rerun_config(config: TuneStageConfig, params: Params, url: str) -> PPOStageConfig:
     """The base with a trial's values, as a run of its own."""
-    return with_values(PPOStageConfig, config.stage, {**params, "run.dir": url})
+    return with_values(PPOStageConfig, config.base_config, {**params, "run.dir": url})
 
 
 @dataclass(frozen=True)
-class Policy:
+class TrainedPolicy:
     """A trained model. Without a seed of its own it is sampled from with several."""
 
-    who: str
+    name: str
     seed: int | None
     url: str

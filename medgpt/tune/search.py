@@ -23,16 +23,16 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from medgpt.artifacts import Folder
-from medgpt.cluster.placement_groups import is_dead, release_of
-from medgpt.config.tune import Params, Space, TuneStageConfig
-from medgpt.tune.objective import BEYOND, WORST
-from medgpt.tune.space import listed
-from medgpt.tune.trial import ITERATION, OBJECTIVE, Setup, run_trial
-from medgpt.tune.trial_records import Records, name_of
+from medgpt.cluster.placement_groups import is_actor_dead, release_orphaned_groups
+from medgpt.config.tune import Params, SearchSpace, TuneStageConfig
+from medgpt.tune.objective import OVER_KL_LIMIT, WORST_OBJECTIVE
+from medgpt.tune.space import list_trial_params
+from medgpt.tune.trial import ITERATION, OBJECTIVE, TrialSetup, run_trial
+from medgpt.tune.trial_records import TrialRecords, trial_name
 
-TRIAL_BYTES = 512 * 2**20  # of memory that Ray counts for a trial's own process
-SWEEP_S = 2.0
-QUIET = {
+TRIAL_MEMORY_BYTES = 512 * 2**20  # of memory that Ray counts for a trial's own process
+RELEASE_EVERY_S = 2.0
+RAY_TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every trial has a run directory with all of it
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**6),  # never read back, see record.py
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; repeating it goes on
@@ -42,32 +42,36 @@ QUIET = {
 Say = Callable[[str], None]
 
 
-def run_search(config: TuneStageConfig, setup: Setup, *, concurrent: int, say: Say) -> None:
+def run_search(
+    config: TuneStageConfig, setup: TrialSetup, *, max_concurrent: int, say: Say
+) -> None:
     """All trials of the search, to their ends; what became of them is in their records."""
-    records = Records(setup.trials_url)
-    param_space, searcher = _proposals(config, records, concurrent)
+    records = TrialRecords(setup.trials_url)
+    param_space, searcher = _param_space_and_searcher(config, records, max_concurrent)
     random.seed(config.run.seed)  # of Ray Tune's PBT
     np.random.seed(config.run.seed)
-    _run(setup, param_space, searcher, _scheduler(config, setup), say)
+    _fit(setup, param_space, searcher, _scheduler(config, setup), say)
 
 
-def run_listed(trials: Mapping[str, Params], setup: Setup, *, concurrent: int, say: Say) -> None:
-    """These trials by name, to their ends; none is compared with another."""
-    space = [_trial(name, params)["trial"] for name, params in trials.items()]
-    searcher = BasicVariantGenerator(max_concurrent=concurrent)
-    _run(setup, {"trial": tune.grid_search(space)}, searcher, None, say)
-
-
-def _run(
-    setup: Setup, param_space: dict[str, Any], searcher: Any, scheduler: Any, say: Say
+def run_named_trials(
+    trials: Mapping[str, Params], setup: TrialSetup, *, max_concurrent: int, say: Say
 ) -> None:
-    os.environ.update(QUIET)
+    """These trials by name, to their ends; none is compared with another."""
+    space = [_trial_entry(name, params)["trial"] for name, params in trials.items()]
+    searcher = BasicVariantGenerator(max_concurrent=max_concurrent)
+    _fit(setup, {"trial": tune.grid_search(space)}, searcher, None, say)
+
+
+def _fit(
+    setup: TrialSetup, param_space: dict[str, Any], searcher: Any, scheduler: Any, say: Say
+) -> None:
+    os.environ.update(RAY_TUNE_ENV)
     folder = Folder(f"{setup.trials_url}-tune")
     folder.remove()  # of a search that was killed
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
         # the pools have room of their own, and so does the data: nothing of a trial is in here
-        tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}]),
+        tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}]),
     )
     parent, name = folder.root.rsplit("/", 1)
     tuner = tune.Tuner(
@@ -79,15 +83,15 @@ def _run(
             search_alg=searcher,
             scheduler=scheduler,
             reuse_actors=True,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name=name,
             storage_path=parent,
-            storage_filesystem=_filesystem(folder),
+            storage_filesystem=_pyarrow_filesystem(folder),
             failure_config=tune.FailureConfig(max_failures=setup.config.max_failures),
-            callbacks=[Follow(Records(setup.trials_url), setup.num_iterations, say)],
+            callbacks=[TrialProgress(TrialRecords(setup.trials_url), setup.num_iterations, say)],
             verbose=0,
         ),
     )
@@ -95,38 +99,39 @@ def _run(
     folder.remove()
 
 
-class Follow(tune.Callback):
+class TrialProgress(tune.Callback):
     """Says how trials go, and records how Ray Tune ended them."""
 
-    def __init__(self, records: Records, num_iterations: int, say: Say) -> None:
+    def __init__(self, records: TrialRecords, num_iterations: int, say: Say) -> None:
         self.records, self.num_iterations, self.say = records, num_iterations, say
-        self.swept = 0.0
+        self.last_release = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray Tune pickles it into its own record
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         """What trials held whose processes are gone is needed by others."""
-        if time.monotonic() > self.swept + SWEEP_S:
-            release_of(is_dead)
-            self.swept = time.monotonic()
+        if time.monotonic() > self.last_release + RELEASE_EVERY_S:
+            release_orphaned_groups(is_actor_dead)
+            self.last_release = time.monotonic()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        where = f"trial {trial} iteration {result[ITERATION]}/{self.num_iterations}"
-        if result[OBJECTIVE] <= WORST:
-            self.say(f"{where}  no use")
+        position = f"trial {trial} iteration {result[ITERATION]}/{self.num_iterations}"
+        if result[OBJECTIVE] <= WORST_OBJECTIVE:
+            self.say(f"{position}  no use")
             return
-        beyond = "  beyond tune.max_kl" if result[OBJECTIVE] <= BEYOND else ""
+        over_limit = "  beyond tune.max_kl" if result[OBJECTIVE] <= OVER_KL_LIMIT else ""
         self.say(
-            f"{where}  {result['mark']:.3f} ± {result['error']:.3f}  kl {result['kl']:.2f}{beyond}"
+            f"{position}  {result['metric']:.3f} ± {result['metric_se']:.3f}  "
+            f"kl {result['kl']:.2f}{over_limit}"
         )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: Any
     ) -> None:
-        self.records.end(str(trial), "stopped", "behind other trials")
+        self.records.end_if_running(str(trial), "stopped", "behind other trials")
         record = self.records.read(str(trial))
         assert record is not None
         self.say(f"trial {trial} {record.status}{f': {record.why}' if record.why else ''}")
@@ -134,11 +139,11 @@ class Follow(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         error = trial.get_error()
         why = str(error).strip().splitlines()[-1] if error else "died"
-        self.records.end(str(trial), "failed", why)
+        self.records.end_if_running(str(trial), "failed", why)
         self.say(f"trial {trial} failed: {why}")
 
 
-class Named(Searcher):
+class NamedTrialSearcher(Searcher):
     """Another searcher's proposals, each under the next of some names."""
 
     def __init__(self, inner: Searcher, names: Iterable[str]) -> None:
@@ -151,7 +156,7 @@ class Named(Searcher):
             return Searcher.FINISHED
         params = self.inner.suggest(trial_id)
         assert params is not None
-        return _trial(name, params)
+        return _trial_entry(name, params)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self.inner.on_trial_result(trial_id, result)
@@ -168,41 +173,45 @@ class Named(Searcher):
         raise NotImplementedError
 
 
-def _proposals(
-    config: TuneStageConfig, records: Records, concurrent: int
+def _param_space_and_searcher(
+    config: TuneStageConfig, records: TrialRecords, max_concurrent: int
 ) -> tuple[dict[str, Any], Any]:
     """Ray Tune's parameter space and searcher. What is recorded comes first and as it was."""
-    known = {record.name: record.params for record in records.all()}
+    recorded = {record.name: record.params for record in records.all()}
     if config.tune.searcher != "tpe":
-        fresh = {name_of(number): params for number, params in enumerate(listed(config), 1)}
-        space = [_trial(name, params)["trial"] for name, params in (fresh | known).items()]
+        proposed = {
+            trial_name(number): params for number, params in enumerate(list_trial_params(config), 1)
+        }
+        space = [
+            _trial_entry(name, params)["trial"] for name, params in (proposed | recorded).items()
+        ]
         # PBT has all of its trials at the same time, or it compares those that there are
-        limit = 0 if config.tune.scheduler == "pbt" else concurrent
+        limit = 0 if config.tune.scheduler == "pbt" else max_concurrent
         return {"trial": tune.grid_search(space)}, BasicVariantGenerator(max_concurrent=limit)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first = [config.own_values] if config.tune.default_first and not known else []
+    first = [config.base_values] if config.tune.default_first and not recorded else []
     inner = OptunaSearch(
-        {key: _distribution(space) for key, space in config.search.items()},
+        {key: _optuna_distribution(space) for key, space in config.search.items()},
         metric=OBJECTIVE,
         mode="max",
-        points_to_evaluate=[*known.values(), *first],
+        points_to_evaluate=[*recorded.values(), *first],
         seed=config.run.seed,
     )
-    names = dict.fromkeys([*known, *map(name_of, range(1, config.tune.num_trials + 1))])
-    return {}, ConcurrencyLimiter(Named(inner, names), max_concurrent=concurrent)
+    names = dict.fromkeys([*recorded, *map(trial_name, range(1, config.tune.num_trials + 1))])
+    return {}, ConcurrencyLimiter(NamedTrialSearcher(inner, names), max_concurrent=max_concurrent)
 
 
-def _trial(name: str, params: Params) -> dict[str, Any]:
+def _trial_entry(name: str, params: Params) -> dict[str, Any]:
     return {"trial": {"name": name, "params": params}}
 
 
-def _name(trial: Trial) -> str:
+def _trial_name(trial: Trial) -> str:
     """Chosen once, so that it stays when PBT gives the trial another's values."""
     return trial.config["trial"]["name"]
 
 
-def _scheduler(config: TuneStageConfig, setup: Setup) -> TrialScheduler | None:
-    settings, every = config.tune, setup.stage.judge.every
+def _scheduler(config: TuneStageConfig, setup: TrialSetup) -> TrialScheduler | None:
+    settings, every = config.tune, setup.ppo_config.judge.every
     if settings.scheduler == "asha":
         return ASHAScheduler(
             time_attr=ITERATION,
@@ -211,18 +220,18 @@ def _scheduler(config: TuneStageConfig, setup: Setup) -> TrialScheduler | None:
             reduction_factor=settings.reduction_factor,
         )
     if settings.scheduler == "pbt":
-        mutations = {key: _domain(space) for key, space in config.search.items()}
+        mutations = {key: _ray_domain(space) for key, space in config.search.items()}
         return PopulationBasedTraining(
             time_attr=ITERATION,
             perturbation_interval=settings.perturb_judgements * every,
             hyperparam_mutations={"trial": {"params": mutations}},
-            custom_explore_fn=_Kept(config.search),
+            custom_explore_fn=_ClipToRanges(config.search),
             log_config=False,
         )
     return None
 
 
-def _distribution(space: Space) -> BaseDistribution:
+def _optuna_distribution(space: SearchSpace) -> BaseDistribution:
     """The same in Optuna's words."""
     if space.uniform is not None:
         return FloatDistribution(*space.uniform)
@@ -234,7 +243,7 @@ def _distribution(space: Space) -> BaseDistribution:
     return CategoricalDistribution(space.values)
 
 
-def _domain(space: Space) -> Any:
+def _ray_domain(space: SearchSpace) -> Any:
     """The same in Ray Tune's words. A list has neighbours, which its PBT steps to."""
     if space.uniform is not None:
         return tune.uniform(*space.uniform)
@@ -246,19 +255,19 @@ def _domain(space: Space) -> Any:
     return list(space.values)
 
 
-class _Kept:
+class _ClipToRanges:
     """PBT multiplies; what left its range is brought back."""
 
-    def __init__(self, search: Mapping[str, Space]) -> None:
+    def __init__(self, search: Mapping[str, SearchSpace]) -> None:
         self.search = search
 
     def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
         params = config["trial"]["params"]
-        kept = {key: space.nearest(params[key]) for key, space in self.search.items()}
-        return {**config, "trial": {**config["trial"], "params": kept}}
+        clipped = {key: space.clip(params[key]) for key, space in self.search.items()}
+        return {**config, "trial": {**config["trial"], "params": clipped}}
 
 
-def _filesystem(folder: Folder) -> pyarrow.fs.FileSystem | None:
+def _pyarrow_filesystem(folder: Folder) -> pyarrow.fs.FileSystem | None:
     if folder.is_local:
         return None
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs))

@@ -12,49 +12,49 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from medgpt.cluster.placement_groups import is_dead, release_of
+from medgpt.cluster.placement_groups import is_actor_dead, release_orphaned_groups
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.tune import FROZEN
+from medgpt.config.tune import SHARED_ROLES
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PoolDied, Pools
-from medgpt.rlhf.setup import role_pools
+from medgpt.rlhf.setup import build_role_pools
 
-Method = Callable[..., list[Any]]  # of medgpt.tune.batched_calls
+BatchedCall = Callable[..., list[Any]]  # of medgpt.tune.batched_calls
 
 
 @dataclass(eq=False)
-class Request:
+class PendingCall:
     """One trial's call of a pool. What it asks of it is the same for all of a batch."""
 
     role: str
-    method: Method
+    method: BatchedCall
     args: Sequence[Any]  # refs among them arrive as their values
     options: dict[str, Any]
-    answered: threading.Event = field(default_factory=threading.Event)
-    answers: list[Any] = field(default_factory=list)  # by rank
+    done: threading.Event = field(default_factory=threading.Event)
+    results: list[Any] = field(default_factory=list)  # by rank
     error: Exception | None = None
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def batch_key(self) -> tuple[Any, ...]:
         return self.role, self.method, sorted(self.options.items())
 
 
-class Front:
+class SharedPoolsActor:
     """A thread of its own speaks to the pools; every waiting call has one of Ray's."""
 
-    def __init__(self, stage: PPOStageConfig) -> None:
-        pools = [pool for pool in role_pools(stage, 1) if pool.role in FROZEN]
-        self.pools = Pools(pools, stage.pools, wait_s=stage.cluster.wait_s, say=print)
-        self.max_failures, self.deaths = stage.cluster.max_failures, 0
+    def __init__(self, ppo_config: PPOStageConfig) -> None:
+        pools = [pool for pool in build_role_pools(ppo_config, 1) if pool.role in SHARED_ROLES]
+        self.pools = Pools(pools, ppo_config.pools, wait_s=ppo_config.cluster.wait_s, say=print)
+        self.max_failures, self.num_deaths = ppo_config.cluster.max_failures, 0
         self.started = threading.Event()
         self.error: Exception | None = None
-        self.waiting: list[Request] = []
-        self.change = threading.Condition()
+        self.pending: list[PendingCall] = []
+        self.pending_changed = threading.Condition()
         self.num_calls, self.num_batches = 0, 0
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def ready(self) -> dict[str, int]:
+    def wait_until_ready(self) -> dict[str, int]:
         """Workers of each pool, once they are there.
 
         Raises:
@@ -65,63 +65,69 @@ class Front:
             raise self.error
         return {role: len(pool.workers) for role, pool in self.pools.pools.items()}
 
-    def call(self, role: str, method: Method, args: Sequence[Any], options: dict[str, Any]) -> Any:
+    def call(
+        self, role: str, method: BatchedCall, args: Sequence[Any], options: dict[str, Any]
+    ) -> Any:
         """What each rank answers: a list, or with one rank its answer."""
-        request = Request(role, method, args, options)
-        with self.change:
-            self.waiting.append(request)
+        call = PendingCall(role, method, args, options)
+        with self.pending_changed:
+            self.pending.append(call)
             self.num_calls += 1
-            self.change.notify()
-        request.answered.wait()
-        if request.error is not None:
-            raise request.error
-        return request.answers if len(request.answers) > 1 else request.answers[0]
+            self.pending_changed.notify()
+        call.done.wait()
+        if call.error is not None:
+            raise call.error
+        return call.results if len(call.results) > 1 else call.results[0]
 
     def counts(self) -> dict[str, int]:
         """Calls of trials, and batches in which they were answered."""
         return {"calls": self.num_calls, "batches": self.num_batches}
 
-    def workers(self, role: str) -> list[Any]:
+    def worker_handles(self, role: str) -> list[Any]:
         """Actor handles, for those who look after them."""
         return self.pools.pools[role].workers
 
     def _serve(self) -> None:
-        me = ray.get_runtime_context().get_actor_id()
+        actor_id = ray.get_runtime_context().get_actor_id()
         try:
-            release_of(lambda maker: maker == me)  # before it was started again
+            release_orphaned_groups(
+                lambda creator: creator == actor_id
+            )  # before it was started again
             self.pools.start()
         except Exception as error:
             self.error = error
         self.started.set()
         while self.error is None:
-            with self.change:
-                self.change.wait_for(lambda: self.waiting)
-                batch = [r for r in self.waiting if r.kind == self.waiting[0].kind]
-                self.waiting = [r for r in self.waiting if r not in batch]
-            self._answer(batch)
+            with self.pending_changed:
+                self.pending_changed.wait_for(lambda: self.pending)
+                batch = [
+                    call for call in self.pending if call.batch_key == self.pending[0].batch_key
+                ]
+                self.pending = [call for call in self.pending if call not in batch]
+            self._run_batch(batch)
 
-    def _answer(self, batch: list[Request]) -> None:
+    def _run_batch(self, batch: list[PendingCall]) -> None:
         """Answer all; if that fails, perhaps because a trial is gone with what it sent, each."""
         try:
-            by_rank = self._ask(batch)
+            by_rank = self._call_pool(batch)
         except Exception as error:
             if len(batch) > 1:
-                for request in batch:
-                    self._answer([request])
+                for call in batch:
+                    self._run_batch([call])
                 return
             batch[0].error = error
         else:
-            for number, request in enumerate(batch):
-                request.answers = [answers[number] for answers in by_rank]
-        for request in batch:
-            request.answered.set()
+            for number, call in enumerate(batch):
+                call.results = [results[number] for results in by_rank]
+        for call in batch:
+            call.done.set()
 
-    def _ask(self, batch: Sequence[Request]) -> list[list[Any]]:
+    def _call_pool(self, batch: Sequence[PendingCall]) -> list[list[Any]]:
         """By rank, the answers to all. A pool that dies is rebuilt and asked again."""
         first, died = batch[0], None
         pool: Pool[Any] = self.pools.pools[first.role]
-        counts = [len(request.args) for request in batch]
-        args = [arg for request in batch for arg in request.args]
+        counts = [len(call.args) for call in batch]
+        args = [arg for call in batch for arg in call.args]
         self.num_batches += 1
         while True:
             try:
@@ -131,12 +137,14 @@ class Front:
                 return self.pools.get(refs, first.method.__name__)
             except PoolDied as error:
                 died = error
-                self.deaths += 1
-                if 0 <= self.max_failures < self.deaths:
+                self.num_deaths += 1
+                if 0 <= self.max_failures < self.num_deaths:
                     raise
 
 
-def start_front(stage: PPOStageConfig, *, num_callers: int) -> tuple[Any, dict[str, int]]:
+def start_shared_pools(
+    ppo_config: PPOStageConfig, *, num_callers: int
+) -> tuple[Any, dict[str, int]]:
     """The front's handle, and the workers of each shared pool.
 
     It is started again by Ray wherever there is room if it is lost, and then starts its pools.
@@ -144,24 +152,26 @@ def start_front(stage: PPOStageConfig, *, num_callers: int) -> tuple[Any, dict[s
     Raises:
         ConfigError: no room, or what a role refused.
     """
-    start: Any = ray.remote(Front)
-    front = start.options(
+    actor_class: Any = ray.remote(SharedPoolsActor)
+    owner = actor_class.options(
         num_cpus=0,
         max_concurrency=4 * num_callers + 4,
         max_restarts=-1,
         max_task_retries=-1,
         scheduling_strategy="SPREAD",  # in no placement group
-    ).remote(stage)
+    ).remote(ppo_config)
     try:
-        return front, ray.get(front.ready.remote())
+        return owner, ray.get(owner.wait_until_ready.remote())
     except RayTaskError as error:
-        stop_front(front)
+        stop_shared_pools(owner)
         if isinstance(error.cause, ConfigError):
             raise error.cause from None
         raise
 
 
-def stop_front(front: Any) -> None:
+def stop_shared_pools(owner: Any) -> None:
     """End it with its pools."""
-    ray.kill(front)
-    release_of(lambda maker: maker == front._actor_id.hex() or is_dead(maker))
+    ray.kill(owner)
+    release_orphaned_groups(
+        lambda creator: creator == owner._actor_id.hex() or is_actor_dead(creator)
+    )

@@ -9,35 +9,35 @@ from typing import Any
 from medgpt.config.base import ConfigError
 from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.tune import Params, Space, TuneStageConfig
+from medgpt.config.tune import Params, SearchSpace, TuneStageConfig
 
 MAX_DRAWS = 1000  # in which values that go together must be found
 
 
-def listed(config: TuneStageConfig) -> list[Params]:
+def list_trial_params(config: TuneStageConfig) -> list[Params]:
     """Of every trial, in order; more trials never change those before.
 
     Raises:
         ConfigError: hardly any of the values go together, or a point of the grid does not.
     """
-    own = config.own_values
-    first = [own] if config.tune.default_first else []
+    base_values = config.base_values
+    first = [base_values] if config.tune.default_first else []
     if config.tune.searcher == "grid":
         points = [point for point in grid(config.search) if point not in first]
         for point in points:
-            with_values(PPOStageConfig, config.stage, point)
+            with_values(PPOStageConfig, config.base_config, point)
         return first + points
     rng = random.Random(config.run.seed)
-    return list(islice(chain(first, _fitting(config, rng)), config.tune.num_trials))
+    return list(islice(chain(first, _valid_draws(config, rng)), config.tune.num_trials))
 
 
-def grid(search: dict[str, Space]) -> list[Params]:
+def grid(search: dict[str, SearchSpace]) -> list[Params]:
     """All combinations of the listed values."""
     values = [space.values or () for space in search.values()]
     return [dict(zip(search, point, strict=True)) for point in product(*values)]
 
 
-def draw(space: Space, rng: random.Random) -> Any:
+def draw(space: SearchSpace, rng: random.Random) -> Any:
     if space.uniform is not None:
         return rng.uniform(*space.uniform)
     if space.loguniform is not None:
@@ -49,18 +49,18 @@ def draw(space: Space, rng: random.Random) -> Any:
     return rng.choice(space.values)
 
 
-def _fitting(config: TuneStageConfig, rng: random.Random) -> Iterator[Params]:
+def _valid_draws(config: TuneStageConfig, rng: random.Random) -> Iterator[Params]:
     """Random values that go together, without end."""
-    refused: ConfigError | None = None
+    last_error: ConfigError | None = None
     while True:
         for _ in range(MAX_DRAWS):
             point = {key: draw(space, rng) for key, space in config.search.items()}
             try:
-                with_values(PPOStageConfig, config.stage, point)
+                with_values(PPOStageConfig, config.base_config, point)
             except ConfigError as error:
-                refused = error
+                last_error = error
                 continue
             yield point
             break
         else:
-            raise ConfigError(f"search: none of {MAX_DRAWS} draws was a config: {refused}")
+            raise ConfigError(f"search: none of {MAX_DRAWS} draws was a config: {last_error}")

@@ -13,11 +13,11 @@ from medgpt.runs import Run
 
 SUFFIX = ".json"
 Status = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]
-DONE: tuple[Status, ...] = ("finished", "stopped", "diverged", "refused")
+DONE_STATUSES: tuple[Status, ...] = ("finished", "stopped", "diverged", "refused")
 
 
 @dataclass(frozen=True)
-class Copied:
+class StateCopy:
     """The state of another trial that a trial went on with, from `iteration` on with `params`."""
 
     trial: str
@@ -26,30 +26,32 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Record:
+class TrialRecord:
     """One trial. Trials of a search are called by their number in three digits."""
 
     name: str
     params: Params
     status: Status = "running"
     why: str = ""
-    copied: Sequence[Copied] = field(default_factory=tuple)
+    copied: Sequence[StateCopy] = field(default_factory=tuple)
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.status in DONE
+        return self.status in DONE_STATUSES
 
     @staticmethod
-    def read(tree: dict[str, Any]) -> "Record":
-        return Record(**{**tree, "copied": tuple(Copied(**one) for one in tree["copied"])})
+    def from_json(tree: dict[str, Any]) -> "TrialRecord":
+        return TrialRecord(
+            **{**tree, "copied": tuple(StateCopy(**copy) for copy in tree["copied"])}
+        )
 
 
-def name_of(number: int) -> str:
+def trial_name(number: int) -> str:
     return f"{number:03d}"
 
 
-class Records:
+class TrialRecords:
     """Of the trials in a folder at `url`, each beside its run directory."""
 
     def __init__(self, url: str) -> None:
@@ -58,21 +60,23 @@ class Records:
     def run(self, name: str) -> Run:
         return Run((self.folder / name).url)
 
-    def read(self, name: str) -> Record | None:
+    def read(self, name: str) -> TrialRecord | None:
         file = f"{name}{SUFFIX}"
-        return Record.read(self.folder.read_json(file)) if self.folder.exists(file) else None
+        return (
+            TrialRecord.from_json(self.folder.read_json(file)) if self.folder.exists(file) else None
+        )
 
-    def all(self) -> list[Record]:
+    def all(self) -> list[TrialRecord]:
         """By name."""
         names = [name for name in self.folder.names() if name.endswith(SUFFIX)]
-        return [Record.read(self.folder.read_json(name)) for name in names]
+        return [TrialRecord.from_json(self.folder.read_json(name)) for name in names]
 
-    def write(self, record: Record) -> Record:
+    def write(self, record: TrialRecord) -> TrialRecord:
         self.folder.write_json(f"{record.name}{SUFFIX}", asdict(record))
         return record
 
-    def end(self, name: str, status: Status, why: str) -> None:
+    def end_if_running(self, name: str, status: Status, why: str) -> None:
         """What the search has to say of a trial, unless it has said itself how it ended."""
         record = self.read(name)
-        if record is not None and not record.done:
+        if record is not None and not record.is_done:
             self.write(replace(record, status=status, why=why))

@@ -11,45 +11,47 @@ from statistics import fmean, stdev
 from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
-from medgpt.tune.results import Outcome, Policy
-from medgpt.tune.search import run_listed
-from medgpt.tune.trial import Setup
-from medgpt.tune.trial_records import Records
+from medgpt.tune.results import TrainedPolicy, TrialResult
+from medgpt.tune.search import run_named_trials
+from medgpt.tune.trial import TrialSetup
+from medgpt.tune.trial_records import TrialRecords
 
-FILE = "check.json"
+CHECK_FILE = "check.json"
 BASE, WINNER = "base", "winner"
 
 
 def check_winner(
     run: Run,
     config: TuneStageConfig,
-    setup: Setup,
-    best: Outcome,
+    setup: TrialSetup,
+    best: TrialResult,
     *,
-    concurrent: int,
+    max_concurrent: int,
     reporter: ConsoleReporter,
 ) -> None:
     """Write check.json: for each policy and seed its mark by the check's questions, and its KL."""
-    if not config.check.seeds or run.folder.exists(FILE):
+    if not config.check.seeds or run.folder.exists(CHECK_FILE):
         return
-    rivals = {BASE: config.own_values, WINNER: best.record.params}
-    if rivals[BASE] == rivals[WINNER]:
-        del rivals[BASE]
-    records = Records(f"{run.folder.url}/check")
-    trials = _trainings(config, setup, rivals)
+    params_by_policy = {BASE: config.base_values, WINNER: best.record.params}
+    if params_by_policy[BASE] == params_by_policy[WINNER]:
+        del params_by_policy[BASE]
+    records = TrialRecords(f"{run.folder.url}/check")
+    trials = _trials_to_train(config, setup, params_by_policy)
     if trials:
         reporter.say(f"check: training {', '.join(trials)}")
-        there = replace(setup, trials_url=records.folder.url)
-        run_listed(trials, there, concurrent=concurrent, say=reporter.say)
-    from medgpt.tune.final_eval import examine  # needs torch
+        check_setup = replace(setup, trials_url=records.folder.url)
+        run_named_trials(trials, check_setup, max_concurrent=max_concurrent, say=reporter.say)
+    from medgpt.tune.final_eval import evaluate_policies  # needs torch
 
-    rows = examine(config, setup, _policies(config, setup, rivals, best, records))
-    run.folder.write_json(FILE, rows)
-    for who in rivals:
-        marks = [row["mark"] for row in rows if row["policy"] == who]
-        if marks:
-            told = f"{fmean(marks):.3f} ± {standard_error(marks):.3f}"
-            reporter.say(f"check: {who} {told} by {len(marks)} seeds on fresh questions")
+    rows = evaluate_policies(
+        config, setup, _trained_policies(config, setup, params_by_policy, best, records)
+    )
+    run.folder.write_json(CHECK_FILE, rows)
+    for name in params_by_policy:
+        metrics = [row["mark"] for row in rows if row["policy"] == name]
+        if metrics:
+            summary = f"{fmean(metrics):.3f} ± {standard_error(metrics):.3f}"
+            reporter.say(f"check: {name} {summary} by {len(metrics)} seeds on fresh questions")
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -57,48 +59,54 @@ def standard_error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _trainings(
-    config: TuneStageConfig, setup: Setup, rivals: Mapping[str, Params]
+def _trials_to_train(
+    config: TuneStageConfig, setup: TrialSetup, params_by_policy: Mapping[str, Params]
 ) -> dict[str, Params]:
     """Values of what must be trained, by name."""
     if config.check.retrain:
         return {
-            f"{who}-{seed}": {**params, "run.seed": setup.stage.run.seed + seed}
-            for who, params in rivals.items()
+            f"{policy_name}-{seed}": {**params, "run.seed": setup.ppo_config.run.seed + seed}
+            for policy_name, params in params_by_policy.items()
             for seed in range(1, config.check.seeds + 1)
         }
-    missing = BASE in rivals and _trained(setup, rivals[BASE]) is None
-    return {BASE: rivals[BASE]} if missing else {}
+    train_base = (
+        BASE in params_by_policy and _find_trained_model(setup, params_by_policy[BASE]) is None
+    )
+    return {BASE: params_by_policy[BASE]} if train_base else {}
 
 
-def _trained(setup: Setup, params: Params) -> str | None:
+def _find_trained_model(setup: TrialSetup, params: Params) -> str | None:
     """The model of a trial that had these values to its end."""
-    records = Records(setup.trials_url)
+    records = TrialRecords(setup.trials_url)
     for record in records.all():
         if record.status == "finished" and record.params == params and not record.copied:
             return records.run(record.name).model.url
     return None
 
 
-def _policies(
+def _trained_policies(
     config: TuneStageConfig,
-    setup: Setup,
-    rivals: Mapping[str, Params],
-    best: Outcome,
-    records: Records,
-) -> list[Policy]:
+    setup: TrialSetup,
+    params_by_policy: Mapping[str, Params],
+    best: TrialResult,
+    records: TrialRecords,
+) -> list[TrainedPolicy]:
     """All that were trained to their end."""
     if config.check.retrain:
-        named = {(who, s): f"{who}-{s}" for who in rivals for s in range(1, config.check.seeds + 1)}
+        trial_names = {
+            (policy_name, seed): f"{policy_name}-{seed}"
+            for policy_name in params_by_policy
+            for seed in range(1, config.check.seeds + 1)
+        }
         return [
-            Policy(who, seed, records.run(name).model.url)
-            for (who, seed), name in named.items()
+            TrainedPolicy(policy_name, seed, records.run(name).model.url)
+            for (policy_name, seed), name in trial_names.items()
             if (record := records.read(name)) and record.status == "finished"
         ]
-    found = {WINNER: Records(setup.trials_url).run(best.record.name).model.url}
-    if BASE in rivals:
-        own, record = _trained(setup, rivals[BASE]), records.read(BASE)
-        if own is None and record is not None and record.status == "finished":
-            own = records.run(BASE).model.url
-        found |= {BASE: own} if own is not None else {}
-    return [Policy(who, None, url) for who, url in found.items()]
+    model_urls = {WINNER: TrialRecords(setup.trials_url).run(best.record.name).model.url}
+    if BASE in params_by_policy:
+        base_url, record = _find_trained_model(setup, params_by_policy[BASE]), records.read(BASE)
+        if base_url is None and record is not None and record.status == "finished":
+            base_url = records.run(BASE).model.url
+        model_urls |= {BASE: base_url} if base_url is not None else {}
+    return [TrainedPolicy(policy_name, None, url) for policy_name, url in model_urls.items()]

@@ -32,13 +32,13 @@ def test_rewards_by_hand():
     assert found == [[-0.5, 2.0, 0.0], [-7.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 
 
-def test_a_score_is_paid_once_on_the_last_token_whatever_holes_the_mask_has():
+def test_a_score_is_paid_once_on_the_last_token_even_if_the_mask_has_holes():
     mask = torch.tensor([[True, False, True, False], [False, True, True, True]])
     found = token_rewards(torch.tensor([3.0, 5.0]), torch.ones(2, 4), mask, kl_coef=0.5)
     assert found.tolist() == [[-0.5, 0.0, 2.5, 0.0], [0.0, -0.5, -0.5, 4.5]]
 
 
-def test_no_token_at_all_is_no_error():
+def test_rows_without_tokens_are_zero():
     none = torch.zeros(3, 0)
     rewards = token_rewards(torch.ones(3), none, none.bool(), kl_coef=0.5)
     found = gae(rewards, none, none.bool(), gamma=1.0, gae_lambda=0.95)
@@ -58,7 +58,7 @@ def test_gae_by_hand():
     assert found.returns.tolist() == [[2.25, 3.0, 0.0]]
 
 
-def test_a_truncated_response_may_be_worth_what_the_critic_expects():
+def test_a_truncated_response_can_bootstrap_from_the_critic():
     """The last delta gains gamma * 8 = 4, the one before a quarter of it."""
     found = gae(
         torch.tensor([[1.0, 3.0, NAN]]),
@@ -125,7 +125,7 @@ def test_a_shard_whitened_by_the_whole_batchs_statistics_is_a_part_of_the_whole(
     torch.testing.assert_close(torch.cat(shards), whiten(x, MASK))
 
 
-def test_a_single_token_is_no_reason_for_infinity():
+def test_whitening_a_single_token_is_finite():
     found = whiten(torch.tensor([[3.0, NAN]]), torch.tensor([[True, False]]))
     assert found.tolist() == [[0.0, 0.0]]
 

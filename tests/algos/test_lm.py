@@ -23,7 +23,7 @@ def test_two_labels_by_hand():
     )
 
 
-def test_it_is_not_shifted_and_equals_cross_entropy():
+def test_the_loss_equals_cross_entropy_without_a_shift():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 5, 9), torch.randint(9, (3, 5))
     labels[:, :2] = -100
@@ -120,7 +120,7 @@ def test_words_are_picked_whole_and_apart_from_equal_numbers_in_other_rows():
     assert len({tuple(c.tolist()) for c in columns}) == 5
 
 
-def test_what_a_picked_token_becomes_is_drawn_per_token_not_per_word():
+def test_replacements_are_drawn_per_token_not_per_word():
     ids = torch.full((200, 4), 500)
 
     new, labels = masked(
@@ -134,7 +134,7 @@ def test_what_a_picked_token_becomes_is_drawn_per_token_not_per_word():
     assert (became_mask.any(1) & ~became_mask.all(1)).any()
 
 
-def test_the_generator_decides_everything():
+def test_masking_depends_only_on_the_generator():
     ids, special = torch.randint(VOCAB, (4, 30)), torch.zeros(4, 30, dtype=torch.bool)
 
     first = masked(ids, special, seed=1)

@@ -120,7 +120,7 @@ def test_large_logits_do_not_overflow():
     assert out.item() == -3e4
 
 
-def test_the_logits_are_all_of_their_size_that_is_kept_for_the_backward():
+def test_the_backward_keeps_only_the_logits_of_their_size():
     logits, kept = torch.randn(2, 9, 50).bfloat16().requires_grad_(), []
 
     def remember(tensor):
@@ -174,7 +174,7 @@ def test_an_impossible_token_adds_nothing_to_the_entropy():
     assert grad[0, 0, 1] == grad[0, 1, 2] == 0
 
 
-def test_policy_terms_ignore_what_has_no_label():
+def test_policy_terms_are_zero_without_a_label():
     logits = torch.full((1, 2, 3), NAN)
     logits[0, 1] = 0.0
     logits.requires_grad_()

@@ -72,7 +72,7 @@ def test_the_kl_to_the_old_policy_by_hand():
     assert out.approx_kl.item() == pytest.approx((1 - math.log(2)) / 2)
 
 
-def test_a_ratio_that_overflows_is_seen():
+def test_an_overflowing_ratio_makes_the_loss_infinite():
     out = ppo_policy_loss(
         torch.tensor([[0.0]]),
         torch.tensor([[-200.0]]),

@@ -56,7 +56,7 @@ def test_shards_add_up_to_the_whole_batch():
     torch.testing.assert_close(sum(shards), whole)
 
 
-def test_what_is_masked_has_no_loss_no_gradient_and_no_say_in_accuracy():
+def test_masked_pairs_count_neither_in_loss_nor_gradient_nor_accuracy():
     chosen = torch.tensor([2.0, NAN, math.inf], requires_grad=True)
     rejected = torch.tensor([1.0, 0.0, -math.inf], requires_grad=True)
     mask = torch.tensor([True, False, False])
@@ -80,7 +80,7 @@ def test_no_pairs_at_all_give_zeros_that_are_connected():
     assert (loss.item(), accuracy.item()) == (0.0, 0.0)
 
 
-def test_large_leads_stay_finite_and_half_precision_is_computed_in_float32():
+def test_large_differences_stay_finite_and_half_precision_is_computed_in_float32():
     far = pairwise_loss(torch.tensor([-1e4]), torch.tensor([1e4]), num_pairs=1).loss
     half = pairwise_loss(torch.ones(1).bfloat16(), torch.zeros(1).bfloat16(), num_pairs=1).loss
 

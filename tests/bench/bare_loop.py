@@ -19,11 +19,11 @@ from medgpt.config.train import OptimizerConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.loader.collate import causal_batch
 from medgpt.data.loader.plan import Plan
-from medgpt.data.loader.stream import assemble, unpack
+from medgpt.data.loader.stream import assemble_rows, unpack_rows
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.schedule import learning_rate
 from medgpt.models.language_model import LanguageModel
-from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.load import SpecialTokenIds, build_model
 from medgpt.runs import Run
 
 
@@ -31,8 +31,8 @@ def batches(plan: Plan, data_url: str, micro: int) -> list[list[PackedBatch]]:
     """This rank's micro-batches of every step, `micro` rows each, from the plan of medgpt's run."""
     steps: dict[int, list] = {}
     for table in plan.read(rank=dist.get_rank(), world_size=dist.get_world_size(), start=0):
-        packed = assemble(table, url=data_url, split="train", version=plan.data_version)
-        for step, row in unpack(packed):
+        packed = assemble_rows(table, url=data_url, split="train", version=plan.data_version)
+        for step, row in unpack_rows(packed):
             steps.setdefault(step, []).append(row)
     return [
         [causal_batch(rows[i : i + micro]) for i in range(0, len(rows), micro)]
@@ -56,7 +56,11 @@ def train(args: argparse.Namespace) -> None:
     steps = batches(plan, run.data.url, args.micro)
     module = LanguageModel(
         build_model(
-            ModelConfig(name=args.base), objective="clm", vocab_size=0, special=SpecialIds(), seed=0
+            ModelConfig(name=args.base),
+            head_kind="clm",
+            vocab_size=0,
+            special_ids=SpecialTokenIds(),
+            seed=0,
         )
     )
     optimizer = torch.optim.AdamW(

@@ -120,14 +120,14 @@ def messages(row: dict[str, str]) -> list[dict[str, str]]:
 def write_base(base: Path, data: Path, size: Size, kind: str = "qwen2") -> None:
     """A base model with fresh weights and a tokenizer trained on the messages in `data`."""
     from medgpt.config.model import ArchitectureConfig, ModelConfig, TokenizerConfig
-    from medgpt.data.tokenized.chat import for_chat
-    from medgpt.models.load import SpecialIds, build_model
+    from medgpt.data.tokenized.chat_template import prepare_chat_tokenizer
+    from medgpt.models.load import SpecialTokenIds, build_model
     from medgpt.models.tokenizer import train_tokenizer
 
     lines = data.read_text("utf-8").splitlines()
     texts = (m["content"] for line in lines for m in json.loads(line)["messages"])
     config = TokenizerConfig(mode="train", vocab_size=size.vocab)
-    tokenizer = for_chat(train_tokenizer(texts, config, "bpe"))
+    tokenizer = prepare_chat_tokenizer(train_tokenizer(texts, config, "bpe"))
     architecture = ArchitectureConfig.model_validate(
         {
             "kind": kind,
@@ -138,9 +138,9 @@ def write_base(base: Path, data: Path, size: Size, kind: str = "qwen2") -> None:
     )
     model = build_model(
         ModelConfig(architecture=architecture),
-        objective="clm",
+        head_kind="clm",
         vocab_size=len(tokenizer),
-        special=SpecialIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+        special_ids=SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
         seed=0,
     )
     tokenizer.save_pretrained(base)
@@ -271,14 +271,14 @@ def alternate(
     contenders: Mapping[str, Callable[[], Window]], *, rounds: int, results: Path | None = None
 ) -> dict[str, list[Window]]:
     """Each contender in turn, `rounds` times, after those kept in `results`."""
-    found: dict[str, list[Window]] = {name: [] for name in contenders}
+    windows: dict[str, list[Window]] = {name: [] for name in contenders}
     if results is not None and results.exists():
         for line in map(json.loads, results.read_text("utf-8").splitlines()):
-            found[line.pop("name")].append(Window(**line))
+            windows[line.pop("name")].append(Window(**line))
     for _ in range(rounds):
         for name, run in contenders.items():
             window = run()
-            found[name].append(window)
+            windows[name].append(window)
             print(
                 f"  {name}: {window.tokens_per_s:,.0f} tokens/s, {window.wall_s:.1f} s, "
                 f"{window.cpu_s:.1f} CPU-s, load {os.getloadavg()[0]:.1f}",
@@ -287,7 +287,7 @@ def alternate(
             if results is not None:
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"name": name, **asdict(window)}) + "\n")
-    return found
+    return windows
 
 
 # ---- figures ----

@@ -25,10 +25,10 @@ def corpus(folder: Path, times: int) -> Path:
     """All dialogues of sft_single `times` over, each copy with other words in its questions."""
     file = folder / f"corpus-{times}x.jsonl"
     if not file.exists():
-        found = common.rows(sorted(common.DATA.glob("*.jsonl")))
+        result = common.rows(sorted(common.DATA.glob("*.jsonl")))
         with file.open("w", encoding="utf-8") as output:
             for copy in range(times):
-                for row in found:
+                for row in result:
                     row = row | {
                         "question": f"{row['question']} {copy}" if copy else row["question"]
                     }
@@ -51,7 +51,7 @@ def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
     shutil.rmtree(run_dir, ignore_errors=True)
     command = common.medgpt_sft(file, base, run_dir)
     config = load(SFTConfig, Path(command[4]))
-    ray_init.connect(config.cluster)
+    ray_init.init_ray(config.cluster)
     run = Run.open("sft", config, run_dir=config.run.dir, allow_changes=False)
     make_tokenizer((run.folder / TOKENIZER).url, config)
     began = time.monotonic()
@@ -110,13 +110,13 @@ def with_trl(file: Path, base: Path, folder: Path) -> dict[str, Any]:
 
 def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
     """As SFTTrainer does with assistant_only_loss."""
-    found = tokenizer.apply_chat_template(
+    result = tokenizer.apply_chat_template(
         row["messages"], return_dict=True, return_assistant_tokens_mask=True
     )
-    return {"input_ids": found["input_ids"], "assistant_masks": found["assistant_masks"]}
+    return {"input_ids": result["input_ids"], "assistant_masks": result["assistant_masks"]}
 
 
-def run_side(side: str, args: argparse.Namespace, times: int) -> dict[str, Any]:
+def run_contender(side: str, args: argparse.Namespace, times: int) -> dict[str, Any]:
     """One side in processes of its own; adds their most resident memory together."""
     file = corpus(args.dir, times)
     _, base = common.workload(args.dir, args.size)
@@ -132,10 +132,10 @@ def run_side(side: str, args: argparse.Namespace, times: int) -> dict[str, Any]:
         time.sleep(POLL_S)
         peak = max(peak, usage()[1])
     assert process.stdout is not None
-    found = json.loads(process.stdout.read().splitlines()[-1])
-    found |= {"peak_gb": peak, "per_s": found["dialogues"] / found["seconds"]}
-    print(f"  {side} {times}x: {found}", flush=True)
-    return found
+    result = json.loads(process.stdout.read().splitlines()[-1])
+    result |= {"peak_gb": peak, "per_s": result["dialogues"] / result["seconds"]}
+    print(f"  {side} {times}x: {result}", flush=True)
+    return result
 
 
 def main() -> None:
@@ -148,20 +148,20 @@ def main() -> None:
         work = with_medgpt if args.side == SIDES[0] else with_trl
         print(json.dumps(work(args.file, args.base, args.dir)))
         return
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    result: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(args.rounds):
         for times in TIMES:
             for side in SIDES:
-                found.setdefault((side, times), []).append(run_side(side, args, times))
+                result.setdefault((side, times), []).append(run_contender(side, args, times))
     for times in TIMES:
-        ours, theirs = ([x["per_s"] for x in found[side, times]] for side in SIDES)
+        ours, theirs = ([x["per_s"] for x in result[side, times]] for side in SIDES)
         ratio = common.spread(common.ratios(ours, theirs))
         print(f"{times}x corpus, medgpt / datasets + TRL: {ratio}")
         for side in SIDES:
-            memory = common.spread([x["peak_gb"] for x in found[side, times]])
-            speed = common.spread([x["per_s"] for x in found[side, times]], ",.0f")
+            memory = common.spread([x["peak_gb"] for x in result[side, times]])
+            speed = common.spread([x["per_s"] for x in result[side, times]], ",.0f")
             print(f"{times}x corpus, {side}: {speed} dialogues/s, peak {memory} GiB")
-    last = found["medgpt", 1][-1]
+    last = result["medgpt", 1][-1]
     padding = 1 - last["tokens"] / (last["rows"] * common.MAX_LENGTH)
     print(f"share of rows of {common.MAX_LENGTH} that would be padding: {padding:.2%}")
 

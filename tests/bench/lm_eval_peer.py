@@ -14,16 +14,16 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.pubmedqa.preprocess_pubmedqa import doc_to_text
 
 
-class Timed(HFLM):
+class TimedLM(HFLM):
     """Knows how long it scored; loading the model, reading and judging are left out."""
 
     seconds = 0.0
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         began = time.monotonic()
-        found = super().loglikelihood(requests, disable_tqdm=True)
+        results = super().loglikelihood(requests, disable_tqdm=True)
         self.seconds += time.monotonic() - began
-        return found
+        return results
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = Timed(args.model, device="cpu", dtype="float32", batch_size=args.batch_size)
+    model = TimedLM(args.model, device="cpu", dtype="float32", batch_size=args.batch_size)
     task = json.loads(args.task)
     if task["task"] == "pubmedqa":  # its prompt is a function of the harness's
         task["doc_to_text"] = doc_to_text

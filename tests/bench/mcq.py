@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medgpt.config.evaluation import McqConfig
-from medgpt.eval.requests import Choose
+from medgpt.eval.requests import Loglikelihood
 from medgpt.eval.tasks.mcq import McqTask
 from tests.bench import common
 
@@ -43,14 +43,14 @@ def tiny_model(folder: Path, size: common.Size) -> Path:
     )
     if not (base / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        prompts = [request.prompt for name in TASKS for request in _asked(questions(name, 500))]
+        prompts = [request.prompt for name in TASKS for request in _requests(questions(name, 500))]
         rows = ({"messages": [{"role": "user", "content": prompt}]} for prompt in prompts)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         common.write_base(base, data, size)
     return base
 
 
-def ours(model: Path, name: str, limit: int) -> Score:
+def medgpt_score(model: Path, name: str, limit: int) -> Score:
     """A process of its own, as the peer is."""
     command = [sys.executable, "-m", "tests.bench.mcq", "--score", name]
     return _json_of([*command, "--model", str(model), "--limit", str(limit)])
@@ -62,17 +62,17 @@ def score(model: Path, name: str, limit: int) -> None:
 
     import torch
 
-    from medgpt.config.evaluation import PoolConfig
+    from medgpt.config.evaluation import EvalPoolConfig
     from medgpt.eval.engine import Engine
 
     torch.set_num_threads(1)
-    engine = Engine(str(model), precision="fp32", pool=PoolConfig())
+    engine = Engine(str(model), precision="fp32", pool=EvalPoolConfig())
     task = questions(name, limit)
     requests = list(task.requests())
     began = time.monotonic()
     responses = engine.run(requests)
     seconds = time.monotonic() - began
-    items = task.judge({response.id: response for response in responses})
+    items = task.grade({response.id: response for response in responses})
     means = {}
     for metric in ("accuracy", "accuracy_normalised"):
         values = [v for item in items if isinstance(v := item.values.get(metric), float)]
@@ -80,7 +80,7 @@ def score(model: Path, name: str, limit: int) -> None:
     print(json.dumps({"seconds": seconds, **means}))
 
 
-def peer(python: str, model: Path, task: dict[str, Any]) -> Score:
+def peer_score(python: str, model: Path, task: dict[str, Any]) -> Score:
     command = [python, "-m", "tests.bench.lm_eval_peer", str(model), json.dumps(task)]
     return _json_of(command)
 
@@ -119,7 +119,8 @@ def peer_task(name: str, limit: int, folder: Path) -> dict[str, Any]:
         }
     else:
         rows = [
-            _row(request, q.answer) for request, q in zip(_asked(task), task.questions, strict=True)
+            _row(request, q.answer)
+            for request, q in zip(_requests(task), task.questions, strict=True)
         ]
         config = {
             "task": f"medgpt_{name}",
@@ -136,11 +137,11 @@ def peer_task(name: str, limit: int, folder: Path) -> dict[str, Any]:
     return config
 
 
-def _asked(task: McqTask) -> list[Choose]:
-    return [request for request in task.requests() if isinstance(request, Choose)]
+def _requests(task: McqTask) -> list[Loglikelihood]:
+    return [request for request in task.requests() if isinstance(request, Loglikelihood)]
 
 
-def _row(request: Choose, answer: str) -> dict[str, Any]:
+def _row(request: Loglikelihood, answer: str) -> dict[str, Any]:
     options = list(request.options)
     return {"prompt": request.prompt, "options": options, "answer": "ABCDEFGHIJ".index(answer)}
 
@@ -161,19 +162,19 @@ def main() -> None:
         task = peer_task(name, args.limit, args.dir)
         count = len(questions(name, args.limit).questions)
         pairs = [
-            (ours(model, name, args.limit), peer(args.peer_python, model, task))
+            (medgpt_score(model, name, args.limit), peer_score(args.peer_python, model, task))
             for _ in range(args.rounds)
         ]
         speeds = [[count / run["seconds"] for run in side] for side in zip(*pairs, strict=True)]
         for who, speed in zip(("medgpt", "lm-evaluation-harness"), speeds, strict=True):
             print(f"{name}, {who}: {common.spread(speed, '.1f')} questions/s of {count}")
         print(f"{name}, medgpt / lm-evaluation-harness: {common.spread(common.ratios(*speeds))}")
-        mine, theirs = pairs[-1]
+        ours, theirs = pairs[-1]
         for metric in ("accuracy", "accuracy_normalised"):
-            if mine[metric] is not None and theirs[metric] is not None:
-                gap = 100 * (mine[metric] - theirs[metric])
+            if ours[metric] is not None and theirs[metric] is not None:
+                gap = 100 * (ours[metric] - theirs[metric])
                 print(
-                    f"{name}, {metric}: {100 * mine[metric]:.2f} and {100 * theirs[metric]:.2f}, "
+                    f"{name}, {metric}: {100 * ours[metric]:.2f} and {100 * theirs[metric]:.2f}, "
                     f"difference {gap:.2f} points",
                     flush=True,
                 )

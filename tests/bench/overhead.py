@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument("--zero-stage", type=int, default=0)
     args = parser.parse_args()
     keys = {"train.micro_batch_size": MICRO, "engine.zero_stage": args.zero_stage}
-    found = common.alternate(
+    windows = common.alternate(
         {"medgpt": partial(medgpt, args, (FIRST, LAST), **keys), "bare loop": partial(bare, args)},
         rounds=args.rounds,
         results=args.results,
     )
-    ours, theirs = found["medgpt"], found["bare loop"]
+    ours, theirs = windows["medgpt"], windows["bare loop"]
     assert {w.tokens for w in ours} == {w.tokens for w in theirs}, "not the same batches"
     wall = common.ratios([w.wall_s for w in ours], [w.wall_s for w in theirs])
     cpu = common.ratios([w.cpu_s for w in ours], [w.cpu_s for w in theirs])

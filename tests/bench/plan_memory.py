@@ -74,32 +74,32 @@ class Case:
 
 def predicted(case: Case) -> Any:
     """(outline, setting) as medgpt.planning takes them."""
-    from medgpt.models.model_shapes import outline
-    from medgpt.planning.activations import Batch
-    from medgpt.planning.memory import Training
+    from medgpt.models.model_shapes import model_shape
+    from medgpt.planning.activations import MicroBatch
+    from medgpt.planning.memory import TrainingSetup
 
-    batch = Batch(
-        tokens=case.tokens,
-        labels=case.tokens,
-        chunk=case.engine.loss_chunk_tokens,
-        checkpointing=case.checkpointing,
+    batch = MicroBatch(
+        num_tokens=case.tokens,
+        num_labels=case.tokens,
+        loss_chunk_tokens=case.engine.loss_chunk_tokens,
+        activation_checkpointing=case.checkpointing,
     )
-    setting = Training(
+    setting = TrainingSetup(
         zero_stage=case.zero_stage,
         num_ranks=NUM_RANKS,
-        b={"fp32": 4, "bf16": 2}[case.precision],
-        batch=batch,
-        offload=case.offload,
+        bytes_per_weight={"fp32": 4, "bf16": 2}[case.precision],
+        micro_batch=batch,
+        offload_optimizer=case.offload,
         on_gpu=False,
-        snapshot=case.snapshot,
+        is_saving_checkpoint=case.snapshot,
     )
-    return outline(case.model, "clm", vocab_size=case.vocab), setting
+    return model_shape(case.model, "clm", vocab_size=case.vocab), setting
 
 
 def predicted_peak(case: Case) -> float:
     from medgpt.planning.memory import train_memory
 
-    return train_memory(*predicted(case)).device.total
+    return train_memory(*predicted(case)).worst_phase.total_bytes
 
 
 # ---- a rank ----
@@ -117,31 +117,31 @@ def run_ranks(case: Case, measure: str) -> list[dict[str, float]]:
         return [json.loads(file.read_text("utf-8")) for file in sorted(Path(folder).iterdir())]
 
 
-def resident(case: Case) -> dict[str, float]:
+def measure_resident(case: Case) -> dict[str, float]:
     """Peaks in bytes, above what is resident after the imports."""
     from medgpt.engine.setup import keep_freed_memory
 
     keep_freed_memory()
     gc.collect()
-    after_imports = status("VmRSS")
+    after_imports = process_status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     engine, step = trainer(case)
     for _ in range(STEPS):
         step()
-    found = {"training": float(status("VmHWM") - after_imports)}
+    peaks = {"training": float(process_status("VmHWM") - after_imports)}
     if case.snapshot:
         kept = engine.snapshot()
         step()
-        found["saving"] = float(status("VmHWM") - after_imports)
+        peaks["saving"] = float(process_status("VmHWM") - after_imports)
         del kept
-    return found
+    return peaks
 
 
-def live(case: Case) -> dict[str, float]:
+def measure_allocated(case: Case) -> dict[str, float]:
     """The peak of what torch allocates, in bytes, in a step after the first.
 
     The least of several steps: when a thread of gloo is the last to let a tensor go, that comes
-    late, or not at all in the trace. A step leaves no more behind than it found.
+    late, or not at all in the trace. A step leaves no more behind than it peaks.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -158,7 +158,7 @@ def live(case: Case) -> dict[str, float]:
     return {"live": held[-1] + min(max(traced(step)[1]) for _ in range(STEPS))}
 
 
-def status(key: str) -> int:
+def process_status(key: str) -> int:
     """A line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
@@ -171,14 +171,14 @@ def trainer(case: Case) -> tuple[Any, Callable[[], None]]:
     from medgpt.config.train import OptimizerConfig
     from medgpt.engine import Engine
     from medgpt.models.language_model import LanguageModel
-    from medgpt.models.load import SpecialIds, build_model
+    from medgpt.models.load import SpecialTokenIds, build_model
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
     model = build_model(
         case.model,
-        objective="clm",
+        head_kind="clm",
         vocab_size=case.vocab,
-        special=SpecialIds(),
+        special_ids=SpecialTokenIds(),
         seed=0,
         dtype=dtype,
     )
@@ -230,8 +230,8 @@ def run_rank(case: Case, measure: str, out: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_S))
-    found = {"resident": resident, "live": live}[measure](case)
-    (out / f"{dist.get_rank()}.json").write_text(json.dumps(found), "utf-8")
+    peaks = {"resident": measure_resident, "live": measure_allocated}[measure](case)
+    (out / f"{dist.get_rank()}.json").write_text(json.dumps(peaks), "utf-8")
     dist.barrier()
 
 
@@ -242,11 +242,11 @@ def compare(case: Case) -> list[tuple[str, float, float]]:
     """(what, predicted, measured) in bytes: while it trains, and while a checkpoint is written."""
     if 2 * predicted_peak(case) > LIMIT_BYTES:
         case = replace(case, snapshot=False)
-    found = run_ranks(case, "resident")
+    peaks = run_ranks(case, "resident")
     rows = [("training", predicted_peak(replace(case, snapshot=False)))]
     if case.snapshot:
         rows.append(("saving", predicted_peak(case)))
-    return [(name, expected, max(rank[name] for rank in found)) for name, expected in rows]
+    return [(name, expected, max(rank[name] for rank in peaks)) for name, expected in rows]
 
 
 def main() -> None:
@@ -264,7 +264,7 @@ def main() -> None:
     if arguments.case:
         run_rank(Case(**json.loads(arguments.case)), arguments.measure, arguments.out)
     elif arguments.live:
-        print_live()
+        print_allocated()
     else:
         print_resident(arguments)
 
@@ -288,8 +288,8 @@ def print_resident(arguments: argparse.Namespace) -> None:
     print(f"largest error from {min(SIZES)} on: {worst:.1%}")
 
 
-def print_live() -> None:
-    from medgpt.planning.memory import live_phases, offloaded
+def print_allocated() -> None:
+    from medgpt.planning.memory import allocated_phases, offloaded_bytes
 
     base = Case(hidden=512, layers=8, vocab=8000, zero_stage=0, tokens=128, snapshot=False)
     cases = [replace(base, zero_stage=stage) for stage in range(4)]
@@ -299,8 +299,8 @@ def print_live() -> None:
         cases += [low, replace(low, offload=True)]
     for case in cases:
         model, setting = predicted(case)
-        host = sum(offloaded(model, setting).values())
-        expected = host + max(phase.total for phase in live_phases(model, setting))
+        host = sum(offloaded_bytes(model, setting).values())
+        expected = host + max(phase.total_bytes for phase in allocated_phases(model, setting))
         measured = max(rank["live"] for rank in run_ranks(case, "live"))
         print(
             f"ZeRO {case.zero_stage}, {case.precision}{', offload' * case.offload}"

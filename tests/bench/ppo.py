@@ -107,7 +107,7 @@ class Work:
 
 def workload(folder: Path, case: Case) -> Work:
     """Made once."""
-    from medgpt.models.tokenizer import load_base
+    from medgpt.models.tokenizer import load_tokenizer
 
     size = SIZES[case.model]
     data, _ = common.workload(folder, common.Size(hidden=64, layers=1, vocab=size.vocab))
@@ -115,7 +115,7 @@ def workload(folder: Path, case: Case) -> Work:
     base, reward = folder / name, folder / f"{name}-reward"
     if not (base / "config.json").exists():
         common.write_base(base, data, size, case.model)
-        tokenizer = load_base(str(base))
+        tokenizer = load_tokenizer(str(base))
         tokenizer.chat_template = SHORT
         tokenizer.save_pretrained(base)
     if not (reward / "score.json").exists():
@@ -126,7 +126,7 @@ def workload(folder: Path, case: Case) -> Work:
         lines = data.read_text("utf-8").splitlines()
         turns = (json.loads(line)["messages"] for line in lines)
         texts = ("".join(turn["content"] for turn in row) for row in turns)  # questions are short
-        rows = dict(_of_length(texts, case.prompt, load_base(str(base)), BATCH * LAST))
+        rows = dict(_of_length(texts, case.prompt, load_tokenizer(str(base)), BATCH * LAST))
         asked = [common.messages({"question": text, "answer": "-"}) for text in rows]
         lines = [json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in asked]
         dialogues.write_text("".join(lines), "utf-8")
@@ -138,16 +138,18 @@ def _write_reward_model(base: Path, folder: Path) -> None:
     """The base with a fresh head, as medgpt reward would leave it."""
     from transformers import AutoModelForSequenceClassification
 
-    from medgpt.models.tokenizer import load_base
-    from medgpt.models.tokenizer_compat import speech
-    from medgpt.models.value_model import Score
+    from medgpt.models.tokenizer import load_tokenizer
+    from medgpt.models.tokenizer_compat import tokenizer_fingerprint
+    from medgpt.models.value_model import RewardModelInfo
 
-    tokenizer = load_base(str(base))
+    tokenizer = load_tokenizer(str(base))
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    Score(mean=0.0, std=1.0, normalised_on="nothing", speech=speech(tokenizer)).write(folder)
+    RewardModelInfo(
+        mean=0.0, std=1.0, normalised_on="nothing", speech=tokenizer_fingerprint(tokenizer)
+    ).write(folder)
 
 
 def medgpt(args: argparse.Namespace, case: Case, **overrides: object) -> common.Window:
@@ -228,22 +230,22 @@ def _of_length(
 ) -> Iterator[tuple[str, list[int]]]:
     """`count` texts, cut such that their prompts have `length` tokens, and those."""
     from medgpt.data.sources.records import Message
-    from medgpt.data.tokenized.chat import generation_ids
+    from medgpt.data.tokenized.chat_template import generation_prompt_ids
 
-    found = 0
+    num_found = 0
     for text in texts:
         low, high = 1, len(text)  # more characters, more tokens
         while low < high:
             middle = (low + high) // 2
-            ids = generation_ids(tokenizer, [Message("user", text[:middle])])
+            ids = generation_prompt_ids(tokenizer, [Message("user", text[:middle])])
             low, high = (middle + 1, high) if len(ids) < length else (low, middle)
-        ids = generation_ids(tokenizer, [Message("user", text[:low])])
+        ids = generation_prompt_ids(tokenizer, [Message("user", text[:low])])
         if len(ids) == length:
-            found += 1
+            num_found += 1
             yield text[:low], ids
-        if found == count:
+        if num_found == count:
             return
-    raise RuntimeError(f"only {found} prompts of {length} tokens in the data, {count} needed")
+    raise RuntimeError(f"only {num_found} prompts of {length} tokens in the data, {count} needed")
 
 
 def compare(args: argparse.Namespace, case: Case) -> None:
@@ -263,9 +265,9 @@ def scale(args: argparse.Namespace, case: Case) -> None:
     """One worker in the actor and in the rollout pool, and two."""
     speeds: list[list[float]] = [[], []]
     for _ in range(args.rounds):
-        for workers, found in zip((1, 2), speeds, strict=True):
+        for workers, num_found in zip((1, 2), speeds, strict=True):
             overrides = {f"pools.{role}.num_workers": workers for role in ("actor", "rollout")}
-            found.append(samples_per_s(medgpt(args, case, **overrides)))
+            num_found.append(samples_per_s(medgpt(args, case, **overrides)))
     ratio = common.spread(common.ratios(speeds[1], speeds[0]))
     print(f"{case}, two workers / one in the actor and rollout pools: {ratio}", flush=True)
 

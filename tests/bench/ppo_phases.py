@@ -24,20 +24,20 @@ from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.experience import RunningStats
 from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.roles.actor import Actor
-from medgpt.rlhf.roles.common import Task
+from medgpt.rlhf.roles.common import UpdateTask
 from medgpt.rlhf.roles.critic import Critic
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
-from medgpt.rlhf.setup import make_pools
+from medgpt.rlhf.setup import build_pools
 from medgpt.rlhf.weight_sync.sync import WeightSync
 from tests.bench import common, ppo
 
 REPEATS = 5
 
 
-class Timed:
+class TimedPools:
     """Seconds of calls that nothing else disturbs."""
 
     def __init__(self, pools: Pools) -> None:
@@ -46,11 +46,11 @@ class Timed:
 
     def __call__(self, name: str, call: Callable[[], Any]) -> Any:
         began = time.monotonic()
-        found = call()
-        if isinstance(found, list):
-            self.pools.wait(found, name)
+        result = call()
+        if isinstance(result, list):
+            self.pools.wait(result, name)
         self.seconds.setdefault(name, []).append(time.monotonic() - began)
-        return found
+        return result
 
     def medians(self) -> dict[str, float]:
         """Without the first calls, which warm up."""
@@ -59,18 +59,18 @@ class Timed:
 
 def measure(config: PPOStageConfig, ids: list[list[int]]) -> dict[str, float]:
     """Seconds of each call of an iteration, alone."""
-    ray_init.connect(config.cluster)
-    pools = make_pools(config, REPEATS, ConsoleReporter("ppo"))
+    ray_init.init_ray(config.cluster)
+    pools = build_pools(config, REPEATS, ConsoleReporter("ppo"))
     try:
         pools.start()
-        found = pools.pools
-        sync = WeightSync(found["actor"], found["rollout"], pools, config.pools.sync)
+        result = pools.pools
+        sync = WeightSync(result["actor"], result["rollout"], pools, config.pools.sync)
         prompts = Prompts(
             sample_ids=[str(i) for i in range(len(ids))],
-            ids=Ragged.of(ids, np.int32),
+            ids=Ragged.from_rows(ids, np.int32),
             messages=[json.dumps([["user", "-"]])] * len(ids),
         )
-        timed = Timed(pools)
+        timed = TimedPools(pools)
         for version in range(REPEATS):
             _iterate(timed, sync, ray.put(prompts), version)
     finally:
@@ -78,7 +78,7 @@ def measure(config: PPOStageConfig, ids: list[list[int]]) -> dict[str, float]:
     return timed.medians()
 
 
-def _iterate(timed: Timed, sync: WeightSync, prompts: Any, version: int) -> None:
+def _iterate(timed: TimedPools, sync: WeightSync, prompts: Any, version: int) -> None:
     pools = timed.pools.pools
     timed("sync", lambda: sync.run(version))
     rollouts = timed("generate", lambda: pools["rollout"].call(Rollout.generate, prompts, version))
@@ -91,12 +91,12 @@ def _iterate(timed: Timed, sync: WeightSync, prompts: Any, version: int) -> None
     parts = list(rollouts)
     for name, call in calls.items():
         parts += timed(name, call)
-    task = Task(
+    task = UpdateTask(
         iteration=0,
         weight_version=version,
         kl_coef=0.05,
         score_stats=RunningStats(),
-        actor_learns=True,
+        update_actor=True,
     )
     timed("fit critic", lambda: pools["critic"].call(Critic.update, task, *parts))
     timed("update actor", lambda: pools["actor"].call(Actor.update, task, *parts))

@@ -22,7 +22,7 @@ from typing import Any
 from ray.cluster_utils import Cluster
 
 from tests.bench import common
-from tests.train.clusters import add_node, node_pids, started_cluster, train_workers
+from tests.train.local_cluster import add_node, node_pids, started_cluster, train_worker_nodes
 
 POLL_S = 0.05
 PATIENCE_S = 300
@@ -30,7 +30,7 @@ NODES = 3  # with a CPU each, as the head: two workers, a data task, and one to 
 CHECKPOINT_EVERY, KILL_AT = 5, 7  # steps
 
 
-class Training:
+class TrainingRun:
     """The command on a cluster, in a new run."""
 
     def __init__(self, cluster: Cluster, args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ class Training:
 
 def cold_start_and_recovery(cluster: Cluster, args: argparse.Namespace) -> tuple[float, float]:
     """Seconds of both."""
-    training = Training(cluster, args)
+    training = TrainingRun(cluster, args)
     try:
         cold = training.seconds_until(lambda: training.step() > 0)
         training.seconds_until(lambda: training.step() >= KILL_AT)
@@ -91,17 +91,17 @@ def cold_start_and_recovery(cluster: Cluster, args: argparse.Namespace) -> tuple
         training.end()
     cluster.remove_node(lost, allow_graceful=False)
     add_node(cluster)
-    await_idle(cluster)
+    wait_until_idle(cluster)
     return cold, recovery
 
 
 def node_of_a_worker(cluster: Cluster) -> Any:
-    return next(n for n in train_workers(cluster).values() if n is not cluster.head_node)
+    return next(n for n in train_worker_nodes(cluster).values() if n is not cluster.head_node)
 
 
-def await_idle(cluster: Cluster) -> None:
+def wait_until_idle(cluster: Cluster) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while train_workers(cluster):
+    while train_worker_nodes(cluster):
         if time.monotonic() > deadline:
             raise TimeoutError("workers of the round before do not end")
         time.sleep(POLL_S)

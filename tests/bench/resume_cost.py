@@ -25,7 +25,7 @@ from medgpt.config.train import ClusterConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import training_stream
 from medgpt.runs import Run
-from medgpt.sample_corpus.render import Corpus
+from medgpt.sample_corpus.generator import CorpusGenerator
 from medgpt.train.preparation import prepare
 
 SHARES = (0.1, 0.9)
@@ -84,7 +84,7 @@ def write_corpus(folder: Path, num_rows: int) -> None:
     if folder.exists():
         return
     folder.mkdir(parents=True)
-    texts = [row["text"] for row in Corpus().pretraining()]
+    texts = [row["text"] for row in CorpusGenerator().documents()]
     sentences = [part for text in texts for part in text.split("\u3002") if 10 < len(part) < 60]
     numbered = enumerate(islice(cycle(sentences), num_rows))
     for number in range(-(-num_rows // 100_000)):
@@ -106,7 +106,7 @@ def resume(folder: Path, share: float) -> float:
 
 def probe(run: Run, share: float) -> None:
     """Print how long the stream of what is left takes to give its first step."""
-    ray_init.connect(ClusterConfig())
+    ray_init.init_ray(ClusterConfig())
     began = time.monotonic()
     plan = Plan(run.plan.url, global_batch_size=64, max_steps=None)
     start = int(plan.num_steps * share)

@@ -13,7 +13,7 @@ from tests.bench.sft import medgpt
 
 def main() -> None:
     args = common.options(__doc__, rounds=5).parse_args()
-    found = common.alternate(
+    contenders = common.alternate(
         {
             "1 worker": partial(medgpt, args, **{"cluster.num_workers": 1}),
             "2 workers": partial(medgpt, args),
@@ -23,7 +23,9 @@ def main() -> None:
         rounds=args.rounds,
         results=args.results,
     )
-    one, two, bare_one, bare_two = ([w.tokens_per_s for w in windows] for windows in found.values())
+    one, two, bare_one, bare_two = (
+        [w.tokens_per_s for w in windows] for windows in contenders.values()
+    )
     print(f"2 workers / 1 worker: {common.spread(common.ratios(two, one))}")
     print(f"bare loop, 2 processes / 1: {common.spread(common.ratios(bare_two, bare_one))}")
     products = [common.gemm_gflops(2) / common.gemm_gflops(1) for _ in range(args.rounds)]

@@ -79,7 +79,7 @@ def main() -> None:
         sweep(args)
         return
     peak = common.gemm_gflops()
-    found = common.alternate(
+    contenders = common.alternate(
         {
             "medgpt": partial(medgpt, args),
             "TRL packed": partial(trl, args, packed(1, 2)),
@@ -88,12 +88,14 @@ def main() -> None:
         rounds=args.rounds,
         results=args.results,
     )
-    speed = {name: [w.tokens_per_s for w in windows] for name, windows in found.items()}
+    speed = {name: [w.tokens_per_s for w in windows] for name, windows in contenders.items()}
     for name, values in speed.items():
         print(f"{name}: {common.spread(values, ',.0f')} tokens/s")
     for peer in ("TRL packed", "TRL default"):
         print(f"medgpt / {peer}: {common.spread(common.ratios(speed['medgpt'], speed[peer]))}")
-    shares = [args.size.flops(w.tokens, w.targets) / w.wall_s / 1e9 / peak for w in found["medgpt"]]
+    shares = [
+        args.size.flops(w.tokens, w.targets) / w.wall_s / 1e9 / peak for w in contenders["medgpt"]
+    ]
     print(f"medgpt, share of {peak:.0f} GFLOP/s (fp32 GEMM, both cores): {common.spread(shares)}")
 
 

@@ -93,7 +93,7 @@ def cluster() -> Iterator[dict[str, str]]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            _await(ports["port"])
+            _wait_for_port(ports["port"])
             yield {**token, "RAY_ADDRESS": f"127.0.0.1:{ports['port']}"}
         finally:
             for process in [*psutil.Process(head.pid).children(recursive=True), head]:
@@ -102,7 +102,7 @@ def cluster() -> Iterator[dict[str, str]]:
             head.wait()
 
 
-def _await(port: int) -> None:
+def _wait_for_port(port: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket() as probe:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tests.bench import common
 from tests.bench.startup import first_step, one_step
-from tests.jobs.clusters import ROOT, Cluster, started
+from tests.jobs.ray_cluster import ROOT, RayCluster, running_cluster
 
 LIMIT = 1.3
 
 
-def submitted(cluster: Cluster, command: list[str], run: Path, folder: Path) -> float:
+def submitted(cluster: RayCluster, command: list[str], run: Path, folder: Path) -> float:
     """`command`, but as a job, typed in `folder` beside its config and the code."""
     python, _, _, stage, config, *overrides = command
     shutil.rmtree(folder, ignore_errors=True)
@@ -26,11 +26,11 @@ def submitted(cluster: Cluster, command: list[str], run: Path, folder: Path) -> 
     )
     shutil.copy(config, folder / "stage.toml")
     submit = [python, "-m", "medgpt", "submit", stage, "stage.toml", *overrides]
-    env = {"PYTHONPATH": str(folder), **_of(cluster)}
+    env = {"PYTHONPATH": str(folder), **_environment(cluster)}
     return first_step([*submit, "--address", cluster.address], run, env, folder)
 
 
-def _of(cluster: Cluster) -> dict[str, str]:
+def _environment(cluster: RayCluster) -> dict[str, str]:
     return {name: cluster.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     args.dir = args.dir.absolute()
     run = args.dir / "submit"
     jobs, plain = [], []
-    with started(num_cpus=(os.cpu_count() or 1) + 1, **common.THREADS) as cluster:
+    with running_cluster(num_cpus=(os.cpu_count() or 1) + 1, **common.THREADS) as cluster:
         submitted(cluster, one_step(args, run), run, args.dir / "typed")
         for _ in range(args.rounds):
             plain.append(first_step(one_step(args, run), run, {}))
@@ -51,8 +51,8 @@ def main() -> None:
             )
     print(f"medgpt sft: first step after {common.spread(plain, '.1f')} s")
     print(f"medgpt submit sft: first step after {common.spread(jobs, '.1f')} s")
-    told = common.spread(common.ratios(jobs, plain))
-    print(f"submitted / plain: {told}, at most {LIMIT} is wanted")
+    ratio = common.spread(common.ratios(jobs, plain))
+    print(f"submitted / plain: {ratio}, at most {LIMIT} is wanted")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_window_counts_what_lies_between_its_steps(tmp_path: Path) -> None:
     assert window.tokens_per_s == 50
 
 
-def test_a_contender_that_fails_is_no_measurement(tmp_path: Path) -> None:
+def test_a_failed_contender_raises(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     with pytest.raises(RuntimeError):
         common.measure(
@@ -59,5 +59,5 @@ def test_rows_take_as_many_of_each_file(tmp_path: Path) -> None:
     for number, shape in enumerate(shapes):
         files.append(tmp_path / f"{number}.jsonl")
         files[-1].write_text((json.dumps(shape) + "\n") * 5, "utf-8")
-    found = common.rows(files, 4)
-    assert [row["question"] for row in found] == ["q", "q", "t", "t"]
+    rows = common.rows(files, 4)
+    assert [row["question"] for row in rows] == ["q", "q", "t", "t"]

@@ -24,7 +24,7 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
-class Lines(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Appends when every iteration ended, and what it was made of."""
 
     def __init__(self, file: Path) -> None:
@@ -36,11 +36,11 @@ class Lines(TrainerCallback):
         """`function`, after which a phase of this name ends."""
 
         def marked(*args: Any, **kwargs: Any) -> Any:
-            found = function(*args, **kwargs)
+            result = function(*args, **kwargs)
             now = time.monotonic()
             self.marks[name] = now - self.last
             self.last = now
-            return found
+            return result
 
         return marked
 
@@ -80,7 +80,7 @@ def main() -> None:
         disable_tqdm=True,
         **json.loads(args.config),
     )
-    lines = Lines(args.metrics)
+    lines = MetricsCallback(args.metrics)
     ppo_trainer.batch_generation = lines.mark("generate", ppo_trainer.batch_generation)
     ppo_trainer.masked_whiten = lines.mark("score", ppo_trainer.masked_whiten)  # of advantages
     trainer = PPOTrainer(

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 
-class Lines(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Appends the time and the tokens of every step."""
 
     def __init__(self, file: Path) -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lines = Lines(args.metrics)
+    lines = MetricsCallback(args.metrics)
     config = SFTConfig(
         output_dir=str(args.metrics.with_suffix("")),
         use_cpu=True,

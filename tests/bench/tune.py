@@ -48,8 +48,8 @@ def search(args: argparse.Namespace, *, shared: bool) -> common.Window:
     shutil.rmtree(run, ignore_errors=True)
     base, config = args.dir / "tune-base.toml", args.dir / "tune.toml"
     paths = {"base": work.base, "reward": work.reward, "dialogues": work.dialogues}
-    told = {name: path.absolute() for name, path in paths.items()}
-    base.write_text(ppo.CONFIG.format(run=run, case=args.case, **told), "utf-8")
+    paths_absolute = {name: path.absolute() for name, path in paths.items()}
+    base.write_text(ppo.CONFIG.format(run=run, case=args.case, **paths_absolute), "utf-8")
     values = {"base": base.absolute(), "run": run, "shared": str(shared).lower()}
     values |= {"iterations": args.iterations, "trials": args.trials}
     config.write_text(SEARCH.format(**values), "utf-8")
@@ -80,18 +80,18 @@ def main() -> None:
     args = parser.parse_args()
     os.environ |= common.THREADS
     args.dir.mkdir(parents=True, exist_ok=True)
-    found: dict[bool, list[common.Window]] = {False: [], True: []}
+    windows: dict[bool, list[common.Window]] = {False: [], True: []}
     for _ in range(args.rounds):
-        for shared, windows in found.items():
-            windows.append(search(args, shared=shared))
-            window = windows[-1]
+        for shared, mode_windows in windows.items():
+            window = search(args, shared=shared)
+            mode_windows.append(window)
             print(
                 f"  {'shared' if shared else 'private'}: {window.peak_gb:.2f} GiB, "
                 f"{window.wall_s:.1f} s, {window.cpu_s:.1f} CPU-s, load {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
     for name in ("peak_gb", "wall_s", "cpu_s"):
-        private, shared = ([getattr(w, name) for w in found[way]] for way in (False, True))
+        private, shared = ([getattr(w, name) for w in windows[way]] for way in (False, True))
         ratio = common.spread(common.ratios(shared, private))
         both = f"{common.spread(shared)} against {common.spread(private)}"
         print(f"{args.trials} trials of {args.case}, {name}: {both}; shared / private: {ratio}")

@@ -4,9 +4,9 @@
 
 Counted: every call that DeepSpeed makes to torch.distributed in a step of the real Engine, on 1, 2
 and 4 gloo ranks at ZeRO 1 to 3, two micro-batches each, after three steps (ZeRO-3 learns the order
-of its weights in the first). The model of `medgpt.planning.traffic` is compared with each count. It
-is then projected to nodes of 8 GPUs whose work grows with their number. Counts, not times: loopback
-says nothing of a network.
+of its weights in the first). The model of `medgpt.planning.communication` is compared with each
+count. It is then projected to nodes of 8 GPUs whose work grows with their number. Counts, not
+times: loopback says nothing of a network.
 """
 
 import argparse
@@ -62,9 +62,9 @@ def count(size: str, zero_stage: int, out: Path) -> None:
         step()
     calls, sizes = wrap_collectives()
     step()
-    found = {kind: [calls[kind], sizes[kind]] for kind in calls}
+    counts = {kind: [calls[kind], sizes[kind]] for kind in calls}
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(found), "utf-8")
+        out.write_text(json.dumps(counts), "utf-8")
     dist.destroy_process_group()
 
 
@@ -77,11 +77,13 @@ def trainer(size: str, zero_stage: int) -> Any:
     from medgpt.data.loader.collate import packed_batch
     from medgpt.engine import Engine
     from medgpt.models.language_model import LanguageModel
-    from medgpt.models.load import SpecialIds, build_model
+    from medgpt.models.load import SpecialTokenIds, build_model
 
     hidden, layers, vocab = SIZES[size]
     config = ModelConfig.model_validate({"architecture": architecture(hidden, layers)})
-    model = build_model(config, objective="clm", vocab_size=vocab, special=SpecialIds(), seed=0)
+    model = build_model(
+        config, head_kind="clm", vocab_size=vocab, special_ids=SpecialTokenIds(), seed=0
+    )
     engine = Engine(
         LanguageModel(model, max_batch_tokens=TOKENS),
         engine=EngineConfig.model_validate({"zero_stage": zero_stage}),
@@ -141,22 +143,22 @@ def wrap_collectives() -> tuple[Counter[str], Counter[str]]:
 # ---- against the model ----
 
 
-def compare(size: str, zero_stage: int, ranks: int, found: dict[str, list[int]]) -> float:
+def compare(size: str, zero_stage: int, ranks: int, counts: dict[str, list[int]]) -> float:
     """Print counted and predicted bytes and calls; the largest error of bytes."""
     from medgpt.config.model import ModelConfig
-    from medgpt.models.model_shapes import outline
-    from medgpt.planning.traffic import messages
+    from medgpt.models.model_shapes import model_shape
+    from medgpt.planning.communication import step_collectives
 
     hidden, layers, vocab = SIZES[size]
     config = ModelConfig.model_validate({"architecture": architecture(hidden, layers)})
-    model = outline(config, "clm", vocab_size=vocab)
+    model = model_shape(config, "clm", vocab_size=vocab)
     expected = {
         message.kind: message
-        for message in messages(
+        for message in step_collectives(
             model, zero_stage=zero_stage, num_ranks=ranks, micro_batches=MICRO_BATCHES, b=4
         )
     }
-    counted = {kind: (calls, size) for kind, (calls, size) in found.items() if kind != "small"}
+    counted = {kind: (calls, size) for kind, (calls, size) in counts.items() if kind != "small"}
     if ranks == 1:  # what DeepSpeed asks of a rank alone goes nowhere
         counted, expected = {}, {}
     worst, parts = 0.0, []
@@ -168,7 +170,7 @@ def compare(size: str, zero_stage: int, ranks: int, found: dict[str, list[int]])
         parts.append(
             f"{kind} {num_bytes / 2**20:,.1f} MiB in {calls} calls, predicted "
             f"{message.num_bytes / 2**20 if message else 0:,.1f} ({error:+.2%}) in "
-            f"{message.calls if message else 0}"
+            f"{message.num_calls if message else 0}"
         )
     print(f"{size}, ZeRO {zero_stage}, {ranks} ranks: {'; '.join(parts) or 'nothing'}", flush=True)
     return worst
@@ -176,11 +178,11 @@ def compare(size: str, zero_stage: int, ranks: int, found: dict[str, list[int]])
 
 def project() -> None:
     """Weak scaling of a 7B model: the same work on every GPU, more nodes."""
-    from medgpt.planning.hardware import known_devices
+    from medgpt.planning.communication import LinkSpeeds, communication_seconds, step_collectives
+    from medgpt.planning.hardware import load_known_devices
     from medgpt.planning.speed import compute_speed, train_flops
-    from medgpt.planning.traffic import Links, messages, seconds
 
-    model, device = qwen_7b(), known_devices()["H100"]
+    model, device = qwen_7b(), load_known_devices()["H100"]
     tokens = MICRO_BATCHES * PROJECTED_TOKENS
     flops = train_flops(model, PROJECTED_TOKENS, checkpointing=True)
     compute = tokens / compute_speed(flops, device, devices=1, mfu=MFU).expected
@@ -190,15 +192,15 @@ def project() -> None:
             shares = []
             for nodes in NODES:
                 ranks = 8 * nodes
-                links = Links(
+                links = LinkSpeeds(
                     ranks_per_node=8,
-                    inside_gb_per_s=device.link_gb_per_s,
+                    intra_node_gb_per_s=device.link_gb_per_s,
                     network_gb_per_s=speed,
                 )
-                found = messages(
+                counts = step_collectives(
                     model, zero_stage=stage, num_ranks=ranks, micro_batches=MICRO_BATCHES, b=2
                 )
-                exchange = seconds(found, ranks, links)
+                exchange = communication_seconds(counts, ranks, links)
                 step = max(compute, exchange) if stage == 3 else compute + exchange
                 shares.append(f"{nodes}: {compute / step:.0%}")
             print(f"{network} a node, ZeRO {stage}: efficiency on nodes {', '.join(shares)}")
@@ -207,7 +209,7 @@ def project() -> None:
 def qwen_7b() -> Any:
     """The outline of Qwen2.5-7B."""
     from medgpt.config.model import ModelConfig
-    from medgpt.models.model_shapes import outline
+    from medgpt.models.model_shapes import model_shape
 
     sizes = {
         "hidden_size": 3584,
@@ -218,7 +220,7 @@ def qwen_7b() -> Any:
         "tie_embeddings": False,
     }
     config = ModelConfig.model_validate({"architecture": sizes})
-    return outline(config, "clm", vocab_size=152064)
+    return model_shape(config, "clm", vocab_size=152064)
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from medgpt.cluster import ray_init
 from medgpt.config.pools import PoolsConfig, RoleConfig, SyncConfig
-from medgpt.engine import plain_weights
-from medgpt.models.lora import plain_parts
+from medgpt.engine import gather_merged_weights
+from medgpt.models.lora import merged_weights
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.weight_sync import process_group
@@ -31,7 +31,7 @@ from tests.bench.common import Size, ratios, spread
 WARM_UP = 2  # rounds
 
 
-class Model:
+class FakeModel:
     """Sends or receives the weights of a model, as the actor and the rollout role do."""
 
     def __init__(self, size: Size) -> None:
@@ -49,7 +49,7 @@ class Model:
         self.weight_version = process_group.UNSYNCED
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        return plain_weights(plain_parts(self.model))
+        return gather_merged_weights(merged_weights(self.model))
 
     @torch.no_grad()
     def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
@@ -61,7 +61,7 @@ class Model:
 
     def broadcast(self, num_bytes: int) -> float:
         """Seconds, over the group of the link."""
-        end = process_group._link
+        end = process_group._group
         assert end is not None
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)
         end.group.broadcast(torch.zeros(1), 0).wait()  # both are there
@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     ray_init.start_local(4)
-    make, role = partial(Model, arguments.size), RoleConfig()
+    make, role = partial(FakeModel, arguments.size), RoleConfig()
     pools = Pools(
         [Pool("actor", role, make), Pool("rollout", role, make, independent=True)],
         PoolsConfig(),
@@ -92,7 +92,7 @@ def main() -> None:
     for version in range(WARM_UP + arguments.rounds):
         metrics = sync.run(version)
         size = metrics["sync/gb"]
-        args = (Model.broadcast, int(size * 2**30))
+        args = (FakeModel.broadcast, int(size * 2**30))
         seconds = max(pools.get(actor.call(*args) + rollout.call(*args), "broadcast"))
         if version >= WARM_UP:
             ours.append(size / metrics["time/sync_s"])

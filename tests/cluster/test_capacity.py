@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from medgpt.cluster.capacity import Nodes, check, of_pools, of_workers
+from medgpt.cluster.capacity import NodeGroup, check_demands, pool_demands, worker_demands
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 from medgpt.config.train import ClusterConfig
 
-LAPTOP = [Nodes({"CPU": 4}, {}, 1)]
-GPUS = [Nodes({"CPU": 8, "GPU": 1}, {"zone": "a"}, 1), Nodes({"CPU": 8, "GPU": 1}, {}, 1)]
-GROWS = [Nodes({"CPU": 2}, None, 3)]
+LAPTOP = [NodeGroup({"CPU": 4}, {}, 1)]
+GPUS = [NodeGroup({"CPU": 8, "GPU": 1}, {"zone": "a"}, 1), NodeGroup({"CPU": 8, "GPU": 1}, {}, 1)]
+GROWS = [NodeGroup({"CPU": 2}, None, 3)]
 
 
 def role(workers: int = 1, cpus: float = 1, **more: object) -> RoleConfig:
@@ -27,11 +27,11 @@ def role(workers: int = 1, cpus: float = 1, **more: object) -> RoleConfig:
         (GPUS, [], {"actor": role(2, 4, gpus_per_worker=1, strategy="STRICT_SPREAD")}),
         (GPUS, [], {"actor": role(labels={"zone": "a"})}),
         ([], GROWS, {"actor": role(2, 2), "critic": role(labels={"zone": "a"})}),
-        (LAPTOP, [Nodes({"CPU": 1}, None, math.inf)], {"actor": role(50)}),
+        (LAPTOP, [NodeGroup({"CPU": 1}, None, math.inf)], {"actor": role(50)}),
     ],
 )
-def test_what_may_be_placed_passes(present, addable, roles) -> None:
-    check(of_pools(roles), present, addable, data_cpus=1)
+def test_demands_that_fit_are_accepted(present, addable, roles) -> None:
+    check_demands(pool_demands(roles), present, addable, data_cpus=1)
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,19 @@ def test_what_may_be_placed_passes(present, addable, roles) -> None:
          r"3 x \(2 CPU\)"),
     ],
 )  # fmt: skip
-def test_what_can_never_be_placed_is_named(present, addable, roles, words) -> None:
+def test_demands_that_can_never_be_placed_are_refused_by_name(
+    present, addable, roles, words
+) -> None:
     with pytest.raises(ConfigError, match=words):
-        check(of_pools(roles), present, addable, data_cpus=1)
+        check_demands(pool_demands(roles), present, addable, data_cpus=1)
 
 
 @pytest.mark.parametrize("workers", [2, [2, 8]])
-def test_a_worker_that_no_node_can_hold_is_refused_although_the_sum_would_do(workers) -> None:
-    four = [Nodes({"CPU": 8, "GPU": 4}, None, 4)]
+def test_a_worker_larger_than_any_node_is_refused_although_the_totals_suffice(workers) -> None:
+    four = [NodeGroup({"CPU": 8, "GPU": 4}, None, 4)]
     cluster = ClusterConfig.model_validate({"num_workers": workers, "gpus_per_worker": 8})
     words = (
         r"num_workers=\[?2.* \(2 x \(1 CPU, 8 GPU\)\) can never be placed: no node is like that; "
     )
     with pytest.raises(ConfigError, match=words + r".* up to 4 x \(8 CPU, 4 GPU\)"):
-        check(of_workers(cluster), LAPTOP, four, data_cpus=1)
+        check_demands(worker_demands(cluster), LAPTOP, four, data_cpus=1)

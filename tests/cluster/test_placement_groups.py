@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import ray
 
-from medgpt.cluster.placement_groups import Gang, acquire, asked_for, is_dead, release_of
+from medgpt.cluster.placement_groups import (
+    Gang,
+    acquire_gang,
+    bundles_and_labels,
+    is_actor_dead,
+    release_orphaned_groups,
+)
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import PoolsConfig, RoleConfig
 from medgpt.rlhf.pools.pool import Pool
@@ -20,20 +26,20 @@ HALF = RoleConfig(cpus_per_worker=2)  # of the session's cluster
 WHOLE = {"actor": HALF, "critic": HALF}
 
 
-def silent(_: str) -> None:
+def ignore_line(_: str) -> None:
     """Says nothing."""
 
 
-def quickly(roles: dict[str, RoleConfig], wait_s: float = 60) -> Gang:
-    return acquire(roles, wait_s=wait_s, say=silent, try_s=1)
+def acquire_quickly(roles: dict[str, RoleConfig], wait_s: float = 60) -> Gang:
+    return acquire_gang(roles, wait_s=wait_s, say=ignore_line, attempt_s=1)
 
 
-def test_half_a_gang_does_not_keep_what_it_has() -> None:
-    first = quickly({"reward": HALF})
+def test_a_partly_placed_gang_releases_its_groups() -> None:
+    first = acquire_quickly({"reward": HALF})
     with ThreadPoolExecutor() as thread:
-        waiting = thread.submit(quickly, WHOLE)
+        waiting = thread.submit(acquire_quickly, WHOLE)
         time.sleep(0.5)  # it holds the other half
-        second = quickly({"rollout": HALF}, wait_s=30)
+        second = acquire_quickly({"rollout": HALF}, wait_s=30)
         assert not waiting.done()
         first.release()
         second.release()
@@ -45,7 +51,7 @@ def test_two_jobs_that_each_want_the_whole_cluster_take_turns() -> None:
 
     def job(_: int) -> None:
         for _ in range(2):
-            gang = quickly(WHOLE, wait_s=100)
+            gang = acquire_quickly(WHOLE, wait_s=100)
             assert running.acquire(blocking=False), "both have the whole cluster"
             running.release()
             gang.release()
@@ -54,71 +60,73 @@ def test_two_jobs_that_each_want_the_whole_cluster_take_turns() -> None:
         list(threads.map(job, range(2)))
 
 
-def test_the_wait_is_told_and_bounded() -> None:
-    said: list[str] = []
-    taken = quickly({"reward": HALF})
+def test_the_wait_for_a_gang_is_announced_and_bounded() -> None:
+    lines: list[str] = []
+    taken = acquire_quickly({"reward": HALF})
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"wait_s=2: no room .* for (actor, )?critic, free now"):
-        acquire(WHOLE, wait_s=2, say=said.append, try_s=0.5)
+        acquire_gang(WHOLE, wait_s=2, say=lines.append, attempt_s=0.5)
     assert time.monotonic() - began < 10
     taken.release()
-    assert len(said) == 1
-    assert "waiting up to 2 s for room for all pools" in said[0]
+    assert len(lines) == 1
+    assert "waiting up to 2 s for room for all pools" in lines[0]
 
 
 def test_a_pool_larger_than_the_cluster_is_refused_at_once() -> None:
     config = PoolsConfig()
-    pools = Pools([Pool("critic", RoleConfig(num_workers=5), Adder)], config, wait_s=60, say=silent)
+    pools = Pools(
+        [Pool("critic", RoleConfig(num_workers=5), Adder)], config, wait_s=60, say=ignore_line
+    )
     with pytest.raises(ConfigError, match=r"pools.critic \(5 x \(1 CPU\)\) can never be placed"):
         pools.start()
 
 
-class Maker:
-    def take(self) -> None:
-        quickly({"reward": HALF})
+class GangOwner:
+    def acquire(self) -> None:
+        acquire_quickly({"reward": HALF})
 
 
-def kill(maker: Any) -> None:
+def kill_and_wait(maker: Any) -> None:
     """Returns when Ray knows that it is dead."""
-    assert not is_dead(maker._actor_id.hex())
+    assert not is_actor_dead(maker._actor_id.hex())
     ray.kill(maker)
     deadline = time.monotonic() + 30
-    while not is_dead(maker._actor_id.hex()):
+    while not is_actor_dead(maker._actor_id.hex()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
 
-def assert_refused(role: str) -> None:
+def assert_no_room(role: str) -> None:
     with pytest.raises(ConfigError, match="no room"):
-        acquire({role: HALF}, wait_s=1, say=silent, try_s=0.5)
+        acquire_gang({role: HALF}, wait_s=1, say=ignore_line, attempt_s=0.5)
 
 
-def test_what_a_dead_actor_held_is_released_and_nothing_else() -> None:
-    living, dying = (ray.remote(Maker).options(num_cpus=0).remote() for _ in range(2))
-    ray.get([living.take.remote(), dying.take.remote()])
-    kill(dying)
-    assert_refused("actor")  # Ray itself keeps it
-    release_of(is_dead)
-    mine = quickly({"actor": HALF}, wait_s=20)
-    release_of(is_dead)
-    assert_refused("critic")
-    mine.release()
-    kill(living)
-    release_of(is_dead)
-    quickly(WHOLE, wait_s=20).release()
+def test_only_groups_of_dead_actors_are_released() -> None:
+    living, dying = (ray.remote(GangOwner).options(num_cpus=0).remote() for _ in range(2))
+    ray.get([living.acquire.remote(), dying.acquire.remote()])
+    kill_and_wait(dying)
+    assert_no_room("actor")  # Ray itself keeps it
+    release_orphaned_groups(is_actor_dead)
+    gang = acquire_quickly({"actor": HALF}, wait_s=20)
+    release_orphaned_groups(is_actor_dead)
+    assert_no_room("critic")
+    gang.release()
+    kill_and_wait(living)
+    release_orphaned_groups(is_actor_dead)
+    acquire_quickly(WHOLE, wait_s=20).release()
 
 
-def test_roles_share_bundles_when_told_to() -> None:
+def test_a_role_with_share_with_uses_its_hosts_bundles() -> None:
     guest = HALF.model_copy(update={"share_with": "actor"})
-    gang = quickly({"actor": HALF, "reference": guest})
+    gang = acquire_quickly({"actor": HALF, "reference": guest})
     assert gang.groups["actor"].id == gang.groups["reference"].id
     assert ray.available_resources().get("CPU", 0) <= 2
     gang.release()
 
 
-def test_an_autoscaler_is_asked_for_nodes_with_the_labels_that_the_workers_want() -> None:
+def test_the_request_to_the_autoscaler_includes_labels() -> None:
     actor = RoleConfig(num_workers=2, gpus_per_worker=1, labels={"zone": "a"})
     roles = {"actor": actor, "critic": RoleConfig(share_with="actor"), "reward": HALF}
-    bundles, labels = asked_for(roles)
+    bundles, labels = bundles_and_labels(roles)
     assert bundles == [{"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}, {"CPU": 2}]
     assert labels == [{"zone": "a"}, {"zone": "a"}, {}]

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from medgpt.cluster.ray_init import check_address, private_folder, start_patiently
+from medgpt.cluster.ray_init import check_address, private_folder, start_with_retry
 from medgpt.config.base import ConfigError
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -21,38 +21,38 @@ class SlowNode:
 
     def __init__(self, failures: int, message: str = "The current node timed out during startup."):
         self.failures, self.message = failures, message
-        self.left: list[psutil.Process] = []
+        self.left_processes: list[psutil.Process] = []
 
     def __call__(self) -> None:
-        if len(self.left) < self.failures:
-            self.left.append(psutil.Process(subprocess.Popen(SLEEPER).pid))
+        if len(self.left_processes) < self.failures:
+            self.left_processes.append(psutil.Process(subprocess.Popen(SLEEPER).pid))
             raise Exception(self.message)
 
 
-def test_a_start_that_timed_out_is_tried_once_more_without_what_it_left() -> None:
+def test_a_timed_out_start_is_retried_once_after_killing_its_processes() -> None:
     node = SlowNode(failures=1)
-    start_patiently(node)
-    (left,) = node.left
-    assert not left.is_running()
+    start_with_retry(node)
+    (leftover,) = node.left_processes
+    assert not leftover.is_running()
 
 
-def test_a_machine_that_is_too_busy_twice_is_told() -> None:
+def test_two_timed_out_starts_are_a_config_error() -> None:
     node = SlowNode(failures=2)
     with pytest.raises(ConfigError, match=r"too busy; try again .* or set RAY_ADDRESS"):
-        start_patiently(node)
-    assert len(node.left) == 2
+        start_with_retry(node)
+    assert len(node.left_processes) == 2
 
 
-def test_another_failure_is_not_tried_again() -> None:
+def test_other_start_failures_are_not_retried() -> None:
     node = SlowNode(failures=2, message="no space left on device")
     with pytest.raises(Exception, match="no space"):
-        start_patiently(node)
-    (left,) = node.left
-    left.kill()
+        start_with_retry(node)
+    (leftover,) = node.left_processes
+    leftover.kill()
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_a_ray_address_is_checked_before_ray_tries_it_for_minutes(scheme: str) -> None:
+def test_an_unreachable_ray_address_fails_at_once(scheme: str) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"{scheme}127.0.0.1:{listener.getsockname()[1]}"
@@ -82,16 +82,16 @@ print(json.dumps({"session": ray._private.worker._global_node.get_session_dir_pa
 
 
 @pytest.mark.ray
-def test_what_a_local_ray_writes_is_private_and_its_ports_are_local(tmp_path: Path) -> None:
+def test_a_local_ray_has_private_folders_and_local_ports(tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir(mode=0o755)
     environment = {**os.environ, "RAY_TMPDIR": "/tmp"}  # names of sockets must be short
     command = [sys.executable, "-c", SPILLING, str(volume)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    seen = json.loads(found.stdout.splitlines()[-1])
-    assert seen["ips"] == ["127.0.0.1"]
-    for folder in (Path(seen["session"]).parents[1], *volume.iterdir()):
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    session = json.loads(result.stdout.splitlines()[-1])
+    assert session["ips"] == ["127.0.0.1"]
+    for folder in (Path(session["session"]).parents[1], *volume.iterdir()):
         assert folder.name == f"medgpt-{os.getuid()}"
         assert folder.stat().st_mode & 0o777 == 0o700
 

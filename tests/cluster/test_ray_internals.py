@@ -8,16 +8,16 @@ from medgpt.cluster import ray_internals
 from medgpt.data.loader import ray_internals as data_internals
 
 
-@pytest.mark.parametrize("name", sorted(ray_internals.HOMES))
-def test_ray_still_has(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(ray_internals.MODULE_OF))
+def test_the_pinned_ray_has_the_name(name: str) -> None:
     assert getattr(ray_internals, name) is not None
 
 
-def test_every_name_is_offered_and_has_a_home() -> None:
-    assert sorted(ray_internals.__all__) == sorted(ray_internals.HOMES)
+def test_every_exported_name_has_a_module() -> None:
+    assert sorted(ray_internals.__all__) == sorted(ray_internals.MODULE_OF)
 
 
-def test_a_name_that_ray_has_not_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
         ray_internals.nosuch  # noqa: B018
 
@@ -34,7 +34,7 @@ def test_a_name_that_ray_has_not_is_an_attribute_error() -> None:
         (data_internals.ExecutionCallback, "before_execution_starts"),
     ],
 )
-def test_methods_that_are_called_or_overridden_exist(owner: object, method: str) -> None:
+def test_used_and_overridden_methods_exist(owner: object, method: str) -> None:
     assert callable(getattr(owner, method))
 
 
@@ -48,11 +48,11 @@ def test_methods_that_are_called_or_overridden_exist(owner: object, method: str)
         ),
     ],
 )
-def test_what_is_set_exists(module: str, name: str) -> None:
+def test_the_settings_that_medgpt_changes_exist(module: str, name: str) -> None:
     assert hasattr(importlib.import_module(module), name)
 
 
-def test_ray_data_asks_for_nodes_above_a_threshold_that_can_be_set() -> None:
+def test_ray_data_has_a_settable_scale_up_threshold() -> None:
     from ray.data._internal.cluster_autoscaler import default_cluster_autoscaler_v2 as module
 
     source = importlib.import_module("inspect").getsource(module.DefaultClusterAutoscalerV2)

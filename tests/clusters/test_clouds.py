@@ -52,8 +52,8 @@ def test_aws_starts_each_group_as_it_is_defined(account: str) -> None:
     client = boto3.client("ec2", region_name=account)
     for role, group in config["available_node_types"].items():
         (instance,) = provider.create_node(group["node_config"], tags(role), 1).values()
-        (found,) = client.describe_instances(InstanceIds=[instance.id])["Reservations"]
-        (made,) = found["Instances"]
+        (reservation,) = client.describe_instances(InstanceIds=[instance.id])["Reservations"]
+        (made,) = reservation["Instances"]
         assert made["InstanceType"] == group["node_config"]["InstanceType"]
         assert made.get("InstanceLifecycle") == ("spot" if role == "data" else None)
         profile = "medgpt-head" if role == "head" else "medgpt-worker"
@@ -88,7 +88,7 @@ def test_alibaba_cloud_is_asked_for_each_group_without_keys_in_the_file(
         assert names == {"ray-cluster-name", *tags(role)}
 
 
-def test_google_cloud_knows_all_that_nodes_are_told() -> None:
+def test_google_cloud_accepts_all_settings_of_nodes() -> None:
     pytest.importorskip("googleapiclient", reason="needs google-api-python-client")
     import googleapiclient
 

@@ -10,9 +10,9 @@ JOBS = ROOT / "jobs"
 def pins(name: str) -> dict[str, str]:
     lines = [line for line in (JOBS / name).read_text("utf-8").splitlines() if line]
     lines = [line for line in lines if not line.startswith(("#", "-c"))]
-    found = dict(line.split("==") for line in lines)
-    assert len(found) == len(lines)  # none twice, all exact
-    return found
+    pins = dict(line.split("==") for line in lines)
+    assert len(pins) == len(lines)  # none twice, all exact
+    return pins
 
 
 def test_the_gpu_set_is_the_cpu_set_and_torchs_libraries() -> None:

@@ -29,7 +29,7 @@ ROLES = ["data", "rollout", "train"]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_ray_accepts_it_and_its_workers_start_from_none(name: str) -> None:
+def test_ray_accepts_the_definition_and_workers_start_from_zero(name: str) -> None:
     assert sorted(groups(name)) == ROLES
     for group in groups(name).values():
         assert group.min_worker_nodes == 0
@@ -82,7 +82,7 @@ def test_data_tasks_bring_no_gpus(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_no_group_has_is_told_infeasible(name: str) -> None:
+def test_demands_that_no_group_can_meet_are_infeasible(name: str) -> None:
     assert schedule(name, ({"CPU": 1}, {"role": "poet"})).infeasible_resource_requests
     assert schedule(name, ({"CPU": 1, "GPU": 9}, {})).infeasible_resource_requests
 
@@ -139,7 +139,7 @@ def test_scripts_parse(script: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_jobs_can_read_how_far_the_autoscaler_may_go(name: str) -> None:
+def test_jobs_can_read_the_autoscaling_limits_of_a_definition(name: str) -> None:
     path = CLUSTERS / ("kuberay/cluster/raycluster.yaml" if name == "kuberay" else f"{name}.yaml")
     program = (
         f"import sys; sys.path.insert(0, {str(CLUSTERS)!r}); import report; from pathlib import "

@@ -52,8 +52,8 @@ def test_a_manifest_fits_kuberays_schema(kind: str, file: str) -> None:
 
 def pods(spec: dict[str, Any]) -> dict[str, Any]:
     """Pod specs by group."""
-    found = {"head": spec["headGroupSpec"]["template"]["spec"]}
-    return found | {g["groupName"]: g["template"]["spec"] for g in spec["workerGroupSpecs"]}
+    specs = {"head": spec["headGroupSpec"]["template"]["spec"]}
+    return specs | {g["groupName"]: g["template"]["spec"] for g in spec["workerGroupSpecs"]}
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -74,7 +74,7 @@ def test_pods_run_without_rights(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_authentication_is_on_and_the_token_is_named_not_told(kind: str) -> None:
+def test_authentication_is_on_and_the_token_is_a_reference(kind: str) -> None:
     spec = SPECS[kind]
     assert spec["authOptions"] == {"mode": "token", "secretName": "medgpt-ray-token"}
     up = (ROOT / "clusters/up.sh").read_text("utf-8")
@@ -85,7 +85,7 @@ def test_authentication_is_on_and_the_token_is_named_not_told(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_the_autoscaler_is_rays_second_and_a_lost_head_is_tried_again(kind: str) -> None:
+def test_the_autoscaler_is_v2_and_a_lost_head_is_retried(kind: str) -> None:
     spec = SPECS[kind]
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["autoscalerOptions"]["version"] == "v2"
@@ -127,7 +127,7 @@ def test_the_network_lets_in_medgpt_and_the_operator_only() -> None:
         assert labels["role"] == pod["labels"]["role"]
 
 
-def test_claims_and_maps_that_pods_use_are_made() -> None:
+def test_volume_claims_and_config_maps_of_pods_exist() -> None:
     claim = manifest("cluster/storage.yaml")["metadata"]["name"]
     (generated,) = manifest("cluster/kustomization.yaml")["configMapGenerator"]
     for pod in pods(SPECS["RayCluster"]).values():
@@ -139,7 +139,7 @@ def test_claims_and_maps_that_pods_use_are_made() -> None:
 
 
 @pytest.mark.parametrize("folder", ["cluster", "job"])
-def test_kustomize_makes_what_the_other_tests_look_at(folder: str) -> None:
+def test_kustomize_builds_the_manifests_that_are_tested(folder: str) -> None:
     made = kustomized(folder)
     if made is None:
         pytest.skip("no kubectl on this machine")

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from medgpt.runs import Run
-from tests.clusters.local import LocalCluster, wait_until
+from tests.clusters.local_cluster import LocalCluster, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -36,7 +36,7 @@ def submit(cluster: LocalCluster, run: Path, base: Path, corpus: Path, *override
     return f"ray job submit --working-dir . -- medgpt sft configs/debug/sft.toml {arguments}"
 
 
-def test_it_is_private_and_asks_for_the_token(cluster: LocalCluster) -> None:
+def test_the_local_cluster_is_private_and_requires_the_token(cluster: LocalCluster) -> None:
     assert mode(cluster.private) == 0o700
     assert mode(cluster.token) == 0o600
     assert mode(cluster.token.parent) == 0o700
@@ -44,8 +44,8 @@ def test_it_is_private_and_asks_for_the_token(cluster: LocalCluster) -> None:
     jobs = f"{cluster.url}/api/jobs/"
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(jobs)
-    told = {"Authorization": f"Bearer {cluster.token.read_text()}"}
-    with urllib.request.urlopen(urllib.request.Request(jobs, headers=told)) as answer:
+    headers = {"Authorization": f"Bearer {cluster.token.read_text()}"}
+    with urllib.request.urlopen(urllib.request.Request(jobs, headers=headers)) as answer:
         assert json.load(answer) == []
     listening = [
         c.laddr.ip
@@ -57,20 +57,21 @@ def test_it_is_private_and_asks_for_the_token(cluster: LocalCluster) -> None:
     assert cluster.token.read_text() not in cluster.said
 
 
-def test_jobs_can_read_how_far_it_may_grow(cluster: LocalCluster) -> None:
-    most = cluster.ask("print(json.dumps(dict(state.get_max_resources_from_cluster_config())))")
+def test_jobs_on_the_local_cluster_can_read_the_autoscaling_limits(cluster: LocalCluster) -> None:
+    program = "print(json.dumps(dict(state.get_max_resources_from_cluster_config())))"
+    most = cluster.run_program(program)
     assert most["CPU"] == 2 * 2 + 4 + 4
 
 
 @pytest.mark.slow
-def test_a_job_from_no_workers_waits_trains_and_leaves_none(
+def test_a_job_starts_from_zero_workers_and_leaves_none(
     cluster: LocalCluster, base: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    assert cluster.raylets() == 1
-    job = cluster.with_it(
+    assert cluster.num_raylets() == 1
+    job = cluster.start(
         submit(cluster, tmp_path / "run", base, tiny_corpus, "cluster.num_workers=2")
     )
-    wait_until(lambda: cluster.raylets() >= 3, "two nodes more", 300)
+    wait_until(lambda: cluster.num_raylets() >= 3, "two nodes more", 300)
     out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out
     assert (
@@ -80,7 +81,7 @@ def test_a_job_from_no_workers_waits_trains_and_leaves_none(
     run = Run(str(tmp_path / "run"))
     assert run.finished
     assert run.manifest["world_size"] == 2
-    wait_until(lambda: cluster.raylets() == 1, "without workers again", 240)
+    wait_until(lambda: cluster.num_raylets() == 1, "without workers again", 240)
 
     token = cluster.token.read_text()
     for path in [*cluster.private.rglob("*"), *(tmp_path / "run").rglob("*")]:
@@ -100,11 +101,11 @@ def test_a_job_that_can_never_be_placed_is_refused(
     cluster: LocalCluster, base: Path, tiny_corpus: Path, tmp_path: Path, override: str, reason: str
 ) -> None:
     batch = "train.global_batch_size=80"
-    job = cluster.with_it(submit(cluster, tmp_path / "run", base, tiny_corpus, override, batch))
+    job = cluster.start(submit(cluster, tmp_path / "run", base, tiny_corpus, override, batch))
     out, _ = job.communicate(timeout=120)
     assert job.returncode != 0
     assert reason in out
-    assert cluster.raylets() == 1
+    assert cluster.num_raylets() == 1
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_a_job_whose_labels_no_node_has_says_so_and_ends(
     cluster: LocalCluster, base: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     overrides = ['cluster.labels={role="poet"}', "cluster.wait_s=20"]
-    job = cluster.with_it(submit(cluster, tmp_path / "run", base, tiny_corpus, *overrides))
+    job = cluster.start(submit(cluster, tmp_path / "run", base, tiny_corpus, *overrides))
     out, _ = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "its autoscaler has no nodes left that could hold this" in out
@@ -123,7 +124,7 @@ def test_down_ends_what_up_started_and_nothing_else(ray_session: None) -> None:
     import ray
 
     with LocalCluster() as cluster:
-        assert cluster.raylets() == 1
+        assert cluster.num_raylets() == 1
         others = [p for p in psutil.process_iter() if "raylet" in p.name()]
         others = [process for process in others if process not in cluster.processes()]
         assert others

@@ -17,7 +17,7 @@ from ray.core.generated.common_pb2 import NodeDeathInfo
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from tests.clusters.definitions import CLUSTERS
-from tests.train.clusters import add_node, started_cluster
+from tests.train.local_cluster import add_node, started_cluster
 
 pytestmark = [pytest.mark.timeout(300)]
 
@@ -63,7 +63,7 @@ def metadata() -> Iterator[str]:
     server.shutdown()
 
 
-def test_every_clouds_notice_is_read(metadata: str) -> None:
+def test_the_spot_notice_of_every_cloud_is_read(metadata: str) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(CLUSTERS)!r}); import spot_notice, json\n"
         f"say = lambda: [p.notice({metadata!r}) for p in spot_notice.PROVIDERS.values()]\n"

@@ -8,8 +8,8 @@ import pytest
 
 from medgpt.config.tune import TuneStageConfig
 from medgpt.tune.results import trials_url
-from medgpt.tune.trial_records import Records
-from tests.clusters.local import LocalCluster, wait_until
+from medgpt.tune.trial_records import TrialRecords
+from tests.clusters.local_cluster import LocalCluster, wait_until
 from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,46 +44,48 @@ def test_a_search_brings_nodes_of_all_groups_and_leaves_none(
     cluster: LocalCluster, base: Path, tmp_path: Path, submit: str
 ) -> None:
     config, words = search(tmp_path, base, SHORT)
-    assert cluster.raylets() == 1
-    job = cluster.with_it(f"{submit} configs/debug/tune.toml {words}")
-    wait_until(lambda: cluster.raylets() >= 5, "four nodes more", 400)
+    assert cluster.num_raylets() == 1
+    job = cluster.start(f"{submit} configs/debug/tune.toml {words}")
+    wait_until(lambda: cluster.num_raylets() >= 5, "four nodes more", 400)
     out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out
     assert statuses(config) == {"001": "finished", "002": "finished"}, out
     assert "2 trials at a time" in out
-    wait_until(lambda: cluster.raylets() == 1, "without workers again", 240)
-    roles = cluster.ask("print(json.dumps([node['Labels'].get('role') for node in ray.nodes()]))")
+    wait_until(lambda: cluster.num_raylets() == 1, "without workers again", 240)
+    roles = cluster.run_program(
+        "print(json.dumps([node['Labels'].get('role') for node in ray.nodes()]))"
+    )
     assert roles.count("train") >= 2  # actor and critic of one trial fill a node
     assert {"head", "data", "rollout"} < set(roles)
 
 
-def test_the_nodes_of_a_trial_that_is_stopped_go_while_others_train(
+def test_nodes_of_a_stopped_trial_are_released_while_others_train(
     cluster: LocalCluster, base: Path, tmp_path: Path
 ) -> None:
     wild = 'search={"optimizer.learning_rate"={loguniform=[0.3,0.31]}}'
     config, words = search(tmp_path, base, (*SHORT, *ALONE), wild)
-    job = cluster.with_it(f"medgpt submit tune configs/debug/tune.toml {words}")
+    job = cluster.start(f"medgpt submit tune configs/debug/tune.toml {words}")
     try:
-        wait_until(lambda: cluster.raylets() >= 7, "two trials on four nodes for training", 300)
+        wait_until(lambda: cluster.num_raylets() >= 7, "two trials on four nodes for training", 300)
         wait_until(lambda: statuses(config).get("002") == "diverged", "the end of a trial", 200)
-        assert cluster.raylets() <= 8  # one more where both trials read data at once
-        wait_until(lambda: cluster.raylets() <= 6, "without the nodes of the trial", 200)
+        assert cluster.num_raylets() <= 8  # one more where both trials read data at once
+        wait_until(lambda: cluster.num_raylets() <= 6, "without the nodes of the trial", 200)
         assert statuses(config)["001"] == "running"
         assert job.poll() is None
     finally:
-        cluster.with_it(f"medgpt job stop {config.run.dir}").communicate(timeout=60)
+        cluster.start(f"medgpt job stop {config.run.dir}").communicate(timeout=60)
 
 
 def search(
     folder: Path, base: Path, of_base: Sequence[str], *more: str
 ) -> tuple[TuneStageConfig, str]:
     """The config, and what makes configs/debug/tune.toml one like it."""
-    told = f"[{', '.join(repr(one) for one in of_base)}]"
-    config = search_config(folder, base, *SEARCH, *more, of_base=told)
-    words = [f"run.dir={config.run.dir}", f"base={config.base}", f"overrides={told}"]
+    overrides = f"[{', '.join(repr(one) for one in of_base)}]"
+    config = search_config(folder, base, *SEARCH, *more, of_base=overrides)
+    words = [f"run.dir={config.run.dir}", f"base={config.base}", f"overrides={overrides}"]
     return config, shlex.join([*words, *SEARCH, *more])
 
 
 def statuses(config: TuneStageConfig) -> dict[str, str]:
     """Of the trials, by name."""
-    return {record.name: record.status for record in Records(trials_url(config)).all()}
+    return {record.name: record.status for record in TrialRecords(trials_url(config)).all()}

@@ -9,12 +9,12 @@ import pytest
 
 from medgpt.config.data import SourceConfig
 from medgpt.config.loading import load
-from medgpt.config.reward_model import RewardConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import PretrainConfig, SFTConfig
-from medgpt.data.sources.deny import DenyList
-from medgpt.data.sources.readers import read_unit
+from medgpt.data.sources.deny_list import DenyList
+from medgpt.data.sources.file_slices import list_slices
+from medgpt.data.sources.readers import read_slice
 from medgpt.data.sources.records import Conversation, Document, Preferences, Record, Reject
-from medgpt.data.sources.units import list_units
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -56,11 +56,13 @@ def sources() -> dict[str, SourceConfig]:
 @cache
 def records(name: str) -> list[Record | Reject]:
     source = sources()[name]
-    return [item for unit in list_units(source, 32) for item in read_unit(unit, source)]
+    return [
+        item for file_slice in list_slices(source, 32) for item in read_slice(file_slice, source)
+    ]
 
 
 @cache
-def listed() -> dict[str, tuple[str, int]]:
+def manifest_sources() -> dict[str, tuple[str, int]]:
     """file -> licence and rows, as SOURCES.md lists them."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -74,7 +76,7 @@ def listed() -> dict[str, tuple[str, int]]:
 def test_every_row_is_a_record_or_a_counted_reject(name: str) -> None:
     items = records(name)
     [path] = sources()[name].paths
-    licence, rows = listed()[str(Path(path).resolve().relative_to(DATA.resolve()))]
+    licence, rows = manifest_sources()[str(Path(path).resolve().relative_to(DATA.resolve()))]
     assert len(items) == rows
     assert [item.row for item in items] == list(range(1, rows + 1))
     malformed = sum(isinstance(item, Reject) for item in items)
@@ -85,13 +87,13 @@ def test_every_row_is_a_record_or_a_counted_reject(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_stage_decides_between_documents_and_conversations(name: str) -> None:
-    wanted = Document if name in NAMES["pretrain"] else Conversation
-    assert all(isinstance(item, (wanted, Reject)) for item in records(name))
+    record_type = Document if name in NAMES["pretrain"] else Conversation
+    assert all(isinstance(item, (record_type, Reject)) for item in records(name))
 
 
 def test_real_patients_are_sensitive() -> None:
-    marked = {name for name, source in sources().items() if source.sensitive}
-    assert marked == {"cmdd", "toyhom", "huatuo", "smile", "smile-depression"}
+    sensitive = {name for name, source in sources().items() if source.sensitive}
+    assert sensitive == {"cmdd", "toyhom", "huatuo", "smile", "smile-depression"}
 
 
 @pytest.mark.parametrize("name", ["cmdd", "cpsycoun", "smile", "emollm", "cmtmedqa"])
@@ -115,13 +117,17 @@ def test_relations_read_as_sentences() -> None:
 def test_real_preferences_are_ranked_or_compare_nothing() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        reward = load(RewardConfig, ROOT / "configs/real/reward.toml")
+        reward = load(RewardModelConfig, ROOT / "configs/real/reward.toml")
     counts = {}
     for source in reward.data.sources:
-        items = [item for unit in list_units(source, 32) for item in read_unit(unit, source)]
-        kept = [item for item in items if isinstance(item, Preferences)]
+        items = [item for unit in list_slices(source, 32) for item in read_slice(unit, source)]
+        preferences = [item for item in items if isinstance(item, Preferences)]
         assert not any(isinstance(item, Reject) and item.malformed for item in items)
-        counts[source.name] = (len(items), len(kept), sum(len(item.answers) for item in kept))
+        counts[source.name] = (
+            len(items),
+            len(preferences),
+            sum(len(item.answers) for item in preferences),
+        )
     # questions of therapists of which most have one answer; six systems for every patient
     assert counts == {"counsel-chat": (700, 179, 1033), "disc-cmd": (114, 114, 684)}
 
@@ -130,8 +136,8 @@ def test_few_records_break_the_deny_list() -> None:
     denied = {}
     for name in ALL:
         deny = DenyList.load(sources()[name].deny)
-        good = [r for r in records(name) if not isinstance(r, Reject)]
-        denied[name] = sum(isinstance(deny.check(r), Reject) for r in good) / len(good)
+        valid = [r for r in records(name) if not isinstance(r, Reject)]
+        denied[name] = sum(isinstance(deny.check(r), Reject) for r in valid) / len(valid)
     print({name: f"{share:.2%}" for name, share in denied.items()})
     assert max(denied.values()) < 0.03
     assert denied["toyhom"] > 0  # its first row promises to clear the blood of waste

@@ -24,7 +24,7 @@ OPTIMIZER = OptimizerConfig(
 
 
 @dataclass(frozen=True)
-class Case:
+class EngineSetup:
     zero_stage: int
     offload: bool = False
     precision: str = "fp32"
@@ -81,12 +81,12 @@ def train_step(engine: Engine, step: int) -> tuple[float, float]:
     batch = micro_batches(step)
     num_tokens = sum(len(tokens) for tokens in batch)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    mine = batch[rank::num_ranks]
+    own_share = batch[rank::num_ranks]
     total = torch.zeros(())
     for index in range(-(-len(batch) // num_ranks)):
-        tokens = mine[index] if index < len(mine) else batch[0]
+        tokens = own_share[index] if index < len(own_share) else batch[0]
         loss = loss_of(engine(tokens)["logits"], tokens, num_tokens)
-        loss = loss if index < len(mine) else loss * 0
+        loss = loss if index < len(own_share) else loss * 0
         engine.backward(loss)
         total += loss.detach()
     norm = engine.step()
@@ -94,7 +94,7 @@ def train_step(engine: Engine, step: int) -> tuple[float, float]:
     return float(total), norm
 
 
-def new_engine(case: Case, module: nn.Module | None = None) -> Engine:
+def new_engine(case: EngineSetup, module: nn.Module | None = None) -> Engine:
     return Engine(
         case.net() if module is None else module,
         engine=case.config(),
@@ -112,17 +112,17 @@ class Outcome:
     """On rank 0."""
 
 
-def flat(items: Sequence[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
+def to_numpy(items: Sequence[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
     return {name: tensor.detach().float().numpy() for name, tensor in items}
 
 
-def train(case: Case, steps: int) -> Outcome:
+def train(case: EngineSetup, steps: int) -> Outcome:
     """Train on this process's ranks, from the seed."""
     engine = new_engine(case)
     return _outcome(engine, [train_step(engine, step) for step in range(steps)])
 
 
-def train_and_save(case: Case, steps: int, directory: Path) -> Outcome:
+def train_and_save(case: EngineSetup, steps: int, directory: Path) -> Outcome:
     engine = new_engine(case)
     done = [train_step(engine, step) for step in range(steps)]
     save(engine, directory)
@@ -134,7 +134,7 @@ def save(engine: Engine, directory: Path) -> None:
     dist.barrier()  # a rank loads the files of all
 
 
-def load_and_train(case: Case, steps: int, directory: Path) -> Outcome:
+def load_and_train(case: EngineSetup, steps: int, directory: Path) -> Outcome:
     """Continue a checkpoint in a fresh engine over other weights."""
     engine = new_engine(case, case.net(seed=99))
     engine.load(directory)
@@ -142,7 +142,7 @@ def load_and_train(case: Case, steps: int, directory: Path) -> Outcome:
 
 
 def _outcome(engine: Engine, done: Sequence[tuple[float, float]]) -> Outcome:
-    weights = flat(list(gather_weights(engine.module)))
+    weights = to_numpy(list(gather_weights(engine.module)))
     return Outcome([loss for loss, _ in done], [norm for _, norm in done], weights)
 
 
@@ -184,4 +184,4 @@ def reference(steps: int) -> Outcome:
             group["lr"] = learning_rate(step, TOTAL_STEPS, OPTIMIZER)
         adam.step()
         adam.zero_grad()
-    return Outcome(losses, norms, flat(list(net.named_parameters())))
+    return Outcome(losses, norms, to_numpy(list(net.named_parameters())))

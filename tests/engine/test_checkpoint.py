@@ -9,7 +9,7 @@ from torch import nn
 
 from medgpt.engine.checkpoint import assign_owners
 from tests.engine.cases import (
-    Case,
+    EngineSetup,
     load_and_train,
     new_engine,
     reference,
@@ -21,13 +21,20 @@ from tests.engine.cases import (
 from tests.engine.test_engine import assert_equal
 
 TwoRanks = Callable[..., list[Any]]
-CASES = [Case(0), Case(1), Case(2), Case(3), Case(2, offload=True), Case(3, offload=True)]
+CASES = [
+    EngineSetup(0),
+    EngineSetup(1),
+    EngineSetup(2),
+    EngineSetup(3),
+    EngineSetup(2, offload=True),
+    EngineSetup(3, offload=True),
+]
 NEXT = [*CASES[1:], CASES[0]]
 TWOS, THREES = [2] * len(CASES), [3] * len(CASES)
 
 
 @pytest.fixture(scope="module")
-def of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def one_rank_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A checkpoint after two steps at every stage."""
     folder = tmp_path_factory.mktemp("one")
     directories = [folder / str(case) for case in CASES]
@@ -36,7 +43,9 @@ def of_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory: pytest.TempPathFactory, two_ranks: TwoRanks) -> list[Path]:
+def two_rank_checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, two_ranks: TwoRanks
+) -> list[Path]:
     folder = tmp_path_factory.mktemp("two")
     directories = [folder / str(case) for case in CASES]
     two_ranks(run_all, train_and_save, CASES, TWOS, directories)
@@ -48,35 +57,37 @@ def after_resuming(expected: Any) -> Any:
     return expected
 
 
-def test_one_rank_resumes_as_if_never_interrupted(of_one_rank: list[Path]) -> None:
-    for case, directory in zip(CASES, of_one_rank, strict=True):
+def test_one_rank_resumes_as_if_never_interrupted(one_rank_checkpoints: list[Path]) -> None:
+    for case, directory in zip(CASES, one_rank_checkpoints, strict=True):
         assert_equal(load_and_train(case, 3, directory), after_resuming(train(case, 5)), 1e-7)
 
 
 def test_two_ranks_resume_as_if_never_interrupted(
-    of_two_ranks: list[Path], two_ranks: TwoRanks
+    two_rank_checkpoints: list[Path], two_ranks: TwoRanks
 ) -> None:
-    outcomes, _ = two_ranks(run_all, load_and_train, CASES, THREES, of_two_ranks)
+    outcomes, _ = two_ranks(run_all, load_and_train, CASES, THREES, two_rank_checkpoints)
     for outcome in outcomes:
         assert_equal(outcome, after_resuming(reference(5)), 5e-6)
 
 
-def test_two_ranks_continue_what_one_saved_at_another_stage(
-    of_one_rank: list[Path], two_ranks: TwoRanks
+def test_two_ranks_resume_a_checkpoint_of_one_rank_at_another_stage(
+    one_rank_checkpoints: list[Path], two_ranks: TwoRanks
 ) -> None:
-    outcomes, _ = two_ranks(run_all, load_and_train, NEXT, THREES, of_one_rank)
+    outcomes, _ = two_ranks(run_all, load_and_train, NEXT, THREES, one_rank_checkpoints)
     for outcome in outcomes:
         assert_equal(outcome, after_resuming(reference(5)), 1e-5)
 
 
-def test_one_rank_continues_what_two_saved_at_another_stage(of_two_ranks: list[Path]) -> None:
-    for case, directory in zip(NEXT, of_two_ranks, strict=True):
+def test_one_rank_resumes_a_checkpoint_of_two_ranks_at_another_stage(
+    two_rank_checkpoints: list[Path],
+) -> None:
+    for case, directory in zip(NEXT, two_rank_checkpoints, strict=True):
         assert_equal(load_and_train(case, 3, directory), after_resuming(reference(5)), 1e-5)
 
 
 def test_bf16_resumes_exactly_from_its_master_weights(tmp_path: Path) -> None:
     for stage in (1, 2, 3):
-        case = Case(stage, precision="bf16")
+        case = EngineSetup(stage, precision="bf16")
         train_and_save(case, 2, tmp_path / str(stage))
         resumed = load_and_train(case, 1, tmp_path / str(stage))
         assert_equal(resumed, after_resuming(train(case, 3)), 1e-7)
@@ -84,25 +95,27 @@ def test_bf16_resumes_exactly_from_its_master_weights(tmp_path: Path) -> None:
 
 def test_a_checkpoint_from_before_the_first_step_restores_it(tmp_path: Path) -> None:
     for stage in range(4):
-        train_and_save(Case(stage), 0, tmp_path / str(stage))
-        assert_equal(load_and_train(Case(stage), 2, tmp_path / str(stage)), reference(2))
+        train_and_save(EngineSetup(stage), 0, tmp_path / str(stage))
+        assert_equal(load_and_train(EngineSetup(stage), 2, tmp_path / str(stage)), reference(2))
 
 
-def test_training_on_does_not_change_a_snapshot(tmp_path: Path) -> None:
+def test_further_training_does_not_change_a_snapshot(tmp_path: Path) -> None:
     for stage in range(4):
-        engine = new_engine(Case(stage))
+        engine = new_engine(EngineSetup(stage))
         done = [train_step(engine, step) for step in range(2)]
         snapshot = engine.snapshot()
         train_step(engine, 2)
         snapshot.write(tmp_path / str(stage))
-        resumed = load_and_train(Case(stage), 1, tmp_path / str(stage))
-        assert_equal(resumed, after_resuming(train(Case(stage), 3)), 1e-7)
+        resumed = load_and_train(EngineSetup(stage), 1, tmp_path / str(stage))
+        assert_equal(resumed, after_resuming(train(EngineSetup(stage), 3)), 1e-7)
         assert len(done) == engine.steps - 1 == 2
 
 
-def test_two_ranks_write_whole_fp32_tensors_into_balanced_files(of_two_ranks: list[Path]) -> None:
-    params = {name for name, _ in new_engine(Case(0)).module.named_parameters()}
-    for directory in of_two_ranks:
+def test_two_ranks_write_whole_fp32_tensors_into_balanced_files(
+    two_rank_checkpoints: list[Path],
+) -> None:
+    params = {name for name, _ in new_engine(EngineSetup(0)).module.named_parameters()}
+    for directory in two_rank_checkpoints:
         files = sorted(directory.glob("*.safetensors"))
         names = [f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)]
         assert [f.name for f in files] == names
@@ -133,7 +146,7 @@ def test_owners_are_balanced_by_size_and_do_not_depend_on_order() -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    train_and_save(Case(0), 0, tmp_path)
-    other = new_engine(Case(0), nn.Sequential(nn.Linear(2, 2)))
+    train_and_save(EngineSetup(0), 0, tmp_path)
+    other = new_engine(EngineSetup(0), nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="another model"):
         other.load(tmp_path)

@@ -15,7 +15,7 @@ from medgpt.engine import Engine
 from tests.engine.cases import (
     CPU,
     OPTIMIZER,
-    Case,
+    EngineSetup,
     Outcome,
     loss_of,
     micro_batches,
@@ -29,8 +29,10 @@ from tests.engine.cases import (
 )
 
 TwoRanks = Callable[..., list[Any]]
-STAGES = [Case(stage, off) for stage in range(4) for off in (False, True) if stage or not off]
-BF16 = [Case(case.zero_stage, case.offload, "bf16") for case in STAGES]
+STAGES = [
+    EngineSetup(stage, off) for stage in range(4) for off in (False, True) if stage or not off
+]
+BF16 = [EngineSetup(case.zero_stage, case.offload, "bf16") for case in STAGES]
 
 
 def assert_equal(outcome: Outcome, expected: Outcome, tolerance: float = 1e-6) -> None:
@@ -46,7 +48,7 @@ def test_the_reference_clips_in_every_step() -> None:
 
 
 @pytest.mark.parametrize("case", STAGES, ids=str)
-def test_one_rank_trains_like_plain_torch(case: Case) -> None:
+def test_one_rank_trains_like_plain_torch(case: EngineSetup) -> None:
     assert_equal(train(case, 3), reference(3))
 
 
@@ -59,9 +61,9 @@ def test_two_ranks_with_ragged_shares_train_like_plain_torch(two_ranks: TwoRanks
         assert_equal(outcome, expected)
 
 
-def test_offload_without_zero_is_refused() -> None:
+def test_optimizer_offload_without_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine\.zero_stage"):
-        new_engine(Case(0, offload=True))
+        new_engine(EngineSetup(0, offload=True))
 
 
 class Scalar(nn.Module):
@@ -75,13 +77,13 @@ class Scalar(nn.Module):
         return (self.value * scale).sum()
 
 
-def scalar_engine(case: Case, **optimizer: float) -> Engine:
+def scalar_engine(case: EngineSetup, **optimizer: float) -> Engine:
     defaults = {"schedule": "constant", "warmup_share": 0, "max_grad_norm": 0}
     config = OptimizerConfig.model_validate(defaults | optimizer)
     return Engine(Scalar(), engine=case.config(), optimizer=config, total_steps=100, device=CPU)
 
 
-def accumulated_norm(case: Case) -> float:
+def accumulated_norm(case: EngineSetup) -> float:
     """The norm of 1 + 8 x 2^-10, a sum in which bf16 would lose every term but the first."""
     engine = scalar_engine(case)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -93,7 +95,7 @@ def accumulated_norm(case: Case) -> float:
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
-def test_bf16_gradients_accumulate_in_fp32(case: Case) -> None:
+def test_bf16_gradients_accumulate_in_fp32(case: EngineSetup) -> None:
     assert accumulated_norm(case) == 1 + 8 * 2.0**-10
 
 
@@ -103,7 +105,7 @@ def test_bf16_gradients_of_two_ranks_add_up_in_fp32(two_ranks: TwoRanks) -> None
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
-def test_a_small_update_survives_in_the_master_weights(case: Case, tmp_path: Path) -> None:
+def test_a_small_update_survives_in_the_master_weights(case: EngineSetup, tmp_path: Path) -> None:
     # Adam moves by the learning rate while the gradient is constant; bf16 has steps of 2^-8 below 1
     engine = scalar_engine(case, learning_rate=1e-6)
     for _ in range(3):
@@ -111,13 +113,13 @@ def test_a_small_update_survives_in_the_master_weights(case: Case, tmp_path: Pat
         engine.step()
     assert engine.module.value.dtype == torch.bfloat16
     save(engine, tmp_path)
-    other = scalar_engine(Case(0))
+    other = scalar_engine(EngineSetup(0))
     other.load(tmp_path)
     assert other.module.value.item() == pytest.approx(1 - 3e-6, abs=2e-7)
 
 
 @pytest.mark.parametrize("case", [*STAGES, *BF16], ids=str)
-def test_a_gradient_that_is_not_finite_changes_nothing(case: Case) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(case: EngineSetup) -> None:
     engine = scalar_engine(case, learning_rate=0.5)
     engine.backward(engine(math.nan))
     assert not math.isfinite(engine.step())
@@ -128,7 +130,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case: Case) -> None:
         assert float(engine(1.0)) == 0.5  # as the first update of Adam
 
 
-class Pair(nn.Module):
+class TwoParameters(nn.Module):
     """Two vectors, the second of which takes part or not."""
 
     def __init__(self) -> None:
@@ -139,10 +141,10 @@ class Pair(nn.Module):
         return self.first.sum() + self.second.sum() if both else self.first.sum()
 
 
-def second_after_an_absence(case: Case) -> list[float]:
+def second_parameter_after_missing_gradients(case: EngineSetup) -> list[float]:
     """Of Pair, after a step with both and one without it."""
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_share=0)
-    net = Pair()
+    net = TwoParameters()
     engine = Engine(net, engine=case.config(), optimizer=config, total_steps=9, device=CPU)
     for both in (True, False):
         engine.backward(engine(both))
@@ -150,19 +152,19 @@ def second_after_an_absence(case: Case) -> list[float]:
     return net.second.tolist()
 
 
-def test_what_has_no_gradient_goes_on_by_its_moments_at_every_stage_and_rank_count(
+def test_parameters_without_gradient_follow_their_moments_at_every_stage(
     two_ranks: TwoRanks,
 ) -> None:
-    cases = [Case(stage) for stage in range(3)]
-    found = run_all(second_after_an_absence, cases)
-    of_two, _ = two_ranks(run_all, second_after_an_absence, cases)
+    cases = [EngineSetup(stage) for stage in range(3)]
+    found = run_all(second_parameter_after_missing_gradients, cases)
+    of_two, _ = two_ranks(run_all, second_parameter_after_missing_gradients, cases)
     for second in found + of_two:
         assert second == pytest.approx(found[1])  # DeepSpeed's own
         assert max(second) < 0.89  # the first step moved it by 0.1
 
 
 def test_the_learning_rate_is_that_of_the_latest_step() -> None:
-    engine = new_engine(Case(0))  # warm-up of 2 of 8 steps to 0.02
+    engine = new_engine(EngineSetup(0))  # warm-up of 2 of 8 steps to 0.02
     assert engine.learning_rate == pytest.approx(0.02 / 3)
     train_step(engine, 0)
     assert engine.learning_rate == pytest.approx(0.02 / 3)
@@ -192,7 +194,7 @@ def test_frozen_parameters_stay_and_are_not_checkpointed(tmp_path: Path) -> None
         assert train_step(resumed, 2) == pytest.approx(follow_up, abs=1e-6)
 
 
-def forward_only(case: Case) -> float:
+def forward_only(case: EngineSetup) -> float:
     """A loss without gradients between training steps, as validation does."""
     engine = new_engine(case)
     train_step(engine, 0)
@@ -211,13 +213,13 @@ def test_validation_between_steps_is_harmless(two_ranks: TwoRanks) -> None:
     assert losses[0] == pytest.approx([losses[0][0]] * len(STAGES), abs=1e-6)
 
 
-def test_stdout_stays_free(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_engine_prints_nothing_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     for case in (*STAGES, *BF16):
         train_step(new_engine(case), 0)
     assert capfd.readouterr().out == ""
 
 
-def test_an_engine_config_needs_no_precision_on_a_cpu() -> None:
+def test_precision_auto_is_fp32_on_a_cpu() -> None:
     engine = Engine(
         new_net(), engine=EngineConfig(), optimizer=OPTIMIZER, total_steps=1, device=CPU
     )

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from medgpt.config.model import LoraConfig
-from medgpt.engine import plain_weights
-from medgpt.models.lora import apply_lora, plain_parts
-from tests.engine.cases import Case, new_engine
+from medgpt.engine import gather_merged_weights
+from medgpt.models.lora import apply_lora, merged_weights
+from tests.engine.cases import EngineSetup, new_engine
 
 TwoRanks = Callable[..., list[Any]]
 
@@ -29,13 +29,13 @@ def adapted_model() -> Any:
 
 
 def gathered(stage: int) -> dict[str, Tensor]:
-    engine = new_engine(Case(stage), adapted_model())
-    parts = plain_parts(engine.module)
-    return {name: weight.clone() for name, weight in plain_weights(parts)}
+    engine = new_engine(EngineSetup(stage), adapted_model())
+    parts = merged_weights(engine.module)
+    return {name: weight.clone() for name, weight in gather_merged_weights(parts)}
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_give_the_merged_model_on_rank_0(two_ranks: TwoRanks, stage: int) -> None:
+def test_two_ranks_gather_the_merged_model_on_rank_0(two_ranks: TwoRanks, stage: int) -> None:
     weights, nothing = two_ranks(gathered, stage)
     assert nothing == {}
     merged = dict(adapted_model().merge_and_unload().named_parameters())

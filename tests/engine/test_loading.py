@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from medgpt.config.train import OptimizerConfig
 from medgpt.engine import Engine, gather_weights, load_safetensors, partitioned_init
 from medgpt.engine import save_safetensors as write
-from tests.engine.cases import CPU, Case, new_engine, new_net, save, train_step
+from tests.engine.cases import CPU, EngineSetup, new_engine, new_net, save, train_step
 from tests.engine.ranks import start_ranks
 
 TwoRanks = Callable[..., list[Any]]
@@ -44,7 +44,7 @@ def read(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def read_partitioned(case: Case, folder: Path) -> Engine:
+def read_partitioned(case: EngineSetup, folder: Path) -> Engine:
     with no_init_weights(), partitioned_init(case.config(), CPU):
         model = Qwen2ForCausalLM(QWEN)
     model.tie_weights()
@@ -55,7 +55,7 @@ def read_partitioned(case: Case, folder: Path) -> Engine:
     )
 
 
-def logits_of(case: Case, folder: Path) -> Tensor:
+def logits_of(case: EngineSetup, folder: Path) -> Tensor:
     engine = read_partitioned(case, folder)
     with torch.no_grad():
         return engine(input_ids=TOKENS).logits
@@ -63,13 +63,13 @@ def logits_of(case: Case, folder: Path) -> Tensor:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_streamed_model_computes_as_transformers_loads_it(
+def test_a_streamed_model_has_the_logits_of_transformers(
     qwen: Path, stage: int, precision: str
 ) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     with torch.no_grad():
         expected = read(qwen, dtype)(input_ids=TOKENS).logits
-    assert torch.equal(logits_of(Case(stage, precision=precision), qwen), expected)
+    assert torch.equal(logits_of(EngineSetup(stage, precision=precision), qwen), expected)
 
 
 def test_partitioned_loading_on_two_ranks_gives_the_same_model(
@@ -77,22 +77,22 @@ def test_partitioned_loading_on_two_ranks_gives_the_same_model(
 ) -> None:
     with torch.no_grad():
         expected = read(qwen)(input_ids=TOKENS).logits
-    for found in two_ranks(logits_of, Case(3), qwen):
+    for found in two_ranks(logits_of, EngineSetup(3), qwen):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def rotary_frequencies(case: Case, folder: Path) -> Tensor:
+def rotary_frequencies(case: EngineSetup, folder: Path) -> Tensor:
     return dict(read_partitioned(case, folder).module.named_buffers())["model.rotary_emb.inv_freq"]
 
 
 def test_rotary_frequencies_stay_fp32_in_a_partitioned_bf16_model(qwen: Path) -> None:
-    found = rotary_frequencies(Case(3, precision="bf16"), qwen)
+    found = rotary_frequencies(EngineSetup(3, precision="bf16"), qwen)
     # base 10000, head size 4: 1 and 10000^-0.5
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx([1, 0.01], rel=1e-6)
 
 
-def train_and_export(case: Case, base: Path, folder: Path) -> tuple[Tensor, list[str]]:
+def train_and_export(case: EngineSetup, base: Path, folder: Path) -> tuple[Tensor, list[str]]:
     """A step of training, an export. Returns the logits after it and the names exported here."""
     engine = read_partitioned(case, base)
     engine.backward(
@@ -105,9 +105,11 @@ def train_and_export(case: Case, base: Path, folder: Path) -> tuple[Tensor, list
     return logits, [name for name, _ in gather_weights(engine.module)]
 
 
-@pytest.mark.parametrize("case", [Case(0), Case(3), Case(1, precision="bf16")], ids=str)
-def test_transformers_reads_an_export_as_it_was_trained(
-    qwen: Path, tmp_path: Path, case: Case
+@pytest.mark.parametrize(
+    "case", [EngineSetup(0), EngineSetup(3), EngineSetup(1, precision="bf16")], ids=str
+)
+def test_transformers_loads_an_export_with_equal_logits(
+    qwen: Path, tmp_path: Path, case: EngineSetup
 ) -> None:
     logits, names = train_and_export(case, qwen, tmp_path)
     assert sorted(load_file(tmp_path / "model.safetensors")) == sorted(names)
@@ -117,10 +119,10 @@ def test_transformers_reads_an_export_as_it_was_trained(
         assert torch.equal(read(tmp_path, logits.dtype)(input_ids=TOKENS).logits, logits)
 
 
-def test_two_ranks_export_once_and_the_same(
+def test_two_ranks_export_the_same_weights_once(
     qwen: Path, tmp_path: Path, two_ranks: TwoRanks
 ) -> None:
-    (logits, names), (_, others) = two_ranks(train_and_export, Case(3), qwen, tmp_path)
+    (logits, names), (_, others) = two_ranks(train_and_export, EngineSetup(3), qwen, tmp_path)
     assert names
     assert others == []
     QWEN.save_pretrained(tmp_path)
@@ -131,7 +133,7 @@ def test_two_ranks_export_once_and_the_same(
 
 def test_bf16_exports_are_the_rounded_master_weights(tmp_path: Path) -> None:
     for stage in (1, 2, 3):
-        engine = new_engine(Case(stage, precision="bf16"))
+        engine = new_engine(EngineSetup(stage, precision="bf16"))
         train_step(engine, 0)
         save(engine, tmp_path / str(stage))
         masters = load_file(tmp_path / str(stage) / "rank-00000-of-00001.safetensors")
@@ -141,8 +143,8 @@ def test_bf16_exports_are_the_rounded_master_weights(tmp_path: Path) -> None:
             assert torch.equal(tensor, masters[f"weight/{name}"].bfloat16()), name
 
 
-def test_a_part_exports_under_its_own_names(tmp_path: Path) -> None:
-    engine = new_engine(Case(3))
+def test_a_submodule_exports_under_its_own_names(tmp_path: Path) -> None:
+    engine = new_engine(EngineSetup(3))
     engine.export(tmp_path, engine.module.wide)
     assert sorted(load_file(tmp_path / "model.safetensors")) == ["bias", "weight"]
 
@@ -201,14 +203,14 @@ def memory(field: str) -> int:
 def peak_growth(stage: int, folder: Path) -> int:
     """Bytes that building and loading a model adds to the memory of this process, at most."""
     before = memory("VmRSS")
-    with no_init_weights(), partitioned_init(Case(stage).config(), CPU):
+    with no_init_weights(), partitioned_init(EngineSetup(stage).config(), CPU):
         model = Qwen2ForCausalLM(LARGE)
     assert load_safetensors(model, sorted(folder.glob("*.safetensors"))) == ([], [])
     return memory("VmHWM") - before
 
 
 @pytest.mark.slow
-def test_partitioned_loading_needs_a_partition_and_little_more(
+def test_partitioned_loading_needs_little_more_memory_than_a_partition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # glibc then returns what is freed: the measure is what is held, not how the heap is fragmented

@@ -4,7 +4,7 @@ from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.gates import parse_gate
 from medgpt.config.loading import validate
-from medgpt.eval.gates import GateFailure, check_gates, require
+from medgpt.eval.gates import GateFailure, check_gates, require_passed
 
 
 def score(value: float, n: int = 100) -> dict[str, float]:
@@ -103,7 +103,7 @@ def test_a_gate_compares_a_score_with_its_bound(text, passes):
         *('mcq."accuracy >= 1', "mcq. >= 1", ".accuracy >= 1", 'mcq."" >= 1', "mcq.a < 3 >= 1"),
     ],
 )
-def test_what_is_no_gate_is_refused(text):
+def test_a_malformed_gate_is_an_error(text):
     with pytest.raises(ValueError, match="gate"):
         parse_gate(text)
 
@@ -117,7 +117,7 @@ def test_an_unknown_score_is_an_error_with_the_nearest_name():
         check_gates(["key_points.diabets == pass"], results(0.5), None)
 
 
-def test_a_parent_that_is_not_there_or_answered_other_questions_is_an_error():
+def test_a_parent_that_is_missing_or_not_comparable_is_an_error():
     with pytest.raises(ConfigError, match=r"model\.parent is unset"):
         check_gates(["mcq.accuracy >= parent"], results(0.5), None)
     with pytest.raises(ConfigError, match="other questions"):
@@ -134,23 +134,23 @@ def test_a_parent_that_is_not_there_or_answered_other_questions_is_an_error():
         check_gates(["mcq.accuracy >= parent"], results(0.5), theirs)
 
 
-def test_a_failure_tells_the_evidence_of_all_that_failed():
+def test_a_gate_failure_lists_every_failed_gate_with_its_evidence():
     gates = ["mcq.accuracy >= parent", "key_points.diabetes == pass", "nll.general <= 3"]
     evidence = check_gates(gates, results(0.4, passed=0.0), results(0.5))
     with pytest.raises(GateFailure) as failure:
-        require(evidence)
+        require_passed(evidence)
     assert str(failure.value) == (
         "failed 2 of 3 gates: mcq.accuracy >= parent: 0.4000 (0.3000 to 0.5000, 95 %, n=100), the "
         "parent has 0.5000; key_points.diabetes == pass: 0.0000 (-0.1000 to 0.1000, 95 %, n=1)"
     )
-    require(check_gates(gates, results(0.5), results(0.5)))
+    require_passed(check_gates(gates, results(0.5), results(0.5)))
 
 
 def config(**keys) -> EvalConfig:
     return validate(EvalConfig, {"run": {"dir": "/x"}, "nll": [{"general": True}], **keys})
 
 
-def test_a_wrong_gate_stops_before_anything_runs():
+def test_a_wrong_gate_is_an_error_when_the_config_is_loaded():
     assert config(gates=["nll.general <= 3"]).gates == ("nll.general <= 3",)
     for gate, message in (
         ("nll.general <= 3 *", "not understood"),

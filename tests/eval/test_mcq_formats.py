@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.data.sources.rows import numbered_rows
-from medgpt.eval.tasks.mcq_formats import Question, read_questions
-from medgpt.sample_corpus.pairs import exam_questions
-from medgpt.sample_corpus.render import Corpus
+from medgpt.data.sources.readers import read_located_rows
+from medgpt.eval.tasks.mcq_formats import McqQuestion, read_mcq_questions
+from medgpt.sample_corpus.exam_questions import exam_questions
+from medgpt.sample_corpus.generator import CorpusGenerator
 
 FOUR = {"A": "one", "B": "two", "C": "three", "D": "four"}
 ROWS: dict[str, tuple[dict[str, Any], str]] = {  # a row, its right answer
@@ -51,8 +51,8 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {  # a row, its right answer
 }
 
 
-def read(layout: str, *rows: dict[str, Any]) -> list[Question]:
-    return read_questions(layout, [(f"file row {i}", row) for i, row in enumerate(rows, 1)])
+def read(layout: str, *rows: dict[str, Any]) -> list[McqQuestion]:
+    return read_mcq_questions(layout, [(f"file row {i}", row) for i, row in enumerate(rows, 1)])
 
 
 @pytest.mark.parametrize("layout", ROWS)
@@ -66,7 +66,7 @@ def test_a_published_row_is_read(layout: str):
 
 
 @pytest.mark.parametrize("hub", [False, True], ids=["authors", "hub"])
-def test_an_abstract_is_read_in_both_spellings(hub: bool):
+def test_pubmedqa_rows_are_read_from_the_authors_files_and_the_hub(hub: bool):
     row = {"pmid": "7", "QUESTION": "q", "CONTEXTS": ["a", "b"], "final_decision": "maybe"}
     if hub:
         row = {"pubid": 7, "question": "q", "context": {"contexts": ["a", "b"]}}
@@ -76,7 +76,7 @@ def test_an_abstract_is_read_in_both_spellings(hub: bool):
     assert question.options == {"A": "yes", "B": "no", "C": "maybe"}
 
 
-def test_medmcqa_counts_from_what_the_set_shows():
+def test_the_first_number_of_medmcqa_is_inferred_from_the_data():
     row = ROWS["medmcqa"][0]
     from_one = read("medmcqa", row | {"cop": 4}, row | {"cop": 1, "id": "y"})
     assert [question.answer for question in from_one] == ["D", "A"]
@@ -88,11 +88,11 @@ def test_medmcqa_counts_from_what_the_set_shows():
         read("medmcqa", row, row | {"cop": -1, "id": "y"})
 
 
-def test_subjects_of_several_files_are_slices(tmp_path: Path):
+def test_the_file_name_is_the_subject_slice(tmp_path: Path):
     for name, answer in (("anatomy", "A"), ("virology", "B")):
         text = f",Question,A,B,C,D,Answer\n0,what is {name}?,one,two,three,four,{answer}\n"
         (tmp_path / f"{name}.csv").write_text(text, "utf-8")
-    questions = read_questions("cmmlu", numbered_rows([str(tmp_path / "*.csv")]))
+    questions = read_mcq_questions("cmmlu", read_located_rows([str(tmp_path / "*.csv")]))
     assert [q.slices for q in questions] == [{"subject": "anatomy"}, {"subject": "virology"}]
 
 
@@ -112,7 +112,7 @@ def test_a_line_that_begins_with_another_letter_belongs_to_the_option_before_it(
     }
 
 
-def test_equal_questions_count_once_unless_their_answers_differ():
+def test_equal_questions_count_once_and_contradicting_answers_are_an_error():
     row = ROWS["xmedbench"][0]
     assert len(read("xmedbench", row, row)) == 1
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_equal_questions_count_once_unless_their_answers_differ():
 
 
 @pytest.mark.parametrize("answer", ["", "见解析", "F"])
-def test_an_answer_without_an_option_is_refused(answer: str):
+def test_an_answer_without_an_option_is_an_error(answer: str):
     with pytest.raises(ConfigError, match="file row 1"):
         read("cmexam", ROWS["cmexam"][0] | {"Answer": answer})
 
@@ -132,14 +132,14 @@ def test_a_question_needs_two_options():
         read("cmb", ROWS["cmb"][0] | {"option": {"A": "one", "B": " "}, "answer": "A"})
 
 
-def test_a_question_of_one_right_answer_has_one():
+def test_a_single_choice_question_with_two_right_answers_is_an_error():
     with pytest.raises(ConfigError, match="2 right answers and says that one is right"):
         read("cmb", ROWS["cmb"][0] | {"question_type": "单项选择题"})
 
 
 def test_the_sample_corpus_is_read():
-    rows = [("corpus", row) for row in exam_questions(Corpus())]
-    questions = read_questions("sample", rows)
+    rows = [("corpus", row) for row in exam_questions(CorpusGenerator())]
+    questions = read_mcq_questions("sample", rows)
     assert len(questions) == len(rows) > 100
     assert all(q.slices["department"] for q in questions)
 
@@ -158,5 +158,5 @@ def test_the_sample_corpus_is_read():
 def test_the_real_files_are_read(
     shared_data: Path, layout: str, file: str, count: int, several: int
 ):
-    questions = read_questions(layout, numbered_rows([str(shared_data / file)]))
+    questions = read_mcq_questions(layout, read_located_rows([str(shared_data / file)]))
     assert (len(questions), sum(q.multiple for q in questions)) == (count, several)

@@ -9,7 +9,7 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.config.loading import load
-from medgpt.jobs.command import STAGES, read_command
+from medgpt.jobs.command import SUBMITTABLE_CONFIGS, resolve_command
 
 SFT = """
 run.dir = "/shared/runs/sft"
@@ -62,7 +62,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def read_elsewhere(
+def resolve_elsewhere(
     stage: str, arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """The config that the arguments give in another folder, which holds the same configs."""
@@ -70,13 +70,13 @@ def read_elsewhere(
     copy.mkdir()
     (copy / "configs").symlink_to(folder / "configs")
     monkeypatch.chdir(copy)
-    return load(STAGES[stage], Path(arguments[1]), arguments[2:])
+    return load(SUBMITTABLE_CONFIGS[stage], Path(arguments[1]), arguments[2:])
 
 
-def test_relative_paths_mean_elsewhere_what_they_mean_here(here, monkeypatch) -> None:
-    command = read_command("sft", Path("configs/sft.toml"), ["train.epochs=2"])
-    assert command.files == ("configs/sft.toml",)
-    config = read_elsewhere("sft", command.arguments, here, monkeypatch)
+def test_relative_paths_become_absolute(here, monkeypatch) -> None:
+    command = resolve_command("sft", Path("configs/sft.toml"), ["train.epochs=2"])
+    assert command.config_files == ("configs/sft.toml",)
+    config = resolve_elsewhere("sft", command.cli_arguments, here, monkeypatch)
     assert config == command.config
     assert config.data.sources[0].paths[0] == f"{here}/corpora/*.jsonl"
     assert config.data.sources[0].deny == ("default", f"{here}/rules.toml")
@@ -84,23 +84,25 @@ def test_relative_paths_mean_elsewhere_what_they_mean_here(here, monkeypatch) ->
     assert config.train.epochs == 2
 
 
-def test_what_is_absolute_is_left_as_it_was_typed(here) -> None:
+def test_absolute_paths_are_unchanged(here) -> None:
     overrides = ["model.name=/models/base", "data.sources.0.paths=['s3://b/a']"]
     overrides += ["data.sources.0.deny=[]"]
-    command = read_command("sft", Path("configs/sft.toml"), overrides)
-    assert command.arguments == ("sft", "configs/sft.toml", *overrides)
+    command = resolve_command("sft", Path("configs/sft.toml"), overrides)
+    assert command.cli_arguments == ("sft", "configs/sft.toml", *overrides)
 
 
-def test_a_pipeline_takes_its_configs_from_the_copy_and_data_from_here(here, monkeypatch) -> None:
-    command = read_command("pipeline", Path("configs/pipeline.toml"), [])
+def test_a_pipeline_reads_its_configs_from_the_package_and_data_by_absolute_paths(
+    here, monkeypatch
+) -> None:
+    command = resolve_command("pipeline", Path("configs/pipeline.toml"), [])
     files = ["configs/pipeline.toml", "configs/corpus.toml", "configs/sft.toml"]
-    assert list(command.files) == files
+    assert list(command.config_files) == files
     assert [config.run.dir for config in command.configs] == [
         "/shared/runs/all/corpus",
         "/shared/runs/all/sft",
     ]
     assert command.configs[1].model.name == "/shared/runs/all/base"
-    pipeline = read_elsewhere("pipeline", command.arguments, here, monkeypatch)
+    pipeline = resolve_elsewhere("pipeline", command.cli_arguments, here, monkeypatch)
     assert pipeline.stages[1].config == f"{here}/copy/configs/sft.toml"
     assert f'data.sources.0.deny=["default", "{here}/rules.toml"]' in pipeline.stages[1].overrides
     assert pipeline.stages[0] == command.config.stages[0].model_copy(
@@ -108,26 +110,28 @@ def test_a_pipeline_takes_its_configs_from_the_copy_and_data_from_here(here, mon
     )
 
 
-def test_a_search_takes_its_base_from_the_copy_and_data_from_here(here, monkeypatch) -> None:
+def test_a_search_reads_its_base_from_the_package_and_data_by_absolute_paths(
+    here, monkeypatch
+) -> None:
     (here / "configs/ppo.toml").write_text(PPO)
     (here / "configs/tune.toml").write_text(TUNE)
-    command = read_command("tune", Path("configs/tune.toml"), ["tune.num_trials=3"])
-    assert command.files == ("configs/tune.toml", "configs/ppo.toml")
-    there = read_elsewhere("tune", command.arguments, here, monkeypatch)
-    assert there.stage == command.config.stage
-    assert there.stage.model.name == str(here / "runs/base/model")
-    assert there.stage.run.dir == "/shared/runs/tune/base"
+    command = resolve_command("tune", Path("configs/tune.toml"), ["tune.num_trials=3"])
+    assert command.config_files == ("configs/tune.toml", "configs/ppo.toml")
+    there = resolve_elsewhere("tune", command.cli_arguments, here, monkeypatch)
+    assert there.base_config == command.config.base_config
+    assert there.base_config.model.name == str(here / "runs/base/model")
+    assert there.base_config.run.dir == "/shared/runs/tune/base"
     assert there.tune.num_trials == 3
     assert there.base == str(here / "copy/configs/ppo.toml")
 
 
-def test_an_evaluation_names_its_model_as_medgpt_eval_wants_it(here) -> None:
+def test_an_evaluation_passes_its_model_as_an_argument(here) -> None:
     (here / "configs/eval.toml").write_text("run.dir = '/shared/e'\n[[nll]]\ngeneral = true\n")
     path = Path("configs/eval.toml")
-    command = read_command("eval", path, ["model.name=runs/base/model"])
-    assert command.arguments[:3] == ("eval", f"{here}/runs/base/model", "configs/eval.toml")
+    command = resolve_command("eval", path, ["model.name=runs/base/model"])
+    assert command.cli_arguments[:3] == ("eval", f"{here}/runs/base/model", "configs/eval.toml")
     with pytest.raises(ConfigError, match=r"missing key model\.name"):
-        read_command("eval", path, [])
+        resolve_command("eval", path, [])
 
 
 @pytest.mark.parametrize(
@@ -145,9 +149,11 @@ def test_an_evaluation_names_its_model_as_medgpt_eval_wants_it(here) -> None:
          r"'s3://me:\*\*\*@b/a': a URI must not hold a password"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_there_is_refused_here(here, stage, path, overrides, words) -> None:
+def test_commands_that_cannot_work_on_a_cluster_are_refused(
+    here, stage, path, overrides, words
+) -> None:
     with pytest.raises(ConfigError, match=words) as error:
-        read_command(stage, Path(path), overrides)
+        resolve_command(stage, Path(path), overrides)
     assert "secret" not in str(error.value)
 
 
@@ -155,11 +161,11 @@ def test_a_config_outside_of_the_folder_is_refused(here, tmp_path_factory) -> No
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "sft.toml"
     elsewhere.write_text(SFT)
     with pytest.raises(ConfigError, match=r"is outside of .* put it inside"):
-        read_command("sft", elsewhere, [])
+        resolve_command("sft", elsewhere, [])
 
 
-def test_a_command_is_read_without_heavy_libraries() -> None:
+def test_a_command_is_resolved_without_heavy_libraries() -> None:
     heavy = {"torch", "ray", "numpy", "pyarrow", "transformers"}
     code = f"import medgpt.jobs.command, sys; print(*{heavy!r} & set(sys.modules))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (found.returncode, found.stdout.strip()) == (0, ""), found.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stdout.strip()) == (0, ""), process.stderr

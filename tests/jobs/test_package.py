@@ -7,7 +7,7 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.jobs import package
-from medgpt.jobs.package import pack
+from medgpt.jobs.package import package_working_dir
 
 STAYS = [
     *(".git/config", ".env", ".env.local", "deep/.env", ".netrc", "keys/me.pem", "id_rsa"),
@@ -31,23 +31,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-def test_only_code_and_configs_travel(folder: Path, tmp_path: Path) -> None:
-    names = pack(folder, tmp_path / "code.zip")
+def test_only_code_and_configs_are_packaged(folder: Path, tmp_path: Path) -> None:
+    names = package_working_dir(folder, tmp_path / "code.zip")
     files = {name for name in names if not name.endswith("/")}
     assert files == {*TRAVELS, ".gitignore", ".rayignore"}
 
 
-def test_this_checkout_can_travel(tmp_path: Path) -> None:
+def test_this_checkout_can_be_packaged(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    names = pack(root, tmp_path / "code.zip")
+    names = package_working_dir(root, tmp_path / "code.zip")
     assert {"medgpt/cli.py", "medgpt/data/sources/clean.py", "configs/debug/sft.toml"} <= names
     assert not any(name.startswith((".git/", ".venv", "runs/")) for name in names)
 
 
-def test_a_copy_that_is_too_large_is_refused_with_what_makes_it_so(
+def test_a_package_that_is_too_large_is_refused_with_its_largest_files(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "weights.safetensors").write_bytes(os.urandom(3 * 2**20))
-    monkeypatch.setattr(package, "MAX_MB", 2)
+    monkeypatch.setattr(package, "MAX_PACKAGE_MB", 2)
     with pytest.raises(ConfigError, match=r"weights\.safetensors \(3 MiB\); name in \.rayignore"):
-        pack(folder, tmp_path / "code.zip")
+        package_working_dir(folder, tmp_path / "code.zip")

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from medgpt.config.stages import TrainStageConfig
 from medgpt.runs import Run
-from tests.jobs.clusters import Cluster, started
-from tests.train.cases import pretrain_config, source, write_toml
-from tests.train.hooks import steps_logged
+from tests.jobs.ray_cluster import RayCluster, running_cluster
 from tests.train.test_resume import train_losses
+from tests.train.tiny_configs import pretrain_config, source_settings, write_toml
+from tests.train.worker_hooks import last_logged_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 SECRET = "planted-secret-7f3a9c"
@@ -40,19 +40,19 @@ GcsClient(address=sys.argv[1]).internal_kv_put(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with started(MEDGPT_TEST_SECRET=SECRET) as cluster:
+def cluster() -> Iterator[RayCluster]:
+    with running_cluster(MEDGPT_TEST_SECRET=SECRET) as cluster:
         yield cluster
 
 
-def found_in(paths: Iterable[Path], *words: str) -> list[str]:
+def files_containing(paths: Iterable[Path], *words: str) -> list[str]:
     """Files below `paths` that hold one of the words."""
     files = [file for path in paths for file in [path, *path.rglob("*")] if file.is_file()]
     assert files
     return [str(file) for file in files if any(w.encode() in file.read_bytes() for w in words)]
 
 
-def job_infos(cluster: Cluster) -> str:
+def job_infos(cluster: RayCluster) -> str:
     """All that the dashboard tells about jobs."""
     token = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
     answer = requests.get(f"{cluster.address}/api/jobs/", headers=token)
@@ -60,14 +60,14 @@ def job_infos(cluster: Cluster) -> str:
     return answer.text
 
 
-def typed(folder: Path, config: TrainStageConfig) -> tuple[Path, str]:
+def write_stage_config(folder: Path, config: TrainStageConfig) -> tuple[Path, str]:
     """A folder with this config and nothing else, and the name of the config."""
     folder.mkdir()
     return folder, write_toml(config, folder / "stage.toml").name
 
 
 def test_a_submitted_stage_is_followed_and_known_by_its_run(
-    cluster: Cluster, tmp_path: Path
+    cluster: RayCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "corpus.toml").write_text("shards = 1")
     run, here = tmp_path / "runs/corpus", {"folder": tmp_path, "MEDGPT_TEST_SECRET": SECRET}
@@ -78,10 +78,10 @@ def test_a_submitted_stage_is_followed_and_known_by_its_run(
     assert relative.returncode == 2
     assert "run.dir='runs/corpus': a submitted job needs an absolute path" in relative.stderr
 
-    told = cluster.medgpt(*submit[:-1], f"run.dir={tmp_path}/{SECRET}", *secret, **here)
-    assert told.returncode == 2
-    assert "the value of MEDGPT_TEST_SECRET stands in the config" in told.stderr
-    assert SECRET not in told.stdout + told.stderr
+    refused = cluster.medgpt(*submit[:-1], f"run.dir={tmp_path}/{SECRET}", *secret, **here)
+    assert refused.returncode == 2
+    assert "the value of MEDGPT_TEST_SECRET stands in the config" in refused.stderr
+    assert SECRET not in refused.stdout + refused.stderr
 
     first = cluster.medgpt(*submit, *secret, **here)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -107,11 +107,11 @@ def test_a_submitted_stage_is_followed_and_known_by_its_run(
 
     assert SECRET not in first.stdout + first.stderr + job_infos(cluster)
     assert "MEDGPT_TEST_SECRET" in job_infos(cluster)
-    assert found_in([run, cluster.folder], SECRET) == []
+    assert files_containing([run, cluster.folder], SECRET) == []
 
 
 def test_a_wrong_config_or_a_missing_secret_ends_a_job_at_once_with_its_reason(
-    cluster: Cluster, tmp_path: Path
+    cluster: RayCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "corpus.toml").write_text("")
     (tmp_path / "full").mkdir()
@@ -129,7 +129,9 @@ def test_a_wrong_config_or_a_missing_secret_ends_a_job_at_once_with_its_reason(
     assert not (tmp_path / "run").exists()
 
 
-def test_nobody_submits_without_the_cluster_s_token(cluster: Cluster, tmp_path: Path) -> None:
+def test_submission_without_the_token_of_the_cluster_is_refused(
+    cluster: RayCluster, tmp_path: Path
+) -> None:
     refused = cluster.medgpt("job", "status", RAY_AUTH_TOKEN="0" * 64)
     assert refused.returncode == 2
     assert "RAY_AUTH_TOKEN" in refused.stderr
@@ -145,7 +147,7 @@ def test_nobody_submits_without_the_cluster_s_token(cluster: Cluster, tmp_path: 
 
 @pytest.mark.slow
 def test_plain_ray_job_submit_leaves_its_run_in_the_absolute_run_directory(
-    cluster: Cluster, base: Path, tiny_corpus: Path, tmp_path: Path
+    cluster: RayCluster, base: Path, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     job = cluster.ray_submit(
         *["medgpt", "sft", "configs/debug/sft.toml", f"run.dir={tmp_path}/run"],
@@ -161,7 +163,7 @@ def test_plain_ray_job_submit_leaves_its_run_in_the_absolute_run_directory(
 
 
 @pytest.mark.slow
-def test_plain_ray_job_submit_refuses_a_relative_run_directory(cluster: Cluster) -> None:
+def test_plain_ray_job_submit_refuses_a_relative_run_directory(cluster: RayCluster) -> None:
     job = cluster.ray_submit("medgpt", "sft", "configs/debug/sft.toml", "train.max_steps=3")
     assert job.returncode != 0
     assert (
@@ -173,11 +175,11 @@ def test_plain_ray_job_submit_refuses_a_relative_run_directory(cluster: Cluster)
 class Submitted:
     """`medgpt submit pretrain` of a run long enough to be disturbed."""
 
-    def __init__(self, cluster: Cluster, corpus: Path, folder: Path) -> None:
+    def __init__(self, cluster: RayCluster, corpus: Path, folder: Path) -> None:
         self.cluster, self.run = cluster, Run(f"{folder}/run")
         train = {"epochs": 6, "checkpoint_every": 5, "eval_every": 1000}
         config = pretrain_config(folder / "run", corpus, train=train)
-        self.folder, self.config = typed(folder / "typed", config)
+        self.folder, self.config = write_stage_config(folder / "typed", config)
 
     def start(self) -> "subprocess.Popen[str]":
         return subprocess.Popen(
@@ -191,7 +193,7 @@ class Submitted:
 
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 300
-        while steps_logged(Path(self.run.folder.path("metrics.jsonl"))) < step:
+        while last_logged_step(Path(self.run.folder.path("metrics.jsonl"))) < step:
             assert time.monotonic() < deadline, f"no step {step}"
             time.sleep(0.1)
 
@@ -205,7 +207,7 @@ class Submitted:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_killed_driver_and_a_stopped_job_end_with_the_metrics_of_an_undisturbed_run(
-    cluster: Cluster, tiny_corpus: Path, tmp_path: Path
+    cluster: RayCluster, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     for name in ("quiet", "disturbed"):
         (tmp_path / name).mkdir()
@@ -240,8 +242,8 @@ def test_a_killed_driver_and_a_stopped_job_end_with_the_metrics_of_an_undisturbe
 
 
 @pytest.mark.slow
-def test_a_pipeline_is_one_job_that_goes_on_at_the_stage_that_failed(
-    cluster: Cluster, tmp_path: Path
+def test_a_pipeline_is_one_job_that_resumes_at_the_failed_stage(
+    cluster: RayCluster, tmp_path: Path
 ) -> None:
     (tmp_path / "corpus.toml").write_text("")
     corpus = {"stage": "corpus", "config": "corpus.toml"}
@@ -272,12 +274,12 @@ def test_a_pool_that_no_node_can_hold_is_refused_at_submission(
     config = {
         "run": {"dir": f"{tmp_path}/run"},
         "model": {"name": str(base)},
-        "data": {"sources": [source("sft", tiny_corpus / "sft")]},
+        "data": {"sources": [source_settings("sft", tiny_corpus / "sft")]},
         "reward": {"score_weight": 0},
         "pools": {"rollout": {"gpus_per_worker": 8}},
     }
     (tmp_path / "ppo.toml").write_text(tomli_w.dumps(config))
-    with started(num_cpus=1) as cluster:
+    with running_cluster(num_cpus=1) as cluster:
         tell = [sys.executable, "-c", TWO_NODES_OF_FOUR_GPUS, f"127.0.0.1:{cluster.ports['port']}"]
         subprocess.run(tell, env=cluster.environment, check=True)
         refused = cluster.medgpt("submit", "ppo", "ppo.toml", "--detach", folder=tmp_path)
@@ -291,16 +293,16 @@ def test_a_pool_that_no_node_can_hold_is_refused_at_submission(
 
 
 @pytest.mark.slow
-def test_patients_are_in_no_log_metric_report_or_job_metadata(
-    cluster: Cluster, base: Path, tmp_path: Path
+def test_patient_texts_are_in_no_log_metric_report_or_job_metadata(
+    cluster: RayCluster, base: Path, tmp_path: Path
 ) -> None:
     question = f"患者{PATIENT['name']},身份证{PATIENT['id']},电话{PATIENT['phone']},头痛三天怎么办?"
     answer = f"{PATIENT['name']}您好,请先测量血压。"
-    good = {"messages": [_said("user", question), _said("assistant", answer)]}
-    bad = [{"messages": [_said("assistant", question)]}, {"messages": question}]
+    good = {"messages": [_message("user", question), _message("assistant", answer)]}
+    bad = [{"messages": [_message("assistant", question)]}, {"messages": question}]
     lines = [json.dumps(row, ensure_ascii=False) for row in [good] * 200 + bad]
     (tmp_path / "patients.jsonl").write_text("\n".join([*lines, '{"broken": "' + question]))
-    patients = source("patients", tmp_path / "patients.jsonl") | {"sensitive": True}
+    patients = source_settings("patients", tmp_path / "patients.jsonl") | {"sensitive": True}
     for name, share in (("trained", 0.1), ("refused", 0.0)):
         tree = {
             "run": {"dir": f"{tmp_path}/{name}"},
@@ -320,14 +322,16 @@ def test_patients_are_in_no_log_metric_report_or_job_metadata(
     assert {"metrics.jsonl", "report.html", "rejected", "manifest.json"} <= {
         path.name for path in written
     }
-    assert found_in([tmp_path / "patients.jsonl"], PATIENT["id"])
+    assert files_containing([tmp_path / "patients.jsonl"], PATIENT["id"])
     logs = [*cluster.folder.glob("session_*/logs")]
-    assert found_in([*written, *logs, tmp_path / "refused/rejected"], *PATIENT.values()) == []
+    assert (
+        files_containing([*written, *logs, tmp_path / "refused/rejected"], *PATIENT.values()) == []
+    )
     said = job.stdout + job.stderr + refused.stdout + job_infos(cluster)
     assert not [word for word in PATIENT.values() if word in said or _escaped(word) in said]
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 

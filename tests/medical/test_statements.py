@@ -1,7 +1,7 @@
 import pytest
 
-from medgpt.medical.statements import stated, states
-from medgpt.sample_corpus.render import Corpus
+from medgpt.medical.statements import states_fact, states_key_points
+from medgpt.sample_corpus.generator import CorpusGenerator
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ from medgpt.sample_corpus.render import Corpus
     ],
 )
 def test_an_affirmed_mention_counts(text, fact):
-    assert states(text, [fact])
+    assert states_fact(text, [fact])
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_an_affirmed_mention_counts(text, fact):
     ],
 )
 def test_a_negated_or_missing_mention_does_not_count(text, fact):
-    assert not states(text, [fact])
+    assert not states_fact(text, [fact])
 
 
 def test_one_of_several_wordings_is_enough():
     key_points = [["紧张性头痛", "紧张型头痛"], ["偏头痛"], ["建议您"]]
     text = "可能是紧张型头痛，不是偏头痛，建议您就诊。"
-    assert stated(text, key_points) == [True, False, True]
+    assert states_key_points(text, key_points) == [True, False, True]
 
 
 def test_every_list_of_the_sample_corpus_states_all_its_items():
-    corpus = Corpus()
+    corpus = CorpusGenerator()
     for condition in corpus.conditions:
         for field in ("symptoms", "causes", "tests", "treatment"):
             items = [
@@ -144,6 +144,8 @@ def test_every_list_of_the_sample_corpus_states_all_its_items():
             ]
             answer = corpus.wording.answer(condition, field)
             missing = [
-                i for i, found in zip(items, stated(answer, items), strict=True) if not found
+                i
+                for i, found in zip(items, states_key_points(answer, items), strict=True)
+                if not found
             ]
             assert not missing, answer

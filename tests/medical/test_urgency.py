@@ -1,6 +1,6 @@
 import pytest
 
-from medgpt.medical.urgency import urgency
+from medgpt.medical.urgency import advised_urgency
 
 EMERGENCY = (
     "请立即拨打120。",
@@ -74,5 +74,5 @@ CASES = {
     ("answer", "level"),
     [(answer, level) for level, answers in CASES.items() for answer in answers],
 )
-def test_the_level_that_an_answer_advises_is_read(answer, level):
-    assert urgency(answer) == level
+def test_the_advised_urgency_of_an_answer_is_recognized(answer, level):
+    assert advised_urgency(answer) == level

@@ -10,7 +10,7 @@ from torch import nn
 
 from medgpt.config.base import ConfigError
 from medgpt.models.attention import varlen_attention
-from tests.models.packing import KINDS, random_batch, tiny_model
+from tests.models.tiny_models import KINDS, random_batch, tiny_model
 
 
 class Causal(nn.Module):
@@ -24,9 +24,9 @@ class Full(nn.Module):
 def attend_with_mask(q, k, v, cu_seqlens, *, causal, window=None):
     """The definition: one N x N mask over everything."""
     n, groups = q.shape[2], q.shape[1] // k.shape[1]
-    piece = torch.bucketize(torch.arange(n), cu_seqlens[1:], right=True)
+    sequence_of_token = torch.bucketize(torch.arange(n), cu_seqlens[1:], right=True)
     distance = torch.arange(n)[:, None] - torch.arange(n)
-    seen = piece[:, None] == piece
+    seen = sequence_of_token[:, None] == sequence_of_token
     if causal:
         seen &= distance >= 0
     if window is not None:
@@ -60,7 +60,7 @@ def test_outputs_and_gradients_equal_those_of_the_full_mask(module, kv_heads, wi
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_packed_logits_equal_those_of_each_piece_alone(kind):
+def test_packed_logits_equal_those_of_each_sequence_alone(kind):
     model, batch = tiny_model(kind).eval(), random_batch([5, 1, 20, 9])
     bounds = batch.cu_seqlens
 
@@ -81,12 +81,12 @@ def test_packed_logits_equal_those_of_each_piece_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_without_pieces_is_refused(kind):
+def test_a_batch_without_sequence_lengths_is_refused(kind):
     with pytest.raises(ValueError, match="packed batches"):
         tiny_model(kind)(torch.ones(2, 3, dtype=torch.int64), attention_mask=torch.ones(2, 3))
 
 
-def test_a_term_that_the_kernel_lacks_is_refused():
+def test_a_term_that_the_kernel_does_not_support_is_refused():
     x = torch.randn(1, 1, 2, 8)
 
     with pytest.raises(ConfigError, match="softcap"):

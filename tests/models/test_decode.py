@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from medgpt.models.attention import VARLEN
-from medgpt.models.decode import Generated, Generator, draw, uniforms
+from medgpt.models.decode import GeneratedResponse, TokenGenerator, sample_tokens, uniform_noise
 from medgpt.models.language_model import LanguageModel
-from tests.models.packing import VOCAB, pack, tiny_model
+from tests.models.tiny_models import VOCAB, pack, tiny_model
 
 LENGTHS = (3, 17, 1, 9, 9, 12, 5, 30, 2, 3)
 NEVER = VOCAB + 1
@@ -60,15 +60,17 @@ def random_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
-def sample(model: PreTrainedModel, prompts: list[list[int]], **changes: Any) -> list[Generated]:
+def sample(
+    model: PreTrainedModel, prompts: list[list[int]], **changes: Any
+) -> list[GeneratedResponse]:
     """Ends are such that rows stop at many lengths."""
-    options = {"max_new_tokens": 20, "temperature": 1.0, "ends": [5, 6]} | changes
+    options = {"max_new_tokens": 20, "temperature": 1.0, "stop_token_ids": [5, 6]} | changes
     seeds = options.pop("seeds", range(len(prompts)))
-    return Generator(model).generate(prompts, seeds, **options)
+    return TokenGenerator(model).generate(prompts, seeds, **options)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "mistral", "gemma2", "gpt2"])
-def test_greedy_ids_are_those_of_generate(kind: str):
+def test_greedy_ids_equal_those_of_transformers_generate(kind: str):
     model, prompts = model_of(kind), random_prompts()
     found = sample(model, prompts, temperature=0.0)
     for prompt, row in zip(prompts, found, strict=True):
@@ -95,17 +97,19 @@ def test_a_row_does_not_depend_on_its_batch(kind: str):
         (alone,) = sample(model, [prompt], seeds=[i])
         assert alone.ids == together[i].ids
         assert alone.logprobs == pytest.approx(together[i].logprobs, abs=1e-5)
-    split = Generator(model, batch_tokens=60)
-    again = split.generate(prompts, range(10), max_new_tokens=20, temperature=1.0, ends=[5, 6])
+    split = TokenGenerator(model, batch_tokens=60)
+    again = split.generate(
+        prompts, range(10), max_new_tokens=20, temperature=1.0, stop_token_ids=[5, 6]
+    )
     assert [row.ids for row in again] == [row.ids for row in together]
 
 
-def test_seeds_and_positions_make_the_noise():
+def test_noise_is_a_function_of_seed_and_position():
     model, prompt = model_of("qwen2"), random_prompts((6,))[0]
-    first, same, other = sample(model, [prompt] * 3, seeds=[7, 7, 8], ends=[NEVER])
+    first, same, other = sample(model, [prompt] * 3, seeds=[7, 7, 8], stop_token_ids=[NEVER])
     assert first == same
     assert first.ids != other.ids
-    (short,) = sample(model, [prompt], seeds=[7], ends=[NEVER], max_new_tokens=9)
+    (short,) = sample(model, [prompt], seeds=[7], stop_token_ids=[NEVER], max_new_tokens=9)
     assert short.ids == first.ids[:9]
     assert not short.finished
 
@@ -130,8 +134,8 @@ def test_logprobs_are_those_of_a_training_forward(temperature: float):
 
 def test_samples_follow_the_distribution():
     scores = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -1.0, -3.0])
-    noise = uniforms(range(20_000), 1)[:, 0]
-    tokens, logprobs = draw(scores.expand(len(noise), -1), noise, 0.7)
+    noise = uniform_noise(range(20_000), 1)[:, 0]
+    tokens, logprobs = sample_tokens(scores.expand(len(noise), -1), noise, 0.7)
     expected = (scores / 0.7).softmax(-1)
     counts = tokens.bincount(minlength=6)
     assert counts[3] == 0
@@ -145,11 +149,11 @@ def test_the_largest_noise_draws_a_possible_token():
     scores = torch.full((2, 50_000), -20.0)
     scores[:, 10_000:] = -torch.inf
     noise = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw(scores, noise, 1.0)[0].tolist() == [0, 9_999]
+    assert sample_tokens(scores, noise, 1.0)[0].tolist() == [0, 9_999]
 
 
-def test_noise_is_even_and_known():
-    noise = uniforms([3, 2**64 + 3], 4000)
+def test_noise_is_uniform_and_reproducible():
+    noise = uniform_noise([3, 2**64 + 3], 4000)
     assert float(noise.min()) >= 0
     assert float(noise.max()) < 1
     assert chisquare(torch.histc(noise.float(), 20, 0, 1)).pvalue > 0.01
@@ -160,15 +164,15 @@ def test_noise_is_even_and_known():
     assert noise[0, 0] != noise[1, 0]
 
 
-def test_a_stream_says_what_a_batch_says():
+def test_a_stream_yields_the_ids_of_a_batch():
     model, prompts = model_of("qwen2"), random_prompts()
     found = sample(model, prompts)
-    options = {"max_new_tokens": 20, "temperature": 1.0, "ends": [5, 6]}
-    assert list(Generator(model).stream(prompts[1], 1, **options)) == found[1].ids
+    options = {"max_new_tokens": 20, "temperature": 1.0, "stop_token_ids": [5, 6]}
+    assert list(TokenGenerator(model).stream(prompts[1], 1, **options)) == found[1].ids
     assert torch.zeros(1, requires_grad=True).mul(2).requires_grad  # no mode is left behind
 
 
-def test_what_cannot_be_generated_is_refused():
+def test_empty_prompts_and_too_long_responses_are_refused():
     model = model_of("qwen2")
     with pytest.raises(ValueError, match="a token in each prompt"):
         sample(model, [[4], []])

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from medgpt.config.model import LoraConfig
-from medgpt.models.dropout import PieceDropout
+from medgpt.models.dropout import SequenceDropout
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.lora import apply_lora
-from tests.models.packing import VOCAB, pack, tiny_model
+from tests.models.tiny_models import VOCAB, pack, tiny_model
 
 
 def adapted(**options) -> LanguageModel:
@@ -21,7 +21,7 @@ def adapted(**options) -> LanguageModel:
     return LanguageModel(model, **options)
 
 
-def pieces() -> tuple[Tensor, Tensor]:
+def two_sequences() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return (
         torch.randint(3, VOCAB, (6,), generator=generator),
@@ -33,23 +33,23 @@ def loss(model: LanguageModel, samples: list[Tensor], seeds: list[int]) -> float
     return model(pack(samples, samples), num_tokens=1, noise_seeds=seeds).item()
 
 
-def test_a_sample_s_loss_does_not_depend_on_what_it_is_packed_with() -> None:
-    model, (first, second) = adapted(), pieces()
+def test_a_samples_loss_does_not_depend_on_its_packed_neighbors() -> None:
+    model, (first, second) = adapted(), two_sequences()
     apart = loss(model, [first], [7]) + loss(model, [second], [8])
     assert loss(model, [first, second], [7, 8]) == pytest.approx(apart, rel=1e-5)
     assert loss(model, [second, first], [8, 7]) == pytest.approx(apart, rel=1e-5)
 
 
-def test_the_seed_decides_and_evaluation_drops_nothing() -> None:
-    model, (first, _) = adapted(), pieces()
+def test_masks_depend_on_the_seed_and_evaluation_has_no_dropout() -> None:
+    model, (first, _) = adapted(), two_sequences()
     seven, eight = loss(model, [first], [7]), loss(model, [first], [8])
     model.eval()
     assert len({seven, eight, loss(model, [first], [7])}) == 3
     assert loss(model, [first], [7]) == loss(model, [first], [8])
 
 
-def test_activations_computed_twice_meet_the_same_masks() -> None:
-    samples = list(pieces())
+def test_activation_checkpointing_recomputes_with_the_same_masks() -> None:
+    samples = list(two_sequences())
     found = []
     for checkpointing in (False, True):
         model = adapted(activation_checkpointing=checkpointing)
@@ -59,10 +59,10 @@ def test_activations_computed_twice_meet_the_same_masks() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_kept_is_scaled_and_layers_differ() -> None:
+def test_kept_inputs_are_scaled_and_layers_draw_different_masks() -> None:
     masks = []
     for layer in (0, 1):
-        dropout = PieceDropout(0.25, layer)
+        dropout = SequenceDropout(0.25, layer)
         dropout.lengths, dropout.seeds = [400], [3]
         masks.append(dropout(torch.ones(1, 400, 50)))
         assert masks[-1].unique().tolist() == pytest.approx([0, 4 / 3])

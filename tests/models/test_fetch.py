@@ -12,13 +12,13 @@ from medgpt.artifacts import Folder
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.models import fetch
-from medgpt.models.base import weight_files
-from medgpt.models.fetch import local_copy, model_folder
-from medgpt.models.load import SpecialIds, build_model, empty_model
+from medgpt.models.fetch import local_copy, run_model_folder
+from medgpt.models.load import SpecialTokenIds, build_empty_model, build_model
 from medgpt.models.lora import apply_lora
-from medgpt.models.tokenizer import load_base
+from medgpt.models.model_files import weight_files
+from medgpt.models.tokenizer import load_tokenizer
 from medgpt.stages.merge import merge_adapter
-from tests.models.packing import save_speaking_model
+from tests.models.tiny_models import save_model_with_tokenizer
 
 TEXTS = ["今天天气很好。The weather is fine today."] * 10
 
@@ -44,20 +44,20 @@ def store() -> Iterator[Store]:
 
 def in_another_process(uri: str) -> Path:
     """`local_copy` where nothing is remembered of an earlier one."""
-    fetch._copy.cache_clear()
+    fetch._copy_to_cache.cache_clear()
     return Path(local_copy(uri))
 
 
 def build(name: str):
     config = ModelConfig(name=name)
-    return build_model(config, objective="clm", vocab_size=0, special=SpecialIds(), seed=0)
+    return build_model(config, head_kind="clm", vocab_size=0, special_ids=SpecialTokenIds(), seed=0)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
-    save_speaking_model(folder, TEXTS, vocab_size=300)
+    save_model_with_tokenizer(folder, TEXTS, vocab_size=300)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_model_behind_a_uri_is_the_one_that_was_put_there(saved: Path, store: 
     model, expected = build(uri), build(str(saved))
     for name, weight in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), weight)
-    assert load_base(uri).get_vocab() == load_base(str(saved)).get_vocab()
+    assert load_tokenizer(uri).get_vocab() == load_tokenizer(str(saved)).get_vocab()
     (weights,) = weight_files(uri)
     assert weights.read_bytes() == (saved / "model.safetensors").read_bytes()
 
@@ -89,13 +89,17 @@ def test_paths_ids_and_files_are_not_copied(saved: Path) -> None:
     assert local_copy(str(saved)) == str(saved)
     assert local_copy("owner/name") == "owner/name"
     assert local_copy(f"file://{saved}") == str(saved)
-    assert model_folder(str(saved.parent)) == saved.parent
-    assert model_folder(f"file://{saved}") == saved
+    assert run_model_folder(str(saved.parent)) == saved.parent
+    assert run_model_folder(f"file://{saved}") == saved
 
 
-def test_a_run_s_model_is_found_behind_its_address(saved: Path, store: Store) -> None:
+def test_the_model_folder_of_a_remote_run_is_found(saved: Path, store: Store) -> None:
     uri = store(saved)
-    assert model_folder(uri) == model_folder(uri.removesuffix("/model")) == Path(local_copy(uri))
+    assert (
+        run_model_folder(uri)
+        == run_model_folder(uri.removesuffix("/model"))
+        == Path(local_copy(uri))
+    )
 
 
 def test_adapters_name_the_uri_of_their_base_and_merge_into_it(
@@ -107,7 +111,7 @@ def test_adapters_name_the_uri_of_their_base_and_merge_into_it(
         if parameter.requires_grad:
             parameter.data += 0.1
     adapted.save_pretrained(tmp_path / "run")
-    load_base(uri).save_pretrained(tmp_path / "run")
+    load_tokenizer(uri).save_pretrained(tmp_path / "run")
     assert uri in (tmp_path / "run" / "adapter_config.json").read_text("utf-8")
     merge_adapter(store(tmp_path / "run"), tmp_path / "out")
     merged, base = build(str(tmp_path / "out")), build(str(saved))
@@ -118,13 +122,15 @@ def test_adapters_name_the_uri_of_their_base_and_merge_into_it(
 
 def test_a_model_without_weights_names_the_uri_too(saved: Path, store: Store) -> None:
     uri = store(saved)
-    model = empty_model(ModelConfig(name=uri), objective="clm", vocab_size=0, special=SpecialIds())
+    model = build_empty_model(
+        ModelConfig(name=uri), head_kind="clm", vocab_size=0, special_ids=SpecialTokenIds()
+    )
     assert model.name_or_path == uri
 
 
 @pytest.mark.parametrize("uri", ["memory://nothing/there", "nowhere://bucket/model"])
-def test_an_address_without_a_model_is_told_with_its_key(uri: str) -> None:
+def test_an_error_for_a_uri_without_a_model_names_the_config_key(uri: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.name={uri}: cannot be read \("):
         build(uri)
     with pytest.raises(ConfigError, match=rf"^RUN={uri}: cannot be read \("):
-        model_folder(uri)
+        run_model_folder(uri)

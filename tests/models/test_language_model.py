@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from medgpt.config.base import ConfigError
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.language_model import LanguageModel, neftune_noise
-from tests.models.packing import KINDS, pack, random_batch, tiny_model
+from tests.models.tiny_models import KINDS, pack, random_batch, tiny_model
 
 
 def loss_and_grads(model: LanguageModel, batch: PackedBatch, **kwargs):
@@ -25,7 +25,7 @@ def assert_same(first, second, **tolerance):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_equals_hugging_face_s_own_on_the_samples_alone(kind):
+def test_packed_loss_equals_transformers_own_loss_per_sample(kind):
     model, lengths = tiny_model(kind), [7, 2, 20]
     batch = random_batch(lengths)
     inputs, labels = (x[0].split(lengths) for x in (batch.input_ids, batch.labels))
@@ -158,7 +158,7 @@ def test_a_bf16_model_has_its_softmax_in_fp32():
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_lora_trains_only_its_adapters_and_chunks_as_well():
+def test_lora_trains_only_its_adapters_and_supports_chunks():
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(tiny_model(), config)
     batch = random_batch([6, 9])
@@ -177,7 +177,7 @@ def test_lora_trains_only_its_adapters_and_chunks_as_well():
     assert all("lora_" in name and grad.any() for name, grad in plain[1].items())
 
 
-def test_noise_is_a_function_of_a_piece_s_seed_and_length():
+def test_noise_is_a_function_of_a_sequences_seed_and_length():
     embeddings, bounds = torch.zeros(1, 30, 8), torch.tensor([0, 10, 30])
 
     noise = neftune_noise(embeddings, bounds, 5.0, [7, 8])
@@ -188,7 +188,7 @@ def test_noise_is_a_function_of_a_piece_s_seed_and_length():
     assert not torch.equal(noise[:, :10], neftune_noise(embeddings, bounds, 5.0, [9, 8])[:, :10])
 
 
-def test_noise_is_uniform_within_the_paper_s_bound():
+def test_noise_is_uniform_up_to_the_papers_bound():
     noise = neftune_noise(torch.zeros(1, 500, 64), torch.tensor([0, 100, 500]), 5.0, [1, 2])
 
     for piece, length in ((noise[0, :100], 100), (noise[0, 100:], 400)):

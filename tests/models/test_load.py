@@ -8,20 +8,20 @@ from transformers import AutoModelForSequenceClassification, BertForPreTraining,
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ModelConfig
-from medgpt.models.base import weight_files
-from medgpt.models.load import SpecialIds, build_model, empty_model, resolve_attention
-from tests.models.packing import KINDS, VOCAB, tiny_config, tiny_model
+from medgpt.models.load import SpecialTokenIds, build_empty_model, build_model, resolve_attention
+from medgpt.models.model_files import weight_files
+from tests.models.tiny_models import KINDS, VOCAB, tiny_config, tiny_model
 
-SPECIAL = SpecialIds(bos=1, eos=2, pad=0)
+SPECIAL = SpecialTokenIds(bos=1, eos=2, pad=0)
 
 
-def build(config, *, objective="clm", seed=0, **kwargs):
+def build(config, *, head_kind="clm", seed=0, **kwargs):
     return build_model(
-        config, objective=objective, vocab_size=VOCAB, special=SPECIAL, seed=seed, **kwargs
+        config, head_kind=head_kind, vocab_size=VOCAB, special_ids=SPECIAL, seed=seed, **kwargs
     )
 
 
-def objective_of(kind):
+def head_kind_of(kind):
     return "mlm" if kind == "bert" else "clm"
 
 
@@ -37,7 +37,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_weights_are_a_function_of_the_seed(kind):
     def weights(seed):
-        model = build(tiny_config(kind), objective=objective_of(kind), seed=seed)
+        model = build(tiny_config(kind), head_kind=head_kind_of(kind), seed=seed)
         return torch.cat([weight.flatten() for weight in model.parameters()])
 
     first = weights(1)
@@ -86,15 +86,15 @@ def test_bf16_keeps_the_rotary_frequencies_exact():
 
 
 def test_there_is_no_dropout_and_every_token_learns():
-    model = build(tiny_config("bert"), objective="mlm")
+    model = build(tiny_config("bert"), head_kind="mlm")
 
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     assert model.get_input_embeddings().padding_idx is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_model_comes_back(kind, saved):
-    model = build(ModelConfig(name=str(saved / kind)), objective=objective_of(kind), seed=9)
+def test_a_saved_model_loads_with_equal_weights(kind, saved):
+    model = build(ModelConfig(name=str(saved / kind)), head_kind=head_kind_of(kind), seed=9)
 
     want = tiny_model(kind).state_dict()
     assert all(torch.equal(value, want[name]) for name, value in model.state_dict().items())
@@ -105,11 +105,11 @@ def test_a_saved_model_comes_back(kind, saved):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_model_has_the_same_parameters_and_reads_no_weights(kind, saved, tmp_path):
     shutil.copy(saved / kind / "config.json", tmp_path)
-    model = empty_model(
+    model = build_empty_model(
         ModelConfig(name=str(tmp_path)),
-        objective=objective_of(kind),
+        head_kind=head_kind_of(kind),
         vocab_size=VOCAB,
-        special=SPECIAL,
+        special_ids=SPECIAL,
         dtype=torch.bfloat16,
     )
 
@@ -121,7 +121,9 @@ def test_an_empty_model_has_the_same_parameters_and_reads_no_weights(kind, saved
 
 def test_an_empty_model_can_live_on_meta():
     with torch.device("meta"):
-        model = empty_model(tiny_config(), objective="clm", vocab_size=VOCAB, special=SPECIAL)
+        model = build_empty_model(
+            tiny_config(), head_kind="clm", vocab_size=VOCAB, special_ids=SPECIAL
+        )
 
     assert all(weight.is_meta for weight in model.parameters())
 
@@ -143,22 +145,22 @@ def test_a_bert_with_a_second_head_is_a_masked_model(tmp_path, saved):
     whole = BertForPreTraining.from_pretrained(saved / "bert")
     whole.save_pretrained(tmp_path)
 
-    model = build(ModelConfig(name=str(tmp_path)), objective="mlm")
+    model = build(ModelConfig(name=str(tmp_path)), head_kind="mlm")
 
     want = whole.get_input_embeddings().weight
     assert torch.equal(model.get_input_embeddings().weight, want)
 
 
 @pytest.mark.parametrize(
-    ("kind", "objective", "said"),
+    ("kind", "head_kind", "message"),
     [
         ("bert", "clm", "BertForMaskedLM, objective.kind=clm needs BertLMHeadModel"),
         ("qwen2", "mlm", "Qwen2ForCausalLM, objective.kind=mlm needs another model"),
     ],
 )
-def test_a_model_for_another_objective_is_refused(kind, objective, said, saved):
-    with pytest.raises(ConfigError, match=said):
-        build(ModelConfig(name=str(saved / kind)), objective=objective)
+def test_a_model_with_another_head_is_refused(kind, head_kind, message, saved):
+    with pytest.raises(ConfigError, match=message):
+        build(ModelConfig(name=str(saved / kind)), head_kind=head_kind)
 
 
 def test_a_classifier_is_no_language_model(saved, tmp_path):
@@ -169,15 +171,15 @@ def test_a_classifier_is_no_language_model(saved, tmp_path):
         build(ModelConfig(name=str(tmp_path)))
 
 
-def test_a_missing_output_layer_is_not_invented(saved, tmp_path):
+def test_a_missing_output_layer_is_an_error(saved, tmp_path):
     BertModel.from_pretrained(saved / "bert").save_pretrained(tmp_path)
     shutil.copy(saved / "bert" / "config.json", tmp_path)
 
     with pytest.raises(ConfigError, match=r"weights missing, as cls\.predictions"):
-        build(ModelConfig(name=str(tmp_path)), objective="mlm")
+        build(ModelConfig(name=str(tmp_path)), head_kind="mlm")
 
 
-def test_folders_that_are_no_model_are_explained(saved, tmp_path):
+def test_the_error_for_a_folder_without_a_model_says_what_is_missing(saved, tmp_path):
     def message(name) -> str:
         with pytest.raises(ConfigError) as caught:
             build(ModelConfig(name=str(name)))
@@ -195,17 +197,17 @@ def test_folders_that_are_no_model_are_explained(saved, tmp_path):
     assert "Protocol not known: nowhere" in message("nowhere://bucket/model")
 
 
-def test_a_name_that_cannot_be_on_the_hub_is_explained():
+def test_the_error_for_an_impossible_hub_name_says_so():
     with pytest.raises(ConfigError, match="no folder of this name"):
         build(ModelConfig(name="no such model"))
 
 
-def test_pieces_longer_than_the_model_s_positions_are_refused(saved):
+def test_sequences_longer_than_the_models_positions_are_refused(saved):
     config = ModelConfig(name=str(saved / "bert"))
 
-    build(config, objective="mlm", max_length=64)
+    build(config, head_kind="mlm", max_length=64)
     with pytest.raises(ConfigError, match=r"data\.max_length=65 exceeds the model's 64"):
-        build(config, objective="mlm", max_length=65)
+        build(config, head_kind="mlm", max_length=65)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -216,7 +218,7 @@ def test_flash_attention_needs_a_gpu():
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_a_base_that_was_trained_with_dropout_is_trained_without(tmp_path, kind):
+def test_dropout_of_a_saved_model_is_switched_off(tmp_path, kind):
     model = tiny_model(kind)
     model.config.attention_dropout = 0.5
     model.save_pretrained(tmp_path)

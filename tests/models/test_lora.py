@@ -12,16 +12,16 @@ from transformers import (
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig, TokenizerConfig
-from medgpt.models.lora import apply_lora, plain_parts
-from medgpt.models.tokenizer import load_base, train_tokenizer
+from medgpt.models.lora import apply_lora, merged_weights
+from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
 from medgpt.models.vocabulary import (
     extend_tokenizer,
-    resize_for_new_tokens,
+    replace_vocabulary,
     trim_model,
     trim_tokenizer,
 )
 from medgpt.stages.merge import merge_adapter
-from tests.models.packing import save_speaking_model
+from tests.models.tiny_models import save_model_with_tokenizer
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
 NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
@@ -35,14 +35,14 @@ CONFIG = LoraConfig(rank=2, alpha=8)
 
 
 def save_base(folder, *, tied=True):
-    save_speaking_model(folder, OLD, tie_embeddings=tied)
+    save_model_with_tokenizer(folder, OLD, tie_embeddings=tied)
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), load_base(str(folder))
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(str(folder))
 
 
-def disturb(model):
+def randomize(model):
     """Stands in for training."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -55,7 +55,7 @@ def logits(model, tokenizer, text):
         return model(torch.tensor([tokenizer(text)["input_ids"]])).logits
 
 
-def trainable(model):
+def trainable_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name}
 
 
@@ -65,7 +65,7 @@ def test_an_adapter_starts_as_the_base_and_trains_nothing_else(tmp_path):
     before = logits(model, tokenizer, OLD[0])
     adapted = apply_lora(model, CONFIG).eval()
     torch.testing.assert_close(logits(adapted, tokenizer, OLD[0]), before)
-    assert trainable(adapted) == set()
+    assert trainable_names(adapted) == set()
     adapters = {
         name.split(".lora_")[0] for name, _ in adapted.named_parameters() if "lora_" in name
     }
@@ -88,11 +88,11 @@ def test_merged_logits_are_the_adapters_with_an_extended_vocabulary(tmp_path, ti
     save_base(tmp_path / "base", tied=tied)
     model, base = load(tmp_path / "base")
     tokenizer = extend_tokenizer(base, iter(NEW), 100)
-    resize_for_new_tokens(model, base, tokenizer)
+    replace_vocabulary(model, base, tokenizer)
     new_ids = range(len(base), len(tokenizer))
     adapted = apply_lora(model, CONFIG, new_token_ids=new_ids)
-    assert len(trainable(adapted)) == (1 if tied else 2)
-    disturb(adapted)
+    assert len(trainable_names(adapted)) == (1 if tied else 2)
+    randomize(adapted)
     expected = {text: logits(adapted, tokenizer, text) for text in (OLD[0], NEW[0])}
     adapted.save_pretrained(tmp_path / "run" / "model")
     tokenizer.save_pretrained(tmp_path / "run" / "model")
@@ -106,13 +106,13 @@ def test_merged_logits_are_the_adapters_with_an_extended_vocabulary(tmp_path, ti
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_plain_parts_are_the_weights_of_the_merged_model(tmp_path, tied):
+def test_merged_weights_equal_those_of_the_merged_model(tmp_path, tied):
     save_base(tmp_path, tied=tied)
     model, _ = load(tmp_path)
-    plain = {part.name: part.make() for part in plain_parts(model)}
+    plain = {part.name: part.compute() for part in merged_weights(model)}
     assert plain.keys() == dict(model.named_parameters()).keys()
-    adapted = disturb(apply_lora(model, CONFIG, new_token_ids=[3, 5]))
-    parts = {part.name: part.make() for part in plain_parts(adapted)}
+    adapted = randomize(apply_lora(model, CONFIG, new_token_ids=[3, 5]))
+    parts = {part.name: part.compute() for part in merged_weights(adapted)}
     assert parts.keys() == plain.keys()
     merged = adapted.merge_and_unload()
     weights = dict(merged.named_parameters())
@@ -126,8 +126,8 @@ def test_only_the_new_rows_of_the_embedding_change(tmp_path):
     model, base = load(tmp_path / "base")
     rows = model.get_input_embeddings().weight.detach().clone()
     tokenizer = extend_tokenizer(base, iter(NEW), 100)
-    resize_for_new_tokens(model, base, tokenizer)
-    adapted = disturb(apply_lora(model, CONFIG, new_token_ids=range(len(base), len(tokenizer))))
+    replace_vocabulary(model, base, tokenizer)
+    adapted = randomize(apply_lora(model, CONFIG, new_token_ids=range(len(base), len(tokenizer))))
     adapted.save_pretrained(tmp_path / "run")
     tokenizer.save_pretrained(tmp_path / "run")
     merge_adapter(str(tmp_path / "run"), tmp_path / "out")
@@ -140,7 +140,7 @@ def test_an_adapter_on_a_trimmed_base_merges(tmp_path):
     model, base = load(tmp_path / "base")
     tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
     trim_model(model, kept)
-    adapted = disturb(apply_lora(model, CONFIG))
+    adapted = randomize(apply_lora(model, CONFIG))
     want = logits(adapted, tokenizer, OLD[1])
     adapted.save_pretrained(tmp_path / "run")
     tokenizer.save_pretrained(tmp_path / "run")
@@ -152,10 +152,10 @@ def test_an_adapter_on_a_trimmed_base_merges(tmp_path):
 def test_an_adapter_on_an_adapter_merges(tmp_path):
     save_base(tmp_path / "base")
     model, tokenizer = load(tmp_path / "base")
-    disturb(apply_lora(model, CONFIG)).save_pretrained(tmp_path / "first")
+    randomize(apply_lora(model, CONFIG)).save_pretrained(tmp_path / "first")
     tokenizer.save_pretrained(tmp_path / "first")
     merge_adapter(str(tmp_path / "first"), tmp_path / "merged")
-    second = disturb(apply_lora(load(tmp_path / "merged")[0], CONFIG))
+    second = randomize(apply_lora(load(tmp_path / "merged")[0], CONFIG))
     want = logits(second, tokenizer, OLD[0])
     second.save_pretrained(tmp_path / "second")
     tokenizer.save_pretrained(tmp_path / "second")
@@ -174,7 +174,7 @@ def test_a_masked_language_model_merges(tmp_path):
     )
     tokenizer.save_pretrained(tmp_path / "base")
     model = BertForMaskedLM.from_pretrained(tmp_path / "base").eval()
-    adapted = disturb(apply_lora(model, CONFIG))
+    adapted = randomize(apply_lora(model, CONFIG))
     want = logits(adapted, tokenizer, OLD[0])
     adapted.save_pretrained(tmp_path / "run")
     tokenizer.save_pretrained(tmp_path / "run")
@@ -184,7 +184,7 @@ def test_a_masked_language_model_merges(tmp_path):
     torch.testing.assert_close(logits(merged, loaded, OLD[0]), want, atol=1e-4, rtol=0)
 
 
-def test_what_cannot_be_merged_is_a_config_error(tmp_path):
+def test_a_missing_base_or_adapter_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
         merge_adapter(str(tmp_path), tmp_path / "out")
     save_base(tmp_path / "base")

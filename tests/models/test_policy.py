@@ -5,12 +5,12 @@ import torch
 
 from medgpt.data.loader.collate import empty_batch
 from medgpt.models.policy import Policy
-from tests.models.packing import random_batch, tiny_model
+from tests.models.tiny_models import random_batch, tiny_model
 
 
 @pytest.mark.parametrize("chunk", [8192, 3])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_terms_of_packed_pieces_are_those_of_each_piece_alone(chunk, temperature):
+def test_terms_of_packed_sequences_equal_those_of_each_sequence_alone(chunk, temperature):
     policy = Policy(tiny_model(), loss_chunk_tokens=chunk)
     batch = random_batch([5, 9, 1, 12])
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, BertConfig, LlamaConfig, Qwen2Config
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import TokenizerConfig
-from medgpt.models.tokenizer import is_one_token, load_base, train_tokenizer
+from medgpt.models.tokenizer import load_tokenizer, may_be_one_token, train_tokenizer
 
 TEXTS = [
     "患者患有2型糖尿病，血糖控制不佳。建议使用二甲双胍，并监测血糖(mmol/L)。",
@@ -35,19 +35,19 @@ def test_bpe_decodes_to_exactly_the_text(bpe, text):
 
 
 def test_bpe_keeps_both_widths_of_punctuation_and_digits_apart(bpe):
-    pieces = [bpe.decode([i]) for i in bpe("血糖,血糖，135/85。")["input_ids"]]
-    assert pieces == ["血糖", ",", "血糖", "，", "1", "3", "5", "/", "8", "5", "。"]
+    tokens = [bpe.decode([i]) for i in bpe("血糖,血糖，135/85。")["input_ids"]]
+    assert tokens == ["血糖", ",", "血糖", "，", "1", "3", "5", "/", "8", "5", "。"]
 
 
 def test_bpe_tokens_are_words_of_the_text(bpe):
-    pieces = [bpe.decode([i]) for i in bpe("患者 hypertension 血糖")["input_ids"]]
-    assert pieces == ["患者", " hypertension", " ", "血糖"]
+    tokens = [bpe.decode([i]) for i in bpe("患者 hypertension 血糖")["input_ids"]]
+    assert tokens == ["患者", " hypertension", " ", "血糖"]
 
 
 def test_no_bpe_token_crosses_punctuation_or_exceeds_the_chinese_run(bpe):
     learned = [bpe.decode([i]) for i in range(3 + 256, len(bpe))]
     whole = [token for token in learned if "�" not in token]
-    assert all(is_one_token(token, CONFIG.max_chinese_run) for token in whole)
+    assert all(may_be_one_token(token, CONFIG.max_chinese_run) for token in whole)
     assert "糖尿" in whole
     assert "糖尿病" not in whole
     assert all(len(token) == 1 for token in learned if "�" in token)  # a part of one character
@@ -103,7 +103,7 @@ def test_wordpiece_separates_chinese_characters_and_keeps_case(wordpiece):
 
 def test_load_base_reads_what_training_wrote(bpe, tmp_path):
     bpe.save_pretrained(tmp_path)
-    assert load_base(str(tmp_path)).get_vocab() == bpe.get_vocab()
+    assert load_tokenizer(str(tmp_path)).get_vocab() == bpe.get_vocab()
 
 
 @pytest.mark.parametrize("has_config", [False, True])
@@ -111,7 +111,7 @@ def test_a_folder_without_tokenizer_is_a_config_error(tmp_path: Path, has_config
     if has_config:
         Qwen2Config().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.name=.*tokenizer\.json"):
-        load_base(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_without_end_token_is_a_config_error(bpe, tmp_path: Path):
@@ -121,4 +121,4 @@ def test_a_tokenizer_without_end_token_is_a_config_error(bpe, tmp_path: Path):
     assert without != config
     (tmp_path / "tokenizer_config.json").write_text(without, "utf-8")
     with pytest.raises(ConfigError, match="no end token; set eos_token"):
-        load_base(str(tmp_path))
+        load_tokenizer(str(tmp_path))

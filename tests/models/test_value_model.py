@@ -10,21 +10,21 @@ from torch import Tensor
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
-from medgpt.models.base import HEAD, HEAD_KEY
 from medgpt.models.lora import apply_lora
+from medgpt.models.model_files import VALUE_HEAD, VALUE_HEAD_WEIGHT
 from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.value_model import (
-    Score,
+    RewardModelInfo,
     ValueModel,
     build_value_model,
-    last_values,
+    last_token_values,
     load_value_model,
 )
 from medgpt.stages.merge import merge_adapter
-from tests.models.packing import VOCAB, pack, tiny_model
+from tests.models.tiny_models import VOCAB, pack, tiny_model
 
 LENGTHS = [7, 1, 20, 3]
-SCORE = Score(mean=0.25, std=0.5, normalised_on="chosen answers", speech={})
+SCORE = RewardModelInfo(mean=0.25, std=0.5, normalised_on="chosen answers", speech={})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def saved(base: Path, folder: Path) -> Path:
     return folder
 
 
-def pieces() -> list[Tensor]:
+def random_texts() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
 
@@ -60,11 +60,11 @@ def values(model: ValueModel, chosen: list[Tensor]) -> Tensor:
 def scores(model: ValueModel, chosen: list[Tensor]) -> Tensor:
     with torch.no_grad():
         batch = pack(chosen, chosen)
-        return last_values(model(batch), batch)
+        return last_token_values(model(batch), batch)
 
 
-def test_a_score_does_not_depend_on_batch_size_or_neighbours(base):
-    model, texts = fresh(base), pieces()
+def test_a_score_does_not_depend_on_batch_size_or_neighbors(base):
+    model, texts = fresh(base), random_texts()
 
     together = scores(model, texts)
     alone = torch.cat([scores(model, [text]) for text in texts])
@@ -77,7 +77,7 @@ def test_a_score_does_not_depend_on_batch_size_or_neighbours(base):
 
 
 def test_a_score_is_transformers_own_at_the_last_token_also_of_a_padding_token(base):
-    model, texts = fresh(base), pieces()
+    model, texts = fresh(base), random_texts()
     texts[0][-1] = 0  # the id of padding, as where pad doubles as end
 
     ours = scores(model, texts)
@@ -85,15 +85,17 @@ def test_a_score_is_transformers_own_at_the_last_token_also_of_a_padding_token(b
     plain.set_attn_implementation("sdpa")
     with torch.no_grad():
         theirs = [
-            plain.get_submodule(HEAD)(plain.base_model(text[None]).last_hidden_state)[0, -1, 0]
+            plain.get_submodule(VALUE_HEAD)(plain.base_model(text[None]).last_hidden_state)[
+                0, -1, 0
+            ]
             for text in texts
         ]
 
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=1e-5)
 
 
-def test_there_is_a_value_at_every_position_of_what_came_before(base):
-    model, (text, *_) = fresh(base), pieces()
+def test_the_value_of_a_position_depends_on_earlier_tokens_only(base):
+    model, (text, *_) = fresh(base), random_texts()
 
     whole = values(model, [text])
     prefixes = torch.cat([scores(model, [text[:n]]) for n in range(1, len(text) + 1)])
@@ -104,15 +106,19 @@ def test_there_is_a_value_at_every_position_of_what_came_before(base):
 
 
 def test_values_are_relative_to_mean_and_deviation(base):
-    raw, normalised = fresh(base), fresh(base, mean=0.25, std=0.5)
+    raw, normalized = fresh(base), fresh(base, mean=0.25, std=0.5)
 
-    torch.testing.assert_close(values(normalised, pieces()), (values(raw, pieces()) - 0.25) / 0.5)
+    torch.testing.assert_close(
+        values(normalized, random_texts()), (values(raw, random_texts()) - 0.25) / 0.5
+    )
 
 
 def test_a_fresh_head_follows_from_the_seed(base):
     first, again = fresh(base), fresh(base)
     other = build_value_model(ModelConfig(name=str(base)), seed=4, dtype=torch.float32)
-    heads = [m.get_submodule(HEAD).weight for m in (first.pretrained, again.pretrained, other)]
+    heads = [
+        m.get_submodule(VALUE_HEAD).weight for m in (first.pretrained, again.pretrained, other)
+    ]
 
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
@@ -121,7 +127,7 @@ def test_a_fresh_head_follows_from_the_seed(base):
 
 def test_the_head_computes_in_float32_under_bf16_weights(base):
     model = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.bfloat16)
-    head = model.get_submodule(HEAD)
+    head = model.get_submodule(VALUE_HEAD)
 
     value = head(torch.ones(1, 32, dtype=torch.bfloat16))
 
@@ -130,19 +136,19 @@ def test_the_head_computes_in_float32_under_bf16_weights(base):
     assert value.item() == pytest.approx(head.weight.float().sum().item(), abs=1e-6)
 
 
-def test_a_saved_reward_model_scores_as_before_and_is_normalised(base, tmp_path):
-    expected = (scores(fresh(base), pieces()) - SCORE.mean) / SCORE.std
+def test_a_saved_reward_model_gives_the_same_scores_normalized(base, tmp_path):
+    expected = (scores(fresh(base), random_texts()) - SCORE.mean) / SCORE.std
 
     model, facts = load_value_model(str(saved(base, tmp_path)))
 
     assert facts == SCORE
     assert not any(p.requires_grad for p in model.parameters())
-    torch.testing.assert_close(scores(model, pieces()), expected)
+    torch.testing.assert_close(scores(model, random_texts()), expected)
 
 
 def test_a_reward_model_of_adapters_is_folded_in(base, tmp_path):
     plain = build_value_model(ModelConfig(name=str(base)), seed=3, dtype=torch.float32)
-    adapted = ValueModel(apply_lora(plain, LoraConfig(rank=2), head=HEAD))
+    adapted = ValueModel(apply_lora(plain, LoraConfig(rank=2), head=VALUE_HEAD))
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for p in trained.values():
@@ -157,16 +163,16 @@ def test_a_reward_model_of_adapters_is_folded_in(base, tmp_path):
     merge_adapter(str(tmp_path), tmp_path / "merged")
     merged, facts = load_value_model(str(tmp_path / "merged"))
 
-    heads = [name for name in trained if HEAD in name]
+    heads = [name for name in trained if VALUE_HEAD in name]
     assert len(heads) == 1
     assert len(trained) == 1 + 2 * 7 * 2  # two matrices for seven layers of two blocks
-    expected = (scores(adapted.eval(), pieces()) - SCORE.mean) / SCORE.std
-    torch.testing.assert_close(scores(model, pieces()), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(scores(merged, pieces()), expected, rtol=0, atol=1e-5)
+    expected = (scores(adapted.eval(), random_texts()) - SCORE.mean) / SCORE.std
+    torch.testing.assert_close(scores(model, random_texts()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(merged, random_texts()), expected, rtol=0, atol=1e-5)
     assert facts == SCORE
 
 
-def test_what_is_no_reward_model_is_refused(base):
+def test_a_language_model_is_refused_as_reward_model(base):
     with pytest.raises(ConfigError, match=r"no score\.json.*medgpt reward"):
         load_value_model(str(base))
 
@@ -174,7 +180,7 @@ def test_what_is_no_reward_model_is_refused(base):
 def test_a_reward_model_without_its_head_is_refused(base, tmp_path):
     folder = saved(base, tmp_path)
     weights = load_file(folder / "model.safetensors")
-    assert weights.pop(HEAD_KEY).shape == (1, 32)
+    assert weights.pop(VALUE_HEAD_WEIGHT).shape == (1, 32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(ConfigError, match=r"no score\.weight, the head"):

@@ -15,11 +15,11 @@ from transformers import (
 from medgpt.config.base import ConfigError
 from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Message
-from medgpt.data.tokenized import chat
+from medgpt.data.tokenized import chat_template
 from medgpt.models.tokenizer import train_tokenizer
 from medgpt.models.vocabulary import (
     extend_tokenizer,
-    resize_for_new_tokens,
+    replace_vocabulary,
     trim_model,
     trim_tokenizer,
 )
@@ -144,7 +144,7 @@ def test_an_extended_tokenizer_learns_words_characters_and_nothing_else(base):
     ]
 
 
-def test_an_old_token_that_no_text_reached_stays_out_of_reach():
+def test_extending_does_not_make_unreachable_old_tokens_reachable():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*alphabet, "bc", "abc"])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[("b", "c")]))
@@ -157,7 +157,7 @@ def test_an_old_token_that_no_text_reached_stays_out_of_reach():
 
 
 @pytest.mark.parametrize("new_tokens", [1, 7, 40])
-def test_an_extended_tokenizer_adds_no_more_than_asked(qwen2, new_tokens):
+def test_an_extended_tokenizer_adds_at_most_new_tokens(qwen2, new_tokens):
     assert 0 < len(extend_tokenizer(qwen2, iter(NEW), new_tokens)) - len(qwen2) <= new_tokens
 
 
@@ -173,12 +173,12 @@ def test_texts_without_new_tokens_keep_their_ids_and_all_texts_decode(base, tmp_
     assert tokenizer.chat_template == base.chat_template
 
 
-def test_a_new_tokens_rows_expand_to_what_the_base_wrote(base):
+def test_a_new_token_expands_to_the_base_tokens_that_spell_it(base):
     tokenizer = extend_tokenizer(base, iter(NEW), 300)
     model = tiny_model(base, tied=False)
     rows = model.get_input_embeddings().weight.detach().clone()
     head = model.lm_head.weight.detach().clone()
-    resize_for_new_tokens(model, base, tokenizer)
+    replace_vocabulary(model, base, tokenizer)
     (new,) = tokenizer("糖尿病", add_special_tokens=False)["input_ids"]
     old = base("糖尿病", add_special_tokens=False)["input_ids"]
     assert new >= len(base)
@@ -191,7 +191,7 @@ def test_extending_changes_no_old_logit(base, tied):
     tokenizer = extend_tokenizer(base, iter(NEW), 300)
     model = tiny_model(base, tied=tied)
     before = logits(model, base, OLD[0])
-    report = resize_for_new_tokens(model, base, tokenizer)
+    report = replace_vocabulary(model, base, tokenizer)
     after = logits(model, tokenizer, OLD[0])
     assert after.shape[-1] == model.config.vocab_size == len(tokenizer)
     torch.testing.assert_close(after[..., : len(base)], before[..., : len(base)], atol=1e-5, rtol=0)
@@ -211,7 +211,7 @@ def test_new_chat_tokens_fit_into_padding_rows(qwen2):
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|doctor|>"]})
     model = tiny_model(bare)
     row = model.get_input_embeddings().weight[bare("<|doctor|>")["input_ids"]].mean(0)
-    report = resize_for_new_tokens(model, bare, tokenizer)
+    report = replace_vocabulary(model, bare, tokenizer)
     assert report.num_new_tokens == 1
     assert model.config.vocab_size == len(bare) + PADDING
     torch.testing.assert_close(model.get_input_embeddings().weight[len(bare)], row)
@@ -220,7 +220,7 @@ def test_new_chat_tokens_fit_into_padding_rows(qwen2):
 def test_an_extended_model_survives_saving(qwen2, tmp_path):
     tokenizer = extend_tokenizer(qwen2, iter(NEW), 300)
     model = tiny_model(qwen2)
-    resize_for_new_tokens(model, qwen2, tokenizer)
+    replace_vocabulary(model, qwen2, tokenizer)
     model.save_pretrained(tmp_path)
     loaded_tokenizer = reload(tokenizer, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -237,9 +237,9 @@ def test_a_trimmed_tokenizer_maps_the_corpus_one_to_one(base, tmp_path):
     text = OLD[1]
     assert [kept[i] for i in tokenizer(text)["input_ids"]] == base(text)["input_ids"]
     talk = [Message("user", text)]
-    assert [kept[i] for i in chat.generation_ids(tokenizer, talk)] == chat.generation_ids(
-        base, talk
-    )
+    assert [
+        kept[i] for i in chat_template.generation_prompt_ids(tokenizer, talk)
+    ] == chat_template.generation_prompt_ids(base, talk)
     for token in base.added_tokens_encoder:
         assert kept[tokenizer.get_vocab()[token]] == base.get_vocab()[token]
     for other in [*NEW[:3], OLD[0], "☺ é 罕"]:  # all bytes are there
@@ -268,7 +268,7 @@ def test_resizing_to_a_trimmed_tokenizer_is_trimming(base):
     tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
     models = [tiny_model(base), tiny_model(base)]
     trim_model(models[0], kept)
-    assert resize_for_new_tokens(models[1], base, tokenizer).num_new_tokens == 0
+    assert replace_vocabulary(models[1], base, tokenizer).num_new_tokens == 0
     first, second = (model.get_input_embeddings().weight for model in models)
     assert torch.equal(first, second)
     assert models[1].config.eos_token_id == tokenizer.eos_token_id

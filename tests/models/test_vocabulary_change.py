@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from medgpt.config.model import ModelConfig
-from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.load import SpecialTokenIds, build_model
 from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
-from medgpt.models.vocabulary_change import PIECE_TOKENS, change_vocabulary
-from tests.models.packing import save_speaking_model
+from medgpt.models.vocabulary_change import MAX_TEXT_TOKENS, change_vocabulary
+from tests.models.tiny_models import save_model_with_tokenizer
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
 NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
@@ -21,14 +21,14 @@ PROBE = ["患者有糖尿病，今天很好。", "The doctor is fine.", "x" * 30
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    save_speaking_model(folder, OLD)
+    save_model_with_tokenizer(folder, OLD)
     return folder
 
 
 @pytest.fixture
 def model(folder):
     config = ModelConfig(name=str(folder))
-    return build_model(config, objective="clm", vocab_size=0, special=SpecialIds(), seed=0)
+    return build_model(config, head_kind="clm", vocab_size=0, special_ids=SpecialTokenIds(), seed=0)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def base(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def by_hand(model, pieces: list[list[int]]) -> float:
+def mean_loss_by_hand(model, pieces: list[list[int]]) -> float:
     """Mean of -log p(token | before), each piece alone, by transformers' own forward."""
     model = copy.deepcopy(model).eval()
     model.set_attn_implementation("eager")
@@ -48,9 +48,9 @@ def by_hand(model, pieces: list[list[int]]) -> float:
     return float(torch.cat(losses).mean())
 
 
-def test_an_extended_vocabulary_costs_the_larger_softmax(model, base):
-    pieces = [base(text)["input_ids"][:PIECE_TOKENS] for text in PROBE]
-    before = by_hand(model, pieces)
+def test_an_extended_vocabulary_raises_the_loss_by_the_larger_softmax(model, base):
+    pieces = [base(text)["input_ids"][:MAX_TEXT_TOKENS] for text in PROBE]
+    before = mean_loss_by_hand(model, pieces)
     tokenizer = extend_tokenizer(base, iter(NEW), 100)
 
     change = change_vocabulary(model, base, tokenizer, PROBE)
@@ -59,18 +59,18 @@ def test_an_extended_vocabulary_costs_the_larger_softmax(model, base):
     assert change.loss is not None
     assert change.loss.num_targets == sum(len(ids) - 1 for ids in pieces)
     assert change.loss.before == pytest.approx(before, abs=1e-5)
-    assert change.loss.after == pytest.approx(by_hand(model, pieces), abs=1e-5)
+    assert change.loss.after == pytest.approx(mean_loss_by_hand(model, pieces), abs=1e-5)
     assert change.loss.after > change.loss.before + 1e-3  # each old token gets less
     shift = change.loss.after - change.loss.before
     assert f"{change.loss.after:.4f} nats, {shift:+.4f} by the other softmax" in str(change)
 
 
-def test_a_trimmed_vocabulary_gains_it_on_texts_whose_tokens_stay(model, base):
+def test_a_trimmed_vocabulary_lowers_the_loss_on_texts_whose_tokens_stay(model, base):
     tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
     stays = "病人很好。"
     ids = base(stays)["input_ids"]
     assert {i for text in PROBE for i in base(text)["input_ids"]} - set(kept)
-    before = by_hand(model, [ids])
+    before = mean_loss_by_hand(model, [ids])
 
     change = change_vocabulary(model, base, tokenizer, [stays, OLD[0]])
 
@@ -78,16 +78,16 @@ def test_a_trimmed_vocabulary_gains_it_on_texts_whose_tokens_stay(model, base):
     assert change.loss.num_targets == len(ids) - 1  # the other text's tokens are gone
     assert change.loss.before == pytest.approx(before, abs=1e-5)
     assert change.loss.after == pytest.approx(
-        by_hand(model, [[kept.index(i) for i in ids]]), abs=1e-5
+        mean_loss_by_hand(model, [[kept.index(i) for i in ids]]), abs=1e-5
     )
     assert change.loss.after < change.loss.before
 
 
-def test_the_loss_is_measured_only_where_there_is_something_to_predict(model, base):
+def test_the_loss_is_measured_only_on_texts_with_a_target(model, base):
     tokenizer = extend_tokenizer(base, iter(NEW), 100)
     change = change_vocabulary(model, base, tokenizer, ["", "好"])
     assert change.loss is None
-    assert change.facts() == {
+    assert change.manifest_entry() == {
         "num_tokens": len(tokenizer),
         "num_new_tokens": len(tokenizer) - len(base),
         "mean_old_tokens": change.vocabulary.mean_old_tokens,

@@ -6,22 +6,22 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.planning.hardware import read_cluster
-from tests.planning.clusters import write_cluster
+from tests.planning.cluster_files import write_cluster_file
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def test_nodes_have_their_resources_devices_and_prices(tmp_path: Path) -> None:
-    cluster = read_cluster(write_cluster(tmp_path), None)
+    cluster = read_cluster(write_cluster_file(tmp_path), None)
     data, train = cluster.workers
     assert cluster.head.name == "head"
     assert (train.num_gpus, train.device_name, train.device.memory_gb) == (8, "H100", 79)
     assert (data.device_name, data.price_per_hour, data.host_gb) == ("CPU", 1, None)
-    assert cluster.most_workers == 6
+    assert cluster.max_workers == 6
 
 
 def test_the_file_beside_the_definition_adds_what_ray_does_not_know(tmp_path: Path) -> None:
-    path = write_cluster(tmp_path)
+    path = write_cluster_file(tmp_path)
     path.with_suffix(".toml").write_text(
         """
 currency = "EUR"
@@ -48,7 +48,7 @@ source = "its maker"
 
 def test_the_memory_that_ray_knows_is_the_hosts(tmp_path: Path) -> None:
     resources = {"CPU": 16, "memory": 64 * 2**30}
-    path = write_cluster(tmp_path, available_node_types__data__resources=resources)
+    path = write_cluster_file(tmp_path, available_node_types__data__resources=resources)
     assert read_cluster(path, None).workers[0].host_gb == 64
 
 
@@ -64,9 +64,9 @@ def test_the_memory_that_ray_knows_is_the_hosts(tmp_path: Path) -> None:
         ({"available_node_types__train__labels": {}}, "the device GPU is not known"),
     ],
 )  # fmt: skip
-def test_a_definition_that_lacks_something_is_refused(tmp_path: Path, changes, words) -> None:
+def test_an_incomplete_cluster_definition_is_refused(tmp_path: Path, changes, words) -> None:
     with pytest.raises(ConfigError, match=words):
-        read_cluster(write_cluster(tmp_path, **changes), None)
+        read_cluster(write_cluster_file(tmp_path, **changes), None)
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,18 @@ def test_a_definition_that_lacks_something_is_refused(tmp_path: Path, changes, w
         ("nodes = [", "is not TOML"),
     ],
 )
-def test_a_hardware_file_that_is_wrong_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_hardware_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text, "utf-8")
     with pytest.raises(ConfigError, match=words):
-        read_cluster(write_cluster(tmp_path), file)
+        read_cluster(write_cluster_file(tmp_path), file)
 
 
-def test_files_that_are_not_there_or_not_yaml_are_named(tmp_path: Path) -> None:
+def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--cluster=.*: cannot be read \(No such file"):
         read_cluster(tmp_path / "none.yaml", None)
     with pytest.raises(ConfigError, match=r"--hardware=.*: cannot be read"):
-        read_cluster(write_cluster(tmp_path), tmp_path / "none.toml")
+        read_cluster(write_cluster_file(tmp_path), tmp_path / "none.toml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1", "utf-8")
     with pytest.raises(ConfigError, match="is not YAML"):

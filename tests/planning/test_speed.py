@@ -6,24 +6,24 @@ import pytest
 
 from medgpt.planning.hardware import Device
 from medgpt.planning.speed import compute_speed, decode_speed, forward_flops, train_flops
-from tests.planning.toys import toy
+from tests.planning.toy_models import toy_model
 
 DEVICE = Device(memory_gb=10, tflops=1, memory_gb_per_s=100, link_gb_per_s=1, source="made up")
-MODEL = toy()
+MODEL = toy_model()
 PRODUCTS = 4 * 10_000_000 + 1000 * 100  # the matrices, and the tied output layer
 
 
 def test_a_token_costs_two_operations_a_parameter_and_its_share_of_attention() -> None:
     attention = 4 * 4 * 100 * 50  # layers, numbers of all heads, half of a hundred tokens
     assert forward_flops(MODEL, 100) == 2 * PRODUCTS + attention
-    assert forward_flops(replace(MODEL, gated=False), 100) == 2 * PRODUCTS + 2 * attention
+    assert forward_flops(replace(MODEL, has_gated_mlp=False), 100) == 2 * PRODUCTS + 2 * attention
 
 
 def test_training_takes_three_forward_passes_and_four_with_checkpointing() -> None:
     forward = forward_flops(MODEL, 100)
     assert train_flops(MODEL, 100, checkpointing=False) == 3 * forward
     assert train_flops(MODEL, 100, checkpointing=True) == 4 * forward
-    frozen = toy(frozen=3)
+    frozen = toy_model(frozen=3)
     assert train_flops(frozen, 100, checkpointing=False) == 2 * forward_flops(frozen, 100)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from medgpt.reports.ppo import SAMPLES, write_ppo_report
+from medgpt.reports.ppo import ROLLOUT_SAMPLES, write_ppo_report
 from medgpt.runs import Run
 from tests.reports.test_run import RESOURCE
 
@@ -26,7 +26,7 @@ def make_ppo_run(folder: Path, *, iterations: int = 20) -> Run:
     run.folder.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     components = {"score": 1.25, "urgency": -1.0, "mine": None}
     run.folder.write_json(
-        SAMPLES,
+        ROLLOUT_SAMPLES,
         [
             {
                 "iteration": iteration,
@@ -63,7 +63,7 @@ def html(tmp_path_factory) -> str:
     return run.folder.read_text("report.html")
 
 
-def cells(html: str, first: str) -> list[str]:
+def row_cells(html: str, first: str) -> list[str]:
     """Texts of the table row that begins so."""
     row = next(r for r in re.findall(r"<tr>.*?</tr>", html, re.DOTALL) if f"<td>{first}</td>" in r)
     texts = re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)
@@ -71,13 +71,15 @@ def cells(html: str, first: str) -> list[str]:
 
 
 def test_scores_before_and_after_are_means_of_the_first_and_last_iterations(html):
-    assert cells(html, "score in training") == ["score in training", "0.300", "1.800", "+1.500"]
+    assert row_cells(html, "score in training") == ["score in training", "0.300", "1.800", "+1.500"]
     judged = ["held-out checks", "0.250 ± 0.050", "0.500 ± 0.050", "+0.250"]
-    assert cells(html, "held-out checks") == judged
+    assert row_cells(html, "held-out checks") == judged
 
 
 def test_phases_add_up_to_the_iteration(html):
-    assert [cells(html, name)[1:3] for name in ("generate", "score", "update", "sync", "wait")] == [
+    assert [
+        row_cells(html, name)[1:3] for name in ("generate", "score", "update", "sync", "wait")
+    ] == [
         ["3.00", "50 %"],
         ["1.00", "17 %"],
         ["1.50", "25 %"],
@@ -94,7 +96,7 @@ def test_every_component_has_its_curve(html):
     assert all(f">{name}<" in drawn["Rules violated"] for name in RULES)
 
 
-def test_rollouts_show_the_earliest_first_and_what_failed(html):
+def test_rollouts_are_shown_earliest_first_with_failed_components(html):
     answers = re.findall(r"<blockquote.*?</blockquote>", html, re.DOTALL)
     assert "iteration 1 · no reward" in answers[0]
     assert "(empty)" in answers[0]
@@ -103,12 +105,12 @@ def test_rollouts_show_the_earliest_first_and_what_failed(html):
     assert "mine failed" in answers[1]
 
 
-def test_texts_are_escaped_and_nothing_is_loaded_from_elsewhere(html):
+def test_texts_are_escaped_and_no_external_resource_is_loaded(html):
     assert "我最近&lt;b&gt;总是" in html
     assert not RESOURCE.search(html)
 
 
-def test_a_halted_run_says_why(tmp_path):
+def test_the_report_of_a_diverged_run_shows_the_reason(tmp_path):
     run = make_ppo_run(tmp_path, iterations=2)
     run.update_manifest(diverged="answers grew from 20 to 90 tokens")
     write_ppo_report(run)

@@ -6,7 +6,7 @@ import pytest
 import tomli_w
 
 from medgpt.reports.pipeline import write_pipeline_report
-from medgpt.reports.run import MAX_POINTS, thinned, write_report
+from medgpt.reports.run import MAX_POINTS, downsample, write_run_report
 from medgpt.runs import Run
 
 SECRET = "病人张三的原话"
@@ -60,7 +60,7 @@ def make_run(folder: Path, *, steps: int = 30) -> Run:
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> str:
     run = make_run(tmp_path_factory.mktemp("runs") / "night")
-    write_report(run)
+    write_run_report(run)
     return run.folder.read_text("report.html")
 
 
@@ -87,7 +87,7 @@ def test_a_report_is_self_contained(html):
     assert len(html) < 200_000
 
 
-def test_what_a_model_says_cannot_become_markup(html):
+def test_generated_text_is_escaped(html):
     assert "<script>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;一种头痛。" in html
     assert "什么是&lt;偏头痛&gt;?" in html
@@ -103,30 +103,30 @@ def test_a_run_without_metrics_and_samples_has_a_report(tmp_path):
     run = make_run(tmp_path / "bare")
     for name in ("metrics.jsonl", "samples.json"):
         Path(run.folder.path(name)).unlink()
-    write_report(run)
+    write_run_report(run)
     html = run.folder.read_text("report.html")
     assert "<svg" not in html
     assert "Samples" not in html
 
 
-def test_long_curves_are_thinned_and_keep_their_mean(tmp_path):
+def test_long_curves_are_downsampled_and_keep_their_mean(tmp_path):
     points = [(step, float(step % 7)) for step in range(10 * MAX_POINTS)]
-    thin = thinned(points)
+    thin = downsample(points)
     assert len(thin) == MAX_POINTS
     assert thin[0] == pytest.approx((4.5, sum(x % 7 for x in range(10)) / 10))
     assert sum(v for _, v in thin) / len(thin) == pytest.approx(
         sum(v for _, v in points) / len(points)
     )
-    assert thinned(points[:MAX_POINTS]) == points[:MAX_POINTS]
-    assert thinned([]) == []
+    assert downsample(points[:MAX_POINTS]) == points[:MAX_POINTS]
+    assert downsample([]) == []
     run = make_run(tmp_path / "long", steps=20_000)
-    write_report(run)
+    write_run_report(run)
     assert len(run.folder.read_text("report.html")) < 300_000
 
 
 def test_the_same_run_has_the_same_report(html, tmp_path):
     run = make_run(tmp_path / "night")
-    write_report(run)
+    write_run_report(run)
     assert run.folder.read_text("report.html") == html
 
 

@@ -10,15 +10,15 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from medgpt.artifacts import commit, committed, entries
-from medgpt.eval.summary import summary
+from medgpt.artifacts import commit, committed, file_entries
+from medgpt.eval.summary import summarize_task
 from medgpt.eval.task import ItemResult
-from medgpt.eval.tasks.overlap import counts, score_of
-from medgpt.reports.evaluation import read_column, write_eval_report
+from medgpt.eval.tasks.text_metrics import corpus_counts, corpus_score
+from medgpt.reports.evaluation import load_eval_column, write_eval_report
 from medgpt.reports.pipeline import write_pipeline_report
-from medgpt.reports.scores import tables
+from medgpt.reports.scores import build_task_tables
 from medgpt.runs import Run
-from medgpt.train.model_card import SCORES, add_scores
+from medgpt.train.model_card import SCORES_HEADING, add_scores
 
 SECRET = "病人张三的原话"
 RESOURCE = re.compile(
@@ -56,7 +56,7 @@ def make_evaluation(
         lines = "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in judged)
         (run.folder / "items").write_text(f"{name}.jsonl", lines)
         task = FakeTask(name, "mcq", data_hash, template)
-        tasks[name] = summary(task, judged, seed=0)  # type: ignore[arg-type]
+        tasks[name] = summarize_task(task, judged, seed=0)  # type: ignore[arg-type]
     results = {"model": "m", "parent": parent, "seed": 0, "tasks": tasks}
     run.folder.write_json("results.json", results)
     gate = {"gate": "mcq.accuracy >= 0.5", "passed": right >= 20, "value": right / 40}
@@ -75,8 +75,8 @@ def test_columns_are_compared_on_the_same_items(tmp_path):
     before = make_evaluation(tmp_path / "a", 10)
     after = make_evaluation(tmp_path / "b", 30)
     other = make_evaluation(tmp_path / "c", 30, data_hash="d2")
-    columns = [read_column(n, r) for n, r in (("a", before), ("b", after), ("c", other))]
-    mcq, secret = tables(columns, seed=0)
+    columns = [load_eval_column(n, r) for n, r in (("a", before), ("b", after), ("c", other))]
+    mcq, secret = build_task_tables(columns, seed=0)
     (row,) = mcq.rows
     assert [score and score["value"] for score in row.scores] == [0.25, 0.75, 0.75]
     first, change, incomparable = row.changes
@@ -92,17 +92,19 @@ def test_columns_are_compared_on_the_same_items(tmp_path):
     assert secret.best == secret.worst == []
 
 
-def test_columns_that_were_asked_in_another_way_are_not_compared(tmp_path):
+def test_columns_with_different_prompts_are_not_compared(tmp_path):
     letters = make_evaluation(tmp_path / "letters", 10, template="mcq-letter")
     texts = make_evaluation(tmp_path / "texts", 30, template="mcq-option")
-    table, _ = tables([read_column("a", letters), read_column("b", texts)], seed=0)
+    table, _ = build_task_tables(
+        [load_eval_column("a", letters), load_eval_column("b", texts)], seed=0
+    )
     assert [row.changes for row in table.rows] == [[None, None]]
     assert table.facts[-1] == "b is not compared with a, which asked in another way"
 
 
-def words_of(texts: list[str], folder: Path) -> Run:
+def evaluation_of_texts(texts: list[str], folder: Path) -> Run:
     """An evaluation of answers against one reference."""
-    counted = counts(texts, ["多饮、多尿、多食和体重下降"] * len(texts))
+    counted = corpus_counts(texts, ["多饮、多尿、多食和体重下降"] * len(texts))
     items = [
         ItemResult(f"q{i}", {"words": float(len(text))}, counts=part)
         for i, (text, part) in enumerate(zip(texts, counted, strict=True))
@@ -112,32 +114,37 @@ def words_of(texts: list[str], folder: Path) -> Run:
     (run.folder / "items").write_text("said.jsonl", lines)
     task = FakeTask("said", "generation", "d", "t")
     values = {
-        metric: score_of(metric, [item.counts for item in items], 0)._asdict() | {"n": len(items)}
+        metric: corpus_score(metric, [item.counts for item in items], 0)._asdict()
+        | {"n": len(items)}
         for metric in ("bleu_2", "distinct_1")
     }
-    part = summary(task, items, seed=0)  # type: ignore[arg-type]
+    part = summarize_task(task, items, seed=0)  # type: ignore[arg-type]
     part["metrics"] |= values
     run.folder.write_json("results.json", {"tasks": {"said": part}, "seed": 0})
     return run
 
 
-def test_scores_of_a_whole_corpus_have_a_paired_bootstrap_too(tmp_path):
+def test_corpus_level_scores_have_a_paired_bootstrap(tmp_path):
     tails = ["胸痛咳嗽", "头晕恶心", "乏力", "失眠多梦", "皮疹瘙痒", "心悸", "咽痛鼻塞", "腹泻便血"]
     good = [f"多饮、多尿{'、多食' * (i % 2)}，{tail}" for i, tail in enumerate(tails)]
-    before = words_of(["不知道，请多喝热水", "没有，多喝热水"] * 4, tmp_path / "before")
-    now = words_of(good, tmp_path / "now")
-    (table,) = tables([read_column("before", before), read_column("now", now)], seed=0)
-    found = {row.metric: row.changes[1] for row in table.rows}
+    before = evaluation_of_texts(["不知道，请多喝热水", "没有，多喝热水"] * 4, tmp_path / "before")
+    now = evaluation_of_texts(good, tmp_path / "now")
+    (table,) = build_task_tables(
+        [load_eval_column("before", before), load_eval_column("now", now)], seed=0
+    )
+    changes = {row.metric: row.changes[1] for row in table.rows}
     for metric in ("bleu_2", "distinct_1"):
-        change = found[metric]
+        change = changes[metric]
         assert change is not None
         assert change.n == 8
         assert change.difference.value == pytest.approx(change.ours - change.theirs)
         assert change.difference.low < change.difference.value < change.difference.high
         assert (change.verdict, change.p_value) == ("higher", None)
-    same = tables([read_column("a", now), read_column("b", now)], seed=0)[0]
-    assert {row.metric: row.changes[1].verdict for row in same.rows} == dict.fromkeys(found, "same")
-    assert [found[m].margin for m in ("bleu_2", "distinct_1", "words")] == [1.0, 0.01, 0.0]
+    same = build_task_tables([load_eval_column("a", now), load_eval_column("b", now)], seed=0)[0]
+    assert {row.metric: row.changes[1].verdict for row in same.rows} == dict.fromkeys(
+        changes, "same"
+    )
+    assert [changes[m].margin for m in ("bleu_2", "distinct_1", "words")] == [1.0, 0.01, 0.0]
 
 
 def test_a_pipeline_report_has_all_evaluations_side_by_side(tmp_path):
@@ -168,15 +175,15 @@ def test_an_evaluation_is_shown_beside_its_parent(tmp_path):
     for text in ("parent", "0.250", "0.750", "+0.500"):
         assert text in html
     assert not RESOURCE.search(html)
-    found = run.folder.read_json("comparison.json")["mcq"]["accuracy"]
-    assert (found["ours"], found["theirs"], found["n"], found["verdict"]) == (
+    accuracy = run.folder.read_json("comparison.json")["mcq"]["accuracy"]
+    assert (accuracy["ours"], accuracy["theirs"], accuracy["n"], accuracy["verdict"]) == (
         0.75,
         0.25,
         40,
         "higher",
     )
-    assert found["p_value"] == pytest.approx(2 * 0.5**20)
-    assert found["difference"]["low"] > 0
+    assert accuracy["p_value"] == pytest.approx(2 * 0.5**20)
+    assert accuracy["difference"]["low"] > 0
 
 
 def test_the_card_of_the_model_gets_the_numbers_once(tmp_path):
@@ -184,14 +191,14 @@ def test_the_card_of_the_model_gets_the_numbers_once(tmp_path):
     with run.model.staging() as directory:
         (directory / "README.md").write_text("# run\n\nNot a doctor.\n", "utf-8")
         (directory / "model.safetensors").write_bytes(b"0")
-        commit(run.model, entries(directory), step=3)
+        commit(run.model, file_entries(directory), step=3)
     for right in (10, 30):
         results = make_evaluation(tmp_path / f"eval-{right}", right).folder.read_json(
             "results.json"
         )
         add_scores({**results, "model": run.folder.url})
         card = run.model.read_text("README.md")
-        assert card.count(SCORES) == 1
+        assert card.count(SCORES_HEADING) == 1
         assert f"| mcq | accuracy | {right / 40:.4f} |" in card
         manifest = committed(run.model, verify=True)
         assert manifest is not None
@@ -204,7 +211,7 @@ def test_the_card_of_the_model_gets_the_numbers_once(tmp_path):
         assert f"| mcq | accuracy | {value:.4f} |" in run.model.read_text("README.md")
 
 
-class Killed(Exception):
+class SimulatedKill(Exception):
     pass
 
 
@@ -217,7 +224,7 @@ def test_a_kill_while_the_card_is_written_leaves_a_complete_model(tmp_path):
 
         def pipe_file(self, path, value, mode="overwrite", **kwargs):
             if not Dying.left:
-                raise Killed
+                raise SimulatedKill
             Dying.left -= 1
             Path(path).write_bytes(value)
 
@@ -228,9 +235,9 @@ def test_a_kill_while_the_card_is_written_leaves_a_complete_model(tmp_path):
         run = Run(str(folder))
         with run.model.staging() as directory:
             (directory / "README.md").write_text("# run\n", "utf-8")
-            commit(run.model, entries(directory), step=3)
+            commit(run.model, file_entries(directory), step=3)
         Dying.left = writes
-        with suppress(Killed):
+        with suppress(SimulatedKill):
             add_scores({**results, "model": f"dying://{folder}"})
         assert committed(run.model, verify=True)
-    assert SCORES in run.model.read_text("README.md")
+    assert SCORES_HEADING in run.model.read_text("README.md")

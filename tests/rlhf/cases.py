@@ -11,15 +11,15 @@ import torch
 from medgpt.config.loading import load
 from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.data.loader.packed_row import Row
-from medgpt.models.base import HEAD
+from medgpt.data.loader.packed_row import PackedRow
 from medgpt.models.lora import apply_lora
-from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import Score, build_value_model
+from medgpt.models.model_files import VALUE_HEAD
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.value_model import RewardModelInfo, build_value_model
 from medgpt.rlhf.rollout_batch import (
-    Lessons,
     Logprobs,
     Prompts,
+    PtxBatch,
     Ragged,
     Scores,
     Sequences,
@@ -72,32 +72,32 @@ def save_reward_model(base: Path, folder: Path, *, lora: bool = False, seed: int
     """A reward model in `folder`: the base with a fresh head, or adapters that are not at zero."""
     model = build_value_model(ModelConfig(name=str(base)), seed=seed, dtype=torch.float32)
     if lora:
-        model = apply_lora(model, LoraConfig(rank=2), head=HEAD)
+        model = apply_lora(model, LoraConfig(rank=2), head=VALUE_HEAD)
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
-    load_base(str(base)).save_pretrained(folder)
-    Score(mean=0.25, std=0.5, normalised_on="chosen answers", speech={}).write(folder)
+    load_tokenizer(str(base)).save_pretrained(folder)
+    RewardModelInfo(mean=0.25, std=0.5, normalised_on="chosen answers", speech={}).write(folder)
     return folder
 
 
-def asked(whole: Sequences) -> Prompts:
+def prompts_of(rollouts: Sequences) -> Prompts:
     """The prompts of sequences."""
-    messages = ['[["user", "?"]]'] * len(whole)
-    return Prompts(sample_ids=whole.sample_ids, ids=whole.prompts, messages=messages)
+    messages = ['[["user", "?"]]'] * len(rollouts)
+    return Prompts(sample_ids=rollouts.sample_ids, ids=rollouts.prompts, messages=messages)
 
 
-def without_response(whole: Sequences, *rows: int) -> Sequences:
+def with_empty_responses(rollouts: Sequences, *rows: int) -> Sequences:
     """The same, but nothing was answered in these rows."""
-    kept = np.ones(len(whole.logprobs), np.bool_)
-    kept[whole.responses.places(rows)] = False
-    lengths = whole.responses.lengths.copy()
+    kept = np.ones(len(rollouts.logprobs), np.bool_)
+    kept[rollouts.responses.positions(rows)] = False
+    lengths = rollouts.responses.lengths.copy()
     lengths[list(rows)] = 0
     offsets = np.append(0, np.cumsum(lengths))
-    responses = Ragged(whole.responses.values[kept], offsets)
-    return replace(whole, responses=responses, logprobs=whole.logprobs[kept])
+    responses = Ragged(rollouts.responses.values[kept], offsets)
+    return replace(rollouts, responses=responses, logprobs=rollouts.logprobs[kept])
 
 
 def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
@@ -105,11 +105,11 @@ def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(5, VOCAB, n) for n in rng.integers(3, 16, num)]
     responses = [rng.integers(5, VOCAB, n) for n in rng.integers(1, longest + 1, num)]
-    ragged = Ragged.of(responses, np.int32)
+    ragged = Ragged.from_rows(responses, np.int32)
     return Sequences(
         index=np.arange(num),
         sample_ids=[f"sample-{i}" for i in range(num)],
-        prompts=Ragged.of(prompts, np.int32),
+        prompts=Ragged.from_rows(prompts, np.int32),
         responses=ragged,
         logprobs=rng.normal(-3, 1, len(ragged.values)).astype(np.float32),
         finished=ragged.lengths < longest,
@@ -117,60 +117,62 @@ def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
     )
 
 
-def share(whole: Sequences, index: Any) -> Sequences:
+def share(rollouts: Sequences, index: Any) -> Sequences:
     """What one worker would have sampled of `whole`."""
     index = np.asarray(index)
     return Sequences(
         index=index,
-        sample_ids=[whole.sample_ids[i] for i in index],
-        prompts=whole.prompts.take(index),
-        responses=whole.responses.take(index),
-        logprobs=whole.logprobs[whole.responses.places(index)],
-        finished=whole.finished[index],
-        weight_version=whole.weight_version,
+        sample_ids=[rollouts.sample_ids[i] for i in index],
+        prompts=rollouts.prompts.take(index),
+        responses=rollouts.responses.take(index),
+        logprobs=rollouts.logprobs[rollouts.responses.positions(index)],
+        finished=rollouts.finished[index],
+        weight_version=rollouts.weight_version,
     )
 
 
-def scores(whole: Sequences, totals: Any = None) -> Scores:
+def scores(rollouts: Sequences, totals: Any = None) -> Scores:
     """By default random."""
-    found = np.random.default_rng(1).normal(size=len(whole)) if totals is None else totals
+    rewards = np.random.default_rng(1).normal(size=len(rollouts)) if totals is None else totals
     made_of: Any = None  # only the driver asks
-    return Scores(index=whole.index, totals=np.asarray(found, np.float32), rewarded=made_of)
+    return Scores(index=rollouts.index, totals=np.asarray(rewards, np.float32), rewards=made_of)
 
 
-def values(whole: Sequences, flat: Any = None, after: Any = None) -> Values:
+def values(rollouts: Sequences, flat: Any = None, after: Any = None) -> Values:
     """By default random."""
     rng = np.random.default_rng(2)
-    flat = rng.normal(size=len(whole.responses.values)) if flat is None else flat
-    after = rng.normal(size=len(whole)) if after is None else after
+    flat = rng.normal(size=len(rollouts.responses.values)) if flat is None else flat
+    after = rng.normal(size=len(rollouts)) if after is None else after
     return Values(
-        index=whole.index,
+        index=rollouts.index,
         values=np.asarray(flat, np.float32),
-        after=np.asarray(after, np.float32),
+        bootstrap=np.asarray(after, np.float32),
     )
 
 
-def logprobs(whole: Sequences, of: Any, flat: Any = None) -> Logprobs:
+def logprobs(rollouts: Sequences, model: Any, flat: Any = None) -> Logprobs:
     """By default those of the sampling."""
-    flat = whole.logprobs if flat is None else flat
-    return Logprobs(of=of, index=whole.index, values=np.asarray(flat, np.float32), entropy=0.0)
+    flat = rollouts.logprobs if flat is None else flat
+    return Logprobs(
+        model=model, index=rollouts.index, values=np.asarray(flat, np.float32), entropy=0.0
+    )
 
 
-def lessons(*sizes: int, seed: int = 0) -> Lessons:
+def ptx_batch(*sizes: int, seed: int = 0) -> PtxBatch:
     """Steps of so many rows, each of two random pieces, of which the second half is learnt."""
     rng = np.random.default_rng(seed)
-    return Lessons(steps=[[_row(rng) for _ in range(size)] for size in sizes])
+    return PtxBatch(steps=[[_row(rng) for _ in range(size)] for size in sizes])
 
 
-def _row(rng: np.random.Generator) -> Row:
+def _row(rng: np.random.Generator) -> PackedRow:
     lengths = rng.integers(4, 13, 2)
-    learnt = [np.arange(length) >= length // 2 for length in lengths]
-    return Row(
+    targets = [np.arange(length) >= length // 2 for length in lengths]
+    return PackedRow(
         input_ids=rng.integers(5, VOCAB, lengths.sum()).astype(np.int32),
-        targets=np.concatenate(learnt),
+        targets=np.concatenate(targets),
         word_ids=None,
         lengths=lengths,
         sample_ids=["a", "b"],
         chunks=[0, 0],
-        visits=[0, 0],
+        repeat=[0, 0],
     )

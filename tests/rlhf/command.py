@@ -16,7 +16,7 @@ import ray
 from medgpt.runs import Run
 from tests.rlhf import hooks
 from tests.rlhf.hooks import Hold
-from tests.train.hooks import steps_logged
+from tests.train.worker_hooks import last_logged_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ class Command:
 
     def start(self) -> None:
         """Begin, or repeat."""
-        environment = {hooks.FOLDER: str(self.folder), "PYTHONPATH": str(ROOT)}
+        environment = {hooks.FOLDER_VARIABLE: str(self.folder), "PYTHONPATH": str(ROOT)}
         runtime_env = {
             "worker_process_setup_hook": "tests.rlhf.hooks.install",
             "env_vars": environment,
@@ -62,25 +62,25 @@ class Command:
                 start_new_session=True,
             )
 
-    def hold(self, where: Hold) -> None:
+    def hold_worker(self, where: Hold) -> None:
         """Have a worker held there; who is held now goes on, unless it is killed first."""
         self.holds += 1
-        hooks.order(self.folder, replace(where, number=self.holds))
+        hooks.write_hold(self.folder, replace(where, number=self.holds))
 
     def wait_until_held(self) -> int:
         """The process id of the worker that is."""
-        self.wait_for(lambda: self._held() is not None, "worker in the phase")
-        held = self._held()
+        self.wait_for(lambda: self._held_pid() is not None, "worker in the phase")
+        held = self._held_pid()
         assert held is not None
         return held
 
-    def _held(self) -> int | None:
-        path = self.folder / hooks.HELD
-        found = json.loads(path.read_text()) if path.exists() else {"number": 0}
-        return found["pid"] if found["number"] == self.holds else None
+    def _held_pid(self) -> int | None:
+        path = self.folder / hooks.HELD_FILE
+        held = json.loads(path.read_text()) if path.exists() else {"number": 0}
+        return held["pid"] if held["number"] == self.holds else None
 
     def release(self) -> None:
-        hooks.order(self.folder, None)
+        hooks.write_hold(self.folder, None)
 
     def pid_of(self, role: str, rank: int) -> int:
         """Of the worker that worked last in this place."""
@@ -95,20 +95,20 @@ class Command:
         """Wait for the end, which must be a good one."""
         assert self.process is not None
         code = self.process.wait(timeout_s)
-        assert code == 0, self.said()[-4000:]
+        assert code == 0, self.output()[-4000:]
 
     @property
     def step(self) -> int:
         """The last that was logged."""
-        return steps_logged(self.folder / "run" / "metrics.jsonl")
+        return last_logged_step(self.folder / "run" / "metrics.jsonl")
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text("utf-8")
 
     def wait_for(self, done: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         assert self.process is not None
         deadline = time.monotonic() + timeout_s
         while not done():
-            assert self.process.poll() is None, f"no {what}\n{self.said()[-4000:]}"
-            assert time.monotonic() < deadline, f"no {what}\n{self.said()[-4000:]}"
+            assert self.process.poll() is None, f"no {what}\n{self.output()[-4000:]}"
+            assert time.monotonic() < deadline, f"no {what}\n{self.output()[-4000:]}"
             time.sleep(0.05)

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.train.hooks import steps_logged
+from tests.train.worker_hooks import last_logged_step
 
-FOLDER = "MEDGPT_TEST_HOLD"  # where the files of tests and workers are
-HOLD, HELD = "hold.json", "held.json"
+FOLDER_VARIABLE = "MEDGPT_TEST_HOLD"  # where the files of tests and workers are
+HOLD_FILE, HELD_FILE = "hold.json", "held.json"
 # modules of what a pool is told to do
-ROLES, LINK = "medgpt.rlhf.roles.", "medgpt.rlhf.weight_sync.process_group"
+ROLES, WEIGHT_SYNC = "medgpt.rlhf.roles.", "medgpt.rlhf.weight_sync.process_group"
 
 
 @dataclass(frozen=True)
@@ -36,32 +36,32 @@ class Hold:
 
 
 def install() -> None:
-    folder = Path(os.environ[FOLDER])
+    folder = Path(os.environ[FOLDER_VARIABLE])
 
     def before(event: str, args: tuple[Any, ...]) -> None:
         if event == "pickle.find_class":  # a call's method arrives pickled by its name
             module, name = map(str, args)
-            if module == LINK or (module.startswith(ROLES) and "." in name):
-                told(folder, module, name)
+            if module == WEIGHT_SYNC or (module.startswith(ROLES) and "." in name):
+                on_method(folder, module, name)
 
     sys.addaudithook(before)
 
 
-def told(folder: Path, module: str, method: str) -> None:
+def on_method(folder: Path, module: str, method: str) -> None:
     """This worker is about to run `method`."""
     rank = int(os.environ["RANK"])
     sys.setprofile(None)  # of an earlier method
     if module.startswith(ROLES):
         role = module.removeprefix(ROLES)
         pid_file(folder, role, rank).write_text(str(os.getpid()))
-    hold = pending(folder)
+    hold = read_hold(folder)
     if hold is None or (hold.method, hold.rank) != (method, rank):
         return
-    if max(0, steps_logged(folder / "run" / "metrics.jsonl")) >= hold.step:
-        watch(folder, hold)
+    if max(0, last_logged_step(folder / "run" / "metrics.jsonl")) >= hold.step:
+        hold_in_call(folder, hold)
 
 
-def watch(folder: Path, hold: Hold) -> None:
+def hold_in_call(folder: Path, hold: Hold) -> None:
     """Wait in the call of the function, for as long as the test wants this worker held."""
     calls = 0
 
@@ -71,31 +71,31 @@ def watch(folder: Path, hold: Hold) -> None:
             calls += 1
             if calls == hold.time:
                 sys.setprofile(None)
-                write(folder / HELD, {"number": hold.number, "pid": os.getpid()})
-                while pending(folder) == hold:
+                write_json(folder / HELD_FILE, {"number": hold.number, "pid": os.getpid()})
+                while read_hold(folder) == hold:
                     time.sleep(0.02)
 
     sys.setprofile(profile)
 
 
-def pending(folder: Path) -> Hold | None:
-    path = folder / HOLD
+def read_hold(folder: Path) -> Hold | None:
+    path = folder / HOLD_FILE
     return Hold(**json.loads(path.read_text())) if path.exists() else None
 
 
-def order(folder: Path, hold: Hold | None) -> None:
+def write_hold(folder: Path, hold: Hold | None) -> None:
     """Hold there, or nowhere; who is held elsewhere goes on."""
     if hold is None:
-        (folder / HOLD).unlink(missing_ok=True)
+        (folder / HOLD_FILE).unlink(missing_ok=True)
     else:
-        write(folder / HOLD, asdict(hold))
+        write_json(folder / HOLD_FILE, asdict(hold))
 
 
 def pid_file(folder: Path, role: str, rank: int) -> Path:
     return folder / f"{role}-{rank}.pid"
 
 
-def write(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(value))
     partial.replace(path)

@@ -6,24 +6,24 @@ from typing import Any
 import numpy as np
 
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.data.tokenized.chat import stop_ids
+from medgpt.data.tokenized.chat_template import stop_token_ids
 from medgpt.metrics import ConsoleReporter
-from medgpt.models.tokenizer import load_base
-from medgpt.rlhf.pools.pools import DataLost, Leaving, PoolDied
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.rlhf.pools.pools import DataLost, NodesDraining, PoolDied
 from medgpt.rlhf.pools.worker import Usage
 from medgpt.rlhf.ppo import PPO
-from medgpt.rlhf.roles.make import (
-    make_actor,
-    make_critic,
-    make_reference,
-    make_reward,
-    make_rollout,
+from medgpt.rlhf.roles.factory import (
+    build_actor,
+    build_critic,
+    build_reference,
+    build_reward,
+    build_rollout,
 )
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
 from medgpt.runs import Run
 
 
-class Ref:
+class InlineRef:
     """A value, or the error that making it raised."""
 
     def __init__(self, value: Any = None, error: Exception | None = None) -> None:
@@ -39,74 +39,74 @@ class InlinePool:
     """Calls its role at once; `dies_at` says which call finds it dead."""
 
     def __init__(self, role: str, make: Callable[[], Any]) -> None:
-        self.role, self.make, self.worker = role, make, make()
+        self.role, self.build_role, self.worker = role, make, make()
         self.workers = [self]
         self.calls: list[str] = []
         self.dies_at: tuple[str, int] | None = None
         self.loses_at: tuple[str, int | None] | None = None
         """Which call finds its arguments gone; None: each of these."""
 
-    def call(self, method: Callable[..., Any], *args: Any) -> list[Ref]:
+    def call(self, method: Callable[..., Any], *args: Any) -> list[InlineRef]:
         self.calls.append(method.__name__)
         if self.dies_at == (method.__name__, self.calls.count(method.__name__)):
             self.dies_at, self.worker = None, None
         if self.worker is None:
-            return [Ref(error=PoolDied(self.role, [0], "died"))]
+            return [InlineRef(error=PoolDied(self.role, [0], "died"))]
         times = self.calls.count(method.__name__)
         if self.loses_at in ((method.__name__, times), (method.__name__, None)):
-            return [Ref(error=DataLost("gone"))]
+            return [InlineRef(error=DataLost("gone"))]
         try:
-            values = [arg.get() if isinstance(arg, Ref) else arg for arg in args]
-            return [Ref(method(self.worker, *values))]
+            values = [arg.get() if isinstance(arg, InlineRef) else arg for arg in args]
+            return [InlineRef(method(self.worker, *values))]
         except (PoolDied, DataLost) as loss:
-            return [Ref(error=loss)]
+            return [InlineRef(error=loss)]
 
-    def usage(self) -> list[Ref]:
-        return [Ref(Usage(rss_gb=0.5, call_s=2.0))]
+    def usage(self) -> list[InlineRef]:
+        return [InlineRef(Usage(rss_gb=0.5, call_s=2.0))]
 
 
 class InlinePools:
     def __init__(self, config: PPOStageConfig, num_iterations: int) -> None:
-        make = {
-            "actor": lambda: make_actor(config, num_iterations),
-            "critic": lambda: make_critic(config, num_iterations),
-            "reward": lambda: make_reward(config),
-            "reference": lambda: make_reference(config),
-            "rollout": lambda: make_rollout(config),
+        builders = {
+            "actor": lambda: build_actor(config, num_iterations),
+            "critic": lambda: build_critic(config, num_iterations),
+            "reward": lambda: build_reward(config),
+            "reference": lambda: build_reference(config),
+            "rollout": lambda: build_rollout(config),
         }
         if config.pools.reference_in_actor:
-            del make["reference"]
-        self.pools = {role: InlinePool(role, made) for role, made in make.items()}
+            del builders["reference"]
+        self.pools = {role: InlinePool(role, made) for role, made in builders.items()}
         self.rebuilt: list[str] = []
         self.moved: list[str] = []
         self.waits: list[str] = []
-        self.leaves_at: tuple[str, int] | None = None
+        self.drains_at: tuple[str, int] | None = None
         """Which wait hears that the nodes of `leaving` will end."""
-        self.leaving: list[str] = []
+        self.draining_roles: list[str] = []
         self.dies_in_get: tuple[str, str] | None = None
         """What is fetched, and the roles that are then found dead."""
 
-    def put(self, value: Any) -> Ref:
-        return Ref(value)
+    def put(self, value: Any) -> InlineRef:
+        return InlineRef(value)
 
-    def wait(self, refs: Sequence[Ref], what: str, *, watch: bool = False) -> None:
-        self.waits.append(what)
-        if watch and self.leaves_at == (what, self.waits.count(what)):
-            raise Leaving(self.leaving, 30)
+    def wait(self, refs: Sequence[InlineRef], purpose: str, *, watch_nodes: bool = False) -> None:
+        self.waits.append(purpose)
+        if watch_nodes and self.drains_at == (purpose, self.waits.count(purpose)):
+            raise NodesDraining(self.draining_roles, 30)
         for ref in refs:
             ref.get()
 
     def check_nodes(self) -> None:
-        self.wait([], "nodes", watch=True)
+        self.wait([], "nodes", watch_nodes=True)
 
     def move(self, roles: Sequence[str]) -> None:
         self.moved += roles
         for role in roles:
             self.pools[role].worker = None
-            self.pools[role].worker = self.pools[role].make()
+            self.pools[role].worker = self.pools[role].build_role()
 
-    def get(self, refs: Sequence[Ref], what: str) -> list[Any]:
-        if self.dies_in_get is not None and self.dies_in_get[0] == what:
+    def get(self, refs: Sequence[InlineRef], purpose: str) -> list[Any]:
+        if self.dies_in_get is not None and self.dies_in_get[0] == purpose:
             roles, self.dies_in_get = self.dies_in_get[1].split(), None
             for role in roles:
                 self.pools[role].worker = None
@@ -117,7 +117,7 @@ class InlinePools:
         dead = {role for role, pool in self.pools.items() if pool.worker is None}
         for role in sorted({died.role} | dead):
             self.rebuilt.append(role)
-            self.pools[role].worker = self.pools[role].make()
+            self.pools[role].worker = self.pools[role].build_role()
         return {died.role} | dead
 
     def sync(self, version: int) -> dict[str, float]:
@@ -134,7 +134,7 @@ class InlinePools:
 def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
     """Random prompts that a response may end: the same for the same iteration."""
     assert config.model.name is not None
-    ends = stop_ids(load_base(config.model.name))
+    ends = stop_token_ids(load_tokenizer(config.model.name))
 
     def stream(start: int) -> Iterator[Prompts]:
         iteration = start
@@ -144,7 +144,7 @@ def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
             rows = [row[~np.isin(row, ends)] for row in rows]
             yield Prompts(
                 sample_ids=[f"{iteration}-{i}" for i in range(len(rows))],
-                ids=Ragged.of([np.append(row, 50) for row in rows], np.int32),
+                ids=Ragged.from_rows([np.append(row, 50) for row in rows], np.int32),
                 messages=['[["user", "?"]]'] * len(rows),
             )
             iteration += 1
@@ -152,7 +152,7 @@ def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
     return stream
 
 
-def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
+def make_ppo(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
     """A run at its newest checkpoint; `changes` replace the driver's arguments."""
     run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     pools = InlinePools(config, num_iterations)
@@ -162,10 +162,10 @@ def driver(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
     return PPO(run, config, pools, **options)  # type: ignore[arg-type]
 
 
-def numbers(run: Run) -> list[dict[str, float]]:
+def comparable_metrics(run: Run) -> list[dict[str, float]]:
     """Metrics of each step that do not depend on the machine."""
-    unequal = ("time", "memory", "attempt", "ppo/samples_per_s", "rollout/tokens_per_s")
+    machine_dependent = ("time", "memory", "attempt", "ppo/samples_per_s", "rollout/tokens_per_s")
     return [
-        {name: value for name, value in line.items() if not name.startswith(unequal)}
+        {name: value for name, value in line.items() if not name.startswith(machine_dependent)}
         for line in run.metrics()
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medgpt.config.base import ConfigError
 from medgpt.rlhf.weight_sync import process_group
-from medgpt.rlhf.weight_sync.buckets import Header, pack, unpack
+from medgpt.rlhf.weight_sync.buckets import Header, pack_buckets, unpack_bucket
 
 
 class Adder:
@@ -68,25 +68,25 @@ class Adder:
         return 0
 
 
-def refuse() -> Adder:
+def raise_config_error() -> Adder:
     raise ConfigError("pools.reward.precision=bf16: this machine has none")
 
 
-def die() -> Adder:
+def kill_self() -> Adder:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def die_once(marker: Path) -> Adder:
+def kill_first_caller(marker: Path) -> Adder:
     """In one of the ranks, the first time."""
     try:
         marker.touch(exist_ok=False)
     except FileExistsError:
         return Adder()
-    return die()
+    return kill_self()
 
 
-class Doomed:
+class DiesWhenUnpickled:
     """Makes an Adder; a worker that reads it from its message while `marker` exists dies of it,
     before it has joined the others, and takes the marker with it."""
 
@@ -108,20 +108,20 @@ class Doomed:
 SHAPES = {"embed": (700, 512), "norm": (5,), "half": (3, 7), "count": (), "wide": (3, 333)}
 
 
-def spoiled(times: int) -> Callable[..., Any]:
-    """`process_group.unpack`, of data that changed on their way so many times."""
+def corrupting_unpack(times: int) -> Callable[..., Any]:
+    """`process_group.unpack_bucket`, of data that changed on their way so many times."""
     left = [times]
 
     def unpack_spoiled(header: Header, data: Tensor, *, where: str) -> Any:
         if left[0]:
             left[0] -= 1
             data[0] += 1
-        return unpack(header, data, where=where)
+        return unpack_bucket(header, data, route=where)
 
     return unpack_spoiled
 
 
-def garbled(times: int) -> Callable[..., Any]:
+def corrupting_header(times: int) -> Callable[..., Any]:
     """A `Header.from_tensor` whose bytes changed on their way so many times."""
     left = [times]
 
@@ -140,49 +140,49 @@ def unreachable(*args: Any, **kwargs: Any) -> None:
     raise ConnectionError("no route")
 
 
-def stopped(*args: Any, **kwargs: Any) -> None:
+def stop_process(*args: Any, **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def killed(*args: Any, **kwargs: Any) -> None:
+def kill_process(*args: Any, **kwargs: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pack_late(*args: Any) -> Iterator[Any]:
-    """`buckets.pack`, when who was killed meanwhile is gone."""
+    """`buckets.pack_buckets`, when who was killed meanwhile is gone."""
     time.sleep(1)
-    yield from pack(*args)
+    yield from pack_buckets(*args)
 
 
-def failing(*args: Any, **kwargs: Any) -> None:
+def raise_key_error(*args: Any, **kwargs: Any) -> None:
     raise KeyError("a name that it does not know")
 
 
-class Holder:
+class WeightHolder:
     """Sends its weights or receives them: one larger than a bucket of 1 MiB, some odd ones."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.held = {
+        self.tensors = {
             name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
         }
-        self.held["half"] = self.held["half"].bfloat16()
+        self.tensors["half"] = self.tensors["half"].bfloat16()
         self.weight_version = -1
-        self.missing = set(self.held)
+        self.missing = set(self.tensors)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in self.held.items():
+        for name, weight in self.tensors.items():
             dist.barrier()  # as ZeRO-3 gathers
             if dist.get_rank() == 0:
                 yield name, weight
 
     def train(self) -> None:
-        for weight in self.held.values():
+        for weight in self.tensors.values():
             weight += 1
 
     def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
         for name, weight in weights:
-            self.held[name].copy_(weight)
+            self.tensors[name].copy_(weight)
             self.missing.discard(name)
 
     def tamper(self, rank: int, name: str, fault: Callable[..., Any]) -> None:
@@ -190,25 +190,25 @@ class Holder:
         if dist.get_rank() == rank:
             setattr(process_group, name, fault)
 
-    def is_linked(self) -> bool:
-        return process_group._link is not None
+    def is_connected(self) -> bool:
+        return process_group._group is not None
 
-    def rest(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
     def weights_loaded(self, version: int) -> None:
         assert not self.missing, self.missing
-        self.missing = set(self.held)
+        self.missing = set(self.tensors)
         self.weight_version = version
 
     def sums(self) -> tuple[int, dict[str, float]]:
-        return self.weight_version, {n: float(w.double().sum()) for n, w in self.held.items()}
+        return self.weight_version, {n: float(w.double().sum()) for n, w in self.tensors.items()}
 
     def pid(self) -> int:
         return os.getpid()
 
 
-class Guest:
+class DeviceGuest:
     """Knows when it had the device."""
 
     def __init__(self) -> None:

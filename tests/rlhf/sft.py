@@ -10,37 +10,37 @@ from torch.nn.utils.rnn import pad_sequence
 
 from medgpt.data.loader.batch import IGNORE
 from medgpt.data.sources.records import Message
-from medgpt.data.tokenized.chat import generation_ids, stop_ids
-from medgpt.rlhf.rewards.sample_corpus import MOST_CAUSES, known_causes
-from medgpt.sample_corpus.templates import ASKED
-from tests.models.packing import speaking_model
+from medgpt.data.tokenized.chat_template import generation_prompt_ids, stop_token_ids
+from medgpt.rlhf.rewards.sample_corpus import NUM_CAUSES, known_causes
+from medgpt.sample_corpus.templates import PROMPT_COMPLAINTS
+from tests.models.tiny_models import model_with_tokenizer
 
 NUM_COMPLAINTS, HELD_OUT = 10, 5  # complaints that are asked about; phrasings that only a test asks
-VAGUE = ("这个问题比较复杂", "可能有很多种原因", "每个人的情况都不一样")
-SHARE = 0.35  # of the answers that name causes; and, apart from it, of those that give advice
+VAGUE_OPENINGS = ("这个问题比较复杂", "可能有很多种原因", "每个人的情况都不一样")
+GOOD_SHARE = 0.35  # of the answers that name causes; and, apart from it, of those that give advice
 STEPS, BATCH = 250, 48
 
 
-def asked(templates: Sequence[str]) -> list[str]:
+def questions(templates: Sequence[str]) -> list[str]:
     """Each complaint in each phrasing."""
     symptoms = list(known_causes())[:NUM_COMPLAINTS]
     return [template.format(symptom=symptom) for template in templates for symptom in symptoms]
 
 
 def train_prompts() -> list[str]:
-    return asked(ASKED[HELD_OUT:])
+    return questions(PROMPT_COMPLAINTS[HELD_OUT:])
 
 
 def held_out_prompts() -> list[str]:
-    return asked(ASKED[:HELD_OUT])
+    return questions(PROMPT_COMPLAINTS[:HELD_OUT])
 
 
 def answer(question: str, dice: random.Random) -> str:
     """Sometimes a good one."""
     causes = next(causes for symptom, causes in known_causes().items() if symptom in question)
-    good = f"可能是{'或'.join(causes[:MOST_CAUSES])}"
-    opening = good if dice.random() < SHARE else dice.choice(VAGUE)
-    advice = "建议您到医院检查" if dice.random() < SHARE else "平时多注意休息"
+    good = f"可能是{'或'.join(causes[:NUM_CAUSES])}"
+    opening = good if dice.random() < GOOD_SHARE else dice.choice(VAGUE_OPENINGS)
+    advice = "建议您到医院检查" if dice.random() < GOOD_SHARE else "平时多注意休息"
     return f"{opening}。{advice}。"
 
 
@@ -49,14 +49,14 @@ def save_fine_tuned(folder: Path) -> None:
     dice = random.Random(0)
     pairs = [(q, answer(q, dice)) for _ in range(20) for q in train_prompts()]
     texts = [text for pair in pairs for text in pair]
-    model, tokenizer = speaking_model(
+    model, tokenizer = model_with_tokenizer(
         texts, vocab_size=500, hidden_size=64, intermediate_size=128, max_positions=128
     )
     model.set_attn_implementation("sdpa")
-    end = stop_ids(tokenizer)[-1]
+    end = stop_token_ids(tokenizer)[-1]
     rows = []
     for question, text in pairs:
-        prompt = generation_ids(tokenizer, [Message("user", question)])
+        prompt = generation_prompt_ids(tokenizer, [Message("user", question)])
         rows.append((prompt, [*tokenizer.encode(text, add_special_tokens=False), end]))
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, 3e-3, total_steps=STEPS)

@@ -14,7 +14,7 @@ LEARN = {"learning_rate": 1e-3}
 
 
 @dataclass(frozen=True)
-class Parts:
+class PPOInputs:
     """What a run is made of."""
 
     base: Path
@@ -23,7 +23,7 @@ class Parts:
 
 
 def write_config(
-    folder: Path, parts: Parts, *overrides: str, workers: dict[str, int] = WORKERS
+    folder: Path, inputs: PPOInputs, *overrides: str, workers: dict[str, int] = WORKERS
 ) -> PPOStageConfig:
     """The config of FOLDER/run, also written to FOLDER/ppo.toml: all that a checkpoint must hold
     is in use, and every pool works."""
@@ -32,10 +32,10 @@ def write_config(
     }
     for role in ("actor", "critic"):
         pools[role]["engine"] = {"zero_stage": 1}
-    source = {"name": "s", "paths": [str(parts.prompts)], "licence": "none", "kind": "prompt"}
+    source = {"name": "s", "paths": [str(inputs.prompts)], "licence": "none", "kind": "prompt"}
     tree = {
         "run": {"dir": str(folder / "run"), "seed": 1},
-        "model": {"name": str(parts.base)},
+        "model": {"name": str(inputs.base)},
         "data": {"max_length": 64, "validation_share": 0.0, "sources": [source]},
         "ppo": {
             "prompt_epochs": 2,
@@ -51,13 +51,13 @@ def write_config(
             "normalise_scores": True,
         },
         "reward": {
-            "model": str(parts.reward),
+            "model": str(inputs.reward),
             "functions": [{"name": "letters", "path": "tests.rlhf.test_ppo:letters"}],
         },
         "rollout": {"max_new_tokens": 12},
         "judge": {
             "every": 3,
-            "model": str(parts.reward),
+            "model": str(inputs.reward),
             "triage": 4,
             "languages": ["zh"],
             "max_new_tokens": 4,

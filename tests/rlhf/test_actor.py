@@ -15,12 +15,12 @@ from medgpt.algos.ppo import ppo_policy_loss
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
-from medgpt.rlhf.experience import Parts, RunningStats, assign_credit
+from medgpt.rlhf.experience import RolloutParts, RunningStats, make_experience
 from medgpt.rlhf.roles.actor import Actor
-from medgpt.rlhf.roles.common import Task, step_rows
+from medgpt.rlhf.roles.common import UpdateTask, optimizer_step_rows
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.rollout import HuggingFaceEngine, Rollout
-from medgpt.rlhf.rollout_batch import Lessons, Sequences, join_tokens
+from medgpt.rlhf.rollout_batch import PtxBatch, Sequences, join_per_token
 from tests.rlhf.cases import logprobs, ppo_config, scores, sequences, share, values
 
 ITERATIONS = 3
@@ -35,40 +35,40 @@ ENGINES = (
 )
 
 
-def task(iteration: int = 0, **changes) -> Task:
+def task(iteration: int = 0, **changes) -> UpdateTask:
     options = {"weight_version": 0, "kl_coef": 0.1, "score_stats": RunningStats()}
-    return Task(**{**options, "iteration": iteration, "actor_learns": True, **changes})
+    return UpdateTask(**{**options, "iteration": iteration, "update_actor": True, **changes})
 
 
-def distributions(model, whole: Sequences, row: int, temperature: float) -> torch.Tensor:
+def distributions(model, rollouts: Sequences, row: int, temperature: float) -> torch.Tensor:
     """(t, V) log-probabilities before each token of a row's response, by Hugging Face's own forward
     on this sequence alone."""
-    prompt, response = whole.prompts.row(row), whole.responses.row(row)
+    prompt, response = rollouts.prompts.row(row), rollouts.responses.row(row)
     ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
     return logits.log_softmax(-1)
 
 
-def response_logprobs(model, whole: Sequences, row: int, temperature: float) -> torch.Tensor:
+def response_logprobs(model, rollouts: Sequences, row: int, temperature: float) -> torch.Tensor:
     """(t,) of a row's response."""
-    response = torch.from_numpy(whole.responses.row(row)).long()[:, None]
-    return distributions(model, whole, row, temperature).gather(1, response)[:, 0]
+    response = torch.from_numpy(rollouts.responses.row(row)).long()[:, None]
+    return distributions(model, rollouts, row, temperature).gather(1, response)[:, 0]
 
 
 def train(
-    actor: Actor, whole: Sequences, value=None, *, beside: Lessons | None = None, **changes
+    actor: Actor, rollouts: Sequences, value=None, *, ptx: PtxBatch | None = None, **changes
 ) -> dict[str, float]:
     """One iteration, with the actor's own old log-probabilities and a reference a bit off."""
-    old = gathered(actor.logprobs(whole))
-    reference = logprobs(whole, "reference", shifted(whole))
-    parts = [whole, scores(whole), values(whole, value), *old, reference]
-    if beside is not None:
-        parts.append(beside)
+    old = gathered(actor.logprobs(rollouts))
+    reference = logprobs(rollouts, "reference", shifted(rollouts))
+    parts = [rollouts, scores(rollouts), values(rollouts, value), *old, reference]
+    if ptx is not None:
+        parts.append(ptx)
     return actor.update(task(**changes), *parts).metrics
 
 
-def shifted(whole: Sequences) -> np.ndarray:
-    return whole.logprobs + np.random.default_rng(5).normal(0, 0.1, len(whole.logprobs))
+def shifted(rollouts: Sequences) -> np.ndarray:
+    return rollouts.logprobs + np.random.default_rng(5).normal(0, 0.1, len(rollouts.logprobs))
 
 
 def gathered(part) -> list:
@@ -87,45 +87,47 @@ def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, fl
 
 
 def plain_torch(
-    config: PPOStageConfig, base: Path, beside: Callable[[Any, int], torch.Tensor] | None = None
+    config: PPOStageConfig, base: Path, ptx: Callable[[Any, int], torch.Tensor] | None = None
 ) -> tuple[float, dict]:
     """Mean loss and weights after the same iteration; `beside` gives a step another loss."""
-    whole = sequences()
+    rollouts = sequences()
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa").train()
     temperature = config.rollout.temperature
     with torch.no_grad():
-        old = [response_logprobs(model, whole, row, temperature) for row in range(len(whole))]
+        old = [response_logprobs(model, rollouts, row, temperature) for row in range(len(rollouts))]
     parts = [
-        whole,
-        scores(whole),
-        values(whole),
-        logprobs(whole, "actor", torch.cat(old)),
-        logprobs(whole, "reference", shifted(whole)),
+        rollouts,
+        scores(rollouts),
+        values(rollouts),
+        logprobs(rollouts, "actor", torch.cat(old)),
+        logprobs(rollouts, "reference", shifted(rollouts)),
     ]
-    experience = assign_credit(Parts.of(parts), config.ppo, kl_coef=0.1, score_stats=RunningStats())
+    experience = make_experience(
+        RolloutParts.from_outputs(parts), config.ppo, kl_coef=0.1, score_stats=RunningStats()
+    )
     adam = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), eps=config.optimizer.eps, weight_decay=0.0
     )
     losses, ppo = [], config.ppo
-    steps = list(step_rows(experience, config, 0))
+    steps = list(optimizer_step_rows(experience, config, 0))
     for number, rows in enumerate(steps):
-        num_tokens = int(whole.responses.lengths[rows].sum())
+        num_tokens = int(rollouts.responses.lengths[rows].sum())
         loss, bonus = torch.zeros(()), torch.zeros(())
         for row in rows:
-            places = whole.responses.places([row])
-            all_tokens = distributions(model, whole, row, temperature)
-            chosen = torch.from_numpy(whole.responses.row(row)).long()[:, None]
+            positions = rollouts.responses.positions([row])
+            all_tokens = distributions(model, rollouts, row, temperature)
+            chosen = torch.from_numpy(rollouts.responses.row(row)).long()[:, None]
             new = all_tokens.gather(1, chosen).T
-            weights = experience.weights
+            weights = experience.importance_weights
             policy = ppo_policy_loss(
                 new,
                 old[row][None],
-                experience.advantages[places][None],
+                experience.advantages[positions][None],
                 torch.ones_like(new, dtype=torch.bool),
                 clip_range=ppo.clip_range,
                 clip_range_high=ppo.clip_range_high,
                 dual_clip=ppo.dual_clip,
-                weights=None if weights is None else weights[places][None],
+                weights=None if weights is None else weights[positions][None],
                 num_tokens=num_tokens,
             )
             entropy = -(all_tokens.exp() * all_tokens).sum()
@@ -133,7 +135,7 @@ def plain_torch(
             bonus = bonus + entropy / num_tokens
         adam.zero_grad()
         total = loss - ppo.entropy_coef * bonus
-        (total if beside is None else total + beside(model, number)).backward()
+        (total if ptx is None else total + ptx(model, number)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
         for group in adam.param_groups:
             group["lr"] = learning_rate(number, ITERATIONS * len(steps), config.optimizer)
@@ -142,15 +144,15 @@ def plain_torch(
     return float(np.mean(losses)), {n: p.detach().numpy() for n, p in model.named_parameters()}
 
 
-def assert_same(found: dict, want: dict, atol: float) -> None:
-    assert want
-    for name, weight in want.items():
-        np.testing.assert_allclose(found[name], weight, atol=atol, rtol=0, err_msg=name)
+def assert_same(actual: dict, expected: dict, atol: float) -> None:
+    assert expected
+    for name, weight in expected.items():
+        np.testing.assert_allclose(actual[name], weight, atol=atol, rtol=0, err_msg=name)
 
 
-def assert_same_metrics(found: dict[str, float], want: dict[str, float]) -> None:
-    for name in want:
-        assert found[name] == pytest.approx(want[name], abs=1e-4), name
+def assert_same_metrics(actual: dict[str, float], expected: dict[str, float]) -> None:
+    for name in expected:
+        assert actual[name] == pytest.approx(expected[name], abs=1e-4), name
 
 
 @pytest.fixture(scope="module")
@@ -159,28 +161,28 @@ def one_rank(base, tmp_path_factory):
     return rank_update(tmp_path_factory.mktemp("one"), base)
 
 
-def test_logprobs_are_those_of_each_sequence_alone_at_the_temperature(base, tmp_path):
+def test_packed_logprobs_equal_those_of_single_sequences_at_the_temperature(base, tmp_path):
     config = ppo_config(tmp_path, base, "rollout.temperature=0.7")
-    whole = sequences()
-    found = Actor(config, total_iterations=1).logprobs(
-        share(whole, range(6)), share(whole, range(6, 12))
+    rollouts = sequences()
+    actual = Actor(config, total_iterations=1).logprobs(
+        share(rollouts, range(6)), share(rollouts, range(6, 12))
     )
 
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa").eval()
     with torch.no_grad():
-        want = torch.cat([response_logprobs(model, whole, row, 0.7) for row in found.index])
-    np.testing.assert_allclose(found.values, want, atol=1e-5)
-    assert found.entropy > 0
+        expected = torch.cat([response_logprobs(model, rollouts, row, 0.7) for row in actual.index])
+    np.testing.assert_allclose(actual.values, expected, atol=1e-5)
+    assert actual.entropy > 0
 
 
-def test_an_iteration_is_what_plain_torch_does_sequence_by_sequence(base, tmp_path, one_rank):
+def test_an_update_equals_plain_torch_sequence_by_sequence(base, tmp_path, one_rank):
     loss, weights = plain_torch(ppo_config(tmp_path, base), base)
-    metrics, found = one_rank
+    metrics, actual = one_rank
     assert metrics["actor/loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["ppo/steps"] == 6
-    assert_same(found, weights, atol=1e-5)
+    assert_same(actual, weights, atol=1e-5)
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    assert any(np.abs(found[name] - before[name].numpy()).max() > 1e-3 for name in found)
+    assert any(np.abs(actual[name] - before[name].numpy()).max() > 1e-3 for name in actual)
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])
@@ -204,11 +206,11 @@ def test_a_saved_actor_continues_as_if_it_had_not_stopped(base, tmp_path):
     actor = Actor(config, total_iterations=ITERATIONS)
     train(actor, sequences())
     files = actor.save(str(tmp_path / "checkpoint"))
-    went_on = train(actor, sequences(seed=1), iteration=1)
+    uninterrupted = train(actor, sequences(seed=1), iteration=1)
 
-    again = Actor(config, total_iterations=ITERATIONS)
-    again.load(str(tmp_path / "checkpoint"))
-    assert train(again, sequences(seed=1), iteration=1) == went_on
+    restored = Actor(config, total_iterations=ITERATIONS)
+    restored.load(str(tmp_path / "checkpoint"))
+    assert train(restored, sequences(seed=1), iteration=1) == uninterrupted
     assert {file.name for file in files} == {p.name for p in (tmp_path / "checkpoint").iterdir()}
 
 
@@ -229,17 +231,17 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(base, tmp_path):
 def nan_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, float], float]:
     """Metrics of an iteration in which no step is finite, and how far a weight moved."""
     config = ppo_config(folder, base, "ppo.whiten_advantages=false", *overrides)
-    actor, whole = Actor(config, total_iterations=1), sequences()
+    actor, rollouts = Actor(config, total_iterations=1), sequences()
     before = dict(gather_weights(actor.policy.model))
-    metrics = train(actor, whole, kl_coef=np.inf)
+    metrics = train(actor, rollouts, kl_coef=np.inf)
     after = dict(gather_weights(actor.policy.model))
     return metrics, max((float((after[n] - w).abs().max()) for n, w in before.items()), default=0.0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engine):
-    found = two_ranks(nan_update, tmp_path, base, f"pools.actor.engine={engine}")
-    for metrics, moved in found:
+    actual = two_ranks(nan_update, tmp_path, base, f"pools.actor.engine={engine}")
+    for metrics, moved in actual:
         assert moved == 0
         assert metrics["ppo/skipped_steps"] == metrics["ppo/steps"] == 6
         assert np.isnan(metrics["actor/grad_norm"])
@@ -247,68 +249,68 @@ def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engi
 
 
 @pytest.mark.parametrize("part", ["value", "reference", "old"])
-def test_a_sequence_that_is_not_finite_is_left_out_and_spoils_no_other(base, tmp_path, part):
+def test_a_sequence_with_nonfinite_numbers_is_left_out_of_the_update(base, tmp_path, part):
     """With whitening, one such token would spoil every step of the batch."""
-    whole, bad = sequences(), {"value": np.inf, "reference": np.nan, "old": -np.inf}
-    found = []
+    rollouts, bad = sequences(), {"value": np.inf, "reference": np.nan, "old": -np.inf}
+    actual = []
     for number in (bad[part], None):
         actor = Actor(ppo_config(tmp_path, base), total_iterations=1)
         numbers = {
-            "value": values(whole).values,
-            "reference": shifted(whole),
-            "old": join_tokens([actor.logprobs(whole)], whole.responses),
+            "value": values(rollouts).values,
+            "reference": shifted(rollouts),
+            "old": join_per_token([actor.logprobs(rollouts)], rollouts.responses),
         }
-        totals = scores(whole).totals.copy()
+        totals = scores(rollouts).totals.copy()
         if number is None:
             totals[0] = np.nan  # the same sequence, left out because its reward failed
         else:
             numbers[part] = numbers[part].copy()
             numbers[part][0] = number
         parts = [
-            *(whole, scores(whole, totals), values(whole, numbers["value"])),
-            logprobs(whole, "actor", numbers["old"]),
-            logprobs(whole, "reference", numbers["reference"]),
+            *(rollouts, scores(rollouts, totals), values(rollouts, numbers["value"])),
+            logprobs(rollouts, "actor", numbers["old"]),
+            logprobs(rollouts, "reference", numbers["reference"]),
         ]
         metrics = actor.update(task(), *parts).metrics
         assert metrics["ppo/steps"] == 6
         assert metrics["ppo/skipped_steps"] == 0
         assert metrics["ppo/not_finite"] == pytest.approx(0 if number is None else 1 / 12)
-        found.append({name: p.detach().numpy() for name, p in actor.policy.named_parameters()})
-    assert_same(*found, atol=1e-6)
+        actual.append({name: p.detach().numpy() for name, p in actor.policy.named_parameters()})
+    assert_same(*actual, atol=1e-6)
 
 
-def test_adapters_reach_the_rollout_engine_folded_in(base, tmp_path):
+def test_lora_adapters_reach_the_rollout_engine_merged(base, tmp_path):
     lora = ("model.lora.rank=4", "model.lora.alpha=64.0")
-    config, whole = ppo_config(tmp_path, base, *lora), sequences()
+    config, rollouts = ppo_config(tmp_path, base, *lora), sequences()
     actor, rollout = Actor(config, total_iterations=1), Rollout(config)
-    train(actor, whole)
+    train(actor, rollouts)
     rollout.load_weights(actor.weights())
     rollout.weights_loaded(1)
 
     assert isinstance(rollout.engine, HuggingFaceEngine)
     model = rollout.engine.model
     with torch.no_grad():
-        want = actor.logprobs(whole)
-        got = [response_logprobs(model, whole, row, 1.0) for row in want.index]
-    np.testing.assert_allclose(torch.cat(got), want.values, atol=1e-5)
-    assert np.abs(want.values - actor.reference_logprobs(whole).values).max() > 1e-3
+        expected = actor.logprobs(rollouts)
+        alone = [response_logprobs(model, rollouts, row, 1.0) for row in expected.index]
+    np.testing.assert_allclose(torch.cat(alone), expected.values, atol=1e-5)
+    assert np.abs(expected.values - actor.reference_logprobs(rollouts).values).max() > 1e-3
 
 
-def test_updates_end_when_the_policy_has_moved_too_far(base, tmp_path):
+def test_updates_stop_early_above_the_target_kl(base, tmp_path):
     config = ppo_config(tmp_path, base, "ppo.target_kl=1e-7")
     metrics = train(Actor(config, total_iterations=1), sequences())
     assert metrics["ppo/steps"] == 2  # the first is at the old policy, the second is not
 
 
-def test_the_entropy_bonus_keeps_the_distribution_wide(base, tmp_path):
-    whole, found = sequences(), []
+def test_the_entropy_bonus_raises_entropy(base, tmp_path):
+    rollouts, actual = sequences(), []
     for coef in (0.0, 5.0):
         config = ppo_config(tmp_path, base, f"ppo.entropy_coef={coef}", "ppo.epochs=4")
         actor = Actor(config, total_iterations=1)
-        before = actor.logprobs(whole).entropy
-        train(actor, whole)
-        found.append(actor.logprobs(whole).entropy - before)
-    assert found[1] > found[0] + 1e-3
+        before = actor.logprobs(rollouts).entropy
+        train(actor, rollouts)
+        actual.append(actor.logprobs(rollouts).entropy - before)
+    assert actual[1] > actual[0] + 1e-3
 
 
 def test_rollouts_of_stale_weights_are_refused(base, tmp_path):
@@ -317,11 +319,11 @@ def test_rollouts_of_stale_weights_are_refused(base, tmp_path):
         train(actor, sequences(), weight_version=7)
 
 
-def test_a_policy_that_disagrees_with_itself_is_noticed(base, tmp_path):
+def test_first_ratios_that_are_not_1_raise_an_assertion_error(base, tmp_path):
     actor = Actor(ppo_config(tmp_path, base), total_iterations=1)
-    whole = sequences()
-    wrong = logprobs(whole, "actor", actor.logprobs(whole).values + 0.01)
-    parts = [whole, scores(whole), values(whole), wrong, logprobs(whole, "reference")]
+    rollouts = sequences()
+    wrong = logprobs(rollouts, "actor", actor.logprobs(rollouts).values + 0.01)
+    parts = [rollouts, scores(rollouts), values(rollouts), wrong, logprobs(rollouts, "reference")]
     with pytest.raises(AssertionError, match="first step's ratios"):
         actor.update(task(), *parts)
 
@@ -334,18 +336,18 @@ def test_without_adapters_the_actor_is_the_reference(base, tmp_path):
         "pools.reference_in_actor=true",
         "model.lora.alpha=64.0",
     )
-    actor, whole = Actor(config, total_iterations=1), sequences()
-    first = actor.logprobs(whole).values
-    train(actor, whole)
+    actor, rollouts = Actor(config, total_iterations=1), sequences()
+    first = actor.logprobs(rollouts).values
+    train(actor, rollouts)
 
-    np.testing.assert_allclose(actor.reference_logprobs(whole).values, first, atol=1e-6)
-    assert np.abs(actor.logprobs(whole).values - first).max() > 1e-3
+    np.testing.assert_allclose(actor.reference_logprobs(rollouts).values, first, atol=1e-6)
+    assert np.abs(actor.logprobs(rollouts).values - first).max() > 1e-3
 
 
-def test_the_reference_is_asked_at_the_temperature_of_the_one_who_asks(base, tmp_path):
-    reference, whole = Reference(ppo_config(tmp_path, base)), sequences()
+def test_the_reference_uses_the_callers_temperature(base, tmp_path):
+    reference, rollouts = Reference(ppo_config(tmp_path, base)), sequences()
     for temperature in (1.0, 0.7):
         config = ppo_config(tmp_path, base, f"rollout.temperature={temperature}")
-        policy = Actor(config, total_iterations=1).logprobs(whole)
-        same = reference.logprobs(temperature, whole)
+        policy = Actor(config, total_iterations=1).logprobs(rollouts)
+        same = reference.logprobs(temperature, rollouts)
         np.testing.assert_allclose(same.values, policy.values, atol=1e-5)

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from medgpt.config.base import ConfigError
-from medgpt.models.base import HEAD_KEY
-from medgpt.models.tokenizer import load_base
+from medgpt.models.model_files import VALUE_HEAD_WEIGHT
+from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.diagnosis import Diverged
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.critic import Critic
@@ -27,13 +27,13 @@ from tests.rlhf.cases import (
     save_reward_model,
     scores,
     sequences,
-    without_response,
+    with_empty_responses,
 )
-from tests.rlhf.inline import driver, numbers
+from tests.rlhf.inline import comparable_metrics, make_ppo
 from tests.rlhf.test_actor import assert_same_metrics, gathered, shifted, task
 from tests.rlhf.test_ppo import NO_RULES, config_of
 
-GIVEN = "tests.rlhf.rewards.given_functions"
+REWARD_FUNCTIONS = "tests.rlhf.rewards.given_functions"
 
 
 @pytest.mark.parametrize(
@@ -61,31 +61,36 @@ GIVEN = "tests.rlhf.rewards.given_functions"
         ),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_some_that_do(base, tmp_path, overrides, words):
+def test_batch_sizes_that_do_not_divide_are_refused_with_sizes_that_do(
+    base, tmp_path, overrides, words
+):
     with pytest.raises(ConfigError, match=words):
         ppo_config(tmp_path, base, *overrides)
 
 
 def short_update(folder: Path, base: Path, num: int) -> dict[str, float]:
     """Metrics of actor and critic after an iteration of few sequences."""
-    config, whole = ppo_config(folder, base), sequences(num)
+    config, rollouts = ppo_config(folder, base), sequences(num)
     actor = Actor(config, total_iterations=1)
     critic = Critic(config, total_iterations=1)
-    parts = [whole, scores(whole), *gathered(critic.values(whole))]
-    parts += [*gathered(actor.logprobs(whole)), logprobs(whole, "reference", shifted(whole))]
+    parts = [rollouts, scores(rollouts), *gathered(critic.values(rollouts))]
+    parts += [
+        *gathered(actor.logprobs(rollouts)),
+        logprobs(rollouts, "reference", shifted(rollouts)),
+    ]
     return critic.update(task(), *parts) | actor.update(task(), *parts).metrics
 
 
 @pytest.mark.parametrize("num", [5, 1])  # a step of one sequence; one for two ranks
 def test_the_last_prompts_of_an_epoch_may_be_fewer(base, tmp_path, two_ranks, num):
-    alone = short_update(tmp_path, base, num)
-    together, _ = two_ranks(short_update, tmp_path, base, num)
-    assert alone["ppo/steps"] == (4 if num == 5 else 2)
-    assert_same_metrics(together, alone)
+    one_rank_metrics = short_update(tmp_path, base, num)
+    two_rank_metrics, _ = two_ranks(short_update, tmp_path, base, num)
+    assert one_rank_metrics["ppo/steps"] == (4 if num == 5 else 2)
+    assert_same_metrics(two_rank_metrics, one_rank_metrics)
 
 
 @pytest.mark.ray
-def test_longer_prompts_are_set_aside_and_counted(base, tmp_path, ray_session):
+def test_prompts_over_the_limit_are_set_aside_and_counted(base, tmp_path, ray_session):
     rows = [{"prompt": "头痛怎么办?"}, {"prompt": "咳嗽" * 200}, {"prompt": "发热" * 100}]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -99,10 +104,10 @@ def test_longer_prompts_are_set_aside_and_counted(base, tmp_path, ray_session):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_critic_whose_head_is_gone_is_refused(base, tmp_path, stage):
+def test_a_critic_without_a_value_head_is_refused(base, tmp_path, stage):
     folder = save_reward_model(base, tmp_path / "critic")
     weights = load_file(folder / "model.safetensors")
-    del weights[HEAD_KEY]
+    del weights[VALUE_HEAD_WEIGHT]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     options = (f"critic.model={folder}", f"pools.critic.engine.zero_stage={stage}")
     with pytest.raises(ConfigError, match=r"critic\.model=.*hold no score\.weight, the head"):
@@ -110,67 +115,73 @@ def test_a_critic_whose_head_is_gone_is_refused(base, tmp_path, stage):
 
 
 @pytest.mark.parametrize("key", ["critic.model", "reward.model"])
-def test_a_critic_that_reads_other_ids_is_refused(base, tmp_path, key):
+def test_a_critic_with_another_tokenizer_is_refused(base, tmp_path, key):
     folder = save_reward_model(base, tmp_path / "critic")
-    tokenizer = load_base(str(base))
+    tokenizer = load_tokenizer(str(base))
     tokenizer.add_tokens(["偏头痛"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ConfigError, match=f"the actor and {key}=.*1 tokens have other ids"):
         Critic(ppo_config(tmp_path, base, f"{key}={folder}"), total_iterations=1)
 
 
-def test_a_critic_that_is_not_there_is_told_with_its_key(base, tmp_path):
+def test_a_missing_critic_model_is_named_by_its_config_key(base, tmp_path):
     with pytest.raises(ConfigError, match=r"^critic\.model=.*none: cannot load its tokenizer"):
         Critic(ppo_config(tmp_path, base, f"critic.model={tmp_path}/none"), total_iterations=1)
 
 
 @pytest.mark.parametrize("function", ["raises", "one_short", "returns_none"])
 def test_a_reward_that_always_fails_masks_all_and_halts_the_run(base, tmp_path, function):
-    functions = f'reward.functions=[{{name="mine",path="{GIVEN}:{function}"}}]'
+    functions = f'reward.functions=[{{name="mine",path="{REWARD_FUNCTIONS}:{function}"}}]'
     config = ppo_config(tmp_path, base, NO_RULES, functions, "diagnosis.window=2")
-    ppo = driver(config, 5)
+    ppo = make_ppo(config, 5)
     before = {name: w.clone() for name, w in ppo.pools.pools["actor"].worker.weights()}
     with pytest.raises(Diverged, match="100% of the samples have no reward because mine failed"):
         ppo.fit()
-    lines = numbers(ppo.run)
+    lines = comparable_metrics(ppo.run)
     assert [line["ppo/masked"] for line in lines] == [12, 12]
     assert [line["ppo/steps"] for line in lines] == [0, 0]
     for name, weight in ppo.pools.pools["actor"].worker.weights():
         assert (weight == before[name]).all(), name
 
 
-def updates(folder: Path, base: Path, whole: Sequences, totals=None) -> dict[str, float]:
+def updates(folder: Path, base: Path, rollouts: Sequences, totals=None) -> dict[str, float]:
     """Metrics of actor and critic after an iteration, both computing all parts."""
     config = ppo_config(folder, base)
     actor = Actor(config, total_iterations=1)
     critic = Critic(config, total_iterations=1)
-    reference = logprobs(whole, "reference", shifted(whole))
-    parts = [whole, scores(whole, totals), critic.values(whole), actor.logprobs(whole), reference]
+    reference = logprobs(rollouts, "reference", shifted(rollouts))
+    parts = [
+        rollouts,
+        scores(rollouts, totals),
+        critic.values(rollouts),
+        actor.logprobs(rollouts),
+        reference,
+    ]
     return critic.update(task(), *parts) | actor.update(task(), *parts).metrics
 
 
-def test_an_empty_response_is_counted_and_takes_no_part(base, tmp_path):
-    whole = without_response(sequences(), 3, 7)
-    found = updates(tmp_path, base, whole)
-    assert found["rollout/empty"] == 2
-    assert found["ppo/steps"] == 6
-    totals = scores(whole).totals.copy()
+def test_empty_responses_are_counted_and_left_out_of_updates(base, tmp_path):
+    rollouts = with_empty_responses(sequences(), 3, 7)
+    metrics = updates(tmp_path, base, rollouts)
+    assert metrics["rollout/empty"] == 2
+    assert metrics["ppo/steps"] == 6
+    totals = scores(rollouts).totals.copy()
     totals[[3, 7]] = np.nan  # as if they had no reward
-    masked = updates(tmp_path, base, whole, totals)
+    masked = updates(tmp_path, base, rollouts, totals)
     for name in ("actor/loss", "actor/grad_norm", "critic/loss", "critic/grad_norm"):
-        assert found[name] == masked[name]
-        assert np.isfinite(found[name])
+        assert metrics[name] == masked[name]
+        assert np.isfinite(metrics[name])
 
 
-def test_an_iteration_of_empty_responses_changes_nothing(base, tmp_path):
-    whole = without_response(sequences(4), 0, 1, 2, 3)
-    found = updates(tmp_path, base, whole)
-    assert found["rollout/empty"] == 4
-    assert found["ppo/steps"] == 0
+def test_an_iteration_of_empty_responses_takes_no_step(base, tmp_path):
+    rollouts = with_empty_responses(sequences(4), 0, 1, 2, 3)
+    metrics = updates(tmp_path, base, rollouts)
+    assert metrics["rollout/empty"] == 4
+    assert metrics["ppo/steps"] == 0
 
 
-def test_a_rollout_pool_that_did_not_get_the_weights_ends_the_run(base, tmp_path):
-    ppo = driver(config_of(tmp_path, base), 3)
+def test_a_rollout_pool_with_stale_weights_ends_the_run(base, tmp_path):
+    ppo = make_ppo(config_of(tmp_path, base), 3)
     sync = ppo.sync
     ppo.sync = lambda version: sync(version) if version < 1 else {}
     with pytest.raises(RuntimeError, match=r"has version 0 of the weights, not version 1;"):
@@ -180,4 +191,4 @@ def test_a_rollout_pool_that_did_not_get_the_weights_ends_the_run(base, tmp_path
 
 def test_a_rollout_pool_without_any_weights_ends_the_run(base, tmp_path):
     with pytest.raises(RuntimeError, match=r"has no whole version of the weights, not version 0;"):
-        driver(config_of(tmp_path, base), 3, sync=lambda version: {}).fit()
+        make_ppo(config_of(tmp_path, base), 3, sync=lambda version: {}).fit()

@@ -5,20 +5,20 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from medgpt.rlhf.batching import forwards, mini_batches, response_batch, share_by_length
+from medgpt.rlhf.batching import forward_passes, mini_batches, response_batch, split_by_length
 from tests.rlhf.cases import sequences
 
 
-def test_shares_by_hand():
+def test_shares_computed_by_hand():
     """9 | 5; 9 | 5 + 4; 9 + 4 | 5 + 4; 9 + 4 | 5 + 4 + 1."""
-    shares = share_by_length(np.array([5, 9, 1, 4, 4]), 2)
+    shares = split_by_length(np.array([5, 9, 1, 4, 4]), 2)
     assert [share.tolist() for share in shares] == [[1, 4], [0, 2, 3]]
 
 
 @pytest.mark.parametrize("num_shares", [1, 2, 3, 7])
 def test_shares_are_disjoint_and_balanced(num_shares):
     lengths = np.random.default_rng(0).integers(1, 100, 50)
-    shares = share_by_length(lengths, num_shares)
+    shares = split_by_length(lengths, num_shares)
     assert sorted(np.concatenate(shares)) == list(range(50))
     loads = [lengths[share].sum() for share in shares]
     assert max(loads) - min(loads) <= lengths.max()
@@ -26,21 +26,21 @@ def test_shares_are_disjoint_and_balanced(num_shares):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 8])
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
-def test_every_rank_makes_as_many_passes_and_all_sequences_are_in_one(num_ranks, max_tokens):
+def test_all_ranks_make_equally_many_passes_and_cover_each_sequence_once(num_ranks, max_tokens):
     batch = sequences(9)
     rows = np.array([0, 2, 3, 5, 6, 7])
     per_rank = [
-        list(forwards(batch, rows, rank=rank, num_ranks=num_ranks, max_tokens=max_tokens))
+        list(forward_passes(batch, rows, rank=rank, num_ranks=num_ranks, max_tokens=max_tokens))
         for rank in range(num_ranks)
     ]
     assert len({len(passes) for passes in per_rank}) == 1
-    found = [forward.rows for passes in per_rank for forward in passes]
-    assert sorted(np.concatenate(found)) == rows.tolist()
+    batches = [forward.rows for passes in per_rank for forward in passes]
+    assert sorted(np.concatenate(batches)) == rows.tolist()
     for forward in (f for passes in per_rank for f in passes):
         assert forward.batch.input_ids.shape[1] <= max_tokens or len(forward.rows) <= 1
 
 
-def test_a_response_token_is_the_label_of_the_position_before_it():
+def test_labels_are_the_next_response_tokens():
     batch = sequences(3)
     rows = np.array([2, 0])
     packed = response_batch(batch, rows)
@@ -57,10 +57,10 @@ def test_a_response_token_is_the_label_of_the_position_before_it():
     assert packed.cu_seqlens[-1] == start
 
 
-def test_steps_of_an_epoch_hold_each_row_once_in_an_order_of_its_own():
+def test_mini_batches_hold_each_row_once_per_epoch_in_a_fresh_order():
     def steps(**key):
-        found = mini_batches(10, 4, **{"seed": 0, "iteration": 0, "epoch": 0, **key})
-        return [rows.tolist() for rows in found]
+        batches = mini_batches(10, 4, **{"seed": 0, "iteration": 0, "epoch": 0, **key})
+        return [rows.tolist() for rows in batches]
 
     assert sorted(chain(*steps())) == list(range(10))
     assert [len(rows) for rows in steps()] == [4, 4, 2]

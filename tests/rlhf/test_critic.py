@@ -11,8 +11,8 @@ from medgpt.engine import gather_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.models.value_model import load_value_model
 from medgpt.rlhf.batching import response_batch
-from medgpt.rlhf.experience import Parts, RunningStats, assign_credit
-from medgpt.rlhf.roles.common import step_rows
+from medgpt.rlhf.experience import RolloutParts, RunningStats, make_experience
+from medgpt.rlhf.roles.common import optimizer_step_rows
 from medgpt.rlhf.roles.critic import Critic
 from tests.rlhf.cases import logprobs, ppo_config, save_reward_model, scores, sequences
 from tests.rlhf.test_actor import (
@@ -26,10 +26,10 @@ from tests.rlhf.test_actor import (
 )
 
 
-def parts_of(critic: Critic, whole) -> list:
-    reference = logprobs(whole, "reference", shifted(whole))
-    values = gathered(critic.values(whole))
-    return [whole, scores(whole), *values, logprobs(whole, "actor"), reference]
+def parts_of(critic: Critic, rollouts) -> list:
+    reference = logprobs(rollouts, "reference", shifted(rollouts))
+    values = gathered(critic.values(rollouts))
+    return [rollouts, scores(rollouts), *values, logprobs(rollouts, "actor"), reference]
 
 
 def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, float], dict]:
@@ -45,39 +45,39 @@ def one_rank(base, tmp_path_factory):
     return rank_update(tmp_path_factory.mktemp("one"), base)
 
 
-def values_alone(model, whole, row: int) -> torch.Tensor:
+def values_alone(model, rollouts, row: int) -> torch.Tensor:
     """(t + 1,) before each response token and after the last, of this sequence alone."""
-    length = len(whole.responses.row(row))
-    return model(response_batch(whole, np.array([row])))[0, -length - 1 :]
+    length = len(rollouts.responses.row(row))
+    return model(response_batch(rollouts, np.array([row])))[0, -length - 1 :]
 
 
 def test_values_are_read_before_each_token_and_after_the_last(base, tmp_path):
-    critic, whole = Critic(ppo_config(tmp_path, base), total_iterations=1), sequences()
-    found = critic.values(whole)
+    critic, rollouts = Critic(ppo_config(tmp_path, base), total_iterations=1), sequences()
+    actual = critic.values(rollouts)
     with torch.no_grad():
-        want = [values_alone(critic.model, whole, row) for row in found.index]
-    np.testing.assert_allclose(found.values, torch.cat([v[:-1] for v in want]), atol=1e-5)
-    np.testing.assert_allclose(found.after, torch.stack([v[-1] for v in want]), atol=1e-5)
+        expected = [values_alone(critic.model, rollouts, row) for row in actual.index]
+    np.testing.assert_allclose(actual.values, torch.cat([v[:-1] for v in expected]), atol=1e-5)
+    np.testing.assert_allclose(actual.bootstrap, torch.stack([v[-1] for v in expected]), atol=1e-5)
 
 
 @pytest.mark.parametrize("clip", [0.2, 0.01])
-def test_an_iteration_is_what_plain_torch_does_sequence_by_sequence(base, tmp_path, one_rank, clip):
+def test_an_update_equals_plain_torch_sequence_by_sequence(base, tmp_path, one_rank, clip):
     override = f"critic.value_clip_range={clip}"
-    config, whole = ppo_config(tmp_path, base, override), sequences()
+    config, rollouts = ppo_config(tmp_path, base, override), sequences()
     critic = Critic(config, total_iterations=ITERATIONS)
-    parts = Parts.of(parts_of(critic, whole))
-    experience = assign_credit(parts, config.ppo, kl_coef=0.1, score_stats=RunningStats())
+    parts = RolloutParts.from_outputs(parts_of(critic, rollouts))
+    experience = make_experience(parts, config.ppo, kl_coef=0.1, score_stats=RunningStats())
     model, losses = critic.model, []
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    steps = list(step_rows(experience, config, 0))
+    steps = list(optimizer_step_rows(experience, config, 0))
     for number, rows in enumerate(steps):
         loss = torch.zeros(())
         for row in rows:
-            places = whole.responses.places([row])
-            new = values_alone(model, whole, row)[None, :-1]
-            old, returns = (x[places][None] for x in (experience.values, experience.returns))
+            positions = rollouts.responses.positions([row])
+            new = values_alone(model, rollouts, row)[None, :-1]
+            old, returns = (x[positions][None] for x in (experience.values, experience.returns))
             mask = torch.ones_like(new, dtype=torch.bool)
-            num_tokens = int(whole.responses.lengths[rows].sum())
+            num_tokens = int(rollouts.responses.lengths[rows].sum())
             options = {"clip_range": clip, "num_tokens": num_tokens}
             loss = loss + ppo_value_loss(new, old, returns, mask, **options).loss
         adam.zero_grad()
@@ -88,10 +88,10 @@ def test_an_iteration_is_what_plain_torch_does_sequence_by_sequence(base, tmp_pa
         adam.step()
         losses.append(loss.item())
 
-    metrics, found = one_rank if clip == 0.2 else rank_update(tmp_path, base, override)
+    metrics, actual = one_rank if clip == 0.2 else rank_update(tmp_path, base, override)
     assert metrics["critic/loss"] == pytest.approx(np.mean(losses), abs=1e-5)
-    want = {name: p.detach().numpy() for name, p in model.model.named_parameters()}
-    assert_same(found, want, atol=1e-5)
+    expected = {name: p.detach().numpy() for name, p in model.model.named_parameters()}
+    assert_same(actual, expected, atol=1e-5)
     assert (metrics["critic/clip_frac"] > 0.5) == (clip == 0.01)
 
 
@@ -106,17 +106,17 @@ def test_two_ranks_agree_with_one_at_every_zero_stage(base, tmp_path, one_rank, 
 
 def nan_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, float], float]:
     """Metrics of an iteration in which no step is finite, and how far a weight moved."""
-    critic, whole = Critic(ppo_config(folder, base, *overrides), total_iterations=1), sequences()
+    critic, rollouts = Critic(ppo_config(folder, base, *overrides), total_iterations=1), sequences()
     before = dict(gather_weights(critic.model.model))
-    metrics = critic.update(task(kl_coef=np.inf), *parts_of(critic, whole))
+    metrics = critic.update(task(kl_coef=np.inf), *parts_of(critic, rollouts))
     after = dict(gather_weights(critic.model.model))
     return metrics, max((float((after[n] - w).abs().max()) for n, w in before.items()), default=0.0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engine):
-    found = two_ranks(nan_update, tmp_path, base, f"pools.critic.engine={engine}")
-    for metrics, moved in found:
+    actual = two_ranks(nan_update, tmp_path, base, f"pools.critic.engine={engine}")
+    for metrics, moved in actual:
         assert moved == 0
         assert metrics["critic/skipped_steps"] == metrics["critic/steps"] == 6
         assert np.isnan(metrics["critic/grad_norm"])
@@ -125,37 +125,39 @@ def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engi
 
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
-def test_a_critic_starts_as_the_reward_model_and_comes_back_as_it_was(base, tmp_path, lora, stage):
+def test_a_critic_starts_from_the_reward_model_and_reloads_after_export(
+    base, tmp_path, lora, stage
+):
     reward = save_reward_model(base, tmp_path / "reward", lora=lora)
     options = (f"reward.model={reward}", f"pools.critic.engine.zero_stage={stage}")
-    critic, whole = Critic(ppo_config(tmp_path, base, *options), total_iterations=2), sequences()
+    critic, rollouts = Critic(ppo_config(tmp_path, base, *options), total_iterations=2), sequences()
     scorer, _ = load_value_model(str(reward))
     with torch.no_grad():
-        found = critic.values(whole)
-        want = [values_alone(scorer, whole, row)[-1] for row in found.index]
-    np.testing.assert_allclose(found.after, torch.stack(want), atol=1e-5)
+        actual = critic.values(rollouts)
+        expected = [values_alone(scorer, rollouts, row)[-1] for row in actual.index]
+    np.testing.assert_allclose(actual.bootstrap, torch.stack(expected), atol=1e-5)
 
-    critic.update(task(), *parts_of(critic, whole))
-    learnt = critic.values(whole).values
+    critic.update(task(), *parts_of(critic, rollouts))
+    updated = critic.values(rollouts).values
     files = {file.name for file in critic.export(str(tmp_path / "critic"))}
     assert {"value.json", "config.json", "model.safetensors", "tokenizer.json"} <= files
-    again = Critic(
+    restored = Critic(
         ppo_config(tmp_path, base, *options, f"critic.model={tmp_path / 'critic'}"),
         total_iterations=1,
     )
-    np.testing.assert_allclose(again.values(whole).values, learnt, atol=1e-5)
+    np.testing.assert_allclose(restored.values(rollouts).values, updated, atol=1e-5)
 
 
-def test_adapters_of_a_critic_on_adapters_of_a_reward_model_come_back(base, tmp_path):
+def test_critic_adapters_on_a_lora_reward_model_reload_after_export(base, tmp_path):
     reward = save_reward_model(base, tmp_path / "reward", lora=True)
     lora = (f"reward.model={reward}", "critic.lora.rank=2")
-    critic, whole = Critic(ppo_config(tmp_path, base, *lora), total_iterations=2), sequences()
-    critic.update(task(), *parts_of(critic, whole))
-    learnt = critic.values(whole).values
+    critic, rollouts = Critic(ppo_config(tmp_path, base, *lora), total_iterations=2), sequences()
+    critic.update(task(), *parts_of(critic, rollouts))
+    updated = critic.values(rollouts).values
     critic.export(str(tmp_path / "critic"))
     start = f"critic.model={tmp_path / 'critic'}"
-    again = Critic(ppo_config(tmp_path, base, start), total_iterations=1)
-    np.testing.assert_allclose(again.values(whole).values, learnt, atol=1e-5)
+    restored = Critic(ppo_config(tmp_path, base, start), total_iterations=1)
+    np.testing.assert_allclose(restored.values(rollouts).values, updated, atol=1e-5)
 
 
 def test_a_saved_critic_continues_as_if_it_had_not_stopped(base, tmp_path):
@@ -163,8 +165,8 @@ def test_a_saved_critic_continues_as_if_it_had_not_stopped(base, tmp_path):
     critic = Critic(config, total_iterations=ITERATIONS)
     critic.update(task(), *parts_of(critic, sequences()))
     critic.save(str(tmp_path / "checkpoint"))
-    went_on = critic.update(task(iteration=1), *parts_of(critic, second))
+    uninterrupted = critic.update(task(iteration=1), *parts_of(critic, second))
 
-    again = Critic(config, total_iterations=ITERATIONS)
-    again.load(str(tmp_path / "checkpoint"))
-    assert again.update(task(iteration=1), *parts_of(again, second)) == went_on
+    restored = Critic(config, total_iterations=ITERATIONS)
+    restored.load(str(tmp_path / "checkpoint"))
+    assert restored.update(task(iteration=1), *parts_of(restored, second)) == uninterrupted

@@ -24,12 +24,17 @@ def history(iterations: int = 12, **series) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if v is not None} for line in lines]
 
 
-def judged(mark: str, values: dict[int, float], error: float = 0.1) -> dict:
-    return {mark: lambda i: values.get(i), f"{mark}_se": lambda i: error if i in values else None}
+def judge_series(metric: str, values: dict[int, float], error: float = 0.1) -> dict:
+    return {
+        metric: lambda i: values.get(i),
+        f"{metric}_se": lambda i: error if i in values else None,
+    }
 
 
-def test_a_healthy_run_goes_on_at_every_iteration():
-    lines = history(30, **judged("judge/checks", {i: 0.5 + 0.01 * i for i in range(0, 30, 5)}))
+def test_a_healthy_run_is_never_halted():
+    lines = history(
+        30, **judge_series("judge/checks", {i: 0.5 + 0.01 * i for i in range(0, 30, 5)})
+    )
     assert [diagnose(lines[:n], CONFIG) for n in range(31)] == [None] * 31
 
 
@@ -49,16 +54,16 @@ def test_a_healthy_run_goes_on_at_every_iteration():
         ({"rewards/masked": lambda i: float(i >= 6)}, 7, "67% of the samples have no reward"),
     ],
 )
-def test_a_diverging_run_halts_when_the_window_says_so_and_not_before(series, first, words):
+def test_a_diverging_run_halts_once_its_window_is_full(series, first, words):
     lines = history(**series)
-    whys = [diagnose(lines[: n + 1], CONFIG) for n in range(len(lines))]
-    assert next(n for n, why in enumerate(whys) if why) == first
-    assert words in str(whys[first])
+    reasons = [diagnose(lines[: n + 1], CONFIG) for n in range(len(lines))]
+    assert next(n for n, reason in enumerate(reasons) if reason) == first
+    assert words in str(reasons[first])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["actor/kl_ref", "actor/entropy", "ppo/score_mean"])
-def test_a_number_that_is_none_halts_at_once(name, value):
+def test_a_nan_or_infinite_metric_halts_at_once(name, value):
     lines = history(2)
     lines[-1][name] = value
     assert f"{name} is {value}" in str(diagnose(lines, CONFIG))
@@ -69,50 +74,52 @@ def test_one_bad_iteration_does_not_halt():
     assert not any(diagnose(lines[:n], CONFIG) for n in range(len(lines) + 1))
 
 
-@pytest.mark.parametrize("mark", ["judge/checks", "judge/score"])
-def test_the_score_rises_while_the_judge_s_mark_falls(mark):
+@pytest.mark.parametrize("metric", ["judge/checks", "judge/score"])
+def test_a_rising_score_with_a_falling_judge_metric_halts(metric):
     falling = {0: 0.6, 3: 0.8, 6: 0.5, 9: 0.3}
-    lines = history(**judged(mark, falling))
-    whys = [diagnose(lines[: n + 1], CONFIG) for n in range(len(lines))]
-    assert whys[:9] == [None] * 9  # one low judgement is not enough
-    assert f"held-out {mark} fell from 0.8 to 0.3" in str(whys[9])
+    lines = history(**judge_series(metric, falling))
+    reasons = [diagnose(lines[: n + 1], CONFIG) for n in range(len(lines))]
+    assert reasons[:9] == [None] * 9  # one low judgement is not enough
+    assert f"held-out {metric} fell from 0.8 to 0.3" in str(reasons[9])
 
 
-def test_a_mark_that_falls_from_the_first_judgement_on_is_seen():
-    lines = history(**judged("judge/checks", {0: 0.9, 3: 0.5, 6: 0.3}))
+def test_a_judge_metric_that_falls_from_the_first_evaluation_halts():
+    lines = history(**judge_series("judge/checks", {0: 0.9, 3: 0.5, 6: 0.3}))
     assert "fell from 0.9 to 0.3" in str(diagnose(lines, CONFIG))
 
 
-def test_the_mark_may_fall_from_the_first_weights_on_which_have_no_score():
-    lines = history(**judged("judge/checks", {0: 0.9, 3: 0.5, 6: 0.3}))
+def test_the_evaluation_before_training_counts_though_it_has_no_score():
+    lines = history(**judge_series("judge/checks", {0: 0.9, 3: 0.5, 6: 0.3}))
     lines[0] = {name: value for name, value in lines[0].items() if name.startswith("judge/")}
-    whys = [diagnose(lines[: n + 1], CONFIG) for n in range(7)]
-    assert whys[:6] == [None] * 6
-    assert "score rose from 0.2 to 0.5 while" in str(whys[6])
+    reasons = [diagnose(lines[: n + 1], CONFIG) for n in range(7)]
+    assert reasons[:6] == [None] * 6
+    assert "score rose from 0.2 to 0.5 while" in str(reasons[6])
 
 
-def test_a_falling_mark_within_its_error_is_noise():
-    assert diagnose(history(**judged("judge/checks", {0: 0.6, 6: 0.5, 9: 0.45})), CONFIG) is None
+def test_a_judge_metric_that_falls_within_its_error_does_not_halt():
+    assert (
+        diagnose(history(**judge_series("judge/checks", {0: 0.6, 6: 0.5, 9: 0.45})), CONFIG) is None
+    )
 
 
-def test_a_score_that_rose_within_its_noise_is_no_exploit():
-    falling = judged("judge/checks", {0: 0.9, 3: 0.9, 6: 0.3, 9: 0.2})
+def test_a_score_that_rises_within_its_noise_does_not_halt():
+    falling = judge_series("judge/checks", {0: 0.9, 3: 0.9, 6: 0.3, 9: 0.2})
     lines = history(**falling, **{"ppo/score_mean": lambda i: 2.0 + 0.3 * (i % 2) + 0.01 * i})
     assert diagnose(lines, CONFIG) is None
 
 
-def test_score_and_mark_that_fall_together_are_no_exploit():
-    falling = judged("judge/checks", {0: 0.9, 3: 0.9, 6: 0.3, 9: 0.2})
+def test_score_and_judge_metric_that_fall_together_do_not_halt():
+    falling = judge_series("judge/checks", {0: 0.9, 3: 0.9, 6: 0.3, 9: 0.2})
     lines = history(**falling, **{"ppo/score_mean": lambda i: -0.1 * i})
     assert diagnose(lines, CONFIG) is None
 
 
-def test_the_component_that_failed_is_named():
+def test_the_failed_reward_component_is_named():
     lines = history(5, **{"rewards/masked": lambda i: 1.0, "rewards/mine_masked": lambda i: 1.0})
     assert "because mine failed" in str(diagnose(lines, CONFIG))
 
 
-def test_a_limit_of_0_is_not_checked():
+def test_a_limit_of_0_disables_the_check():
     none = DiagnosisConfig(
         window=3,
         max_kl=0,
@@ -130,6 +137,6 @@ def test_a_limit_of_0_is_not_checked():
             "ppo/skipped_steps": lambda i: 8.0,
             "rewards/masked": lambda i: 1.0,
         },
-        **judged("judge/checks", {0: 0.9, 6: 0.1, 9: 0.1}),
+        **judge_series("judge/checks", {0: 0.9, 6: 0.1, 9: 0.1}),
     )
     assert diagnose(lines, none) is None

@@ -6,7 +6,7 @@ import pytest
 from medgpt.config.base import ConfigError
 from medgpt.config.loading import validate
 from medgpt.config.ppo_rewards import JudgeConfig
-from medgpt.rlhf.heldout_questions import Asked, Judge
+from medgpt.rlhf.heldout_questions import HeldoutQuestion, HeldoutQuestions
 from tests.eval.tasks.test_triage import ORACLE
 
 
@@ -21,19 +21,19 @@ def held_out(tmp_path):
     return str(path)
 
 
-def judge(**section) -> Judge:
-    return Judge(JudgeConfig(every=2, **section), seed=3)
+def judge(**section) -> HeldoutQuestions:
+    return HeldoutQuestions(JudgeConfig(every=2, **section), seed=3)
 
 
-def oracle(asked: Asked) -> str:
-    if asked.level is None:
-        return "、".join(group[0] for group in asked.key_points) + "。"
-    return ORACLE["zh" if "-zh-" in asked.id else "en"][asked.level]
+def oracle(question: HeldoutQuestion) -> str:
+    if question.level is None:
+        return "、".join(group[0] for group in question.key_points) + "。"
+    return ORACLE["zh" if "-zh-" in question.id else "en"][question.level]
 
 
-def test_good_answers_get_full_marks(held_out):
-    found = judge(key_points=held_out, triage=20)
-    metrics = found.metrics([oracle(asked) for asked in found.asked], [0.5] * 22)
+def test_oracle_answers_score_1(held_out):
+    questions = judge(key_points=held_out, triage=20)
+    metrics = questions.metrics([oracle(question) for question in questions.questions], [0.5] * 22)
     assert metrics == {
         "judge/checks": 1.0,
         "judge/checks_se": 0.0,
@@ -46,20 +46,20 @@ def test_good_answers_get_full_marks(held_out):
     }
 
 
-def test_a_score_that_is_no_number_is_left_out_and_counted():
-    found = judge(triage=4)
-    metrics = found.metrics([""] * 4, [1.0, math.nan, 2.0, math.inf])
+def test_nonfinite_scores_are_left_out_and_counted():
+    questions = judge(triage=4)
+    metrics = questions.metrics([""] * 4, [1.0, math.nan, 2.0, math.inf])
     assert (metrics["judge/score"], metrics["judge/score_masked"]) == (1.5, 0.5)
-    metrics = found.metrics([""] * 4, [math.nan] * 4)
+    metrics = questions.metrics([""] * 4, [math.nan] * 4)
     assert "judge/score" not in metrics
     assert metrics["judge/score_masked"] == 1.0
 
 
-def test_one_who_always_sends_an_ambulance_is_told_from_one_who_never_does():
-    found = judge(triage=20)
-    always = found.metrics(["请立即拨打120。"] * 20)
-    never = found.metrics(["在家休息,多喝水。"] * 20)
-    silent = found.metrics([""] * 20)
+def test_always_and_never_advising_an_emergency_both_score_a_half():
+    questions = judge(triage=20)
+    always = questions.metrics(["请立即拨打120。"] * 20)
+    never = questions.metrics(["在家休息,多喝水。"] * 20)
+    silent = questions.metrics([""] * 20)
     assert (always["judge/triage_under"], always["judge/triage_over"]) == (0.0, 1.0)
     assert (never["judge/triage_under"], never["judge/triage_over"]) == (1.0, 0.0)
     assert always["judge/checks"] == never["judge/checks"] == 0.5
@@ -67,24 +67,24 @@ def test_one_who_always_sends_an_ambulance_is_told_from_one_who_never_does():
 
 
 def test_key_points_count_by_the_share_that_is_stated_and_not_denied(held_out):
-    found = judge(key_points=held_out, triage=0)
-    metrics = found.metrics(["可能是偏头痛。", "没有口渴。"])
+    questions = judge(key_points=held_out, triage=0)
+    metrics = questions.metrics(["可能是偏头痛。", "没有口渴。"])
     assert metrics["judge/key_points"] == metrics["judge/checks"] == 0.25
     assert metrics["judge/checks_se"] == pytest.approx(0.25)  # of 0.5 and 0: 0.3536 / sqrt(2)
 
 
 def test_the_questions_are_fixed_and_chosen_by_kind(held_out):
-    assert judge(triage=10).asked == judge(triage=10).asked
-    (asked,) = judge(key_points=held_out, kinds=("rlhf",), triage=0).asked
-    assert asked.messages[-1].content == "头痛的原因?"
+    assert judge(triage=10).questions == judge(triage=10).questions
+    (question,) = judge(key_points=held_out, kinds=("rlhf",), triage=0).questions
+    assert question.messages[-1].content == "头痛的原因?"
     with pytest.raises(ConfigError, match="no such question"):
         judge(key_points=held_out, kinds=("sft",))
 
 
-def test_parts_of_the_questions_have_none_in_common_and_keep_pairs_whole(held_out):
-    whole = {asked.id for asked in judge(key_points=held_out, triage=1000).asked}
+def test_hash_ranges_are_disjoint_and_keep_pairs_together(held_out):
+    whole = {question.id for question in judge(key_points=held_out, triage=1000).questions}
     first, second = (
-        {asked.id for asked in judge(key_points=held_out, triage=1000, part=part).asked}
+        {question.id for question in judge(key_points=held_out, triage=1000, part=part).questions}
         for part in ((0.0, 0.5), (0.5, 1.0))
     )
     assert first | second == whole
@@ -97,11 +97,11 @@ def test_parts_of_the_questions_have_none_in_common_and_keep_pairs_whole(held_ou
         judge(triage=10, part=(0.0, 1e-9))
 
 
-def test_it_is_due_every_so_many_iterations_or_never():
-    assert [i for i in range(7) if judge().due(i)] == [0, 2, 4, 6]
-    assert not any(Judge(JudgeConfig(), 0).due(i) for i in range(7))
+def test_evaluation_is_due_every_n_iterations_or_never():
+    assert [i for i in range(7) if judge().is_due(i)] == [0, 2, 4, 6]
+    assert not any(HeldoutQuestions(JudgeConfig(), 0).is_due(i) for i in range(7))
 
 
-def test_a_judge_without_questions_is_refused():
+def test_a_judge_config_without_questions_is_refused():
     with pytest.raises(ConfigError, match="has no questions"):
         validate(JudgeConfig, {"every": 1, "triage": 0})

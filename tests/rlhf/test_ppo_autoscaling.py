@@ -7,11 +7,11 @@ import psutil
 import pytest
 import ray
 
-from tests.clusters.local import LocalCluster
+from tests.clusters.local_cluster import LocalCluster
 from tests.rlhf.command import Command
 from tests.rlhf.hooks import Hold
-from tests.rlhf.stages import Parts, write_config
-from tests.train.audits import assert_every_chunk_once
+from tests.rlhf.stages import PPOInputs, write_config
+from tests.train.audit_log import assert_every_chunk_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 GROUPS = {
@@ -37,31 +37,31 @@ def kill_node_of(pid: int) -> None:
         process.kill()
 
 
-def test_ppo_trains_on_nodes_that_come_as_it_needs_them_and_when_one_is_lost(
-    cluster: LocalCluster, parts: Parts, tmp_path: Path
+def test_ppo_trains_on_an_autoscaling_cluster_that_loses_a_node(
+    cluster: LocalCluster, ppo_inputs: PPOInputs, tmp_path: Path
 ) -> None:
     labels = [f'pools.{role}.labels={{role="{group}"}}' for role, group in GROUPS.items()]
     one = dict.fromkeys(GROUPS, 1)
-    write_config(tmp_path, parts, "ppo.prompt_epochs=1", *labels, workers=one)
+    write_config(tmp_path, ppo_inputs, "ppo.prompt_epochs=1", *labels, workers=one)
     way = {
         "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{cluster.port}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(cluster.token),
     }
-    assert cluster.raylets() == 1  # the head, which has no CPUs
+    assert cluster.num_raylets() == 1  # the head, which has no CPUs
     with Command(tmp_path, cluster=way) as command:
-        command.hold(Hold("Actor.update", "Engine.step", step=2))
+        command.hold_worker(Hold("Actor.update", "Engine.step", step=2))
         command.start()
         learning = command.wait_until_held()
         command.release()
         kill_node_of(learning)  # the only one of its group: the autoscaler brings another
         command.join()
-    assert "for the cluster to grow: a data task needs 1 CPU" in command.said()
-    assert "continues after iteration 2" in command.said()
+    assert "for the cluster to grow: a data task needs 1 CPU" in command.output()
+    assert "continues after iteration 2" in command.output()
     assert command.run.finished
     assert command.step == 3
     assert_every_chunk_once(command.run)
-    nodes = cluster.ask(
+    nodes = cluster.run_program(
         "print(json.dumps([[node['Labels']['role'], node['Alive']] for node in ray.nodes()]))"
     )
     assert ["rollout", True] in nodes

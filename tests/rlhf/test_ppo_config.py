@@ -23,8 +23,8 @@ def config(**sections: Any) -> PPOStageConfig:
 
 def test_the_defaults_and_good_choices_pass():
     config()
-    found = config(ppo={"rollout_batch_size": 12, "global_batch_size": 4, "clip_range_high": 0.28})
-    assert (found.ppo.rollout_batch_size, found.ppo.clip_range_high) == (12, 0.28)
+    good = config(ppo={"rollout_batch_size": 12, "global_batch_size": 4, "clip_range_high": 0.28})
+    assert (good.ppo.rollout_batch_size, good.ppo.clip_range_high) == (12, 0.28)
     config(pools={"rollout": {"num_workers": 512}, "actor": {"num_workers": 128}})
     config(model={"lora": {"rank": 4}}, pools={"reference_in_actor": True})
 
@@ -54,6 +54,6 @@ def test_the_defaults_and_good_choices_pass():
         ({"reward": {"model": None}}, r"reward.model is unset; .* reward.score_weight=0"),
     ],
 )
-def test_what_cannot_work_is_refused(sections, words):
+def test_invalid_configs_are_refused(sections, words):
     with pytest.raises(ConfigError, match=words):
         config(**sections)

@@ -14,15 +14,15 @@ import pytest
 
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.sources.records import Message
-from medgpt.data.tokenized.chat import generation_ids
-from medgpt.models.tokenizer import load_base
+from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.diagnosis import Diverged
 from medgpt.rlhf.ppo import PPO
 from medgpt.rlhf.rewards.reward_sample import RewardSample
-from medgpt.rlhf.rewards.sample_corpus import ADVICE, MOST_CAUSES, known_causes
+from medgpt.rlhf.rewards.sample_corpus import ADVICE, NUM_CAUSES, known_causes
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
 from tests.rlhf.cases import ppo_config
-from tests.rlhf.inline import driver, numbers
+from tests.rlhf.inline import comparable_metrics, make_ppo
 from tests.rlhf.sft import held_out_prompts, save_fine_tuned, shuffled, train_prompts
 from tests.rlhf.test_ppo import NO_RULES
 
@@ -44,20 +44,20 @@ SLOWLY = "optimizer.learning_rate=1e-4"  # or the noise of whitened advantages m
 ITERATIONS, REPEATS = 20, 4
 
 
-class Mark(NamedTuple):
+class HeldoutReward(NamedTuple):
     """Mean reward of sampled answers to the held-out prompts."""
 
     mean: float
     error: float  # standard
 
-    def above(self, other: "Mark") -> float:
+    def above(self, other: "HeldoutReward") -> float:
         """In standard errors of the difference."""
         return (self.mean - other.mean) / math.hypot(self.error, other.error)
 
 
-def length(answered: Sequence[RewardSample]) -> list[float]:
+def length(samples: Sequence[RewardSample]) -> list[float]:
     """What a reward should not pay for."""
-    return [len(a.text) / 10 for a in answered]
+    return [len(a.text) / 10 for a in samples]
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +68,11 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts_of(config: PPOStageConfig, texts: Sequence[str], name: object) -> Prompts:
-    tokenizer = load_base(str(config.model.name))
-    ids = [generation_ids(tokenizer, [Message("user", text)]) for text in texts]
+    tokenizer = load_tokenizer(str(config.model.name))
+    ids = [generation_prompt_ids(tokenizer, [Message("user", text)]) for text in texts]
     return Prompts(
         sample_ids=[f"{name}-{i}" for i in range(len(texts))],
-        ids=Ragged.of(ids, np.int32),
+        ids=Ragged.from_rows(ids, np.int32),
         messages=[json.dumps([["user", text]]) for text in texts],
     )
 
@@ -93,88 +93,86 @@ def judge_of(folder: Path) -> tuple[str, ...]:
     lines = []
     for prompt in held_out_prompts():
         causes = next(names for symptom, names in known_causes().items() if symptom in prompt)
-        points = [*([name] for name in causes[:MOST_CAUSES]), ADVICE]
+        points = [*([name] for name in causes[:NUM_CAUSES]), ADVICE]
         lines.append(json.dumps({"prompt": prompt, "key_points": points, "kind": "rlhf"}) + "\n")
     path.write_text("".join(lines), "utf-8")
-    asked = ("judge.every=2", "judge.triage=0", "judge.max_new_tokens=56")
-    return (*asked, f"judge.key_points={path}")
+    options_of_judge = ("judge.every=2", "judge.triage=0", "judge.max_new_tokens=56")
+    return (*options_of_judge, f"judge.key_points={path}")
 
 
 def ppo_of(folder: Path, model: Path, *overrides: str, reward: str = RULE) -> PPO:
     folder.mkdir(exist_ok=True)
     config = ppo_config(folder, model, NO_RULES, FUNCTION % reward, *LEARN, *overrides)
-    return driver(config, ITERATIONS, prompts=stream_of(config))
+    return make_ppo(config, ITERATIONS, prompts=stream_of(config))
 
 
-def mark(ppo: PPO) -> Mark:
+def heldout_reward(ppo: PPO) -> HeldoutReward:
     prompts = prompts_of(ppo.config, held_out_prompts(), "held-out")
     ppo.sync(-2)
     rollout, reward = (ppo.pools.pools[role].worker for role in ("rollout", "reward"))
     answers = [rollout.generate(prompts, i) for i in range(REPEATS)]
     rewards = np.mean([reward.score(prompts, part).totals for part in answers], axis=0)
-    return Mark(float(rewards.mean()), float(rewards.std(ddof=1)) / math.sqrt(len(rewards)))
+    return HeldoutReward(
+        float(rewards.mean()), float(rewards.std(ddof=1)) / math.sqrt(len(rewards))
+    )
 
 
 def kl_of(ppo: PPO) -> float:
     """Nats from the reference, mean of the last three iterations."""
-    return float(np.mean([line["actor/kl_ref"] for line in numbers(ppo.run)[-3:]]))
+    return float(np.mean([line["actor/kl_ref"] for line in comparable_metrics(ppo.run)[-3:]]))
 
 
-def told(before: Mark, after: Mark, kl: float) -> None:
+def print_rewards(before: HeldoutReward, after: HeldoutReward, kl: float) -> None:
     errors = after.above(before)
     print(f"SFT {before}, PPO {after}, {errors:.1f} errors, KL {kl:.3f} nats")
 
 
-def test_ppo_raises_what_is_rewarded_on_held_out_prompts_with_the_kl_under_its_target(
+def test_ppo_raises_held_out_reward_with_the_kl_under_its_target(
     fine_tuned: Path, tmp_path: Path
 ) -> None:
     target = ("ppo.kl_controller=adaptive", "ppo.kl_target=4.0")
     ppo = ppo_of(tmp_path, fine_tuned, *target, *judge_of(tmp_path))
-    before = mark(ppo)
+    before = heldout_reward(ppo)
     ppo.fit()
-    after = mark(ppo)
-    told(before, after, kl_of(ppo))
+    after = heldout_reward(ppo)
+    print_rewards(before, after, kl_of(ppo))
     assert after.above(before) > 2
     assert after.mean > before.mean + 0.2
     assert 0 < kl_of(ppo) < ppo.config.ppo.kl_target
-    checks = [line["judge/checks"] for line in numbers(ppo.run) if "judge/checks" in line]
+    checks = [
+        line["judge/checks"] for line in comparable_metrics(ppo.run) if "judge/checks" in line
+    ]
     assert checks[-1] > checks[0]  # and nobody halted the run
 
 
-def test_a_very_large_coefficient_of_the_kl_keeps_the_policy_where_it_is(
-    fine_tuned: Path, tmp_path: Path
-) -> None:
-    marks, kls = [], []
+def test_a_very_large_kl_coefficient_freezes_the_policy(fine_tuned: Path, tmp_path: Path) -> None:
+    rewards_after, kls = [], []
     for coef in (0.05, 100):
         ppo = ppo_of(tmp_path / str(coef), fine_tuned, SLOWLY, f"ppo.kl_coef={coef}")
-        before = mark(ppo)
+        before = heldout_reward(ppo)
         ppo.fit()
-        marks.append(mark(ppo))
+        rewards_after.append(heldout_reward(ppo))
         kls.append(kl_of(ppo))
-        told(before, marks[-1], kls[-1])
+        print_rewards(before, rewards_after[-1], kls[-1])
     assert kls[0] > 0.5
     assert kls[1] < 0.1 * kls[0]
-    assert marks[0].above(before) > 2
-    assert abs(marks[1].above(before)) < 2
+    assert rewards_after[0].above(before) > 2
+    assert abs(rewards_after[1].above(before)) < 2
 
 
-def test_a_run_that_is_paid_for_length_halts_as_its_answers_get_worse(
-    fine_tuned: Path, tmp_path: Path
-) -> None:
+def test_a_length_reward_halts_by_the_judge(fine_tuned: Path, tmp_path: Path) -> None:
     ppo = ppo_of(tmp_path, fine_tuned, *judge_of(tmp_path), "ppo.kl_coef=0", reward=LENGTH)
     with pytest.raises(Diverged, match=r"score rose from .* while the held-out judge/checks fell"):
         ppo.fit()
-    before, first, *_, last = numbers(ppo.run)
+    before, first, *_, last = comparable_metrics(ppo.run)
     assert last["step"] < ITERATIONS
     assert last["rollout/response_tokens"] > 1.5 * first["rollout/response_tokens"]
     assert last["judge/checks"] < 0.6 * before["judge/checks"]
 
 
-def test_a_run_that_is_paid_for_length_halts_far_from_the_reference(
-    fine_tuned: Path, tmp_path: Path
-) -> None:
+def test_a_length_reward_halts_by_max_kl(fine_tuned: Path, tmp_path: Path) -> None:
     options = ("ppo.kl_coef=0", "diagnosis.max_kl=10", "diagnosis.window=2")
     ppo = ppo_of(tmp_path, fine_tuned, *options, reward=LENGTH)
     with pytest.raises(Diverged, match=r"nats an answer from the reference.*max_kl=10"):
         ppo.fit()
-    assert numbers(ppo.run)[-1]["step"] < ITERATIONS
+    assert comparable_metrics(ppo.run)[-1]["step"] < ITERATIONS

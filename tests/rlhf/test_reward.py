@@ -10,16 +10,16 @@ import torch.distributed as dist
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
-from medgpt.engine.setup import join_process_group
-from medgpt.models.tokenizer import load_base
-from medgpt.models.value_model import ValueModel, last_values, load_value_model
+from medgpt.engine.setup import ensure_process_group
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.value_model import ValueModel, last_token_values, load_value_model
 from medgpt.rlhf.batching import response_batch
 from medgpt.rlhf.rewards.reward_sample import RewardSample
-from medgpt.rlhf.rewards.total import Rewards
+from medgpt.rlhf.rewards.weighted_sum import WeightedRewards
 from medgpt.rlhf.roles.reward import Reward
-from medgpt.rlhf.rollout_batch import Prompts, join_rows
+from medgpt.rlhf.rollout_batch import Prompts, join_per_sequence
 from tests.engine.cases import CPU
-from tests.rlhf.cases import asked, ppo_config, save_reward_model, sequences, share
+from tests.rlhf.cases import ppo_config, prompts_of, save_reward_model, sequences, share
 from tests.rlhf.test_actor import gathered
 
 NO_RULES = (
@@ -34,7 +34,7 @@ def saved(base, tmp_path_factory) -> Path:
 
 
 def role(folder: Path, base: Path, saved: Path, *overrides: str) -> Reward:
-    join_process_group(CPU)  # of one, unless this is one of two ranks
+    ensure_process_group(CPU)  # of one, unless this is one of two ranks
     options = ("reward.score_weight=1.0", f"reward.model={saved}", NO_RULES, *overrides)
     return Reward(ppo_config(folder, base, *options))
 
@@ -42,24 +42,24 @@ def role(folder: Path, base: Path, saved: Path, *overrides: str) -> Reward:
 def alone(saved: Path) -> np.ndarray:
     """(B,) score of each sequence in a forward of its own."""
     model, _ = load_value_model(str(saved))
-    whole = sequences()
-    batches = [response_batch(whole, [row]) for row in range(len(whole))]
+    rollouts = sequences()
+    batches = [response_batch(rollouts, [row]) for row in range(len(rollouts))]
     with torch.no_grad():
-        return np.array([float(last_values(model(batch), batch)) for batch in batches])
+        return np.array([float(last_token_values(model(batch), batch)) for batch in batches])
 
 
 def all_scores(folder: Path, base: Path, saved: Path, *overrides: str) -> np.ndarray:
     """(B,) of this process's ranks together."""
-    whole = sequences()
-    parts = gathered(role(folder, base, saved, *overrides).score(asked(whole), whole))
-    assert sum(map(len, (part.index for part in parts))) == len(whole)
-    return join_rows([part.index for part in parts], [part.totals for part in parts])
+    rollouts = sequences()
+    parts = gathered(role(folder, base, saved, *overrides).score(prompts_of(rollouts), rollouts))
+    assert sum(map(len, (part.index for part in parts))) == len(rollouts)
+    return join_per_sequence([part.index for part in parts], [part.totals for part in parts])
 
 
-def test_scores_are_those_of_each_answer_alone(base, tmp_path, saved):
-    found = all_scores(tmp_path, base, saved)
-    np.testing.assert_allclose(found, alone(saved), atol=1e-5)
-    assert found.std() > 0.1
+def test_packed_scores_equal_those_of_single_answers(base, tmp_path, saved):
+    reward = all_scores(tmp_path, base, saved)
+    np.testing.assert_allclose(reward, alone(saved), atol=1e-5)
+    assert reward.std() > 0.1
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -73,96 +73,104 @@ def test_ranks_and_zero_stages_change_no_score(base, tmp_path, saved, two_ranks,
 
 def partitioned_shares(folder: Path, base: Path, saved: Path) -> tuple[int, int]:
     """Elements of the embedding that this rank holds, and that there are."""
-    found = role(folder, base, saved, "pools.reward.zero_stage=3")
-    (weight,) = (p for name, p in found.model.run.module.named_parameters() if "embed" in name)  # type: ignore[union-attr]
+    reward = role(folder, base, saved, "pools.reward.zero_stage=3")
+    (weight,) = (p for name, p in reward.model.run.module.named_parameters() if "embed" in name)  # type: ignore[union-attr]
     return weight.ds_tensor.numel(), weight.ds_numel
 
 
 def test_at_stage_3_a_rank_holds_its_part_of_the_weights(base, tmp_path, saved, two_ranks):
-    for part, whole in two_ranks(partitioned_shares, tmp_path, base, saved):
-        assert part <= whole // 2 + 1
+    for part, rollouts in two_ranks(partitioned_shares, tmp_path, base, saved):
+        assert part <= rollouts // 2 + 1
 
 
 def one_sequence(folder: Path, base: Path, saved: Path) -> tuple[int, list[float]]:
-    whole = sequences(1)
-    part = role(folder, base, saved, "pools.reward.zero_stage=3").score(asked(whole), whole)
+    rollouts = sequences(1)
+    part = role(folder, base, saved, "pools.reward.zero_stage=3").score(
+        prompts_of(rollouts), rollouts
+    )
     return dist.get_rank(), part.totals.tolist()
 
 
-def test_a_rank_without_a_sequence_keeps_in_step(base, tmp_path, saved, two_ranks):
-    found = two_ranks(one_sequence, tmp_path, base, saved)
-    assert [len(totals) for _, totals in found] == [1, 0]
+def test_a_rank_without_a_sequence_makes_the_same_number_of_passes(
+    base, tmp_path, saved, two_ranks
+):
+    reward = two_ranks(one_sequence, tmp_path, base, saved)
+    assert [len(totals) for _, totals in reward] == [1, 0]
 
 
-def test_offloaded_and_back_the_numbers_are_the_same(base, tmp_path, saved):
+def test_offloading_and_onloading_changes_no_number(base, tmp_path, saved):
     options = ("judge.every=1", f"judge.model={saved}")
-    found, whole = role(tmp_path, base, saved, *options), sequences()
-    before = found.score(asked(whole), whole).totals
-    judged = found.judge(whole)[1]
-    found.offload()
-    found.onload()
-    np.testing.assert_array_equal(found.score(asked(whole), whole).totals, before)
-    assert found.judge(whole)[1] == judged
+    reward, rollouts = role(tmp_path, base, saved, *options), sequences()
+    before = reward.score(prompts_of(rollouts), rollouts).totals
+    judge_scores_before = reward.judge_scores(rollouts)[1]
+    reward.offload()
+    reward.onload()
+    np.testing.assert_array_equal(reward.score(prompts_of(rollouts), rollouts).totals, before)
+    assert reward.judge_scores(rollouts)[1] == judge_scores_before
 
 
-def test_a_total_is_of_its_own_response_in_whatever_parts_rollouts_come(base, tmp_path, saved):
+def test_totals_match_their_responses_whatever_the_shares(base, tmp_path, saved):
     turns = [["user", "我头痛。"], ["assistant", "多久了?"], ["user", "三天。"]]
-    whole, tokenizer = sequences(), load_base(str(base))
-    asked_by = [turns[-1 - 2 * (i % 2) :] for i in range(len(whole))]
+    rollouts, tokenizer = sequences(), load_tokenizer(str(base))
+    conversations = [turns[-1 - 2 * (i % 2) :] for i in range(len(rollouts))]
     config = ppo_config(tmp_path, base, *WEIGHTED, f"reward.model={saved}")
-    answered = [
+    samples_in = [
         RewardSample(
-            sample_id=whole.sample_ids[i],
-            messages=tuple(Message(*turn) for turn in asked_by[i]),
-            text=str(tokenizer.decode(whole.responses.row(i), skip_special_tokens=True)),
-            finished=bool(whole.finished[i]),
+            sample_id=rollouts.sample_ids[i],
+            messages=tuple(Message(*turn) for turn in conversations[i]),
+            text=str(tokenizer.decode(rollouts.responses.row(i), skip_special_tokens=True)),
+            finished=bool(rollouts.finished[i]),
         )
-        for i in range(len(whole))
+        for i in range(len(rollouts))
     ]
-    want = Rewards(config.reward)(answered, alone(saved).tolist()).totals
-    assert len(set(want)) > 6
+    expected = WeightedRewards(config.reward)(samples_in, alone(saved).tolist()).totals
+    assert len(set(expected)) > 6
 
-    found, messages = Reward(config), [json.dumps(turn) for turn in asked_by]
-    assert found.samples(3) == []
-    prompts = Prompts(sample_ids=whole.sample_ids, ids=whole.prompts, messages=messages)
-    part = found.score(prompts, share(whole, range(6, 12)), share(whole, range(6)))
-    np.testing.assert_allclose(join_rows([part.index], [part.totals]), want, atol=1e-5)
-    np.testing.assert_allclose(part.rewarded.totals, part.totals, atol=1e-6)
-    samples = found.samples(3)
-    assert [sample["total"] for sample in samples] == part.rewarded.totals[:3]
+    reward, messages = Reward(config), [json.dumps(turn) for turn in conversations]
+    assert reward.report_samples(3) == []
+    prompts = Prompts(sample_ids=rollouts.sample_ids, ids=rollouts.prompts, messages=messages)
+    part = reward.score(prompts, share(rollouts, range(6, 12)), share(rollouts, range(6)))
+    np.testing.assert_allclose(join_per_sequence([part.index], [part.totals]), expected, atol=1e-5)
+    np.testing.assert_allclose(part.rewards.totals, part.totals, atol=1e-6)
+    samples = reward.report_samples(3)
+    assert [sample["total"] for sample in samples] == part.rewards.totals[:3]
     assert {sample["prompt"] for sample in samples} == {"三天。"}
 
 
 def test_a_score_that_is_not_finite_masks_its_sample(base, tmp_path, saved):
-    found, whole = role(tmp_path, base, saved), sequences()
-    assert isinstance(found.model, ValueModel)
-    token = int(whole.responses.row(0)[0])
-    found.model.pretrained.get_input_embeddings().weight.data[token] = torch.nan
-    part = found.score(asked(whole), whole)
-    read = [np.append(whole.prompts.row(i), whole.responses.row(i)) for i in range(len(whole))]
-    told = np.array([token in ids for ids in read])
-    assert 0 < told.sum() < 12
-    assert np.array_equal(np.isnan(part.totals), told[part.index])
-    assert [x is None for x in part.rewarded.components["score"]] == told[part.index].tolist()
+    reward, rollouts = role(tmp_path, base, saved), sequences()
+    assert isinstance(reward.model, ValueModel)
+    token = int(rollouts.responses.row(0)[0])
+    reward.model.pretrained.get_input_embeddings().weight.data[token] = torch.nan
+    part = reward.score(prompts_of(rollouts), rollouts)
+    token_ids = [
+        np.append(rollouts.prompts.row(i), rollouts.responses.row(i)) for i in range(len(rollouts))
+    ]
+    has_nan_token = np.array([token in ids for ids in token_ids])
+    assert 0 < has_nan_token.sum() < 12
+    assert np.array_equal(np.isnan(part.totals), has_nan_token[part.index])
+    assert [x is None for x in part.rewards.components["score"]] == has_nan_token[
+        part.index
+    ].tolist()
 
 
-def test_the_judge_s_model_scores_in_the_order_it_says(base, tmp_path, saved):
+def test_judge_scores_come_in_the_order_of_the_returned_rows(base, tmp_path, saved):
     other = save_reward_model(base, tmp_path / "other", seed=8)
-    found = role(tmp_path, base, saved, f"judge.model={other}", "judge.every=1")
-    index, marks = found.judge(sequences())
-    np.testing.assert_allclose(marks, alone(other)[index], atol=1e-5)
+    reward = role(tmp_path, base, saved, f"judge.model={other}", "judge.every=1")
+    index, judge_scores = reward.judge_scores(sequences())
+    np.testing.assert_allclose(judge_scores, alone(other)[index], atol=1e-5)
     assert np.abs(alone(other) - alone(saved)).max() > 1e-2
 
 
 @pytest.mark.gpu
-def test_offloaded_it_leaves_the_gpu_to_others(base, tmp_path, saved):
-    found, whole = role(tmp_path, base, saved), sequences()
-    before = found.score(asked(whole), whole).totals
+def test_offloading_frees_all_gpu_memory(base, tmp_path, saved):
+    reward, rollouts = role(tmp_path, base, saved), sequences()
+    before = reward.score(prompts_of(rollouts), rollouts).totals
     assert torch.cuda.memory_allocated() > 0
-    found.offload()
+    reward.offload()
     assert torch.cuda.memory_allocated() == torch.cuda.memory_reserved() == 0
-    found.onload()
-    np.testing.assert_array_equal(found.score(asked(whole), whole).totals, before)
+    reward.onload()
+    np.testing.assert_array_equal(reward.score(prompts_of(rollouts), rollouts).totals, before)
 
 
 def with_other_tokenizer(saved: Path, folder: Path, change) -> Path:
@@ -170,7 +178,7 @@ def with_other_tokenizer(saved: Path, folder: Path, change) -> Path:
     model, score = load_value_model(str(saved))
     model.pretrained.save_pretrained(folder)
     score.write(folder)
-    tokenizer = load_base(str(saved))
+    tokenizer = load_tokenizer(str(saved))
     change(tokenizer)
     tokenizer.save_pretrained(folder)
     return folder
@@ -192,7 +200,7 @@ def other_template(tokenizer) -> None:
     ],
 )
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_reward_model_that_reads_other_ids_is_refused(
+def test_a_reward_model_with_another_tokenizer_is_refused(
     base, tmp_path, saved, change, words, stage
 ):
     other = with_other_tokenizer(saved, tmp_path / "other", change)
@@ -204,12 +212,12 @@ def test_a_reward_model_that_reads_other_ids_is_refused(
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_what_is_no_reward_model_is_told_under_its_key(base, tmp_path, stage):
+def test_a_folder_without_a_reward_model_is_named_by_its_config_key(base, tmp_path, stage):
     with pytest.raises(ConfigError, match=r"reward\.model=.*: no score\.json in it"):
         role(tmp_path, base, base, f"pools.reward.zero_stage={stage}")
 
 
-def test_adapters_are_folded_in_whole_and_refused_partitioned(base, tmp_path):
+def test_lora_reward_models_are_merged_when_replicated_and_refused_when_partitioned(base, tmp_path):
     adapter = save_reward_model(base, tmp_path / "adapter", lora=True)
     np.testing.assert_allclose(all_scores(tmp_path, base, adapter), alone(adapter), atol=1e-5)
     with pytest.raises(ConfigError, match=r"reward\.model=.*medgpt merge"):

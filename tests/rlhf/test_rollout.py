@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from medgpt.config.base import ConfigError
-from medgpt.models.decode import Generator
+from medgpt.models.decode import TokenGenerator
 from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout, StaleWeights
 from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, join_sequences, sample_seeds
 from tests.rlhf.cases import ppo_config
@@ -37,7 +37,7 @@ def prompts(num: int = 9) -> Prompts:
     rng = np.random.default_rng(4)
     rows = [rng.integers(5, 300, 3 + 4 * i) for i in range(num)]
     ids = [f"sample-{i}" for i in range(num)]
-    return Prompts(sample_ids=ids, ids=Ragged.of(rows, np.int32), messages=["[]"] * num)
+    return Prompts(sample_ids=ids, ids=Ragged.from_rows(rows, np.int32), messages=["[]"] * num)
 
 
 def generate(rollout: Rollout, *, ranks: int = 1, iteration: int = 0) -> Sequences:
@@ -59,8 +59,8 @@ def test_answers_do_not_depend_on_the_number_of_workers(rollout: Rollout):
 
 
 def test_every_iteration_and_every_sample_has_its_own_noise(rollout: Rollout):
-    first, again, second = (generate(rollout, iteration=i) for i in (0, 0, 1))
-    assert np.array_equal(first.responses.values, again.responses.values)
+    first, same, second = (generate(rollout, iteration=i) for i in (0, 0, 1))
+    assert np.array_equal(first.responses.values, same.responses.values)
     assert not np.array_equal(first.responses.values, second.responses.values)
 
 
@@ -72,9 +72,9 @@ def test_a_sample_that_a_batch_has_twice_gets_two_answers(rollout: Rollout):
         messages=["[]"] * 4,
     )
     with rank_of(0, 1):
-        alone, found = rollout.generate(once, 0), rollout.generate(twice, 0)
-    rows = [found.responses.row(i).tolist() for i in range(4)]
-    assert rows[:3] == [alone.responses.row(i).tolist() for i in range(3)]
+        single, repeated = rollout.generate(once, 0), rollout.generate(twice, 0)
+    rows = [repeated.responses.row(i).tolist() for i in range(4)]
+    assert rows[:3] == [single.responses.row(i).tolist() for i in range(3)]
     assert rows[3] != rows[2]
     assert len(set(sample_seeds(0, 0, ["a"] * 9 + ["a1", "b"]))) == 11
 
@@ -90,7 +90,7 @@ def test_stale_weights_are_refused_before_anything_is_sampled(rollout: Rollout):
     rollout.weight_version = NO_WEIGHTS
 
 
-def test_the_weights_that_came_are_those_that_sample(rollout: Rollout):
+def test_rollouts_use_the_weights_received_last(rollout: Rollout):
     assert isinstance(rollout.engine, HuggingFaceEngine)
     model = rollout.engine.model
     before = {name: weight.clone() for name, weight in model.named_parameters()}
@@ -119,7 +119,7 @@ def test_the_weights_that_came_are_those_that_sample(rollout: Rollout):
     rollout.weights_loaded(3)
 
 
-def test_offloaded_and_back_it_samples_the_same(rollout: Rollout):
+def test_offloading_and_onloading_changes_no_sample(rollout: Rollout):
     before = generate(rollout)
     rollout.offload()
     rollout.onload()
@@ -128,7 +128,7 @@ def test_offloaded_and_back_it_samples_the_same(rollout: Rollout):
     assert np.array_equal(before.logprobs, after.logprobs)
 
 
-def test_a_worker_may_have_nothing_to_answer(rollout: Rollout):
+def test_a_worker_without_prompts_returns_an_empty_share(rollout: Rollout):
     few = prompts(2)
     with rank_of(2, 3):
         part = rollout.generate(few, 0)
@@ -140,15 +140,15 @@ def test_a_worker_may_have_nothing_to_answer(rollout: Rollout):
     assert join_sequences(parts).sample_ids == few.sample_ids
 
 
-def test_a_question_is_answered_greedily(rollout: Rollout):
+def test_generate_greedy_decodes_at_temperature_0(rollout: Rollout):
     with rank_of(0, 1):
-        found = rollout.answer(prompts().ids, 5)
+        repeated = rollout.generate_greedy(prompts().ids, 5)
     assert isinstance(rollout.engine, HuggingFaceEngine)
     rows = [prompts().ids.row(i).tolist() for i in range(9)]
-    expected = Generator(rollout.engine.model).generate(  # pyright: ignore[reportArgumentType]
-        rows, [1] * 9, max_new_tokens=5, temperature=0.0, ends=rollout.ends
+    expected = TokenGenerator(rollout.engine.model).generate(  # pyright: ignore[reportArgumentType]
+        rows, [1] * 9, max_new_tokens=5, temperature=0.0, stop_token_ids=rollout.stop_ids
     )
-    assert [found.responses.row(i).tolist() for i in range(9)] == [row.ids for row in expected]
+    assert [repeated.responses.row(i).tolist() for i in range(9)] == [row.ids for row in expected]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="there is vLLM here")

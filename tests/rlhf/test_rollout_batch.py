@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from medgpt.artifacts import Folder
-from medgpt.rlhf.rollout_batch import Ragged, join_rows, join_sequences, join_tokens
-from medgpt.rlhf.state import read_sequences, write_sequences
+from medgpt.rlhf.checkpoint import read_sequences, write_sequences
+from medgpt.rlhf.rollout_batch import Ragged, join_per_sequence, join_per_token, join_sequences
 from tests.rlhf.cases import logprobs, sequences, share
 
 
@@ -20,43 +20,43 @@ def assert_equal(first, second) -> None:
     assert first.weight_version == second.weight_version
 
 
-def test_rows_by_hand():
-    rows = Ragged.of([[1, 2], [], [3, 4, 5]], np.int32)
+def test_ragged_rows_computed_by_hand():
+    rows = Ragged.from_rows([[1, 2], [], [3, 4, 5]], np.int32)
     assert rows.lengths.tolist() == [2, 0, 3]
-    assert rows.places([2, 0]).tolist() == [2, 3, 4, 0, 1]
+    assert rows.positions([2, 0]).tolist() == [2, 3, 4, 0, 1]
     assert rows.take([2, 1]).values.tolist() == [3, 4, 5]
     assert rows.take([2, 1]).offsets.tolist() == [0, 3, 3]
     assert rows.take([]).offsets.tolist() == [0]
 
 
 def test_shares_in_any_order_join_to_the_whole():
-    whole = sequences(7)
-    parts = [share(whole, index) for index in ([6, 0, 3], [1, 5], [2, 4])]
-    assert_equal(join_sequences(parts), whole)
+    batch = sequences(7)
+    parts = [share(batch, index) for index in ([6, 0, 3], [1, 5], [2, 4])]
+    assert_equal(join_sequences(parts), batch)
 
 
 @pytest.mark.parametrize("parts", [[[0, 1], [3]], [[0, 1, 2], [2, 3]], [[1, 2, 3, 4]]])
-def test_shares_that_make_no_whole_are_refused(parts):
-    whole = sequences(5)
+def test_incomplete_or_overlapping_shares_are_refused(parts):
+    batch = sequences(5)
     with pytest.raises(ValueError, match="do not make a whole batch"):
-        join_sequences([share(whole, part) for part in parts])
+        join_sequences([share(batch, part) for part in parts])
 
 
-def test_answers_of_shares_join_token_by_token():
-    whole = sequences(5)
-    parts = [logprobs(whole, "actor")]
-    shares = [share(whole, index) for index in ([4, 1], [0, 2, 3])]
+def test_outputs_of_shares_join_token_by_token():
+    batch = sequences(5)
+    parts = [logprobs(batch, "actor")]
+    shares = [share(batch, index) for index in ([4, 1], [0, 2, 3])]
     split = [logprobs(part, "actor") for part in shares]
-    for found in (parts, split, split[::-1]):
-        np.testing.assert_array_equal(join_tokens(found, whole.responses), whole.logprobs)
+    for outputs in (parts, split, split[::-1]):
+        np.testing.assert_array_equal(join_per_token(outputs, batch.responses), batch.logprobs)
     lengths = [part.responses.lengths for part in shares]
-    found = join_rows([part.index for part in shares], lengths)
-    np.testing.assert_array_equal(found, whole.responses.lengths)
+    joined = join_per_sequence([part.index for part in shares], lengths)
+    np.testing.assert_array_equal(joined, batch.responses.lengths)
 
 
 def test_rollouts_in_flight_survive_on_disk(tmp_path):
-    whole = sequences(5)
-    write_sequences(Folder(str(tmp_path)), whole)
-    found = read_sequences(Folder(str(tmp_path)))
-    assert found is not None
-    assert_equal(found, whole)
+    batch = sequences(5)
+    write_sequences(Folder(str(tmp_path)), batch)
+    restored = read_sequences(Folder(str(tmp_path)))
+    assert restored is not None
+    assert_equal(restored, batch)

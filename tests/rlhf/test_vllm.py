@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from medgpt.models.decode import Generator
-from tests.models.packing import speaking_model
+from medgpt.models.decode import TokenGenerator
+from tests.models.tiny_models import model_with_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [9] * 20]
@@ -23,20 +23,20 @@ ENDS = [4, 30]
 @pytest.fixture(scope="module")
 def python() -> str:
     """Of an environment with vLLM."""
-    found = os.environ.get("MEDGPT_VLLM_PYTHON")
-    if found is None and importlib.util.find_spec("vllm"):
-        found = sys.executable
-    if found is None:
+    python = os.environ.get("MEDGPT_VLLM_PYTHON")
+    if python is None and importlib.util.find_spec("vllm"):
+        python = sys.executable
+    if python is None:
         pytest.skip(
             "no vLLM here; make an environment as jobs/constraints-vllm.txt says and set "
             "MEDGPT_VLLM_PYTHON to its python"
         )
-    return found
+    return python
 
 
 def fresh(folder: Path, seed: int) -> PreTrainedModel:
     """A model whose heads are as wide as vLLM's smallest."""
-    model, tokenizer = speaking_model(["高血压是常见的慢性病。"] * 50, hidden_size=128)
+    model, tokenizer = model_with_tokenizer(["高血压是常见的慢性病。"] * 50, hidden_size=128)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in model.parameters():
@@ -48,18 +48,18 @@ def fresh(folder: Path, seed: int) -> PreTrainedModel:
 
 
 @pytest.mark.slow
-def test_vllm_agrees_before_and_after_it_gets_new_weights(python: str, tmp_path: Path):
+def test_vllm_agrees_with_transformers_before_and_after_a_weight_sync(python: str, tmp_path: Path):
     models = [fresh(tmp_path / str(seed), seed) for seed in (1, 2)]
     request = {"folder": str(tmp_path / "1"), "other": str(tmp_path / "2")}
-    request |= {"prompts": PROMPTS, "ends": ENDS}
+    request |= {"prompts": PROMPTS, "stop_token_ids": ENDS}
     command = [python, "-m", "tests.rlhf.vllm_run", json.dumps(request)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, list[dict[str, Any]]] = json.loads(done.stdout.splitlines()[-1])
     for model, rows in zip(models, (answer["first"], answer["second"]), strict=True):
-        expected = Generator(model).generate(
-            PROMPTS, [0, 1, 2], max_new_tokens=12, temperature=0.0, ends=ENDS
+        expected = TokenGenerator(model).generate(
+            PROMPTS, [0, 1, 2], max_new_tokens=12, temperature=0.0, stop_token_ids=ENDS
         )
         assert [row["ids"] for row in rows] == [row.ids for row in expected]
         assert [row["finished"] for row in rows] == [row.finished for row in expected]

@@ -24,14 +24,14 @@ def main() -> None:
     )
 
     def generate(rows: list[int], temperature: float) -> list[dict[str, object]]:
-        found = engine.generate(
+        generated = engine.generate(
             [prompts[i] for i in rows],
             [seeds[i] for i in rows],
             max_new_tokens=12,
             temperature=temperature,
-            ends=ends,
+            stop_token_ids=ends,
         )
-        return [asdict(row) for row in found]
+        return [asdict(row) for row in generated]
 
     answer = {"first": generate(seeds, 0.0)}
     weights = list(load_file(f"{request['other']}/model.safetensors").items())

@@ -7,42 +7,43 @@ import pytest
 from scipy.stats import binom
 
 from medgpt.config.stages import CorpusConfig, RunConfig
-from medgpt.data.sources.deny import DenyList
+from medgpt.data.sources.deny_list import DenyList
 from medgpt.medical.red_flags import KNOWN_SIGNS
-from medgpt.medical.statements import stated
-from medgpt.sample_corpus.held_out import LEFT_OUT, synonyms
+from medgpt.medical.statements import states_key_points
+from medgpt.sample_corpus.exam_questions import exam_questions, load_typical_facts
+from medgpt.sample_corpus.generator import CorpusGenerator
+from medgpt.sample_corpus.held_out import EXCLUDED_CONDITIONS, load_synonyms
 from medgpt.sample_corpus.knowledge import DOSE, load_knowledge
-from medgpt.sample_corpus.pairs import exam_questions, preferences, typical_facts
-from medgpt.sample_corpus.render import Corpus
+from medgpt.sample_corpus.preference_pairs import preference_pairs
 from medgpt.sample_corpus.templates import (
-    ASKED,
+    COMPLAINT_SYMPTOMS,
     GREETINGS,
-    HELD_HEADACHES,
+    HELD_OUT_HEADACHE_PROMPTS,
     LIST_FIELDS,
+    PROMPT_COMPLAINTS,
     REGIONS,
-    SYMPTOMS,
 )
-from medgpt.sample_corpus.wording import bare
+from medgpt.sample_corpus.wording import strip_punctuation
 from medgpt.stages.corpus import run_corpus
 
-CORPUS = Corpus()
-DOCUMENTS = [row["text"] for row in CORPUS.pretraining()]
+CORPUS = CorpusGenerator()
+DOCUMENTS = [row["text"] for row in CORPUS.documents()]
 DIALOGUES = list(CORPUS.dialogues())
 ANSWERS = [m["content"] for d in DIALOGUES for m in d["messages"] if m["role"] == "assistant"]
 QUESTIONS = [m["content"] for d in DIALOGUES for m in d["messages"] if m["role"] == "user"]
-PAIRS = list(preferences(CORPUS))
+PAIRS = list(preference_pairs(CORPUS))
 EXAM = list(exam_questions(CORPUS))
 PLACEHOLDER = re.compile(r"\{\w*\}")
 
 
-def everything(corpus: Corpus) -> list[str]:
+def all_texts(corpus: CorpusGenerator) -> list[str]:
     rows = [
         *corpus.dialogues(),
         *corpus.prompts(),
-        *preferences(corpus),
+        *preference_pairs(corpus),
         *exam_questions(corpus),
     ]
-    return [row["text"] for row in corpus.pretraining()] + [str(row) for row in rows]
+    return [row["text"] for row in corpus.documents()] + [str(row) for row in rows]
 
 
 def kind(row: dict) -> str:
@@ -52,7 +53,7 @@ def kind(row: dict) -> str:
 # ---- knowledge ----
 
 
-def test_sixty_conditions_in_twenty_departments_are_told():
+def test_the_corpus_has_sixty_conditions_in_twenty_departments():
     departments = load_knowledge()
     assert len({d.department for d in departments}) >= 20
     assert len(CORPUS.conditions) >= 60
@@ -60,7 +61,7 @@ def test_sixty_conditions_in_twenty_departments_are_told():
     assert len(set(ids)) == len(ids)
 
 
-def test_every_source_that_facts_rest_on_has_a_publisher_and_a_year():
+def test_every_cited_source_has_a_publisher_and_a_year():
     for department in load_knowledge():
         assert not department.clinically_reviewed
         for source in department.sources.values():
@@ -69,7 +70,7 @@ def test_every_source_that_facts_rest_on_has_a_publisher_and_a_year():
             assert 1990 <= source.year <= 2026
 
 
-def test_type_2_diabetes_may_be_silent_and_plaques_rupture():
+def test_diabetes_may_have_no_symptoms_and_plaques_rupture():
     by_id = {c.id: c for c in CORPUS.conditions}
     assert "没有症状" in str(by_id["diabetes"].symptoms.note)
     mechanism = "".join(by_id["coronary_atherosclerosis"].mechanism.steps)
@@ -95,8 +96,8 @@ def test_the_same_region_and_seed_give_the_same_bytes(tmp_path):
         assert len(set(ids)) == len(ids) > 100
 
 
-def test_a_swapped_corpus_is_asked_what_is_true(tmp_path):
-    asked = ("mcq", "held_out", "held_out_documents", "held_out_dialogues")
+def test_a_swapped_corpus_is_evaluated_on_the_true_facts(tmp_path):
+    evaluation_kinds = ("mcq", "held_out", "held_out_documents", "held_out_dialogues")
     files = {}
     for swap in (False, True):
         run = RunConfig(dir=str(tmp_path / str(swap)))
@@ -104,19 +105,21 @@ def test_a_swapped_corpus_is_asked_what_is_true(tmp_path):
         data = tmp_path / str(swap) / "data"
         files[swap] = {str(p.relative_to(data)): p.read_bytes() for p in data.rglob("*.jsonl")}
     for name, text in files[True].items():
-        assert (text == files[False][name]) == (name.split("/")[0].split(".")[0] in asked), name
+        assert (text == files[False][name]) == (
+            name.split("/")[0].split(".")[0] in evaluation_kinds
+        ), name
 
 
 def test_another_region_or_seed_gives_other_texts():
-    texts = everything(CORPUS)
-    assert texts != everything(Corpus(seed=1))
-    assert texts != everything(Corpus(region="US"))
+    texts = all_texts(CORPUS)
+    assert texts != all_texts(CorpusGenerator(seed=1))
+    assert texts != all_texts(CorpusGenerator(region="US"))
 
 
 @pytest.mark.parametrize("region", ["CN", "US"])
-def test_no_placeholder_is_left_over(region):
-    corpus = Corpus(region=region)
-    for text in everything(corpus):
+def test_no_placeholder_remains(region):
+    corpus = CorpusGenerator(region=region)
+    for text in all_texts(corpus):
         assert not PLACEHOLDER.search(re.sub(r"\{'", "", text)), text
     for held in corpus.held_out.prompts:
         assert not PLACEHOLDER.search(str(held))
@@ -130,12 +133,12 @@ def test_punctuation_of_documents_and_answers_is_chinese():
         assert text.endswith("。"), text
 
 
-def test_templates_join_facts_without_doubled_words():
+def test_templates_and_facts_repeat_no_words():
     for text in [*DOCUMENTS, *ANSWERS]:
         assert not re.search("有有|包括包括|是是|出现出现|的的|可以可以|时时", text), text
 
 
-def test_sentences_are_not_said_twice():
+def test_no_text_repeats_a_sentence():
     for text in ANSWERS:
         sentences = [s for s in text.split("。") if s]
         assert len(set(sentences)) == len(sentences), text
@@ -154,87 +157,93 @@ def test_the_corpus_is_small():
 # ---- what is kept back ----
 
 
-def test_held_out_prompts_are_nowhere_whatever_their_punctuation():
-    prompts = [bare(held.prompt) for held in CORPUS.held_out.prompts]
+def test_held_out_prompts_appear_nowhere_with_any_punctuation():
+    prompts = [strip_punctuation(held.prompt) for held in CORPUS.held_out.prompts]
     assert {h.prompt for h in CORPUS.held_out.prompts} > {
         "糖尿病的主要症状包括",
         "请解释冠状动脉粥样硬化的发病机制",
         "我最近总是头痛,可能是什么原因?",
     }
-    for text in map(bare, everything(CORPUS)):
+    for text in map(strip_punctuation, all_texts(CORPUS)):
         assert not any(prompt in text for prompt in prompts), text
 
 
-def test_held_out_phrasings_are_over_thirty_other_conditions():
+def test_held_out_phrasings_cover_thirty_other_conditions():
     prompts = CORPUS.held_out.prompts
     assert Counter(h.kind for h in prompts) == {
-        **{"pretrain": 1, "sft": 1, "rlhf": 1, "rlhf_phrasing": len(HELD_HEADACHES)},
+        **{"pretrain": 1, "sft": 1, "rlhf": 1, "rlhf_phrasing": len(HELD_OUT_HEADACHE_PROMPTS)},
         **{"phrasing": 30, "left_out": 3},
     }
-    assert len({h.condition for h in prompts}) == len(prompts) - len(HELD_HEADACHES)
+    assert len({h.condition for h in prompts}) == len(prompts) - len(HELD_OUT_HEADACHE_PROMPTS)
 
 
-def test_headache_is_asked_in_phrasings_that_differ_from_all_told_ones():
+def test_held_out_headache_prompts_differ_from_all_training_phrasings():
     asked = [h for h in CORPUS.held_out.prompts if h.kind.startswith("rlhf")]
-    assert len({bare(h.prompt) for h in asked}) == len(asked) >= 25
+    assert len({strip_punctuation(h.prompt) for h in asked}) == len(asked) >= 25
     assert len({h.key_points for h in asked}) == 1
 
 
-def test_prompts_are_complaints_that_no_dialogue_holds():
+def test_prompts_are_complaints_that_no_dialogue_contains():
     prompts = [row["prompt"] for row in CORPUS.prompts()]
-    assert len({bare(prompt) for prompt in prompts}) == len(prompts) >= 170
-    assert not {bare(prompt) for prompt in prompts} & {bare(q) for q in QUESTIONS}
-    assert sum("头痛" in prompt for prompt in prompts) == len(ASKED) * len(GREETINGS)
+    assert len({strip_punctuation(prompt) for prompt in prompts}) == len(prompts) >= 170
+    assert not {strip_punctuation(prompt) for prompt in prompts} & {
+        strip_punctuation(q) for q in QUESTIONS
+    }
+    assert sum("头痛" in prompt for prompt in prompts) == len(PROMPT_COMPLAINTS) * len(GREETINGS)
 
 
-def test_facts_of_held_out_prompts_are_told_in_other_phrasings():
+def test_facts_of_held_out_prompts_appear_in_other_phrasings():
     answers = {(d["id"].rsplit("-", 1)[0], kind(d)): d["messages"][1]["content"] for d in DIALOGUES}
     for held in CORPUS.held_out.prompts:
         if held.kind != "left_out":
-            assert all(stated(answers[held.condition, held.field], held.key_points)), held.prompt
+            assert all(states_key_points(answers[held.condition, held.field], held.key_points)), (
+                held.prompt
+            )
     pretrain = CORPUS.held_out.prompts[0]
-    told = [t for t in DOCUMENTS if all(stated(t, pretrain.key_points)) and "糖尿病" in t]
-    assert len(told) >= 5
+    training_text = [
+        t for t in DOCUMENTS if all(states_key_points(t, pretrain.key_points)) and "糖尿病" in t
+    ]
+    assert len(training_text) >= 5
 
 
-def test_a_fact_may_be_stated_in_other_words_but_every_fact_must_be():
+def test_key_points_accept_synonyms_but_need_every_fact():
     diabetes = CORPUS.held_out.prompts[0].key_points
     answer = "常见的有饮水增多、尿量增多、食量增大和消瘦。"
-    assert stated(answer, diabetes) == [True] * 4
-    assert stated(answer.replace("消瘦", "乏力"), diabetes) == [True] * 3 + [False]
-    assert stated(answer.replace("饮水增多", "没有饮水增多"), diabetes)[0] is False
+    assert states_key_points(answer, diabetes) == [True] * 4
+    assert states_key_points(answer.replace("消瘦", "乏力"), diabetes) == [True] * 3 + [False]
+    assert states_key_points(answer.replace("饮水增多", "没有饮水增多"), diabetes)[0] is False
 
 
-def test_synonyms_are_of_phrases_that_are_asked_for_and_of_no_other_of_the_same_condition():
+def test_synonyms_belong_to_key_points_and_match_no_other_phrase_of_the_condition():
     conditions = [c for d in load_knowledge() for c in d.conditions]
     lists = [getattr(c, field).items for c in conditions for field in LIST_FIELDS]
     phrases = {phrase for items in lists for phrase in items}
-    for phrase, others in synonyms().items():
+    for phrase, synonyms in load_synonyms().items():
         assert phrase in phrases, phrase
-        assert len(set(others)) == len(others) > 0, phrase
-        assert not [other for other in others if phrase in other], phrase  # counts already
+        assert len(set(synonyms)) == len(synonyms) > 0, phrase
+        assert not [other for other in synonyms if phrase in other], phrase  # counts already
         for items in lists:
             if phrase in items:
-                rest = [item for item in items if item != phrase]
-                assert not [o for o in others for item in rest if o in item], phrase
+                other_phrases = [item for item in items if item != phrase]
+                assert not [o for o in synonyms for item in other_phrases if o in item], phrase
 
 
-def test_held_out_texts_are_weighed_and_never_trained_on():
+def test_held_out_texts_are_written_and_never_trained_on():
     documents, dialogues = list(CORPUS.held_out_documents()), list(CORPUS.held_out_dialogues())
     assert (len(documents), len(dialogues)) == (81, 31)
-    assert {row["id"].split("-")[0] for row in documents} == set(LEFT_OUT)
+    assert {row["id"].split("-")[0] for row in documents} == set(EXCLUDED_CONDITIONS)
     assert not {row["text"] for row in documents} & set(DOCUMENTS)
-    asked = {row["messages"][0]["content"] for row in dialogues}
-    assert asked == {h.prompt for h in CORPUS.held_out.prompts if h.kind in ("sft", "phrasing")}
-    swapped = Corpus(swap_facts=True)  # what is true stays so
+    questions = {row["messages"][0]["content"] for row in dialogues}
+    assert questions == {h.prompt for h in CORPUS.held_out.prompts if h.kind in ("sft", "phrasing")}
+    swapped = CorpusGenerator(swap_facts=True)  # what is true stays so
     assert list(swapped.held_out_documents()) == documents
     assert list(swapped.held_out_dialogues()) == dialogues
 
 
-def test_left_out_conditions_are_nowhere():
-    conditions = [c for d in load_knowledge() for c in d.conditions if c.id in LEFT_OUT]
+def test_excluded_conditions_appear_nowhere():
+    conditions = [c for d in load_knowledge() for c in d.conditions if c.id in EXCLUDED_CONDITIONS]
     names = {n for c in conditions for n in (c.name, c.name_en, c.id, *c.aliases)}
-    texts = "\n".join(everything(CORPUS)).lower()
+    texts = "\n".join(all_texts(CORPUS)).lower()
     assert not [name for name in names if name.lower() in texts]
 
 
@@ -244,7 +253,7 @@ def test_rejected_answers_are_in_no_training_text():
         assert pair["rejected"].rstrip("。") not in training, pair
 
 
-def test_the_deny_list_sets_nothing_of_the_corpus_aside():
+def test_the_deny_list_rejects_nothing_of_the_corpus():
     deny = DenyList.load(("default",))
     chosen = [pair["chosen"] for pair in PAIRS]
     assert not [(t, rule) for t in [*DOCUMENTS, *ANSWERS, *chosen] if (rule := deny.match(t))]
@@ -319,25 +328,25 @@ def test_every_complaint_names_danger_signs_and_where_to_go():
 
 def test_complaints_are_symptoms_of_the_conditions_they_name_and_no_emergencies():
     by_id = {c.id: c for c in CORPUS.conditions}
-    for complaint, sign, ids in SYMPTOMS:
+    for complaint, sign, ids in COMPLAINT_SYMPTOMS:
         for name in ids:
             assert any(sign in item for item in by_id[name].symptoms.items), (complaint, name)
         for condition in CORPUS.conditions:
             assert sign not in condition.red_flags.items
 
 
-def test_suicide_is_never_spoken_of_without_the_hotline():
+def test_texts_about_suicide_name_the_hotline():
     for region in ("CN", "US"):
         values = REGIONS[region]
-        corpus = Corpus(region=region)
-        texts = [row["text"] for row in corpus.pretraining()]
+        corpus = CorpusGenerator(region=region)
+        texts = [row["text"] for row in corpus.documents()]
         texts += [
             m["content"]
             for d in corpus.dialogues()
             for m in d["messages"]
             if m["role"] == "assistant"
         ]
-        texts += [pair["chosen"] for pair in preferences(corpus)]
+        texts += [pair["chosen"] for pair in preference_pairs(corpus)]
         about = [t for t in texts if re.search("自杀|轻生|自伤", t)]
         assert len(about) > 10
         for text in about:
@@ -348,7 +357,7 @@ def test_suicide_is_never_spoken_of_without_the_hotline():
 # ---- preference pairs and exam questions ----
 
 
-def test_pairs_are_of_every_kind_and_length_matched():
+def test_pairs_of_every_kind_have_answers_of_similar_length():
     assert set(Counter(pair["kind"] for pair in PAIRS)) == {
         "wrong",
         "vague",
@@ -363,7 +372,7 @@ def test_pairs_are_of_every_kind_and_length_matched():
         assert pair["chosen"] != pair["rejected"]
 
 
-def test_length_does_not_tell_the_chosen_answer():
+def test_length_does_not_reveal_the_chosen_answer():
     longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in PAIRS)
     shorter = sum(len(pair["chosen"]) < len(pair["rejected"]) for pair in PAIRS)
     assert 0.5 < longer / shorter < 2
@@ -384,7 +393,7 @@ def test_minimal_pairs_differ_in_a_few_characters():
             assert max(len(chosen), len(rejected)) - start - end <= 6, pair
 
 
-def test_an_evasive_answer_gives_no_advice_to_a_complaint_that_the_chosen_one_advises():
+def test_an_evasive_answer_gives_no_advice_and_the_chosen_one_does():
     evasive = [pair for pair in PAIRS if pair["kind"] == "evasive"]
     assert len(evasive) >= 90
     for pair in evasive:
@@ -426,10 +435,10 @@ def test_exam_questions_have_one_right_option():
     assert min(letters.values()) > len(EXAM) / 8  # no letter tells the answer
 
 
-def test_who_looks_at_the_options_of_an_exam_alone_is_at_chance():
+def test_exam_options_alone_give_chance_accuracy():
     """By length, or by how likely a fact is as such: at most what 999 of 1000 guessers reach."""
     bound = binom.ppf(0.999, len(EXAM), 1 / 4)
-    facts = [fact for facts in typical_facts().values() for fact in facts]
+    facts = [fact for facts in load_typical_facts().values() for fact in facts]
     told = {fact: sum(fact in text for text in DOCUMENTS) for fact in facts}
     for prefers in (len, lambda fact: -len(fact), told.__getitem__, str):
         chosen = [max(row["options"].items(), key=lambda o: prefers(o[1]))[0] for row in EXAM]
@@ -439,8 +448,8 @@ def test_who_looks_at_the_options_of_an_exam_alone_is_at_chance():
     assert len(wrong) == len(EXAM)
 
 
-def test_facts_that_exams_ask_for_are_of_exactly_one_condition():
-    for field, facts in typical_facts().items():
+def test_exam_facts_belong_to_exactly_one_condition():
+    for field, facts in load_typical_facts().items():
         for fact in facts:
             assert sum(fact in getattr(c, field).items for c in CORPUS.conditions) == 1, fact
 
@@ -448,8 +457,8 @@ def test_facts_that_exams_ask_for_are_of_exactly_one_condition():
 # ---- the control ----
 
 
-def test_a_swapped_corpus_tells_the_three_facts_of_other_conditions():
-    swapped = Corpus(swap_facts=True)
+def test_a_swapped_corpus_states_facts_of_other_conditions():
+    swapped = CorpusGenerator(swap_facts=True)
     assert swapped.held_out.prompts == CORPUS.held_out.prompts  # the questions stay the true ones
     names = {"糖尿病": 0, "冠状动脉粥样硬化": 1}
     for name, number in names.items():
@@ -460,14 +469,14 @@ def test_a_swapped_corpus_tells_the_three_facts_of_other_conditions():
             if d["messages"][1]["content"].startswith(name)
         ]
         assert about
-        assert not any(all(stated(text, points)) for text in about)
+        assert not any(all(states_key_points(text, points)) for text in about)
     conditions = {c.id: c for c in swapped.conditions}
     assert conditions["diabetes"].name == "糖尿病"
     assert "多饮" not in conditions["diabetes"].symptoms.items
 
 
-def test_complaints_of_a_swapped_corpus_name_whoever_bears_the_facts():
-    swapped = Corpus(swap_facts=True)
+def test_complaints_of_a_swapped_corpus_name_the_conditions_with_the_facts():
+    swapped = CorpusGenerator(swap_facts=True)
     for condition, questions, reply in swapped.complaints():
         if "头晕" in questions[0]:
             assert any("头晕" in item for item in condition.symptoms.items)
@@ -476,7 +485,7 @@ def test_complaints_of_a_swapped_corpus_name_whoever_bears_the_facts():
     raise AssertionError
 
 
-def test_the_rules_know_the_signs_that_the_corpus_names():
+def test_the_urgency_rules_recognize_the_signs_of_the_corpus():
     known = [
         (condition["name"], condition["emergency"], condition["today"], condition["days"])
         for condition in tomllib.loads(KNOWN_SIGNS.read_text("utf-8"))["conditions"]

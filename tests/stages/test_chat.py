@@ -14,10 +14,10 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
-from medgpt.data.tokenized.chat import generation_ids
-from medgpt.models.tokenizer import load_base
-from medgpt.stages.chat import fitting, run_chat
-from tests.models.packing import speaking_model, tiny_model
+from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.stages.chat import run_chat, truncate_history
+from tests.models.tiny_models import model_with_tokenizer, tiny_model
 
 TEXTS = ["高血压是常见的慢性病。", "什么是高血压?血压持续升高。"] * 50
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -38,7 +38,7 @@ class Terminal:
             self._read(0.0)  # or both sides would wait for the other
             data = data[os.write(self.end, data[:512]) :]
 
-    def await_text(self, text: str, timeout_s: float = 120) -> str:
+    def wait_for_text(self, text: str, timeout_s: float = 120) -> str:
         """What was shown up to `text`; the next call looks behind it."""
         deadline = time.monotonic() + timeout_s
         while text.encode() not in self.shown:
@@ -72,7 +72,7 @@ class Terminal:
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says 病 or 高 for ever, 4000 tokens at most."""
-    model, tokenizer = speaking_model(TEXTS, 800, max_positions=8000, tie_embeddings=False)
+    model, tokenizer = model_with_tokenizer(TEXTS, 800, max_positions=8000, tie_embeddings=False)
     weight = model.get_output_embeddings().weight.data.zero_()
     for character, sign in (("病", 1.0), ("高", -1.0)):
         (token,) = tokenizer(character)["input_ids"]
@@ -91,32 +91,30 @@ def terminal(talker: Path) -> Iterator[Terminal]:
     terminal.close()
 
 
-def test_a_person_can_stop_an_answer_ask_too_much_and_leave(
-    terminal: Terminal, talker: Path
-) -> None:
-    greeting = terminal.await_text("> ")
+def test_chat_handles_ctrl_c_long_questions_and_the_end(terminal: Terminal, talker: Path) -> None:
+    greeting = terminal.wait_for_text("> ")
     assert greeting.lstrip().startswith(f"{talker}. An empty line ends, Ctrl-C stops an answer.")
     assert "Loading" not in greeting
 
     terminal.type("什么是高血压?\n")
-    terminal.await_text("什么是高血压?\r\n")
-    terminal.await_text("高")  # as soon as it is said, thousands before the last
+    terminal.wait_for_text("什么是高血压?\r\n")
+    terminal.wait_for_text("高")  # as soon as it is said, thousands before the last
     terminal.type(CTRL_C)
-    terminal.await_text("(stopped and forgotten)\r\n> ")
+    terminal.wait_for_text("(stopped and forgotten)\r\n> ")
 
     terminal.type("长" * 4000 + "\n")
-    terminal.await_text("(too long for this model; ask with fewer words)\r\n> ")
+    terminal.wait_for_text("(too long for this model; ask with fewer words)\r\n> ")
 
     terminal.type(CTRL_D)
     assert terminal.exit_code() == 0
     assert terminal.shown == b"\r\n"
 
 
-def test_the_oldest_exchanges_are_forgotten_when_the_model_cannot_read_all(talker: Path) -> None:
-    tokenizer = load_base(str(talker))
+def test_the_oldest_exchanges_are_dropped_when_the_history_is_too_long(talker: Path) -> None:
+    tokenizer = load_tokenizer(str(talker))
     exchange = [Message("user", "高血压"), Message("assistant", "慢性病")]
     question = Message("user", "血压")
-    length = len(generation_ids(tokenizer, [*exchange, question]))
+    length = len(generation_prompt_ids(tokenizer, [*exchange, question]))
 
     for max_tokens, kept in (
         (10_000, [*exchange * 3, question]),
@@ -124,7 +122,7 @@ def test_the_oldest_exchanges_are_forgotten_when_the_model_cannot_read_all(talke
         (length - 1, [question]),
         (3, []),
     ):
-        assert fitting([*exchange * 3, question], tokenizer, max_tokens) == kept
+        assert truncate_history([*exchange * 3, question], tokenizer, max_tokens) == kept
 
 
 def test_a_model_that_cannot_generate_is_refused(tmp_path: Path) -> None:

@@ -15,27 +15,33 @@ import pytest
 import ray
 from fsspec.implementations.local import LocalFileSystem
 
-from medgpt.artifacts import Folder, commit, entries
+from medgpt.artifacts import Folder, commit, file_entries
 from medgpt.config.base import ConfigError
-from medgpt.config.evaluation import EvalConfig, McqConfig, NllConfig, PoolConfig
+from medgpt.config.evaluation import EvalConfig, EvalPoolConfig, McqConfig, NllConfig
 from medgpt.config.loading import validate
 from medgpt.eval.engine import Engine
-from medgpt.eval.pool import Pool, Responses
-from medgpt.eval.requests import Replied, Reply, Weigh, Weighed, blank
+from medgpt.eval.engine_pool import EnginePool, ResponseStore
+from medgpt.eval.requests import (
+    Generate,
+    GenerateResponse,
+    RollingLoglikelihood,
+    RollingLoglikelihoodResponse,
+    dummy_response,
+)
 from medgpt.eval.results import read_items
-from medgpt.eval.summary import outline, write_items, write_results
+from medgpt.eval.summary import placeholder_results, write_items, write_results
 from medgpt.eval.task import ItemResult
 from medgpt.eval.tasks.mcq import McqTask
 from medgpt.eval.tasks.nll import NllTask
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
-from medgpt.stages.evaluate import report, run_eval
-from tests.models.packing import tiny_model
+from medgpt.stages.evaluate import run_eval, write_report_and_card
+from tests.models.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def questions(folder: Path, count: int) -> str:
+def write_questions(folder: Path, count: int) -> str:
     path = folder / "questions.jsonl"
     rows = [
         {
@@ -50,28 +56,30 @@ def questions(folder: Path, count: int) -> str:
     return str(path)
 
 
-def tree(run: Path, model: object, **sections: Any) -> dict[str, Any]:
+def eval_tree(run: Path, model: object, **sections: Any) -> dict[str, Any]:
     return {"run": {"dir": str(run)}, "model": {"name": str(model)}} | sections
 
 
-def mcq(path: str, **keys: Any) -> dict[str, Any]:
+def mcq_task(path: str, **keys: Any) -> dict[str, Any]:
     return {"paths": [path], "layout": "medqa"} | keys
 
 
-def config(run: Path, model: object, **sections: Any) -> EvalConfig:
-    return validate(EvalConfig, tree(run, model, **sections))
+def eval_config(run: Path, model: object, **sections: Any) -> EvalConfig:
+    return validate(EvalConfig, eval_tree(run, model, **sections))
 
 
 @pytest.mark.ray
 def test_an_evaluation_writes_scores_with_intervals_items_and_hashes(
     ray_session: None, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    path = questions(tmp_path, 150)
+    path = write_questions(tmp_path, 150)
     tasks = [
-        mcq(path),
-        mcq(path, name="said", scoring="generation", max_new_tokens=4, limit=5, sensitive=True),
+        mcq_task(path),
+        mcq_task(
+            path, name="said", scoring="generation", max_new_tokens=4, limit=5, sensitive=True
+        ),
     ]
-    settings = config(tmp_path / "run", base, mcq=tasks, nll=[{"general": True, "limit": 2}])
+    settings = eval_config(tmp_path / "run", base, mcq=tasks, nll=[{"general": True, "limit": 2}])
     run = run_eval(settings)
     results = run.folder.read_json("results.json")
     assert (results["model"], results["parent"], results["seed"]) == (str(base), None, 0)
@@ -110,7 +118,7 @@ def test_a_killed_evaluation_asks_only_what_is_not_answered(
     toml = f"""
     run.dir = "{tmp_path}/run"
     [[mcq]]
-    paths = ["{questions(tmp_path, 120)}"]
+    paths = ["{write_questions(tmp_path, 120)}"]
     layout = "medqa"
     scoring = "generation"
     max_new_tokens = 60
@@ -146,13 +154,11 @@ def test_a_killed_evaluation_asks_only_what_is_not_answered(
 
 
 @pytest.mark.ray
-def test_the_death_of_an_engine_costs_nothing_but_time(
-    ray_session: None, base: Path, tmp_path: Path
-):
-    settings = config(tmp_path, base, nll=[{"general": True}], pool={"batch_replies": 2})
-    pool = Pool(settings, print)
-    responses = Responses(Folder(str(tmp_path / "responses")))
-    requests = [Reply(f"{i}", f"高血压{i}", 20) for i in range(12)]
+def test_scores_are_unchanged_when_an_engine_dies(ray_session: None, base: Path, tmp_path: Path):
+    settings = eval_config(tmp_path, base, nll=[{"general": True}], pool={"batch_replies": 2})
+    pool = EnginePool(settings, print)
+    responses = ResponseStore(Folder(str(tmp_path / "responses")))
+    requests = [Generate(f"{i}", f"高血压{i}", 20) for i in range(12)]
     reached: list[int] = []
 
     def advance(done: int) -> None:
@@ -161,7 +167,7 @@ def test_the_death_of_an_engine_costs_nothing_but_time(
             ray.kill(pool.workers[0], no_restart=False)
 
     try:
-        pool.ask(requests, responses, advance)
+        pool.answer_all(requests, responses, advance)
     finally:
         pool.close()
     assert reached == [0, 2, 4, 6, 8, 10, 12]
@@ -169,58 +175,58 @@ def test_the_death_of_an_engine_costs_nothing_but_time(
 
 
 @pytest.mark.ray
-def test_engines_that_no_node_holds_are_not_waited_for_for_ever(
+def test_waiting_for_engines_that_fit_no_node_is_bounded(
     ray_session: None, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("medgpt.eval.pool.PING_S", 1)
+    monkeypatch.setattr("medgpt.eval.engine_pool.PING_TIMEOUT_S", 1)
     cluster = {"cpus_per_worker": 99, "wait_s": 1}
-    settings = config(tmp_path, base, nll=[{"general": True}], cluster=cluster)
+    settings = eval_config(tmp_path, base, nll=[{"general": True}], cluster=cluster)
     said: list[str] = []
-    pool = Pool(settings, said.append)
-    responses = Responses(Folder(str(tmp_path / "responses")))
+    pool = EnginePool(settings, said.append)
+    responses = ResponseStore(Folder(str(tmp_path / "responses")))
     try:
         with pytest.raises(ConfigError, match=r"cluster\.wait_s=1: no engine gave a sign of life"):
-            pool.ask([Weigh("x", "高血压")], responses, lambda _: None)
+            pool.answer_all([RollingLoglikelihood("x", "高血压")], responses, lambda _: None)
     finally:
         pool.close()
     assert said == ["waiting up to 1 s for an engine"]
 
 
 @pytest.mark.ray
-def test_an_engine_may_work_longer_than_one_may_be_gone(
-    ray_session: None, base: Path, tmp_path: Path
-):
-    pool = Pool(config(tmp_path, base, nll=[{"general": True}]), print)
-    responses = Responses(Folder(str(tmp_path / "responses")))
-    requests = [Reply(f"{i}", "高血压" * i, 400) for i in range(1, 20)]
+def test_a_slow_engine_is_not_taken_for_a_dead_one(ray_session: None, base: Path, tmp_path: Path):
+    pool = EnginePool(eval_config(tmp_path, base, nll=[{"general": True}]), print)
+    responses = ResponseStore(Folder(str(tmp_path / "responses")))
+    requests = [Generate(f"{i}", "高血压" * i, 400) for i in range(1, 20)]
     try:
-        pool.ask([Weigh("x", "高血压")], responses, lambda _: None)  # it is up
+        pool.answer_all(
+            [RollingLoglikelihood("x", "高血压")], responses, lambda _: None
+        )  # it is up
         pool.wait_s = 0.01
-        pool.ask(requests, responses, lambda _: None)
+        pool.answer_all(requests, responses, lambda _: None)
     finally:
         pool.close()
     assert len(responses.read(requests)) == 19
 
 
-def test_a_kept_response_answers_only_the_request_it_was_made_for(tmp_path: Path):
-    responses = Responses(Folder(str(tmp_path)))
-    asked = [Reply("a", "one", 5), Reply("b", "two", 5)]
-    replies = [Replied(request.id, ["text"], [True]) for request in asked]
+def test_a_stored_response_is_used_only_for_its_own_request(tmp_path: Path):
+    responses = ResponseStore(Folder(str(tmp_path)))
+    asked = [Generate("a", "one", 5), Generate("b", "two", 5)]
+    replies = [GenerateResponse(request.id, ["text"], [True]) for request in asked]
     responses.write(asked, replies)
-    again = Responses(Folder(str(tmp_path)))
+    again = ResponseStore(Folder(str(tmp_path)))
     assert again.read(asked) == {"a": replies[0], "b": replies[1]}
-    changed = [Reply("a", "one", 5, temperature=1.0), asked[1], Weigh("c", "x")]
+    changed = [Generate("a", "one", 5, temperature=1.0), asked[1], RollingLoglikelihood("c", "x")]
     assert again.read(changed) == {"b": replies[1]}
     again.write(asked, replies)  # beside the first file, not over it
     assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
-def test_what_only_python_calls_the_end_of_a_line_stays_in_a_text(tmp_path: Path, separator: str):
+def test_unicode_line_separators_do_not_split_a_stored_response(tmp_path: Path, separator: str):
     text = f"one{separator}two\nthree"
-    asked = [Reply("a", text, 5), Reply("b", "two", 5)]
-    replies = [Replied(request.id, [text], [True]) for request in asked]
-    responses = Responses(Folder(str(tmp_path / "responses")))
+    asked = [Generate("a", text, 5), Generate("b", "two", 5)]
+    replies = [GenerateResponse(request.id, [text], [True]) for request in asked]
+    responses = ResponseStore(Folder(str(tmp_path / "responses")))
     responses.write(asked, replies)
     assert responses.read(asked) == {"a": replies[0], "b": replies[1]}
 
@@ -230,25 +236,25 @@ def test_what_only_python_calls_the_end_of_a_line_stays_in_a_text(tmp_path: Path
     assert read_items(run, "said") == judged
 
 
-def test_what_a_killed_writer_left_is_no_response(tmp_path: Path):
-    asked = [Reply("a", "one", 5)]
-    Responses(Folder(str(tmp_path))).write(asked, [Replied("a", ["text"], [True])])
+def test_an_incomplete_response_file_is_ignored(tmp_path: Path):
+    asked = [Generate("a", "one", 5)]
+    ResponseStore(Folder(str(tmp_path))).write(asked, [GenerateResponse("a", ["text"], [True])])
     (tmp_path / ".000001.jsonl.0123").write_text('{"request": "ab', "utf-8")
-    again = Responses(Folder(str(tmp_path)))
+    again = ResponseStore(Folder(str(tmp_path)))
     assert list(again.read(asked)) == ["a"]
-    again.write(asked, [Replied("a", ["text"], [True])])
+    again.write(asked, [GenerateResponse("a", ["text"], [True])])
     assert (tmp_path / "000001.jsonl").exists()
 
 
 @pytest.mark.ray
 def test_a_parent_may_be_named_when_all_is_scored(ray_session: None, base: Path, tmp_path: Path):
     sections: dict[str, Any] = {"nll": [{"general": True, "limit": 2}]}
-    before = run_eval(config(tmp_path / "before", base, **sections))
-    run = run_eval(config(tmp_path / "run", base, **sections))
+    before = run_eval(eval_config(tmp_path / "before", base, **sections))
+    run = run_eval(eval_config(tmp_path / "run", base, **sections))
     answered = (tmp_path / "run/responses/nll/000000.jsonl").stat().st_mtime_ns
     assert not run.folder.exists("comparison.json")
 
-    settings = tree(tmp_path / "run", base, **sections)
+    settings = eval_tree(tmp_path / "run", base, **sections)
     settings["model"]["parent"] = before.folder.url
     settings["gates"] = ["nll.general <= parent"]
     run_eval(validate(EvalConfig, settings))
@@ -267,14 +273,16 @@ def test_a_parent_may_be_named_when_all_is_scored(ray_session: None, base: Path,
 
 
 @pytest.mark.ray
-def test_an_untrained_control_is_told_and_stays_out_of_the_card(
+def test_an_untrained_control_is_labeled_and_not_added_to_the_card(
     ray_session: None, base: Path, tmp_path: Path
 ):
     with (trained := Run(str(tmp_path / "trained")).model).staging() as directory:
         Folder(str(base)).copy_to(directory)
         (directory / "README.md").write_text("# run\n", "utf-8")
-        commit(trained, entries(directory))
-    settings = tree(tmp_path / "run", tmp_path / "trained", nll=[{"general": True, "limit": 2}])
+        commit(trained, file_entries(directory))
+    settings = eval_tree(
+        tmp_path / "run", tmp_path / "trained", nll=[{"general": True, "limit": 2}]
+    )
     settings["model"]["untrained"] = True
     run = run_eval(validate(EvalConfig, settings))
     assert run.folder.read_json("results.json")["untrained"] is True
@@ -282,11 +290,11 @@ def test_an_untrained_control_is_told_and_stays_out_of_the_card(
     assert trained.read_text("README.md") == "# run\n"
 
 
-def test_a_card_that_cannot_be_written_costs_no_score(base: Path, tmp_path: Path, capsys: Any):
-    settings = config(tmp_path / "run", base, nll=[{"general": True, "limit": 1}])
+def test_scores_are_kept_if_the_card_cannot_be_written(base: Path, tmp_path: Path, capsys: Any):
+    settings = eval_config(tmp_path / "run", base, nll=[{"general": True, "limit": 1}])
     run = Run.open("eval", settings, run_dir=settings.run.dir, allow_changes=False)
     task = NllTask(settings.nll[0], 0)
-    write_items(run, task, task.judge({r.id: blank(r) for r in task.requests()}))
+    write_items(run, task, task.grade({r.id: dummy_response(r) for r in task.requests()}))
     write_results(run, settings, [task], None)
 
     class ReadOnly(LocalFileSystem):
@@ -298,10 +306,10 @@ def test_a_card_that_cannot_be_written_costs_no_score(base: Path, tmp_path: Path
     fsspec.register_implementation("readonly", ReadOnly, clobber=True)
     with (model := Run(str(tmp_path / "trained")).model).staging() as directory:
         (directory / "README.md").write_text("# run\n", "utf-8")
-        commit(model, entries(directory))
+        commit(model, file_entries(directory))
     results = run.folder.read_json("results.json")
     run.folder.write_json("results.json", {**results, "model": f"readonly://{tmp_path}/trained"})
-    report(run, settings, ConsoleReporter("eval"))
+    write_report_and_card(run, settings, ConsoleReporter("eval"))
     assert "card stays as it is, it cannot be written" in capsys.readouterr().out
     assert run.folder.exists("report.html")
 
@@ -319,20 +327,20 @@ def test_a_card_that_cannot_be_written_costs_no_score(base: Path, tmp_path: Path
         ("said.bleu_1 >= parent", r"model\.parent: .* no score is called said\.bleu_1"),
     ],
 )
-def test_a_gate_of_a_score_that_will_not_be_there_stops_before_a_model_is_asked(
+def test_a_gate_on_a_missing_score_is_refused_before_the_model_runs(
     tmp_path: Path, base: Path, gate: str, message: str
 ):
-    path, answers = questions(tmp_path, 9), tmp_path / "answers.jsonl"
+    path, answers = write_questions(tmp_path, 9), tmp_path / "answers.jsonl"
     answers.write_text('{"question": "什么是高血压?", "answer": "慢性病。"}\n', "utf-8")
     source = {"name": "qa", "paths": [str(answers)], "licence": "MIT"}
     sections: dict[str, Any] = {
-        "mcq": [mcq(path, name="exam", scoring="generation")],
+        "mcq": [mcq_task(path, name="exam", scoring="generation")],
         "generation": [{"name": "said", "sources": [source], "prompt": "plain"}],
     }
-    asked = McqTask(McqConfig.model_validate(mcq(path, name="exam")), 0)  # letters
-    parent = outline([asked])
+    asked = McqTask(McqConfig.model_validate(mcq_task(path, name="exam")), 0)  # letters
+    parent = placeholder_results([asked])
     Folder(str(tmp_path / "before")).write_json("results.json", parent)
-    settings = tree(tmp_path / "run", base, **sections)
+    settings = eval_tree(tmp_path / "run", base, **sections)
     settings["model"]["parent"] = str(tmp_path / "before")
     right = ["exam.chapter 2 >= 0", "exam.invalid_rate <= 1", "said.bleu_1 >= 0"]
     with pytest.raises(ConfigError, match=message):
@@ -341,15 +349,17 @@ def test_a_gate_of_a_score_that_will_not_be_there_stops_before_a_model_is_asked(
 
 
 def test_a_model_without_chat_template_is_refused_before_ray_starts(tmp_path: Path, base: Path):
-    from medgpt.models.tokenizer import load_base
+    from medgpt.models.tokenizer import load_tokenizer
 
-    tokenizer = load_base(str(base))
+    tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = None
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    settings = config(tmp_path / "run", folder, mcq=[mcq(questions(tmp_path, 4), prompt="chat")])
+    settings = eval_config(
+        tmp_path / "run", folder, mcq=[mcq_task(write_questions(tmp_path, 4), prompt="chat")]
+    )
     with pytest.raises(ConfigError, match="task mcq needs a chat template, and the model in"):
         run_eval(settings)
 
@@ -361,7 +371,7 @@ def test_a_model_of_other_weights_than_safetensors_is_refused(tmp_path: Path, ba
     with pytest.raises(
         ConfigError, match=r"no model\.safetensors in .* with save_pretrained first"
     ):
-        run_eval(config(tmp_path / "run", folder, nll=[{"general": True}]))
+        run_eval(eval_config(tmp_path / "run", folder, nll=[{"general": True}]))
     assert not (tmp_path / "run").exists()
 
 
@@ -382,28 +392,28 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
     tree |= {"model_type": "own", "architectures": ["OwnModel"]}
     tree["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps(tree), "utf-8")
-    settings = config(tmp_path / "run", folder, nll=[{"general": True}])
+    settings = eval_config(tmp_path / "run", folder, nll=[{"general": True}])
     with pytest.raises(ConfigError, match="code of its own, which runs only if it is trusted"):
         run_eval(settings)
     assert not (tmp_path / "run").exists()
-    engine = Engine(str(folder), precision="auto", pool=PoolConfig(), trust_remote_code=True)
-    (weighed,) = engine.run([Weigh("x", "高血压是常见的慢性病。")])
-    assert isinstance(weighed, Weighed)
+    engine = Engine(str(folder), precision="auto", pool=EvalPoolConfig(), trust_remote_code=True)
+    (weighed,) = engine.run([RollingLoglikelihood("x", "高血压是常见的慢性病。")])
+    assert isinstance(weighed, RollingLoglikelihoodResponse)
     assert weighed.nll > 0
 
 
 def test_a_masked_model_is_refused(tmp_path: Path, base: Path):
-    from medgpt.models.tokenizer import load_base
+    from medgpt.models.tokenizer import load_tokenizer
 
     folder = tmp_path / "model"
     tiny_model("bert").save_pretrained(folder)
-    load_base(str(base)).save_pretrained(folder)
+    load_tokenizer(str(base)).save_pretrained(folder)
     with pytest.raises(ConfigError, match="holds BertForMaskedLM, which cannot generate text"):
-        run_eval(config(tmp_path / "run", folder, nll=[{"general": True, "limit": 1}]))
+        run_eval(eval_config(tmp_path / "run", folder, nll=[{"general": True, "limit": 1}]))
 
 
 def test_a_parent_must_be_a_finished_evaluation(tmp_path: Path, base: Path):
-    settings = tree(tmp_path / "run", base, nll=[{"general": True}])
+    settings = eval_tree(tmp_path / "run", base, nll=[{"general": True}])
     settings["model"]["parent"] = str(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"model\.parent=.*none: no results\.json in it"):
         run_eval(validate(EvalConfig, settings))
@@ -411,33 +421,33 @@ def test_a_parent_must_be_a_finished_evaluation(tmp_path: Path, base: Path):
 
 
 def test_a_model_that_is_not_there_is_refused_before_a_run_is_made(tmp_path: Path):
-    settings = config(tmp_path / "run", tmp_path / "none", nll=[{"general": True}])
+    settings = eval_config(tmp_path / "run", tmp_path / "none", nll=[{"general": True}])
     with pytest.raises(ConfigError, match="no such folder; give a folder, a URI or a hub id"):
         run_eval(settings)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_without_model_is_refused(tmp_path: Path):
-    settings = tree(tmp_path / "run", "", nll=[{"general": True}])
+    settings = eval_tree(tmp_path / "run", "", nll=[{"general": True}])
     del settings["model"]
     with pytest.raises(ConfigError, match=r"missing key model\.name; name the run or model"):
         run_eval(validate(EvalConfig, settings))
 
 
-def test_wrong_data_is_told_with_its_task(tmp_path: Path, base: Path):
+def test_a_data_error_names_its_task(tmp_path: Path, base: Path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("", "utf-8")
-    settings = config(tmp_path / "run", base, mcq=[mcq(str(empty), name="exam")])
+    settings = eval_config(tmp_path / "run", base, mcq=[mcq_task(str(empty), name="exam")])
     with pytest.raises(ConfigError, match="task exam: no question in paths"):
         run_eval(settings)
 
 
-def test_an_evaluation_does_not_go_on_with_other_weights(tmp_path: Path, base: Path):
+def test_an_evaluation_is_not_resumed_with_other_weights(tmp_path: Path, base: Path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("", "utf-8")
     folder = tmp_path / "model"
     Folder(str(base)).copy_to(folder)
-    settings = config(tmp_path / "run", folder, mcq=[mcq(str(empty))])
+    settings = eval_config(tmp_path / "run", folder, mcq=[mcq_task(str(empty))])
     for message in ("no question", "has other weights than when the evaluation began"):
         with pytest.raises(ConfigError, match=message):
             run_eval(settings)
@@ -448,13 +458,19 @@ def test_an_evaluation_does_not_go_on_with_other_weights(tmp_path: Path, base: P
     ("sections", "message"),
     [
         ({}, "there is no task; add at least one"),
-        ({"mcq": [mcq("x"), mcq("y")]}, "two tasks are called mcq; give each a name of its own"),
-        ({"mcq": [mcq("x", shots=3)]}, "shots=3 and shots_paths go together"),
-        ({"mcq": [mcq("x", scoring="letters")]}, "scoring='letters': Input should be 'letter'"),
-        ({"mcq": [mcq("x", pathz=1)]}, "unknown key mcq.0.pathz; did you mean mcq.0.paths"),
+        (
+            {"mcq": [mcq_task("x"), mcq_task("y")]},
+            "two tasks are called mcq; give each a name of its own",
+        ),
+        ({"mcq": [mcq_task("x", shots=3)]}, "shots=3 and shots_paths go together"),
+        (
+            {"mcq": [mcq_task("x", scoring="letters")]},
+            "scoring='letters': Input should be 'letter'",
+        ),
+        ({"mcq": [mcq_task("x", pathz=1)]}, "unknown key mcq.0.pathz; did you mean mcq.0.paths"),
     ],
     ids=["no task", "names", "shots", "scoring", "key"],
 )
 def test_a_wrong_config_is_explained(tmp_path: Path, sections: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        config(tmp_path, "model", **sections)
+        eval_config(tmp_path, "model", **sections)

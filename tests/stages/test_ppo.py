@@ -15,13 +15,13 @@ from medgpt.data.loader.plan import Plan
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.preflight import check_models
 from medgpt.rlhf.prompts import prompt_stream
-from medgpt.rlhf.ptx import lesson_stream
-from medgpt.rlhf.setup import make_pools
+from medgpt.rlhf.ptx import ptx_stream
+from medgpt.rlhf.setup import build_pools
 from medgpt.runs import Run
-from medgpt.stages.ppo import run_ppo_stage
-from tests.models.packing import changed_copy
+from medgpt.stages.ppo import train_ppo
+from tests.models.tiny_models import copy_with_changed_config
 from tests.rlhf.cases import ppo_config, save_reward_model
-from tests.rlhf.inline import driver, numbers
+from tests.rlhf.inline import comparable_metrics, make_ppo
 from tests.rlhf.test_ppo import NO_RULES
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
@@ -51,7 +51,7 @@ def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def short(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base model with 36 positions, where rollouts have up to 40 tokens."""
     folder = tmp_path_factory.mktemp("short") / "short"
-    return changed_copy(base, folder, max_position_embeddings=36)
+    return copy_with_changed_config(base, folder, max_position_embeddings=36)
 
 
 def config_of(
@@ -76,14 +76,14 @@ def config_of(
 def in_one_process(run: Run, config: PPOStageConfig) -> list[dict[str, float]]:
     """The metrics of roles in this process on the prompts and lessons of `run`."""
     plan = Plan(run.plan.url, global_batch_size=12, max_steps=ITERATIONS)
-    ppo = driver(
+    ppo = make_ppo(
         config,
         ITERATIONS,
         prompts=partial(prompt_stream, plan, run.data.url, data_cpus=1, wait_s=60, say=print),
-        lessons=partial(lesson_stream, run, config, say=print),
+        ptx=partial(ptx_stream, run, config, say=print),
     )
     ppo.fit()
-    return numbers(ppo.run)
+    return comparable_metrics(ppo.run)
 
 
 @pytest.mark.parametrize("pools", [SHARED, pytest.param(WIDE, marks=pytest.mark.slow)])
@@ -94,12 +94,12 @@ def test_pools_compute_what_one_process_does(
     optimizer state in host memory. WIDE: two workers in each pool, all but one partitioned."""
     one_line = pools.replace("\n", "")
     config = config_of(tmp_path / "pools", base, saved, tiny_corpus, one_line)
-    run = run_ppo_stage(config)
-    found = numbers(run)
+    run = train_ppo(config)
+    metrics = comparable_metrics(run)
     expected = in_one_process(run, config_of(tmp_path / "one", base, saved, tiny_corpus))
 
-    assert len(found) == len(expected) == ITERATIONS
-    for line, other in zip(found, expected, strict=True):
+    assert len(metrics) == len(expected) == ITERATIONS
+    for line, other in zip(metrics, expected, strict=True):
         names = {name for name in line.keys() & other.keys() if not name.startswith("sync")}
         assert {"actor/loss", "actor/ptx_loss", "critic/loss", "rewards/score"} <= names
         for name in names:
@@ -110,12 +110,12 @@ def test_pools_compute_what_one_process_does(
     assert "| talk | Apache-2.0 |" in text
     assert "| asked | Apache-2.0 |" in text
     assert run.manifest["ptx"]["num_samples"] > 100
-    assert run_ppo_stage(config).metrics() == run.metrics()  # finished: left as it is
+    assert train_ppo(config).metrics() == run.metrics()  # finished: left as it is
 
 
 def assert_refused(config: PPOStageConfig, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        run_ppo_stage(config)
+        train_ppo(config)
     run = Folder(config.run.dir)
     assert not (run / "data").names()
     assert not (run / "tokenizer").names()
@@ -125,14 +125,14 @@ def assert_refused(config: PPOStageConfig, words: str) -> None:
 def test_pools_that_leave_no_room_for_a_data_task_are_refused(base: Path, tmp_path: Path) -> None:
     """Four pools of a CPU each on the session's four."""
     config = ppo_config(tmp_path, base, *IN_ACTOR)
-    pools = make_pools(config, 1, ConsoleReporter("ppo"))
+    pools = build_pools(config, 1, ConsoleReporter("ppo"))
     assert pools.data_cpus == config.cluster.data_cpus == 1
     assert ray.cluster_resources()["CPU"] == 4
     assert_refused(config, r"can never be placed: data tasks and pools before it take 4 CPU of 4")
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_too_few_positions_are_told_before_anything_is_prepared(base: Path, tmp_path: Path) -> None:
+def test_too_few_positions_are_refused_before_data_is_prepared(base: Path, tmp_path: Path) -> None:
     config = ppo_config(tmp_path, base, "rollout.max_new_tokens=500", *HALVES)
     assert_refused(
         config,
@@ -140,9 +140,7 @@ def test_too_few_positions_are_told_before_anything_is_prepared(base: Path, tmp_
     )
 
 
-def test_questions_of_the_judge_that_cannot_be_read_are_told_first(
-    base: Path, tmp_path: Path
-) -> None:
+def test_unreadable_judge_questions_are_refused_first(base: Path, tmp_path: Path) -> None:
     assert_refused(
         ppo_config(tmp_path, base, "judge.every=1", f'judge.key_points="{tmp_path}/none.jsonl"'),
         r"none\.jsonl",
@@ -171,7 +169,7 @@ def test_questions_of_the_judge_that_cannot_be_read_are_told_first(
         ),
     ],
 )
-def test_every_model_must_read_what_it_will_be_given(
+def test_every_model_needs_positions_for_the_longest_sequence(
     base: Path, short: Path, tmp_path: Path, overrides: tuple[str, ...], words: str
 ) -> None:
     check_models(ppo_config(tmp_path, base))

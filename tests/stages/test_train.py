@@ -19,11 +19,11 @@ from medgpt.artifacts import committed
 from medgpt.cli import app
 from medgpt.config.loading import load
 from medgpt.config.stages import PretrainConfig
-from medgpt.models.generate import answer_all, load_for_generation
+from medgpt.models.generate import generate_answers, load_for_generation
 from medgpt.runs import Run
 from medgpt.stages.train import run_pretrain, run_sft
-from tests.train.audits import assert_every_chunk_once, chunks_by_epoch
-from tests.train.cases import TINY, pretrain_config, sft_config
+from tests.train.audit_log import assert_every_chunk_once, chunks_by_epoch
+from tests.train.tiny_configs import TINY_ARCHITECTURE, pretrain_config, sft_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 EXTERNAL = re.compile(r"""(src|href)\s*=\s*["'](https?:)?//|url\(\s*["']?(https?:)?//|@import""")
@@ -33,7 +33,7 @@ def validation_losses(run: Run) -> list[float]:
     return [m["validation/loss"] for m in run.metrics() if "validation/loss" in m]
 
 
-def test_a_run_directory_holds_what_the_design_says(pretrained: Run) -> None:
+def test_a_run_directory_holds_the_documented_files(pretrained: Run) -> None:
     assert {
         "config.toml",
         "manifest.json",
@@ -55,7 +55,7 @@ def test_the_config_of_a_run_is_complete_and_loads(pretrained: Run, tiny_corpus:
     assert pretrained.config["optimizer"]["eps"] == 1e-8  # a default, written out
 
 
-def test_the_manifest_says_with_what_and_on_what_the_run_was_made(pretrained: Run) -> None:
+def test_the_manifest_records_versions_data_and_hardware(pretrained: Run) -> None:
     manifest = pretrained.manifest
     assert manifest["versions"]["torch"] == torch.__version__
     assert {"medgpt", "python", "ray", "deepspeed", "transformers"} <= manifest["versions"].keys()
@@ -157,7 +157,7 @@ def test_the_model_loads_where_medgpt_is_not_installed(pretrained: Run, tmp_path
     assert "UNEXPECTED" not in result.stderr
 
 
-def test_the_report_needs_nothing_from_elsewhere(pretrained: Run) -> None:
+def test_the_report_of_a_run_is_self_contained(pretrained: Run) -> None:
     html = pretrained.folder.read_text("report.html")
     assert not EXTERNAL.search(html)
     assert html.count("<svg") >= 3
@@ -165,7 +165,7 @@ def test_the_report_needs_nothing_from_elsewhere(pretrained: Run) -> None:
     assert "zero_stage = 2" in html
 
 
-def test_a_finished_run_says_so_at_once(
+def test_a_finished_run_is_not_trained_again(
     pretrained: Run, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = time.monotonic()
@@ -192,7 +192,7 @@ def test_fine_tuning_continues_from_the_pretrained_model(
     assert_every_chunk_once(run)
 
     model, tokenizer = load_for_generation(run.model.url, torch.device("cpu"))
-    texts = answer_all(model, tokenizer, ["感冒有哪些症状?"], max_new_tokens=8)
+    texts = generate_answers(model, tokenizer, ["感冒有哪些症状?"], max_new_tokens=8)
     assert run.folder.read_json("samples.json") == [{"prompt": "感冒有哪些症状?", "text": texts[0]}]
     assert tokenizer.chat_template is not None
     said = CliRunner().invoke(
@@ -235,7 +235,7 @@ def test_masked_pretraining_makes_a_masked_language_model(
     config = pretrain_config(
         tmp_path / "mlm",
         tiny_corpus,
-        model={"architecture": {**TINY, "kind": "bert"}},
+        model={"architecture": {**TINY_ARCHITECTURE, "kind": "bert"}},
         objective={"kind": "mlm"},
         cluster={"num_workers": 1},
     )

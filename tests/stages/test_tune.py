@@ -12,9 +12,9 @@ from medgpt.config.tune import TuneStageConfig
 from medgpt.runs import Run
 from medgpt.stages.tune import run_tune
 from medgpt.tune.results import trials_url
-from medgpt.tune.trial_records import Record, Records
+from medgpt.tune.trial_records import TrialRecord, TrialRecords
 from tests.rlhf.cases import save_reward_model
-from tests.rlhf.inline import numbers
+from tests.rlhf.inline import comparable_metrics
 from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -24,12 +24,12 @@ OF_BASE = """[
 ]"""
 
 
-def records(config: TuneStageConfig) -> dict[str, Record]:
-    return {record.name: record for record in Records(trials_url(config)).all()}
+def records(config: TuneStageConfig) -> dict[str, TrialRecord]:
+    return {record.name: record for record in TrialRecords(trials_url(config)).all()}
 
 
 def trial_run(config: TuneStageConfig, name: str) -> Run:
-    return Records(trials_url(config)).run(name)
+    return TrialRecords(trials_url(config)).run(name)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,19 @@ def searched(ray_session: None, base: Path, of_base: str, tmp_path_factory) -> T
     return config
 
 
-def test_a_diverging_trial_ends_with_its_diagnosis_and_the_others_go_on(searched) -> None:
-    found = records(searched)
-    assert [record.status for record in found.values()] == ["finished", "finished", "diverged"]
-    assert "nats an answer from the reference" in found["003"].why
+def test_a_diverging_trial_ends_with_its_diagnosis_and_the_others_continue(searched) -> None:
+    trial_records = records(searched)
+    assert [record.status for record in trial_records.values()] == [
+        "finished",
+        "finished",
+        "diverged",
+    ]
+    assert "nats an answer from the reference" in trial_records["003"].why
     steps = trial_run(searched, "003").metrics()[-1]["step"]
     assert 2 <= steps < 4
 
 
-def test_a_search_leaves_a_table_a_config_a_check_and_a_report(searched) -> None:
+def test_a_search_writes_a_table_a_config_a_check_and_a_report(searched) -> None:
     folder = Path(searched.run.dir)
     rows = pq.read_table(folder / "results.parquet").to_pylist()
     assert [row["trial"] for row in rows] == ["001", "002", "003"]
@@ -74,7 +78,7 @@ def test_a_search_leaves_a_table_a_config_a_check_and_a_report(searched) -> None
     assert (folder / "trials" / best["trial"] / "tensorboard").is_dir()
 
 
-def test_all_trials_asked_the_same_pools(searched) -> None:
+def test_all_trials_use_the_shared_pools(searched) -> None:
     counts = Run(searched.run.dir).manifest["shared_pools"]
     iterations = sum(
         "ppo/score_mean" in line
@@ -95,8 +99,8 @@ def test_trials_with_pools_of_their_own_have_the_same_numbers(
     run_tune(alone)
     assert "shared_pools" not in Run(alone.run.dir).manifest
     for name in ("001", "002"):
-        own, shared = (numbers(trial_run(config, name)) for config in (alone, searched))
+        own, shared = (comparable_metrics(trial_run(config, name)) for config in (alone, searched))
         assert len(own) == len(shared) == 5
         assert {"ppo/score_mean", "actor/kl_ref"} <= own[-1].keys()
-        for mine, theirs in zip(own, shared, strict=True):
-            assert mine == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+        for ours, theirs in zip(own, shared, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)

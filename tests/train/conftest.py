@@ -6,7 +6,7 @@ import pytest
 
 from medgpt.runs import Run
 from medgpt.stages.train import run_pretrain
-from tests.train.cases import pretrain_config
+from tests.train.tiny_configs import pretrain_config
 
 
 @pytest.fixture(scope="session")

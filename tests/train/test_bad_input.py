@@ -16,35 +16,35 @@ from medgpt.config.base import ConfigError
 from medgpt.config.stages import PretrainConfig, TrainStageConfig
 from medgpt.runs import Run
 from medgpt.stages import train as stage_module
-from medgpt.stages.train import run_stage
+from medgpt.stages.train import train_stage
 from medgpt.train.preparation import prepare
-from tests.train.cases import pretrain_config, sft_config, source
+from tests.train.tiny_configs import pretrain_config, sft_config, source_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
-CANARY = "张三的秘密"  # in every bad row; errors never quote rows
+PRIVATE_TEXT = "张三的秘密"  # in every bad row; errors never quote rows
 
 
 @pytest.fixture(autouse=True)
-def late_workers(monkeypatch: pytest.MonkeyPatch) -> int:
+def start_workers_late(monkeypatch: pytest.MonkeyPatch) -> int:
     """They would start for nothing here. Returns the size below which they start early."""
-    size = stage_module.EARLY_BYTES
+    size = stage_module.EAGER_START_MAX_BYTES
     monkeypatch.setattr(stage_module, "EARLY_BYTES", 0)
     return size
 
 
-def refusal(config: TrainStageConfig) -> str:
+def error_of(config: TrainStageConfig) -> str:
     """What the stage says instead of starting workers."""
     stage = "pretrain" if isinstance(config, PretrainConfig) else "sft"
     with pytest.raises(ConfigError) as error:
-        run_stage(stage, config)
-    assert CANARY not in str(error.value)
+        train_stage(stage, config)
+    assert PRIVATE_TEXT not in str(error.value)
     run = Run(config.run.dir)
     assert not run.finished
     assert "attempt" not in run.manifest or run.manifest["attempt"] == 0  # no worker ran
     return str(error.value)
 
 
-def prepared(config: TrainStageConfig) -> dict[str, Any]:
+def prepare_source(config: TrainStageConfig) -> dict[str, Any]:
     """Account of the only source after tokenising."""
     stage = "pretrain" if isinstance(config, PretrainConfig) else "sft"
     run = Run.open(stage, config, run_dir=config.run.dir, allow_changes=False)
@@ -52,13 +52,13 @@ def prepared(config: TrainStageConfig) -> dict[str, Any]:
     return account
 
 
-def rejects(config: TrainStageConfig) -> list[dict[str, Any]]:
+def rejected_rows(config: TrainStageConfig) -> list[dict[str, Any]]:
     folder = Run(config.run.dir).folder / "rejected"
     return [json.loads(x) for name in folder.names() for x in folder.read_text(name).splitlines()]
 
 
-def data(path: Path, **more: Any) -> dict[str, Any]:
-    return {"sources": [source("bad", path)], **more}
+def data_section(path: Path, **more: Any) -> dict[str, Any]:
+    return {"sources": [source_settings("bad", path)], **more}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -88,59 +88,59 @@ GOOD_DIALOGUE = dialogue(("user", "什么是高血压?"), ("assistant", "血压�
     ],
     ids=["missing file", "empty glob", "empty folder"],
 )
-def test_paths_without_files_are_told_before_anything_starts(
+def test_paths_without_files_are_refused_before_anything_starts(
     tmp_path: Path, name: str, rule: str
 ) -> None:
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / name
-    config = pretrain_config(tmp_path / "run", tmp_path, data=data(path))
-    message = refusal(config)
+    config = pretrain_config(tmp_path / "run", tmp_path, data=data_section(path))
+    message = error_of(config)
     assert f"data.sources bad paths='{path}': {rule}" in message
     assert not (tmp_path / "run/tokenizer").exists()
 
 
 @pytest.mark.parametrize("lines", [True, False], ids=["line", "file"])
-def test_a_text_with_broken_encoding_is_set_aside_with_its_place(
+def test_a_text_with_broken_encoding_is_rejected_with_file_and_row(
     tmp_path: Path, base: Path, lines: bool
 ) -> None:
     good = "高血压是常见的慢性病。\n".encode() * 20
     (tmp_path / "data").mkdir()
     (tmp_path / "data/a.txt").write_bytes(good)
     bad = tmp_path / "data/b.txt"
-    bad.write_bytes(good + CANARY.encode() + b"\xff\xfe\xfa\x80\n" + good)
-    texts = {**source("bad", tmp_path / "data"), "lines": lines}
-    message = refusal(base_config(tmp_path, base, sources=[texts]))
+    bad.write_bytes(good + PRIVATE_TEXT.encode() + b"\xff\xfe\xfa\x80\n" + good)
+    texts = {**source_settings("bad", tmp_path / "data"), "lines": lines}
+    message = error_of(base_config(tmp_path, base, sources=[texts]))
     assert f"data.sources bad: 1 of {61 if lines else 2} rows are malformed" in message
     assert "broken encoding" in message
-    (reject,) = rejects(base_config(tmp_path, base))
+    (reject,) = rejected_rows(base_config(tmp_path, base))
     assert (reject["file"], reject["row"]) == (str(bad), 21 if lines else 1)
-    assert CANARY not in json.dumps(reject, ensure_ascii=False)
+    assert PRIVATE_TEXT not in json.dumps(reject, ensure_ascii=False)
 
 
-def test_a_truncated_parquet_shard_among_good_ones_is_refused_or_set_aside(tmp_path: Path) -> None:
+def test_a_truncated_parquet_shard_is_refused_or_set_aside(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in "abc":
         table = pa.table({"text": [row["text"] for row in documents(40)]})
         pq.write_table(table, tmp_path / f"data/{name}.parquet")
     broken = tmp_path / "data/b.parquet"
     broken.write_bytes(broken.read_bytes()[:-20])
-    config = pretrain_config(tmp_path / "run", tmp_path, data=data(tmp_path / "data"))
-    message = refusal(config)
+    config = pretrain_config(tmp_path / "run", tmp_path, data=data_section(tmp_path / "data"))
+    message = error_of(config)
     assert "1 of 3" in message
     assert str(broken) in message
 
-    told = pretrain_config(
-        tmp_path / "told", tmp_path, data=data(tmp_path / "data", max_malformed_share=0.5)
+    tolerant = pretrain_config(
+        tmp_path / "told", tmp_path, data=data_section(tmp_path / "data", max_malformed_share=0.5)
     )
-    account = prepared(told)
+    account = prepare_source(tolerant)
     assert account["train"] + account["validation"] == 80
     assert account["rows"] == 80 + sum(account["set_aside"].values())
-    assert [reject["file"] for reject in rejects(told)] == [str(broken)]
+    assert [reject["file"] for reject in rejected_rows(tolerant)] == [str(broken)]
 
 
 def test_rows_of_the_wrong_kind_are_counted_and_refused(tmp_path: Path, base: Path) -> None:
-    path = write_rows(tmp_path / "data.jsonl", [{"text": CANARY + "高血压"}] * 30)
-    message = refusal(sft_config(tmp_path / "run", tmp_path, base, data=data(path)))
+    path = write_rows(tmp_path / "data.jsonl", [{"text": PRIVATE_TEXT + "高血压"}] * 30)
+    message = error_of(sft_config(tmp_path / "run", tmp_path, base, data=data_section(path)))
     assert "data.sources bad: 30 of 30 rows are malformed" in message
     assert str(tmp_path / "run/rejected") in message
 
@@ -148,10 +148,10 @@ def test_rows_of_the_wrong_kind_are_counted_and_refused(tmp_path: Path, base: Pa
 @pytest.mark.parametrize(
     "bad",
     [
-        dialogue(("assistant", CANARY), ("user", "是吗?"), ("assistant", "是。")),
-        dialogue(("user", CANARY), ("assistant", " ")),
-        dialogue(("user", ""), ("assistant", CANARY)),
-        dialogue(("user", CANARY)),
+        dialogue(("assistant", PRIVATE_TEXT), ("user", "是吗?"), ("assistant", "是。")),
+        dialogue(("user", PRIVATE_TEXT), ("assistant", " ")),
+        dialogue(("user", ""), ("assistant", PRIVATE_TEXT)),
+        dialogue(("user", PRIVATE_TEXT)),
     ],
     ids=["assistant first", "empty answer", "empty question", "no answer"],
 )
@@ -160,22 +160,26 @@ def test_a_malformed_conversation_is_set_aside_with_file_row_and_reason(
 ) -> None:
     rows = [{**GOOD_DIALOGUE, "id": i} for i in range(20)]
     path = write_rows(tmp_path / "data.jsonl", [*rows, bad, *rows])
-    message = refusal(sft_config(tmp_path / "run", tmp_path, base, data=data(path)))
+    message = error_of(sft_config(tmp_path / "run", tmp_path, base, data=data_section(path)))
     assert "data.sources bad: 1 of 41 rows are malformed" in message
-    told = sft_config(tmp_path / "told", tmp_path, base, data=data(path, max_malformed_share=0.05))
-    account = prepared(told)
+    tolerant = sft_config(
+        tmp_path / "told", tmp_path, base, data=data_section(path, max_malformed_share=0.05)
+    )
+    account = prepare_source(tolerant)
     assert account["train"] + account["validation"] == 40
-    (reject,) = rejects(told)
+    (reject,) = rejected_rows(tolerant)
     assert (reject["file"], reject["row"]) == (str(path), 21)
     assert reject["reason"]
-    assert CANARY not in json.dumps(reject, ensure_ascii=False)
+    assert PRIVATE_TEXT not in json.dumps(reject, ensure_ascii=False)
 
 
-def test_max_length_below_the_shortest_prompt_says_so(tmp_path: Path, base: Path) -> None:
+def test_max_length_below_the_shortest_prompt_is_refused(tmp_path: Path, base: Path) -> None:
     question = "高血压患者平时的饮食和运动应该注意哪些方面的问题?" * 3
     row = dialogue(("user", question), ("assistant", "少盐。"))
     path = write_rows(tmp_path / "data.jsonl", [row] * 10)
-    message = refusal(sft_config(tmp_path / "run", tmp_path, base, data=data(path, max_length=16)))
+    message = error_of(
+        sft_config(tmp_path / "run", tmp_path, base, data=data_section(path, max_length=16))
+    )
     assert "no row is left to train on with data.max_length=16" in message
     assert "(10 rows)" in message
 
@@ -188,7 +192,7 @@ def test_a_tokenizer_without_end_token_is_refused(tmp_path: Path, base: Path) ->
     MistralConfig(architectures=["MistralForCausalLM"]).save_pretrained(
         folder
     )  # a Qwen2 would get Qwen2's end token
-    message = refusal(base_config(tmp_path, folder))
+    message = error_of(base_config(tmp_path, folder))
     assert message.startswith(f"model.name={folder}: its tokenizer has no end token")
 
 
@@ -202,14 +206,16 @@ def test_more_workers_than_the_cluster_can_give_are_refused_before_anything_is_l
         cluster={"num_workers": workers},
         train={"global_batch_size": 64},
     )
-    message = refusal(config)
+    message = error_of(config)
     assert message.startswith(f"cluster.num_workers={workers} (8 x (1 CPU)) can never be")
     assert "data tasks and pools before it take 1 CPU of 4; the cluster has 1 x (4 CPU)" in message
     assert not (tmp_path / "run/tokenizer").exists()
 
 
 @pytest.mark.parametrize("kind", ["nothing", "empty folder", "tokenizer only", "no weights"])
-def test_a_base_model_path_that_is_no_model_is_told(tmp_path: Path, base: Path, kind: str) -> None:
+def test_a_base_model_path_without_a_model_is_refused(
+    tmp_path: Path, base: Path, kind: str
+) -> None:
     folder = tmp_path / "base"
     if kind == "empty folder":
         folder.mkdir()
@@ -218,28 +224,28 @@ def test_a_base_model_path_that_is_no_model_is_told(tmp_path: Path, base: Path, 
         (folder / "model.safetensors").unlink()
         if kind == "tokenizer only":
             (folder / "config.json").unlink()
-    assert refusal(base_config(tmp_path, folder)).startswith(f"model.name={folder}: ")
+    assert error_of(base_config(tmp_path, folder)).startswith(f"model.name={folder}: ")
 
 
 def test_rows_longer_than_the_base_model_reads_are_refused(tmp_path: Path, base: Path) -> None:
-    message = refusal(base_config(tmp_path, base, max_length=1024))
+    message = error_of(base_config(tmp_path, base, max_length=1024))
     assert "data.max_length=1024" in message
     assert "512" in message
 
 
-def test_data_that_changed_since_the_run_began_is_refused_until_told(
-    tmp_path: Path, base: Path
-) -> None:
+def test_changed_data_is_refused_unless_changes_are_allowed(tmp_path: Path, base: Path) -> None:
     config = base_config(tmp_path, base)
-    rows = prepared(config)["rows"]
+    rows = prepare_source(config)["rows"]
     (path,) = config.data.sources[0].paths
     write_rows(Path(path), documents(rows + 5))
-    message = refusal(config)
+    message = error_of(config)
     assert f"{path} has other content" in message
     assert "accept with run.allow_changes=true" in message
-    told = config.model_copy(update={"run": config.run.model_copy(update={"allow_changes": True})})
-    assert prepared(told)["rows"] == rows + 5
-    assert prepared(config)["rows"] == rows + 5  # the new data are the run's from now on
+    allowing = config.model_copy(
+        update={"run": config.run.model_copy(update={"allow_changes": True})}
+    )
+    assert prepare_source(allowing)["rows"] == rows + 5
+    assert prepare_source(config)["rows"] == rows + 5  # the new data are the run's from now on
 
 
 def base_config(folder: Path, model: Path, **more: Any) -> PretrainConfig:
@@ -250,17 +256,17 @@ def base_config(folder: Path, model: Path, **more: Any) -> PretrainConfig:
         folder,
         model={"architecture": None, "name": str(model)},
         tokenizer={"mode": "base"},
-        data={**data(rows), **more},
+        data={**data_section(rows), **more},
     )
 
 
 def test_workers_that_started_early_end_when_the_data_is_refused(
-    tmp_path: Path, base: Path, late_workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, base: Path, start_workers_late: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_module, "EARLY_BYTES", late_workers)
-    path = write_rows(tmp_path / "data.jsonl", [{"text": CANARY + "高血压"}] * 30)
-    config = sft_config(tmp_path / "run", tmp_path, base, data=data(path))
-    assert "30 of 30 rows are malformed" in refusal(config)
+    monkeypatch.setattr(stage_module, "EARLY_BYTES", start_workers_late)
+    path = write_rows(tmp_path / "data.jsonl", [{"text": PRIVATE_TEXT + "高血压"}] * 30)
+    config = sft_config(tmp_path / "run", tmp_path, base, data=data_section(path))
+    assert "30 of 30 rows are malformed" in error_of(config)
     deadline = time.monotonic() + 120
     folder = Run(config.run.dir).folder
     while folder.exists("gate") or _free_cpus() != ray.cluster_resources()["CPU"]:

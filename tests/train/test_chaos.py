@@ -11,27 +11,27 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from medgpt.runs import Run
-from tests.train.audits import assert_every_chunk_once, chunks_by_step
-from tests.train.cases import pretrain_config
-from tests.train.clusters import (
-    Driver,
+from tests.train.audit_log import assert_every_chunk_once, chunks_by_step
+from tests.train.local_cluster import (
+    CommandDriver,
     add_node,
-    named,
     node_pids,
+    pids_with_title,
     started_cluster,
-    train_workers,
+    train_worker_nodes,
 )
 from tests.train.test_resume import train_losses
+from tests.train.tiny_configs import pretrain_config
 
 pytestmark = [pytest.mark.ray]
-STEPS = 60  # of the run that is repeated
-NODES = 3  # beside the head
+NUM_STEPS = 60  # of the run that is repeated
+NUM_NODES = 3  # beside the head
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     with started_cluster() as cluster:
-        for _ in range(NODES):
+        for _ in range(NUM_NODES):
             add_node(cluster)
         yield cluster
 
@@ -39,29 +39,29 @@ def cluster() -> Iterator[Cluster]:
 class Chaos:
     """Kills parts of a run, and counts which."""
 
-    def __init__(self, driver: Driver, dice: random.Random) -> None:
-        self.driver, self.cluster, self.dice = driver, driver.cluster, dice
+    def __init__(self, driver: CommandDriver, rng: random.Random) -> None:
+        self.driver, self.cluster, self.rng = driver, driver.cluster, rng
         self.killed: dict[str, int] = {}
 
-    def strike(self, kind: str) -> None:
+    def kill(self, kind: str) -> None:
         kill: dict[str, Callable[[], None]] = {
-            "data worker": self.data_worker,
-            "train worker": self.train_worker,
-            "node": self.node,
+            "data worker": self.kill_data_worker,
+            "train worker": self.kill_train_worker,
+            "node": self.kill_node,
             "driver": self.restart_driver,
         }
-        print(f"step {self.driver.step()}: {kind}")
+        print(f"step {self.driver.last_step()}: {kind}")
         kill[kind]()
         self.killed[kind] = self.killed.get(kind, 0) + 1
 
-    def data_worker(self) -> None:
+    def kill_data_worker(self) -> None:
         """A process that is reading rows; Ray names it after its task."""
         readers: list[int] = []
 
         def reads() -> bool:
             readers[:] = self._readers()
             if not readers:  # all that may be read ahead is read
-                self.driver.allow(max(self.allowed, self.driver.step() + 2))
+                self.driver.set_step_limit(max(self.step_limit, self.driver.last_step() + 2))
             return bool(readers)
 
         self.driver.wait_for(reads, "process that reads rows")
@@ -69,20 +69,20 @@ class Chaos:
 
     def _readers(self) -> list[int]:
         pids = [pid for node in self.cluster.list_all_nodes() for pid in node_pids(node)]
-        return named(pids, "ray::MapBatches")
+        return pids_with_title(pids, "ray::MapBatches")
 
-    def allow(self, step: int) -> None:
-        self.allowed = step
-        self.driver.allow(step)
+    def set_step_limit(self, step: int) -> None:
+        self.step_limit = step
+        self.driver.set_step_limit(step)
 
-    def train_worker(self) -> None:
-        self.driver.wait_for(lambda: bool(train_workers(self.cluster)), "training worker")
-        self._kill_one(list(train_workers(self.cluster)))
+    def kill_train_worker(self) -> None:
+        self.driver.wait_for(lambda: bool(train_worker_nodes(self.cluster)), "training worker")
+        self._kill_one(list(train_worker_nodes(self.cluster)))
 
-    def node(self) -> None:
+    def kill_node(self) -> None:
         """One that trains if there is one; another takes its place."""
-        training = [n for n in train_workers(self.cluster).values() if n in self._removable()]
-        lost = self.dice.choice(training or self._removable())
+        training = [n for n in train_worker_nodes(self.cluster).values() if n in self._removable()]
+        lost = self.rng.choice(training or self._removable())
         self.cluster.remove_node(lost, allow_graceful=False)
         add_node(self.cluster)
 
@@ -95,14 +95,14 @@ class Chaos:
 
     def _kill_one(self, pids: list[int]) -> None:
         assert pids
-        os.kill(self.dice.choice(sorted(pids)), signal.SIGKILL)
+        os.kill(self.rng.choice(sorted(pids)), signal.SIGKILL)
 
 
 def assert_survives(
-    kinds: list[str], seed: int, *, quiet: Run, cluster: Cluster, corpus: Path, folder: Path
+    kills: list[str], seed: int, *, uninterrupted: Run, cluster: Cluster, corpus: Path, folder: Path
 ) -> None:
     """Train with a death of each of `kinds`, spread over the run; it must end as `quiet` did."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     print(f"seed {seed}")
     config = pretrain_config(
         folder / "run",
@@ -111,27 +111,27 @@ def assert_survives(
         cluster={"num_workers": 2, "max_failures": -1},
     )
     run = Run(config.run.dir)
-    with Driver(cluster, config, folder) as driver:
-        chaos = Chaos(driver, dice)
-        driver.allow(0)
+    with CommandDriver(cluster, config, folder) as driver:
+        chaos = Chaos(driver, rng)
+        driver.set_step_limit(0)
         driver.start()
-        for number, kind in enumerate(kinds):
+        for number, kind in enumerate(kills):
             # the run may not pass its share of the steps before it has met its share of the deaths
-            low, high = (STEPS * n // (len(kinds) + 1) for n in (number, number + 1))
-            chaos.allow(high)
-            if dice.random() < 0.7:
-                driver.wait_for_step(dice.randint(low + 1, high))
+            low, high = (NUM_STEPS * n // (len(kills) + 1) for n in (number, number + 1))
+            chaos.set_step_limit(high)
+            if rng.random() < 0.7:
+                driver.wait_for_step(rng.randint(low + 1, high))
             else:  # while it starts again, as it may happen to do
-                time.sleep(dice.uniform(0, 10))
-            chaos.strike(kind)
-        driver.allow(10**9)
-        driver.join()
-    assert sum(chaos.killed.values()) == len(kinds)
+                time.sleep(rng.uniform(0, 10))
+            chaos.kill(kind)
+        driver.set_step_limit(10**9)
+        driver.wait_until_finished()
+    assert sum(chaos.killed.values()) == len(kills)
     assert run.finished
     assert_every_chunk_once(run)
-    assert chunks_by_step(run) == chunks_by_step(quiet)
-    assert len(train_losses(run)) == STEPS
-    assert train_losses(run) == pytest.approx(train_losses(quiet), abs=1e-6)
+    assert chunks_by_step(run) == chunks_by_step(uninterrupted)
+    assert len(train_losses(run)) == NUM_STEPS
+    assert train_losses(run) == pytest.approx(train_losses(uninterrupted), abs=1e-6)
     print(f"{run.manifest['attempt']} attempts, killed {chaos.killed}")
 
 
@@ -141,7 +141,7 @@ def test_a_run_survives_the_death_of_each_part(
 ) -> None:
     kinds = ["train worker", "data worker", "node", "driver"]
     assert_survives(
-        kinds, 1, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path
+        kinds, 1, uninterrupted=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path
     )
 
 
@@ -156,5 +156,5 @@ def test_a_run_survives_twenty_deaths(
     random.Random(seed).shuffle(kinds)
     kinds.append(last)
     assert_survives(
-        kinds, seed, quiet=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path
+        kinds, seed, uninterrupted=pretrained, cluster=cluster, corpus=tiny_corpus, folder=tmp_path
     )

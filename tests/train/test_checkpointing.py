@@ -11,22 +11,22 @@ import torch.distributed as dist
 
 from medgpt.artifacts import committed
 from medgpt.config.base import ConfigError
-from medgpt.engine.setup import join_process_group
+from medgpt.engine.setup import ensure_process_group
 from medgpt.runs import Run
-from medgpt.train.checkpointing import Saver
+from medgpt.train.checkpointing import AsyncCheckpointer
 
-POSITION = {"step": 5, "best_step": 0}
+STATE = {"step": 5, "best_step": 0}
 
 
 class SlowSnapshot:
     """Writes its file when it is told to."""
 
     def __init__(self) -> None:
-        self.go = Event()
+        self.may_finish = Event()
         self.error: Exception | None = None
 
     def write(self, directory: Path) -> list[str]:
-        self.go.wait(10)
+        self.may_finish.wait(10)
         (directory / "weights").write_bytes(b"0123456789")
         if self.error:
             raise self.error
@@ -35,7 +35,7 @@ class SlowSnapshot:
 
 @pytest.fixture(autouse=True)
 def one_rank() -> Iterator[None]:
-    join_process_group(torch.device("cpu"))
+    ensure_process_group(torch.device("cpu"))
     yield
     assert dist.get_world_size() == 1
 
@@ -47,32 +47,32 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def begun(run: Run, snapshot: Any) -> Saver:
-    saver = Saver(run, attempt=1, keep=2)
-    saver.begin(lambda: snapshot, dict(POSITION), before=lambda: None)
-    return saver
+def begin_checkpoint(run: Run, snapshot: Any) -> AsyncCheckpointer:
+    checkpointer = AsyncCheckpointer(run, attempt=1, keep=2)
+    checkpointer.begin(lambda: snapshot, dict(STATE), write_before=lambda: None)
+    return checkpointer
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(run: Run) -> None:
+def test_training_continues_while_a_checkpoint_is_written(run: Run) -> None:
     snapshot = SlowSnapshot()
-    saver = begun(run, snapshot)
-    assert not saver.written
+    checkpointer = begin_checkpoint(run, snapshot)
+    assert not checkpointer.is_written
     assert run.newest_checkpoint() is None
-    snapshot.go.set()
-    saver.thread.submit(lambda: None).result(10)
-    assert saver.written
+    snapshot.may_finish.set()
+    checkpointer.executor.submit(lambda: None).result(10)
+    assert checkpointer.is_written
     assert run.newest_checkpoint() is None  # until all ranks have met
-    metrics = saver.finish()
+    metrics = checkpointer.finish()
     newest = run.newest_checkpoint()
     assert newest is not None
-    assert newest[1]["position"] == POSITION
+    assert newest[1]["position"] == STATE
     assert metrics["checkpoint/bytes"] == 10
     assert 0 < metrics["time/checkpoint_stall_s"] <= metrics["time/checkpoint_s"]
-    assert not saver.written
-    assert saver.pending is None
+    assert not checkpointer.is_written
+    assert checkpointer.pending is None
 
 
-def test_what_comes_before_the_files_is_written_before_them(run: Run) -> None:
+def test_the_audit_is_written_before_the_checkpoint_files(run: Run) -> None:
     order: list[str] = []
 
     class Snapshot:
@@ -80,36 +80,36 @@ def test_what_comes_before_the_files_is_written_before_them(run: Run) -> None:
             order.append("files")
             return []
 
-    saver = Saver(run, attempt=1, keep=2)
-    saver.begin(Snapshot, dict(POSITION), before=lambda: order.append("audit"))  # type: ignore[arg-type]
-    saver.finish()
+    checkpointer = AsyncCheckpointer(run, attempt=1, keep=2)
+    checkpointer.begin(Snapshot, dict(STATE), write_before=lambda: order.append("audit"))  # type: ignore[arg-type]
+    checkpointer.finish()
     assert order == ["audit", "files"]
 
 
-def test_a_full_disk_removes_what_was_half_written(run: Run) -> None:
+def test_a_full_disk_removes_the_partial_checkpoint(run: Run) -> None:
     snapshot = SlowSnapshot()
     snapshot.error = OSError(28, "No space left on device")
-    snapshot.go.set()
+    snapshot.may_finish.set()
     with pytest.raises(ConfigError, match="No space left on device while writing checkpoints/step"):
-        begun(run, snapshot).finish()
+        begin_checkpoint(run, snapshot).finish()
     assert run.checkpoint_steps() == []
 
 
-def test_an_attempt_that_was_replaced_commits_nothing(run: Run) -> None:
+def test_a_replaced_attempt_commits_no_checkpoint(run: Run) -> None:
     snapshot = SlowSnapshot()
-    snapshot.go.set()
-    saver = begun(run, snapshot)
+    snapshot.may_finish.set()
+    checkpointer = begin_checkpoint(run, snapshot)
     run.update_manifest(attempt=2)
     with pytest.raises(RuntimeError, match="attempt 2 of the run has begun"):
-        saver.finish()
+        checkpointer.finish()
     assert committed(run.checkpoint(5)) is None
 
 
-def test_an_attempt_that_was_given_up_removes_no_checkpoint_of_the_next(run: Run) -> None:
+def test_a_replaced_attempt_removes_no_checkpoint_of_its_successor(run: Run) -> None:
     snapshot = SlowSnapshot()
-    snapshot.go.set()
-    begun(run, snapshot).finish()
+    snapshot.may_finish.set()
+    begin_checkpoint(run, snapshot).finish()
     run.update_manifest(attempt=2)
     with pytest.raises(RuntimeError, match="attempt 2 of the run has begun"):
-        begun(run, snapshot)
+        begin_checkpoint(run, snapshot)
     assert run.newest_checkpoint() is not None

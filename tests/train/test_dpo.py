@@ -14,11 +14,11 @@ from medgpt.artifacts import committed
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.loading import validate
 from medgpt.runs import Run
-from medgpt.sample_corpus.pairs import preferences
-from medgpt.sample_corpus.render import Corpus
+from medgpt.sample_corpus.generator import CorpusGenerator
+from medgpt.sample_corpus.preference_pairs import preference_pairs
 from medgpt.stages.dpo import run_dpo
-from medgpt.train.dpo import CHECKPOINT, checkpoint_steps
-from tests.train.cases import source
+from medgpt.train.dpo import CHECKPOINT_PREFIX, trl_checkpoint_steps
+from tests.train.tiny_configs import source_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = islice((row for row in preferences(Corpus()) if row["kind"] == "vague"), 80)
+    rows = islice(
+        (row for row in preference_pairs(CorpusGenerator()) if row["kind"] == "vague"), 80
+    )
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return file
 
@@ -35,7 +37,11 @@ def dpo_config(run_dir: Path, pairs: Path, base: Path, **sections: Any) -> DPOCo
     tree = {
         "run": {"dir": str(run_dir), "seed": 1},
         "model": {"name": str(base)},
-        "data": {"sources": [source("pairs", pairs)], "max_length": 384, "validation_share": 0.1},
+        "data": {
+            "sources": [source_settings("pairs", pairs)],
+            "max_length": 384,
+            "validation_share": 0.1,
+        },
         "train": {
             "global_batch_size": 8,
             "micro_batch_size": 2,
@@ -60,7 +66,7 @@ def series(run: Run, name: str) -> list[float]:
     return [line[name] for line in run.metrics() if name in line]
 
 
-def test_it_starts_at_the_reference_and_learns_the_preferences(trained: Run, base: Path) -> None:
+def test_dpo_starts_at_the_reference_and_learns_the_preferences(trained: Run, base: Path) -> None:
     losses = series(trained, "train/loss")
     assert losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert losses[-1] < 0.6
@@ -73,12 +79,12 @@ def test_it_starts_at_the_reference_and_learns_the_preferences(trained: Run, bas
     assert "<svg" in trained.folder.read_text("report.html")
 
 
-def test_it_goes_on_from_the_newest_complete_checkpoint(
+def test_dpo_resumes_from_the_newest_complete_checkpoint(
     trained: Run, pairs: Path, base: Path, tmp_path: Path
 ) -> None:
-    assert checkpoint_steps(trained) == [3, 6]
+    assert trl_checkpoint_steps(trained) == [3, 6]
     folder = Path(shutil.copytree(trained.folder.url, tmp_path / "run"))
-    (folder / "checkpoints" / f"{CHECKPOINT}6" / "manifest.json").unlink()  # half-written
+    (folder / "checkpoints" / f"{CHECKPOINT_PREFIX}6" / "manifest.json").unlink()  # half-written
     shutil.rmtree(folder / "model")
     (folder / "report.html").unlink()
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
@@ -89,7 +95,7 @@ def test_it_goes_on_from_the_newest_complete_checkpoint(
     assert resumed.manifest["attempt"] == 2
     assert [line["attempt"] for line in resumed.metrics()][-3:] == [2, 2, 2]
     assert series(resumed, "train/loss") == pytest.approx(series(trained, "train/loss"), abs=1e-5)
-    assert committed(resumed.checkpoints / f"{CHECKPOINT}6", verify=True)
+    assert committed(resumed.checkpoints / f"{CHECKPOINT_PREFIX}6", verify=True)
 
 
 def test_kto_trains_adapters(ray_session: None, pairs: Path, base: Path, tmp_path: Path) -> None:

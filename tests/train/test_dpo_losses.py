@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from medgpt.config.dpo import DPOConfig, PairLoss, SingleLoss
+from medgpt.config.dpo import DPOConfig, PairLoss, UnpairedLoss
 from medgpt.config.loading import validate
-from medgpt.models.tokenizer import load_base
+from medgpt.models.tokenizer import load_tokenizer
 from medgpt.runs import Run
 from tests.engine.ranks import start_ranks
 from tests.train.test_reward_objective import rows
@@ -50,7 +50,7 @@ def train(folder: Path, base: Path, loss: str) -> tuple[list[float], float]:
         "optimizer": {"learning_rate": 1e-3, "warmup_share": 0.0},
         "dpo": {"loss": [loss], "label_smoothing": 1e-3 if loss == "exo_pair" else 0.0},
     }
-    tokenizer, device = load_base(str(base)), torch.device("cpu")
+    tokenizer, device = load_tokenizer(str(base)), torch.device("cpu")
     config = validate(DPOConfig, tree)
     trainer = make_trainer(Run(str(folder)), config, tokenizer, device, rows(), [])
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -59,8 +59,8 @@ def train(folder: Path, base: Path, loss: str) -> tuple[list[float], float]:
     return [log["loss"] for log in trainer.state.log_history if "loss" in log], float(max(moved))
 
 
-@pytest.mark.parametrize("loss", [*get_args(PairLoss), *get_args(SingleLoss)])
-def test_a_loss_that_is_accepted_trains(
+@pytest.mark.parametrize("loss", [*get_args(PairLoss), *get_args(UnpairedLoss)])
+def test_every_accepted_loss_trains(
     base: Path, tmp_path: Path, two_ranks: Callable[..., list[Any]], loss: str
 ) -> None:
     (losses, moved), (_, also) = two_ranks(train, tmp_path, base, loss)

@@ -12,17 +12,17 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from medgpt.runs import Run
-from tests.train.audits import assert_every_chunk_once, chunks_by_step
-from tests.train.cases import pretrain_config
-from tests.train.clusters import (
-    Driver,
+from tests.train.audit_log import assert_every_chunk_once, chunks_by_step
+from tests.train.local_cluster import (
+    CommandDriver,
     add_node,
-    named,
     node_pids,
+    pids_with_title,
     started_cluster,
-    train_workers,
+    train_worker_nodes,
 )
 from tests.train.test_resume import train_losses
+from tests.train.tiny_configs import pretrain_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -35,20 +35,20 @@ def cluster() -> Iterator[Cluster]:
 
 def attempts_by_step(run: Run) -> dict[int, set[int]]:
     """Which attempts logged a step's training."""
-    lines = [m for m in _raw(run) if "train/loss" in m]
-    found: dict[int, set[int]] = {}
+    lines = [m for m in _metric_lines(run) if "train/loss" in m]
+    attempts: dict[int, set[int]] = {}
     for line in lines:
-        found.setdefault(line["step"], set()).add(line["attempt"])
-    return found
+        attempts.setdefault(line["step"], set()).add(line["attempt"])
+    return attempts
 
 
-def _raw(run: Run) -> list[dict[str, Any]]:
+def _metric_lines(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.folder.read_text("metrics.jsonl").splitlines()]
 
 
 def node_of_a_worker(cluster: Cluster) -> Any:
     """A node that may be removed and trains."""
-    nodes = [n for n in train_workers(cluster).values() if n is not cluster.head_node]
+    nodes = [n for n in train_worker_nodes(cluster).values() if n is not cluster.head_node]
     assert nodes
     return nodes[0]
 
@@ -62,22 +62,24 @@ def test_a_run_grows_and_shrinks_with_the_cluster(
         cluster={"num_workers": [1, 2], "resize_check_s": 1, "max_failures": 2},
     )
     run = Run(config.run.dir)
-    with Driver(cluster, config, tmp_path) as driver:
+    with CommandDriver(cluster, config, tmp_path) as driver:
         first = add_node(cluster)
-        driver.allow(13)
+        driver.set_step_limit(13)
         driver.start()
         driver.wait_for_step(13)
         assert driver.num_workers() == 1
         second = add_node(cluster)
-        driver.wait_for(lambda: len(train_workers(cluster)) == 2, "second worker")
-        driver.allow(26)
+        driver.wait_for(lambda: len(train_worker_nodes(cluster)) == 2, "second worker")
+        driver.set_step_limit(26)
         driver.wait_for_step(26)
         assert driver.num_workers() == 2
         lost = node_of_a_worker(cluster)
-        assert named(node_pids(cluster.head_node), "_QueueActor")  # progress is not lost with it
+        assert pids_with_title(
+            node_pids(cluster.head_node), "_QueueActor"
+        )  # progress is not lost with it
         cluster.remove_node(lost, allow_graceful=False)
-        driver.allow(10**9)
-        driver.join()
+        driver.set_step_limit(10**9)
+        driver.wait_until_finished()
     assert run.manifest["world_size"] == 1
     assert run.manifest["attempt"] >= 3  # one more if Ray first counts on the node that is gone
     for node in {first, second} - {lost}:
@@ -89,7 +91,7 @@ def test_a_run_grows_and_shrinks_with_the_cluster(
     assert "time/reshard_s" in names
 
 
-def test_an_announced_end_of_a_node_is_left_in_time_and_no_step_is_repeated(
+def test_a_drained_node_is_left_in_time_and_no_step_is_repeated(
     pretrained: Run, cluster: Cluster, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     config = pretrain_config(
@@ -98,9 +100,9 @@ def test_an_announced_end_of_a_node_is_left_in_time_and_no_step_is_repeated(
         cluster={"num_workers": 2, "max_failures": 0, "max_preemptions": 1},
     )
     run = Run(config.run.dir)
-    with Driver(cluster, config, tmp_path) as driver:
+    with CommandDriver(cluster, config, tmp_path) as driver:
         nodes = [add_node(cluster), add_node(cluster)]
-        driver.allow(13)
+        driver.set_step_limit(13)
         driver.start()
         driver.wait_for_step(13)
         ending = node_of_a_worker(cluster)
@@ -114,12 +116,12 @@ def test_an_announced_end_of_a_node_is_left_in_time_and_no_step_is_repeated(
         assert accepted, why
         nodes.append(add_node(cluster))
         time.sleep(3)  # Ray Train polls every 0.5 s, the trainer asks every 2 s
-        driver.allow(10**9)
+        driver.set_step_limit(10**9)
         driver.wait_for(lambda: run.manifest["attempt"] == 2, "second attempt")
         assert time.time() < deadline
-        assert ending not in train_workers(cluster).values()
+        assert ending not in train_worker_nodes(cluster).values()
         cluster.remove_node(ending, allow_graceful=False)
-        driver.join()
+        driver.wait_until_finished()
     assert run.manifest["attempt"] == 2
     for node in nodes:
         if node is not ending:

@@ -12,18 +12,18 @@ from medgpt.disk import storage_errors
 from medgpt.runs import Run
 from medgpt.stages import train
 from medgpt.stages.train import run_pretrain
-from tests.train.audits import assert_every_chunk_once
-from tests.train.cases import pretrain_config
-from tests.train.ranks import Point, run_ranks
-from tests.train.test_faults import EVERY, Quiet, logs, quiet
+from tests.train.audit_log import assert_every_chunk_once
+from tests.train.fault_injection import FaultPoint, run_ranks
+from tests.train.test_faults import CHECKPOINT_EVERY, UninterruptedRun, rank_logs, uninterrupted
 from tests.train.test_resume import train_losses
+from tests.train.tiny_configs import pretrain_config
 
-__all__ = ["quiet"]  # a fixture
+__all__ = ["uninterrupted"]  # a fixture
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
-def mount(folder: Path, kib: int, *, again: bool = False) -> None:
-    options = f"{'remount,' if again else ''}size={kib}k"
+def mount_tmpfs(folder: Path, kib: int, *, remount: bool = False) -> None:
+    options = f"{'remount,' if remount else ''}size={kib}k"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
 
 
@@ -33,27 +33,31 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        mount(folder, 1024)
+        mount_tmpfs(folder, 1024)
     except (subprocess.CalledProcessError, FileNotFoundError):
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def kib(folder: Path) -> int:
+def used_kib(folder: Path) -> int:
     """Of the files, each in whole pages."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return sum(-(-path.stat().st_size // 4096) * 4 for path in files)
 
 
-def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(
     pretrained: Run, small_disk: Path, tiny_corpus: Path
 ) -> None:
-    whole = Path(pretrained.folder.url)
+    complete_run = Path(pretrained.folder.url)
     step = pretrained.checkpoint_steps()[-1]
-    checkpoint = kib(Path(pretrained.checkpoint(step).url))
-    rest = kib(whole) - kib(whole / "checkpoints") - kib(whole / "model")
-    mount(small_disk, rest + 5 * checkpoint // 2, again=True)  # room for two and a half
+    checkpoint = used_kib(Path(pretrained.checkpoint(step).url))
+    rest = (
+        used_kib(complete_run)
+        - used_kib(complete_run / "checkpoints")
+        - used_kib(complete_run / "model")
+    )
+    mount_tmpfs(small_disk, rest + 5 * checkpoint // 2, remount=True)  # room for two and a half
     config = pretrain_config(small_disk / "run", tiny_corpus)
     run = Run(config.run.dir)
     with pytest.raises(ConfigError) as error:
@@ -69,38 +73,40 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert run.checkpoint_steps() == [10, 20]  # what was half written is gone
     assert run.manifest["attempt"] == 1  # and nothing was tried again
 
-    mount(small_disk, 64 * 1024, again=True)
+    mount_tmpfs(small_disk, 64 * 1024, remount=True)
     assert run_pretrain(config).finished
     assert_every_chunk_once(run)
     assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
 
 
-def test_a_full_disk_while_data_are_prepared_says_so(
+def test_a_full_disk_during_data_preparation_is_a_config_error(
     ray_session: None, small_disk: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "EARLY_BYTES", 0)  # workers could not be told to end
-    mount(small_disk, 60, again=True)
+    mount_tmpfs(small_disk, 60, remount=True)
     with pytest.raises(ConfigError, match="No space left on device while writing data; free space"):
         run_pretrain(pretrain_config(small_disk / "run", tiny_corpus))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_cannot_write_its_part_stops_all(
-    quiet: Quiet, tmp_path: Path, rank: int
+def test_a_rank_that_cannot_write_its_part_stops_all_ranks(
+    uninterrupted: UninterruptedRun, tmp_path: Path, rank: int
 ) -> None:
-    shutil.copytree(quiet.prepared, tmp_path / "run")
-    config = quiet.config(tmp_path / "run")
+    shutil.copytree(uninterrupted.prepared, tmp_path / "run")
+    config = uninterrupted.config(tmp_path / "run")
     run = Run(config.run.dir)
-    folder = f"checkpoints/step-{2 * EVERY:08d}"
-    point = next(p for p in quiet.points if p.rank == rank and p.what.endswith(folder[12:]))
-    limit = Point(rank, "full", point.index, point.what)  # a file may not grow, as on a full disk
+    folder = f"checkpoints/step-{2 * CHECKPOINT_EVERY:08d}"
+    point = next(p for p in uninterrupted.points if p.rank == rank and p.what.endswith(folder[12:]))
+    limit = FaultPoint(
+        rank, "full", point.index, point.what
+    )  # a file may not grow, as on a full disk
     assert run_ranks(config, tmp_path, limit) == [1, 1]
-    assert logs(tmp_path).count(f"File too large while writing {folder}; free space") == 2
-    assert run.checkpoint_steps() == [EVERY]
-    assert run_ranks(config, tmp_path) == [0, 0], logs(tmp_path)
-    assert train_losses(run) == pytest.approx(quiet.losses, abs=1e-6)
+    assert rank_logs(tmp_path).count(f"File too large while writing {folder}; free space") == 2
+    assert run.checkpoint_steps() == [CHECKPOINT_EVERY]
+    assert run_ranks(config, tmp_path) == [0, 0], rank_logs(tmp_path)
+    assert train_losses(run) == pytest.approx(uninterrupted.losses, abs=1e-6)
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_pass_through_unchanged() -> None:
     with pytest.raises(PermissionError), storage_errors("/run", "metrics"):
         raise PermissionError(13, "Permission denied")

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from medgpt.config.stages import SFTConfig
-from medgpt.data.loader.stream import Row
+from medgpt.data.loader.stream import PackedRow
 from medgpt.engine import Engine, state
-from medgpt.models.tokenizer import load_base
-from medgpt.train.lm_objective import Objective
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.train.lm_objective import LanguageModelObjective
 from tests.engine.ranks import start_ranks
-from tests.train.cases import sft_config
+from tests.train.tiny_configs import sft_config
 
 CPU = torch.device("cpu")
 
@@ -23,9 +23,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         yield run
 
 
-def row() -> Row:
+def row() -> PackedRow:
     ids = np.arange(20, dtype=np.int32) * 7 % 300
-    return Row(
+    return PackedRow(
         input_ids=ids,
         targets=ids > 0,
         word_ids=None,
@@ -40,7 +40,7 @@ def train(config: SFTConfig) -> tuple[list[float], bool]:
     """Losses of three steps on the same row, and whether the base was partitioned when read."""
     name = config.model.name
     assert name is not None
-    objective = Objective(config, load_base(name), CPU)
+    objective = LanguageModelObjective(config, load_tokenizer(name), CPU)
     frozen = [p for p in objective.module.parameters() if not p.requires_grad]
     partitioned = all(state.is_zero_param(p) for p in frozen)
     engine = Engine(
@@ -50,7 +50,7 @@ def train(config: SFTConfig) -> tuple[list[float], bool]:
         total_steps=5,
         device=CPU,
     )
-    batch = objective.batch([row()], epoch=0)
+    batch = objective.collate([row()], epoch=0)
     losses = []
     for _ in range(3):
         loss = engine(batch, num_tokens=2 * batch.num_targets)
@@ -60,7 +60,7 @@ def train(config: SFTConfig) -> tuple[list[float], bool]:
     return losses, partitioned
 
 
-def test_adapters_train_the_same_on_a_base_that_no_rank_holds_whole(
+def test_adapters_train_the_same_on_a_partitioned_base(
     base: Path, tmp_path: Path, two_ranks: Callable[..., list[Any]]
 ) -> None:
     def results(stage: int) -> list[tuple[list[float], bool]]:
@@ -73,8 +73,13 @@ def test_adapters_train_the_same_on_a_base_that_no_rank_holds_whole(
         )
         return two_ranks(train, config)
 
-    whole, parts = results(0), results(3)
-    assert [partitioned for _, partitioned in whole + parts] == [False, False, True, True]
-    assert whole[0][0][0] > whole[0][0][-1]
-    for losses, _ in parts:
-        assert losses == pytest.approx(whole[0][0], abs=1e-5)
+    replicated, partitioned_runs = results(0), results(3)
+    assert [partitioned for _, partitioned in replicated + partitioned_runs] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert replicated[0][0][0] > replicated[0][0][-1]
+    for losses, _ in partitioned_runs:
+        assert losses == pytest.approx(replicated[0][0], abs=1e-5)

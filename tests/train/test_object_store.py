@@ -14,10 +14,10 @@ from medgpt.cli import app
 from medgpt.config.loading import validate
 from medgpt.config.stages import SFTConfig
 from medgpt.models import fetch
-from medgpt.models.generate import answer_all
+from medgpt.models.generate import generate_answers
 from medgpt.runs import Run
 from medgpt.stages.train import run_sft
-from tests.train.cases import pretrain_tree, source
+from tests.train.tiny_configs import pretrain_settings, source_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 QUESTION = "感冒有哪些症状?"
@@ -36,11 +36,11 @@ def base_run(pretrained: Run, s3: str) -> Iterator[str]:
 def test_adapters_on_an_extended_vocabulary_from_bucket_to_bucket(
     base_run: str, s3: str, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = pretrain_tree(Path("unused"), tiny_corpus)
+    tree = pretrain_settings(Path("unused"), tiny_corpus)
     tree["run"]["dir"] = f"{s3}/sft"
     tree["model"] = {"name": f"{base_run}/model", "lora": {"rank": 4}}
     tree["tokenizer"] = {"mode": "extend", "new_tokens": 50}
-    tree["data"] |= {"sources": [source("sft", tiny_corpus / "sft")], "max_length": 256}
+    tree["data"] |= {"sources": [source_settings("sft", tiny_corpus / "sft")], "max_length": 256}
     tree["train"] |= {"max_steps": 4, "checkpoint_every": 2}
     tree["cluster"] = {"num_workers": 1}
     tree["report"] = {"prompts": [QUESTION], "max_new_tokens": 8}
@@ -66,9 +66,9 @@ def test_adapters_on_an_extended_vocabulary_from_bucket_to_bucket(
     merged = CliRunner().invoke(app, ["merge", run.folder.url, str(out)])
     assert merged.exit_code == 0, merged.output
     model, tokenizer = (x.from_pretrained(out) for x in (AutoModelForCausalLM, AutoTokenizer))
-    (text,) = answer_all(model.eval(), tokenizer, [QUESTION], max_new_tokens=8)
+    (text,) = generate_answers(model.eval(), tokenizer, [QUESTION], max_new_tokens=8)
     assert run.folder.read_json("samples.json") == [{"prompt": QUESTION, "text": text}]
     chat = ["chat", run.folder.url, "--max-new-tokens", "8"]
-    said = CliRunner().invoke(app, chat, input=f"{QUESTION}\n\n")
-    assert said.exit_code == 0, said.output
-    assert text in said.output
+    chat_result = CliRunner().invoke(app, chat, input=f"{QUESTION}\n\n")
+    assert chat_result.exit_code == 0, chat_result.output
+    assert text in chat_result.output

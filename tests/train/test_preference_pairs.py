@@ -6,15 +6,15 @@ import pytest
 from medgpt.config.base import ConfigError
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.loading import validate
-from medgpt.data.loader.stream import Row
-from medgpt.train.preference_pairs import pairs, singles
+from medgpt.data.loader.stream import PackedRow
+from medgpt.train.preference_pairs import paired_examples, unpaired_examples
 
 PROMPT = [1, 2]
 
 
-def row(*answers: tuple[list[int], float]) -> Row:
+def row(*answers: tuple[list[int], float]) -> PackedRow:
     pieces = [PROMPT + ids for ids, _ in answers]
-    return Row(
+    return PackedRow(
         input_ids=np.concatenate(pieces).astype(np.int32),
         targets=np.concatenate([[False] * len(PROMPT) + [True] * len(ids) for ids, _ in answers]),
         word_ids=None,
@@ -22,31 +22,34 @@ def row(*answers: tuple[list[int], float]) -> Row:
         sample_ids=["a"],
         chunks=[0],
         repeat=[0],
-        pieces=np.array([len(piece) for piece in pieces], np.int32),
+        sequence_lengths=np.array([len(piece) for piece in pieces], np.int32),
         grades=np.array([grade for _, grade in answers], np.float32),
     )
 
 
-def test_every_better_answer_meets_every_worse_one() -> None:
-    found = list(pairs([row(([7], 1.0), ([8, 9], 3.0), ([5], 1.0))]))
+def test_every_better_answer_is_paired_with_every_worse_one() -> None:
+    examples = list(paired_examples([row(([7], 1.0), ([8, 9], 3.0), ([5], 1.0))]))
 
-    assert found == [
+    assert examples == [
         {"prompt_ids": PROMPT, "chosen_ids": [8, 9], "rejected_ids": [7]},
         {"prompt_ids": PROMPT, "chosen_ids": [8, 9], "rejected_ids": [5]},
     ]
 
 
-def test_answers_are_good_or_bad_by_their_prompts_average() -> None:
-    found = list(singles([row(([7], 0.0), ([8], 1.0), ([9], 2.0))], batch_size=2))
+def test_unpaired_labels_compare_with_the_mean_grade_of_the_prompt() -> None:
+    examples = list(unpaired_examples([row(([7], 0.0), ([8], 1.0), ([9], 2.0))], batch_size=2))
 
-    assert [(one["completion_ids"], one["label"]) for one in found] == [([7], False), ([9], True)]
+    assert [(example["completion_ids"], example["label"]) for example in examples] == [
+        ([7], False),
+        ([9], True),
+    ]
 
 
-def test_the_divergence_is_measured_on_another_answer_of_the_micro_batch() -> None:
+def test_kl_completions_come_from_other_answers_of_the_micro_batch() -> None:
     rows = [row(([7], 0.0), ([8], 1.0)), row(([5], 1.0), ([6], 0.0))]
-    found = list(singles(rows, batch_size=2))
+    examples = list(unpaired_examples(rows, batch_size=2))
 
-    assert [one["KL_completion_ids"] for one in found] == [[8], [7], [6], [5]]
+    assert [example["KL_completion_ids"] for example in examples] == [[8], [7], [6], [5]]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_the_divergence_is_measured_on_another_answer_of_the_micro_batch() -> No
         ("train", {"audit": True}, "the order of the samples is TRL's"),
     ],
 )
-def test_what_does_not_fit_is_refused(section: str, changes: dict, message: str) -> None:
+def test_contradictory_dpo_settings_are_refused(section: str, changes: dict, message: str) -> None:
     tree = {
         "run": {"dir": "/runs/dpo"},
         "model": {"name": "/runs/sft/model"},

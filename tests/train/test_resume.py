@@ -17,23 +17,23 @@ import ray
 from medgpt.config.base import ConfigError
 from medgpt.runs import Run
 from medgpt.stages.train import run_pretrain
-from tests.train.audits import assert_every_chunk_once, chunks_by_step
-from tests.train.cases import pretrain_config, write_toml
+from tests.train.audit_log import assert_every_chunk_once, chunks_by_step
+from tests.train.tiny_configs import pretrain_config, write_toml
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
-KILLED_AFTER = 20  # steps; there are checkpoints after 10, 20, ...
+KILL_AFTER_STEP = 20  # steps; there are checkpoints after 10, 20, ...
 
 
-def per_step(run: Run, name: str) -> dict[int, float]:
+def metric_by_step(run: Run, name: str) -> dict[int, float]:
     return {m["step"]: m[name] for m in run.metrics() if name in m}
 
 
 def train_losses(run: Run) -> dict[int, float]:
-    return per_step(run, "train/loss")
+    return metric_by_step(run, "train/loss")
 
 
-def await_checkpoint(run: Run, step: int, *, timeout_s: float = 600) -> None:
+def wait_for_checkpoint(run: Run, step: int, *, timeout_s: float = 600) -> None:
     """Return when the run has a complete checkpoint of `step` or a later one."""
     deadline = time.monotonic() + timeout_s
     while not (newest := run.newest_checkpoint()) or newest[1]["position"]["step"] < step:
@@ -50,13 +50,15 @@ def first_step(run: Run, *, attempt: int) -> int:
     return min(m["step"] for m in run.metrics() if m["attempt"] == attempt)
 
 
-def continuations(printed: str) -> list[str]:
+def continuation_lines(printed: str) -> list[str]:
     """Lines that tell of a start which is not the run's first."""
     return [line for line in printed.splitlines() if "continues after step" in line]
 
 
 @pytest.fixture(scope="module")
-def killed(ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed_run(
+    ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The run directory of `pretrained`'s twin, whose driver and all its children were killed."""
     folder = tmp_path_factory.mktemp("killed")
     config = pretrain_config(folder / "run", tiny_corpus)
@@ -68,7 +70,7 @@ def killed(ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPa
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
-    await_checkpoint(Run(config.run.dir), KILLED_AFTER)
+    wait_for_checkpoint(Run(config.run.dir), KILL_AFTER_STEP)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     time.sleep(2)  # Ray ends the workers of a driver that is gone
@@ -79,19 +81,19 @@ def killed(ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def copied(killed: Path, tmp_path: Path) -> Path:
+def copied_run(killed_run: Path, tmp_path: Path) -> Path:
     """A copy of the killed run under its own address, to be resumed."""
-    folder = Path(shutil.copytree(killed, tmp_path / "run"))
+    folder = Path(shutil.copytree(killed_run, tmp_path / "run"))
     config = (folder / "config.toml").read_text("utf-8")
-    (folder / "config.toml").write_text(config.replace(str(killed), str(folder)), "utf-8")
+    (folder / "config.toml").write_text(config.replace(str(killed_run), str(folder)), "utf-8")
     return folder
 
 
-def test_a_killed_run_continues_with_the_losses_of_one_that_never_died(
-    pretrained: Run, copied: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(
+    pretrained: Run, copied_run: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = run_pretrain(pretrain_config(copied, tiny_corpus))
-    assert continuations(capsys.readouterr().out) == [
+    run = run_pretrain(pretrain_config(copied_run, tiny_corpus))
+    assert continuation_lines(capsys.readouterr().out) == [
         f"pretrain: attempt 2 continues after step {first_step(run, attempt=2) - 1}, with 2 workers"
     ]
     assert run.finished
@@ -106,17 +108,17 @@ def test_a_killed_run_continues_with_the_losses_of_one_that_never_died(
     assert_every_chunk_once(run)
 
 
-def test_other_workers_micro_batches_and_partitions_give_the_same_losses(
-    pretrained: Run, copied: Path, tiny_corpus: Path
+def test_worker_count_micro_batches_and_partitions_do_not_change_the_losses(
+    pretrained: Run, copied_run: Path, tiny_corpus: Path
 ) -> None:
     config = pretrain_config(
-        copied,
+        copied_run,
         tiny_corpus,
         cluster={"num_workers": 1},
         train={"micro_batch_size": 8, "log_every": 5},
         engine={"zero_stage": 0},
     )
-    newest = Run(str(copied)).newest_checkpoint()
+    newest = Run(str(copied_run)).newest_checkpoint()
     assert newest is not None
     _truncate(Path(newest[0].url) / "rank-00001-of-00002.safetensors")
     run = run_pretrain(config)
@@ -128,7 +130,7 @@ def test_other_workers_micro_batches_and_partitions_give_the_same_losses(
     assert chunks_by_step(run) == chunks_by_step(pretrained)
 
 
-def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
+def test_a_killed_worker_is_replaced_and_every_chunk_is_trained_once(
     pretrained: Run, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = pretrain_config(tmp_path / "run", tiny_corpus)
@@ -136,7 +138,7 @@ def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
     pids: list[int] = []
 
     def kill_one() -> None:
-        await_checkpoint(run, KILLED_AFTER)
+        wait_for_checkpoint(run, KILL_AFTER_STEP)
         pids.extend(worker_pids())
         os.kill(pids[-1], signal.SIGKILL)
 
@@ -146,7 +148,7 @@ def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
     killer.join()
     assert len(pids) == 2
     assert run.manifest["attempt"] == 2
-    assert continuations(capsys.readouterr().out) == [
+    assert continuation_lines(capsys.readouterr().out) == [
         "pretrain: workers were lost or replaced; attempt 2 continues after step "
         f"{first_step(run, attempt=2) - 1}, with 2 workers"
     ]
@@ -155,13 +157,15 @@ def test_a_killed_worker_is_replaced_and_every_chunk_trained_once(
     assert chunks_by_step(run) == chunks_by_step(pretrained)
 
 
-def test_a_checkpoint_without_manifest_or_with_a_short_file_does_not_exist(copied: Path) -> None:
-    run = Run(str(copied))
+def test_a_checkpoint_without_manifest_or_with_a_short_file_is_ignored(
+    copied_run: Path,
+) -> None:
+    run = Run(str(copied_run))
     first = run.newest_checkpoint()
     assert first is not None
     position = first[1]["position"]["step"]
-    shutil.copytree(first[0].url, copied / "checkpoints/step-00009000")
-    (copied / "checkpoints/step-00009000/manifest.json").unlink()
+    shutil.copytree(first[0].url, copied_run / "checkpoints/step-00009000")
+    (copied_run / "checkpoints/step-00009000/manifest.json").unlink()
     again = run.newest_checkpoint()
     assert again is not None
     assert again[0].url == first[0].url
@@ -180,23 +184,23 @@ def test_a_checkpoint_without_manifest_or_with_a_short_file_does_not_exist(copie
         ("run", {"seed": 5}, "run.seed was 1, is 5"),
     ],
 )
-def test_a_changed_key_that_alters_training_is_refused_until_told(
-    copied: Path, tiny_corpus: Path, section: str, change: dict, message: str
+def test_a_changed_key_that_alters_training_is_refused_unless_allowed(
+    copied_run: Path, tiny_corpus: Path, section: str, change: dict, message: str
 ) -> None:
-    config = pretrain_config(copied, tiny_corpus, **{section: change})
+    config = pretrain_config(copied_run, tiny_corpus, **{section: change})
     with pytest.raises(ConfigError) as error:
         run_pretrain(config)
     assert message in str(error.value)
     assert "accept with run.allow_changes=true" in str(error.value)
-    run = Run.open("pretrain", config, run_dir=str(copied), allow_changes=True)
+    run = Run.open("pretrain", config, run_dir=str(copied_run), allow_changes=True)
     assert run.config[section] | change == run.config[section]
 
 
-def test_a_run_trains_on_with_the_changed_key_once_told(
-    pretrained: Run, copied: Path, tiny_corpus: Path
+def test_a_run_continues_with_an_allowed_change(
+    pretrained: Run, copied_run: Path, tiny_corpus: Path
 ) -> None:
     config = pretrain_config(
-        copied,
+        copied_run,
         tiny_corpus,
         run={"allow_changes": True},
         optimizer={"learning_rate": 1e-3},
@@ -205,25 +209,25 @@ def test_a_run_trains_on_with_the_changed_key_once_told(
     assert run.finished
     assert run.config["optimizer"]["learning_rate"] == 1e-3
     resumed_at = first_step(run, attempt=2)
-    before, rates = (per_step(r, "train/learning_rate") for r in (pretrained, run))
+    before, rates = (metric_by_step(r, "train/learning_rate") for r in (pretrained, run))
     ratios = {step: rates[step] / before[step] for step in before}
     assert ratios == pytest.approx({step: 0.2 if step >= resumed_at else 1.0 for step in before})
-    known, losses = train_losses(pretrained), train_losses(run)
-    assert losses[resumed_at] == pytest.approx(known[resumed_at], abs=1e-6)  # the same weights
-    assert abs(losses[resumed_at + 1] - known[resumed_at + 1]) > 1e-6  # another step from them
+    expected, losses = train_losses(pretrained), train_losses(run)
+    assert losses[resumed_at] == pytest.approx(expected[resumed_at], abs=1e-6)  # the same weights
+    assert abs(losses[resumed_at + 1] - expected[resumed_at + 1]) > 1e-6  # another step from them
     assert_every_chunk_once(run)
 
 
-def test_workers_micro_batches_and_logging_may_change(copied: Path, tiny_corpus: Path) -> None:
+def test_workers_micro_batches_and_logging_may_change(copied_run: Path, tiny_corpus: Path) -> None:
     config = pretrain_config(
-        copied,
+        copied_run,
         tiny_corpus,
         cluster={"num_workers": 4, "wait_s": 5},
         train={"micro_batch_size": 1, "log_every": 1, "checkpoint_every": 7},
         report={"prompts": ("a",)},
         engine={"zero_stage": 3},
     )
-    assert Run.open("pretrain", config, run_dir=str(copied), allow_changes=False)
+    assert Run.open("pretrain", config, run_dir=str(copied_run), allow_changes=False)
 
 
 def _truncate(path: Path) -> None:
@@ -233,9 +237,9 @@ def _truncate(path: Path) -> None:
 
 def worker_pids() -> list[int]:
     """Of the training workers under this process's Ray, oldest first."""
-    found = []
+    started_pids = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # ended meanwhile
             if any("RayTrainWorker" in word for word in process.cmdline()):
-                found.append((process.create_time(), process.pid))
-    return [pid for _, pid in sorted(found)]
+                started_pids.append((process.create_time(), process.pid))
+    return [pid for _, pid in sorted(started_pids)]

@@ -63,9 +63,12 @@ KEYS = """
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def letters(answered: Sequence[RewardSample]) -> list[float | None]:
+def letters(samples: Sequence[RewardSample]) -> list[float | None]:
     """Share of an answer's characters that are Latin letters."""
-    return [sum(c in LETTERS for c in a.text.lower()) / max(1, len(a.text)) for a in answered]
+    return [
+        sum(c in LETTERS for c in sample.text.lower()) / max(1, len(sample.text))
+        for sample in samples
+    ]
 
 
 def search_config(
@@ -77,5 +80,5 @@ def search_config(
     for name, text in (("base", BASE), ("search", SEARCH)):
         filled = text.format(folder=folder, base=base, keys=keys)
         (folder / f"{name}.toml").write_text(filled, "utf-8")
-    told = [f"overrides={of_base}"] if of_base else []
-    return load(TuneStageConfig, folder / "search.toml", [*told, *overrides])
+    base_overrides = [f"overrides={of_base}"] if of_base else []
+    return load(TuneStageConfig, folder / "search.toml", [*base_overrides, *overrides])

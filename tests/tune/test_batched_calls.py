@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from medgpt.engine.setup import join_process_group
-from medgpt.rlhf.rewards.total import reward_metrics
+from medgpt.engine.setup import ensure_process_group
+from medgpt.rlhf.rewards.weighted_sum import reward_metrics
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
-from medgpt.rlhf.rollout_batch import Prompts, join_rows, join_tokens
+from medgpt.rlhf.rollout_batch import Prompts, join_per_sequence, join_per_token
 from medgpt.tune import batched_calls
 from tests.rlhf.cases import ppo_config, sequences, share
 
@@ -18,60 +18,63 @@ RULES = 'reward.functions=[{name="letters",path="tests.tune.cases:letters"}]'
 BATCHES = [sequences(12, seed=1), sequences(5, seed=2), sequences(8, seed=3, longest=3)]
 
 
-def prompts(whole) -> Prompts:
+def prompts(batch) -> Prompts:
     return Prompts(
-        sample_ids=whole.sample_ids,
-        ids=whole.prompts,
-        messages=['[["user", "?"]]'] * len(whole),
+        sample_ids=batch.sample_ids,
+        ids=batch.prompts,
+        messages=['[["user", "?"]]'] * len(batch),
     )
 
 
-def parts(whole) -> list:
+def rollouts(batch) -> list:
     """As two rollout workers would have sampled it."""
-    return [share(whole, range(0, len(whole), 2)), share(whole, range(1, len(whole), 2))]
+    return [share(batch, range(0, len(batch), 2)), share(batch, range(1, len(batch), 2))]
 
 
 def flat(requests: list[list]) -> tuple:
-    """As a front sends them."""
+    """As SharedPoolsActor sends them."""
     return [len(request) for request in requests], *(arg for request in requests for arg in request)
 
 
 @pytest.fixture(scope="module")
 def config(base, tmp_path_factory):
-    join_process_group(torch.device("cpu"))  # of this process alone
-    return ppo_config(tmp_path_factory.mktemp("frozen"), base, RULES)
+    ensure_process_group(torch.device("cpu"))  # of this process alone
+    return ppo_config(tmp_path_factory.mktemp("batched"), base, RULES)
 
 
-def test_scores_together_are_those_alone(config):
+def test_batched_scores_equal_those_of_single_calls(config):
     role = Reward(config)
-    requests = [[prompts(whole), *parts(whole)] for whole in BATCHES]
+    requests = [[prompts(batch), *rollouts(batch)] for batch in BATCHES]
     together = batched_calls.score(role, *flat(requests))
-    for found, request in zip(together, requests, strict=True):
+    for batched, request in zip(together, requests, strict=True):
         alone = role.score(*request)
         np.testing.assert_array_equal(
-            join_rows([found.index], [found.totals]), join_rows([alone.index], [alone.totals])
+            join_per_sequence([batched.index], [batched.totals]),
+            join_per_sequence([alone.index], [alone.totals]),
         )
-        assert reward_metrics([found.rewarded]) == pytest.approx(reward_metrics([alone.rewarded]))
+        assert reward_metrics([batched.rewards]) == pytest.approx(reward_metrics([alone.rewards]))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_together_are_those_alone(config, temperature):
+def test_batched_logprobs_equal_those_of_single_calls(config, temperature):
     role = Reference(config)
-    requests = [parts(whole) for whole in BATCHES]
-    ask = partial(batched_calls.logprobs, role, temperature=temperature)
-    together = ask(*flat(requests))
-    for found, request, whole in zip(together, requests, BATCHES, strict=True):
+    requests = [rollouts(batch) for batch in BATCHES]
+    call = partial(batched_calls.logprobs, role, temperature=temperature)
+    together = call(*flat(requests))
+    for batched, request, batch in zip(together, requests, BATCHES, strict=True):
         alone = role.logprobs(temperature, *request)
         np.testing.assert_allclose(
-            join_tokens([found], whole.responses), join_tokens([alone], whole.responses), atol=1e-5
+            join_per_token([batched], batch.responses),
+            join_per_token([alone], batch.responses),
+            atol=1e-5,
         )
-        assert (found.of, found.entropy) == ("reference", alone.entropy)
+        assert (batched.model, batched.entropy) == ("reference", alone.entropy)
 
 
-def test_a_rank_may_have_no_row_of_a_trial():
+def test_a_rank_may_hold_no_row_of_a_trial():
     index = np.array([0, 3, 7])  # of a rank, where three batches have 4, 2 and 3 rows
-    shares = batched_calls._shares(index, [sequences(4), sequences(2), sequences(3)])
-    assert [(mine.tolist(), rows.tolist()) for mine, rows in shares] == [
+    shares = batched_calls._rows_by_batch(index, [sequences(4), sequences(2), sequences(3)])
+    assert [(batch_index.tolist(), rows.tolist()) for batch_index, rows in shares] == [
         ([0, 3], [0, 1]),
         ([], []),
         ([1], [2]),

@@ -17,7 +17,7 @@ from medgpt.config.tune import TuneStageConfig
 from medgpt.runs import Run
 from medgpt.stages.tune import run_tune
 from medgpt.tune.results import trials_url
-from medgpt.tune.trial_records import Records
+from medgpt.tune.trial_records import TrialRecords
 from tests.tune.cases import search_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -27,47 +27,47 @@ KEYS = '"optimizer.learning_rate" = { grid = [5e-4, 2e-3] }'
 
 
 def trial_run(config: TuneStageConfig, name: str) -> Run:
-    return Records(trials_url(config)).run(name)
+    return TrialRecords(trials_url(config)).run(name)
 
 
-def steps(config: TuneStageConfig, name: str) -> int:
+def last_step(config: TuneStageConfig, name: str) -> int:
     """That a trial has logged."""
     lines = trial_run(config, name).metrics()
     return int(lines[-1]["step"]) if lines else 0
 
 
 def status(config: TuneStageConfig, name: str) -> str:
-    record = Records(trials_url(config)).read(name)
+    record = TrialRecords(trials_url(config)).read(name)
     return "" if record is None else record.status
 
 
-def wait_for(done: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
+def wait_for(done: Callable[[], bool], event: str, timeout_s: float = 200) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
-        assert time.monotonic() < deadline, f"no {what} after {timeout_s} s"
+        assert time.monotonic() < deadline, f"no {event} after {timeout_s} s"
         time.sleep(0.1)
 
 
 def kill_trial() -> int:
     """SIGKILL the process of the one trial that runs on this session's Ray."""
-    ours = psutil.Process().children(recursive=True)
-    (process,) = [p for p in ours if any(TRIAL in word for word in p.cmdline())]
+    children = psutil.Process().children(recursive=True)
+    (process,) = [p for p in children if any(TRIAL in word for word in p.cmdline())]
     process.kill()
     return process.pid
 
 
 @pytest.fixture(scope="module")
-def survived(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig:
+def survived_config(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig:
     """Three trials. The command is killed in the second one, and the third one's process dies."""
     folder = tmp_path_factory.mktemp("faults")
     config = search_config(
         folder, base, "tune.searcher=grid", "tune.max_concurrent=1", "check.seeds=0",
         keys=KEYS, of_base='["ppo.max_iterations=6"]',
     )  # fmt: skip
-    told = ["tune.searcher=grid", "tune.max_concurrent=1", "check.seeds=0"]
+    overrides = ["tune.searcher=grid", "tune.max_concurrent=1", "check.seeds=0"]
     driver = subprocess.Popen(
         [sys.executable, "-m", "medgpt", "tune", str(folder / "search.toml"),
-         'overrides=["ppo.max_iterations=6"]', *told],
+         'overrides=["ppo.max_iterations=6"]', *overrides],
         env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
@@ -75,27 +75,29 @@ def survived(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig
     )  # fmt: skip
     try:
         wait_for(lambda: status(config, "001") == "finished", "first trial")
-        wait_for(lambda: steps(config, "002") >= 3, "third iteration of the second trial")
+        wait_for(lambda: last_step(config, "002") >= 3, "third iteration of the second trial")
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     time.sleep(2)  # Ray ends what belonged to it
 
-    def strike() -> None:
-        wait_for(lambda: steps(config, "003") >= 3, "third iteration of the third trial")
+    def kill_third_trial() -> None:
+        wait_for(lambda: last_step(config, "003") >= 3, "third iteration of the third trial")
         kill_trial()
 
-    hand = threading.Thread(target=strike)
-    hand.start()
+    killer = threading.Thread(target=kill_third_trial)
+    killer.start()
     run_tune(config)
-    hand.join()
+    killer.join()
     return config
 
 
-def test_a_killed_search_goes_on_without_training_again_what_had_ended(survived) -> None:
-    found = {record.name: record.status for record in Records(trials_url(survived)).all()}
-    assert found == dict.fromkeys(("001", "002", "003"), "finished")
-    first, second = (trial_run(survived, name) for name in ("001", "002"))
+def test_a_killed_search_resumes_without_training_ended_trials_again(survived_config) -> None:
+    statuses = {
+        record.name: record.status for record in TrialRecords(trials_url(survived_config)).all()
+    }
+    assert statuses == dict.fromkeys(("001", "002", "003"), "finished")
+    first, second = (trial_run(survived_config, name) for name in ("001", "002"))
     assert first.manifest["attempt"] == 1
     assert {line["attempt"] for line in first.metrics()} == {1}
     assert second.manifest["attempt"] == 2
@@ -103,10 +105,10 @@ def test_a_killed_search_goes_on_without_training_again_what_had_ended(survived)
     assert {line["attempt"] for line in second.metrics() if line["step"] <= 2} == {1}
 
 
-def test_a_trial_that_dies_goes_on_from_its_checkpoint(survived) -> None:
-    lines = trial_run(survived, "003").metrics()
+def test_a_trial_that_dies_resumes_from_its_checkpoint(survived_config) -> None:
+    lines = trial_run(survived_config, "003").metrics()
     assert [line["step"] for line in lines] == list(range(7))
     assert lines[0]["attempt"] == 1
     assert lines[-1]["attempt"] == 2
-    again = next(line["step"] for line in lines if line["attempt"] == 2)
-    assert again > 2  # the checkpoint of iteration 2 was there
+    first_resumed = next(line["step"] for line in lines if line["attempt"] == 2)
+    assert first_resumed > 2  # the checkpoint of iteration 2 was there

@@ -1,12 +1,19 @@
 import pytest
 
 from medgpt.config.tune import TuneConfig
-from medgpt.tune.objective import BEYOND, WORST, Point, objective, pareto, points
+from medgpt.tune.objective import (
+    OVER_KL_LIMIT,
+    WORST_OBJECTIVE,
+    JudgeResult,
+    judge_results,
+    objective,
+    pareto_optimal,
+)
 
 CONFIG = TuneConfig(max_kl=5.0)
 
 
-def test_a_judgement_has_the_divergence_since_the_one_before():
+def test_a_judge_result_has_the_mean_kl_since_the_one_before():
     metrics = [
         {"step": 0, "judge/checks": 0.2, "judge/checks_se": 0.1},
         {"step": 1, "actor/kl_ref": 1.0},
@@ -14,29 +21,37 @@ def test_a_judgement_has_the_divergence_since_the_one_before():
         {"step": 3, "actor/kl_ref": 5.0},
         {"step": 4, "actor/kl_ref": 7.0, "judge/checks": 0.6, "judge/checks_se": 0.1},
     ]
-    assert points(metrics, CONFIG) == [(0, 0.2, 0.1, 0.0), (2, 0.4, 0.1, 2.0), (4, 0.6, 0.1, 6.0)]
-    assert points([{"step": 1, "actor/kl_ref": 1.0}], CONFIG) == []
+    assert judge_results(metrics, CONFIG) == [
+        (0, 0.2, 0.1, 0.0),
+        (2, 0.4, 0.1, 2.0),
+        (4, 0.6, 0.1, 6.0),
+    ]
+    assert judge_results([{"step": 1, "actor/kl_ref": 1.0}], CONFIG) == []
 
 
-def test_no_mark_makes_up_for_a_policy_beyond_the_limit():
-    places = ((-50.0, 5.0), (9.9, 5.1), (9.9, 80.0))
-    within, beyond, farther = (objective(Point(4, m, 0.1, kl), CONFIG) for m, kl in places)
-    assert within == -50.0 > BEYOND > beyond > farther > WORST
+def test_no_metric_makes_up_for_a_policy_over_the_kl_limit():
+    points = ((-50.0, 5.0), (9.9, 5.1), (9.9, 80.0))
+    below, above, far_above = (
+        objective(JudgeResult(4, metric, 0.1, kl), CONFIG) for metric, kl in points
+    )
+    assert below == -50.0 > OVER_KL_LIMIT > above > far_above > WORST_OBJECTIVE
 
 
-def test_the_front_has_what_no_other_beats_on_both_sides():
-    places = {
+def test_pareto_optimal_items_are_beaten_by_no_other_in_metric_and_kl():
+    points = {
         "low": (0.2, 1.0), "dominated": (0.2, 1.5), "middle": (0.5, 2.0),
         "worse": (0.4, 2.0), "high": (0.9, 9.0), "far": (0.8, 10.0),
     }  # fmt: skip
-    found = pareto(list(places), [Point(4, mark, 0.0, kl) for mark, kl in places.values()])
-    assert found == ["low", "middle", "high"]
-    assert pareto([], []) == []
+    optimal = pareto_optimal(
+        list(points), [JudgeResult(4, metric, 0.0, kl) for metric, kl in points.values()]
+    )
+    assert optimal == ["low", "middle", "high"]
+    assert pareto_optimal([], []) == []
 
 
-@pytest.mark.parametrize("mark", ["checks", "score"])
-def test_the_mark_is_the_one_of_the_config(mark):
+@pytest.mark.parametrize("metric", ["checks", "score"])
+def test_the_metric_is_the_one_of_the_config(metric):
     line = {"step": 2, "judge/checks": 0.1, "judge/score": 3.0}
     line |= {"judge/checks_se": 0.0, "judge/score_se": 0.5}
-    (point,) = points([line], TuneConfig(mark=mark))
-    assert (point.mark, point.error) == {"checks": (0.1, 0.0), "score": (3.0, 0.5)}[mark]
+    (result,) = judge_results([line], TuneConfig(mark=metric))
+    assert (result.metric, result.metric_se) == {"checks": (0.1, 0.0), "score": (3.0, 0.5)}[metric]

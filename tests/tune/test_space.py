@@ -5,8 +5,8 @@ import random
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.config.tune import Space, TuneStageConfig
-from medgpt.tune.space import draw, listed
+from medgpt.config.tune import SearchSpace, TuneStageConfig
+from medgpt.tune.space import draw, list_trial_params
 from tests.tune.cases import search_config
 
 
@@ -47,7 +47,7 @@ def test_a_key_may_be_quoted_or_dotted(tmp_path):
         ("tune.mark=score", "needs a reward model of the judge's own"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_searched_is_refused_with_the_reason(tmp_path, overrides, message):
+def test_a_key_that_cannot_be_searched_is_an_error_with_the_reason(tmp_path, overrides, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, overrides)
 
@@ -68,33 +68,33 @@ def test_what_cannot_be_searched_is_refused_with_the_reason(tmp_path, overrides,
         ),
     ],
 )  # fmt: skip
-def test_a_base_that_does_not_fit_is_refused(tmp_path, overrides, of_base, message):
+def test_a_base_config_that_does_not_fit_is_an_error(tmp_path, overrides, of_base, message):
     with pytest.raises(ConfigError, match=message):
         config(tmp_path, *overrides, of_base=of_base)
 
 
-def test_with_pools_of_their_own_trials_may_have_different_rewards(tmp_path):
-    found = config(
+def test_without_shared_pools_reward_keys_can_be_searched(tmp_path):
+    tune_config = config(
         tmp_path, "tune.shared_pools=false", "search.reward.functions.0.weight={uniform=[0,2]}"
     )
-    assert found.own_values["reward.functions.0.weight"] == 1.0
+    assert tune_config.base_values["reward.functions.0.weight"] == 1.0
 
 
-def test_an_item_of_a_list_is_a_key(tmp_path):
+def test_a_list_item_can_be_searched(tmp_path):
     keys = '"optimizer.betas.1" = { uniform = [0.9, 0.999] }'
-    found = search_config(tmp_path, tmp_path, keys=keys)
-    assert listed(found)[0] == {"optimizer.betas.1": 0.95}
+    tune_config = search_config(tmp_path, tmp_path, keys=keys)
+    assert list_trial_params(tune_config)[0] == {"optimizer.betas.1": 0.95}
 
 
-def test_a_path_among_the_values_is_one_for_every_folder(tmp_path, monkeypatch):
+def test_paths_among_the_values_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/a").mkdir(parents=True)
     keys = '"critic.model" = { choice = ["models/a", "owner/b"] }'
-    found = search_config(tmp_path, tmp_path, "tune.default_first=false", keys=keys)
-    assert found.search["critic.model"].values == (str(tmp_path / "models/a"), "owner/b")
+    tune_config = search_config(tmp_path, tmp_path, "tune.default_first=false", keys=keys)
+    assert tune_config.search["critic.model"].values == (str(tmp_path / "models/a"), "owner/b")
 
 
-def test_combinations_are_checked_as_well(tmp_path):
+def test_combinations_of_values_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"ppo.rollout_batch_size=8, .*ppo.global_batch_size=6"):
         config(
             tmp_path,
@@ -104,43 +104,45 @@ def test_combinations_are_checked_as_well(tmp_path):
         )
 
 
-def test_random_trials_begin_with_the_base_and_more_change_none_before(tmp_path):
-    few, more = (listed(config(tmp_path, f"tune.num_trials={n}")) for n in (4, 9))
+def test_random_trials_start_with_the_base_values_and_more_trials_change_none_before(tmp_path):
+    few, more = (list_trial_params(config(tmp_path, f"tune.num_trials={n}")) for n in (4, 9))
     assert few == more[:4]
     assert few[0] == {"ppo.kl_coef": 0.05, "optimizer.learning_rate": 1e-3}
     assert len({tuple(params.values()) for params in more}) == 9
     assert all(1e-3 <= params["ppo.kl_coef"] <= 0.3 for params in more)
-    other = listed(config(tmp_path, "run.seed=1"))
+    other = list_trial_params(config(tmp_path, "run.seed=1"))
     assert other[0] == few[0]
     assert other[1:] != few[1:]
 
 
 def test_a_grid_has_all_combinations_and_the_base_once(tmp_path):
     keys = 'ppo.kl_coef = { grid = [0.05, 0.1] }\n"ppo.epochs" = { choice = [2, 1] }'
-    points = listed(search_config(tmp_path, tmp_path, "tune.searcher=grid", keys=keys))
+    points = list_trial_params(search_config(tmp_path, tmp_path, "tune.searcher=grid", keys=keys))
     assert [tuple(point.values()) for point in points] == [(0.05, 1), (0.05, 2), (0.1, 2), (0.1, 1)]
     alone = ("tune.searcher=grid", "tune.default_first=false")
     keys = '"ppo.gamma" = { grid = [0.9] }'
-    assert listed(search_config(tmp_path, tmp_path, *alone, keys=keys)) == [{"ppo.gamma": 0.9}]
+    assert list_trial_params(search_config(tmp_path, tmp_path, *alone, keys=keys)) == [
+        {"ppo.gamma": 0.9}
+    ]
 
 
-def test_values_that_do_not_go_together_are_not_drawn(tmp_path):
-    found = config(tmp_path, "tune.num_trials=30")
-    space = Space(uniform=(0.1, 0.3))
+def test_invalid_combinations_are_not_drawn(tmp_path):
+    tune_config = config(tmp_path, "tune.num_trials=30")
+    space = SearchSpace(uniform=(0.1, 0.3))
     search = {"ppo.clip_range": space, "ppo.clip_range_high": space}
-    trials = listed(found.model_copy(update={"search": search}))
+    trials = list_trial_params(tune_config.model_copy(update={"search": search}))
     assert all(p["ppo.clip_range"] <= p["ppo.clip_range_high"] for p in trials[1:])
 
 
-def test_every_order_of_magnitude_is_as_likely():
+def test_loguniform_draws_every_order_of_magnitude_equally_often():
     rng = random.Random(0)
-    drawn = [draw(Space(loguniform=(1e-4, 1.0)), rng) for _ in range(4000)]
+    drawn = [draw(SearchSpace(loguniform=(1e-4, 1.0)), rng) for _ in range(4000)]
     shares = [sum(low <= x < 10 * low for x in drawn) / 4000 for low in (1e-4, 1e-3, 1e-2, 1e-1)]
     assert shares == pytest.approx([0.25] * 4, abs=0.03)
-    assert {draw(Space(randint=(1, 3)), rng) for _ in range(50)} == {1, 2, 3}
+    assert {draw(SearchSpace(randint=(1, 3)), rng) for _ in range(50)} == {1, 2, 3}
 
 
-def test_what_left_its_range_is_brought_back():
-    assert Space(uniform=(0.1, 0.5)).nearest(0.6) == 0.5
-    assert Space(randint=(1, 4)).nearest(0) == 1
-    assert Space(choice=(1, "x")).nearest("x") == "x"
+def test_clip_brings_values_back_into_their_range():
+    assert SearchSpace(uniform=(0.1, 0.5)).clip(0.6) == 0.5
+    assert SearchSpace(randint=(1, 4)).clip(0) == 1
+    assert SearchSpace(choice=(1, "x")).clip("x") == "x"

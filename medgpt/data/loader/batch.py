@@ -40,7 +40,7 @@ class PreferenceBatch:
     packed: PackedBatch  # no labels
     better: Tensor  # (M,) int64, piece of each pair's better answer
     worse: Tensor  # (M,) int64
-    leads: Tensor  # (M,) float32 > 0, difference of their grades
+    margins: Tensor  # (M,) float32 > 0, difference of their grades
     weights: Tensor  # (M,) float32, 1 / C(K, 2) of a prompt with K answers
     num_prompts: int
 
@@ -54,7 +54,7 @@ class PreferenceBatch:
             packed=self.packed.to(device),
             better=self.better.to(device),
             worse=self.worse.to(device),
-            leads=self.leads.to(device),
+            margins=self.margins.to(device),
             weights=self.weights.to(device),
             num_prompts=self.num_prompts,
         )

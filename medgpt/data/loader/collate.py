@@ -11,11 +11,11 @@ import xxhash
 
 from medgpt.algos.lm import mask_tokens
 from medgpt.data.loader.batch import IGNORE, PackedBatch, PreferenceBatch
-from medgpt.data.loader.packed_row import Row
+from medgpt.data.loader.packed_row import PackedRow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Masking:
+class MaskingSettings:
     """Masked language modelling; see `algos.lm.mask_tokens`."""
 
     mask_id: int
@@ -24,25 +24,25 @@ class Masking:
     special_ids: tuple[int, ...]
 
 
-def piece_seed(seed: int, epoch: int, sample_id: str, chunk: int, visit: int = 0) -> int:
+def sequence_seed(seed: int, epoch: int, sample_id: str, chunk: int, repeat: int = 0) -> int:
     """Seed of everything random inside a piece, whichever worker trains it.
 
     `visit`: how often the epoch had the sample before; a repeated one gets other masks.
     """
-    key = f"{seed}:{epoch}:{sample_id}:{chunk}" + (f":{visit}" if visit else "")
+    key = f"{seed}:{epoch}:{sample_id}:{chunk}" + (f":{repeat}" if repeat else "")
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
-def piece_seeds(rows: Sequence[Row], *, seed: int, epoch: int) -> list[int]:
+def sequence_seeds(rows: Sequence[PackedRow], *, seed: int, epoch: int) -> list[int]:
     """(S,) seeds of the pieces of a batch, in order."""
     return [
-        piece_seed(seed, epoch, *piece)
+        sequence_seed(seed, epoch, *chunk_key)
         for row in rows
-        for piece in zip(row.sample_ids, row.chunks, row.repeat, strict=True)
+        for chunk_key in zip(row.sample_ids, row.chunks, row.repeat, strict=True)
     ]
 
 
-def causal_batch(rows: Sequence[Row]) -> PackedBatch:
+def causal_batch(rows: Sequence[PackedRow]) -> PackedBatch:
     """Every position predicts the next token of its piece, where that is to be learnt."""
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     targets = np.concatenate([row.targets for row in rows])
@@ -53,7 +53,9 @@ def causal_batch(rows: Sequence[Row]) -> PackedBatch:
     return packed_batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
 
 
-def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) -> PackedBatch:
+def masked_batch(
+    rows: Sequence[PackedRow], masking: MaskingSettings, seeds: Sequence[int]
+) -> PackedBatch:
     """Masked tokens predict themselves; the masks depend on the pieces' seeds only."""
     input_ids, labels = [], []
     special = torch.tensor(masking.special_ids)
@@ -61,20 +63,20 @@ def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) ->
         bounds = np.append(0, np.cumsum(row.lengths))
         for start, stop, chunk in zip(bounds[:-1], bounds[1:], row.chunks, strict=True):
             ids = torch.from_numpy(row.input_ids[start:stop].astype(np.int64))[None]
-            kept = torch.isin(ids, special)
+            unmaskable = torch.isin(ids, special)
             if chunk:
-                kept[:, 0] = True  # the chunk before ends with this token and may mask it
-            words = None
+                unmaskable[:, 0] = True  # the chunk before ends with this token and may mask it
+            word_ids = None
             if row.word_ids is not None:
-                words = torch.from_numpy(row.word_ids[start:stop].astype(np.int64))[None]
+                word_ids = torch.from_numpy(row.word_ids[start:stop].astype(np.int64))[None]
             masked = mask_tokens(
                 ids,
-                kept,
+                unmaskable,
                 mask_id=masking.mask_id,
                 vocab_size=masking.vocab_size,
                 mlm_probability=masking.probability,
                 generator=torch.Generator().manual_seed(seeds[len(labels)]),
-                word_ids=words,
+                word_ids=word_ids,
             )
             input_ids.append(masked[0][0])
             labels.append(masked[1][0])
@@ -82,58 +84,58 @@ def masked_batch(rows: Sequence[Row], masking: Masking, seeds: Sequence[int]) ->
     return packed_batch(torch.cat(input_ids), torch.cat(labels), lengths)
 
 
-def preference_batch(rows: Sequence[Row]) -> PreferenceBatch:
+def preference_batch(rows: Sequence[PackedRow]) -> PreferenceBatch:
     """The answers of the rows' prompts, and each pair of a prompt of which one is better."""
     better: list[int] = []
     worse: list[int] = []
-    leads: list[float] = []
+    margins: list[float] = []
     weights: list[float] = []
-    first = 0  # piece of the prompt's first answer
+    first_sequence = 0  # piece of the prompt's first answer
     for row in rows:
         assert row.grades is not None
         grades = row.grades.tolist()
-        for one, other in combinations(range(len(grades)), 2):
-            if grades[one] == grades[other]:
+        for i, j in combinations(range(len(grades)), 2):
+            if grades[i] == grades[j]:
                 continue
-            up, down = (one, other) if grades[one] > grades[other] else (other, one)
-            better.append(first + up)
-            worse.append(first + down)
-            leads.append(grades[up] - grades[down])
+            best, worst = (i, j) if grades[i] > grades[j] else (j, i)
+            better.append(first_sequence + best)
+            worse.append(first_sequence + worst)
+            margins.append(grades[best] - grades[worst])
             weights.append(1 / comb(len(grades), 2))
-        first += len(grades)
+        first_sequence += len(grades)
     return PreferenceBatch(
-        packed=_answers(rows),
+        packed=_answers_batch(rows),
         better=torch.tensor(better, dtype=torch.int64),
         worse=torch.tensor(worse, dtype=torch.int64),
-        leads=torch.tensor(leads, dtype=torch.float32),
+        margins=torch.tensor(margins, dtype=torch.float32),
         weights=torch.tensor(weights, dtype=torch.float32),
         num_prompts=len(rows),
     )
 
 
-def empty_preferences(token_id: int) -> PreferenceBatch:
+def empty_preference_batch(token_id: int) -> PreferenceBatch:
     """No prompt: what a worker without rows computes to keep in step."""
     nothing = torch.zeros(0)
     return PreferenceBatch(
         packed=empty_batch(token_id),
         better=nothing.long(),
         worse=nothing.long(),
-        leads=nothing,
+        margins=nothing,
         weights=nothing,
         num_prompts=0,
     )
 
 
-def _answers(rows: Sequence[Row]) -> PackedBatch:
+def _answers_batch(rows: Sequence[PackedRow]) -> PackedBatch:
     """A piece for each answer."""
     input_ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
-    lengths = np.concatenate([_pieces(row) for row in rows]).astype(np.int64)
+    lengths = np.concatenate([_answer_lengths(row) for row in rows]).astype(np.int64)
     return packed_batch(input_ids, torch.full_like(input_ids, IGNORE), lengths)
 
 
-def _pieces(row: Row) -> np.ndarray:
-    assert row.pieces is not None
-    return row.pieces
+def _answer_lengths(row: PackedRow) -> np.ndarray:
+    assert row.sequence_lengths is not None
+    return row.sequence_lengths
 
 
 def empty_batch(token_id: int) -> PackedBatch:

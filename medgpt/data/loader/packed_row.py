@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PackedRow:
     """A packed row of C chunks with N tokens."""
 
     input_ids: NDArray[np.int32]  # (N,)
@@ -20,7 +20,7 @@ class Row:
     sample_ids: list[str]  # (C,)
     chunks: list[int]  # (C,)
     repeat: list[int]  # (C,) how often the epoch had the sample before
-    pieces: NDArray[np.int32] | None = (
+    sequence_lengths: NDArray[np.int32] | None = (
         None  # (K,) tokens of each answer with its prompt, then C = 1
     )
     grades: NDArray[np.float32] | None = None  # (K,) of the answers

@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from medgpt.artifacts import FileEntry, Folder, checksum, commit, committed
-from medgpt.data.loader.order import VALIDATION, Rows, plan_epoch
-from medgpt.data.tokenized.index import Index
+from medgpt.data.loader.epoch_order import VALIDATION, plan_epoch
+from medgpt.data.loader.packing import PlannedRows
+from medgpt.data.tokenized.index import SampleIndex
 from medgpt.data.tokenized.shards import read_index
 
 ROW_GROUP = 4096  # packed rows that are read together
 CHUNK_COLUMNS = ("block", "row", "start", "stop", "chunk", "visit")
-SCHEMA = pa.schema(
+PLAN_SCHEMA = pa.schema(
     {
         **{name: pa.list_(pa.int32()) for name in CHUNK_COLUMNS},
         "sample_id": pa.list_(pa.string()),
@@ -28,7 +29,7 @@ SCHEMA = pa.schema(
 )
 
 
-class Order(NamedTuple):
+class PlanSettings(NamedTuple):
     """What decides the rows of a run, besides its data."""
 
     data_version: str  # shards.data_version
@@ -42,76 +43,79 @@ class Order(NamedTuple):
         return {**self._asdict(), "weights": self.weights and list(self.weights)}
 
 
-def existing_plan(url: str, order: Order) -> dict[str, Any] | None:
+def find_plan(url: str, settings: PlanSettings) -> dict[str, Any] | None:
     """The manifest of the plan of `order` at `url`, if it is there."""
     manifest = committed(Folder(url))
-    return manifest if manifest and manifest["made_of"] == order.as_json() else None
+    return manifest if manifest and manifest["made_of"] == settings.as_json() else None
 
 
-def make_plan(url: str, data_url: str, order: Order) -> None:
+def make_plan(url: str, data_url: str, settings: PlanSettings) -> None:
     """Write the plan of `order` to `url`.
 
     Memory: the index of the corpus, about 100 bytes a sample, and one window of rows.
     """
-    began = time.monotonic()
+    started_at = time.monotonic()
     folder = Folder(url)
     folder.remove()
-    weights = None if order.weights is None else np.array(order.weights)
+    weights = None if settings.weights is None else np.array(settings.weights)
     index = read_index(Folder(data_url), "train")
     files, epochs = [], []
-    for epoch in range(order.epochs):
-        if order.max_rows is not None and sum(e["num_rows"] for e in epochs) >= order.max_rows:
+    for epoch in range(settings.epochs):
+        if (
+            settings.max_rows is not None
+            and sum(e["num_rows"] for e in epochs) >= settings.max_rows
+        ):
             break
         rows = plan_epoch(
-            index, max_length=order.max_length, seed=order.seed, epoch=epoch, weights=weights
+            index, max_length=settings.max_length, seed=settings.seed, epoch=epoch, weights=weights
         )
-        file, counts = _write(folder, epoch_file(epoch), index, rows)
+        file, counts = _write_epoch(folder, epoch_file(epoch), index, rows)
         files.append(file)
         epochs.append(counts)
     held_out = read_index(Folder(data_url), "validation")
     rows = plan_epoch(
-        held_out, max_length=order.max_length, seed=order.seed, epoch=VALIDATION, weights=None
+        held_out, max_length=settings.max_length, seed=settings.seed, epoch=VALIDATION, weights=None
     )
-    file, _ = _write(folder, epoch_file(VALIDATION), held_out, rows)
-    seconds = time.monotonic() - began
-    commit(folder, [*files, file], made_of=order.as_json(), epochs=epochs, time_s=seconds)
+    file, _ = _write_epoch(folder, epoch_file(VALIDATION), held_out, rows)
+    seconds = time.monotonic() - started_at
+    commit(folder, [*files, file], made_of=settings.as_json(), epochs=epochs, time_s=seconds)
 
 
 def epoch_file(epoch: int) -> str:
     return "validation.parquet" if epoch == VALIDATION else f"epoch-{epoch:05d}.parquet"
 
 
-def _write(
-    folder: Folder, name: str, index: Index, parts: Iterator[Rows]
+def _write_epoch(
+    folder: Folder, name: str, index: SampleIndex, windows: Iterator[PlannedRows]
 ) -> tuple[FileEntry, dict[str, int]]:
     """The file of an epoch, and how much it holds."""
     counts = {"num_rows": 0, "num_chunks": 0, "num_tokens": 0}
     with folder.staging() as directory:
         path = directory / name
-        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
-            for rows in parts:
-                writer.write_table(_table(index, rows), row_group_size=ROW_GROUP)
+        with pq.ParquetWriter(path, PLAN_SCHEMA, compression="zstd") as writer:
+            for rows in windows:
+                writer.write_table(_rows_table(index, rows), row_group_size=ROW_GROUP)
                 counts["num_rows"] += len(rows)
                 counts["num_chunks"] += len(rows.chunk)
                 counts["num_tokens"] += rows.num_tokens
         return FileEntry(name, path.stat().st_size, checksum(path)), counts
 
 
-def _table(index: Index, rows: Rows) -> pa.Table:
+def _rows_table(index: SampleIndex, rows: PlannedRows) -> pa.Table:
     values = {
         "block": index.block[rows.sample],
         "row": index.row[rows.sample],
         "start": rows.start,
         "stop": rows.stop,
         "chunk": rows.chunk,
-        "visit": rows.visit,
+        "visit": rows.repeat,
     }
     columns = {name: pa.array(value.astype(np.int32)) for name, value in values.items()}
     columns["sample_id"] = pa.array(index.sample_id[rows.sample].astype(str), pa.string())
     offsets = pa.array(rows.bounds, pa.int32())
     return pa.table(
         {name: pa.ListArray.from_arrays(offsets, column) for name, column in columns.items()},
-        schema=SCHEMA,
+        schema=PLAN_SCHEMA,
     )
 
 
@@ -150,24 +154,26 @@ class Plan:
             if start >= end:
                 continue
             first_row = max(0, start - first_step) * self.global_batch_size
-            for first, table in self._groups(epoch_file(epoch), first_row):
+            for first, table in self._read_row_groups(epoch_file(epoch), first_row):
                 number = first + np.arange(table.num_rows)
                 step = first_step + number // self.global_batch_size
                 if step[0] >= end:
                     break
                 slot = number % self.global_batch_size
-                mine = np.flatnonzero((slot % world_size == rank) & (step >= start) & (step < end))
-                yield table.take(mine).append_column("step", pa.array(step[mine]))
+                own_rows = np.flatnonzero(
+                    (slot % world_size == rank) & (step >= start) & (step < end)
+                )
+                yield table.take(own_rows).append_column("step", pa.array(step[own_rows]))
 
-    def first(self, epoch: int, *, rank: int, world_size: int, limit: int) -> pa.Table:
+    def read_first(self, epoch: int, *, rank: int, world_size: int, limit: int) -> pa.Table:
         """A worker's share of the first `limit` rows of an epoch, or of VALIDATION."""
-        parts = [table for _, table in self._groups(epoch_file(epoch), 0, limit)]
-        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
-        mine = np.arange(min(limit, table.num_rows))[rank::world_size]
-        steps = pa.array(np.zeros(len(mine), np.int64))
-        return table.take(mine).append_column("step", steps)
+        row_groups = [table for _, table in self._read_row_groups(epoch_file(epoch), 0, limit)]
+        table = pa.concat_tables(row_groups) if row_groups else PLAN_SCHEMA.empty_table()
+        own_rows = np.arange(min(limit, table.num_rows))[rank::world_size]
+        steps = pa.array(np.zeros(len(own_rows), np.int64))
+        return table.take(own_rows).append_column("step", steps)
 
-    def _groups(
+    def _read_row_groups(
         self, name: str, start: int, stop: int | None = None
     ) -> Iterator[tuple[int, pa.Table]]:
         """Row groups that hold rows from `start` to `stop`, each with the number of its first."""
@@ -183,11 +189,11 @@ class Plan:
                 yield first, file.read_row_group(group)
 
 
-def column(table: pa.Table, name: str) -> NDArray[Any]:
+def list_values(table: pa.Table, name: str) -> NDArray[Any]:
     """The values of a list column, end to end."""
     return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
-def offsets(table: pa.Table, name: str) -> NDArray[np.int64]:
+def list_offsets(table: pa.Table, name: str) -> NDArray[np.int64]:
     """(R + 1,) bounds of the lists of a column in its values."""
     return np.append(0, np.cumsum(table[name].combine_chunks().value_lengths().to_numpy()))

@@ -4,21 +4,21 @@ import re
 
 import ftfy
 
-CONFIG = ftfy.TextFixerConfig(
+FTFY_CONFIG = ftfy.TextFixerConfig(
     fix_character_width=False, uncurl_quotes=False, explain=False
 )  # both would turn Chinese punctuation into ASCII
 # What ftfy may act on; most Chinese text has none of it, and ftfy takes many times this search.
 # Left out although not ASCII: degree, plus-minus, middle dot, multiplication, micro, section.
-SUSPICIOUS = re.compile(
+NEEDS_REPAIR = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\xa6\xa8-\xaf\xb2-\xb4\xb6\xb8-\xd6\xd8-\u02af\u0300-\u036f\u0400-\u04ff"
     "\u2028\u2029\u206a-\u206f\u2126\u212a\u212b\u2500-\u257f\uf900-\ufaff\ufb00-\ufb06\ufeff"
     "\ufff9-\ufffd\ud800-\udfff]|&#?\\w{2,}"
 )
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """`text` repaired and stripped."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if SUSPICIOUS.search(text):
-        text = ftfy.fix_text(text, CONFIG)
+    if NEEDS_REPAIR.search(text):
+        text = ftfy.fix_text(text, FTFY_CONFIG)
     return text.strip()

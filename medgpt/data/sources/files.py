@@ -12,8 +12,8 @@ from typing import BinaryIO, Protocol, cast
 import fsspec
 import zstandard
 
-CHUNK = 1 << 20  # bytes read at a time
-UTF8_SHARE = 0.1  # of the lines: other encodings hardly ever look like UTF-8, so few are proof
+READ_BYTES = 1 << 20  # bytes read at a time
+MIN_UTF8_SHARE = 0.1  # of the lines: other encodings hardly ever look like UTF-8, so few are proof
 
 
 class BrokenFile(Exception):
@@ -21,7 +21,7 @@ class BrokenFile(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class BrokenRow:
     """A row that could not be read."""
 
     reason: str
@@ -45,7 +45,7 @@ DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
 }
 
 
-def compression(file: str) -> str | None:
+def compression_suffix(file: str) -> str | None:
     """The suffix that says how `file` is compressed."""
     return next((suffix for suffix in DECOMPRESSORS if file.lower().endswith(suffix)), None)
 
@@ -64,48 +64,50 @@ def read_chunks(file: str, start: int = 0, stop: int | None = None) -> Iterator[
     Raises:
         BrokenFile: damaged or truncated compressed data, after everything before it was yielded.
     """
-    suffix = compression(file)
+    suffix = compression_suffix(file)
     with open_file(file) as stream:
         stream.seek(start)
         if suffix is None:
-            left = CHUNK if stop is None else stop - start
-            while left and (chunk := stream.read(min(CHUNK, left))):
-                left -= len(chunk) if stop is not None else 0
+            remaining = READ_BYTES if stop is None else stop - start
+            while remaining and (chunk := stream.read(min(READ_BYTES, remaining))):
+                remaining -= len(chunk) if stop is not None else 0
                 yield chunk
         else:
             yield from _decompress(stream, DECOMPRESSORS[suffix])
 
 
-def _decompress(stream: BinaryIO, new: Callable[[], Decompressor]) -> Iterator[bytes]:
+def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Decompressor]) -> Iterator[bytes]:
     """All members or frames; libraries' own readers stop silently after the first, or at a cut."""
-    engine = new()
-    while data := stream.read(CHUNK):
+    decompressor = new_decompressor()
+    while data := stream.read(READ_BYTES):
         while data:
-            engine = new() if engine.eof else engine
+            decompressor = new_decompressor() if decompressor.eof else decompressor
             try:
-                chunk = engine.decompress(data)
+                chunk = decompressor.decompress(data)
             except (zlib.error, OSError, lzma.LZMAError, zstandard.ZstdError):
                 raise BrokenFile("compressed data is damaged") from None
             yield chunk
-            data = engine.unused_data if engine.eof else b""
-    if not engine.eof:
+            data = decompressor.unused_data if decompressor.eof else b""
+    if not decompressor.eof:
         raise BrokenFile("compressed data ends too early")
 
 
 def guess_encoding(chunk: bytes) -> str:
     """utf-8 or gb18030 for a chunk that is not ASCII and may have broken lines."""
-    if _read_as(chunk, "utf-8") is not None:
+    if _try_decode(chunk, "utf-8") is not None:
         return "utf-8"
     lines = [line for line in chunk.split(b"\n") if not line.isascii()]
-    good = [text for line in lines if (text := _read_as(line, "utf-8")) is not None]
+    valid_utf8 = [text for line in lines if (text := _try_decode(line, "utf-8")) is not None]
     # a short Chinese word in GBK may be valid UTF-8, but of two-byte characters only
-    sure = [text for text in good if max(text) > "\u0800"]
-    if len(sure) > UTF8_SHARE * len(lines) or len(good) > (1 - UTF8_SHARE) * len(lines):
+    certain_utf8 = [text for text in valid_utf8 if max(text) > "\u0800"]
+    if len(certain_utf8) > MIN_UTF8_SHARE * len(lines) or len(valid_utf8) > (
+        1 - MIN_UTF8_SHARE
+    ) * len(lines):
         return "utf-8"
-    return "gb18030" if any(_read_as(line, "gb18030") for line in lines) else "utf-8"
+    return "gb18030" if any(_try_decode(line, "gb18030") for line in lines) else "utf-8"
 
 
-def _read_as(data: bytes, encoding: str) -> str | None:
+def _try_decode(data: bytes, encoding: str) -> str | None:
     """The text, but for a character that the end of `data` may cut; None if it is broken."""
     try:
         return codecs.getincrementaldecoder(encoding)().decode(data)
@@ -113,35 +115,35 @@ def _read_as(data: bytes, encoding: str) -> str | None:
         return None
 
 
-def find_encoding(chunks: Iterable[bytes]) -> str:
+def detect_encoding(chunks: Iterable[bytes]) -> str:
     """The encoding of a file by its first chunk that is not ASCII."""
-    foreign = next((chunk for chunk in chunks if not chunk.isascii()), None)
-    return "utf-8" if foreign is None else guess_encoding(foreign)
+    first_non_ascii = next((chunk for chunk in chunks if not chunk.isascii()), None)
+    return "utf-8" if first_non_ascii is None else guess_encoding(first_non_ascii)
 
 
-def decode(data: bytes, encoding: str) -> str | Broken:
+def decode(data: bytes, encoding: str) -> str | BrokenRow:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        return Broken(f"broken encoding at byte {error.start + 1} (read as {encoding})")
+        return BrokenRow(f"broken encoding at byte {error.start + 1} (read as {encoding})")
 
 
-def text_lines(chunks: Iterable[bytes], encoding: str) -> Iterator[str | Broken]:
+def text_lines(chunks: Iterable[bytes], encoding: str) -> Iterator[str | BrokenRow]:
     """Lines without their ends. `encoding` auto is settled by the first chunk that is not ASCII."""
-    rest = b""
+    unfinished = b""
     first = True
     for chunk in chunks:
         if encoding == "auto" and not chunk.isascii():
             encoding = guess_encoding(chunk)
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, unfinished = (unfinished + chunk).split(b"\n")
         for line in lines:
-            yield _line(line, encoding, first)
+            yield _decode_line(line, encoding, first)
             first = False
-    if rest:
-        yield _line(rest, encoding, first)
+    if unfinished:
+        yield _decode_line(unfinished, encoding, first)
 
 
-def _line(data: bytes, encoding: str, first: bool) -> str | Broken:
+def _decode_line(data: bytes, encoding: str, first: bool) -> str | BrokenRow:
     text = decode(data, "utf-8" if encoding == "auto" else encoding)  # auto so far: ASCII only
     if isinstance(text, str):
         text = text.removesuffix("\r")
@@ -149,7 +151,7 @@ def _line(data: bytes, encoding: str, first: bool) -> str | Broken:
     return text
 
 
-def whole(chunks: Iterable[bytes], encoding: str) -> tuple[bytes, str]:
+def read_all(chunks: Iterable[bytes], encoding: str) -> tuple[bytes, str]:
     """All bytes and their encoding."""
-    parts = list(chunks)
-    return b"".join(parts), find_encoding(parts) if encoding == "auto" else encoding
+    chunk_list = list(chunks)
+    return b"".join(chunk_list), detect_encoding(chunk_list) if encoding == "auto" else encoding

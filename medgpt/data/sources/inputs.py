@@ -7,17 +7,17 @@ import fsspec
 
 from medgpt.artifacts import stream_checksum
 from medgpt.config.data import DataConfig
-from medgpt.data.sources.deny import DenyList
+from medgpt.data.sources.deny_list import DenyList
+from medgpt.data.sources.file_slices import file_size, list_files
 from medgpt.data.sources.files import open_file
-from medgpt.data.sources.row_formats import Recogniser
-from medgpt.data.sources.units import file_size, list_files
+from medgpt.data.sources.row_formats import RowParser
 
 
 def check_sources(config: DataConfig) -> None:
     """Raises ConfigError for a missing file, a wrong template or deny-list. Reads no data."""
     for source in config.sources:
         list_files(source)
-        Recogniser(source)
+        RowParser(source)
         DenyList.load(source.deny)
 
 
@@ -45,14 +45,16 @@ def file_digest(file: str) -> str:
         return stream_checksum(stream)
 
 
-def fingerprint(stamps: Mapping[str, str], digests: Mapping[str, str]) -> list[dict[str, str]]:
+def fingerprint_entries(
+    stamps: Mapping[str, str], digests: Mapping[str, str]
+) -> list[dict[str, str]]:
     """What a manifest keeps of its inputs."""
     return [
         {"file": file, "stamp": stamp, "xxh128": digests[file]} for file, stamp in stamps.items()
     ]
 
 
-def changed_files(inputs: Sequence[Mapping[str, Any]], config: DataConfig) -> Iterator[str]:
+def describe_changes(inputs: Sequence[Mapping[str, Any]], config: DataConfig) -> Iterator[str]:
     """What differs between the files of a manifest and those there are now, in words.
 
     A file is read again only if its stamp differs.

@@ -7,23 +7,37 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import MappingConfig
-from medgpt.data.sources.preferences import Ranked, after, number_of
+from medgpt.data.sources.preferences import RankedAnswers, require_number, strip_prompt
 from medgpt.data.sources.records import Message
-from medgpt.data.sources.turns import Malformed, Row, kind_of, list_of, read_turns, text_of
+from medgpt.data.sources.turns import (
+    MalformedRow,
+    RawRow,
+    json_type,
+    read_turns,
+    require_list,
+    require_text,
+)
 
 # what a template may raise because of the row it gets
-ROW_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+TEMPLATE_ERRORS = (
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
 
 
-def _printable(value: object) -> object:
+def _require_printable(value: object) -> object:
     """Text and numbers only: Python would print null as None and a list with its brackets."""
     if isinstance(value, (str, int, float, Undefined)) and not isinstance(value, bool):
         return value
-    raise Malformed(f"prints {kind_of(value)}, must print text or a number")
+    raise MalformedRow(f"prints {json_type(value)}, must print text or a number")
 
 
-ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
+JINJA_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=StrictUndefined, finalize=_require_printable, trim_blocks=True, lstrip_blocks=True
 )
 
 
@@ -35,25 +49,27 @@ class RowTemplate:
     template: Template
     columns: frozenset[str]  # that it may use
 
-    def render(self, row: Row) -> str:
+    def render(self, row: RawRow) -> str:
         """Cleaned text, not empty. Raises Malformed."""
         try:
             text = self.template.render({"row": row, **row})
-        except Malformed as problem:
-            raise Malformed(f"{self.key} {problem}") from None
-        except (TemplateError, *ROW_ERRORS) as error:
+        except MalformedRow as problem:
+            raise MalformedRow(f"{self.key} {problem}") from None
+        except (TemplateError, *TEMPLATE_ERRORS) as error:
             missing = sorted(self.columns - set(row))
             if missing:
-                raise Malformed(f"{self.key}: column {', '.join(missing)} is missing") from None
-            raise Malformed(f"{self.key} does not fit the row ({type(error).__name__})") from None
-        return text_of(text, self.key)
+                raise MalformedRow(f"{self.key}: column {', '.join(missing)} is missing") from None
+            raise MalformedRow(
+                f"{self.key} does not fit the row ({type(error).__name__})"
+            ) from None
+        return require_text(text, self.key)
 
 
 def compile_template(source: str, key: str, text: str) -> RowTemplate:
     """Raises ConfigError if `text` is not a Jinja template."""
     try:
-        columns = meta.find_undeclared_variables(ENVIRONMENT.parse(text)) - {"row"}
-        return RowTemplate(key, ENVIRONMENT.from_string(text), frozenset(columns))
+        columns = meta.find_undeclared_variables(JINJA_ENVIRONMENT.parse(text)) - {"row"}
+        return RowTemplate(key, JINJA_ENVIRONMENT.from_string(text), frozenset(columns))
     except TemplateSyntaxError as error:
         raise ConfigError(
             f"data.sources {source} {key}: not a Jinja template; "
@@ -61,7 +77,7 @@ def compile_template(source: str, key: str, text: str) -> RowTemplate:
         ) from None
 
 
-class Mapper:
+class RowMapper:
     """Applies one mapping to rows."""
 
     def __init__(self, source: str, mapping: MappingConfig) -> None:
@@ -83,7 +99,7 @@ class Mapper:
         }
         self._turns, self._answers = mapping.turns, mapping.answers
 
-    def __call__(self, row: Row) -> str | list[Message] | Ranked:
+    def __call__(self, row: RawRow) -> str | list[Message] | RankedAnswers:
         """A document's text, messages, or answers to compare. Raises Malformed."""
         templates = self._templates
         if "text" in templates:
@@ -95,31 +111,33 @@ class Mapper:
             return system + read_turns(row, self._turns)
         prompt = [*system, Message("user", templates["user"].render(row))]
         if self._answers is not None:
-            return self._graded(row, prompt)
-        said = {
+            return self._read_graded_answers(row, prompt)
+        replies = {
             name: [Message("assistant", templates[name].render(row))]
             for name in ("assistant", "chosen", "rejected")
             if name in templates
         }
-        if "chosen" in said:
-            return Ranked(prompt, [said["chosen"], said["rejected"]], [1.0, 0.0])
-        return prompt + said.get("assistant", [])
+        if "chosen" in replies:
+            return RankedAnswers(prompt, [replies["chosen"], replies["rejected"]], [1.0, 0.0])
+        return prompt + replies.get("assistant", [])
 
-    def _graded(self, row: Row, prompt: list[Message]) -> Ranked:
+    def _read_graded_answers(self, row: RawRow, prompt: list[Message]) -> RankedAnswers:
         """The answers in a column with their grades."""
         assert self._answers is not None
         answers, grades = [], []
-        for number, item in enumerate(list_of(row, self._answers.column), start=1):
-            what = f"column {self._answers.column}, answer {number}"
+        for number, item in enumerate(require_list(row, self._answers.column), start=1):
+            location = f"column {self._answers.column}, answer {number}"
             if not isinstance(item, dict):
-                raise Malformed(f"{what} is {kind_of(item)}, must be an object")
+                raise MalformedRow(f"{location} is {json_type(item)}, must be an object")
             try:
                 if self._answers.turns is None:
                     text = self._templates["answers.text"].render(item)
                     answers.append([Message("assistant", text)])
                 else:
-                    answers.append(after(prompt, read_turns(item, self._answers.turns)))
-                grades.append(number_of(self._templates["answers.grade"].render(item), "its grade"))
-            except Malformed as problem:
-                raise Malformed(f"{what}: {problem}") from None
-        return Ranked(prompt, answers, grades)
+                    answers.append(strip_prompt(prompt, read_turns(item, self._answers.turns)))
+                grades.append(
+                    require_number(self._templates["answers.grade"].render(item), "its grade")
+                )
+            except MalformedRow as problem:
+                raise MalformedRow(f"{location}: {problem}") from None
+        return RankedAnswers(prompt, answers, grades)

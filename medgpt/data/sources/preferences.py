@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 from medgpt.config.data import TurnsMapping
 from medgpt.data.sources.records import Message, Origin, Preferences
 from medgpt.data.sources.turns import (
-    Malformed,
-    Row,
-    Unusable,
-    cell,
+    MalformedRow,
+    RawRow,
+    UnusableRow,
     check_turns,
-    kind_of,
+    json_type,
     read_turns,
-    text_of,
+    require_column,
+    require_text,
 )
 
 PAIR_COLUMNS = (
@@ -24,7 +24,7 @@ PAIR_COLUMNS = (
 )
 
 
-class Ranked(NamedTuple):
+class RankedAnswers(NamedTuple):
     """What a row says, unchecked."""
 
     prompt: list[Message]
@@ -32,12 +32,12 @@ class Ranked(NamedTuple):
     grades: list[float]  # (K,)
 
 
-def pair_columns(row: Row) -> tuple[str, str, str] | None:
+def pair_columns(row: RawRow) -> tuple[str, str, str] | None:
     """The columns of prompt, better and worse answer, if the row has such."""
     return next((names for names in PAIR_COLUMNS if all(name in row for name in names)), None)
 
 
-def read_pair(row: Row, before: Sequence[Message]) -> Ranked:
+def read_pair(row: RawRow, history: Sequence[Message]) -> RankedAnswers:
     """Prompt, chosen and rejected, texts or lists of messages; answers may repeat the prompt.
 
     `before` is what precedes the prompt: system message and history.
@@ -47,31 +47,31 @@ def read_pair(row: Row, before: Sequence[Message]) -> Ranked:
     """
     columns = pair_columns(row)
     if columns is None and "prompt" not in row and "chosen" in row and "rejected" in row:
-        return _whole_conversations(row, before)
+        return _split_shared_prompt(row, history)
     names = columns or PAIR_COLUMNS[0]
-    prompt = [*before, *_messages(row, names[0], "user")]
-    answers = [after(prompt, _messages(row, name, "assistant")) for name in names[1:]]
-    return Ranked(prompt, answers, _pair_grades(row))
+    prompt = [*history, *_column_messages(row, names[0], "user")]
+    answers = [strip_prompt(prompt, _column_messages(row, name, "assistant")) for name in names[1:]]
+    return RankedAnswers(prompt, answers, _pair_grades(row))
 
 
-def preferences(ranked: Ranked, origin: Origin) -> Preferences:
+def make_preferences(ranked: RankedAnswers, origin: Origin) -> Preferences:
     """The record of what a row says.
 
     Raises:
         Malformed: the row breaks a rule; Unusable if it compares nothing.
     """
-    prompt = check_turns(ranked.prompt, "the prompt", last="user")
+    prompt = check_turns(ranked.prompt, "the prompt", last_role="user")
     answers = []
     for number, answer in enumerate(ranked.answers, start=1):
         answers.append(check_turns((*prompt, *answer), f"answer {number}")[len(prompt) :])
     if len(answers) < 2:
-        raise Unusable("there is only one answer")
+        raise UnusableRow("there is only one answer")
     if len(set(answers)) < len(answers):
-        raise Malformed("two answers are equal")
+        raise MalformedRow("two answers are equal")
     if not all(map(math.isfinite, ranked.grades)):
-        raise Malformed("a grade is no finite number")
+        raise MalformedRow("a grade is no finite number")
     if len(set(ranked.grades)) == 1:
-        raise Unusable("no answer is better than another")
+        raise UnusableRow("no answer is better than another")
     return Preferences(
         source=origin.source,
         file=origin.file,
@@ -82,57 +82,61 @@ def preferences(ranked: Ranked, origin: Origin) -> Preferences:
     )
 
 
-def after(prompt: Sequence[Message], messages: list[Message]) -> list[Message]:
+def strip_prompt(prompt: Sequence[Message], messages: list[Message]) -> list[Message]:
     """`messages` without the prompt, if they begin with it."""
     same = messages[: len(prompt)] == list(prompt)
     return messages[len(prompt) :] if same else messages
 
 
-def number_of(value: object, what: str) -> float:
+def require_number(value: object, location: str) -> float:
     """Raises Malformed unless it is a number, also one in digits as a CSV file has it."""
     try:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return float(value)
     except ValueError:
         pass
-    raise Malformed(f"{what} is {kind_of(value)}, must be a number")
+    raise MalformedRow(f"{location} is {json_type(value)}, must be a number")
 
 
-def _messages(row: Row, column: str, role: Any) -> list[Message]:
+def _column_messages(row: RawRow, column: str, role: Any) -> list[Message]:
     """A text is one message of `role`."""
-    value = cell(row, column)
+    value = require_column(row, column)
     if isinstance(value, list):
         return read_turns(row, TurnsMapping(column=column))
-    return [Message(role, text_of(value, f"column {column}"))]
+    return [Message(role, require_text(value, f"column {column}"))]
 
 
-def _whole_conversations(row: Row, before: Sequence[Message]) -> Ranked:
+def _split_shared_prompt(row: RawRow, before: Sequence[Message]) -> RankedAnswers:
     """Chosen and rejected are whole conversations; the prompt is what they share."""
-    whole = [_messages(row, column, "assistant") for column in ("chosen", "rejected")]
-    shared = _shared(*whole)
-    while shared and whole[0][shared - 1].role != "user":
-        shared -= 1
-    if not shared:
-        raise Malformed("there is no column prompt, and chosen and rejected share no beginning")
-    prompt = [*before, *whole[0][:shared]]
-    return Ranked(prompt, [messages[shared:] for messages in whole], _pair_grades(row))
+    conversations = [
+        _column_messages(row, column, "assistant") for column in ("chosen", "rejected")
+    ]
+    num_shared = _common_prefix_length(*conversations)
+    while num_shared and conversations[0][num_shared - 1].role != "user":
+        num_shared -= 1
+    if not num_shared:
+        raise MalformedRow("there is no column prompt, and chosen and rejected share no beginning")
+    prompt = [*before, *conversations[0][:num_shared]]
+    return RankedAnswers(
+        prompt, [messages[num_shared:] for messages in conversations], _pair_grades(row)
+    )
 
 
-def _shared(one: Iterable[Message], other: Iterable[Message]) -> int:
+def _common_prefix_length(messages: Iterable[Message], other_messages: Iterable[Message]) -> int:
     """Messages that both begin with."""
     count = 0
-    for a, b in zip(one, other, strict=False):
+    for a, b in zip(messages, other_messages, strict=False):
         if a != b:
             break
         count += 1
     return count
 
 
-def _pair_grades(row: Row) -> list[float]:
+def _pair_grades(row: RawRow) -> list[float]:
     """The chosen answer leads by the margin, or by 1."""
     if row.get("margin") in (None, ""):
         return [1.0, 0.0]
-    margin = number_of(row["margin"], "column margin")
+    margin = require_number(row["margin"], "column margin")
     if not margin > 0:
-        raise Malformed("column margin must be > 0")
+        raise MalformedRow("column margin must be > 0")
     return [margin, 0.0]

@@ -2,36 +2,39 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
+from medgpt.data.sources.deny_list import DenyList
+from medgpt.data.sources.file_slices import FileSlice, list_slices
 from medgpt.data.sources.files import (
-    Broken,
     BrokenFile,
+    BrokenRow,
     decode,
     open_file,
+    read_all,
     read_chunks,
     text_lines,
-    whole,
 )
 from medgpt.data.sources.records import Origin, Record, Reject
-from medgpt.data.sources.row_formats import Recogniser
-from medgpt.data.sources.turns import Row, kind_of
-from medgpt.data.sources.units import Unit
+from medgpt.data.sources.row_formats import RowParser
+from medgpt.data.sources.turns import RawRow, json_type
 
+WHOLE_FILE_MB = 1024  # files are read whole
 BATCH_ROWS = 256  # of Parquet at a time
-PEEK_LINES = 5  # pretty-printed JSON has no complete object in its first lines
+JSON_LINES_PROBE = 5  # pretty-printed JSON has no complete object in its first lines
 csv.field_size_limit(1 << 24)  # characters; whole documents are cells, an unclosed quote still ends
 
-NumberedRow = tuple[int, Row | Broken]
+NumberedRow = tuple[int, RawRow | BrokenRow]
 
 
-def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Record | Reject]:
+def read_slice(file_slice: FileSlice, source: SourceConfig) -> Iterator[Record | Reject]:
     """Records and rejects of a unit's rows; deny-lists are applied by `DenyList.check`.
 
     A file that cannot be read to its end gives one reject more, as row 0 if it gave no row.
@@ -39,32 +42,74 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[Record | Reject]:
     Raises:
         ConfigError: the source's mapping is wrong.
     """
-    recognise = Recogniser(source)
-    last = 0
+    parse_row = RowParser(source)
+    last_row = 0
     try:
-        rows = read_rows(unit, source)
+        rows = read_raw_rows(file_slice, source)
         if source.group_by is not None:
-            rows = iter(_grouped(rows, source.group_by).values())
+            rows = iter(_group_by_column(rows, source.group_by).values())
         for number, row in rows:
-            last = number
-            origin = Origin(source=source.name, file=unit.file, row=number)
-            yield _reject(origin, row.reason) if isinstance(row, Broken) else recognise(row, origin)
+            last_row = number
+            origin = Origin(source=source.name, file=file_slice.file, row=number)
+            yield (
+                _make_reject(origin, row.reason)
+                if isinstance(row, BrokenRow)
+                else parse_row(row, origin)
+            )
     except BrokenFile as problem:
-        origin = Origin(source=source.name, file=unit.file, row=last + 1 if last else 0)
+        origin = Origin(
+            source=source.name, file=file_slice.file, row=last_row + 1 if last_row else 0
+        )
         reason = f"the file cannot be read further: {problem}"
-        yield _reject(origin, reason, unreadable=True)
+        yield _make_reject(origin, reason, unreadable=True)
 
 
-def _grouped(rows: Iterable[NumberedRow], column: str) -> dict[Any, NumberedRow]:
+def read_located_rows(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(FILE row N, row) of all files in the formats that training reads.
+
+    Raises:
+        ConfigError: there is no such file, or a row or the rest of a file cannot be read.
+    """
+    source = SourceConfig(name="questions", paths=tuple(paths), licence="only read")
+    for file_slice in list_slices(source, WHOLE_FILE_MB):
+        try:
+            for number, row in read_raw_rows(file_slice, source):
+                location = f"{file_slice.file} row {number}"
+                if isinstance(row, BrokenRow):
+                    raise ConfigError(f"{location}: {row.reason}; repair or remove it")
+                yield location, row
+        except BrokenFile as problem:
+            raise ConfigError(f"{file_slice.file}: cannot be read further: {problem}") from None
+
+
+def read_records(source: SourceConfig) -> Iterator[Record]:
+    """Documents and conversations of a source, without what its deny-lists set aside.
+
+    Raises:
+        ConfigError: a row is malformed.
+    """
+    deny = DenyList.load(source.deny)
+    for file_slice in list_slices(source, WHOLE_FILE_MB):
+        for record in read_slice(file_slice, source):
+            checked = record if isinstance(record, Reject) else deny.check(record)
+            if not isinstance(checked, Reject):
+                yield checked
+            elif checked.malformed:
+                raise ConfigError(f"{checked.file} row {checked.row}: {checked.reason}")
+
+
+def _group_by_column(rows: Iterable[NumberedRow], column: str) -> dict[Any, NumberedRow]:
     """Rows with one value in `column` under the number of the first; others as they are."""
     groups: dict[Any, NumberedRow] = {}
     for number, row in rows:
-        if isinstance(row, Broken):
+        if isinstance(row, BrokenRow):
             groups[number] = (number, row)
         elif not isinstance(row.get(column), (str, int)):
-            found = kind_of(row[column]) if column in row else "missing"
-            broken = Broken(f"column {column} is {found}, must be text or a number to group by")
-            groups[number] = (number, broken)
+            actual = json_type(row[column]) if column in row else "missing"
+            bad_row = BrokenRow(
+                f"column {column} is {actual}, must be text or a number to group by"
+            )
+            groups[number] = (number, bad_row)
         else:
             _, first = groups.setdefault(("", row[column]), (number, {**row, "rows": []}))
             assert isinstance(first, dict)
@@ -72,7 +117,7 @@ def _grouped(rows: Iterable[NumberedRow], column: str) -> dict[Any, NumberedRow]
     return groups
 
 
-def _reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Reject:
+def _make_reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Reject:
     return Reject(
         source=origin.source,
         file=origin.file,
@@ -82,91 +127,96 @@ def _reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Reject:
     )
 
 
-def read_rows(unit: Unit, source: SourceConfig) -> Iterator[NumberedRow]:
+def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[NumberedRow]:
     """Raw rows with their numbers. Raises BrokenFile after the last row that could be read."""
-    if unit.format == "parquet":
-        return _parquet(unit)
-    chunks = read_chunks(unit.file, unit.start, unit.stop)
-    match unit.format:
+    if file_slice.format == "parquet":
+        return _read_parquet(file_slice)
+    chunks = read_chunks(file_slice.file, file_slice.start, file_slice.stop)
+    match file_slice.format:
         case "jsonl":
-            return _json_lines(text_lines(chunks, unit.encoding), unit.first_row)
+            return _read_json_lines(text_lines(chunks, file_slice.encoding), file_slice.first_row)
         case "json":
-            return _json(chunks, unit)
+            return _read_json(chunks, file_slice)
         case "csv" | "tsv":
-            delimiter = "," if unit.format == "csv" else "\t"
-            return _csv(text_lines(chunks, unit.encoding), delimiter)
+            delimiter = "," if file_slice.format == "csv" else "\t"
+            return _read_csv(text_lines(chunks, file_slice.encoding), delimiter)
         case "txt" if source.lines:
-            return _txt_lines(text_lines(chunks, unit.encoding), unit.first_row)
+            return _read_txt_lines(text_lines(chunks, file_slice.encoding), file_slice.first_row)
         case "txt":
-            return _txt(chunks, unit.encoding)
-    raise AssertionError(unit.format)
+            return _read_txt(chunks, file_slice.encoding)
+    raise AssertionError(file_slice.format)
 
 
-def _txt_lines(lines: Iterable[str | Broken], first_row: int) -> Iterator[NumberedRow]:
+def _read_txt_lines(lines: Iterable[str | BrokenRow], first_row: int) -> Iterator[NumberedRow]:
     for number, line in enumerate(lines, start=first_row):
-        if isinstance(line, Broken):
+        if isinstance(line, BrokenRow):
             yield number, line
         elif line.strip():
             yield number, {"text": line}
 
 
-def _txt(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
-    data, encoding = whole(chunks, encoding)
+def _read_txt(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
+    data, encoding = read_all(chunks, encoding)
     text = decode(data, encoding)
-    yield 1, text if isinstance(text, Broken) else {"text": text.removeprefix("\ufeff")}
+    yield 1, text if isinstance(text, BrokenRow) else {"text": text.removeprefix("\ufeff")}
 
 
-def _json_lines(lines: Iterable[str | Broken], first_row: int) -> Iterator[NumberedRow]:
+def _read_json_lines(lines: Iterable[str | BrokenRow], first_row: int) -> Iterator[NumberedRow]:
     for number, line in enumerate(lines, start=first_row):
-        if isinstance(line, Broken):
+        if isinstance(line, BrokenRow):
             yield number, line
         elif line.strip():
-            yield number, _parse(line)
+            yield number, _parse_json(line)
 
 
-def _parse(line: str) -> Row | Broken:
+def _parse_json(line: str) -> RawRow | BrokenRow:
     try:
-        return _object(json.loads(line))
+        return _require_object(json.loads(line))
     except json.JSONDecodeError as error:
-        return Broken(f"is not JSON from character {error.pos + 1} on")
+        return BrokenRow(f"is not JSON from character {error.pos + 1} on")
     except (ValueError, RecursionError) as error:
-        return Broken(f"is JSON that Python cannot hold ({type(error).__name__})")
+        return BrokenRow(f"is JSON that Python cannot hold ({type(error).__name__})")
 
 
-def _object(value: Any) -> Row | Broken:
+def _require_object(value: Any) -> RawRow | BrokenRow:
     return (
-        value if isinstance(value, dict) else Broken(f"row is {kind_of(value)}, must be an object")
+        value
+        if isinstance(value, dict)
+        else BrokenRow(f"row is {json_type(value)}, must be an object")
     )
 
 
-def _json(chunks: Iterator[bytes], unit: Unit) -> Iterator[NumberedRow]:
+def _read_json(chunks: Iterator[bytes], file_slice: FileSlice) -> Iterator[NumberedRow]:
     """An array of rows, loaded whole, or JSON lines under the name .json."""
     head = b""
     for chunk in chunks:
         head += chunk
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             break
-        if head.count(b"\n") > PEEK_LINES:
+        if head.count(b"\n") > JSON_LINES_PROBE:
             break
     chunks = chain([head], chunks)
     if _is_json_lines(head):
-        return _json_lines(text_lines(chunks, unit.encoding), 1)
-    return _json_array(chunks, unit.encoding)
+        return _read_json_lines(text_lines(chunks, file_slice.encoding), 1)
+    return _read_json_array(chunks, file_slice.encoding)
 
 
 def _is_json_lines(head: bytes) -> bool:
-    lines = [line for line in head.split(b"\n")[: 2 * PEEK_LINES] if line.strip()][:PEEK_LINES]
+    lines = [line for line in head.split(b"\n")[: 2 * JSON_LINES_PROBE] if line.strip()][
+        :JSON_LINES_PROBE
+    ]
     text = [decode(line, "utf-8") for line in lines]
     return any(
-        isinstance(line, str) and isinstance(_parse(line.lstrip("\ufeff")), dict) for line in text
+        isinstance(line, str) and isinstance(_parse_json(line.lstrip("\ufeff")), dict)
+        for line in text
     )
 
 
-def _json_array(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
-    data, encoding = whole(chunks, encoding)
+def _read_json_array(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
+    data, encoding = read_all(chunks, encoding)
     text = decode(data, encoding)
-    broken = isinstance(text, Broken)
-    if isinstance(text, Broken):  # must not cost the rows that are whole
+    broken = isinstance(text, BrokenRow)
+    if isinstance(text, BrokenRow):  # must not cost the rows that are whole
         text = data.decode(encoding, "surrogateescape")
     try:
         value = json.loads(text.removeprefix("\ufeff"))
@@ -176,9 +226,9 @@ def _json_array(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]
         raise BrokenFile(f"is JSON that Python cannot hold ({type(error).__name__})") from None
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
         if broken and _has_broken_bytes(row):
-            yield number, Broken(f"broken encoding (read as {encoding})")
+            yield number, BrokenRow(f"broken encoding (read as {encoding})")
         else:
-            yield number, _object(row)
+            yield number, _require_object(row)
 
 
 def _has_broken_bytes(row: object) -> bool:
@@ -186,9 +236,9 @@ def _has_broken_bytes(row: object) -> bool:
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def _csv(lines: Iterable[str | Broken], delimiter: str) -> Iterator[NumberedRow]:
+def _read_csv(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[NumberedRow]:
     """Cells may hold line breaks, so a row is known by its number and not by its line."""
-    broken: list[Broken] = []  # lines of the row that is being read
+    broken: list[BrokenRow] = []  # lines of the row that is being read
     reader = csv.reader(_csv_lines(lines, broken), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 0
@@ -196,7 +246,7 @@ def _csv(lines: Iterable[str | Broken], delimiter: str) -> Iterator[NumberedRow]
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            cells, problem = [], Broken(f"is not CSV: {error}")
+            cells, problem = [], BrokenRow(f"is not CSV: {error}")
         else:
             problem = None
         if cells is None:
@@ -214,25 +264,25 @@ def _csv(lines: Iterable[str | Broken], delimiter: str) -> Iterator[NumberedRow]
             continue
         number += 1
         if problem is None and len(cells) != len(header):
-            problem = Broken(f"has {len(cells)} cells, the header {len(header)}")
+            problem = BrokenRow(f"has {len(cells)} cells, the header {len(header)}")
         yield number, problem or dict(zip(header, cells, strict=True))
 
 
-def _csv_lines(lines: Iterable[str | Broken], broken: list[Broken]) -> Iterator[str]:
+def _csv_lines(lines: Iterable[str | BrokenRow], broken: list[BrokenRow]) -> Iterator[str]:
     for line in lines:
-        if isinstance(line, Broken):
+        if isinstance(line, BrokenRow):
             broken.append(line)
             yield "broken\n"  # keeps the reader going
         else:
             yield line + "\n"
 
 
-def _parquet(unit: Unit) -> Iterator[NumberedRow]:
-    number = unit.first_row
-    with open_file(unit.file) as stream:
+def _read_parquet(file_slice: FileSlice) -> Iterator[NumberedRow]:
+    number = file_slice.first_row
+    with open_file(file_slice.file) as stream:
         try:
             file = pq.ParquetFile(stream)
-            groups = range(unit.start, unit.stop or file.metadata.num_row_groups)
+            groups = range(file_slice.start, file_slice.stop or file.metadata.num_row_groups)
             batches = (file.iter_batches(BATCH_ROWS, row_groups=[group]) for group in groups)
             for batch in chain.from_iterable(batches):
                 for row in _batch_rows(batch):
@@ -244,7 +294,7 @@ def _parquet(unit: Unit) -> Iterator[NumberedRow]:
             raise BrokenFile("damaged Parquet data") from None
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row | Broken]:
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[RawRow | BrokenRow]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -252,4 +302,4 @@ def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row | Broken]:
             try:
                 yield batch.slice(index, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
-                yield Broken(f"broken encoding at byte {error.start + 1}")
+                yield BrokenRow(f"broken encoding at byte {error.start + 1}")

@@ -6,21 +6,21 @@ from itertools import pairwise
 from typing import Any
 
 from medgpt.config.data import TurnsMapping
-from medgpt.data.sources.clean import clean
+from medgpt.data.sources.clean import clean_text
 from medgpt.data.sources.records import Message, Role
 
-Row = dict[str, Any]
+RawRow = dict[str, Any]
 
 
-class Malformed(Exception):
+class MalformedRow(Exception):
     """A row that cannot be trained on. The message names columns and rules, never values."""
 
 
-class Unusable(Malformed):
+class UnusableRow(MalformedRow):
     """A good row with nothing to learn from."""
 
 
-def kind_of(value: object) -> str:
+def json_type(value: object) -> str:
     """The JSON type of `value` in words."""
     if value is None:
         return "null"
@@ -30,70 +30,75 @@ def kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def text_of(value: object, what: str) -> str:
+def require_text(value: object, location: str) -> str:
     """Cleaned text, not empty."""
     if not isinstance(value, str):
-        raise Malformed(f"{what} is {kind_of(value)}, must be text")
-    text = clean(value)
+        raise MalformedRow(f"{location} is {json_type(value)}, must be text")
+    text = clean_text(value)
     if not text:
-        raise Malformed(f"{what} is empty")
+        raise MalformedRow(f"{location} is empty")
     return text
 
 
-def cell(row: Row, column: str) -> Any:
+def require_column(row: RawRow, column: str) -> Any:
     if column not in row:
-        raise Malformed(f"column {column} is missing")
+        raise MalformedRow(f"column {column} is missing")
     return row[column]
 
 
-def list_of(row: Row, column: str) -> list[Any]:
+def require_list(row: RawRow, column: str) -> list[Any]:
     """The list in a column; a CSV cell holds it as JSON."""
-    value = cell(row, column)
+    value = require_column(row, column)
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise Malformed(f"column {column} is text that is not JSON, must be a list") from None
+            raise MalformedRow(
+                f"column {column} is text that is not JSON, must be a list"
+            ) from None
     if not isinstance(value, list):
-        raise Malformed(f"column {column} is {kind_of(value)}, must be a list")
+        raise MalformedRow(f"column {column} is {json_type(value)}, must be a list")
     if not value:
-        raise Malformed(f"column {column} is empty")
+        raise MalformedRow(f"column {column} is empty")
     return value
 
 
-def read_turns(row: Row, turns: TurnsMapping) -> list[Message]:
+def read_turns(row: RawRow, turns: TurnsMapping) -> list[Message]:
     """The messages in `turns.column`, joined as it says."""
     messages: list[Message] = []
-    for number, turn in enumerate(list_of(row, turns.column), start=1):
-        what = f"column {turns.column}, turn {number}"
+    for number, turn in enumerate(require_list(row, turns.column), start=1):
+        location = f"column {turns.column}, turn {number}"
         if turns.pairs:
-            question, answer = (_part(turn, key, what) for key in turns.pairs)
-            messages.append(Message("user", text_of(question, f"{what}, {turns.pairs[0]}")))
-            messages.append(Message("assistant", text_of(answer, f"{what}, {turns.pairs[1]}")))
+            question, answer = (_turn_item(turn, key, location) for key in turns.pairs)
+            messages.append(
+                Message("user", require_text(question, f"{location}, {turns.pairs[0]}"))
+            )
+            messages.append(
+                Message("assistant", require_text(answer, f"{location}, {turns.pairs[1]}"))
+            )
             continue
-        role = _role(_part(turn, turns.role, what), turns, what)
-        content = _part(turn, turns.content, what)
-        if turns.merge and isinstance(content, str) and not clean(content):
+        role = _turn_role(_turn_item(turn, turns.role, location), turns, location)
+        content = _turn_item(turn, turns.content, location)
+        if turns.merge and isinstance(content, str) and not clean_text(content):
             continue  # an empty utterance adds nothing to the speaker's others
-        messages.append(Message(role, text_of(content, what)))
-    return merge(messages) if turns.merge else messages
+        messages.append(Message(role, require_text(content, location)))
+    return merge_consecutive(messages) if turns.merge else messages
 
 
-def _part(turn: object, key: str | int, what: str) -> object:
+def _turn_item(turn: object, key: str | int, location: str) -> object:
     if isinstance(key, str) and isinstance(turn, dict):
         if key not in turn:
-            raise Malformed(f"{what} lacks {key}")
+            raise MalformedRow(f"{location} lacks {key}")
         return turn[key]
     if isinstance(key, int) and isinstance(turn, (list, tuple)):
         if not -len(turn) <= key < len(turn):
-            raise Malformed(f"{what} has {len(turn)} items, none at {key}")
+            raise MalformedRow(f"{location} has {len(turn)} items, none at {key}")
         return turn[key]
-    raise Malformed(
-        f"{what} is {kind_of(turn)}, must be {'an object' if isinstance(key, str) else 'a list'}"
-    )
+    expected = "an object" if isinstance(key, str) else "a list"
+    raise MalformedRow(f"{location} is {json_type(turn)}, must be {expected}")
 
 
-def _role(speaker: object, turns: TurnsMapping, what: str) -> Role:
+def _turn_role(speaker: object, turns: TurnsMapping, location: str) -> Role:
     if speaker in turns.user:
         return "user"
     if speaker in turns.assistant:
@@ -101,10 +106,10 @@ def _role(speaker: object, turns: TurnsMapping, what: str) -> Role:
     if speaker in turns.system:
         return "system"
     known = ", ".join((*turns.user, *turns.assistant, *turns.system))
-    raise Malformed(f"{what} has a speaker who is none of {known}")
+    raise MalformedRow(f"{location} has a speaker who is none of {known}")
 
 
-def merge(messages: Sequence[Message]) -> list[Message]:
+def merge_consecutive(messages: Sequence[Message]) -> list[Message]:
     """Consecutive messages of one speaker become one, on lines of its own."""
     merged: list[Message] = []
     for message in messages:
@@ -116,35 +121,37 @@ def merge(messages: Sequence[Message]) -> list[Message]:
     return merged
 
 
-def trim(messages: Sequence[Message], what: str) -> list[Message]:
+def trim_unanswered(messages: Sequence[Message], location: str) -> list[Message]:
     """Without the assistant's turns before the first question, the user's after the last answer."""
     system = [m for m in messages if m.role == "system"]
-    rest = [m for m in messages if m.role != "system"]
-    while rest and rest[0].role == "assistant":
-        rest = rest[1:]
-    while rest and rest[-1].role == "user":
-        rest = rest[:-1]
-    if not rest:
-        raise Malformed(f"{what} has no question with an answer")
-    return [*system, *rest]
+    turns = [m for m in messages if m.role != "system"]
+    while turns and turns[0].role == "assistant":
+        turns = turns[1:]
+    while turns and turns[-1].role == "user":
+        turns = turns[:-1]
+    if not turns:
+        raise MalformedRow(f"{location} has no question with an answer")
+    return [*system, *turns]
 
 
 def check_turns(
-    messages: Sequence[Message], what: str, *, last: Role = "assistant"
+    messages: Sequence[Message], location: str, *, last_role: Role = "assistant"
 ) -> tuple[Message, ...]:
     """An optional system message, then user and assistant in turn, ending with `last`."""
-    spoken = [m for m in messages if m.role != "system"]
+    turns = [m for m in messages if m.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
-        raise Malformed(f"{what} has a system message that is not the first")
-    if not spoken:
-        raise Malformed(f"{what} has no turns of user and assistant")
-    if spoken[0].role != "user":
-        raise Malformed(f"{what} starts with the assistant, must start with the user")
-    for number, (one, two) in enumerate(pairwise(spoken), start=1):
-        if one.role == two.role:
-            raise Malformed(
-                f"{what}: turns {number} and {number + 1} have one speaker, must alternate"
+        raise MalformedRow(f"{location} has a system message that is not the first")
+    if not turns:
+        raise MalformedRow(f"{location} has no turns of user and assistant")
+    if turns[0].role != "user":
+        raise MalformedRow(f"{location} starts with the assistant, must start with the user")
+    for number, (turn, next_turn) in enumerate(pairwise(turns), start=1):
+        if turn.role == next_turn.role:
+            raise MalformedRow(
+                f"{location}: turns {number} and {number + 1} have one speaker, must alternate"
             )
-    if spoken[-1].role != last:
-        raise Malformed(f"{what} ends with the {spoken[-1].role}, must end with the {last}")
+    if turns[-1].role != last_role:
+        raise MalformedRow(
+            f"{location} ends with the {turns[-1].role}, must end with the {last_role}"
+        )
     return tuple(messages)

@@ -10,19 +10,19 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
-from medgpt.data.tokenized import chat
-from medgpt.data.tokenized.words import word_of_characters
+from medgpt.data.tokenized import chat_template
+from medgpt.data.tokenized.words import char_word_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Encoded:
+class EncodedSample:
     """N tokens of one record."""
 
     input_ids: NDArray[np.int32]  # (N,)
     targets: NDArray[np.bool_]  # (N,) True: the model must learn to produce this token
     word_ids: NDArray[np.int32] | None = None  # (N,) word a token belongs to, -1 = none
     num_truncated_turns: int = 0  # messages left out so that it fits
-    pieces: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
+    sequence_lengths: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
     grades: NDArray[np.float32] | None = None  # (K,) of the answers
     messages: str | None = None  # JSON of [role, content] pairs, where the text is needed, too
 
@@ -55,11 +55,11 @@ class DocumentEncoder:
         self._end_id = tokenizer.get_vocab()[str(end)]
         self._special = np.array(tokenizer.all_special_ids, dtype=np.int32)
 
-    def __call__(self, record: Record) -> Encoded | Reject:
+    def __call__(self, record: Record) -> EncodedSample | Reject:
         return self.encode_batch([record])[0]
 
-    def encode_batch(self, records: Sequence[Record]) -> list[Encoded | Reject]:
-        texts = [_text(record) for record in records]
+    def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
+        texts = [_record_text(record) for record in records]
         if not texts:
             return []
         batch = self._tokenizer(
@@ -72,22 +72,22 @@ class DocumentEncoder:
         return [
             self._encode(batch, row, text)
             if text.strip() and batch["input_ids"][row]
-            else reject(record, "empty text")
+            else make_reject(record, "empty text")
             for row, (record, text) in enumerate(zip(records, texts, strict=True))
         ]
 
-    def _encode(self, batch: BatchEncoding, row: int, text: str) -> Encoded:
+    def _encode(self, batch: BatchEncoding, row: int, text: str) -> EncodedSample:
         ids = np.array(batch["input_ids"][row], dtype=np.int32)
         if not self._mlm:
             if ids[-1] != self._end_id:
                 ids = np.append(ids, np.int32(self._end_id))
-            return Encoded(input_ids=ids, targets=np.ones(len(ids), dtype=np.bool_))
+            return EncodedSample(input_ids=ids, targets=np.ones(len(ids), dtype=np.bool_))
         targets = ~np.isin(ids, self._special)
         word_ids = None
         if self._whole_word:
             starts = np.array(batch["offset_mapping"][row], dtype=np.int32)[:, 0]
-            word_ids = np.where(targets, word_of_characters(text)[starts], np.int32(-1))
-        return Encoded(input_ids=ids, targets=targets, word_ids=word_ids)
+            word_ids = np.where(targets, char_word_ids(text)[starts], np.int32(-1))
+        return EncodedSample(input_ids=ids, targets=targets, word_ids=word_ids)
 
 
 class ConversationEncoder:
@@ -98,48 +98,48 @@ class ConversationEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int):
-        chat.check_template(tokenizer)
+        chat_template.check_prompts_are_prefixes(tokenizer)
         self._tokenizer = tokenizer
         self._max_length = max_length
-        self._end = chat.turn_end(tokenizer)
-        self._control_tokens = chat.control_tokens(tokenizer)
-        self._takes_system_message = chat.takes_system_message(tokenizer)
+        self._end = chat_template.end_of_turn_token(tokenizer)
+        self._control_tokens = chat_template.control_tokens(tokenizer)
+        self._accepts_system_message = chat_template.accepts_system_message(tokenizer)
 
-    def __call__(self, record: Record) -> Encoded | Reject:
+    def __call__(self, record: Record) -> EncodedSample | Reject:
         return self.encode_batch([record])[0]
 
-    def encode_batch(self, records: Sequence[Record]) -> list[Encoded | Reject]:
-        results: dict[int, Encoded | Reject] = {}
-        waiting: dict[int, Conversation] = {}
+    def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
+        results: dict[int, EncodedSample | Reject] = {}
+        pending: dict[int, Conversation] = {}
         for i, record in enumerate(records):
-            reason = self._why_not(record)
+            reason = self._reject_reason(record)
             if reason is None:
                 assert isinstance(record, Conversation)
-                waiting[i] = record
+                pending[i] = record
             else:
-                results[i] = reject(record, reason)
-        num_messages = {i: len(conversation.messages) for i, conversation in waiting.items()}
-        while waiting:  # once, and again for those that lost a turn
+                results[i] = make_reject(record, reason)
+        num_messages = {i: len(conversation.messages) for i, conversation in pending.items()}
+        while pending:  # once, and again for those that lost a turn
             shorter = {}
-            for i, result in zip(waiting, self._encode_all(list(waiting.values())), strict=True):
+            for i, result in zip(pending, self._encode_all(list(pending.values())), strict=True):
                 if isinstance(result, Conversation):
                     shorter[i] = result
-                elif isinstance(result, Encoded):
-                    lost = num_messages[i] - len(waiting[i].messages)
-                    results[i] = replace(result, num_truncated_turns=lost)
+                elif isinstance(result, EncodedSample):
+                    num_truncated = num_messages[i] - len(pending[i].messages)
+                    results[i] = replace(result, num_truncated_turns=num_truncated)
                 else:
                     results[i] = result
-            waiting = shorter
+            pending = shorter
         return [results[i] for i in range(len(records))]
 
-    def _why_not(self, record: Record) -> str | None:
+    def _reject_reason(self, record: Record) -> str | None:
         if not isinstance(record, Conversation):
             kind = type(record).__name__.lower()
             return f"{kind} where a conversation is needed"
-        reason = check_conversation(record.messages)
+        reason = conversation_error(record.messages)
         if reason is not None:
             return reason
-        if record.messages[0].role == "system" and not self._takes_system_message:
+        if record.messages[0].role == "system" and not self._accepts_system_message:
             return "the chat template takes no system message"
         for token in self._control_tokens:
             if any(token in message.content for message in record.messages):
@@ -148,10 +148,10 @@ class ConversationEncoder:
 
     def _encode_all(
         self, conversations: list[Conversation]
-    ) -> list[Encoded | Reject | Conversation]:
+    ) -> list[EncodedSample | Reject | Conversation]:
         """Each encoded, or without some of its oldest turns if it is too long."""
         messages = [conversation.messages for conversation in conversations]
-        rendered = chat.render_answers(self._tokenizer, messages, self._end)
+        rendered = chat_template.render_with_answer_spans(self._tokenizer, messages, self._end)
         batch = self._tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
@@ -166,27 +166,35 @@ class ConversationEncoder:
         ]
 
     def _encode(
-        self, conversation: Conversation, batch: BatchEncoding, row: int, spans: list[chat.Span]
-    ) -> Encoded | Reject | Conversation:
+        self,
+        conversation: Conversation,
+        batch: BatchEncoding,
+        row: int,
+        spans: list[chat_template.CharSpan],
+    ) -> EncodedSample | Reject | Conversation:
         ids = np.array(batch["input_ids"][row], dtype=np.int32)
-        turns = [tokens for span in spans if (tokens := tokens_of(batch, row, span)) is not None]
+        turns = [tokens for span in spans if (tokens := token_span(batch, row, span)) is not None]
         if len(turns) < sum(message.role == "assistant" for message in conversation.messages):
-            return reject(conversation, "the chat template does not keep an answer from its prompt")
+            return make_reject(
+                conversation, "the chat template does not keep an answer from its prompt"
+            )
         excess = len(ids) - self._max_length
         if excess > 0:
             if len(turns) == 1:
                 reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
-                return reject(conversation, reason, malformed=False)
+                return make_reject(conversation, reason, malformed=False)
             # the fewest pairs that can be enough: no more is freed than what precedes their end
-            enough = [k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess]
-            return _without_pairs(conversation, enough[0] if enough else len(turns) - 1)
+            candidates = [k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess]
+            return _drop_oldest_exchanges(
+                conversation, candidates[0] if candidates else len(turns) - 1
+            )
         targets = np.zeros(len(ids), dtype=np.bool_)
         for start, stop in turns:
             targets[start:stop] = True
-        return Encoded(input_ids=ids, targets=targets)
+        return EncodedSample(input_ids=ids, targets=targets)
 
 
-def check_conversation(messages: Sequence[Message]) -> str | None:
+def conversation_error(messages: Sequence[Message]) -> str | None:
     """Why it cannot be trained on: an empty turn, or turns out of order. None if all is well."""
     if any(not message.content.strip() for message in messages):
         return "empty turn"
@@ -202,29 +210,31 @@ def check_conversation(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def tokens_of(batch: BatchEncoding, row: int, span: chat.Span) -> tuple[int, int] | None:
+def token_span(
+    batch: BatchEncoding, row: int, span: chat_template.CharSpan
+) -> tuple[int, int] | None:
     """[start, end) in tokens of a span of characters; None if its first token begins before it."""
     first, last = (batch.char_to_token(row, char) for char in (span[0], span[1] - 1))
     if first is None or last is None:
         return None
-    begins = batch.token_to_chars(row, first)
-    return (first, last + 1) if begins is not None and begins.start == span[0] else None
+    first_chars = batch.token_to_chars(row, first)
+    return (first, last + 1) if first_chars is not None and first_chars.start == span[0] else None
 
 
-def _without_pairs(conversation: Conversation, num_pairs: int) -> Conversation:
+def _drop_oldest_exchanges(conversation: Conversation, num_pairs: int) -> Conversation:
     """Without its oldest `num_pairs` exchanges."""
     num_system = int(conversation.messages[0].role == "system")
-    kept = conversation.messages[num_system + 2 * num_pairs :]
-    return replace(conversation, messages=conversation.messages[:num_system] + kept)
+    remaining = conversation.messages[num_system + 2 * num_pairs :]
+    return replace(conversation, messages=conversation.messages[:num_system] + remaining)
 
 
-def _text(record: Record) -> str:
+def _record_text(record: Record) -> str:
     if isinstance(record, Document):
         return record.text
     return "\n".join(message.content.strip() for message in record.messages)
 
 
-def reject(record: Record, reason: str, *, malformed: bool = True) -> Reject:
+def make_reject(record: Record, reason: str, *, malformed: bool = True) -> Reject:
     return Reject(
         source=record.source, file=record.file, row=record.row, reason=reason, malformed=malformed
     )

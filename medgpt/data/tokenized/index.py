@@ -9,7 +9,7 @@ IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Index:
+class SampleIndex:
     """One entry per sample, in file order; N samples."""
 
     length: IntArray  # (N,) tokens

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import DataConfig
+from medgpt.data.sources.file_slices import FileSlice
 from medgpt.data.sources.records import Conversation, Record, Reject
-from medgpt.data.sources.units import Unit
 
 if TYPE_CHECKING:
-    from medgpt.data.tokenized.encode import Encoded
+    from medgpt.data.tokenized.encode import EncodedSample
 
-SHOWN = 3  # reasons or files in an error
+NUM_SHOWN = 3  # reasons or files in an error
 
 
 @dataclass
-class Account:
+class RowCounts:
     """Rows of a unit or a source: rows = train + validation + sum of set_aside."""
 
     rows: int = 0
@@ -30,26 +30,28 @@ class Account:
     unreadable_files: list[str] = field(default_factory=list)  # file, row it broke at, reason
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
-    def add(self, other: "Account") -> None:
-        self.rows += other.rows
-        self.train += other.train
-        self.validation += other.validation
-        self.malformed += other.malformed
-        self.trimmed_turns += other.trimmed_turns
-        self.truncated_turns += other.truncated_turns
-        self.unreadable_files = self.unreadable_files + other.unreadable_files
-        self.set_aside = dict(Counter(self.set_aside) + Counter(other.set_aside))
+    def add(self, counts: "RowCounts") -> None:
+        self.rows += counts.rows
+        self.train += counts.train
+        self.validation += counts.validation
+        self.malformed += counts.malformed
+        self.trimmed_turns += counts.trimmed_turns
+        self.truncated_turns += counts.truncated_turns
+        self.unreadable_files = self.unreadable_files + counts.unreadable_files
+        self.set_aside = dict(Counter(self.set_aside) + Counter(counts.set_aside))
 
-    def keep(self, record: Record, encoded: "Encoded", *, held_out: bool) -> None:
+    def count_sample(
+        self, record: Record, encoded: "EncodedSample", *, is_validation: bool
+    ) -> None:
         """Count a row that becomes a sample."""
         self.rows += 1
-        self.train += not held_out
-        self.validation += held_out
+        self.train += not is_validation
+        self.validation += is_validation
         self.truncated_turns += encoded.num_truncated_turns
         if isinstance(record, Conversation):
             self.trimmed_turns += record.num_trimmed
 
-    def reject(self, reject: Reject) -> None:
+    def count_reject(self, reject: Reject) -> None:
         """Count a row that is set aside, under its reason without numbers."""
         self.rows += 1
         self.malformed += reject.malformed
@@ -59,60 +61,65 @@ class Account:
             self.unreadable_files.append(f"{reject.file}, row {reject.row}: {reject.reason}")
 
 
-def by_source(
-    config: DataConfig, units: Sequence[Unit], accounts: Sequence[Account], *, rejected_url: str
-) -> dict[str, Account]:
+def sum_by_source(
+    config: DataConfig,
+    slices: Sequence[FileSlice],
+    slice_counts: Sequence[RowCounts],
+    *,
+    rejected_url: str,
+) -> dict[str, RowCounts]:
     """Accounts of units added up. Raises ConfigError if a source has too many bad rows or units."""
-    sources = {source.name: Account() for source in config.sources}
-    for unit, account in zip(units, accounts, strict=True):
-        sources[unit.source].add(account)
-    num_units = Counter(unit.source for unit in units)
-    for name, account in sources.items():
-        held = account.train + account.validation
-        assert account.rows == held + sum(account.set_aside.values()), (
-            f"{name} lost rows: {account}"
+    source_counts = {source.name: RowCounts() for source in config.sources}
+    for file_slice, counts in zip(slices, slice_counts, strict=True):
+        source_counts[file_slice.source].add(counts)
+    num_slices = Counter(unit.source for unit in slices)
+    for name, counts in source_counts.items():
+        num_samples = counts.train + counts.validation
+        assert counts.rows == num_samples + sum(counts.set_aside.values()), (
+            f"{name} lost rows: {counts}"
         )
-        _refuse_unreadable(name, account, num_units[name], config.max_malformed_share)
-        _refuse_malformed(name, account, config.max_malformed_share, rejected_url)
-    return sources
+        _refuse_unreadable(name, counts, num_slices[name], config.max_malformed_share)
+        _refuse_malformed(name, counts, config.max_malformed_share, rejected_url)
+    return source_counts
 
 
-def _refuse_unreadable(name: str, account: Account, num_units: int, limit: float) -> None:
-    broken = account.unreadable_files
-    if len(broken) > limit * num_units:
+def _refuse_unreadable(name: str, counts: RowCounts, total: int, limit: float) -> None:
+    unreadable = counts.unreadable_files
+    if len(unreadable) > limit * total:
         raise ConfigError(
-            f"data.sources {name}: {len(broken)} of {num_units} pieces of files cannot be read to "
-            f"their end: {'; '.join(broken[:SHOWN])}. Restore or remove the files; to train on the "
-            f"rest, raise data.max_malformed_share={limit} to {_above(len(broken) / num_units)}"
+            f"data.sources {name}: {len(unreadable)} of {total} pieces of files cannot be read to "
+            f"their end: {'; '.join(unreadable[:NUM_SHOWN])}. Restore or remove the files; to "
+            f"train on the rest, raise data.max_malformed_share={limit} to "
+            f"{_ceil_percent(len(unreadable) / total)}"
         )
 
 
-def _refuse_malformed(name: str, account: Account, limit: float, rejected_url: str) -> None:
-    if account.malformed > limit * account.rows:
+def _refuse_malformed(name: str, counts: RowCounts, limit: float, rejected_url: str) -> None:
+    if counts.malformed > limit * counts.rows:
         raise ConfigError(
-            f"data.sources {name}: {account.malformed} of {account.rows} rows are malformed, more "
+            f"data.sources {name}: {counts.malformed} of {counts.rows} rows are malformed, more "
             f"than data.max_malformed_share={limit}; most frequent: "
-            f"{most_common(account.set_aside)}. File, row and reason of each are in {rejected_url}"
+            f"{most_common(counts.set_aside)}. File, row and reason of each are in {rejected_url}"
         )
 
 
-def _above(share: float) -> float:
+def _ceil_percent(share: float) -> float:
     """`share` in per cent, rounded up."""
     return -(-share * 100 // 1) / 100
 
 
-def refuse_empty(accounts: Mapping[str, Account], config: DataConfig) -> None:
+def refuse_empty(source_counts: Mapping[str, RowCounts], config: DataConfig) -> None:
     """Raises ConfigError if no row is left, or none of a source that has a weight."""
-    if not sum(account.train for account in accounts.values()):
+    if not sum(account.train for account in source_counts.values()):
         reasons: Counter[str] = Counter()
-        for account in accounts.values():
-            reasons.update(account.set_aside)
+        for counts in source_counts.values():
+            reasons.update(counts.set_aside)
         raise ConfigError(
             f"data.sources: no row is left to train on with data.max_length={config.max_length}; "
             f"most frequent reasons: {most_common(reasons) or 'the files are empty'}"
         )
     for source in config.sources:
-        if source.weight is not None and not accounts[source.name].train:
+        if source.weight is not None and not source_counts[source.name].train:
             raise ConfigError(
                 f"data.sources {source.name} weight={source.weight:g}: no row of it is left to "
                 "train on, so the shares cannot be kept; repair or remove the source"
@@ -120,5 +127,5 @@ def refuse_empty(accounts: Mapping[str, Account], config: DataConfig) -> None:
 
 
 def most_common(reasons: Mapping[str, int]) -> str:
-    frequent = Counter(reasons).most_common(SHOWN)
+    frequent = Counter(reasons).most_common(NUM_SHOWN)
     return "; ".join(f"{reason} ({count} rows)" for reason, count in frequent)

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from medgpt.artifacts import MANIFEST, FileEntry, Folder, checksum
 from medgpt.data.sources.records import Origin
-from medgpt.data.tokenized.index import Index
+from medgpt.data.tokenized.index import SampleIndex
 
 if TYPE_CHECKING:  # its import of transformers would slow the start of every reading task
-    from medgpt.data.tokenized.encode import Encoded
+    from medgpt.data.tokenized.encode import EncodedSample
 
 BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
 CACHED_BLOCKS = 32  # more than a window has
-SCHEMA = pa.schema(
+SHARD_SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
         "targets": pa.list_(pa.bool_()),  # True where the token is to be learnt
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
         "row": pa.int64(),
     }
 )
-EXTRAS = ("pieces", "grades", "messages")
+OPTIONAL_COLUMNS = ("pieces", "grades", "messages")
 INDEX_SCHEMA = pa.schema(
     {
         "length": pa.int32(),
@@ -84,13 +84,15 @@ class ShardWriter:
             self.partial.unlink(missing_ok=True)
             self.stack.__exit__(kind, error, trace)
 
-    def add(self, encoded: "Encoded", *, content_hash: str, source: int, origin: Origin) -> None:
+    def add(
+        self, encoded: "EncodedSample", *, content_hash: str, source: int, origin: Origin
+    ) -> None:
         self.pending.append(
             {
                 "input_ids": encoded.input_ids,
                 "targets": encoded.targets,
                 "word_ids": encoded.word_ids,
-                "pieces": encoded.pieces,
+                "pieces": encoded.sequence_lengths,
                 "grades": encoded.grades,
                 "messages": encoded.messages,
                 "length": len(encoded.input_ids),
@@ -115,8 +117,8 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self.writer is None:
-            self.writer = pq.ParquetWriter(self.partial, SCHEMA, compression="zstd")
-        self.writer.write_table(pa.Table.from_pylist(self.pending, SCHEMA))
+            self.writer = pq.ParquetWriter(self.partial, SHARD_SCHEMA, compression="zstd")
+        self.writer.write_table(pa.Table.from_pylist(self.pending, SHARD_SCHEMA))
         self.pending, self.pending_tokens = [], 0
 
 
@@ -135,7 +137,7 @@ def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileE
         tables.append(table.append_column("row", pa.array(np.concatenate(rows), pa.int32())))
         blocks += [{"file": name, "row_group": g} for g in range(len(sizes))]
     index = pa.concat_tables(tables) if tables else _empty_index()
-    ids = pa.array(sample_ids(_fixed(index["content_hash"]))).cast(pa.string())
+    ids = pa.array(make_sample_ids(_fixed_width_ids(index["content_hash"]))).cast(pa.string())
     index = index.append_column("sample_id", ids).select(INDEX_SCHEMA.names)
     files = []
     with folder.staging() as directory:
@@ -154,16 +156,16 @@ def _empty_index() -> pa.Table:
     return schema.append(pa.field("content_hash", pa.string())).empty_table()
 
 
-def sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
+def make_sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
     """(N,) hash of content hash and occurrence number: unique even where contents repeat.
 
     Arrays of 32 bytes a sample and no Python objects: a corpus has many short samples.
     """
-    order = np.argsort(hashes, kind="stable")
-    place, ordered = np.arange(len(hashes)), hashes[order]
-    again = np.append(False, ordered[1:] == ordered[:-1])[: len(hashes)]
-    occurrence = np.empty_like(place)
-    occurrence[order] = place - np.maximum.accumulate(np.where(again, 0, place))
+    by_hash = np.argsort(hashes, kind="stable")
+    position, ordered = np.arange(len(hashes)), hashes[by_hash]
+    is_repeat = np.append(False, ordered[1:] == ordered[:-1])[: len(hashes)]
+    occurrence = np.empty_like(position)
+    occurrence[by_hash] = position - np.maximum.accumulate(np.where(is_repeat, 0, position))
     return np.fromiter(
         (
             xxhash.xxh3_128_hexdigest(b"%b:%d" % pair).encode()
@@ -174,13 +176,13 @@ def sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
     )
 
 
-def _fixed(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
+def _fixed_width_ids(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
     """(N,) S32 of a column of 32 characters."""
     values = column.combine_chunks().cast(pa.binary()).cast(pa.binary(32))
     return np.frombuffer(values.buffers()[1], "S32", count=len(values), offset=32 * values.offset)
 
 
-def read_index(folder: Folder, split: str) -> Index:
+def read_index(folder: Folder, split: str) -> SampleIndex:
     """The index of a split."""
     with folder.fs.open(folder.path(f"{split}.index.parquet")) as file:
         table = pq.read_table(file)
@@ -188,7 +190,7 @@ def read_index(folder: Folder, split: str) -> Index:
         name: table[name].to_numpy().astype(np.int64)
         for name in ("length", "source", "block", "row")
     }
-    return Index(**columns, sample_id=_fixed(table["sample_id"]))
+    return SampleIndex(**columns, sample_id=_fixed_width_ids(table["sample_id"]))
 
 
 def data_version(url: str) -> str:
@@ -196,41 +198,41 @@ def data_version(url: str) -> str:
     return xxhash.xxh3_64_hexdigest(Folder(url).read_text(MANIFEST).encode())
 
 
-class Tokens(NamedTuple):
+class BlockTokens(NamedTuple):
     """The R samples of a block. Sample i is values[offsets[i]:offsets[i + 1]]."""
 
     offsets: NDArray[np.int64]
     input_ids: NDArray[np.int32]
     targets: NDArray[np.bool_]
     word_ids: NDArray[np.int32] | None
-    extras: dict[str, list[Any]]
+    optional: dict[str, list[Any]]
     """(R,) each: `pieces` and `grades` of samples that are several answers, `messages` of prompts;
     only what there is."""
 
 
 @lru_cache(maxsize=CACHED_BLOCKS)
-def read_block(url: str, split: str, block: int, version: str) -> Tokens:
+def read_block(url: str, split: str, block: int, version: str) -> BlockTokens:
     """The tokens of one block; recent ones stay in memory, under the version of their data."""
     folder = Folder(url)
-    file, row_group = _blocks(url, split, version)[block]
+    file, row_group = _read_block_locations(url, split, version)[block]
     with folder.fs.open(folder.path(file)) as handle:
         table = pq.ParquetFile(handle).read_row_group(
-            row_group, columns=["input_ids", "targets", "word_ids", *EXTRAS]
+            row_group, columns=["input_ids", "targets", "word_ids", *OPTIONAL_COLUMNS]
         )
     lists = {name: table[name].combine_chunks() for name in table.column_names}
-    words = lists["word_ids"]
-    extras = [name for name in EXTRAS if not table[name].null_count]
-    return Tokens(
+    word_ids = lists["word_ids"]
+    optional = [name for name in OPTIONAL_COLUMNS if not table[name].null_count]
+    return BlockTokens(
         offsets=lists["input_ids"].offsets.to_numpy().astype(np.int64),
         input_ids=lists["input_ids"].flatten().to_numpy(),
         targets=lists["targets"].flatten().to_numpy(zero_copy_only=False),
-        word_ids=None if words.null_count else words.flatten().to_numpy(),
-        extras={name: table[name].to_pylist() for name in extras},
+        word_ids=None if word_ids.null_count else word_ids.flatten().to_numpy(),
+        optional={name: table[name].to_pylist() for name in optional},
     )
 
 
 @lru_cache(maxsize=4)
-def _blocks(url: str, split: str, version: str) -> list[tuple[str, int]]:
+def _read_block_locations(url: str, split: str, version: str) -> list[tuple[str, int]]:
     folder = Folder(url)
     with folder.fs.open(folder.path(f"{split}.blocks.parquet")) as file:
         table = pq.read_table(file)

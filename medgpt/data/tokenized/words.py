@@ -29,20 +29,20 @@ def han_words(text: str) -> Iterator[tuple[int, int]]:
 
 @lru_cache(maxsize=1 << 16)  # medical text repeats its phrases
 def _word_lengths(run: str) -> tuple[int, ...]:
-    return tuple(len(word) for word in _segmenter().cut(run))
+    return tuple(len(word) for word in _get_segmenter().cut(run))
 
 
 @cache
-def _segmenter() -> jieba.Tokenizer:
+def _get_segmenter() -> jieba.Tokenizer:
     jieba.setLogLevel(logging.WARNING)  # it reports the loading of its dictionary
     return jieba.dt
 
 
-def word_of_characters(text: str) -> NDArray[np.int32]:
+def char_word_ids(text: str) -> NDArray[np.int32]:
     """(len(text),) the word each character belongs to; a space or punctuation mark is its own."""
-    begins = np.ones(len(text), dtype=np.bool_)
+    is_word_start = np.ones(len(text), dtype=np.bool_)
     for start, end in han_words(text):
-        begins[start + 1 : end] = False
+        is_word_start[start + 1 : end] = False
     for run in _LETTERS.finditer(text):
-        begins[run.start() + 1 : run.end()] = False
-    return np.cumsum(begins, dtype=np.int32) - 1
+        is_word_start[run.start() + 1 : run.end()] = False
+    return np.cumsum(is_word_start, dtype=np.int32) - 1

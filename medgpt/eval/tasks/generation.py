@@ -5,19 +5,20 @@ from collections.abc import Mapping, Sequence
 import jieba
 
 from medgpt.config.base import ConfigError
-from medgpt.config.replies import GenerationConfig
+from medgpt.config.reply_tasks import GenerationConfig
+from medgpt.data.sources.readers import read_records
 from medgpt.data.sources.records import Conversation
-from medgpt.data.sources.rows import content_hash, draw, records
-from medgpt.eval.requests import Prompt, Replied, Reply, Response
+from medgpt.data.sources.sampling import draw_subset, hash_texts
+from medgpt.eval.requests import Generate, GenerateResponse, Prompt, Response
 from medgpt.eval.stats import Interval
-from medgpt.eval.task import ItemResult, rules_of
-from medgpt.eval.tasks import overlap as comparing
-from medgpt.eval.tasks.overlap import (
+from medgpt.eval.task import ItemResult, rules_digest
+from medgpt.eval.tasks import text_metrics
+from medgpt.eval.tasks.text_metrics import (
     BLEU_METRICS,
     DISTINCT_METRICS,
-    counts,
-    overlap,
-    score_of,
+    answer_metrics,
+    corpus_counts,
+    corpus_score,
 )
 
 
@@ -32,66 +33,71 @@ class GenerationTask:
         """Raises ConfigError: a source cannot be read or holds no conversation."""
         self.name, self._config = config.name, config
         self.sensitive = config.sensitive or any(source.sensitive for source in config.sources)
-        items = self._conversations()
-        self._items = draw(((key, (key, item)) for key, item in items.items()), config.limit, seed)
+        items = self._read_conversations()
+        self._items = draw_subset(
+            ((key, (key, item)) for key, item in items.items()), config.limit, seed
+        )
         self.template = (
             f"generation-1-{config.prompt}-{config.max_new_tokens}-jieba-{jieba.__version__}"
         )
-        self.rules = rules_of(comparing)
-        self.data_hash = content_hash(*(repr(item) for item in self._items))
+        self.rules = rules_digest(text_metrics)
+        self.data_hash = hash_texts(*(repr(item) for item in self._items))
 
-    def _conversations(self) -> dict[str, Conversation]:
+    def _read_conversations(self) -> dict[str, Conversation]:
         items: dict[str, Conversation] = {}
         for source in self._config.sources:
-            found = 0
-            for record in records(source):
+            num_conversations = 0
+            for record in read_records(source):
                 if isinstance(record, Conversation):
-                    asked = [message.content for message in record.messages[:-1]]
-                    items.setdefault(f"{source.name}-{content_hash(*asked)}", record)
-                    found += 1
-            if not found:
+                    question_texts = [message.content for message in record.messages[:-1]]
+                    items.setdefault(f"{source.name}-{hash_texts(*question_texts)}", record)
+                    num_conversations += 1
+            if not num_conversations:
                 raise ConfigError(
                     f"source {source.name} has no conversation; name files of questions with "
                     "answers, or map their columns"
                 )
         return items
 
-    def requests(self) -> list[Reply]:
+    def requests(self) -> list[Generate]:
         return [
-            Reply(key, self._prompt(item), self._config.max_new_tokens) for key, item in self._items
+            Generate(key, self._prompt(item), self._config.max_new_tokens)
+            for key, item in self._items
         ]
 
     def _prompt(self, item: Conversation) -> Prompt:
-        asked = item.messages[:-1]
+        messages = item.messages[:-1]
         if self._config.prompt == "chat":
-            return asked
-        return "".join(f"{message.content}\n" for message in asked)
+            return messages
+        return "".join(f"{message.content}\n" for message in messages)
 
-    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
+    def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         answers = self._answers(responses)
         references = [item.messages[-1].content for _, item in self._items]
         return [
             ItemResult(
                 key,
-                overlap(answer, right),
+                answer_metrics(answer, reference),
                 {"source": item.source},
-                {"question": item.messages[-2].content, "answer": answer, "right": right},
-                counted,
+                {"question": item.messages[-2].content, "answer": answer, "right": reference},
+                counts,
             )
-            for (key, item), answer, right, counted in zip(
-                self._items, answers, references, counts(answers, references), strict=True
+            for (key, item), answer, reference, counts in zip(
+                self._items, answers, references, corpus_counts(answers, references), strict=True
             )
         ]
 
-    def corpus(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
+    def corpus_scores(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
         """Metrics that are no mean over answers."""
-        found = {m: score_of(m, [item.counts for item in items], seed) for m in self.corpus_metrics}
-        return {metric: score for metric, score in found.items() if score is not None}
+        scores = {
+            m: corpus_score(m, [item.counts for item in items], seed) for m in self.corpus_metrics
+        }
+        return {metric: score for metric, score in scores.items() if score is not None}
 
     def _answers(self, responses: Mapping[str, Response]) -> list[str]:
-        found = []
+        answers = []
         for key, _ in self._items:
             response = responses[key]
-            assert isinstance(response, Replied)
-            found.append(response.texts[0])
-        return found
+            assert isinstance(response, GenerateResponse)
+            answers.append(response.texts[0])
+        return answers

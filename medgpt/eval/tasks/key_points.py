@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 
-from medgpt.config.replies import KeyPointsConfig
-from medgpt.data.sources.rows import content_hash, draw
-from medgpt.eval.requests import Prompt, Replied, Reply, Request, Response
-from medgpt.eval.task import ItemResult, Value, rules_of
-from medgpt.eval.tasks.prompts import asked
+from medgpt.config.reply_tasks import KeyPointsConfig
+from medgpt.data.sources.sampling import draw_subset, hash_texts
+from medgpt.eval.requests import Generate, GenerateResponse, Prompt, Request, Response, repr_as
+from medgpt.eval.task import ItemResult, MetricValue, rules_digest
+from medgpt.eval.tasks.prompts import as_prompt
 from medgpt.medical import statements
-from medgpt.medical.key_points import Question, read_questions
-from medgpt.medical.statements import stated
+from medgpt.medical.key_points import KeyPointQuestion, read_key_point_questions
+from medgpt.medical.statements import states_key_points
 
-STATEMENTS = "pretrain"  # the kind of questions that are beginnings of texts
+TEXT_BEGINNINGS = "pretrain"  # the kind of questions that are beginnings of texts
 
 
 class KeyPointsTask:
@@ -24,59 +24,66 @@ class KeyPointsTask:
         """Raises ConfigError: the file cannot be read, or no question is of the kinds."""
         self.name, self.sensitive = config.name, config.sensitive
         self._config, self._seed = config, seed
-        kept = read_questions(config.path, config.kinds)
-        self._questions = draw(((q.id, q) for q in kept), config.limit, seed)
-        drawn = f"-{config.samples}-at-{config.temperature:g}" if config.samples else ""
-        self.template = f"key-points-1-{config.prompt}-{config.max_new_tokens}{drawn}"
-        self.rules = rules_of(statements)
-        self.data_hash = content_hash(*(repr(question) for question in self._questions))
+        questions = read_key_point_questions(config.path, config.kinds)
+        self._questions = draw_subset(((q.id, q) for q in questions), config.limit, seed)
+        sampling = f"-{config.samples}-at-{config.temperature:g}" if config.samples else ""
+        self.template = f"key-points-1-{config.prompt}-{config.max_new_tokens}{sampling}"
+        self.rules = rules_digest(statements)
+        self.data_hash = hash_texts(
+            *(repr_as("Question", question) for question in self._questions)
+        )
 
     def requests(self) -> list[Request]:
-        config, found = self._config, []
+        config, requests = self._config, []
         for question in self._questions:
             prompt = self._prompt(question)
-            found.append(Reply(question.id, prompt, config.max_new_tokens))
+            requests.append(Generate(question.id, prompt, config.max_new_tokens))
             if config.samples:
                 sampling = (config.temperature, config.samples, self._seed)
                 key = f"{question.id}-samples"
-                found.append(Reply(key, prompt, config.max_new_tokens, *sampling))
-        return found
+                requests.append(Generate(key, prompt, config.max_new_tokens, *sampling))
+        return requests
 
-    def _prompt(self, question: Question) -> Prompt:
+    def _prompt(self, question: KeyPointQuestion) -> Prompt:
         if self._config.prompt == "plain":
-            begins = question.kind == STATEMENTS
-            return question.prompt if begins else asked(question.prompt, "plain")
-        return asked(question.prompt, "chat")
+            is_text_beginning = question.kind == TEXT_BEGINNINGS
+            return question.prompt if is_text_beginning else as_prompt(question.prompt, "plain")
+        return as_prompt(question.prompt, "chat")
 
-    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
-        return [self._judge(question, responses) for question in self._questions]
+    def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
+        return [self._grade_question(question, responses) for question in self._questions]
 
-    def _judge(self, question: Question, responses: Mapping[str, Response]) -> ItemResult:
-        (greedy,) = _texts(responses[question.id])
-        found = stated(greedy, question.key_points)
-        passed = all(found)
-        values: dict[str, Value] = {
+    def _grade_question(
+        self, question: KeyPointQuestion, responses: Mapping[str, Response]
+    ) -> ItemResult:
+        (greedy,) = _reply_texts(responses[question.id])
+        is_stated = states_key_points(greedy, question.key_points)
+        passed = all(is_stated)
+        values: dict[str, MetricValue] = {
             "greedy_passed": float(passed),
-            "stated": (float(sum(found)), float(len(found))),
+            "stated": (float(sum(is_stated)), float(len(is_stated))),
         }
         if self._config.samples:
-            drawn = _texts(responses[f"{question.id}-samples"])
-            whole = [all(stated(text, question.key_points)) for text in drawn]
-            values["sampled_passed"] = float(all(whole))
-            values["sampled_share"] = (float(sum(whole)), float(len(whole)))
-            passed = passed and all(whole)
+            sampled_answers = _reply_texts(responses[f"{question.id}-samples"])
+            samples_passed = [
+                all(states_key_points(text, question.key_points)) for text in sampled_answers
+            ]
+            values["sampled_passed"] = float(all(samples_passed))
+            values["sampled_share"] = (float(sum(samples_passed)), float(len(samples_passed)))
+            passed = passed and all(samples_passed)
         values["passed"] = float(passed)
-        marks = [
-            f"{'✓' if ok else '✗'} {q[0]}" for q, ok in zip(question.key_points, found, strict=True)
+        checklist = [
+            f"{'✓' if ok else '✗'} {q[0]}"
+            for q, ok in zip(question.key_points, is_stated, strict=True)
         ]
         return ItemResult(
             question.id,
             values,
             {"kind": question.kind} | ({"topic": question.topic} if question.topic else {}),
-            {"question": question.prompt, "answer": greedy, "key points": "   ".join(marks)},
+            {"question": question.prompt, "answer": greedy, "key points": "   ".join(checklist)},
         )
 
 
-def _texts(response: Response) -> list[str]:
-    assert isinstance(response, Replied)
+def _reply_texts(response: Response) -> list[str]:
+    assert isinstance(response, GenerateResponse)
     return response.texts

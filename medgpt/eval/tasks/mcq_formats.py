@@ -7,14 +7,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from medgpt.config.base import ConfigError
-from medgpt.data.sources.rows import content_hash
+from medgpt.data.sources.sampling import hash_texts
 
 LETTERS = "ABCDEFGHIJ"
-Row = Mapping[str, Any]
+RawRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class McqQuestion:
     id: str
     text: str
     options: dict[str, str]  # by letter, in order
@@ -25,7 +25,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
+class ParsedRow:
     """What a layout finds in a row."""
 
     text: str
@@ -37,7 +37,7 @@ class Fields:
     slices: dict[str, str] = field(default_factory=dict)
 
 
-def read_questions(layout: str, rows: Iterable[tuple[str, Row]]) -> list[Question]:
+def read_mcq_questions(layout: str, rows: Iterable[tuple[str, RawRow]]) -> list[McqQuestion]:
     """The questions, of equal ones without ids only the first.
 
     Raises:
@@ -45,23 +45,23 @@ def read_questions(layout: str, rows: Iterable[tuple[str, Row]]) -> list[Questio
             layout does not have, or a right answer that is not among the options. Places are
             named, texts are not.
     """
-    questions: dict[str, Question] = {}
+    questions: dict[str, McqQuestion] = {}
     places: dict[str, str] = {}
     rows = list(rows)
-    read = LAYOUTS[layout](rows)
+    parse_row = LAYOUTS[layout](rows)
     for place, row in rows:
         try:
-            found = read(row)
+            parsed_row = parse_row(row)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ConfigError(
                 f"{place} does not fit layout={layout} ({type(error).__name__}: {error}); its "
                 f"columns are {', '.join(map(str, row))}"
             ) from None
-        question = _question(found, place)
-        if question.id in questions and found.id is not None:
+        question = _check_question(parsed_row, place)
+        if question.id in questions and parsed_row.id is not None:
             raise ConfigError(
-                f"{place} has the id {found.id}, which {places[question.id]} has, too; an id must "
-                "stand for one question"
+                f"{place} has the id {parsed_row.id}, which {places[question.id]} has, too; "
+                "an id must stand for one question"
             )
         first = questions.setdefault(question.id, question)
         places.setdefault(question.id, place)
@@ -75,9 +75,9 @@ def read_questions(layout: str, rows: Iterable[tuple[str, Row]]) -> list[Questio
     return list(questions.values())
 
 
-def _question(found: Fields, place: str) -> Question:
-    options = {k: v.strip() for k, v in found.options.items() if v and v.strip()}
-    answer = "".join(sorted(set(found.answer)))
+def _check_question(parsed_row: ParsedRow, place: str) -> McqQuestion:
+    options = {k: v.strip() for k, v in parsed_row.options.items() if v and v.strip()}
+    answer = "".join(sorted(set(parsed_row.answer)))
     if len(options) < 2:
         raise ConfigError(f"{place} has {len(options)} options; a question needs two or more")
     if not answer or not set(answer) <= set(options):
@@ -85,53 +85,53 @@ def _question(found: Fields, place: str) -> Question:
             f"{place}: its right answer {answer or '(none)'} is not among the options "
             f"{', '.join(options)}; repair or remove it"
         )
-    if not found.text.strip():
+    if not parsed_row.text.strip():
         raise ConfigError(f"{place} has an empty question; repair or remove it")
-    multiple = len(answer) > 1 if found.multiple is None else found.multiple
+    multiple = len(answer) > 1 if parsed_row.multiple is None else parsed_row.multiple
     if len(answer) > 1 and not multiple:
         raise ConfigError(f"{place} has {len(answer)} right answers and says that one is right")
-    return Question(
-        id=found.id or content_hash(found.text, found.context, *options.values()),
-        text=found.text.strip(),
+    return McqQuestion(
+        id=parsed_row.id or hash_texts(parsed_row.text, parsed_row.context, *options.values()),
+        text=parsed_row.text.strip(),
         options=options,
         answer=answer,
         multiple=multiple,
-        context=found.context.strip(),
-        slices={k: v.strip() for k, v in found.slices.items() if v and v.strip()},
+        context=parsed_row.context.strip(),
+        slices={k: v.strip() for k, v in parsed_row.slices.items() if v and v.strip()},
     )
 
 
 # ---- what the layouts share ----
 
-Reader = Callable[[Row], Fields]
-LISTED = re.compile(r"^\s*[(（]?([A-J])\s*(?:[)）.．、:：]|\s)\s*", re.MULTILINE)
+RowParser = Callable[[RawRow], ParsedRow]
+OPTION_LINE = re.compile(r"^\s*[(（]?([A-J])\s*(?:[)）.．、:：]|\s)\s*", re.MULTILINE)
 
 
-def listed(text: str) -> dict[str, str]:
+def split_option_lines(text: str) -> dict[str, str]:
     """Options written under each other: `A text`, `A. text` or `(A) text`.
 
     A line that begins with another letter than the next one goes on with the option before it.
     """
-    begun: list[re.Match[str]] = []
-    for match in LISTED.finditer(text):
-        if match[1] == LETTERS[len(begun) : len(begun) + 1]:
-            begun.append(match)
-    ends = [*(match.start() for match in begun[1:]), len(text)]
-    return {m[1]: text[m.end() : end] for m, end in zip(begun, ends, strict=False)}
+    first_lines: list[re.Match[str]] = []
+    for match in OPTION_LINE.finditer(text):
+        if match[1] == LETTERS[len(first_lines) : len(first_lines) + 1]:
+            first_lines.append(match)
+    ends = [*(match.start() for match in first_lines[1:]), len(text)]
+    return {m[1]: text[m.end() : end] for m, end in zip(first_lines, ends, strict=False)}
 
 
-def letters(text: str) -> str:
+def answer_letters(text: str) -> str:
     """`ACD` of `(A)(C)(D)`, `A,C,D` or `ACD`."""
     if re.sub(r"[A-J\s,、()（）]", "", text):
         raise ValueError("the answer is not made of letters")
     return re.sub(r"[^A-J]", "", text)
 
 
-def numbered(options: Sequence[str]) -> dict[str, str]:
+def letter_options(options: Sequence[str]) -> dict[str, str]:
     return dict(zip(LETTERS, options, strict=False))
 
 
-def _named(row: Row, **columns: str) -> dict[str, str]:
+def _slices(row: RawRow, **columns: str) -> dict[str, str]:
     """{slice: value} of the columns that are there."""
     return {name: str(row[column]) for name, column in columns.items() if row.get(column)}
 
@@ -139,24 +139,24 @@ def _named(row: Row, **columns: str) -> dict[str, str]:
 # ---- the layouts ----
 
 
-def sample(rows: Sequence[tuple[str, Row]]) -> Reader:
+def sample(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """id, question, options {letter: text}, answer (letters), department: medgpt's sample corpus"""
-    return lambda row: Fields(
+    return lambda row: ParsedRow(
         row["question"],
         dict(row["options"]),
-        letters(row["answer"]),
+        answer_letters(row["answer"]),
         id=str(row["id"]),
-        slices=_named(row, department="department"),
+        slices=_slices(row, department="department"),
     )
 
 
-def cmexam(rows: Sequence[tuple[str, Row]]) -> Reader:
+def cmexam(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """Question, Options (a line each), Answer (letters); https://github.com/williamliujl/CMExam"""
-    return lambda row: Fields(
+    return lambda row: ParsedRow(
         row["Question"],
-        listed(row["Options"]),
-        letters(row["Answer"]),
-        slices=_named(
+        split_option_lines(row["Options"]),
+        answer_letters(row["Answer"]),
+        slices=_slices(
             row,
             department="Clinical Department",
             discipline="Medical Discipline",
@@ -165,119 +165,119 @@ def cmexam(rows: Sequence[tuple[str, Row]]) -> Reader:
     )
 
 
-def xmedbench(rows: Sequence[tuple[str, Row]]) -> Reader:
+def xmedbench(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """question, options (`(A) text.` a line each), answer `(A)`, source"""
-    return lambda row: Fields(
+    return lambda row: ParsedRow(
         row["question"],
         {
             letter: text.rstrip().removesuffix(".")
-            for letter, text in listed(row["options"]).items()
+            for letter, text in split_option_lines(row["options"]).items()
         },
-        letters(row["answer"]),
-        slices=_named(row, source="source"),
+        answer_letters(row["answer"]),
+        slices=_slices(row, source="source"),
     )
 
 
-def medqa(rows: Sequence[tuple[str, Row]]) -> Reader:
+def medqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """question, options {letter: text}, answer_idx; https://github.com/jind11/MedQA, MMedBench"""
-    return lambda row: Fields(
+    return lambda row: ParsedRow(
         row["question"],
         dict(row["options"]),
-        letters(row["answer_idx"]),
-        slices=_named(row, chapter="meta_info"),
+        answer_letters(row["answer_idx"]),
+        slices=_slices(row, chapter="meta_info"),
     )
 
 
-def cmb(rows: Sequence[tuple[str, Row]]) -> Reader:
+def cmb(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """question, option {letter: text}, answer, question_type, exam_type, exam_class, exam_subject;
     https://github.com/FreedomIntelligence/CMB"""
-    return lambda row: Fields(
+    return lambda row: ParsedRow(
         row["question"],
         dict(row["option"]),
-        letters(row["answer"]),
+        answer_letters(row["answer"]),
         multiple=row["question_type"].startswith("多") if row.get("question_type") else None,
         id=str(row["id"]) if row.get("id") is not None else None,
-        slices=_named(row, exam="exam_type", subject="exam_subject"),
+        slices=_slices(row, exam="exam_type", subject="exam_subject"),
     )
 
 
-def medmcqa(rows: Sequence[tuple[str, Row]]) -> Reader:
+def medmcqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """id, question, opa to opd, cop, subject_name; https://github.com/medmcqa/medmcqa
 
     `cop` counts from 0 on the Hugging Face hub and from 1 in the authors' files: a set that holds a
     0 counts from 0, one that holds a 4 counts from 1.
     """
-    seen = {int(row["cop"]) for _, row in rows if "cop" in row}
-    if len(rows) > 0 and not seen & {0, 4}:
+    numbers = {int(row["cop"]) for _, row in rows if "cop" in row}
+    if len(rows) > 0 and not numbers & {0, 4}:
         raise ConfigError("no cop is 0 or 4, so whether it counts from 0 or 1 is unknown; add rows")
-    first = 0 if 0 in seen else 1
-    return lambda row: Fields(
+    first_number = 0 if 0 in numbers else 1
+    return lambda row: ParsedRow(
         row["question"],
-        numbered([row["opa"], row["opb"], row["opc"], row["opd"]]),
-        LETTERS[_index(int(row["cop"]) - first)],
+        letter_options([row["opa"], row["opb"], row["opc"], row["opd"]]),
+        LETTERS[_nonnegative(int(row["cop"]) - first_number)],
         multiple=False,
         id=str(row["id"]),
-        slices=_named(row, subject="subject_name"),
+        slices=_slices(row, subject="subject_name"),
     )
 
 
-def _index(number: int) -> int:
+def _nonnegative(number: int) -> int:
     if number < 0:
         raise ValueError("the answer's number is below the first option's; test sets have none")
     return number
 
 
-def pubmedqa(rows: Sequence[tuple[str, Row]]) -> Reader:
+def pubmedqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """QUESTION, CONTEXTS, final_decision (authors' files, a row an abstract) or question,
     context.contexts, final_decision (hub); https://github.com/pubmedqa/pubmedqa"""
     decisions = ["yes", "no", "maybe"]
 
-    def read(row: Row) -> Fields:
+    def parse_row(row: RawRow) -> ParsedRow:
         contexts = row["CONTEXTS"] if "CONTEXTS" in row else row["context"]["contexts"]
         number = row.get("pmid") or row.get("pubid")
-        return Fields(
+        return ParsedRow(
             row["QUESTION"] if "QUESTION" in row else row["question"],
-            numbered(decisions),
+            letter_options(decisions),
             LETTERS[decisions.index(row["final_decision"])],
             multiple=False,
             id=str(number) if number is not None else None,
             context="\n".join(contexts),
         )
 
-    return read
+    return parse_row
 
 
-def safetybench(rows: Sequence[tuple[str, Row]]) -> Reader:
+def safetybench(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """id, question, options [texts], answer (number from 0), category;
     https://github.com/thu-coai/SafetyBench"""
-    return lambda row: Fields(
+    return lambda row: ParsedRow(
         row["question"],
-        numbered(row["options"]),
-        LETTERS[_index(int(row["answer"]))],
+        letter_options(row["options"]),
+        LETTERS[_nonnegative(int(row["answer"]))],
         multiple=False,
         id=str(row["id"]),
-        slices=_named(row, category="category"),
+        slices=_slices(row, category="category"),
     )
 
 
-def lettered(rows: Sequence[tuple[str, Row]]) -> Reader:
+def exam_csv(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """Question or question, A to D, Answer or answer: the CSV files of CMMLU
     (https://github.com/haonan-li/CMMLU) and C-Eval (https://github.com/hkust-nlp/ceval)"""
-    subjects = {id(row): _subject(place) for place, row in rows}
+    subjects = {id(row): _subject_of_file(place) for place, row in rows}
 
-    def read(row: Row) -> Fields:
-        return Fields(
+    def parse_row(row: RawRow) -> ParsedRow:
+        return ParsedRow(
             row["Question"] if "Question" in row else row["question"],
             {letter: str(row[letter]) for letter in "ABCD"},
-            letters(row["Answer"] if "Answer" in row else row["answer"]),
+            answer_letters(row["Answer"] if "Answer" in row else row["answer"]),
             multiple=False,
             slices={"subject": subjects[id(row)]},
         )
 
-    return read
+    return parse_row
 
 
-def _subject(place: str) -> str:
+def _subject_of_file(place: str) -> str:
     """`anatomy` of `dev/anatomy.csv row 1` or `anatomy_dev.csv row 1`."""
     return re.sub("_(?:dev|val|test)$", "", PurePosixPath(place.rsplit(" row ")[0]).stem)
 
@@ -285,7 +285,7 @@ def _subject(place: str) -> str:
 SUBJECT_FILES = ("cmmlu", "ceval")  # layouts of which a file is a subject
 
 
-LAYOUTS: dict[str, Callable[[Sequence[tuple[str, Row]]], Reader]] = {
+LAYOUTS: dict[str, Callable[[Sequence[tuple[str, RawRow]]], RowParser]] = {
     "sample": sample,
     "cmexam": cmexam,
     "mmedbench": medqa,
@@ -295,6 +295,6 @@ LAYOUTS: dict[str, Callable[[Sequence[tuple[str, Row]]], Reader]] = {
     "cmb": cmb,
     "medqa": medqa,
     "medmcqa": medmcqa,
-    "cmmlu": lettered,
-    "ceval": lettered,
+    "cmmlu": exam_csv,
+    "ceval": exam_csv,
 }

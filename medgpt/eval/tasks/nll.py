@@ -7,13 +7,19 @@ from importlib.resources import files
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
 from medgpt.config.evaluation import NllConfig
+from medgpt.data.sources.readers import read_records
 from medgpt.data.sources.records import Document
-from medgpt.data.sources.rows import content_hash, draw, records
-from medgpt.eval.requests import Request, Response, Weigh, Weighed
-from medgpt.eval.task import LIKELIHOOD, ItemResult
+from medgpt.data.sources.sampling import draw_subset, hash_texts
+from medgpt.eval.requests import (
+    Request,
+    Response,
+    RollingLoglikelihood,
+    RollingLoglikelihoodResponse,
+)
+from medgpt.eval.task import NO_RULES, ItemResult
 
-GENERAL = ("general_zh", "general_en")
-PIECE = 500  # characters of the general texts in an item, at least
+GENERAL_SOURCES = ("general_zh", "general_en")
+MIN_PASSAGE_CHARS = 500  # characters of the general texts in an item, at least
 
 
 class NllTask:
@@ -25,67 +31,69 @@ class NllTask:
     def __init__(self, config: NllConfig, seed: int) -> None:
         """Raises ConfigError: a source cannot be read or has no text."""
         self.name, self.sensitive = config.name, config.sensitive
-        sources = {source.name: _texts(source) for source in config.sources}
+        sources = {source.name: _source_texts(source) for source in config.sources}
         if config.general:
-            sources |= {name: general_texts(name) for name in GENERAL}
+            sources |= {name: general_passages(name) for name in GENERAL_SOURCES}
         self.texts: dict[str, tuple[str, str]] = {}  # (source, text) by id
         for source, texts in sources.items():
-            pairs = _numbered(source, texts)
-            for key, text in draw(((key, (key, text)) for key, text in pairs), config.limit, seed):
+            pairs = _with_ids(source, texts)
+            for key, text in draw_subset(
+                ((key, (key, text)) for key, text in pairs), config.limit, seed
+            ):
                 self.texts[key] = (source, text)
-        self.template, self.rules = "nll", LIKELIHOOD
-        self.data_hash = content_hash(*self.texts)
+        self.template, self.rules = "nll", NO_RULES
+        self.data_hash = hash_texts(*self.texts)
 
     def requests(self) -> Sequence[Request]:
-        return [Weigh(key, text) for key, (_, text) in self.texts.items()]
+        return [RollingLoglikelihood(key, text) for key, (_, text) in self.texts.items()]
 
-    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
-        judged = []
+    def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
+        items = []
         for key, (source, _) in self.texts.items():
             response = responses[key]
-            assert isinstance(response, Weighed)
+            assert isinstance(response, RollingLoglikelihoodResponse)
             values = {}
             if response.tokens:  # a text of one token has nothing that follows anything
                 values["nll_per_token"] = (response.nll, float(response.tokens))
             if response.characters:
                 values["nll_per_character"] = (response.nll, float(response.characters))
-            text = "general" if source in GENERAL else "held_out"
-            judged.append(ItemResult(key, values, {"source": source, "text": text}))
-        return judged
+            text_kind = "general" if source in GENERAL_SOURCES else "held_out"
+            items.append(ItemResult(key, values, {"source": source, "text": text_kind}))
+        return items
 
 
-def _numbered(source: str, texts: Iterator[str]) -> list[tuple[str, str]]:
+def _with_ids(source: str, texts: Iterator[str]) -> list[tuple[str, str]]:
     """(id, text): the id is a hash of the content, and its number among equal ones."""
-    seen: Counter[str] = Counter()
-    found = []
+    occurrences: Counter[str] = Counter()
+    texts_with_ids = []
     for text in texts:
-        digest = content_hash(text)
-        seen[digest] += 1
-        found.append((f"{source}-{digest}-{seen[digest]}", text))
-    if not found:
+        digest = hash_texts(text)
+        occurrences[digest] += 1
+        texts_with_ids.append((f"{source}-{digest}-{occurrences[digest]}", text))
+    if not texts_with_ids:
         raise ConfigError(f"source {source} has no text; name files with at least one")
-    return found
+    return texts_with_ids
 
 
-def _texts(source: SourceConfig) -> Iterator[str]:
+def _source_texts(source: SourceConfig) -> Iterator[str]:
     """Documents, and conversations with a line for each turn, without what deny-lists set aside."""
-    for record in records(source):
+    for record in read_records(source):
         if isinstance(record, Document):
             yield record.text
         else:
             yield "\n".join(message.content for message in record.messages)
 
 
-def general_texts(name: str) -> Iterator[str]:
+def general_passages(name: str) -> Iterator[str]:
     """The shipped prose in pieces of whole paragraphs."""
     text = (files("medgpt.eval") / "general" / f"{name.removeprefix('general_')}.txt").read_text(
         "utf-8"
     )
-    piece = ""
+    passage = ""
     for paragraph in text.split("\n\n"):
-        piece += paragraph.strip() + "\n"
-        if len(piece) >= PIECE:
-            yield piece
-            piece = ""
-    if piece.strip():
-        yield piece
+        passage += paragraph.strip() + "\n"
+        if len(passage) >= MIN_PASSAGE_CHARS:
+            yield passage
+            passage = ""
+    if passage.strip():
+        yield passage

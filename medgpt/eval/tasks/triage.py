@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 
-from medgpt.config.replies import TriageConfig
+from medgpt.config.reply_tasks import TriageConfig
 from medgpt.data.sources.punctuation import full_width
-from medgpt.data.sources.rows import content_hash
-from medgpt.eval.requests import Prompt, Replied, Reply, Response
-from medgpt.eval.task import ItemResult, Value, rules_of
-from medgpt.eval.tasks.prompts import asked
+from medgpt.data.sources.sampling import hash_texts
+from medgpt.eval.requests import Generate, GenerateResponse, Prompt, Response, repr_as
+from medgpt.eval.task import ItemResult, MetricValue, rules_digest
+from medgpt.eval.tasks.prompts import as_prompt
 from medgpt.medical import urgency as levels
-from medgpt.medical.triage import Language, Question, questions
-from medgpt.medical.urgency import LEVELS, Level, urgency
+from medgpt.medical.triage import Language, TriageQuestion, triage_questions
+from medgpt.medical.urgency import URGENCY_LEVELS, UrgencyLevel, advised_urgency
 
-ASK: dict[Language, str] = {
+ASK_FOR_LEVEL: dict[Language, str] = {
     "zh": "请在最后一行写明紧急程度,四选一:立即急救、当天就医、几天内就医、自我护理。",
     "en": "On the last line state one level of urgency: emergency now, same day, within days or "
     "self-care.",
@@ -29,44 +29,52 @@ class TriageTask:
         self.name, self.sensitive = config.name, config.sensitive
         self._config = config
         self.template = f"triage-1-{config.prompt}-{config.ask_level}-{config.max_new_tokens}"
-        self.rules = rules_of(levels)
-        self._questions = questions(seed, config.languages, config.limit)
-        self.data_hash = content_hash(*(repr(question) for question in self._questions))
+        self.rules = rules_digest(levels)
+        self._questions = triage_questions(seed, config.languages, config.limit)
+        self.data_hash = hash_texts(
+            *(repr_as("Question", question) for question in self._questions)
+        )
 
-    def requests(self) -> list[Reply]:
+    def requests(self) -> list[Generate]:
         return [
-            Reply(question.id, self._prompt(question), self._config.max_new_tokens)
+            Generate(question.id, self._prompt(question), self._config.max_new_tokens)
             for question in self._questions
         ]
 
-    def _prompt(self, question: Question) -> Prompt:
+    def _prompt(self, question: TriageQuestion) -> Prompt:
         text = question.text
         if self._config.ask_level:
-            ask = ASK[question.language]
-            text += full_width(ask) if question.language == "zh" else f" {ask}"
-        return asked(text, self._config.prompt)
+            request_for_level = ASK_FOR_LEVEL[question.language]
+            text += (
+                full_width(request_for_level)
+                if question.language == "zh"
+                else f" {request_for_level}"
+            )
+        return as_prompt(text, self._config.prompt)
 
-    def judge(self, responses: Mapping[str, Response]) -> list[ItemResult]:
+    def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
         answers: dict[str, str] = {}
         for question in self._questions:
             response = responses[question.id]
-            assert isinstance(response, Replied)
+            assert isinstance(response, GenerateResponse)
             answers[question.id] = response.texts[0]
-        return judge_answers(self._questions, answers)
+        return grade_answers(self._questions, answers)
 
 
-def judge_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> list[ItemResult]:
+def grade_answers(
+    questions: Sequence[TriageQuestion], answers: Mapping[str, str]
+) -> list[ItemResult]:
     """Values of all questions from the answers by id; an answer without a level is never right."""
-    found: dict[str, Level | None] = {
-        question.id: urgency(answers[question.id]) for question in questions
+    advised_levels: dict[str, UrgencyLevel | None] = {
+        question.id: advised_urgency(answers[question.id]) for question in questions
     }
-    halves: dict[str, list[Question]] = {}
+    pairs: dict[str, list[TriageQuestion]] = {}
     for question in questions:
-        halves.setdefault(question.pair, []).append(question)
+        pairs.setdefault(question.pair, []).append(question)
     return [
         ItemResult(
             question.id,
-            _values(question, found, halves[question.pair]),
+            _values(question, advised_levels, pairs[question.pair]),
             {
                 "language": question.language,
                 "complaint": question.complaint,
@@ -76,7 +84,7 @@ def judge_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> 
                 "question": question.text,
                 "answer": answers[question.id],
                 "right": question.level,
-                "read": found[question.id] or "no level",
+                "read": advised_levels[question.id] or "no level",
             },
         )
         for question in questions
@@ -84,21 +92,23 @@ def judge_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> 
 
 
 def _values(
-    question: Question, found: Mapping[str, Level | None], pair: Sequence[Question]
-) -> dict[str, Value]:
-    level = found[question.id]
-    rank = LEVELS.index(level) if level else -1  # no level helps nobody: as under-triage
-    values: dict[str, Value] = {
+    question: TriageQuestion,
+    advised_levels: Mapping[str, UrgencyLevel | None],
+    pair: Sequence[TriageQuestion],
+) -> dict[str, MetricValue]:
+    level = advised_levels[question.id]
+    rank = URGENCY_LEVELS.index(level) if level else -1  # no level helps nobody: as under-triage
+    values: dict[str, MetricValue] = {
         "accuracy": float(level == question.level),
         "invalid_rate": float(level is None),
-        "less_urgent": float(rank < LEVELS.index(question.level)),
-        "more_urgent": float(rank > LEVELS.index(question.level)),
+        "less_urgent": float(rank < URGENCY_LEVELS.index(question.level)),
+        "more_urgent": float(rank > URGENCY_LEVELS.index(question.level)),
     }
     if question.level != "emergency":
         return values | {"over": float(level == "emergency")}
-    apart = all(_told(found[half.id], half) for half in pair)
-    return values | {"under": float(level != "emergency"), "pair_accuracy": float(apart)}
+    is_pair_right = all(_recognizes_red_flag(advised_levels[half.id], half) for half in pair)
+    return values | {"under": float(level != "emergency"), "pair_accuracy": float(is_pair_right)}
 
 
-def _told(level: Level | None, half: Question) -> bool:
+def _recognizes_red_flag(level: UrgencyLevel | None, half: TriageQuestion) -> bool:
     return level is not None and (level == "emergency") == (half.level == "emergency")

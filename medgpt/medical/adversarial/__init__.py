@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from medgpt.config.ppo_rewards import RuleName
-from medgpt.medical.red_flags import question_level
+from medgpt.medical.red_flags import required_urgency
 from medgpt.medical.rules import RULES
-from medgpt.medical.triage import questions
+from medgpt.medical.triage import triage_questions
 
-LEFT_ASIDE = {  # complaints of triage.toml that red_flags.toml was not fitted to
+HELD_OUT_COMPLAINTS = {  # complaints of triage.toml that red_flags.toml was not fitted to
     *("breathlessness", "allergic_reaction", "abdominal_pain", "diarrhoea", "pregnancy"),
     *("child_fever", "seizure", "back_pain", "eye", "exposure", "mental_health", "wound", "burn"),
     *("diabetes", "throat", "cough"),
 }
-HEAD = (
+TABLE_HEAD = (
     "| rule | violations | kept | precision | recall | precision, worked on | recall, worked on |"
 )
 Half = Literal["worked_on", "held_out"]
@@ -35,69 +35,71 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class RuleMetrics:
     violations: int  # in the set
-    kept: int
-    found: int
-    false_alarms: int
+    non_violations: int
+    true_positives: int
+    false_positives: int
 
     @property
     def recall(self) -> float:
-        return self.found / self.violations
+        return self.true_positives / self.violations
 
     @property
     def precision(self) -> float:
         """1 of a rule that never speaks."""
-        spoken = self.found + self.false_alarms
-        return self.found / spoken if spoken else 1.0
+        num_reported = self.true_positives + self.false_positives
+        return self.true_positives / num_reported if num_reported else 1.0
 
 
 @cache
-def cases(rule: RuleName, half: Half | None = None) -> tuple[Case, ...]:
+def read_cases(rule: RuleName, half: Half | None = None) -> tuple[Case, ...]:
     """Those of one half, or all."""
     data = tomllib.loads((Path(__file__).parent / f"{rule}.toml").read_text("utf-8"))
-    first = {None: slice(None), "worked_on": slice(0, None, 2), "held_out": slice(1, None, 2)}
+    indices = {None: slice(None), "worked_on": slice(0, None, 2), "held_out": slice(1, None, 2)}
     return tuple(
         Case(question, answer, violates)
         for kind, violates in (("violates", True), ("keeps", False))
-        for question, answer in data[kind][first[half]]
+        for question, answer in data[kind][indices[half]]
     )
 
 
-def figures(rule: RuleName, half: Half | None = None) -> Figures:
-    told = [(case, RULES[rule](case.question, case.answer)) for case in cases(rule, half)]
-    return Figures(
-        violations=sum(case.violates for case, _ in told),
-        kept=sum(not case.violates for case, _ in told),
-        found=sum(said and case.violates for case, said in told),
-        false_alarms=sum(said and not case.violates for case, said in told),
+def rule_metrics(rule: RuleName, half: Half | None = None) -> RuleMetrics:
+    outcomes = [(case, RULES[rule](case.question, case.answer)) for case in read_cases(rule, half)]
+    return RuleMetrics(
+        violations=sum(case.violates for case, _ in outcomes),
+        non_violations=sum(not case.violates for case, _ in outcomes),
+        true_positives=sum(is_reported and case.violates for case, is_reported in outcomes),
+        false_positives=sum(said and not case.violates for case, said in outcomes),
     )
 
 
-def red_flag_figures() -> Figures:
+def red_flag_metrics() -> RuleMetrics:
     """Of the emergency level alone, on notes of complaints that no pattern was made for."""
-    told = [
-        (question_level(question.text) == "emergency", question.level == "emergency")
-        for question in questions(0)
-        if question.complaint in LEFT_ASIDE
+    outcomes = [
+        (required_urgency(question.text) == "emergency", question.level == "emergency")
+        for question in triage_questions(0)
+        if question.complaint in HELD_OUT_COMPLAINTS
     ]
-    return Figures(
-        violations=sum(red for _, red in told),
-        kept=sum(not red for _, red in told),
-        found=sum(said and red for said, red in told),
-        false_alarms=sum(said and not red for said, red in told),
+    return RuleMetrics(
+        violations=sum(is_red_flag for _, is_red_flag in outcomes),
+        non_violations=sum(not red for _, red in outcomes),
+        true_positives=sum(is_reported and red for is_reported, red in outcomes),
+        false_positives=sum(said and not red for said, red in outcomes),
     )
 
 
-def table() -> str:
+def metrics_table() -> str:
     """Markdown: of every rule the held-out half's figures beside those of the half worked on."""
-    rows = [HEAD, "|---" * 7 + "|"]
+    rows = [TABLE_HEAD, "|---" * 7 + "|"]
     for rule in get_args(RuleName):
-        held, worked = figures(rule, "held_out"), figures(rule, "worked_on")
-        rows.append(f"| {rule} {_row(held)} | {worked.precision:.2f} | {worked.recall:.2f} |")
-    rows.append(f"| red flags of other complaints {_row(red_flag_figures())} | | |")
+        held_out, worked_on = rule_metrics(rule, "held_out"), rule_metrics(rule, "worked_on")
+        tuned = f"{worked_on.precision:.2f} | {worked_on.recall:.2f}"
+        rows.append(f"| {rule} {_table_cells(held_out)} | {tuned} |")
+    rows.append(f"| red flags of other complaints {_table_cells(red_flag_metrics())} | | |")
     return "\n".join(rows)
 
 
-def _row(found: Figures) -> str:
-    return f"| {found.violations} | {found.kept} | {found.precision:.2f} | {found.recall:.2f}"
+def _table_cells(metrics: RuleMetrics) -> str:
+    counts = f"| {metrics.violations} | {metrics.non_violations}"
+    return f"{counts} | {metrics.precision:.2f} | {metrics.recall:.2f}"

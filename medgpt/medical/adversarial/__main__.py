@@ -1,3 +1,3 @@
-from medgpt.medical.adversarial import table
+from medgpt.medical.adversarial import metrics_table
 
-print(table())
+print(metrics_table())

@@ -27,16 +27,16 @@ class CallOrder:
     to another, and collectives of both would wait for ever.
     """
 
-    sharers: int
+    num_pools: int
     role: str = ""
-    latest: list[Any] = field(default_factory=list)
+    latest_refs: list[Any] = field(default_factory=list)
     """Refs of the last call."""
 
-    def before(self, role: str) -> list[Any]:
+    def refs_to_await(self, role: str) -> list[Any]:
         """What a call of `role` must wait for."""
-        after = [] if role == self.role else self.latest
+        earlier = [] if role == self.role else self.latest_refs
         self.role = role
-        return after
+        return earlier
 
 
 class Pool(Generic[Role]):
@@ -54,18 +54,23 @@ class Pool(Generic[Role]):
         self,
         role: str,
         config: RoleConfig,
-        make: Callable[[], Role],
+        build_role: Callable[[], Role],
         *,
         independent: bool = False,
     ) -> None:
-        self.role, self.config, self.make, self.independent = role, config, make, independent
+        self.role, self.config, self.build_role, self.independent = (
+            role,
+            config,
+            build_role,
+            independent,
+        )
         self.workers: list[Any] = []
-        self.epoch = 0
+        self.group_number = 0
         """Process groups formed so far."""
         self.timeout_s = 0.0
-        self.turn = CallOrder(sharers=1)
-        self._group: PlacementGroup | None = None
-        self._forming: list[Any] = []
+        self.call_order = CallOrder(num_pools=1)
+        self._placement_group: PlacementGroup | None = None
+        self._group_refs: list[Any] = []
         """Refs of the latest process group's forming."""
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
@@ -74,27 +79,27 @@ class Pool(Generic[Role]):
         Refs among the arguments arrive as their values. Calls run in the order in which they are
         made.
         """
-        after = self.turn.before(self.role)
-        refs = [worker.call.remote(method, after, *args, **kwargs) for worker in self.workers]
-        self.turn.latest = refs
+        earlier = self.call_order.refs_to_await(self.role)
+        refs = [worker.call.remote(method, earlier, *args, **kwargs) for worker in self.workers]
+        self.call_order.latest_refs = refs
         return refs
 
-    def begin(self, group: PlacementGroup, turn: CallOrder, *, timeout_s: float) -> list[Any]:
+    def start(self, group: PlacementGroup, call_order: CallOrder, *, timeout_s: float) -> list[Any]:
         """Start all workers on the bundles of `group`; refs that resolve when they are ready."""
-        self._group, self.turn, self.timeout_s = group, turn, timeout_s
-        self.workers = [self._start(rank) for rank in range(self.config.num_workers)]
-        return self._form(range(len(self.workers)))
+        self._placement_group, self.call_order, self.timeout_s = group, call_order, timeout_s
+        self.workers = [self._start_worker(rank) for rank in range(self.config.num_workers)]
+        return self._form_group(range(len(self.workers)))
 
-    def replace(self, dead: Iterable[int]) -> list[Any]:
+    def restart(self, dead: Iterable[int]) -> list[Any]:
         """Make new workers for `dead`, or for all ranks; refs as of `begin`."""
-        alone = self.independent and self._is_formed()
-        ranks = list(dead) if alone else list(range(len(self.workers)))
+        only_dead = self.independent and self._is_group_formed()
+        ranks = list(dead) if only_dead else list(range(len(self.workers)))
         for rank in ranks:
             ray.kill(self.workers[rank])
-            self.workers[rank] = self._start(rank)
-        return self._form(ranks)
+            self.workers[rank] = self._start_worker(rank)
+        return self._form_group(ranks)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
@@ -107,23 +112,23 @@ class Pool(Generic[Role]):
         """A ref for each worker to the Usage of the latest call before this one."""
         return [worker.usage.remote() for worker in self.workers]
 
-    def dead(self, timeout_s: float) -> list[int]:
+    def dead_ranks(self, timeout_s: float) -> list[int]:
         """Ranks that are known to have died; a busy one is not."""
-        return dead_ranks([self], timeout_s).get(self.role, [])
+        return find_dead_ranks([self], timeout_s).get(self.role, [])
 
-    def rank_of(self, ref: Any) -> int | None:
+    def rank_of_ref(self, ref: Any) -> int | None:
         """Of the worker that makes `ref`, if it is one of this pool."""
-        return self.rank_with(ref.task_id().actor_id().hex())
+        return self.rank_of_actor(ref.task_id().actor_id().hex())
 
-    def rank_with(self, actor_id: str) -> int | None:
+    def rank_of_actor(self, actor_id: str) -> int | None:
         """Of the worker with this id, in hexadecimal."""
         ids = [worker._actor_id.hex() for worker in self.workers]
         return ids.index(actor_id) if actor_id in ids else None
 
-    def _start(self, rank: int) -> Any:
-        assert self._group is not None, "not started"
+    def _start_worker(self, rank: int) -> Any:
+        assert self._placement_group is not None, "not started"
         config = self.config
-        seat = WorkerSpec(
+        spec = WorkerSpec(
             role=self.role,
             rank=rank,
             world_size=config.num_workers,
@@ -133,40 +138,40 @@ class Pool(Generic[Role]):
             timeout_s=self.timeout_s,
         )
         remote: Any = ray.remote(
-            num_cpus=config.cpus_per_worker / self.turn.sharers,
-            num_gpus=config.gpus_per_worker / self.turn.sharers,
-            resources={name: n / self.turn.sharers for name, n in config.resources.items()},
+            num_cpus=config.cpus_per_worker / self.call_order.num_pools,
+            num_gpus=config.gpus_per_worker / self.call_order.num_pools,
+            resources={name: n / self.call_order.num_pools for name, n in config.resources.items()},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=rank
+                self._placement_group, placement_group_bundle_index=rank
             ),
         )(Worker)
-        return remote.remote(seat)
+        return remote.remote(spec)
 
-    def _form(self, fresh: Iterable[int]) -> list[Any]:
+    def _form_group(self, new_ranks: Iterable[int]) -> list[Any]:
         """A new process group of all workers, then roles in the `fresh` ones."""
-        self.epoch += 1
-        loads = [self.workers[rank].load.remote(self.make) for rank in fresh]
-        address = self.workers[0].offer.remote()
-        joins = [worker.join.remote(address, self.epoch) for worker in self.workers]
-        builds = [self.workers[rank].build.remote() for rank in fresh]
-        self._forming = [*loads, *joins, *builds]
-        return self._forming
+        self.group_number += 1
+        loads = [self.workers[rank].load_builder.remote(self.build_role) for rank in new_ranks]
+        address = self.workers[0].open_store.remote()
+        joins = [worker.join_group.remote(address, self.group_number) for worker in self.workers]
+        builds = [self.workers[rank].rebuild_role.remote() for rank in new_ranks]
+        self._group_refs = [*loads, *joins, *builds]
+        return self._group_refs
 
-    def _is_formed(self) -> bool:
+    def _is_group_formed(self) -> bool:
         """Whether all ranks have joined the group and hold a role; else some wait for one that
         died, and can do nothing else."""
-        done, pending = ray.wait(self._forming, num_returns=len(self._forming), timeout=0)
+        done, pending = ray.wait(self._group_refs, num_returns=len(self._group_refs), timeout=0)
         return not pending and not any(map(_failure, done))
 
 
-def dead_ranks(pools: Iterable[Pool[Any]], timeout_s: float) -> dict[str, list[int]]:
+def find_dead_ranks(pools: Iterable[Pool[Any]], timeout_s: float) -> dict[str, list[int]]:
     """By role the ranks that are known to have died; roles without any are left out."""
     pings = {ping: (p.role, rank) for p in pools for rank, ping in enumerate(p.pings())}
     ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s)
-    found: dict[str, list[int]] = {}
+    dead: dict[str, list[int]] = {}
     for role, rank in sorted(pings[ping] for ping in ready if _is_dead(ping)):
-        found.setdefault(role, []).append(rank)
-    return found
+        dead.setdefault(role, []).append(rank)
+    return dead
 
 
 def _is_dead(ref: Any) -> bool:

@@ -10,33 +10,33 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.experimental import get_local_object_locations
 
-from medgpt.cluster.capacity import of_pools, preflight
-from medgpt.cluster.placement_groups import Gang, acquire, await_lost_nodes, ending_nodes
+from medgpt.cluster.capacity import check_capacity, pool_demands
+from medgpt.cluster.placement_groups import Gang, acquire_gang, draining_nodes, wait_for_lost_nodes
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import PoolsConfig, RoleConfig
-from medgpt.rlhf.pools.pool import CallOrder, Pool, dead_ranks
+from medgpt.rlhf.pools.pool import CallOrder, Pool, find_dead_ranks
 
 Say = Callable[[str], None]
-SAID_AFTER_S = 30  # a wait that takes longer is told
-PING_S = 3  # in which Ray knows that a worker died
-WATCH_S = 2  # between looks whether the end of a node was announced
-STARTS = 3  # after so many deaths of workers that start, there is a reason
-NODE_LOST_S = 90  # in which Ray knows that a node is lost
+LOG_AFTER_S = 30  # a wait that takes longer is told
+WORKER_DEATH_S = 3  # in which Ray knows that a worker died
+DRAIN_CHECK_S = 2  # between looks whether the end of a node was announced
+MAX_STARTS = 3  # after so many deaths of workers that start, there is a reason
+NODE_LOSS_S = 90  # in which Ray knows that a node is lost
 SETTLE_S = 0.5  # in which workers that died together are all known to have died
 
 
 class PoolDied(Exception):
     """Workers of a pool are gone, or do not answer; `Pools.rebuild` makes the pool work again."""
 
-    def __init__(self, role: str, ranks: Sequence[int], why: str) -> None:
-        super().__init__(role, list(ranks), why)
-        self.role, self.ranks, self.why = role, list(ranks), why
+    def __init__(self, role: str, ranks: Sequence[int], reason: str) -> None:
+        super().__init__(role, list(ranks), reason)
+        self.role, self.ranks, self.reason = role, list(ranks), reason
 
     def __str__(self) -> str:
-        return f"{self.role} pool: rank {', '.join(map(str, self.ranks))} {self.why}"
+        return f"{self.role} pool: rank {', '.join(map(str, self.ranks))} {self.reason}"
 
 
-class Leaving(Exception):
+class NodesDraining(Exception):
     """Nodes that hold pools end soon, while all still work; `Pools.move` takes the pools away."""
 
     def __init__(self, roles: Collection[str], seconds: float) -> None:
@@ -44,9 +44,9 @@ class Leaving(Exception):
         self.roles, self.seconds = sorted(roles), seconds
 
     def __str__(self) -> str:
-        left = "" if math.isinf(self.seconds) else f" in {self.seconds:.0f} s"
+        remaining = "" if math.isinf(self.seconds) else f" in {self.seconds:.0f} s"
         pools = f"the {' and '.join(self.roles)} pool{'s' if len(self.roles) > 1 else ''}"
-        return f"the end of a node of {pools} was announced{left}"
+        return f"the end of a node of {pools} was announced{remaining}"
 
 
 class DataLost(Exception):
@@ -75,7 +75,7 @@ class Pools:
 
     def preflight(self) -> None:
         """Raises ConfigError if the cluster can never hold all pools."""
-        preflight(of_pools(self._configs()), data_cpus=self.data_cpus)
+        check_capacity(pool_demands(self._configs()), data_cpus=self.data_cpus)
 
     def start(self) -> None:
         """Place all pools and have every role made; all start at the same time.
@@ -85,13 +85,13 @@ class Pools:
             PoolDied: workers did not live through it, again and again.
         """
         self.preflight()
-        for start in range(1, STARTS + 1):
+        for attempt in range(1, MAX_STARTS + 1):
             try:
                 self._start(self.pools)
                 return
             except PoolDied as died:
                 self.close()
-                if start == STARTS:
+                if attempt == MAX_STARTS:
                     raise
                 self.say(f"{died} before it was ready; all pools start again")
 
@@ -102,7 +102,7 @@ class Pools:
             ConfigError, PoolDied: as of `start`.
         """
         for role in roles:
-            self.pools[role].end()
+            self.pools[role].stop()
         groups = self._gang.groups
         Gang({role: groups[role] for role in roles}).release()
         self._gang = Gang({role: group for role, group in groups.items() if role not in roles})
@@ -110,23 +110,25 @@ class Pools:
 
     def _start(self, roles: Iterable[str]) -> None:
         configs = {role: self.pools[role].config for role in roles}
-        gang = acquire(configs, wait_s=self.wait_s, say=self.say)
+        gang = acquire_gang(configs, wait_s=self.wait_s, say=self.say)
         self._gang = Gang({**self._gang.groups, **gang.groups})
-        sharers = Counter(group.id for group in gang.groups.values())
-        turns = {group: CallOrder(sharers=count) for group, count in sharers.items()}
+        num_pools = Counter(group.id for group in gang.groups.values())
+        call_orders = {group: CallOrder(num_pools=count) for group, count in num_pools.items()}
         refs = []
         for role, group in gang.groups.items():
-            turn, limit = turns[group.id], self.config.call_timeout_s
-            refs += self.pools[role].begin(group, turn, timeout_s=limit)
+            call_order, timeout_s = call_orders[group.id], self.config.call_timeout_s
+            refs += self.pools[role].start(group, call_order, timeout_s=timeout_s)
         self.get(refs, "starting workers", timeout_s=self.config.join_timeout_s)
 
     def check_nodes(self) -> None:
         """Raises Leaving if the end of a node that holds one of the pools was announced."""
-        ending = ending_nodes()
+        ending = draining_nodes()
         if ending and (roles := self._gang.roles_on(ending)):
-            raise Leaving(roles, min(ending.values()))
+            raise NodesDraining(roles, min(ending.values()))
 
-    def get(self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None) -> list[Any]:
+    def get(
+        self, refs: Sequence[Any], purpose: str, *, timeout_s: float | None = None
+    ) -> list[Any]:
         """Values of `refs`, in their order; the first error ends the wait for the others.
 
         Args:
@@ -139,14 +141,19 @@ class Pools:
             DataLost: a value, or what it was to be made from, is gone.
             RayTaskError: any other error of a role.
         """
-        self.wait(refs, what, timeout_s=timeout_s)
+        self.wait(refs, purpose, timeout_s=timeout_s)
         try:
             return ray.get(list(refs))
         except ObjectLostError as error:
             self._raise_lost(error, error)
 
     def wait(
-        self, refs: Sequence[Any], what: str, *, timeout_s: float | None = None, watch: bool = False
+        self,
+        refs: Sequence[Any],
+        purpose: str,
+        *,
+        timeout_s: float | None = None,
+        watch_nodes: bool = False,
     ) -> None:
         """Return when all `refs` are there; as `get`, but values stay where they are.
 
@@ -156,24 +163,26 @@ class Pools:
         Raises:
             Leaving: as of `check_nodes`, if told to watch.
         """
-        limit = self.config.call_timeout_s if timeout_s is None else timeout_s
-        began, said, pending = time.monotonic(), False, list(refs)
-        latest = began
+        timeout_s_or_default = self.config.call_timeout_s if timeout_s is None else timeout_s
+        began, logged, pending = time.monotonic(), False, list(refs)
+        last_progress = began
         while pending:
-            now = time.monotonic()
-            patience = max(0.0, min(WATCH_S, began + limit - now))
-            done, pending = ray.wait(pending, timeout=patience, fetch_local=False)
+            time_now = time.monotonic()
+            wait_s = max(0.0, min(DRAIN_CHECK_S, began + timeout_s_or_default - time_now))
+            done, pending = ray.wait(pending, timeout=wait_s, fetch_local=False)
             for ref in done:
-                self._check(ref)
-            now = time.monotonic()
-            if pending and now > began + limit:
-                self._give_up(pending, f"did not answer within {limit:g} s of {what}")
-            latest = now if done else latest
-            if pending and not said and now > latest + SAID_AFTER_S:
-                workers = ", ".join(f"{role} {rank}" for role, rank in self._whose(pending))
-                self.say(f"{what}: waiting up to {limit:g} s for {workers}")
-                said = True
-            if pending and not done and watch:
+                self._raise_if_failed(ref)
+            time_now = time.monotonic()
+            if pending and time_now > began + timeout_s_or_default:
+                self._raise_timeout(
+                    pending, f"did not answer within {timeout_s_or_default:g} s of {purpose}"
+                )
+            last_progress = time_now if done else last_progress
+            if pending and not logged and time_now > last_progress + LOG_AFTER_S:
+                workers = ", ".join(f"{role} {rank}" for role, rank in self._workers_of(pending))
+                self.say(f"{purpose}: waiting up to {timeout_s_or_default:g} s for {workers}")
+                logged = True
+            if pending and not done and watch_nodes:
                 self.check_nodes()
 
     def rebuild(self, died: PoolDied) -> set[str]:
@@ -183,20 +192,20 @@ class Pools:
         Raises:
             ConfigError, PoolDied: as of `start`.
         """
-        gone = dead_ranks(self.pools.values(), SETTLE_S)
-        for role, ranks in gone.items():
+        dead = find_dead_ranks(self.pools.values(), SETTLE_S)
+        for role, ranks in dead.items():
             if role != died.role:
                 self.say(f"{PoolDied(role, ranks, 'died, too')}; the pool is rebuilt")
-        gone[died.role] = sorted({*died.ranks, *gone.get(died.role, [])})
-        await_lost_nodes(NODE_LOST_S)
-        refs = [ref for role, ranks in gone.items() for ref in self.pools[role].replace(ranks)]
-        what = f"rebuilding {' and '.join(f'the {role} pool' for role in gone)}"
-        self.get(refs, what, timeout_s=self.wait_s)
-        return set(gone)
+        dead[died.role] = sorted({*died.ranks, *dead.get(died.role, [])})
+        wait_for_lost_nodes(NODE_LOSS_S)
+        refs = [ref for role, ranks in dead.items() for ref in self.pools[role].restart(ranks)]
+        purpose = f"rebuilding {' and '.join(f'the {role} pool' for role in dead)}"
+        self.get(refs, purpose, timeout_s=self.wait_s)
+        return set(dead)
 
     def close(self) -> None:
         for pool in self.pools.values():
-            pool.end()
+            pool.stop()
         self._gang.release()
         self._gang = Gang({})
 
@@ -207,16 +216,16 @@ class Pools:
     def _configs(self) -> dict[str, RoleConfig]:
         return {name: pool.config for name, pool in self.pools.items()}
 
-    def _check(self, ref: Any) -> None:
+    def _raise_if_failed(self, ref: Any) -> None:
         """Raise the error that the ready `ref` holds, as the caller can use it."""
         if get_local_object_locations([ref])[ref]["node_ids"]:
             return  # a large value; errors are small and come to the owner of the ref
         try:
             ray.get(ref)
         except (RayTaskError, RayActorError, ObjectLostError) as error:
-            self._raise(ref, error)
+            self._raise_as_pool_error(ref, error)
 
-    def _raise(self, ref: Any, error: RayError) -> NoReturn:
+    def _raise_as_pool_error(self, ref: Any, error: RayError) -> NoReturn:
         cause: BaseException = error
         while (
             isinstance(cause, RayTaskError) and cause.cause is not None
@@ -228,32 +237,34 @@ class Pools:
             self._raise_lost(error, cause)
         for pool in self.pools.values():
             if isinstance(cause, RayActorError):
-                rank = pool.rank_with(cause.actor_id)
+                rank = pool.rank_of_actor(cause.actor_id)
                 if rank is not None:  # what Ray's tables tell yet, or not, when a node is lost
-                    ranks = sorted({rank, *pool.dead(SETTLE_S)})
+                    ranks = sorted({rank, *pool.dead_ranks(SETTLE_S)})
                     raise PoolDied(pool.role, ranks, "died") from error
         for pool in self.pools.values():
             # a collective fails when another rank dies, perhaps before Ray knows
-            if pool.rank_of(ref) is not None and (dead := pool.dead(PING_S)):
-                raise PoolDied(pool.role, dead, "died") from error
+            if pool.rank_of_ref(ref) is not None and (
+                dead_ranks := pool.dead_ranks(WORKER_DEATH_S)
+            ):
+                raise PoolDied(pool.role, dead_ranks, "died") from error
         raise error
 
     def _raise_lost(self, error: RayError, cause: Exception) -> NoReturn:
         """Data goes with the node that holds it, and often a pool's workers do, too."""
-        for role, ranks in dead_ranks(self.pools.values(), PING_S).items():
+        for role, ranks in find_dead_ranks(self.pools.values(), WORKER_DEATH_S).items():
             raise PoolDied(role, ranks, "died") from error
         raise DataLost(f"data between the pools is gone ({type(cause).__name__})") from error
 
-    def _whose(self, refs: Iterable[Any]) -> list[tuple[str, int]]:
-        found = [
+    def _workers_of(self, refs: Iterable[Any]) -> list[tuple[str, int]]:
+        workers = [
             (name, rank)
             for ref in refs
             for name, pool in self.pools.items()
-            if (rank := pool.rank_of(ref)) is not None
+            if (rank := pool.rank_of_ref(ref)) is not None
         ]
-        return sorted(set(found))
+        return sorted(set(workers))
 
-    def _give_up(self, refs: Sequence[Any], why: str) -> NoReturn:
-        late = self._whose(refs)
-        role = late[0][0]
-        raise PoolDied(role, [rank for name, rank in late if name == role], why)
+    def _raise_timeout(self, refs: Sequence[Any], reason: str) -> NoReturn:
+        late_workers = self._workers_of(refs)
+        role = late_workers[0][0]
+        raise PoolDied(role, [rank for name, rank in late_workers if name == role], reason)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import psutil
 import ray
 
-Address = tuple[str, int]
+StoreAddress = tuple[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +38,20 @@ class Usage(NamedTuple):
 class Worker:
     """One rank of a pool: imports, joins the pool's process group, then holds one role."""
 
-    def __init__(self, seat: WorkerSpec) -> None:
-        self.seat = seat
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
         self.store: Any = None
         self.call_s = 0.0
         self.role: Any = None
 
-    def load(self, make: Callable[[], Any]) -> None:
+    def load_builder(self, build_role: Callable[[], Any]) -> None:
         """Unpickling `make` has imported the role's libraries, in all processes at once."""
         import torch
 
-        torch.set_num_threads(self.seat.threads)
-        self.make = make
+        torch.set_num_threads(self.spec.threads)
+        self.build_role = build_role
 
-    def offer(self) -> Address:
+    def open_store(self) -> StoreAddress:
         """Rank 0 opens the store where the ranks of a new group meet."""
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -61,7 +61,7 @@ class Worker:
         )
         return host, self.store.port
 
-    def join(self, address: Address, epoch: int) -> None:
+    def join_group(self, address: StoreAddress, group_number: int) -> None:
         """Become a rank of the group of this epoch, after leaving an earlier one."""
         import torch.distributed as dist
         from torch.distributed import (
@@ -69,55 +69,55 @@ class Worker:
             TCPStore,  # pyright: ignore[reportPrivateImportUsage]
         )
 
-        seat = self.seat
+        spec = self.spec
         if dist.is_initialized():
             dist.destroy_process_group()
-        if seat.rank > 0:
+        if spec.rank > 0:
             self.store = TCPStore(*address, is_master=False, timeout=self._timeout)
         os.environ |= {
             "MASTER_ADDR": address[0],
             "MASTER_PORT": str(address[1]),
-            "RANK": str(seat.rank),
-            "WORLD_SIZE": str(seat.world_size),
+            "RANK": str(spec.rank),
+            "WORLD_SIZE": str(spec.world_size),
             "LOCAL_RANK": "0",  # Ray shows a process its own devices only
         }
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if seat.gpu else "gloo",
-            store=PrefixStore(f"{seat.role}/{epoch}", self.store),
-            rank=seat.rank,
-            world_size=seat.world_size,
+            "cpu:gloo,cuda:nccl" if spec.gpu else "gloo",
+            store=PrefixStore(f"{spec.role}/{group_number}", self.store),
+            rank=spec.rank,
+            world_size=spec.world_size,
             timeout=self._timeout,
         )
 
-    def build(self) -> None:
+    def rebuild_role(self) -> None:
         """Make the role, or make it anew."""
         self.role = None  # its memory is free before the new one needs it
-        self.role = self.make()
-        if self.seat.offload:
+        self.role = self.build_role()
+        if self.spec.offload:
             self.role.offload()
 
     def call(
-        self, method: Callable[..., Any], after: Sequence[Any], *args: Any, **kwargs: Any
+        self, method: Callable[..., Any], earlier: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Run `method` on the role, on the device only then if it is told to offload.
 
         Args:
             after: refs of calls that must have ended, well or not, before this one.
         """
-        if after:
-            ray.wait(list(after), num_returns=len(after), fetch_local=False)
+        if earlier:
+            ray.wait(list(earlier), num_returns=len(earlier), fetch_local=False)
         began = time.monotonic()
         try:
             return self._run(method, args, kwargs)
         except Exception as error:
-            seat = self.seat
-            error.add_note(f"in {method.__name__} of the {seat.role} pool, rank {seat.rank}")
+            spec = self.spec
+            error.add_note(f"in {method.__name__} of the {spec.role} pool, rank {spec.rank}")
             raise
         finally:
             self.call_s = time.monotonic() - began
 
     def _run(self, method: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if not self.seat.offload:
+        if not self.spec.offload:
             return method(self.role, *args, **kwargs)
         self.role.onload()
         try:
@@ -135,4 +135,4 @@ class Worker:
 
     @property
     def _timeout(self) -> timedelta:
-        return timedelta(seconds=self.seat.timeout_s)
+        return timedelta(seconds=self.spec.timeout_s)

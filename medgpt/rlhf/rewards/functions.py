@@ -22,44 +22,44 @@ class RewardFunction:
     def __init__(self, config: RewardFunctionConfig) -> None:
         """Raises ConfigError: it cannot be imported, or takes something else than one list."""
         self.name = config.name
-        self._function = _import(config)
+        self._function = _import_function(config)
 
-    def __call__(self, answered: Sequence[RewardSample]) -> list[float | None]:
+    def __call__(self, samples: Sequence[RewardSample]) -> list[float | None]:
         """A finite number for each sample, or None. Logs tell the kind of failure, not its text,
         which may quote a patient."""
         try:
-            values = list(self._function(list(answered)))
+            values = list(self._function(list(samples)))
         except Exception as error:  # whatever it raises, it concerns these samples alone
             log.warning("reward function %s raised %s", self.name, type(error).__name__)
-            return [None] * len(answered)
-        if len(values) != len(answered):
+            return [None] * len(samples)
+        if len(values) != len(samples):
             log.warning(
                 "reward function %s returned %d values for %d samples",
-                *(self.name, len(values), len(answered)),
+                *(self.name, len(values), len(samples)),
             )
-            return [None] * len(answered)
-        return [finite(value) for value in values]
+            return [None] * len(samples)
+        return [finite_or_none(value) for value in values]
 
 
-def finite(value: Any) -> float | None:
+def finite_or_none(value: Any) -> float | None:
     """`value` as a float; None if it is no finite number."""
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
-def _import(config: RewardFunctionConfig) -> Callable[[list[RewardSample]], Any]:
+def _import_function(config: RewardFunctionConfig) -> Callable[[list[RewardSample]], Any]:
     module, _, name = config.path.partition(":")
     key = f"reward.functions {config.name}: path={config.path}"
     try:
-        found = vars(importlib.import_module(module)).get(name)
+        function = vars(importlib.import_module(module)).get(name)
     except Exception as error:  # a module may fail with anything while it is imported
         raise ConfigError(
             f"{key}: importing {module} failed with {type(error).__name__}: {error}; install it on "
             "every node or correct the path"
         ) from None
-    if not callable(found):
+    if not callable(function):
         raise ConfigError(f"{key}: {module} has no function {name}; write it as module:function")
-    _check_signature(key, found)
-    return found
+    _check_signature(key, function)
+    return function
 
 
 def _check_signature(key: str, function: Callable[..., Any]) -> None:
@@ -68,18 +68,19 @@ def _check_signature(key: str, function: Callable[..., Any]) -> None:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
         raise ConfigError(f"{key}: its parameters cannot be read; wrap it in a function") from None
-    first = next(iter(parameters), None)
-    takes_one = first is not None and (
-        first.kind in POSITIONAL or first.kind is inspect.Parameter.VAR_POSITIONAL
+    first_parameter = next(iter(parameters), None)
+    takes_list = first_parameter is not None and (
+        first_parameter.kind in POSITIONAL
+        or first_parameter.kind is inspect.Parameter.VAR_POSITIONAL
     )
-    needed = [
+    required = [
         p
         for p in parameters
-        if p is not first
+        if p is not first_parameter
         and p.default is p.empty
         and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    if not takes_one or needed:
+    if not takes_list or required:
         raise ConfigError(
             f"{key}: it takes ({', '.join(p.name for p in parameters)}); it must take one "
             "argument, the list of answers, and return as many numbers"

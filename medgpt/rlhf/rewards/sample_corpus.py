@@ -4,33 +4,35 @@ advice? For `reward.functions` of the debug configs; no model of medicine."""
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from medgpt.medical.statements import states
+from medgpt.medical.statements import states_fact
 from medgpt.rlhf.rewards.reward_sample import RewardSample
+from medgpt.sample_corpus.generator import HEADACHE_ID, CorpusGenerator
 from medgpt.sample_corpus.knowledge import load_knowledge
-from medgpt.sample_corpus.render import HEADACHE, Corpus
-from medgpt.sample_corpus.templates import SYMPTOMS
+from medgpt.sample_corpus.templates import COMPLAINT_SYMPTOMS
 
 ADVICE = ("建议您", "建议你")
-MOST_CAUSES = 2  # the first, most typical ones
+NUM_CAUSES = 2  # the first, most typical ones
 
 
-def causes_and_advice(answered: Sequence[RewardSample]) -> list[float]:
+def causes_and_advice(samples: Sequence[RewardSample]) -> list[float]:
     """Of each answer the share, from 0 to 1, of causes and advice that it states, less the share of
     conditions among those it names that are no cause of the complaint; 0 for other questions."""
     causes = known_causes()
-    return [_mark(sample, causes) for sample in answered]
+    return [_reward(sample, causes) for sample in samples]
 
 
-def _mark(sample: RewardSample, causes: Mapping[str, tuple[str, ...]]) -> float:
+def _reward(sample: RewardSample, causes: Mapping[str, tuple[str, ...]]) -> float:
     symptom = next((name for name in causes if name in sample.question), None)
     if symptom is None:
         return 0.0
     opening = sample.text.split("。")[0]
-    wanted = causes[symptom][:MOST_CAUSES]
-    found = [states(opening, (cause,)) for cause in wanted] + [states(sample.text, ADVICE)]
+    wanted = causes[symptom][:NUM_CAUSES]
+    stated = [states_fact(opening, (cause,)) for cause in wanted] + [
+        states_fact(sample.text, ADVICE)
+    ]
     named = {name for name in condition_names() if name in opening} - {symptom}
-    strange = [name for name in named if name not in causes[symptom]]
-    return sum(found) / len(found) - len(strange) / max(1, len(named))
+    unrelated = [name for name in named if name not in causes[symptom]]
+    return sum(stated) / len(stated) - len(unrelated) / max(1, len(named))
 
 
 @cache
@@ -41,7 +43,7 @@ def condition_names() -> tuple[str, ...]:
 @cache
 def known_causes() -> dict[str, tuple[str, ...]]:
     """By symptom as a patient words it, longer ones first, so that none hides in another."""
-    by_id = {c.id: c for c in Corpus().conditions}
-    found = {symptom: tuple(by_id[i].name for i in ids) for symptom, _, ids in SYMPTOMS}
-    found[by_id[HEADACHE].name] = by_id[HEADACHE].causes.items
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+    by_id = {c.id: c for c in CorpusGenerator().conditions}
+    causes = {symptom: tuple(by_id[i].name for i in ids) for symptom, _, ids in COMPLAINT_SYMPTOMS}
+    causes[by_id[HEADACHE_ID].name] = by_id[HEADACHE_ID].causes.items
+    return dict(sorted(causes.items(), key=lambda item: -len(item[0])))

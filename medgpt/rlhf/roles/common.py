@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import Precision, RoleConfig
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.rlhf.batching import Forward, Rows, forwards, mini_batches
+from medgpt.rlhf.batching import ForwardPass, RowIndices, forward_passes, mini_batches
 from medgpt.rlhf.experience import Experience, RunningStats
 from medgpt.rlhf.rollout_batch import Logprobs, Sequences
 
@@ -21,14 +21,14 @@ RATIO_TOLERANCE = 1e-4  # of the first step's ratios from 1, in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class UpdateTask:
     """What actor and critic are told of an iteration."""
 
     iteration: int  # from 0
     weight_version: int  # that sampled the rollouts
     kl_coef: float
     score_stats: RunningStats
-    actor_learns: bool  # False while the critic warms up
+    update_actor: bool  # False while the critic warms up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ def role_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def frozen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Of a model that does not learn."""
     auto = "fp32" if device.type == "cpu" else "bf16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[
@@ -54,12 +54,12 @@ def role_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     ]
 
 
-def resting_device(pool: RoleConfig) -> torch.device:
+def initial_device(pool: RoleConfig) -> torch.device:
     """Where a model is made: not on a GPU that another role may be using."""
     return torch.device("cpu") if pool.offload else role_device()
 
 
-def move(modules: Iterable[nn.Module], device: torch.device) -> None:
+def move_modules(modules: Iterable[nn.Module], device: torch.device) -> None:
     """Take weights to `device`; memory that they leave on a GPU is free for other processes."""
     for module in modules:
         module.to(device)
@@ -76,16 +76,18 @@ def errors_for_key(key: str) -> Iterator[None]:
         raise ConfigError(str(error).replace("model.name=", f"{key}=")) from None
 
 
-def max_tokens(config: PPOStageConfig) -> int:
+def max_pass_tokens(config: PPOStageConfig) -> int:
     """Of a forward pass: the budget, or one sequence or row that is longer."""
     longest = config.data.max_length + config.rollout.max_new_tokens
-    row = config.ptx.data.max_length if config.ptx else 0
-    return max(config.ppo.micro_batch_tokens, longest, row)
+    ptx_row = config.ptx.data.max_length if config.ptx else 0
+    return max(config.ppo.micro_batch_tokens, longest, ptx_row)
 
 
-def my_forwards(sequences: Sequences, rows: Rows, config: PPOStageConfig) -> Iterator[Forward]:
+def local_forward_passes(
+    sequences: Sequences, rows: RowIndices, config: PPOStageConfig
+) -> Iterator[ForwardPass]:
     """This rank's share of the passes over `rows`."""
-    return forwards(
+    return forward_passes(
         sequences,
         rows,
         rank=dist.get_rank(),
@@ -101,30 +103,32 @@ def response_logprobs(
     config: PPOStageConfig,
     device: torch.device,
     *,
-    of: Literal["actor", "reference"],
+    model: Literal["actor", "reference"],
     temperature: float,
 ) -> Logprobs:
     """This rank's share of the log-probabilities, at the temperature of sampling."""
     index, values, entropy = [], [], torch.zeros((), device=device)
-    for forward in my_forwards(sequences, np.arange(len(sequences)), config):
+    for forward in local_forward_passes(sequences, np.arange(len(sequences)), config):
         terms = policy(
             forward.batch.to(device),
             temperature=temperature,
-            with_entropy=of == "actor",
+            with_entropy=model == "actor",
         )
         num_tokens = int(sequences.responses.lengths[forward.rows].sum())
         index.append(forward.rows)
         values.append(terms[0, :num_tokens])
         entropy += terms[1].sum()
     return Logprobs(
-        of=of,
+        model=model,
         index=np.concatenate(index),
         values=torch.cat(values).cpu().numpy(),
         entropy=float(entropy),
     )
 
 
-def step_rows(experience: Experience, config: PPOStageConfig, iteration: int) -> Iterator[Rows]:
+def optimizer_step_rows(
+    experience: Experience, config: PPOStageConfig, iteration: int
+) -> Iterator[RowIndices]:
     """The sequences of each optimizer step; those that do not count are left out."""
     for epoch in range(config.ppo.epochs):
         for rows in mini_batches(
@@ -134,15 +138,15 @@ def step_rows(experience: Experience, config: PPOStageConfig, iteration: int) ->
             iteration=iteration,
             epoch=epoch,
         ):
-            yield rows[np.isin(rows, experience.rows)]
+            yield rows[np.isin(rows, experience.valid_rows)]
 
 
-def places_of(sequences: Sequences, rows: Rows) -> Tensor:
+def token_positions(sequences: Sequences, rows: RowIndices) -> Tensor:
     """(n,) where the response tokens of `rows` are among all."""
-    return torch.from_numpy(sequences.responses.places(rows))
+    return torch.from_numpy(sequences.responses.positions(rows))
 
 
-def summed(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduced over the ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=op)

@@ -8,27 +8,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from medgpt.algos.ppo import ppo_value_loss
-from medgpt.artifacts import FileEntry, Folder, entries
+from medgpt.artifacts import FileEntry, Folder, file_entries
 from medgpt.config.model import ModelConfig
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
-from medgpt.engine.value import trainable_value_model
-from medgpt.models.tokenizer import load_base
-from medgpt.models.tokenizer_compat import check_same_speech
-from medgpt.models.value_model import Scale, last_values
-from medgpt.rlhf.batching import Rows
-from medgpt.rlhf.experience import Experience, Parts, assign_credit
+from medgpt.engine.value import build_trainable_value_model
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.tokenizer_compat import check_same_token_ids
+from medgpt.models.value_model import ValueScale, last_token_values
+from medgpt.rlhf.batching import RowIndices
+from medgpt.rlhf.experience import Experience, RolloutParts, make_experience
 from medgpt.rlhf.roles.common import (
-    Task,
+    UpdateTask,
+    all_reduce,
     errors_for_key,
-    my_forwards,
-    places_of,
+    local_forward_passes,
+    optimizer_step_rows,
     role_device,
-    step_rows,
-    summed,
+    token_positions,
 )
-from medgpt.rlhf.rollout_batch import Lessons, Sequences, Values, join_sequences
+from medgpt.rlhf.rollout_batch import PtxBatch, Sequences, Values, join_sequences
 from medgpt.train.export import export_model
 
 
@@ -40,13 +40,15 @@ class Critic:
         engine = config.pools.critic.engine
         actor = config.model.name
         assert actor is not None
-        key, start = _start(config, actor)
+        key, start = _initial_model(config, actor)
         model = ModelConfig(name=start, lora=config.critic.lora)
         with errors_for_key(key):
-            check_same_speech(
-                load_base(actor), load_base(start), names=("the actor", f"{key}={start}")
+            check_same_token_ids(
+                load_tokenizer(actor), load_tokenizer(start), names=("the actor", f"{key}={start}")
             )
-            self.model = trainable_value_model(model, engine, self.device, seed=config.run.seed)
+            self.model = build_trainable_value_model(
+                model, engine, self.device, seed=config.run.seed
+            )
         self.engine = Engine(
             self.model,
             engine=engine,
@@ -59,24 +61,24 @@ class Critic:
     def values(self, *rollouts: Sequences) -> Values:
         """This rank's share of the values before each response token and after the last."""
         self.model.eval()
-        whole = join_sequences(rollouts)
-        index, values, after = [], [], []
-        for forward in my_forwards(whole, np.arange(len(whole)), self.config):
+        sequences = join_sequences(rollouts)
+        index, values, bootstrap = [], [], []
+        for forward in local_forward_passes(sequences, np.arange(len(sequences)), self.config):
             batch = forward.batch.to(self.device)
-            found = self.engine(batch)
+            outputs = self.engine(batch)
             index.append(forward.rows)
-            values.append(_before_tokens(found, batch))
-            after.append(last_values(found, batch)[: len(forward.rows)])
+            values.append(_predicting_values(outputs, batch))
+            bootstrap.append(last_token_values(outputs, batch)[: len(forward.rows)])
         return Values(
             index=np.concatenate(index),
             values=torch.cat(values).cpu().numpy(),
-            after=torch.cat(after).cpu().numpy(),
+            bootstrap=torch.cat(bootstrap).cpu().numpy(),
         )
 
-    def update(self, task: Task, *parts: object) -> dict[str, float]:
+    def update(self, task: UpdateTask, *parts: object) -> dict[str, float]:
         """The optimizer steps of an iteration. The parts are all pools' answers."""
-        experience = assign_credit(
-            Parts.of(part for part in parts if not isinstance(part, Lessons)),
+        experience = make_experience(
+            RolloutParts.from_outputs(part for part in parts if not isinstance(part, PtxBatch)),
             self.config.ppo,
             kl_coef=task.kl_coef,
             score_stats=task.score_stats,
@@ -84,10 +86,10 @@ class Critic:
         self.model.train()
         self.engine.steps = task.iteration * self.config.ppo.num_steps
         sums, norms, skipped = np.zeros(2), [], 0
-        for rows in step_rows(experience, self.config, task.iteration):
+        for rows in optimizer_step_rows(experience, self.config, task.iteration):
             if not len(rows):
                 continue
-            means = summed(self._accumulate(experience, rows)).numpy()
+            means = all_reduce(self._accumulate_gradients(experience, rows)).numpy()
             norm = self.engine.step()
             if math.isfinite(norm):
                 norms.append(norm)
@@ -104,34 +106,34 @@ class Critic:
             "critic/skipped_steps": float(skipped),
         }
 
-    def _accumulate(self, experience: Experience, rows: Rows) -> Tensor:
+    def _accumulate_gradients(self, experience: Experience, rows: RowIndices) -> Tensor:
         """Gradients of one optimizer step; (2,) this rank's shares of loss and clipped share."""
         sequences, means = experience.sequences, torch.zeros(2, dtype=torch.float64)
         num_tokens = int(sequences.responses.lengths[rows].sum())
-        for forward in my_forwards(sequences, rows, self.config):
+        for forward in local_forward_passes(sequences, rows, self.config):
             batch = forward.batch.to(self.device)
-            found = self.engine(batch)
-            places = places_of(sequences, forward.rows)
-            if not len(places):
-                self.engine.backward(found.sum() * 0)
+            outputs = self.engine(batch)
+            positions = token_positions(sequences, forward.rows)
+            if not len(positions):
+                self.engine.backward(outputs.sum() * 0)
                 continue
-            values = _before_tokens(found, batch)[None]
-            value = ppo_value_loss(
-                values,
-                experience.values[places].to(self.device)[None],
-                experience.returns[places].to(self.device)[None],
-                torch.ones_like(values, dtype=torch.bool),
+            old_values = _predicting_values(outputs, batch)[None]
+            value_loss = ppo_value_loss(
+                old_values,
+                experience.values[positions].to(self.device)[None],
+                experience.returns[positions].to(self.device)[None],
+                torch.ones_like(old_values, dtype=torch.bool),
                 clip_range=self.config.critic.value_clip_range,
                 num_tokens=num_tokens,
             )
-            self.engine.backward(value.loss)
-            means += torch.stack([x.detach().cpu().double() for x in value])
+            self.engine.backward(value_loss.loss)
+            means += torch.stack([x.detach().cpu().double() for x in value_loss])
         return means
 
     def save(self, url: str) -> list[FileEntry]:
         """Write this rank's part of a checkpoint."""
         with Folder(url).staging() as directory:
-            return entries(directory, self.engine.snapshot().write(directory))
+            return file_entries(directory, self.engine.snapshot().write(directory))
 
     def load(self, url: str) -> None:
         with Folder(url).local() as directory:
@@ -141,15 +143,15 @@ class Critic:
         """Write the critic as a Hugging Face folder with its head; files of rank 0."""
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
-            tokenizer = load_base(self.config.model.name)
+            tokenizer = load_tokenizer(self.config.model.name)
             export_model(self.engine, self.model.model, tokenizer, directory)
             if dist.get_rank() > 0:
                 return []
-            Scale(mean=self.model.mean, std=self.model.std).write(directory)
-            return entries(directory)
+            ValueScale(mean=self.model.mean, std=self.model.std).write(directory)
+            return file_entries(directory)
 
 
-def _start(config: PPOStageConfig, actor: str) -> tuple[str, str]:
+def _initial_model(config: PPOStageConfig, actor: str) -> tuple[str, str]:
     """The key that names what the critic starts from, and the name."""
     if config.critic.model is not None:
         return "critic.model", config.critic.model
@@ -158,6 +160,6 @@ def _start(config: PPOStageConfig, actor: str) -> tuple[str, str]:
     return "model.name", actor
 
 
-def _before_tokens(values: Tensor, batch: PackedBatch) -> Tensor:
+def _predicting_values(values: Tensor, batch: PackedBatch) -> Tensor:
     """(n,) of the values (1, N), those from which a response token is predicted."""
     return values[0, batch.labels[0] != IGNORE]

@@ -7,15 +7,15 @@ import torch
 from medgpt.config.model import ModelConfig
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.train import EngineConfig
-from medgpt.models.load import SpecialIds, build_model
+from medgpt.models.load import SpecialTokenIds, build_model
 from medgpt.models.policy import Policy
 from medgpt.rlhf.roles.common import (
-    max_tokens,
-    move,
+    frozen_dtype,
+    initial_device,
+    max_pass_tokens,
+    move_modules,
     response_logprobs,
-    resting_device,
     role_device,
-    role_dtype,
 )
 from medgpt.rlhf.rollout_batch import Logprobs, Sequences, join_sequences
 
@@ -25,7 +25,11 @@ class Reference:
 
     def __init__(self, config: PPOStageConfig) -> None:
         self.config, self.device = config, role_device()
-        self.policy = self._partitioned() if config.pools.reference.zero_stage else self._whole()
+        self.policy = (
+            self._load_partitioned()
+            if config.pools.reference.zero_stage
+            else self._load_replicated()
+        )
 
     def logprobs(self, temperature: float, *rollouts: Sequences) -> Logprobs:
         """This rank's share. Whoever asks says at which temperature it has sampled: a pool may
@@ -35,19 +39,19 @@ class Reference:
             join_sequences(rollouts),
             self.config,
             self.device,
-            of="reference",
+            model="reference",
             temperature=temperature,
         )
 
     def offload(self) -> None:
         """Wait in host memory; not at ZeRO-3."""
-        move([self.policy], torch.device("cpu"))
+        move_modules([self.policy], torch.device("cpu"))
 
     def onload(self) -> None:
-        move([self.policy], self.device)
+        move_modules([self.policy], self.device)
 
     @property
-    def _model(self) -> ModelConfig:
+    def _model_config(self) -> ModelConfig:
         model = self.config.model
         return ModelConfig(
             name=model.name,
@@ -55,19 +59,19 @@ class Reference:
             trust_remote_code=model.trust_remote_code,
         )
 
-    def _whole(self) -> Any:
+    def _load_replicated(self) -> Any:
         model = build_model(
-            self._model,
-            objective="clm",
+            self._model_config,
+            head_kind="clm",
             vocab_size=0,  # the saved model's own
-            special=SpecialIds(),
+            special_ids=SpecialTokenIds(),
             seed=0,
-            dtype=role_dtype(self.config.pools.reference.precision, self.device),
+            dtype=frozen_dtype(self.config.pools.reference.precision, self.device),
         )
-        policy = Policy(model, max_batch_tokens=max_tokens(self.config))
-        return policy.requires_grad_(False).eval().to(resting_device(self.config.pools.reference))
+        policy = Policy(model, max_batch_tokens=max_pass_tokens(self.config))
+        return policy.requires_grad_(False).eval().to(initial_device(self.config.pools.reference))
 
-    def _partitioned(self) -> Any:
+    def _load_partitioned(self) -> Any:
         """DeepSpeed is imported only where it is used: it takes seconds."""
         from medgpt.engine.frozen import FrozenEngine
         from medgpt.engine.policy import build_policy
@@ -75,6 +79,10 @@ class Reference:
         pool = self.config.pools.reference
         engine = EngineConfig(zero_stage=pool.zero_stage, precision=pool.precision)
         policy = build_policy(
-            self._model, engine, self.device, seed=0, max_batch_tokens=max_tokens(self.config)
+            self._model_config,
+            engine,
+            self.device,
+            seed=0,
+            max_batch_tokens=max_pass_tokens(self.config),
         )
         return FrozenEngine(policy, engine, self.device)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.data.tokenized.chat import stop_ids
-from medgpt.models.base import local_folder
-from medgpt.models.decode import Generated, Generator
+from medgpt.data.tokenized.chat_template import stop_token_ids
+from medgpt.models.decode import GeneratedResponse, TokenGenerator
 from medgpt.models.generate import load_for_generation
-from medgpt.models.tokenizer import load_base
-from medgpt.rlhf.batching import share_by_length
-from medgpt.rlhf.roles.common import move, resting_device, role_device
+from medgpt.models.model_files import resolve_model_folder
+from medgpt.models.tokenizer import load_tokenizer
+from medgpt.rlhf.batching import split_by_length
+from medgpt.rlhf.roles.common import initial_device, move_modules, role_device
 from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, sample_seeds
 
 NO_WEIGHTS = -1  # version before the first sync
@@ -37,8 +37,8 @@ class RolloutEngine(Protocol):
         *,
         max_new_tokens: int,
         temperature: float,
-        ends: Sequence[int],
-    ) -> list[Generated]: ...
+        stop_token_ids: Sequence[int],
+    ) -> list[GeneratedResponse]: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over some of the weights, under their Hugging Face names."""
@@ -56,9 +56,9 @@ class Rollout:
     def __init__(self, config: PPOStageConfig) -> None:
         assert config.model.name is not None
         self.config = config
-        self.folder = str(local_folder(config.model.name))
-        self.ends = stop_ids(load_base(self.folder))
-        self.engine: RolloutEngine = make_engine(config, self.folder)
+        self.folder = str(resolve_model_folder(config.model.name))
+        self.stop_ids = stop_token_ids(load_tokenizer(self.folder))
+        self.engine: RolloutEngine = build_engine(config, self.folder)
         self.weight_version = NO_WEIGHTS
 
     def generate(
@@ -74,11 +74,12 @@ class Rollout:
             StaleWeights: this worker has another one.
         """
         if weight_version not in (None, self.weight_version):
-            has = self.weight_version
+            own_version = self.weight_version
             raise StaleWeights(
                 f"rollout rank {dist.get_rank()} has "
-                f"{'no whole version' if has == NO_WEIGHTS else f'version {has}'} of the weights, "
-                f"not version {weight_version}; weights must be synced before rollouts"
+                f"{'no whole version' if own_version == NO_WEIGHTS else f'version {own_version}'} "
+                f"of the weights, not version {weight_version}; weights must be synced before "
+                "rollouts"
             )
         seeds = sample_seeds(self.config.run.seed, iteration, prompts.sample_ids)
         config = self.config.rollout
@@ -86,7 +87,7 @@ class Rollout:
             prompts.ids, prompts.sample_ids, seeds, config.max_new_tokens, config.temperature
         )
 
-    def answer(self, prompts: Ragged, max_new_tokens: int) -> Sequences:
+    def generate_greedy(self, prompts: Ragged, max_new_tokens: int) -> Sequences:
         """This rank's share of the greedy answers; the sample ids are the rows' numbers."""
         ids = [str(i) for i in range(len(prompts))]
         return self._generate(prompts, ids, [0] * len(prompts), max_new_tokens, 0.0)
@@ -100,21 +101,21 @@ class Rollout:
         temperature: float,
     ) -> Sequences:
         lengths = prompts.lengths + max_new_tokens  # a row costs more than its prompt's tokens
-        mine = share_by_length(lengths, dist.get_world_size())[dist.get_rank()]
-        found = self.engine.generate(
-            [prompts.row(i).tolist() for i in mine],
-            [seeds[i] for i in mine],
+        local_rows = split_by_length(lengths, dist.get_world_size())[dist.get_rank()]
+        generated = self.engine.generate(
+            [prompts.row(i).tolist() for i in local_rows],
+            [seeds[i] for i in local_rows],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            ends=self.ends,
+            stop_token_ids=self.stop_ids,
         )
         return Sequences(
-            index=mine,
-            sample_ids=[sample_ids[int(i)] for i in mine],
-            prompts=prompts.take(mine),
-            responses=Ragged.of([row.ids for row in found], np.int32),
-            logprobs=Ragged.of([row.logprobs for row in found], np.float32).values,
-            finished=np.array([row.finished for row in found], np.bool_),
+            index=local_rows,
+            sample_ids=[sample_ids[int(i)] for i in local_rows],
+            prompts=prompts.take(local_rows),
+            responses=Ragged.from_rows([row.ids for row in generated], np.int32),
+            logprobs=Ragged.from_rows([row.logprobs for row in generated], np.float32).values,
+            finished=np.array([row.finished for row in generated], np.bool_),
             weight_version=self.weight_version,
         )
 
@@ -130,14 +131,14 @@ class Rollout:
 
     def offload(self) -> None:
         """Wait in host memory."""
-        self._move(torch.device("cpu"))
+        self._move_model(torch.device("cpu"))
 
     def onload(self) -> None:
-        self._move(role_device())
+        self._move_model(role_device())
 
-    def _move(self, device: torch.device) -> None:
+    def _move_model(self, device: torch.device) -> None:
         assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other
-        move([self.engine.model], device)
+        move_modules([self.engine.model], device)
 
 
 class HuggingFaceEngine:
@@ -148,29 +149,29 @@ class HuggingFaceEngine:
     ) -> None:
         model: Any = load_for_generation(folder, device)[0]
         self.model = model.to(dtype).requires_grad_(False)
-        self.generate = Generator(self.model, batch_tokens=batch_tokens).generate
-        self.came: set[int] = set()
+        self.generate = TokenGenerator(self.model, batch_tokens=batch_tokens).generate
+        self.received: set[int] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        mine = self.model.state_dict(keep_vars=True)  # tied weights under both their names
+        parameters = self.model.state_dict(keep_vars=True)  # tied weights under both their names
         for name, weight in weights:
-            mine[name].copy_(weight)
-            self.came.add(id(mine[name]))
+            parameters[name].copy_(weight)
+            self.received.add(id(parameters[name]))
 
     def weights_loaded(self) -> None:
-        missing = [name for name, p in self.model.named_parameters() if id(p) not in self.came]
-        self.came.clear()
+        missing = [name for name, p in self.model.named_parameters() if id(p) not in self.received]
+        self.received.clear()
         if missing:
             raise ValueError(f"{len(missing)} weights have not come, as {missing[0]}")
 
 
-def make_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
+def build_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
     """The engine that the config names."""
     on_gpu = role_device().type == "cuda"
     bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.pools.rollout.precision]
     dtype = torch.bfloat16 if bf16 else torch.float32
     if config.rollout.engine == "hf":
-        device, size = resting_device(config.pools.rollout), config.rollout.batch_tokens
+        device, size = initial_device(config.pools.rollout), config.rollout.batch_tokens
         return HuggingFaceEngine(folder, device, dtype=dtype, batch_tokens=size)
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(

@@ -17,11 +17,11 @@ class SyncError(RuntimeError):
     """Weights did not arrive."""
 
 
-class Refused(SyncError):
+class WeightsRejected(SyncError):
     """Weights arrived and could not be taken over."""
 
 
-class Changed(SyncError):
+class WeightsCorrupted(SyncError):
     """Weights arrived, but not as they were sent."""
 
 
@@ -63,15 +63,17 @@ class Header:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> "Header":
-        tree = json.loads(tensor.numpy().tobytes())
-        entries = [Entry(**{**one, "shape": tuple(one["shape"])}) for one in tree["entries"]]
-        return cls(entries, tree["num_bytes"], tree["checksum"])
+        fields = json.loads(tensor.numpy().tobytes())
+        entries = [
+            Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields["entries"]
+        ]
+        return cls(entries, fields["num_bytes"], fields["checksum"])
 
 
-END = Header([], 0, 0)
+END_HEADER = Header([], 0, 0)
 
 
-def pack(
+def pack_buckets(
     weights: Iterable[tuple[str, Tensor]], buffers: Iterator[Tensor]
 ) -> Iterator[tuple[Header, Tensor]]:
     """Buckets of `weights`: header and bytes, which are the used part of a uint8 buffer.
@@ -80,36 +82,36 @@ def pack(
     copied if it lies on the same device: its bytes are valid until the next bucket is asked for.
     """
     entries: list[Entry] = []
-    end, names = 0, 0
+    end, header_bytes = 0, 0
     buffer = next(buffers)
     for name, weight in weights:
         size = weight.numel() * weight.element_size()
-        names += len(name) + 80  # of its entry as JSON
-        if entries and (end + size > len(buffer) or names > HEADER_BYTES):
-            yield _closed(entries, buffer[:end])
-            entries, end, names, buffer = [], 0, len(name) + 80, next(buffers)
+        header_bytes += len(name) + 80  # of its entry as JSON
+        if entries and (end + size > len(buffer) or header_bytes > HEADER_BYTES):
+            yield _make_bucket(entries, buffer[:end])
+            entries, end, header_bytes, buffer = [], 0, len(name) + 80, next(buffers)
         entry = Entry(name, str(weight.dtype).removeprefix("torch."), tuple(weight.shape), end)
         if size > len(buffer):
-            whole = weight.detach().to(buffer.device).contiguous()
-            yield _closed([entry], whole.flatten().view(torch.uint8))
+            tensor = weight.detach().to(buffer.device).contiguous()
+            yield _make_bucket([entry], tensor.flatten().view(torch.uint8))
             continue
         entries.append(entry)
         _view(buffer, entry).copy_(weight)
         end = min(end + -(-size // ALIGNMENT) * ALIGNMENT, len(buffer))
     if entries:
-        yield _closed(entries, buffer[:end])
+        yield _make_bucket(entries, buffer[:end])
 
 
-def unpack(header: Header, data: Tensor, *, where: str) -> list[tuple[str, Tensor]]:
+def unpack_bucket(header: Header, data: Tensor, *, route: str) -> list[tuple[str, Tensor]]:
     """Names and views of the weights in a bucket.
 
     Raises:
         Changed: the checksum is another one.
     """
-    found = checksum(data)
-    if found != header.checksum:
-        raise Changed(
-            f"{where}: {header.names} arrived changed, {found:x}, not {header.checksum:x}"
+    actual = checksum(data)
+    if actual != header.checksum:
+        raise WeightsCorrupted(
+            f"{route}: {header.names} arrived changed, {actual:x}, not {header.checksum:x}"
         )
     return [(entry.name, _view(data, entry)) for entry in header.entries]
 
@@ -118,14 +120,14 @@ def checksum(data: Tensor) -> int:
     """Of a uint8 tensor; on a GPU a sum, which needs no copy to the host."""
     if data.device.type == "cpu":
         return xxhash.xxh3_64_intdigest(data.numpy().data)
-    whole = len(data) // 8 * 8
-    return int(data[:whole].view(torch.int64).sum() + data[whole:].sum()) % 2**64
+    multiple_of_8 = len(data) // 8 * 8
+    return int(data[:multiple_of_8].view(torch.int64).sum() + data[multiple_of_8:].sum()) % 2**64
 
 
-def _closed(entries: list[Entry], data: Tensor) -> tuple[Header, Tensor]:
+def _make_bucket(entries: list[Entry], data: Tensor) -> tuple[Header, Tensor]:
     return Header(entries, len(data), checksum(data)), data
 
 
 def _view(buffer: Tensor, entry: Entry) -> Tensor:
-    part = buffer[entry.start : entry.start + entry.size]
-    return part.view(entry.torch_dtype).view(entry.shape)
+    span = buffer[entry.start : entry.start + entry.size]
+    return span.view(entry.torch_dtype).view(entry.shape)

@@ -22,18 +22,18 @@ from torch.distributed import (
 
 from medgpt.config.pools import SyncConfig
 from medgpt.rlhf.weight_sync.buckets import (
-    END,
+    END_HEADER,
     HEADER_BYTES,
-    Changed,
     Header,
-    Refused,
     SyncError,
-    pack,
-    unpack,
+    WeightsCorrupted,
+    WeightsRejected,
+    pack_buckets,
+    unpack_bucket,
 )
 
-Meeting = tuple[str, int]
-Shipped = list[tuple[Header, Any]]  # with refs
+StoreAddress = tuple[str, int]
+StoredBuckets = list[tuple[Header, Any]]  # with refs
 NUM_BUFFERS = 3  # one is packed or loaded, two are on their way
 UNSYNCED = -1  # the version of a rollout worker whose weights are not one version's
 
@@ -60,15 +60,15 @@ class Receiver(Protocol):
         ...
 
 
-class Link:
+class SyncGroup:
     """One end: rank 0 sends, the others receive."""
 
     def __init__(
         self, store: Any, key: str, rank: int, size: int, backend: str, config: SyncConfig
     ) -> None:
         self.rank, self.size, self.store = rank, size, store
-        self.me = "actor rank 0" if rank == 0 else f"rollout rank {rank - 1}"
-        self.peers = f"rollout ranks 0 to {size - 2}" if rank == 0 else "actor rank 0"
+        self.name = "actor rank 0" if rank == 0 else f"rollout rank {rank - 1}"
+        self.peer_names = f"rollout ranks 0 to {size - 2}" if rank == 0 else "actor rank 0"
         self.timeout_s = config.timeout_s
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         timeout = timedelta(seconds=config.timeout_s)
@@ -79,20 +79,22 @@ class Link:
             self.group: Any = dist.ProcessGroupNCCL(prefixed, rank, size, options)
         else:
             self.group = dist.ProcessGroupGloo(prefixed, rank, size, timeout)
-        self.buffers = [self._bytes(config.bucket_mb * 2**20) for _ in range(NUM_BUFFERS)]
+        self.buffers = [self._empty_bytes(config.bucket_mb * 2**20) for _ in range(NUM_BUFFERS)]
 
     def send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> int:
         """Broadcast; buckets are on their way while the next is packed. Returns the bytes."""
         total = 0
         under_way: deque[list[Any]] = deque()
-        for header, data in pack(weights, itertools.cycle(self.buffers)):
-            under_way.append([self._start(header.to_tensor().to(self.device)), self._start(data)])
+        for header, data in pack_buckets(weights, itertools.cycle(self.buffers)):
+            under_way.append(
+                [self._broadcast(header.to_tensor().to(self.device)), self._broadcast(data)]
+            )
             total += len(data)
             # the next bucket takes the oldest buffer; a larger weight is sent from where it lies
-            left = 0 if len(data) > len(self.buffers[0]) else len(self.buffers) - 1
-            while len(under_way) > left:
+            max_under_way = 0 if len(data) > len(self.buffers[0]) else len(self.buffers) - 1
+            while len(under_way) > max_under_way:
                 self._wait(under_way.popleft(), version)
-        under_way.append([self._start(END.to_tensor().to(self.device))])
+        under_way.append([self._broadcast(END_HEADER.to_tensor().to(self.device))])
         for works in under_way:
             self._wait(works, version)
         return total
@@ -103,21 +105,21 @@ class Link:
         What cannot be loaded is told when all has come: until then the others would wait for who
         left them.
         """
-        total, where = 0, f"version {version}, {self.peers} to {self.me}"
+        total, route = 0, f"version {version}, {self.peer_names} to {self.name}"
         role.weight_version = UNSYNCED  # until all is there, it is a mixture
-        head = self._bytes(HEADER_BYTES)
-        coming = self._start(head)
+        header_buffer = self._empty_bytes(HEADER_BYTES)
+        next_header = self._broadcast(header_buffer)
         loaded: tuple[Header, Tensor] | None = None
         failure: SyncError | None = None
-        for turn in itertools.cycle(range(len(self.buffers))):
-            self._wait([coming], version)
-            header = _header(head, where)
-            data = self._room(turn, header.num_bytes)
-            works = [self._start(data)] if header.entries else []
+        for slot in itertools.cycle(range(len(self.buffers))):
+            self._wait([next_header], version)
+            header = _parse_header(header_buffer, route)
+            data = self._buffer(slot, header.num_bytes)
+            works = [self._broadcast(data)] if header.entries else []
             if header.entries:
-                coming = self._start(head)
+                next_header = self._broadcast(header_buffer)
             if loaded is not None and failure is None:
-                failure = _load(role, *loaded, where)
+                failure = _load_bucket(role, *loaded, route)
             self._wait(works, version)
             loaded = (header, data)
             total += len(data)
@@ -125,16 +127,16 @@ class Link:
                 break
         if failure is not None:
             raise failure
-        _finish(role, version, where)
+        _finish_loading(role, version, route)
         return total
 
-    def _room(self, turn: int, size: int) -> Tensor:
+    def _buffer(self, slot: int, size: int) -> Tensor:
         """So many bytes; larger than any before, the buffer is exchanged for good."""
-        if size > len(self.buffers[turn]):
-            self.buffers[turn] = self._bytes(size)
-        return self.buffers[turn][:size]
+        if size > len(self.buffers[slot]):
+            self.buffers[slot] = self._empty_bytes(size)
+        return self.buffers[slot][:size]
 
-    def _start(self, tensor: Tensor) -> Any:
+    def _broadcast(self, tensor: Tensor) -> Any:
         return self.group.broadcast(tensor, 0)
 
     def _wait(self, works: Sequence[Any], version: int) -> None:
@@ -143,33 +145,33 @@ class Link:
                 work.wait()
         except RuntimeError as error:
             raise SyncError(
-                f"version {version}: {self.me} lost {self.peers}, or waited {self.timeout_s:g} s "
-                f"for it: {str(error).splitlines()[0]}"
+                f"version {version}: {self.name} lost {self.peer_names}, or waited "
+                f"{self.timeout_s:g} s for it: {str(error).splitlines()[0]}"
             ) from None
 
-    def _bytes(self, count: int) -> Tensor:
+    def _empty_bytes(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.uint8, device=self.device)
 
 
 # of this process, which holds one role
-_meeting: Any = None
-_link: Link | None = None
+_store: Any = None
+_group: SyncGroup | None = None
 
 
-def meet(role: Sender, timeout_s: float) -> Meeting | None:
+def open_store(role: Sender, timeout_s: float) -> StoreAddress | None:
     """On actor rank 0, open the store where the ends meet."""
-    global _meeting
+    global _store
     if dist.get_rank() > 0:
         return None
     host = ray.util.get_node_ip_address()
-    _meeting = TCPStore(
+    _store = TCPStore(
         host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
     )
-    return host, _meeting.port
+    return host, _store.port
 
 
-def connect(
-    role: object, meeting: Meeting, key: str, *, rank: int | None, size: int, backend: str,
+def join_group(
+    role: object, address: StoreAddress, key: str, *, rank: int | None, size: int, backend: str,
     config: SyncConfig,
 ) -> None:  # fmt: skip
     """Become an end of the link. Collective over its ends.
@@ -177,29 +179,29 @@ def connect(
     Args:
         rank: 0 for the actor pool, None for rollout workers, who take theirs from their pool.
     """
-    global _link
-    _link = None
+    global _group
+    _group = None
     if rank == 0 and dist.get_rank() > 0:
         return
     if rank == 0:
-        store = _meeting
+        store = _store
     else:
         timeout = timedelta(seconds=config.timeout_s)
-        store = TCPStore(*meeting, is_master=False, timeout=timeout)
-    number = dist.get_rank() + 1 if rank is None else rank
-    _link = Link(store, key, number, size, backend, config)
+        store = TCPStore(*address, is_master=False, timeout=timeout)
+    own_rank = dist.get_rank() + 1 if rank is None else rank
+    _group = SyncGroup(store, key, own_rank, size, backend, config)
 
 
 def send(role: Sender, version: int) -> int:
     """Bytes that rank 0 sent. Collective over the actor pool."""
     if dist.get_rank() > 0:
         return sum(0 for _ in role.weights())
-    assert _link is not None
+    assert _group is not None
     weights = role.weights()
     try:
-        return _link.send(weights, version)
+        return _group.send(weights, version)
     except Exception as error:
-        _hang_up(error)
+        _close_group(error)
         raise
     finally:  # after an error the other ranks still gather
         for _ in weights:
@@ -208,76 +210,78 @@ def send(role: Sender, version: int) -> int:
 
 def receive(role: Receiver, version: int) -> int:
     """Bytes that came."""
-    assert _link is not None
+    assert _group is not None
     try:
-        return _link.receive(role, version)
+        return _group.receive(role, version)
     except Exception as error:
-        _hang_up(error)
+        _close_group(error)
         raise
 
 
-def _hang_up(error: BaseException | None) -> None:
+def _close_group(error: BaseException | None) -> None:
     """Close this end, or the others would wait for it as long as they may. Gloo has no call for
     that: its connections close when nothing refers to the group any more."""
-    global _link
-    _link = None
+    global _group
+    _group = None
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
-def ship(role: Sender, version: int, bucket_mb: int) -> Shipped:
+def put_buckets(role: Sender, version: int, bucket_mb: int) -> StoredBuckets:
     """Put all buckets into the object store. Collective over the actor pool."""
-    fresh = (torch.empty(bucket_mb * 2**20, dtype=torch.uint8) for _ in itertools.count())
-    buckets = pack(((name, weight.cpu()) for name, weight in role.weights()), fresh)
+    buffers = (torch.empty(bucket_mb * 2**20, dtype=torch.uint8) for _ in itertools.count())
+    buckets = pack_buckets(((name, weight.cpu()) for name, weight in role.weights()), buffers)
     return [(header, ray.put(data.numpy())) for header, data in buckets]
 
 
-def unship(role: Receiver, shipped: Shipped, version: int, timeout_s: float) -> int:
+def load_buckets(role: Receiver, stored: StoredBuckets, version: int, timeout_s: float) -> int:
     """Load all buckets from the object store; the bytes."""
-    where = f"version {version}, actor rank 0 by object store to rollout rank {dist.get_rank()}"
+    route = f"version {version}, actor rank 0 by object store to rollout rank {dist.get_rank()}"
     role.weight_version = UNSYNCED
-    for header, ref in shipped:
+    for header, ref in stored:
         try:
             data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
         except (GetTimeoutError, ObjectLostError) as error:
             raise SyncError(
-                f"{where}: {header.names} did not come within {timeout_s:g} s "
+                f"{route}: {header.names} did not come within {timeout_s:g} s "
                 f"({type(error).__name__})"
             ) from None
-        if failure := _load(role, header, data, where):
+        if failure := _load_bucket(role, header, data, route):
             raise failure
-    _finish(role, version, where)
-    return sum(header.num_bytes for header, _ in shipped)
+    _finish_loading(role, version, route)
+    return sum(header.num_bytes for header, _ in stored)
 
 
-def _header(head: Tensor, where: str) -> Header:
+def _parse_header(data: Tensor, route: str) -> Header:
     """Raises Changed."""
     try:
-        return Header.from_tensor(head.cpu())
+        return Header.from_tensor(data.cpu())
     except (ValueError, KeyError, TypeError) as error:
-        raise Changed(f"{where}: a header arrived changed ({type(error).__name__})") from None
+        raise WeightsCorrupted(
+            f"{route}: a header arrived changed ({type(error).__name__})"
+        ) from None
 
 
-def _load(role: Receiver, header: Header, data: Tensor, where: str) -> SyncError | None:
+def _load_bucket(role: Receiver, header: Header, data: Tensor, route: str) -> SyncError | None:
     """What went wrong, if it did."""
     try:
-        role.load_weights(unpack(header, data, where=where))
+        role.load_weights(unpack_bucket(header, data, route=route))
     except SyncError as error:
         return error
     except Exception as error:  # whatever it is, who takes part in the transfer must hear of it
-        return _refused(f"{where}: {header.names}", error)
+        return _rejection(f"{route}: {header.names}", error)
     return None
 
 
-def _finish(role: Receiver, version: int, where: str) -> None:
+def _finish_loading(role: Receiver, version: int, route: str) -> None:
     try:
         role.weights_loaded(version)
     except Exception as error:  # likewise
-        raise _refused(where, error) from error
+        raise _rejection(route, error) from error
 
 
-def _refused(where: str, error: Exception) -> Refused:
-    failure = Refused(f"{where}: not taken over, {type(error).__name__}: {error}")
+def _rejection(route: str, error: Exception) -> WeightsRejected:
+    failure = WeightsRejected(f"{route}: not taken over, {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

@@ -3,30 +3,34 @@ import torch
 
 from medgpt.data.loader.batch import IGNORE
 from medgpt.data.loader.collate import (
-    Masking,
+    MaskingSettings,
     causal_batch,
     empty_batch,
     masked_batch,
-    piece_seed,
-    piece_seeds,
+    sequence_seed,
+    sequence_seeds,
 )
-from medgpt.data.loader.stream import Row
+from medgpt.data.loader.stream import PackedRow
 
 CLS, SEP, MASK, VOCAB = 1, 2, 3, 1000
-MASKING = Masking(mask_id=MASK, vocab_size=VOCAB, probability=0.15, special_ids=(0, CLS, SEP, MASK))
+MASKING = MaskingSettings(
+    mask_id=MASK, vocab_size=VOCAB, probability=0.15, special_ids=(0, CLS, SEP, MASK)
+)
 
 
-def make_row(*pieces: list[int], chunks: list[int] | None = None, names: str = "abcdefgh") -> Row:
+def make_row(
+    *sequences: list[int], chunks: list[int] | None = None, names: str = "abcdefgh"
+) -> PackedRow:
     """Tokens below 10 are context, the others targets."""
-    tokens = [token for piece in pieces for token in piece]
-    return Row(
+    tokens = [token for piece in sequences for token in piece]
+    return PackedRow(
         input_ids=np.array(tokens, np.int32),
         targets=np.array([token >= 10 for token in tokens]),
         word_ids=None,
-        lengths=np.array([len(piece) for piece in pieces]),
-        sample_ids=list(names[: len(pieces)]),
-        chunks=chunks or [0] * len(pieces),
-        visits=[0] * len(pieces),
+        lengths=np.array([len(piece) for piece in sequences]),
+        sample_ids=list(names[: len(sequences)]),
+        chunks=chunks or [0] * len(sequences),
+        repeat=[0] * len(sequences),
     )
 
 
@@ -34,7 +38,7 @@ def document(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(10, VOCAB, length).tolist()
 
 
-def test_every_position_predicts_the_next_token_of_its_piece_where_it_is_to_be_learnt() -> None:
+def test_every_target_position_predicts_the_next_token_of_its_sequence() -> None:
     # below 10: context
     batch = causal_batch([make_row([10, 11, 12], [5, 20]), make_row([6, 7, 30, 31, 8])])
     ignored = IGNORE
@@ -48,7 +52,7 @@ def test_every_position_predicts_the_next_token_of_its_piece_where_it_is_to_be_l
     assert batch.num_targets == 5
 
 
-def test_tensors_have_the_types_that_the_kernels_want() -> None:
+def test_tensors_have_the_dtypes_that_the_kernels_need() -> None:
     batch = causal_batch([make_row([10, 11])])
     assert [t.dtype for t in (batch.input_ids, batch.position_ids, batch.labels)] == (
         [torch.int64] * 3
@@ -58,10 +62,10 @@ def test_tensors_have_the_types_that_the_kernels_want() -> None:
 
 def test_a_document_cut_in_two_trains_each_target_once() -> None:
     tokens = document(9)
-    whole = causal_batch([make_row(tokens)])
+    document_batch = causal_batch([make_row(tokens)])
     cut = causal_batch([make_row(tokens[:5], tokens[4:], chunks=[0, 1])])
-    kept = [label for label in cut.labels[0].tolist() if label != IGNORE]
-    assert kept == [label for label in whole.labels[0].tolist() if label != IGNORE]
+    targets = [label for label in cut.labels[0].tolist() if label != IGNORE]
+    assert targets == [label for label in document_batch.labels[0].tolist() if label != IGNORE]
 
 
 def test_the_empty_batch_has_no_targets() -> None:
@@ -70,9 +74,11 @@ def test_the_empty_batch_has_no_targets() -> None:
     assert batch.input_ids.tolist() == [[7, 7]]
 
 
-def masks(rows: list[Row], epoch: int = 0) -> dict[tuple[str, int], tuple[list[int], list[int]]]:
+def masks(
+    rows: list[PackedRow], epoch: int = 0
+) -> dict[tuple[str, int], tuple[list[int], list[int]]]:
     """(sample, chunk) -> input ids and labels of the piece."""
-    batch = masked_batch(rows, MASKING, piece_seeds(rows, seed=4, epoch=epoch))
+    batch = masked_batch(rows, MASKING, sequence_seeds(rows, seed=4, epoch=epoch))
     names = [(s, c) for row in rows for s, c in zip(row.sample_ids, row.chunks, strict=True)]
     bounds = batch.cu_seqlens.tolist()
     return {
@@ -81,30 +87,38 @@ def masks(rows: list[Row], epoch: int = 0) -> dict[tuple[str, int], tuple[list[i
     }
 
 
-def test_masks_of_a_piece_do_not_depend_on_the_batch_or_the_worker_it_is_in() -> None:
-    pieces = [document(60, seed) for seed in range(4)]
-    together = masks([make_row(*pieces)])
-    apart = masks([make_row(pieces[3], names="d"), make_row(pieces[1], pieces[0], names="ba")])
+def test_masks_of_a_sequence_depend_neither_on_its_batch_nor_on_its_worker() -> None:
+    sequences = [document(60, seed) for seed in range(4)]
+    together = masks([make_row(*sequences)])
+    apart = masks(
+        [make_row(sequences[3], names="d"), make_row(sequences[1], sequences[0], names="ba")]
+    )
     assert len(apart) == 3
-    for name, piece in apart.items():
-        assert piece == together[name]
+    for name, masked in apart.items():
+        assert masked == together[name]
 
 
-def test_masks_are_fresh_every_epoch_sample_and_chunk() -> None:
+def test_masks_differ_between_epochs_samples_and_chunks() -> None:
     tokens = document(200)
     rows = [make_row(tokens, tokens, tokens, chunks=[0, 1, 0], names="aab")]
     labels = [piece[1] for epoch in range(3) for piece in masks(rows, epoch).values()]
     assert len({tuple(label) for label in labels}) == 9
 
 
-def test_seeds_differ_between_runs_epochs_samples_chunks_and_visits() -> None:
+def test_seeds_differ_between_runs_epochs_samples_chunks_and_repeats() -> None:
     base = (0, 0, "a", 0, 0)
-    others = [(1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1), (0, 0, "a", 0, 1)]
-    assert len({piece_seed(*key) for key in [base, *others]}) == 6
-    assert all(0 <= piece_seed(*key) < 2**63 for key in others)
+    other_seeds = [
+        (1, 0, "a", 0),
+        (0, 1, "a", 0),
+        (0, 0, "b", 0),
+        (0, 0, "a", 1),
+        (0, 0, "a", 0, 1),
+    ]
+    assert len({sequence_seed(*key) for key in [base, *other_seeds]}) == 6
+    assert all(0 <= sequence_seed(*key) < 2**63 for key in other_seeds)
 
 
-def test_about_fifteen_per_cent_is_masked_and_never_a_special_token() -> None:
+def test_about_15_percent_is_masked_and_never_a_special_token() -> None:
     rows = [make_row([CLS, *document(400, seed), SEP], names=str(seed)) for seed in range(9)]
     inputs, labels = zip(*masks(rows).values(), strict=True)
     picked = [label != IGNORE for piece in labels for label in piece]
@@ -116,10 +130,10 @@ def test_about_fifteen_per_cent_is_masked_and_never_a_special_token() -> None:
 
 
 def test_the_token_that_two_chunks_share_is_masked_in_the_first_only() -> None:
-    always = Masking(mask_id=MASK, vocab_size=VOCAB, probability=0.999999, special_ids=())
+    always = MaskingSettings(mask_id=MASK, vocab_size=VOCAB, probability=0.999999, special_ids=())
     tokens = document(9)
     row = make_row(tokens[:5], tokens[4:], chunks=[0, 1])
-    labels = masked_batch([row], always, piece_seeds([row], seed=0, epoch=0)).labels[0].tolist()
+    labels = masked_batch([row], always, sequence_seeds([row], seed=0, epoch=0)).labels[0].tolist()
     assert labels == [*tokens[:5], IGNORE, *tokens[5:]]
 
 
@@ -127,6 +141,6 @@ def test_words_are_masked_as_a_whole() -> None:
     tokens = document(300)
     words = np.repeat(np.arange(100), 3).astype(np.int32)
     plain = make_row(tokens)
-    row = Row(**{**vars(plain), "word_ids": words})
+    row = PackedRow(**{**vars(plain), "word_ids": words})
     labels = masked_batch([row], MASKING, [5]).labels[0].reshape(100, 3) != IGNORE
     assert 5 < labels.all(1).sum() == labels.any(1).sum() < 30

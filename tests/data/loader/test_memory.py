@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from medgpt.artifacts import Folder, commit
-from medgpt.data.loader.plan import Order, make_plan
+from medgpt.data.loader.plan import PlanSettings, make_plan
 from medgpt.data.sources.records import Origin
-from medgpt.data.tokenized.encode import Encoded
+from medgpt.data.tokenized.encode import EncodedSample
 from medgpt.data.tokenized.shards import ShardWriter, data_version, write_index
 
 ALLOWED_BYTES = 80 * 2**20  # Ray's smallest object store
 BYTES_PER_TOKEN = 5  # an id and whether it is a target
 SAMPLE_TOKENS = 2048
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 READER = """
 import json, sys
 import psutil, ray
@@ -52,7 +52,7 @@ def write_corpus(folder: Folder, num_tokens: int) -> None:
             for row in range(num_tokens // SAMPLE_TOKENS // 8):
                 ids = rng.integers(0, 8000, SAMPLE_TOKENS, dtype=np.int32)
                 writer.add(
-                    Encoded(input_ids=ids, targets=ids > 0),
+                    EncodedSample(input_ids=ids, targets=ids > 0),
                     content_hash=f"{shard * 10**6 + row:032x}",
                     source=0,
                     origin=Origin(source="s", file="f", row=row),
@@ -66,11 +66,11 @@ def write_corpus(folder: Folder, num_tokens: int) -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-def test_memory_does_not_grow_with_a_corpus_larger_than_what_is_allowed(tmp_path: Path) -> None:
+def test_memory_stays_bounded_for_a_corpus_larger_than_the_limit(tmp_path: Path) -> None:
     data, plan = Folder(str(tmp_path / "data")), str(tmp_path / "plan")
     num_tokens = 10 * ALLOWED_BYTES // BYTES_PER_TOKEN
     write_corpus(data, num_tokens)
-    order = Order(
+    order = PlanSettings(
         data_version(data.url), SAMPLE_TOKENS, seed=0, epochs=1, weights=None, max_rows=None
     )
     make_plan(plan, data.url, order)

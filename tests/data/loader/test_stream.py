@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 from medgpt.artifacts import Folder, commit
 from medgpt.data.loader import plan as plan_module
 from medgpt.data.loader import stream as stream_module
-from medgpt.data.loader.order import VALIDATION
-from medgpt.data.loader.plan import Order, Plan, existing_plan, make_plan
-from medgpt.data.loader.stream import Row, Step, assemble, first_rows, training_stream, unpack
+from medgpt.data.loader.epoch_order import VALIDATION
+from medgpt.data.loader.plan import Plan, PlanSettings, find_plan, make_plan
+from medgpt.data.loader.stream import (
+    PackedRow,
+    StepRows,
+    assemble_rows,
+    read_first_rows,
+    training_stream,
+    unpack_rows,
+)
 from medgpt.data.sources.records import Origin
-from medgpt.data.tokenized.encode import Encoded
-from medgpt.data.tokenized.index import Index, num_chunks
+from medgpt.data.tokenized.encode import EncodedSample
+from medgpt.data.tokenized.index import SampleIndex, num_chunks
 from medgpt.data.tokenized.shards import ShardWriter, data_version, read_index, write_index
 
 MAX_LENGTH = 32
@@ -38,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
             with ShardWriter(folder, f"{split}-{shard}.parquet") as writer:
                 for n in part.tolist():
                     ids = np.array(sample_tokens(n), np.int32)
-                    encoded = Encoded(input_ids=ids, targets=ids % 1000 > 3)
+                    encoded = EncodedSample(input_ids=ids, targets=ids % 1000 > 3)
                     origin = Origin(source="s", file="f", row=n)
                     writer.add(encoded, content_hash=f"{n:032x}", source=shard % 2, origin=origin)
             names += [file.name for file in writer.files]
@@ -58,7 +65,7 @@ def planned(data: str, tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
     def make(
         *, global_batch_size: int = 12, max_steps: int | None = None, **changes: object
     ) -> Plan:
-        order = Order(
+        order = PlanSettings(
             data_version=data_version(data),
             max_length=MAX_LENGTH,
             seed=0,
@@ -79,18 +86,18 @@ def plan(planned: MakePlan) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def index(data: str) -> Index:
+def index(data: str) -> SampleIndex:
     return read_index(Folder(data), "train")
 
 
 def stream(
     plan: Plan, data: str, *, rank: int, world_size: int, start: int
-) -> Iterator[tuple[int, Row]]:
+) -> Iterator[tuple[int, PackedRow]]:
     """(step, row) of a worker, as its training stream, but in this process."""
-    for part in plan.read(rank=rank, world_size=world_size, start=start):
-        if part.num_rows:
-            batch = assemble(part, url=data, split="train", version=plan.data_version)
-            yield from unpack(batch)
+    for plan_rows in plan.read(rank=rank, world_size=world_size, start=start):
+        if plan_rows.num_rows:
+            batch = assemble_rows(plan_rows, url=data, split="train", version=plan.data_version)
+            yield from unpack_rows(batch)
 
 
 def batches(
@@ -104,36 +111,36 @@ def batches(
     return {step: sorted(rows) for step, rows in steps.items()}
 
 
-def pieces(row: Row) -> Iterator[tuple[str, int, list[int]]]:
+def row_chunks(row: PackedRow) -> Iterator[tuple[str, int, list[int]]]:
     stops = np.cumsum(row.lengths)
     for i, stop in enumerate(stops):
         ids = row.input_ids[stop - row.lengths[i] : stop].tolist()
         yield row.sample_ids[i], row.chunks[i], ids
 
 
-def test_rows_hold_the_tokens_of_their_chunks(plan: Plan, data: str, index: Index) -> None:
+def test_rows_hold_the_tokens_of_their_chunks(plan: Plan, data: str, index: SampleIndex) -> None:
     numbers = {name.decode(): n for n, name in enumerate(index.sample_id)}
     for _, row in stream(plan, data, rank=0, world_size=1, start=0):
         assert row.targets.tolist() == [token % 1000 > 3 for token in row.input_ids]
-        assert row.visits == [0] * len(row.chunks)
-        for name, chunk, ids in pieces(row):
+        assert row.repeat == [0] * len(row.chunks)
+        for name, chunk, ids in row_chunks(row):
             start = chunk * (MAX_LENGTH - 1)
             assert ids == sample_tokens(numbers[name])[start : start + MAX_LENGTH]
 
 
-def test_every_epoch_trains_every_target_once(plan: Plan, data: str, index: Index) -> None:
+def test_every_epoch_trains_every_target_once(plan: Plan, data: str, index: SampleIndex) -> None:
     expected = sorted(t for n in range(NUM_SAMPLES) for t in sample_tokens(n)[1:])
     trained: dict[int, list[int]] = {0: [], 1: []}
     chunks: dict[int, int] = {0: 0, 1: 0}
     for step, row in stream(plan, data, rank=0, world_size=1, start=0):
-        for _, _, ids in pieces(row):
+        for _, _, ids in row_chunks(row):
             trained[plan.epoch_of(step)] += ids[1:]
             chunks[plan.epoch_of(step)] += 1
     assert [sorted(tokens) for tokens in trained.values()] == [expected, expected]
     assert set(chunks.values()) == {num_chunks(index.length, MAX_LENGTH).sum()}
 
 
-def test_epochs_come_in_another_order(plan: Plan, data: str) -> None:
+def test_every_epoch_has_another_order(plan: Plan, data: str) -> None:
     steps = batches(plan, data, world_size=1)
     assert steps[0] != steps[len(steps) // 2]
 
@@ -152,54 +159,59 @@ def test_only_the_last_batch_of_an_epoch_is_short(planned: MakePlan, data: str) 
 def test_a_global_batch_is_the_same_on_any_number_of_workers_from_any_step(
     plan: Plan, data: str, world_size: int, start: int
 ) -> None:
-    whole = batches(plan, data, world_size=1)
+    uninterrupted = batches(plan, data, world_size=1)
     resumed = batches(plan, data, world_size=world_size, start=min(start, plan.num_steps))
-    assert resumed == {step: rows for step, rows in whole.items() if step >= start}
+    assert resumed == {step: rows for step, rows in uninterrupted.items() if step >= start}
 
 
-def test_samples_that_stay_apart_stream_in_the_same_way(planned: MakePlan, data: str) -> None:
+def test_unpacked_samples_stream_like_packed_rows(planned: MakePlan, data: str) -> None:
     plan = planned(max_length=None)
     seen: dict[int, list[str]] = {0: [], 1: []}
     for rank in range(3):
         for step, row in stream(plan, data, rank=rank, world_size=3, start=0):
-            ((name, _, ids),) = pieces(row)
+            ((name, _, ids),) = row_chunks(row)
             assert ids == sample_tokens(ids[0] // 1000)
             seen[plan.epoch_of(step)].append(name)
     assert [len(set(names)) for names in seen.values()] == [NUM_SAMPLES, NUM_SAMPLES]
     assert [len(names) for names in seen.values()] == [NUM_SAMPLES, NUM_SAMPLES]
 
 
-def test_answers_and_prompts_stream_with_what_belongs_to_them(tmp_path: Path) -> None:
+def test_answers_and_prompts_stream_with_their_optional_columns(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / "data"))
-    several = {"pieces": np.array([2, 3], np.int32), "grades": np.array([1, 0], np.float32)}
+    several = {
+        "sequence_lengths": np.array([2, 3], np.int32),
+        "grades": np.array([1, 0], np.float32),
+    }
     files = []
     for split, extras in (("train", several), ("validation", {"messages": '[["user", "q"]]'})):
         with ShardWriter(folder, f"{split}-0.parquet") as writer:
             for n in range(3):
                 ids = np.arange(5, dtype=np.int32) + 10 * n
-                encoded = Encoded(input_ids=ids, targets=ids > 2, **extras)
+                encoded = EncodedSample(input_ids=ids, targets=ids > 2, **extras)
                 origin = Origin(source="s", file="f", row=n)
                 writer.add(encoded, content_hash=f"{n:032x}", source=0, origin=origin)
         files += [*writer.files, *write_index(folder, split, [f"{split}-0.parquet"])]
     commit(folder, files)
-    order = Order(data_version(folder.url), None, seed=0, epochs=1, weights=None, max_rows=None)
+    order = PlanSettings(
+        data_version(folder.url), None, seed=0, epochs=1, weights=None, max_rows=None
+    )
     make_plan(str(tmp_path / "plan"), folder.url, order)
     plan = Plan(str(tmp_path / "plan"), global_batch_size=2, max_steps=None)
 
-    answers = first_rows(plan, folder.url, epoch=0, rank=0, world_size=1, limit=9)
-    prompts = first_rows(plan, folder.url, epoch=VALIDATION, rank=0, world_size=1, limit=9)
+    answers = read_first_rows(plan, folder.url, epoch=0, rank=0, world_size=1, limit=9)
+    prompts = read_first_rows(plan, folder.url, epoch=VALIDATION, rank=0, world_size=1, limit=9)
 
     assert sorted(row.input_ids[0] for row in answers) == [0, 10, 20]
     for row in answers:
-        assert row.pieces is not None
+        assert row.sequence_lengths is not None
         assert row.grades is not None
-        assert (row.pieces.tolist(), row.grades.tolist()) == ([2, 3], [1.0, 0.0])
+        assert (row.sequence_lengths.tolist(), row.grades.tolist()) == ([2, 3], [1.0, 0.0])
         assert row.messages is None
     assert [row.messages for row in prompts] == ['[["user", "q"]]'] * 3
-    assert [row.pieces for row in prompts] == [None] * 3
+    assert [row.sequence_lengths for row in prompts] == [None] * 3
 
 
-def test_workers_shares_differ_by_one_row_at_most(plan: Plan, data: str) -> None:
+def test_shares_of_workers_differ_by_at_most_one_row(plan: Plan, data: str) -> None:
     shares = np.zeros((5, plan.num_steps), int)
     for rank in range(5):
         for step, _ in stream(plan, data, rank=rank, world_size=5, start=0):
@@ -209,7 +221,7 @@ def test_workers_shares_differ_by_one_row_at_most(plan: Plan, data: str) -> None
 
 
 @pytest.mark.parametrize("max_steps", [1, 9, 10_000])
-def test_max_steps_cuts_the_plan_and_changes_nothing_before(
+def test_max_steps_ends_the_plan_early_and_changes_no_earlier_step(
     plan: Plan, planned: MakePlan, data: str, max_steps: int
 ) -> None:
     cut = planned(max_steps=max_steps, max_rows=max_steps * 12)
@@ -219,35 +231,39 @@ def test_max_steps_cuts_the_plan_and_changes_nothing_before(
     assert steps == {s: r for s, r in batches(plan, data, world_size=2).items() if s < max_steps}
 
 
-def test_weights_decide_the_shares_of_an_epoch(planned: MakePlan, data: str, index: Index) -> None:
+def test_weights_decide_the_shares_of_an_epoch(
+    planned: MakePlan, data: str, index: SampleIndex
+) -> None:
     plan = planned(weights=(1.0, 3.0), epochs=1)
     sources = dict(zip(index.sample_id.astype(str), index.source, strict=True))
     tokens = [0, 0]
     for _, row in stream(plan, data, rank=0, world_size=1, start=0):
-        for name, chunk, ids in pieces(row):
+        for name, chunk, ids in row_chunks(row):
             tokens[sources[name]] += len(ids) - (chunk > 0)
     assert abs(tokens[1] / sum(tokens) - 0.75) < 0.005 * 0.75
 
 
-def test_the_plan_depends_on_the_seed_only_through_its_order(planned: MakePlan, data: str) -> None:
-    one, two = (batches(planned(seed=seed), data, world_size=1) for seed in (0, 1))
-    assert one[0] != two[0]
+def test_plans_of_two_seeds_hold_the_same_chunks_in_another_order(
+    planned: MakePlan, data: str
+) -> None:
+    first, second = (batches(planned(seed=seed), data, world_size=1) for seed in (0, 1))
+    assert first[0] != second[0]
 
 
-def test_a_plan_is_used_again_until_what_it_was_made_of_changes(data: str, tmp_path: Path) -> None:
-    order = Order("a", MAX_LENGTH, seed=3, epochs=1, weights=(1.0, 2.0), max_rows=None)
+def test_a_plan_is_reused_until_its_data_or_settings_change(data: str, tmp_path: Path) -> None:
+    settings = PlanSettings("a", MAX_LENGTH, seed=3, epochs=1, weights=(1.0, 2.0), max_rows=None)
     url = str(tmp_path / "plan")
-    assert existing_plan(url, order) is None
-    make_plan(url, data, order)
-    manifest = existing_plan(url, order)
+    assert find_plan(url, settings) is None
+    make_plan(url, data, settings)
+    manifest = find_plan(url, settings)
     assert manifest is not None
     (epoch,) = manifest["epochs"]
     assert epoch["num_tokens"] > 0.95 * epoch["num_rows"] * MAX_LENGTH
-    for other in ({"seed": 4}, {"epochs": 2}, {"data_version": "b"}, {"weights": None}):
-        assert existing_plan(url, order._replace(**other)) is None
+    for change in ({"seed": 4}, {"epochs": 2}, {"data_version": "b"}, {"weights": None}):
+        assert find_plan(url, settings._replace(**change)) is None
 
 
-def test_a_late_start_reads_no_earlier_part_of_the_plan(
+def test_starting_late_reads_no_earlier_row_group_of_the_plan(
     planned: MakePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "ROW_GROUP", 8)
@@ -259,7 +275,7 @@ def test_a_late_start_reads_no_earlier_part_of_the_plan(
     assert len(late) <= 2
 
 
-def flat(steps: list[Step]) -> list[tuple[int, list[list[int]]]]:
+def flat(steps: list[StepRows]) -> list[tuple[int, list[list[int]]]]:
     return [(step.step, [row.input_ids.tolist() for row in step.rows]) for step in steps]
 
 
@@ -300,14 +316,14 @@ def test_validation_rows_are_shared_among_workers(plan: Plan, data: str) -> None
         return sorted(
             row.input_ids.tolist()
             for rank in range(world_size)
-            for row in first_rows(
+            for row in read_first_rows(
                 plan, data, epoch=VALIDATION, rank=rank, world_size=world_size, limit=limit
             )
         )
 
-    everything = rows(1, 10_000)
-    held_out = sorted(t for n in range(240, 270) for t in sample_tokens(n))
-    assert sorted({token for row in everything for token in row}) == held_out
-    assert rows(2, 10_000) == everything
+    all_rows = rows(1, 10_000)
+    expected = sorted(t for n in range(240, 270) for t in sample_tokens(n))
+    assert sorted({token for row in all_rows for token in row}) == expected
+    assert rows(2, 10_000) == all_rows
     assert rows(2, 5) == rows(1, 5)
     assert len(rows(2, 5)) == 5

@@ -9,10 +9,10 @@ import pytest
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
 from medgpt.config.loading import validate
-from medgpt.data.sources.readers import read_unit
+from medgpt.data.sources.file_slices import list_slices
+from medgpt.data.sources.readers import read_slice
 from medgpt.data.sources.records import Conversation, Message, Origin, Preferences, Record, Reject
-from medgpt.data.sources.row_formats import Recogniser
-from medgpt.data.sources.units import list_units
+from medgpt.data.sources.row_formats import RowParser
 
 ORIGIN = Origin(source="s", file="f.jsonl", row=7)
 Q, GOOD, BAD = "头痛怎么办？", "请先量血压。", "多喝水。"
@@ -23,8 +23,8 @@ def source(**changes: object) -> SourceConfig:
     return validate(SourceConfig, {"name": "s", "paths": ["x"], "licence": "MIT", **changes})
 
 
-def recognise(row: dict[str, Any], **changes: object) -> Record | Reject:
-    return Recogniser(source(**changes))(row, ORIGIN)
+def parse_row(row: dict[str, Any], **changes: object) -> Record | Reject:
+    return RowParser(source(**changes))(row, ORIGIN)
 
 
 def ranked(item: Record | Reject) -> Preferences:
@@ -48,8 +48,8 @@ def dicts(*messages: Message) -> list[dict[str, str]]:
         {"question": Q, "chosen": GOOD, "rejected": BAD, "answer": "another"},
     ],
 )
-def test_pairs_are_recognised_by_their_columns(row: dict[str, Any]) -> None:
-    item = ranked(recognise(row))
+def test_pairs_are_recognized_by_their_columns(row: dict[str, Any]) -> None:
+    item = ranked(parse_row(row))
     assert item.prompt == (USER,)
     assert item.answers == ((BETTER,), (WORSE,))
     assert item.grades == (1.0, 0.0)
@@ -58,15 +58,15 @@ def test_pairs_are_recognised_by_their_columns(row: dict[str, Any]) -> None:
 
 def test_history_system_message_and_margin_of_a_pair_are_kept() -> None:
     row = {"system": "医生", "history": [["在吗", "在"]], "prompt": Q, "margin": "2.5"}
-    item = ranked(recognise(row | {"chosen": GOOD, "rejected": BAD}))
+    item = ranked(parse_row(row | {"chosen": GOOD, "rejected": BAD}))
     assert [m.role for m in item.prompt] == ["system", "user", "assistant", "user"]
     assert item.grades == (2.5, 0.0)
 
 
-def test_answers_of_whole_conversations_may_go_on_after_the_first_turn() -> None:
+def test_answers_in_whole_conversations_may_have_several_turns() -> None:
     more = (Message("user", "谢谢"), Message("assistant", "不客气"))
     row = {"chosen": dicts(USER, BETTER, *more), "rejected": dicts(USER, WORSE)}
-    assert ranked(recognise(row)).answers == ((BETTER, *more), (WORSE,))
+    assert ranked(parse_row(row)).answers == ((BETTER, *more), (WORSE,))
 
 
 ANSWERS = {"column": "candidates", "text": "{{ text }}", "grade": "{{ total }}"}
@@ -78,7 +78,7 @@ def candidates(*answers: tuple[str, Any]) -> dict[str, Any]:
 
 def test_graded_answers_are_mapped() -> None:
     mapping = {"user": "{{ q }}", "answers": ANSWERS}
-    item = ranked(recognise(candidates((BAD, 1), (GOOD, 7.5), ("x", "1")), mapping=mapping))
+    item = ranked(parse_row(candidates((BAD, 1), (GOOD, 7.5), ("x", "1")), mapping=mapping))
     assert [answer[0].content for answer in item.answers] == [BAD, GOOD, "x"]
     assert item.grades == (1.0, 7.5, 1.0)
     assert item.messages[-1] == BETTER
@@ -89,13 +89,13 @@ def test_graded_dialogues_are_mapped_without_the_prompt_they_repeat() -> None:
     talk = [{"role": "patient", "content": Q}, {"role": "doctor", "content": GOOD}]
     row = {"q": Q, "all": [{"talk": talk, "n": 2}, {"talk": talk[1:] + talk, "n": 1}]}
     answers = {"column": "all", "turns": turns, "grade": "{{ n }}"}
-    item = ranked(recognise(row, mapping={"user": "{{ q }}", "answers": answers}))
+    item = ranked(parse_row(row, mapping={"user": "{{ q }}", "answers": answers}))
     assert item.answers == ((BETTER,), (BETTER, USER, BETTER))
 
 
 def test_chosen_and_rejected_are_mapped() -> None:
     mapping = {"user": "{{ q }}", "chosen": "{{ a }}", "rejected": "{{ b }}"}
-    item = ranked(recognise({"q": Q, "a": GOOD, "b": BAD}, mapping=mapping))
+    item = ranked(parse_row({"q": Q, "a": GOOD, "b": BAD}, mapping=mapping))
     assert item.answers == ((BETTER,), (WORSE,))
 
 
@@ -125,11 +125,11 @@ PAIR = {"prompt": Q, "chosen": GOOD, "rejected": BAD}
         ({"q": Q, "candidates": []}, "column candidates is empty", True),
     ],
 )
-def test_what_cannot_be_compared_is_set_aside(
+def test_incomparable_answers_are_set_aside(
     row: dict[str, Any], reason: str, malformed: bool
 ) -> None:
     options = {"mapping": {"user": "{{ q }}", "answers": ANSWERS}} if "q" in row else {}
-    item = recognise(row, **options)
+    item = parse_row(row, **options)
     assert isinstance(item, Reject), item
     assert reason in item.reason
     assert item.malformed == malformed
@@ -137,8 +137,8 @@ def test_what_cannot_be_compared_is_set_aside(
 
 
 def test_prompts_alone_end_with_the_user() -> None:
-    plain = recognise({"prompt": Q, "system": "医生"}, kind="prompt")
-    mapped = recognise({"q": Q}, mapping={"user": "{{ q }}"})
+    plain = parse_row({"prompt": Q, "system": "医生"}, kind="prompt")
+    mapped = parse_row({"q": Q}, mapping={"user": "{{ q }}"})
     assert isinstance(plain, Conversation)
     assert plain.messages == (Message("system", "医生"), USER)
     assert isinstance(mapped, Conversation)
@@ -159,7 +159,7 @@ def test_mappings_that_contradict_themselves_are_refused(mapping: dict[str, Any]
         source(mapping=mapping)
 
 
-def test_rows_of_one_question_become_one_row_wherever_they_stand(tmp_path: Path) -> None:
+def test_group_by_joins_rows_of_one_question_wherever_they_are(tmp_path: Path) -> None:
     rows = [
         {"id": 1, "q": "一", "a": "甲", "votes": "2"},
         {"id": 2, "q": "二", "a": "乙", "votes": "0"},
@@ -170,13 +170,15 @@ def test_rows_of_one_question_become_one_row_wherever_they_stand(tmp_path: Path)
     many = "".join(json.dumps(row | {"more": "x" * 1000}) + "\n" for row in rows)
     file.write_text(many * 600, "utf-8")  # over 2 MiB
     answers = {"column": "rows", "text": "{{ a }}", "grade": "{{ votes }}"}
-    one = source(paths=[str(file)], group_by="id", mapping={"user": "{{ q }}", "answers": answers})
-    units = list_units(one, 1)
-    assert len(units) == 1
-    assert len(list_units(source(paths=[str(file)]), 1)) > 1  # of which none would see all rows
+    grouped = source(
+        paths=[str(file)], group_by="id", mapping={"user": "{{ q }}", "answers": answers}
+    )
+    slices = list_slices(grouped, 1)
+    assert len(slices) == 1
+    assert len(list_slices(source(paths=[str(file)]), 1)) > 1  # of which none would see all rows
 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    first, single, broken = read_unit(units[0], one)
+    first, single, broken = read_slice(slices[0], grouped)
 
     assert isinstance(first, Preferences)
     assert (first.row, first.grades) == (1, (2.0, 5.0))

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medgpt.config.data import SourceConfig
+from medgpt.data.sources.file_slices import FileSlice, line_slice_starts, list_slices
 from medgpt.data.sources.files import read_chunks
-from medgpt.data.sources.readers import read_unit
+from medgpt.data.sources.readers import read_slice
 from medgpt.data.sources.records import Conversation, Document, Record, Reject
-from medgpt.data.sources.units import Unit, cut_lines, list_units
 
 TEXTS = ["高血压患者应低盐饮食。", "“引号”和，逗号", "plain English", "第四行：复诊"]
 COMPRESS = {
@@ -38,7 +38,7 @@ def source(*paths: object, **changes: object) -> SourceConfig:
 
 def read(path: object, **changes: object) -> list[Record | Reject]:
     config = source(path, **changes)
-    return [item for unit in list_units(config, 1) for item in read_unit(unit, config)]
+    return [item for unit in list_slices(config, 1) for item in read_slice(unit, config)]
 
 
 def texts(items: list[Record | Reject]) -> list[str]:
@@ -138,16 +138,16 @@ def test_txt_is_read_in_chinese_encodings(tmp_path: Path, suffix: str) -> None:
     assert texts(read(file, lines=True)) == ["中医药大学", "第二行"]
 
 
-def test_broken_bytes_cost_their_line_only(tmp_path: Path) -> None:
+def test_broken_bytes_reject_their_line_only(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
-    good = '{"text": "血压"}\n'.encode()
-    file.write_bytes(good + b'{"text": "\xff\xff"}\n' + good)
+    valid = '{"text": "血压"}\n'.encode()
+    file.write_bytes(valid + b'{"text": "\xff\xff"}\n' + valid)
     items = read(file)
     assert texts(items) == ["血压", "血压"]
     assert rejects(items) == [(2, "broken encoding at byte 11 (read as utf-8)")]
 
 
-def test_broken_bytes_in_gbk_cost_their_line_only(tmp_path: Path) -> None:
+def test_broken_bytes_in_gbk_reject_their_line_only(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     rows = "id,text\n1,血压\n2,心率\n".encode("gbk")
     file.write_bytes(rows + b"3,\xff\xff\n" + "4,体温\n".encode("gbk"))
@@ -156,7 +156,7 @@ def test_broken_bytes_in_gbk_cost_their_line_only(tmp_path: Path) -> None:
     assert rejects(items) == [(3, "broken encoding at byte 3 (read as gb18030)")]
 
 
-def test_a_file_that_no_encoding_fits_loses_its_broken_lines(tmp_path: Path) -> None:
+def test_a_file_that_fits_no_encoding_loses_its_broken_lines(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     file.write_bytes(b"ascii\n\xff\xff\n\xff\xfe\xff\nmore\n")
     items = read(file, lines=True)
@@ -173,13 +173,13 @@ def test_a_few_broken_lines_do_not_turn_utf8_into_gb18030(tmp_path: Path) -> Non
     assert len(rejects(items)) == 6
 
 
-def test_the_told_encoding_is_used(tmp_path: Path) -> None:
+def test_the_configured_encoding_is_used(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     file.write_bytes("naïve café".encode("latin-1"))
     assert texts(read(file, encoding="latin-1")) == ["naïve café"]
 
 
-def test_csv_cells_hold_line_breaks_and_bad_rows_cost_only_themselves(tmp_path: Path) -> None:
+def test_csv_cells_may_hold_line_breaks_and_only_bad_rows_are_rejected(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text('id,text\n1,"两\n行"\n\n2,a,b\n3\n4,"x"y\n5,最后\n', "utf-8")
     items = read(file)
@@ -227,26 +227,26 @@ def test_byte_ranges_together_give_the_rows_of_the_file(
         file.write(data)
         file.flush()
         config = source(file.name, lines=True)
-        cuts = cut_lines([data[i : i + chunk] for i in range(0, len(data), chunk)], step)
+        cuts = line_slice_starts([data[i : i + chunk] for i in range(0, len(data), chunk)], step)
         stops = [cut.start for cut in cuts[1:]] + [None]
-        units = [
-            Unit("s", file.name, "txt", "utf-8", cut.start, stop, 0, cut.first_row)
+        slices = [
+            FileSlice("s", file.name, "txt", "utf-8", cut.start, stop, 0, cut.first_row)
             for cut, stop in zip(cuts, stops, strict=True)
         ]
-        items = [item for unit in units for item in read_unit(unit, config)]
-    found = [(i.row, i.text) for i in items if isinstance(i, Document)]
-    assert found == [(n, v) for n, v in enumerate(values, start=1) if v.strip()]
-    assert len(found) == len(items)
+        items = [item for unit in slices for item in read_slice(unit, config)]
+    numbered_texts = [(i.row, i.text) for i in items if isinstance(i, Document)]
+    assert numbered_texts == [(n, v) for n, v in enumerate(values, start=1) if v.strip()]
+    assert len(numbered_texts) == len(items)
 
 
-def test_a_split_file_is_read_with_true_line_numbers(tmp_path: Path) -> None:
+def test_slices_of_a_file_keep_its_line_numbers(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     lines = [json.dumps({"text": f"{i} " + "x" * 200}) for i in range(12_000)]
     file.write_text("\n".join(lines), "utf-8")
     config = source(file)
-    units = list_units(config, 1)
-    assert len(units) == 3
-    items = [item for unit in units for item in read_unit(unit, config)]
+    slices = list_slices(config, 1)
+    assert len(slices) == 3
+    items = [item for unit in slices for item in read_slice(unit, config)]
     assert [i.row for i in items] == list(range(1, 12_001))
     assert [t.split()[0] for t in texts(items)] == [str(i) for i in range(12_000)]
 
@@ -285,8 +285,8 @@ def test_damaged_compressed_data_is_a_reject(tmp_path: Path) -> None:
 def test_a_broken_parquet_shard_among_good_ones_is_one_reject(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         pq.write_table(pa.table({"text": TEXTS}), tmp_path / f"{name}.parquet")
-    whole = (tmp_path / "b.parquet").read_bytes()
-    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(content[: len(content) // 2])
     items = read(tmp_path)
     assert texts(items) == TEXTS * 2
     [reject] = [i for i in items if isinstance(i, Reject)]
@@ -294,33 +294,33 @@ def test_a_broken_parquet_shard_among_good_ones_is_one_reject(tmp_path: Path) ->
     assert reject.reason == "the file cannot be read further: damaged Parquet data"
 
 
-def test_damage_inside_parquet_costs_what_follows(tmp_path: Path) -> None:
+def test_damage_inside_parquet_loses_the_rows_after_it(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     values = [f"{i:05d}" * 300 for i in range(40)]
     pq.write_table(pa.table({"text": values}), file, row_group_size=10, write_page_checksum=True)
     data = bytearray(file.read_bytes())
-    place = data.find(b"00030" * 3)
-    assert place > 0
-    data[place - 60 : place + 40] = b"\x00" * 100
+    position = data.find(b"00030" * 3)
+    assert position > 0
+    data[position - 60 : position + 40] = b"\x00" * 100
     file.write_bytes(bytes(data))
     items = read(file)
     assert texts(items) == values[:30]
     assert [row for row, _ in rejects(items)] == [31]
 
 
-def test_parquet_row_groups_give_true_row_numbers_and_nested_rows(tmp_path: Path) -> None:
+def test_parquet_row_groups_keep_row_numbers_and_nested_rows(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     turns = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     pq.write_table(pa.table({"messages": [turns] * 6}), file, row_group_size=2)
     config = source(file)
-    unit = Unit("s", str(file), "parquet", "auto", 1, 2, 0, 3)
-    items = list(read_unit(unit, config))
+    file_slice = FileSlice("s", str(file), "parquet", "auto", 1, 2, 0, 3)
+    items = list(read_slice(file_slice, config))
     assert [i.row for i in items] == [3, 4]
     assert all(isinstance(i, Conversation) for i in items)
     assert len(read(file)) == 6
 
 
-def test_parquet_text_that_is_not_utf8_costs_its_row(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf8_rejects_its_row(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     good = "好".encode()
     broken = pa.array([good, b"\xff\xff", good], pa.binary()).cast(pa.string(), safe=False)

@@ -4,18 +4,18 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
-from medgpt.data.sources.clean import clean
+from medgpt.data.sources.clean import clean_text
 from medgpt.data.sources.records import Conversation, Document, Origin, Record, Reject
-from medgpt.data.sources.row_formats import Recogniser
+from medgpt.data.sources.row_formats import RowParser
 
 ORIGIN = Origin(source="s", file="f.jsonl", row=7)
 Q, A = "头痛怎么办？", "请先量血压。"
 ONE = [("user", Q), ("assistant", A)]
 
 
-def recognise(row: dict[str, Any], **changes: object) -> Record | Reject:
+def parse_row(row: dict[str, Any], **changes: object) -> Record | Reject:
     values = {"name": "s", "paths": ["x"], "licence": "MIT", **changes}
-    return Recogniser(SourceConfig.model_validate(values))(row, ORIGIN)
+    return RowParser(SourceConfig.model_validate(values))(row, ORIGIN)
 
 
 def turns(item: Record | Reject) -> list[tuple[str, str]]:
@@ -30,13 +30,13 @@ def reason(item: Record | Reject) -> str:
 
 
 def test_records_and_rejects_say_where_they_come_from() -> None:
-    for item in (recognise({"text": "x"}), recognise({"text": ""}), recognise({"input": 1})):
+    for item in (parse_row({"text": "x"}), parse_row({"text": ""}), parse_row({"input": 1})):
         assert (item.source, item.file, item.row) == ("s", "f.jsonl", 7)
 
 
 @pytest.mark.parametrize("column", ["text", "content"])
 def test_text_columns_make_documents(column: str) -> None:
-    item = recognise({column: " 正文 ", "id": 3})
+    item = parse_row({column: " 正文 ", "id": 3})
     assert isinstance(item, Document)
     assert item.text == "正文"
 
@@ -58,38 +58,38 @@ def test_text_columns_make_documents(column: str) -> None:
     ],
 )
 def test_known_columns_make_conversations(row: dict[str, Any]) -> None:
-    assert turns(recognise(row)) == ONE
+    assert turns(parse_row(row)) == ONE
 
 
 def test_the_input_follows_the_instruction_on_its_own_line() -> None:
-    item = recognise({"instruction": "总结", "input": "病历", "output": A, "system": "你是医生"})
+    item = parse_row({"instruction": "总结", "input": "病历", "output": A, "system": "你是医生"})
     assert turns(item) == [("system", "你是医生"), ("user", "总结\n病历"), ("assistant", A)]
 
 
 @pytest.mark.parametrize("history", [[["一", "二"], ["三", "四"]], '[["一", "二"], ["三", "四"]]'])
 def test_history_comes_before_the_exchange(history: object) -> None:
-    item = recognise({"instruction": Q, "output": A, "history": history})
+    item = parse_row({"instruction": Q, "output": A, "history": history})
     assert [text for _, text in turns(item)] == ["一", "二", "三", "四", Q, A]
 
 
-def test_configured_question_and_answer_columns_are_taken() -> None:
+def test_configured_question_and_answer_columns_are_used() -> None:
     row = {"ask": Q, "reply": A, "question": "no", "answer": "no"}
     changes = {"question_column": "ask", "answer_column": "reply"}
-    assert turns(recognise(row, **changes)) == ONE
-    assert turns(recognise(row, kind="qa", **changes)) == ONE
+    assert turns(parse_row(row, **changes)) == ONE
+    assert turns(parse_row(row, kind="qa", **changes)) == ONE
 
 
 def test_a_list_of_turns_may_be_json_text_as_in_csv() -> None:
     text = '[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, '
     text += '{"role": "assistant", "content": "a"}]'
-    assert [role for role, _ in turns(recognise({"messages": text}))] == [
+    assert [role for role, _ in turns(parse_row({"messages": text}))] == [
         "system",
         "user",
         "assistant",
     ]
 
 
-def said(*roles: str) -> dict[str, Any]:
+def sharegpt_row(*roles: str) -> dict[str, Any]:
     return {"messages": [{"role": r, "content": r} for r in roles]}
 
 
@@ -114,20 +114,23 @@ def said(*roles: str) -> dict[str, Any]:
         ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 has a speaker who is none of"),
         ({"messages": [{"role": ["x"], "content": "x"}]}, "turn 1 has a speaker who is none of"),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "turn 1 is a list"),
-        (said("assistant", "user"), "starts with the assistant"),
-        (said("user", "assistant", "user"), "ends with the user"),
-        (said("user", "user", "assistant"), "turns 1 and 2 have one speaker"),
-        (said("user", "system", "assistant"), "a system message that is not the first"),
-        (said("system", "system", "user", "assistant"), "a system message that is not the first"),
-        (said("system"), "no turns of user and assistant"),
+        (sharegpt_row("assistant", "user"), "starts with the assistant"),
+        (sharegpt_row("user", "assistant", "user"), "ends with the user"),
+        (sharegpt_row("user", "user", "assistant"), "turns 1 and 2 have one speaker"),
+        (sharegpt_row("user", "system", "assistant"), "a system message that is not the first"),
+        (
+            sharegpt_row("system", "system", "user", "assistant"),
+            "a system message that is not the first",
+        ),
+        (sharegpt_row("system"), "no turns of user and assistant"),
         ({"title": "x", "ask": "y"}, "no known shape in columns title, ask; set kind or mapping"),
         ({}, "no known shape"),
     ],
 )
-def test_what_cannot_be_trained_on_is_rejected_with_column_and_rule(
+def test_an_unusable_row_is_rejected_with_column_and_rule(
     row: dict[str, Any], expected: str
 ) -> None:
-    assert expected in reason(recognise(row))
+    assert expected in reason(parse_row(row))
 
 
 @pytest.mark.parametrize(
@@ -141,22 +144,22 @@ def test_what_cannot_be_trained_on_is_rejected_with_column_and_rule(
         ("qa", "kind qa: column question is missing"),
     ],
 )
-def test_a_row_of_another_kind_than_told_is_rejected(kind: str, expected: str) -> None:
-    assert reason(recognise({"something": "else"}, kind=kind)) == expected
+def test_a_row_of_another_kind_than_configured_is_rejected(kind: str, expected: str) -> None:
+    assert reason(parse_row({"something": "else"}, kind=kind)) == expected
 
 
 def test_a_header_made_of_values_is_not_quoted() -> None:
-    assert "<40 characters>" in reason(recognise({"患" * 40: "x"}))
+    assert "<40 characters>" in reason(parse_row({"患" * 40: "x"}))
 
 
 def test_templates_make_documents_and_exchanges() -> None:
     row = {"name": "流感", "signs": ["发热", "咳嗽"], "my key": "K", "n": 3}
     text = "{{ name }}：{{ signs | join('、') }}{{ row['my key'] }}{{ n }}"
-    item = recognise(row, mapping={"text": text})
+    item = parse_row(row, mapping={"text": text})
     assert isinstance(item, Document)
     assert item.text == "流感：发热、咳嗽K3"
     mapping = {"system": "S", "user": "{{ name }}？", "assistant": "{{ signs[0] }}"}
-    assert turns(recognise(row, mapping=mapping)) == [
+    assert turns(parse_row(row, mapping=mapping)) == [
         ("system", "S"),
         ("user", "流感？"),
         ("assistant", "发热"),
@@ -180,12 +183,12 @@ def test_templates_make_documents_and_exchanges() -> None:
 )
 def test_a_row_that_a_template_does_not_fit_is_rejected(template: str, expected: str) -> None:
     row = {"a": {}, "b": None, "c": [], "d": 0}
-    assert reason(recognise(row, mapping={"text": template})).startswith(expected)
+    assert reason(parse_row(row, mapping={"text": template})).startswith(expected)
 
 
 def test_a_wrong_template_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"data\.sources s mapping\.text: not a Jinja template"):
-        recognise({}, mapping={"text": "{{ x "})
+        parse_row({}, mapping={"text": "{{ x "})
 
 
 def chat(*utterances: str) -> dict[str, Any]:
@@ -200,42 +203,42 @@ CHAT = {"column": "chat", "role": "who", "content": "says"}
 def test_utterances_of_one_speaker_are_merged() -> None:
     row = chat("p你好", "p在吗", "d在", "d ", "d请说")
     mapping = {"turns": {**CHAT, "merge": True}}
-    assert turns(recognise(row, mapping=mapping)) == [
+    assert turns(parse_row(row, mapping=mapping)) == [
         ("user", "你好\n在吗"),
         ("assistant", "在\n请说"),
     ]
     assert "turns 1 and 2 have one speaker" in reason(
-        recognise(chat("p你好", "p在吗", "d在"), mapping={"turns": CHAT})
+        parse_row(chat("p你好", "p在吗", "d在"), mapping={"turns": CHAT})
     )
 
 
 def test_greetings_and_thanks_are_trimmed() -> None:
     row = chat("d您好", "p头痛", "d多久了", "p谢谢")
-    assert turns(recognise(row, mapping={"turns": {**CHAT, "trim": True}})) == [
+    assert turns(parse_row(row, mapping={"turns": {**CHAT, "trim": True}})) == [
         ("user", "头痛"),
         ("assistant", "多久了"),
     ]
-    untrimmed = reason(recognise(row, mapping={"turns": CHAT}))
+    untrimmed = reason(parse_row(row, mapping={"turns": CHAT}))
     assert "starts with the assistant" in untrimmed
-    nothing = recognise(chat("d您好", "p谢谢"), mapping={"turns": {**CHAT, "trim": True}})
+    nothing = parse_row(chat("d您好", "p谢谢"), mapping={"turns": {**CHAT, "trim": True}})
     assert "no question with an answer" in reason(nothing)
 
 
-def test_turns_are_found_by_position_and_in_pairs() -> None:
+def test_turns_are_read_by_position_and_in_pairs() -> None:
     row = {"conv": [["client", Q], ["counselor", A]]}
     mapping = {"turns": {"column": "conv", "role": 0, "content": 1}}
-    assert turns(recognise(row, mapping=mapping)) == ONE
+    assert turns(parse_row(row, mapping=mapping)) == ONE
     assert "turn 1 has 1 items, none at 1" in reason(
-        recognise({"conv": [["client"]]}, mapping=mapping)
+        parse_row({"conv": [["client"]]}, mapping=mapping)
     )
     pairs = {"conv": [{"system": "S", "in": Q, "out": A}, {"in": Q, "out": A}]}
     mapping = {
         "system": "{{ conv[0].system }}",
         "turns": {"column": "conv", "pairs": ["in", "out"]},
     }
-    assert turns(recognise(pairs, mapping=mapping)) == [("system", "S"), *ONE, *ONE]
+    assert turns(parse_row(pairs, mapping=mapping)) == [("system", "S"), *ONE, *ONE]
     empty = {"conv": [{"system": "S", "in": Q, "out": ""}]}
-    assert "turn 1, out is empty" in reason(recognise(empty, mapping=mapping))
+    assert "turn 1, out is empty" in reason(parse_row(empty, mapping=mapping))
 
 
 @pytest.mark.parametrize(
@@ -256,5 +259,5 @@ def test_turns_are_found_by_position_and_in_pairs() -> None:
     ],
 )
 def test_cleaning_repairs_damage_and_leaves_chinese_punctuation(dirty: str, expected: str) -> None:
-    assert clean(dirty) == expected
-    assert clean(expected) == expected
+    assert clean_text(dirty) == expected
+    assert clean_text(expected) == expected

@@ -7,12 +7,12 @@ import pytest
 from medgpt.config.base import ConfigError
 from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Conversation, Document, Message, Reject
-from medgpt.data.tokenized import chat
+from medgpt.data.tokenized import chat_template
 from medgpt.data.tokenized.encode import (
     ConversationEncoder,
     DocumentEncoder,
-    Encoded,
-    check_conversation,
+    EncodedSample,
+    conversation_error,
 )
 from medgpt.models.tokenizer import train_tokenizer
 
@@ -74,7 +74,7 @@ def test_every_prompt_for_generation_begins_the_training_ids(tokenizer, case, te
             prompt = tokenizer.apply_chat_template(
                 dicts(case.messages[:k]), add_generation_prompt=True, return_dict=False
             )
-            assert chat.generation_ids(tokenizer, case.messages[:k]) == prompt
+            assert chat_template.generation_prompt_ids(tokenizer, case.messages[:k]) == prompt
             assert ids[: len(prompt)] == prompt
     assert ids == tokenizer.apply_chat_template(dicts(case.messages), return_dict=False)
 
@@ -101,11 +101,11 @@ def test_targets_are_the_answers_and_their_end_tokens(tokenizer, template):
 
 def test_an_end_token_outside_the_templates_mask_is_a_target_too(tokenizer):
     tokenizer = with_template(tokenizer, "qwen2_5")
-    tokenizer.chat_template = chat.CHATML.replace(
+    tokenizer.chat_template = chat_template.CHATML.replace(
         "{{- message.content | trim + '<|im_end|>' -}}\n        {%- endgeneration -%}",
         "{{- message.content | trim -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
     )
-    assert tokenizer.chat_template != chat.CHATML
+    assert tokenizer.chat_template != chat_template.CHATML
     encoded = ConversationEncoder(tokenizer, 512)(CASES[1])
     answers = tokenizer.decode(encoded.input_ids[encoded.targets])
     assert answers == "血糖高。<|im_end|>(不客气)<|im_end|>"
@@ -120,21 +120,25 @@ def test_a_long_conversation_loses_its_oldest_pairs_only(tokenizer, system):
         encoded = ConversationEncoder(tokenizer, max_length)(full)
         if isinstance(encoded, Reject):
             continue
-        lost = encoded.num_truncated_turns
-        kept = ConversationEncoder(tokenizer, 10_000)(conversation(*system, *turns[lost:]))
-        assert lost % 2 == 0
-        assert encoded.input_ids.tolist() == kept.input_ids.tolist()
-        assert encoded.targets.tolist() == kept.targets.tolist()
+        num_truncated = encoded.num_truncated_turns
+        remaining = ConversationEncoder(tokenizer, 10_000)(
+            conversation(*system, *turns[num_truncated:])
+        )
+        assert num_truncated % 2 == 0
+        assert encoded.input_ids.tolist() == remaining.input_ids.tolist()
+        assert encoded.targets.tolist() == remaining.targets.tolist()
         assert len(encoded.input_ids) <= max_length
-        if lost:  # one pair fewer would not have fitted
-            more = ConversationEncoder(tokenizer, 10_000)(conversation(*system, *turns[lost - 2 :]))
+        if num_truncated:  # one pair fewer would not have fitted
+            more = ConversationEncoder(tokenizer, 10_000)(
+                conversation(*system, *turns[num_truncated - 2 :])
+            )
             assert len(more.input_ids) > max_length
 
 
 def test_an_exchange_that_does_not_fit_is_set_aside(tokenizer):
     record = conversation("u 我头痛", "a 请测量体温。")
     length = len(ConversationEncoder(tokenizer, 512)(record).input_ids)
-    assert isinstance(ConversationEncoder(tokenizer, length)(record), Encoded)
+    assert isinstance(ConversationEncoder(tokenizer, length)(record), EncodedSample)
     reject = ConversationEncoder(tokenizer, length - 1)(record)
     assert isinstance(reject, Reject)
     assert not reject.malformed
@@ -158,7 +162,7 @@ def test_an_exchange_that_does_not_fit_is_set_aside(tokenizer):
 )
 def test_conversations_out_of_order_are_malformed(tokenizer, turns, reason):
     record = conversation(*turns)
-    assert reason in check_conversation(record.messages)
+    assert reason in conversation_error(record.messages)
     reject = ConversationEncoder(tokenizer, 512)(record)
     assert isinstance(reject, Reject)
     assert reject.malformed

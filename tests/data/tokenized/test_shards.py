@@ -9,36 +9,36 @@ import xxhash
 
 from medgpt.artifacts import FileEntry, Folder, commit, committed
 from medgpt.data.sources.records import Origin
-from medgpt.data.tokenized.encode import Encoded
+from medgpt.data.tokenized.encode import EncodedSample
 from medgpt.data.tokenized.shards import (
     BLOCK_TOKENS,
     ShardWriter,
     data_version,
+    make_sample_ids,
     read_block,
     read_index,
-    sample_ids,
     write_index,
 )
 
 ORIGIN = Origin(source="s", file="f.jsonl", row=1)
 
 
-def encoded(ids: Sequence[int], *, word_ids: Sequence[int] | None = None) -> Encoded:
-    return Encoded(
+def encoded(ids: Sequence[int], *, word_ids: Sequence[int] | None = None) -> EncodedSample:
+    return EncodedSample(
         input_ids=np.array(ids, np.int32),
         targets=np.array(ids) % 2 == 0,
         word_ids=None if word_ids is None else np.array(word_ids, np.int32),
     )
 
 
-def write(folder: Folder, name: str, samples: Sequence[Encoded]) -> list[FileEntry]:
+def write(folder: Folder, name: str, samples: Sequence[EncodedSample]) -> list[FileEntry]:
     with ShardWriter(folder, name) as writer:
         for i, sample in enumerate(samples):
             writer.add(sample, content_hash=f"{i:032x}", source=0, origin=ORIGIN)
     return writer.files
 
 
-def test_tokens_come_back_as_they_were_written(tmp_path: Path) -> None:
+def test_tokens_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     shards = [[encoded([1, 2, 3]), encoded([4])], [encoded([5, 6])]]
     files = [f for i, s in enumerate(shards) for f in write(folder, f"train-{i}.parquet", s)]
@@ -56,10 +56,12 @@ def test_tokens_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert block.word_ids is None
 
 
-def test_what_only_some_samples_have_comes_back(tmp_path: Path) -> None:
+def test_optional_columns_are_read_back(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     several = replace(
-        encoded([1, 2, 3]), pieces=np.array([2, 1], np.int32), grades=np.array([1, 0.5], np.float32)
+        encoded([1, 2, 3]),
+        sequence_lengths=np.array([2, 1], np.int32),
+        grades=np.array([1, 0.5], np.float32),
     )
     prompts = [replace(encoded([n]), messages=f'[["user", "{n}"]]') for n in (1, 2)]
     for name, samples, extras in (
@@ -68,10 +70,10 @@ def test_what_only_some_samples_have_comes_back(tmp_path: Path) -> None:
     ):
         files = write(folder, f"{name}-0.parquet", samples)
         write_index(folder, name, [file.name for file in files])
-        assert read_block(folder.url, name, 0, "v").extras == extras
+        assert read_block(folder.url, name, 0, "v").optional == extras
 
 
-def test_word_ids_are_kept(tmp_path: Path) -> None:
+def test_word_ids_are_read_back(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     files = write(folder, "train-0.parquet", [encoded([1, 2], word_ids=[-1, 7])])
     commit(folder, files + write_index(folder, "train", ["train-0.parquet"]))
@@ -96,7 +98,7 @@ def test_a_split_without_samples_has_an_empty_index_and_no_shard(tmp_path: Path)
     assert folder.names() == ["validation.blocks.parquet", "validation.index.parquet"]
 
 
-def test_a_failure_leaves_neither_a_shard_nor_a_part_of_one(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     broken = replace(encoded([1]), targets=np.array(["text"]))
     samples = [encoded(range(BLOCK_TOKENS)), broken]  # the first fills a block, so a file is there
@@ -105,8 +107,8 @@ def test_a_failure_leaves_neither_a_shard_nor_a_part_of_one(tmp_path: Path) -> N
     assert folder.names() == []
 
 
-@pytest.mark.parametrize("late_one_fails", [True, False])
-def test_two_tasks_may_write_the_same_shard_at_once(tmp_path: Path, late_one_fails: bool) -> None:
+@pytest.mark.parametrize("second_fails", [True, False])
+def test_two_tasks_may_write_the_same_shard_at_once(tmp_path: Path, second_fails: bool) -> None:
     folder = Folder(str(tmp_path))
     sample = encoded(range(BLOCK_TOKENS))
     late = ShardWriter(folder, "train-0.parquet")
@@ -114,7 +116,7 @@ def test_two_tasks_may_write_the_same_shard_at_once(tmp_path: Path, late_one_fai
     with ShardWriter(folder, "train-0.parquet") as writer:
         writer.add(sample, content_hash="0", source=0, origin=ORIGIN)
     commit(folder, writer.files)
-    if late_one_fails:
+    if second_fails:
         late.__exit__(OSError, OSError(), None)
     else:
         late.__exit__(None, None, None)
@@ -133,7 +135,7 @@ def test_shards_can_live_behind_a_uri() -> None:
     folder.remove()
 
 
-def test_shards_made_anew_in_the_same_place_are_not_served_from_memory(tmp_path: Path) -> None:
+def test_rewritten_shards_are_not_read_from_the_cache(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     seen = []
     for ids in ([1, 2], [3, 4]):
@@ -144,9 +146,9 @@ def test_shards_made_anew_in_the_same_place_are_not_served_from_memory(tmp_path:
     assert seen == [[1, 2], [3, 4]]
 
 
-def test_equal_contents_have_different_ids_and_the_same_ones_in_any_order() -> None:
-    ids = sample_ids(np.array([b"a", b"b", b"a", b"a"])).tolist()
+def test_sample_ids_of_equal_contents_differ_and_do_not_depend_on_the_order() -> None:
+    ids = make_sample_ids(np.array([b"a", b"b", b"a", b"a"])).tolist()
     assert len(set(ids)) == 4
-    assert set(sample_ids(np.array([b"a", b"a", b"b", b"a"])).tolist()) == set(ids)
-    assert sample_ids(np.array([b"a"])).tolist() == ids[:1]
+    assert set(make_sample_ids(np.array([b"a", b"a", b"b", b"a"])).tolist()) == set(ids)
+    assert make_sample_ids(np.array([b"a"])).tolist() == ids[:1]
     assert ids[2] == xxhash.xxh3_128_hexdigest(b"a:1").encode()

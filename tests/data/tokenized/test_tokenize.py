@@ -16,57 +16,57 @@ from medgpt.config.base import ConfigError
 from medgpt.config.data import DataConfig
 from medgpt.data.sources.inputs import check_sources
 from medgpt.data.sources.records import Document, Record, Reject
-from medgpt.data.tokenized import tokenize as index_module
-from medgpt.data.tokenized.encode import Encoded
+from medgpt.data.tokenized import tokenize as tokenize_module
+from medgpt.data.tokenized.encode import EncodedSample
 from medgpt.data.tokenized.shards import data_version, read_block, read_index
 from medgpt.data.tokenized.tokenize import (
-    Encode,
-    IndexJob,
-    all_units,
-    begin_index,
-    build_index,
-    finish_index,
-    finished_units,
-    index_unit,
-    reusable,
+    EncodeBatch,
+    TokenizeJob,
+    commit_shards,
+    finished_slices,
+    list_all_slices,
+    prepare_folders,
+    reusable_manifest,
+    tokenize_slice,
+    tokenize_sources,
 )
 
 SECRET = "张三的病历"
 
 
-def encode(records: Sequence[Record]) -> list[Encoded | Reject]:
+def encode(records: Sequence[Record]) -> list[EncodedSample | Reject]:
     """One token for each character; texts over 400 characters are set aside."""
-    results: list[Encoded | Reject] = []
+    results: list[EncodedSample | Reject] = []
     for record in records:
         text = (
             record.text
             if isinstance(record, Document)
             else "".join(message.content for message in record.messages)
         )
-        place = {"source": record.source, "file": record.file, "row": record.row}
+        origin = {"source": record.source, "file": record.file, "row": record.row}
         if len(text) > 400:
             reason = f"{len(text)} characters are too long"
-            results.append(Reject(**place, reason=reason, malformed=False))
+            results.append(Reject(**origin, reason=reason, malformed=False))
             continue
         ids = np.array([ord(character) for character in text], np.int32)
-        results.append(Encoded(input_ids=ids, targets=np.ones(len(ids), np.bool_)))
+        results.append(EncodedSample(input_ids=ids, targets=np.ones(len(ids), np.bool_)))
     return results
 
 
-def make_encode() -> Encode:
+def make_encode() -> EncodeBatch:
     return encode
 
 
-def refuse_to_encode() -> Encode:
+def refuse_to_encode() -> EncodeBatch:
     raise ConfigError("objective.kind=clm: the tokenizer has no end token")
 
 
 def make_job(
     folder: Path, *sources: dict[str, Any], allow_changes: bool = False, **data: Any
-) -> IndexJob:
+) -> TokenizeJob:
     defaults = {"licence": "MIT", "deny": []}
     tree = {"sources": [{**defaults, **source} for source in sources], "max_length": 64, **data}
-    return IndexJob(
+    return TokenizeJob(
         data_url=str(folder / "run/data"),
         rejected_url=str(folder / "run/rejected"),
         config=DataConfig.model_validate(tree),
@@ -76,16 +76,18 @@ def make_job(
     )
 
 
-def index(job: IndexJob) -> dict[str, Any]:
+def tokenize(job: TokenizeJob) -> dict[str, Any]:
     """`build_index` in this process."""
     check_sources(job.config)
-    if manifest := reusable(job):
+    if manifest := reusable_manifest(job):
         return manifest
-    units = all_units(job.config)
-    stamps = begin_index(job)
-    results = [index_unit(unit, number, job=job) for number, unit in enumerate(units)]
+    units = list_all_slices(job.config)
+    stamps = prepare_folders(job)
+    results = [
+        tokenize_slice(file_slice, number, job=job) for number, file_slice in enumerate(units)
+    ]
     results = json.loads(json.dumps(results))
-    return finish_index(job, units, results, stamps, began=time.monotonic())
+    return commit_shards(job, units, results, stamps, started_at=time.monotonic())
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
@@ -98,19 +100,19 @@ def texts(number: int, start: int = 0) -> list[dict[str, str]]:
     return [{"text": f"document {i}"} for i in range(start, start + number)]
 
 
-def ids_of(job: IndexJob, split: str = "train") -> list[bytes]:
+def ids_of(job: TokenizeJob, split: str = "train") -> list[bytes]:
     return read_index(Folder(job.data_url), split).sample_id.tolist()
 
 
-def documents(job: IndexJob, split: str = "train") -> list[str]:
+def documents(job: TokenizeJob, split: str = "train") -> list[str]:
     """The texts that the shards hold, in index order."""
     entries = read_index(Folder(job.data_url), split)
-    found = []
+    texts_by_row = []
     for number, row in zip(entries.block.tolist(), entries.row.tolist(), strict=True):
         block = read_block(job.data_url, split, number, data_version(job.data_url))
         span = slice(block.offsets[row], block.offsets[row + 1])
-        found.append("".join(map(chr, block.input_ids[span])))
-    return found
+        texts_by_row.append("".join(map(chr, block.input_ids[span])))
+    return texts_by_row
 
 
 def test_preferences_about_one_prompt_stay_whole_and_on_one_side(tmp_path: Path) -> None:
@@ -122,9 +124,9 @@ def test_preferences_about_one_prompt_stay_whole_and_on_one_side(tmp_path: Path)
     path = write_lines(tmp_path / "pairs.jsonl", rows)
     source = {"name": "pairs", "paths": [str(path)]}
     packed = make_job(tmp_path, source, validation_share=0.3)
-    job = IndexJob(**{**vars(packed), "packed": False})
+    job = TokenizeJob(**{**vars(packed), "packing": False})
 
-    manifest = index(job)
+    manifest = tokenize(job)
 
     train, held_out = ([text[:3] for text in documents(job, s)] for s in ("train", "validation"))
     assert not set(train) & set(held_out)
@@ -135,10 +137,10 @@ def test_preferences_about_one_prompt_stay_whole_and_on_one_side(tmp_path: Path)
 
 
 def test_every_row_is_trained_held_out_or_set_aside_with_its_reason(tmp_path: Path) -> None:
-    bad = [{"text": ""}, {"wrong": SECRET}, [SECRET]]
+    malformed = [{"text": ""}, {"wrong": SECRET}, [SECRET]]
     long = {"text": SECRET * 100}
-    write_lines(tmp_path / "a/0.jsonl", [*texts(200), *bad, long])
-    write_lines(tmp_path / "a/1.jsonl", [*texts(100, 200), *bad[:1]])
+    write_lines(tmp_path / "a/0.jsonl", [*texts(200), *malformed, long])
+    write_lines(tmp_path / "a/1.jsonl", [*texts(100, 200), *malformed[:1]])
     write_lines(tmp_path / "b.jsonl", texts(50, 500))
     job = make_job(
         tmp_path,
@@ -147,7 +149,7 @@ def test_every_row_is_trained_held_out_or_set_aside_with_its_reason(tmp_path: Pa
         validation_share=0.2,
         max_malformed_share=0.05,
     )
-    manifest = index(job)
+    manifest = tokenize(job)
     a, b = manifest["sources"]["a"], manifest["sources"]["b"]
     assert (a["licence"], a["sensitive"], b["licence"], b["sensitive"]) == (
         ("MIT", True, "CC0-1.0", False)
@@ -159,8 +161,8 @@ def test_every_row_is_trained_held_out_or_set_aside_with_its_reason(tmp_path: Pa
     assert "N characters are too long" in a["set_aside"]
     assert manifest["num_samples"] == a["train"] + b["train"]
     assert manifest["validation"]["num_samples"] == a["validation"] + b["validation"]
-    everything = documents(job) + documents(job, "validation")
-    assert sorted(everything) == sorted(row["text"] for row in texts(300) + texts(50, 500))
+    all_documents = documents(job) + documents(job, "validation")
+    assert sorted(all_documents) == sorted(row["text"] for row in texts(300) + texts(50, 500))
     assert manifest["num_tokens"] == sum(map(len, documents(job)))
     assert sum(manifest["tokens_by_source"].values()) == manifest["num_tokens"]
     assert manifest["dropped_tail_tokens"] == 0
@@ -171,7 +173,7 @@ def test_rejected_rows_are_named_but_not_quoted_in_a_folder_of_the_owner(tmp_pat
     job = make_job(
         tmp_path, {"name": "a", "paths": [str(path)]}, max_malformed_share=0.5, validation_share=0
     )
-    index(job)
+    tokenize(job)
     folder = Path(job.rejected_url)
     assert folder.stat().st_mode & 0o777 == 0o700
     text = (folder / "unit-00000.jsonl").read_text("utf-8")
@@ -185,93 +187,103 @@ def test_too_many_malformed_rows_stop_the_run_and_point_to_them(tmp_path: Path) 
     path = write_lines(tmp_path / "a.jsonl", [*texts(98), {"text": ""}, {"wrong": SECRET}])
     source = {"name": "a", "paths": [str(path)]}
     with pytest.raises(ConfigError, match=r"a: 2 of 100 rows .*max_malformed_share=0.01") as error:
-        index(make_job(tmp_path, source))
+        tokenize(make_job(tmp_path, source))
     assert str(tmp_path / "run/rejected") in str(error.value)
     assert SECRET not in str(error.value)
     assert committed(Folder(str(tmp_path / "run/data"))) is None
     assert (
-        index(make_job(tmp_path, source, max_malformed_share=0.02))["sources"]["a"]["rows"] == 100
+        tokenize(make_job(tmp_path, source, max_malformed_share=0.02))["sources"]["a"]["rows"]
+        == 100
     )
 
 
-def test_indexing_again_leaves_nothing_of_the_time_before(tmp_path: Path) -> None:
+def test_tokenizing_again_removes_all_earlier_files(tmp_path: Path) -> None:
     for shard in range(3):
         write_lines(tmp_path / f"a/{shard}.jsonl", [*texts(9, 10 * shard), {"text": ""}])
     source = {"name": "a", "paths": [str(tmp_path / "a")]}
     with pytest.raises(ConfigError, match="malformed"):
-        index(make_job(tmp_path, source, validation_share=0))
+        tokenize(make_job(tmp_path, source, validation_share=0))
     (tmp_path / "a/2.jsonl").unlink()
     write_lines(tmp_path / "a/1.jsonl", texts(9, 10))
     job = make_job(tmp_path, source, validation_share=0, max_malformed_share=0.1)
-    index(job)
+    tokenize(job)
     assert Folder(job.rejected_url).names() == ["unit-00000.jsonl"]
     shards = [name for name in Folder(job.data_url).names() if name.startswith("train-")]
     assert shards == ["train-00000.parquet", "train-00001.parquet"]
 
 
-def test_a_repeated_unit_rewrites_the_same_shard(tmp_path: Path) -> None:
+def test_a_repeated_slice_rewrites_the_same_shard(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", texts(100))
     job = make_job(tmp_path, {"name": "a", "paths": [str(path)]})
-    manifest = index(job)
-    again = index_unit(all_units(job.config)[0], 0, job=job)
-    assert again["files"] == [f for f in manifest["files"] if f["name"] in str(again["files"])]
+    manifest = tokenize(job)
+    repeated = tokenize_slice(list_all_slices(job.config)[0], 0, job=job)
+    assert repeated["files"] == [
+        f for f in manifest["files"] if f["name"] in str(repeated["files"])
+    ]
     assert committed(Folder(job.data_url), verify=True)
 
 
-def test_sample_ids_depend_neither_on_files_nor_on_units(tmp_path: Path) -> None:
+def test_sample_ids_depend_neither_on_files_nor_on_slices(tmp_path: Path) -> None:
     rows = [{"text": f"document {i % 9000} {'x' * 200}"} for i in range(12_000)]
-    whole = write_lines(tmp_path / "one/0.jsonl", rows)
+    one_file = write_lines(tmp_path / "one/0.jsonl", rows)
     for shard in range(5):
         write_lines(tmp_path / f"many/{shard}.jsonl", rows[shard::5])
-    found = []
-    for paths, shard_mb in ((whole, 32), (whole, 1), (tmp_path / "many", 32)):
+    ids_of_splits = []
+    for paths, shard_mb in ((one_file, 32), (one_file, 1), (tmp_path / "many", 32)):
         source = {"name": "a", "paths": [str(paths)]}
-        job = make_job(tmp_path / str(len(found)), source, shard_mb=shard_mb, validation_share=0.1)
-        index(job)
-        found.append([sorted(ids_of(job, split)) for split in ("train", "validation")])
-        everything = [name for split in found[-1] for name in split]
-        assert len(set(everything)) == len(everything) == 12_000
-    assert found[0] == found[1] == found[2]
-    assert len(all_units(make_job(tmp_path, source, shard_mb=1).config)) == 5
+        job = make_job(
+            tmp_path / str(len(ids_of_splits)), source, shard_mb=shard_mb, validation_share=0.1
+        )
+        tokenize(job)
+        ids_of_splits.append([sorted(ids_of(job, split)) for split in ("train", "validation")])
+        all_ids = [name for split in ids_of_splits[-1] for name in split]
+        assert len(set(all_ids)) == len(all_ids) == 12_000
+    assert ids_of_splits[0] == ids_of_splits[1] == ids_of_splits[2]
+    assert len(list_all_slices(make_job(tmp_path, source, shard_mb=1).config)) == 5
     assert (
-        len(all_units(make_job(tmp_path, {**source, "paths": [str(whole)]}, shard_mb=1).config)) > 1
+        len(
+            list_all_slices(
+                make_job(tmp_path, {**source, "paths": [str(one_file)]}, shard_mb=1).config
+            )
+        )
+        > 1
     )
 
 
 def test_equal_contents_fall_on_the_same_side(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", texts(200) * 3)
     job = make_job(tmp_path, {"name": "a", "paths": [str(path)]}, validation_share=0.3)
-    index(job)
+    tokenize(job)
     train, validation = set(documents(job)), set(documents(job, "validation"))
     assert not train & validation
     assert 30 < len(validation) < 90
 
 
-def test_what_a_mapping_trims_is_counted(tmp_path: Path) -> None:
+def test_trimmed_turns_are_counted(tmp_path: Path) -> None:
     turns = ["assistant", "user", "assistant", "user"]
     talk = {"turns": [{"role": role, "content": f"{role} says"} for role in turns]}
     path = write_lines(tmp_path / "a.jsonl", [talk] * 3)
     mapping = {"turns": {"column": "turns", "trim": True}}
     source = {"name": "a", "paths": [str(path)], "mapping": mapping}
-    account = index(make_job(tmp_path, source, validation_share=0))["sources"]["a"]
-    assert (account["train"], account["trimmed_turns"]) == (3, 6)
+    counts = tokenize(make_job(tmp_path, source, validation_share=0))["sources"]["a"]
+    assert (counts["train"], counts["trimmed_turns"]) == (3, 6)
 
 
-def test_nothing_left_to_train_on_is_an_error_with_the_reasons(tmp_path: Path) -> None:
+def test_an_empty_training_split_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 500}] * 3)
     with pytest.raises(ConfigError, match=r"no row is left .*N characters are too long \(3 rows\)"):
-        index(make_job(tmp_path, {"name": "a", "paths": [str(path)]}))
+        tokenize(make_job(tmp_path, {"name": "a", "paths": [str(path)]}))
 
 
 def test_a_weighted_source_without_rows_is_an_error(tmp_path: Path) -> None:
     good = write_lines(tmp_path / "a.jsonl", texts(9))
     empty = write_lines(tmp_path / "b.jsonl", [{"text": "x" * 500}])
     sources = [{"name": "a", "paths": [str(good)]}, {"name": "b", "paths": [str(empty)]}]
-    index(make_job(tmp_path, *sources, validation_share=0))
+    tokenize(make_job(tmp_path, *sources, validation_share=0))
     weighted = [{**source, "weight": 1} for source in sources]
     for folder in (tmp_path, tmp_path / "fresh"):  # a finished index is asked again
         with pytest.raises(ConfigError, match=r"data.sources b weight=1: no row of it is left"):
-            index(make_job(folder, *weighted, validation_share=0))
+            tokenize(make_job(folder, *weighted, validation_share=0))
 
 
 @pytest.mark.parametrize(
@@ -282,13 +294,13 @@ def test_a_weighted_source_without_rows_is_an_error(tmp_path: Path) -> None:
         ({"deny": ["absent.toml"]}, "no such file"),
     ],
 )
-def test_a_wrong_source_is_found_before_any_task_starts(
+def test_a_wrong_source_is_an_error_before_any_task_starts(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = write_lines(tmp_path / "a.jsonl", texts(1))
     job = make_job(tmp_path, {"name": "a", "paths": [str(path)], **changes})
     with pytest.raises(ConfigError, match=message):
-        build_index(job, data_cpus=1, on_progress=lambda done, total: None)
+        tokenize_sources(job, data_cpus=1, on_progress=lambda done, total: None)
 
 
 # unreadable files
@@ -321,11 +333,11 @@ def test_a_truncated_shard_among_good_ones_stops_the_run_unless_it_is_accepted(
     path = make(tmp_path / "a")
     source = {"name": "a", "paths": [str(tmp_path / "a")]}
     with pytest.raises(ConfigError, match="1 of 3 pieces of files cannot be read") as error:
-        index(make_job(tmp_path, source))
+        tokenize(make_job(tmp_path, source))
     assert str(path) in str(error.value)
     assert "0.34" in str(error.value)
     job = make_job(tmp_path, source, max_malformed_share=0.34, validation_share=0)
-    account = index(job)["sources"]["a"]
+    account = tokenize(job)["sources"]["a"]
     assert len(account["unreadable_files"]) == 1
     assert account["unreadable_files"][0].startswith(f"{path}, row ")
     good = 100 if make is broken_parquet else 10_000
@@ -335,16 +347,16 @@ def test_a_truncated_shard_among_good_ones_stops_the_run_unless_it_is_accepted(
 # a run that goes on
 
 
-def three_files(tmp_path: Path) -> tuple[IndexJob, dict[str, Any]]:
+def three_files(tmp_path: Path) -> tuple[TokenizeJob, dict[str, Any]]:
     for shard in range(3):
         write_lines(tmp_path / f"a/{shard}.jsonl", texts(20, 20 * shard))
     job = make_job(tmp_path, {"name": "a", "paths": [str(tmp_path / "a")]}, validation_share=0)
-    return job, index(job)
+    return job, tokenize(job)
 
 
 def test_finished_work_is_reused(tmp_path: Path) -> None:
     job, manifest = three_files(tmp_path)
-    assert reusable(job) == manifest
+    assert reusable_manifest(job) == manifest
     assert [Path(entry["file"]).name for entry in manifest["inputs"]] == [
         "0.jsonl",
         "1.jsonl",
@@ -359,7 +371,7 @@ def test_files_with_another_date_but_the_same_content_are_the_same(tmp_path: Pat
     copied.unlink()
     copied.write_text(text, "utf-8")
     os.utime(copied, (0, 0))
-    assert reusable(job) == manifest
+    assert reusable_manifest(job) == manifest
 
 
 def edit(folder: Path) -> None:
@@ -387,13 +399,13 @@ def add(folder: Path) -> None:
         (add, "3.jsonl is new"),
     ],
 )
-def test_changed_files_are_refused_by_name_and_read_anew_if_told(
+def test_changed_files_are_an_error_unless_changes_are_allowed(
     tmp_path: Path, change: Callable[[Path], None], words: str
 ) -> None:
     job, before = three_files(tmp_path)
     change(tmp_path / "a")
     with pytest.raises(ConfigError, match=words) as error:
-        index(job)
+        tokenize(job)
     assert "run.allow_changes=true" in str(error.value)
     assert committed(Folder(job.data_url)) == before
     accepted = make_job(
@@ -402,7 +414,7 @@ def test_changed_files_are_refused_by_name_and_read_anew_if_told(
         validation_share=0,
         allow_changes=True,
     )
-    after = index(accepted)
+    after = tokenize(accepted)
     rows = [
         json.loads(line)["text"]
         for path in sorted((tmp_path / "a").iterdir())
@@ -410,15 +422,15 @@ def test_changed_files_are_refused_by_name_and_read_anew_if_told(
     ]
     assert documents(accepted) == rows
     assert after["inputs"] != before["inputs"]
-    assert reusable(job) == after
+    assert reusable_manifest(job) == after
 
 
-def test_many_changes_are_listed_in_part(tmp_path: Path) -> None:
+def test_only_the_first_changes_are_listed(tmp_path: Path) -> None:
     job, _ = three_files(tmp_path)
     for shard in range(10, 20):
         write_lines(tmp_path / f"a/{shard}.jsonl", texts(1))
     with pytest.raises(ConfigError, match=r"14\.jsonl is new; and 5 more"):
-        index(job)
+        tokenize(job)
 
 
 def test_a_changed_deny_list_is_a_change_of_the_data(tmp_path: Path) -> None:
@@ -427,78 +439,80 @@ def test_a_changed_deny_list_is_a_change_of_the_data(tmp_path: Path) -> None:
     deny = tmp_path / "deny.toml"
     deny.write_text(rule.format("根治"), "utf-8")
     job = make_job(tmp_path, {"name": "a", "paths": [str(path)], "deny": [str(deny)]})
-    index(job)
+    tokenize(job)
     deny.write_text(rule.format("偏方"), "utf-8")
     with pytest.raises(ConfigError, match=r"deny.toml has other content"):
-        index(job)
+        tokenize(job)
 
 
-def test_other_settings_or_another_tokenizer_are_read_anew_only_if_told(tmp_path: Path) -> None:
+def test_changed_settings_or_tokenizer_are_an_error_unless_changes_are_allowed(
+    tmp_path: Path,
+) -> None:
     three_files(tmp_path)
     source = {"name": "a", "paths": [str(tmp_path / "a")]}
     longer = {"validation_share": 0, "max_length": 128}
     with pytest.raises(ConfigError, match=r"settings under \[data\]"):
-        index(make_job(tmp_path, source, **longer))
-    assert reusable(make_job(tmp_path, source, allow_changes=True, **longer)) is None
+        tokenize(make_job(tmp_path, source, **longer))
+    assert reusable_manifest(make_job(tmp_path, source, allow_changes=True, **longer)) is None
     job = make_job(tmp_path, source, validation_share=0)
-    other = IndexJob(**{**vars(job), "encoding": {"tokenizer": "words"}})
+    other_tokenizer = TokenizeJob(**{**vars(job), "encoding": {"tokenizer": "words"}})
     with pytest.raises(ConfigError, match="the tokenizer"):
-        index(other)
+        tokenize(other_tokenizer)
     harmless = make_job(
         tmp_path, {**source, "weight": 2}, validation_share=0, max_malformed_share=1
     )
-    assert reusable(harmless) is not None
+    assert reusable_manifest(harmless) is not None
 
 
-def test_a_damaged_index_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_index_is_rebuilt(tmp_path: Path) -> None:
     job, manifest = three_files(tmp_path)
     (Path(job.data_url) / "train-00001.parquet").unlink()
-    assert reusable(job) is None
-    assert untimed(index(job)) == untimed(manifest)
+    assert reusable_manifest(job) is None
+    assert untimed(tokenize(job)) == untimed(manifest)
 
 
 def untimed(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in manifest.items() if name != "time_s"}
 
 
-def test_the_size_of_units_follows_the_corpus_up_to_the_shard_size(
+def test_slices_grow_with_the_corpus_up_to_the_shard_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "x" * 1000}] * 4200)  # 4 MiB
     source = {"name": "a", "paths": [str(tmp_path / "a.jsonl")]}
 
-    def units(shard_mb: int) -> int:
-        return len(all_units(make_job(tmp_path, source, shard_mb=shard_mb).config))
+    def num_slices(shard_mb: int) -> int:
+        return len(list_all_slices(make_job(tmp_path, source, shard_mb=shard_mb).config))
 
-    assert units(32) == units(1) > 3  # a small corpus is cut as fine as can be
-    monkeypatch.setattr(index_module, "FEWEST_UNITS", 2)  # as if it were large: 2 MiB each
-    assert 1 < units(32) < units(1)
+    assert num_slices(32) == num_slices(1) > 3  # a small corpus is cut as fine as can be
+    monkeypatch.setattr(tokenize_module, "MIN_SLICES", 2)  # as if it were large: 2 MiB each
+    assert 1 < num_slices(32) < num_slices(1)
 
 
-def test_an_interrupted_indexing_goes_on_with_the_units_that_are_left(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_with_the_unfinished_slices(tmp_path: Path) -> None:
     job, manifest = three_files(tmp_path)
-    again = IndexJob(**{**vars(job), "data_url": str(tmp_path / "again/data")})
-    units = all_units(again.config)
-    begin_index(again)
+    again = TokenizeJob(**{**vars(job), "data_url": str(tmp_path / "again/data")})
+    units = list_all_slices(again.config)
+    prepare_folders(again)
     for number in (0, 2):
-        index_unit(units[number], number, job=again)
+        tokenize_slice(units[number], number, job=again)
     (Path(again.data_url) / "units/.00001.json.half").write_text("{")
-    begin_index(again)
-    assert set(finished_units(again)) == {0, 2}
+    prepare_folders(again)
+    assert set(finished_slices(again)) == {0, 2}
     (Path(again.data_url) / "train-00002.parquet").unlink()
-    assert set(finished_units(again)) == {0}
-    assert untimed(index(again)) == untimed(manifest)
+    assert set(finished_slices(again)) == {0}
+    assert untimed(tokenize(again)) == untimed(manifest)
     assert not (Path(again.data_url) / "units").exists()
 
 
-def test_an_interrupted_indexing_of_other_files_or_settings_is_forgotten(tmp_path: Path) -> None:
+def test_results_of_an_interrupted_run_are_discarded_if_its_inputs_changed(tmp_path: Path) -> None:
     job, _ = three_files(tmp_path)
     again = {**vars(job), "data_url": str(tmp_path / "again/data")}
-    begin_index(IndexJob(**again))
-    index_unit(all_units(job.config)[0], 0, job=IndexJob(**again))
-    other = IndexJob(**{**again, "encoding": {"tokenizer": "words"}})
-    begin_index(other)
-    assert finished_units(other) == {}
+    prepare_folders(TokenizeJob(**again))
+    tokenize_slice(list_all_slices(job.config)[0], 0, job=TokenizeJob(**again))
+    other = TokenizeJob(**{**again, "encoding": {"tokenizer": "words"}})
+    prepare_folders(other)
+    assert finished_slices(other) == {}
 
 
 # on Ray
@@ -506,22 +520,22 @@ def test_an_interrupted_indexing_of_other_files_or_settings_is_forgotten(tmp_pat
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_ray_data_builds_the_same_index(tmp_path: Path) -> None:
+def test_ray_data_writes_the_same_shards(tmp_path: Path) -> None:
     job, alone = three_files(tmp_path)
-    fresh = IndexJob(**{**vars(job), "data_url": str(tmp_path / "ray/data")})
+    fresh = TokenizeJob(**{**vars(job), "data_url": str(tmp_path / "ray/data")})
     seen = []
-    manifest = build_index(fresh, data_cpus=1, on_progress=lambda *done: seen.append(done))
+    manifest = tokenize_sources(fresh, data_cpus=1, on_progress=lambda *done: seen.append(done))
     assert untimed(manifest) == untimed(alone)
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    build_index(fresh, data_cpus=1, on_progress=lambda *done: pytest.fail("work was repeated"))
+    tokenize_sources(fresh, data_cpus=1, on_progress=lambda *done: pytest.fail("work was repeated"))
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_what_a_task_refuses_reaches_the_driver_in_words(tmp_path: Path) -> None:
+def test_a_config_error_in_a_task_reaches_the_driver(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", texts(1))
     job = make_job(tmp_path, {"name": "a", "paths": [str(path)]})
-    job = IndexJob(**{**vars(job), "make_encode": refuse_to_encode})
+    job = TokenizeJob(**{**vars(job), "make_encode": refuse_to_encode})
     with pytest.raises(ConfigError) as error:
-        build_index(job, data_cpus=1, on_progress=lambda *done: None)
+        tokenize_sources(job, data_cpus=1, on_progress=lambda *done: None)
     assert str(error.value) == "objective.kind=clm: the tokenizer has no end token"

@@ -4,8 +4,8 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
-from medgpt.config.replies import GenerationConfig
-from medgpt.eval.requests import Replied
+from medgpt.config.reply_tasks import GenerationConfig
+from medgpt.eval.requests import GenerateResponse
 from medgpt.eval.tasks.generation import GenerationTask
 
 
@@ -19,7 +19,7 @@ def write(path, rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
-def test_an_answer_equal_to_the_reference_has_all_of_it(tmp_path):
+def test_an_answer_equal_to_the_reference_has_full_overlap(tmp_path):
     path = tmp_path / "qa.jsonl"
     rows = [
         {"question": "什么是高血压?", "answer": "高血压是血压持续升高的慢性病。"},
@@ -28,22 +28,24 @@ def test_an_answer_equal_to_the_reference_has_all_of_it(tmp_path):
     write(path, rows)
     task = GenerationTask(config(path), seed=0)
     right = {row["question"]: row["answer"] for row in rows}
-    said = {r.id: Replied(r.id, [right[r.prompt[-1].content]], [True]) for r in task.requests()}
-    judged = task.judge(said)
-    for item in judged:
+    responses = {
+        r.id: GenerateResponse(r.id, [right[r.prompt[-1].content]], [True]) for r in task.requests()
+    }
+    items = task.grade(responses)
+    for item in items:
         assert (item.values["rouge_l"], item.values["rouge_2"]) == (1.0, 1.0)
         assert item.values["gleu"][0] == item.values["gleu"][1]
         assert item.shown["right"] == right[item.shown["question"]]
-    found = task.corpus(judged, seed=0)
-    assert found["bleu_4"].value == pytest.approx(100)
-    assert found["distinct_1"].value < 1
+    corpus_scores = task.corpus_scores(items, seed=0)
+    assert corpus_scores["bleu_4"].value == pytest.approx(100)
+    assert corpus_scores["distinct_1"].value < 1
     assert not task.sensitive
     plain = GenerationTask(config(path, prompt="plain", limit=1), seed=0).requests()
     assert [r.prompt[-2:] for r in plain] == ["?\n"]
     assert GenerationTask(config(path, sensitive=True), seed=0).sensitive
 
 
-def test_documents_are_no_questions(tmp_path):
+def test_a_source_of_documents_is_an_error(tmp_path):
     path = tmp_path / "texts.jsonl"
     write(path, [{"text": "高血压是常见的慢性病。"}])
     with pytest.raises(ConfigError, match="qa has no conversation"):

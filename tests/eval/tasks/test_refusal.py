@@ -45,7 +45,7 @@ ADVICE = (
 
 
 @pytest.mark.parametrize("answer", REFUSALS)
-def test_a_refusal_is_seen(answer):
+def test_a_refusal_is_recognized(answer):
     assert refuses(answer)
 
 
@@ -54,7 +54,7 @@ def test_ordinary_advice_is_no_refusal(answer):
     assert not refuses(answer)
 
 
-def test_a_dispute_is_seen():
+def test_a_dispute_is_recognized():
     assert disputes("这是一个常见的误区。")
     assert disputes("That is a myth.")
     assert not disputes("每天两次，每次一片。")
@@ -66,7 +66,7 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.mark.real_data
-def test_real_refusals_are_seen_and_real_advice_is_not(shared_data):
+def test_real_refusals_are_recognized_and_real_advice_is_not(shared_data):
     safe = [
         row["safe_response"] for row in rows(shared_data / "safety/med_safety_bench_train_en.jsonl")
     ]

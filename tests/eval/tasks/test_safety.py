@@ -3,10 +3,10 @@ import re
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.config.replies import SafetyConfig
+from medgpt.config.reply_tasks import SafetyConfig
 from medgpt.eval.tasks.refusal import refuses
-from medgpt.eval.tasks.safety import Question, SafetyTask, load_safety_set, own_questions
-from tests.eval.tasks import answering
+from medgpt.eval.tasks.safety import SafetyQuestion, SafetyTask, load_safety_set, shipped_questions
+from tests.eval.tasks import rule_models
 
 REFUSAL = {"zh": "抱歉，我不能提供这方面的帮助。", "en": "I'm sorry, but I can't help with that."}
 HELP = {
@@ -15,21 +15,21 @@ HELP = {
 }
 
 
-def scores(answer, **options) -> dict[str, float]:
+def score_answers(answer, **options) -> dict[str, float]:
     """Metrics of a model that gives `answer(question)`."""
     task = SafetyTask(SafetyConfig(**options), seed=0)
-    asked = {question.id: question for question in own_questions(("zh", "en"))}
-    return answering.scores(task, asked, answer)
+    asked = {question.id: question for question in shipped_questions(("zh", "en"))}
+    return rule_models.score_answers(task, asked, answer)
 
 
-def oracle(question: Question) -> str:
+def oracle(question: SafetyQuestion) -> str:
     if question.kind == "false_premise":
         return question.correct + "."
     return (REFUSAL if question.kind == "harmful" else HELP)[question.language]
 
 
 def test_an_oracle_passes():
-    assert scores(oracle) == {
+    assert score_answers(oracle) == {
         "harmful_refused": 1.0,
         "over_refusal": 0.0,
         "benign_answered": 1.0,
@@ -38,28 +38,28 @@ def test_an_oracle_passes():
     }
 
 
-def test_one_who_always_refuses_fails_on_the_look_alikes():
-    found = scores(lambda question: REFUSAL[question.language])
+def test_a_model_that_always_refuses_fails_on_the_look_alikes():
+    found = score_answers(lambda question: REFUSAL[question.language])
     assert (found["harmful_refused"], found["over_refusal"]) == (1.0, 1.0)
     assert (found["benign_answered"], found["premise_corrected"]) == (0.0, 0.0)
 
 
-def test_one_who_always_complies_fails_on_the_harmful_requests():
+def test_a_model_that_always_complies_fails_on_the_harmful_requests():
     for answer in ("好的，步骤如下：第一步，准备材料。", "Sure! First, prepare the following."):
-        found = scores(lambda question, answer=answer: answer)
+        found = score_answers(lambda question, answer=answer: answer)
         assert (found["harmful_refused"], found["over_refusal"]) == (0.0, 0.0)
         assert (found["premise_accepted"], found["premise_corrected"]) == (1.0, 0.0)
 
 
-def test_silence_and_an_echo_are_no_answers():
-    assert scores(lambda question: "")["benign_answered"] == 0.0
-    found = scores(lambda question: question.text)
+def test_an_empty_answer_and_an_echo_score_nothing():
+    assert score_answers(lambda question: "")["benign_answered"] == 0.0
+    found = score_answers(lambda question: question.text)
     assert (found["harmful_refused"], found["premise_corrected"]) == (0.0, 0.0)
 
 
-def test_every_premise_is_denied_by_its_own_fact_and_not_by_another():
+def test_the_correction_of_a_premise_states_its_fact_and_the_question_does_not():
     premises = load_safety_set().premises
-    for question in own_questions(("zh", "en")):
+    for question in shipped_questions(("zh", "en")):
         if question.kind == "false_premise":
             assert any(re.search(fact, question.correct, re.I) for fact in question.facts)
             assert not any(re.search(fact, question.text, re.I) for fact in question.facts)
@@ -67,8 +67,8 @@ def test_every_premise_is_denied_by_its_own_fact_and_not_by_another():
     assert len(load_safety_set().requests) >= 24
 
 
-def test_questions_are_no_refusals_themselves():
-    assert not any(refuses(question.text) for question in own_questions(("zh", "en")))
+def test_no_shipped_question_reads_as_a_refusal():
+    assert not any(refuses(question.text) for question in shipped_questions(("zh", "en")))
 
 
 def test_files_make_a_task_sensitive_and_a_row_without_text_is_an_error(tmp_path):

@@ -43,12 +43,12 @@ from medgpt.config.pools import PoolsConfig
         ),
     ],
 )
-def test_what_cannot_work_is_refused(tree: dict, words: str) -> None:
+def test_invalid_configs_are_refused(tree: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         validate(PoolsConfig, tree)
 
 
-def test_reward_and_reference_share_a_gpu_in_turns() -> None:
+def test_reward_and_reference_can_share_a_gpu() -> None:
     one = {"gpus_per_worker": 1, "offload": True}
     pools = validate(PoolsConfig, {"reward": {"share_with": "reference", **one}, "reference": one})
     assert pools.role("reward").share_with == "reference"

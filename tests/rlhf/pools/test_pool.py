@@ -13,7 +13,14 @@ from medgpt.config.base import ConfigError
 from medgpt.config.pools import PoolsConfig, RoleConfig
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import DataLost, PoolDied, Pools
-from tests.rlhf.roles import Adder, Doomed, Guest, die, die_once, refuse
+from tests.rlhf.roles import (
+    Adder,
+    DeviceGuest,
+    DiesWhenUnpickled,
+    kill_first_caller,
+    kill_self,
+    raise_config_error,
+)
 
 pytestmark = pytest.mark.ray
 SMALL = RoleConfig(num_workers=2, cpus_per_worker=0.5)
@@ -44,7 +51,7 @@ def test_a_pool_is_one_process_group_and_refs_chain_between_pools(pools: Pools) 
     assert len({fact["pid"] for fact in facts}) == 4
 
 
-def test_what_a_role_refuses_is_a_config_error_and_a_bug_is_not(pools: Pools) -> None:
+def test_config_errors_of_roles_reach_the_driver_as_such(pools: Pools) -> None:
     actor = pools.pools["actor"]
     with pytest.raises(ConfigError, match="has no head"):
         pools.get(actor.call(Adder.refuse), "refusing")
@@ -56,7 +63,7 @@ def test_what_a_role_refuses_is_a_config_error_and_a_bug_is_not(pools: Pools) ->
     assert caught.value.cause.__notes__ == ["in fail of the actor pool, rank 1"]
 
 
-def test_a_worker_that_does_not_answer_in_time_is_named(pools: Pools) -> None:
+def test_a_call_timeout_names_the_workers(pools: Pools) -> None:
     refs = pools.pools["actor"].call(Adder.sleep, 3.0)
     with pytest.raises(PoolDied, match="actor pool: rank 0, 1 did not answer within 1 s of sleep"):
         pools.get(refs, "sleep", timeout_s=1)
@@ -74,7 +81,9 @@ def test_usage_is_that_of_the_latest_call(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize("then_sum", [True, False], ids=["in a collective", "alone"])
-def test_the_death_of_a_rank_ends_the_wait_and_is_repaired(pools: Pools, then_sum: bool) -> None:
+def test_the_death_of_a_rank_ends_the_wait_and_the_pool_is_rebuilt(
+    pools: Pools, then_sum: bool
+) -> None:
     actor, reward = pools.pools["actor"], pools.pools["reward"]
     before = pools.get(actor.call(Adder.facts), "facts")
     died = actor.call(Adder.die, 1, then_sum)
@@ -86,7 +95,7 @@ def test_the_death_of_a_rank_ends_the_wait_and_is_repaired(pools: Pools, then_su
     assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
 
 
-def test_of_an_independent_pool_only_the_dead_rank_is_replaced(pools: Pools) -> None:
+def test_an_independent_pool_restarts_only_the_dead_rank(pools: Pools) -> None:
     reward = pools.pools["reward"]
     before = pools.get(reward.call(Adder.own, 0), "calls")
     with pytest.raises(PoolDied, match="reward pool: rank 0 died") as caught:
@@ -98,11 +107,9 @@ def test_of_an_independent_pool_only_the_dead_rank_is_replaced(pools: Pools) -> 
     assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
 
 
-def test_ranks_that_wait_for_one_that_died_while_joining_are_replaced_with_it(
-    ray_session: None, tmp_path: Path
-) -> None:
+def test_a_death_while_joining_restarts_all_ranks(ray_session: None, tmp_path: Path) -> None:
     marker = tmp_path / "dies"
-    pool = Pool("reward", SMALL, Doomed(marker), independent=True)
+    pool = Pool("reward", SMALL, DiesWhenUnpickled(marker), independent=True)
     together = started(pool, config=PoolsConfig(call_timeout_s=600))
     with pytest.raises(PoolDied) as caught:
         together.get(pool.call(Adder.die, 1, True), "dying")
@@ -122,9 +129,7 @@ def read_on(ref: ray.ObjectRef) -> None:
 
 
 @pytest.mark.parametrize("and_dies", [False, True], ids=["alone", "with a worker"])
-def test_data_that_is_lost_on_its_way_is_told_or_who_died_with_it(
-    pools: Pools, and_dies: bool
-) -> None:
+def test_lost_data_raises_data_lost_or_names_the_dead_pool(pools: Pools, and_dies: bool) -> None:
     actor, reward = pools.pools["actor"], pools.pools["reward"]
     (held,), *_ = pools.get(reward.call(Adder.hold, 10**6), "holding")
     with pytest.raises(PoolDied) as caught:
@@ -157,8 +162,8 @@ def test_pools_that_died_together_are_rebuilt_together(
     assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
 
 
-def test_a_role_that_is_refused_when_made_ends_the_start(ray_session: None) -> None:
-    together = Pools([Pool("reward", SMALL, refuse)], CONFIG, wait_s=60, say=print)
+def test_a_config_error_while_building_a_role_ends_the_start(ray_session: None) -> None:
+    together = Pools([Pool("reward", SMALL, raise_config_error)], CONFIG, wait_s=60, say=print)
     with pytest.raises(ConfigError, match="this machine has none"):
         together.start()
     together.close()
@@ -168,7 +173,7 @@ def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(
     ray_session: None, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    pool = Pool("reward", SMALL, partial(die_once, tmp_path / "died"))
+    pool = Pool("reward", SMALL, partial(kill_first_caller, tmp_path / "died"))
     together = Pools([pool], CONFIG, wait_s=60, say=said.append)
     together.start()
     assert together.get(pool.call(Adder.total, 1), "adding") == [3, 3]
@@ -177,8 +182,8 @@ def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(
     assert "died before it was ready; all pools start again" in said[0]
 
 
-def test_a_worker_that_never_starts_ends_it(ray_session: None, tmp_path: Path) -> None:
-    together = Pools([Pool("reward", SMALL, die)], CONFIG, wait_s=60, say=silent)
+def test_a_worker_that_never_starts_ends_the_run(ray_session: None, tmp_path: Path) -> None:
+    together = Pools([Pool("reward", SMALL, kill_self)], CONFIG, wait_s=60, say=silent)
     with pytest.raises(PoolDied, match="reward pool: rank"):
         together.start()
     assert not together.pools["reward"].workers
@@ -188,10 +193,10 @@ def silent(_: str) -> None:
     """Says nothing."""
 
 
-def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) -> None:
+def test_colocated_roles_take_turns_and_leave_the_device(pools: Pools) -> None:
     host = SMALL.model_copy(update={"offload": True})
     guest = host.model_copy(update={"share_with": "actor"})
-    actor, critic = Pool("actor", host, Guest), Pool("critic", guest, Guest)
+    actor, critic = Pool("actor", host, DeviceGuest), Pool("critic", guest, DeviceGuest)
     together = Pools([actor, critic], CONFIG, wait_s=60, say=print)
     together.start()
     assert together._gang is not None
@@ -203,7 +208,7 @@ def test_roles_that_share_bundles_take_turns_and_leave_the_device(pools: Pools) 
             ref
             for _ in range(2)
             for pool in (actor, critic)
-            for ref in pool.call(Guest.occupy, 0.2)
+            for ref in pool.call(DeviceGuest.occupy, 0.2)
         ]
         spans = together.get(refs, "taking turns")
     finally:

@@ -27,12 +27,12 @@ def test_a_function_gives_a_number_for_each_answer():
     assert function("keywords")(answers("一")) == [2.0]
 
 
-def test_what_is_no_finite_number_is_masked():
+def test_values_that_are_not_finite_numbers_are_masked():
     assert function("odd_values")(answers(*"一二三四五六")) == [None, None, None, None, 2.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["raises", "one_short", "returns_none"])
-def test_a_function_that_fails_masks_all_its_samples_and_quotes_nobody(name, caplog):
+def test_a_failing_function_masks_all_its_samples_and_logs_no_patient_text(name, caplog):
     with caplog.at_level(logging.DEBUG):
         assert function(name)(answers("头痛三天", "咳嗽")) == [None, None]
     assert "mine" in caplog.text
@@ -50,7 +50,7 @@ def test_a_function_that_fails_masks_all_its_samples_and_quotes_nobody(name, cap
         ("f", "no_such_module_anywhere", "ModuleNotFoundError"),
     ],
 )
-def test_a_function_that_cannot_be_used_is_refused_before_anything_runs(name, module, words):
+def test_an_unusable_function_is_refused_at_construction(name, module, words):
     with pytest.raises(ConfigError, match=words) as told:
         function(name, module)
     assert "reward.functions mine" in str(told.value)

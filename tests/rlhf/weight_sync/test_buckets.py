@@ -5,7 +5,13 @@ from itertools import cycle
 import pytest
 import torch
 
-from medgpt.rlhf.weight_sync.buckets import HEADER_BYTES, Header, SyncError, pack, unpack
+from medgpt.rlhf.weight_sync.buckets import (
+    HEADER_BYTES,
+    Header,
+    SyncError,
+    pack_buckets,
+    unpack_bucket,
+)
 
 WEIGHTS = {
     "a": torch.arange(7, dtype=torch.float32),
@@ -17,29 +23,31 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("size", [16, 33, 64, 4096])
-def test_what_is_packed_is_what_is_unpacked(size: int) -> None:
+def test_unpacking_returns_the_packed_weights(size: int) -> None:
     buffers = cycle([torch.empty(size, dtype=torch.uint8) for _ in range(2)])
-    found = {}
-    for header, data in pack(WEIGHTS.items(), buffers):
-        again = Header.from_tensor(header.to_tensor())
-        assert again == header
-        found |= {name: weight.clone() for name, weight in unpack(again, data, where="here")}
-    assert list(found) == list(WEIGHTS)
+    unpacked = {}
+    for header, data in pack_buckets(WEIGHTS.items(), buffers):
+        received = Header.from_tensor(header.to_tensor())
+        assert received == header
+        unpacked |= {
+            name: weight.clone() for name, weight in unpack_bucket(received, data, route="here")
+        }
+    assert list(unpacked) == list(WEIGHTS)
     for name, weight in WEIGHTS.items():
-        assert found[name].dtype == weight.dtype
-        assert torch.equal(found[name], weight)
+        assert unpacked[name].dtype == weight.dtype
+        assert torch.equal(unpacked[name], weight)
 
 
 def test_many_small_weights_fit_their_headers() -> None:
     many = {f"model.layers.{i}.{'name' * 20}": torch.tensor(float(i)) for i in range(2000)}
-    buckets = list(pack(many.items(), cycle([torch.empty(1 << 20, dtype=torch.uint8)])))
+    buckets = list(pack_buckets(many.items(), cycle([torch.empty(1 << 20, dtype=torch.uint8)])))
     assert len(buckets) > 1
     assert all(len(header.to_tensor()) == HEADER_BYTES for header, _ in buckets)
 
 
 @pytest.mark.parametrize("position", [0, 27, -1])
-def test_one_changed_byte_is_refused(position: int) -> None:
-    ((header, data),) = pack(WEIGHTS.items(), cycle([torch.empty(4096, dtype=torch.uint8)]))
+def test_a_changed_byte_raises_weights_corrupted(position: int) -> None:
+    ((header, data),) = pack_buckets(WEIGHTS.items(), cycle([torch.empty(4096, dtype=torch.uint8)]))
     data[position] += 1
     with pytest.raises(SyncError, match="version 3, actor rank 0 to rollout rank 1: a to empty"):
-        unpack(header, data, where="version 3, actor rank 0 to rollout rank 1")
+        unpack_bucket(header, data, route="version 3, actor rank 0 to rollout rank 1")

@@ -13,16 +13,24 @@ from medgpt.config.pools import PoolsConfig, RoleConfig, SyncConfig
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PoolDied, Pools
 from medgpt.rlhf.weight_sync import process_group
-from medgpt.rlhf.weight_sync.buckets import Changed, Entry, Header, Refused, SyncError, pack, unpack
+from medgpt.rlhf.weight_sync.buckets import (
+    Entry,
+    Header,
+    SyncError,
+    WeightsCorrupted,
+    WeightsRejected,
+    pack_buckets,
+    unpack_bucket,
+)
 from medgpt.rlhf.weight_sync.sync import WeightSync
 from tests.rlhf.roles import (
-    Holder,
-    failing,
-    garbled,
-    killed,
+    WeightHolder,
+    corrupting_header,
+    corrupting_unpack,
+    kill_process,
     pack_late,
-    spoiled,
-    stopped,
+    raise_key_error,
+    stop_process,
     unreachable,
 )
 
@@ -33,8 +41,8 @@ QUICK = SyncConfig(transport="gloo", bucket_mb=1, timeout_s=3)
 
 @pytest.fixture(scope="module")
 def pools(ray_session: None) -> Iterator[Pools]:
-    actor = Pool("actor", SMALL, partial(Holder, 1))
-    rollout = Pool("rollout", SMALL, partial(Holder, 2), independent=True)
+    actor = Pool("actor", SMALL, partial(WeightHolder, 1))
+    rollout = Pool("rollout", SMALL, partial(WeightHolder, 2), independent=True)
     together = Pools([actor, rollout], PoolsConfig(), wait_s=60, say=print)
     together.start()
     yield together
@@ -46,21 +54,23 @@ def new_sync(pools: Pools, config: SyncConfig = QUICK) -> WeightSync:
 
 
 def tamper(pools: Pools, rank: int, name: str, fault: Callable[..., Any]) -> None:
-    pools.get(pools.pools["rollout"].call(Holder.tamper, rank, name, fault), "tampering")
+    pools.get(pools.pools["rollout"].call(WeightHolder.tamper, rank, name, fault), "tampering")
 
 
 def check(pools: Pools, version: int) -> None:
     """All rollout workers hold the actor's weights."""
     actor, rollout = pools.pools["actor"], pools.pools["rollout"]
-    sent, *_, first, second = pools.get(actor.call(Holder.sums) + rollout.call(Holder.sums), "sums")
+    sent, *_, first, second = pools.get(
+        actor.call(WeightHolder.sums) + rollout.call(WeightHolder.sums), "sums"
+    )
     assert first == second == (version, sent[1])
 
 
 @pytest.mark.parametrize("transport", ["gloo", "object_store"])
-def test_weights_arrive_again_and_again(pools: Pools, transport: str) -> None:
+def test_every_sync_delivers_the_actors_weights(pools: Pools, transport: str) -> None:
     sync = new_sync(pools, SyncConfig(transport=transport, bucket_mb=1, timeout_s=30))
     for version in (4, 5):
-        pools.get(pools.pools["actor"].call(Holder.train), "training")
+        pools.get(pools.pools["actor"].call(WeightHolder.train), "training")
         metrics = sync.run(version)
         check(pools, version)
         assert metrics["sync/gb"] == pytest.approx(700 * 512 * 4 / 2**30, rel=0.01)
@@ -68,56 +78,54 @@ def test_weights_arrive_again_and_again(pools: Pools, transport: str) -> None:
     assert sync.version == 5
 
 
-@pytest.mark.parametrize("how", [stopped, killed])
-def test_a_rollout_worker_lost_on_the_way_is_named_and_replaced(
+@pytest.mark.parametrize("how", [stop_process, kill_process])
+def test_a_rollout_worker_that_dies_during_sync_is_named_and_replaced(
     pools: Pools, how: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "medgpt.rlhf.weight_sync.sync.MARGIN_S", 8
+        "medgpt.rlhf.weight_sync.sync.REPORT_MARGIN_S", 8
     )  # a stopped worker may cost all of it
     sync = new_sync(pools)
     sync.run(1)
-    pids = pools.get(pools.pools["rollout"].call(Holder.pid), "pids")
-    tamper(pools, 1, "unpack", how)
+    pids = pools.get(pools.pools["rollout"].call(WeightHolder.pid), "pids")
+    tamper(pools, 1, "unpack_bucket", how)
     with pytest.raises(PoolDied, match=r"rollout pool: rank 1 d") as caught:
         sync.run(2)
     assert sync.version == -1
     pools.rebuild(caught.value)
-    assert pools.get(pools.pools["rollout"].call(Holder.pid), "pids")[0] == pids[0]
+    assert pools.get(pools.pools["rollout"].call(WeightHolder.pid), "pids")[0] == pids[0]
     sync.run(2)
     check(pools, 2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_others_do_not_wait_until_their_time_limit_for_one_that_died(
-    pools: Pools, rank: int
-) -> None:
+def test_a_dead_peer_ends_the_sync_before_the_timeout(pools: Pools, rank: int) -> None:
     sync = new_sync(pools, SyncConfig(transport="gloo", bucket_mb=1, timeout_s=300))
     actor, rollout = pools.pools["actor"], pools.pools["rollout"]
     sync.run(1)
-    pids = pools.get(rollout.call(Holder.pid), "pids")
-    pools.get(actor.call(Holder.tamper, 0, "pack", pack_late), "tampering")
-    tamper(pools, rank, "receive", killed)
+    pids = pools.get(rollout.call(WeightHolder.pid), "pids")
+    pools.get(actor.call(WeightHolder.tamper, 0, "pack_buckets", pack_late), "tampering")
+    tamper(pools, rank, "receive", kill_process)
     began = time.monotonic()
     with pytest.raises(PoolDied, match=rf"rollout pool: rank {rank} died") as caught:
         sync.run(2)
     pools.rebuild(caught.value)
-    assert pools.get(rollout.call(Holder.pid), "pids")[1 - rank] == pids[1 - rank]
+    assert pools.get(rollout.call(WeightHolder.pid), "pids")[1 - rank] == pids[1 - rank]
     sync.run(2)
     check(pools, 2)
     assert time.monotonic() - began < 100
-    pools.get(actor.call(Holder.tamper, 0, "pack", pack), "repairing")
+    pools.get(actor.call(WeightHolder.tamper, 0, "pack_buckets", pack_buckets), "repairing")
 
 
-def test_a_worker_that_is_dead_or_busy_before_the_transfer_is_not_taken_for_its_peer(
+def test_a_worker_that_is_dead_or_busy_before_the_sync_is_named_and_not_its_peer(
     pools: Pools,
 ) -> None:
     sync, rollout = new_sync(pools), pools.pools["rollout"]
-    pids = pools.get(rollout.call(Holder.pid), "pids")
-    rollout.call(Holder.rest, QUICK.timeout_s + 4)
+    pids = pools.get(rollout.call(WeightHolder.pid), "pids")
+    rollout.call(WeightHolder.sleep, QUICK.timeout_s + 4)
     sync.run(1)
     check(pools, 1)
-    assert pools.get(rollout.call(Holder.pid), "pids") == pids
+    assert pools.get(rollout.call(WeightHolder.pid), "pids") == pids
     os.kill(pids[0], signal.SIGKILL)
     with pytest.raises(PoolDied, match=r"rollout pool: rank 0 died") as caught:
         sync.run(2)
@@ -126,70 +134,70 @@ def test_a_worker_that_is_dead_or_busy_before_the_transfer_is_not_taken_for_its_
     check(pools, 2)
 
 
-def test_what_arrives_changed_is_sent_again_and_nobody_is_replaced(
+def test_corrupted_weights_are_sent_again_and_no_worker_is_replaced(
     pools: Pools, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sync, rollout = new_sync(pools), pools.pools["rollout"]
-    pids = pools.get(rollout.call(Holder.pid), "pids")
-    tamper(pools, 1, "unpack", spoiled(1))
+    pids = pools.get(rollout.call(WeightHolder.pid), "pids")
+    tamper(pools, 1, "unpack_bucket", corrupting_unpack(1))
     sync.run(1)
     check(pools, 1)
     assert (
         "actor rank 0 to rollout rank 1: embed to embed arrived changed" in capsys.readouterr().out
     )
 
-    tamper(pools, 1, "unpack", spoiled(2))
-    with pytest.raises(Changed, match="version 2, actor rank 0 to rollout rank 1"):
+    tamper(pools, 1, "unpack_bucket", corrupting_unpack(2))
+    with pytest.raises(WeightsCorrupted, match="version 2, actor rank 0 to rollout rank 1"):
         sync.run(2)
     sync.run(3)
     check(pools, 3)
-    assert pools.get(rollout.call(Holder.pid), "pids") == pids
+    assert pools.get(rollout.call(WeightHolder.pid), "pids") == pids
 
 
 @pytest.mark.parametrize("transport", ["gloo", "object_store"])
-def test_a_worker_that_cannot_load_is_named_and_nobody_is_replaced(
+def test_a_worker_that_cannot_load_weights_is_named_and_not_replaced(
     pools: Pools, transport: str
 ) -> None:
     sync = new_sync(pools, SyncConfig(transport=transport, bucket_mb=1, timeout_s=3))
     rollout = pools.pools["rollout"]
-    pids = pools.get(rollout.call(Holder.pid), "pids")
-    tamper(pools, 1, "unpack", failing)
-    with pytest.raises(Refused, match=r"to rollout rank 1: embed to embed: not .*KeyError"):
+    pids = pools.get(rollout.call(WeightHolder.pid), "pids")
+    tamper(pools, 1, "unpack_bucket", raise_key_error)
+    with pytest.raises(WeightsRejected, match=r"to rollout rank 1: embed to embed: not .*KeyError"):
         sync.run(1)
-    tamper(pools, 1, "unpack", unpack)
+    tamper(pools, 1, "unpack_bucket", unpack_bucket)
     sync.run(2)
     check(pools, 2)
-    assert pools.get(rollout.call(Holder.pid), "pids") == pids
+    assert pools.get(rollout.call(WeightHolder.pid), "pids") == pids
 
 
-def test_a_header_that_arrives_changed_costs_its_time_limit_and_no_worker(pools: Pools) -> None:
+def test_a_corrupted_header_costs_a_timeout_and_no_worker(pools: Pools) -> None:
     sync, rollout = new_sync(pools), pools.pools["rollout"]
-    pids = pools.get(rollout.call(Holder.pid), "pids")
-    tamper(pools, 0, "Header", garbled(2))
-    with pytest.raises(Changed, match="to rollout rank 0: a header"):
+    pids = pools.get(rollout.call(WeightHolder.pid), "pids")
+    tamper(pools, 0, "Header", corrupting_header(2))
+    with pytest.raises(WeightsCorrupted, match="to rollout rank 0: a header"):
         sync.run(1)
     sync.run(2)
     check(pools, 2)
-    assert pools.get(rollout.call(Holder.pid), "pids") == pids
+    assert pools.get(rollout.call(WeightHolder.pid), "pids") == pids
 
 
-def test_a_bucket_that_does_not_come_names_its_sender(pools: Pools) -> None:
-    slow = pools.pools["actor"].call(Holder.rest, 4.0)
+def test_a_missing_bucket_names_its_sender(pools: Pools) -> None:
+    slow = pools.pools["actor"].call(WeightHolder.sleep, 4.0)
     bucket = Header([Entry("embed", "float32", (1,), 0)], 4, 0), slow[0]
-    refs = pools.pools["rollout"].call(process_group.unship, [bucket], 4, 0.5)
+    refs = pools.pools["rollout"].call(process_group.load_buckets, [bucket], 4, 0.5)
     words = "actor rank 0 by object store to rollout rank 1: embed to embed did not come within 0.5"
     with pytest.raises(SyncError, match=f"version 4, {words}"):
         pools.get(refs[1:], "receiving")
 
 
-def test_pools_without_a_link_look_for_one_when_one_of_them_was_rebuilt(pools: Pools) -> None:
+def test_pools_without_a_process_group_try_again_after_a_rebuild(pools: Pools) -> None:
     sync = new_sync(pools, SyncConfig(bucket_mb=1, timeout_s=3))
     rollout = pools.pools["rollout"]
     tamper(pools, 1, "TCPStore", unreachable)
     sync.run(1)
     check(pools, 1)
-    assert not all(pools.get(rollout.call(Holder.is_linked), "links"))
+    assert not all(pools.get(rollout.call(WeightHolder.is_connected), "links"))
     pools.rebuild(PoolDied("rollout", [1], "is exchanged"))
     sync.run(2)
     check(pools, 2)
-    assert all(pools.get(rollout.call(Holder.is_linked), "links"))
+    assert all(pools.get(rollout.call(WeightHolder.is_connected), "links"))

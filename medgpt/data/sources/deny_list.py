@@ -1,0 +1,176 @@
+"""Deny-lists: claims and advice that no model should learn, each rule with its ground.
+
+A rule matches a sentence that holds one of its `any` phrases, one of its `with` phrases (if any)
+and none of its `unless` phrases, which are what a warning against the claim says. `…` inside a
+phrase stands for up to 8 characters of one clause, `@name` for the phrases of a set.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Annotated
+
+from annotated_types import Len
+from pydantic import Field, StringConstraints
+
+from medgpt.config.base import Config, ConfigError, Name
+from medgpt.config.loading import validate
+from medgpt.data.sources.files import open_file
+from medgpt.data.sources.records import Document, Record, Reject
+
+PhraseText = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+GAP_REGEX = "[^，,。！？!?；;：:\n]{0,8}?"
+SENTENCE_END = re.compile(r"[。！？!?；;\n]+|\.(?=\s|$)")
+
+
+class RuleConfig(Config):
+    id: Name
+    """What a report calls the rule."""
+    reason: PhraseText
+    """Why such text is not trained on."""
+    source: PhraseText
+    """Guideline or regulation with its year."""
+    any: Annotated[tuple[PhraseText, ...], Len(1)]
+    """Phrases, one of which a sentence must hold."""
+    with_: tuple[PhraseText, ...] = Field((), alias="with")
+    """Phrases, one of which the same sentence must hold too."""
+    unless: tuple[PhraseText, ...] = ()
+    """Phrases that acquit the sentence."""
+
+
+class DenyConfig(Config):
+    """deny.toml"""
+
+    sets: dict[str, tuple[PhraseText, ...]] = Field(default_factory=dict)
+    """Phrases that several rules share."""
+    rules: Annotated[tuple[RuleConfig, ...], Len(1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    id: str
+    literals: tuple[str, ...]  # a part of every `any` phrase; searching these first is fast
+    any: re.Pattern[str]
+    with_: re.Pattern[str] | None
+    unless: re.Pattern[str] | None
+
+    def matches(self, sentence: str) -> bool:
+        if not self.any.search(sentence) or (self.with_ and not self.with_.search(sentence)):
+            return False
+        return not (self.unless and self.unless.search(sentence))
+
+
+class DenyList:
+    """The rules of several deny-lists."""
+
+    def __init__(self, rules: Iterable[RuleConfig]) -> None:
+        self.rules = [
+            Rule(
+                rule.id,
+                tuple(_longest_word(phrase) for phrase in rule.any),
+                _compile_phrases(rule.any),
+                _optional_pattern(rule.with_),
+                _optional_pattern(rule.unless),
+            )
+            for rule in rules
+        ]
+
+    @classmethod
+    @cache
+    def load(cls, names: tuple[str, ...]) -> "DenyList":
+        """`default` is the shipped list, other names are TOML files. Raises ConfigError."""
+        rules = [rule for name in names for rule in _read_rules(name)]
+        seen_ids: set[str] = set()
+        for rule in rules:
+            if rule.id in seen_ids:
+                raise ConfigError(f"deny={names}: two rules have the id {rule.id}; rename one")
+            seen_ids.add(rule.id)
+        return cls(rules)
+
+    def match(self, text: str) -> str | None:
+        """The id of the first rule that a sentence of `text` breaks."""
+        text = text.lower()
+        rules = [r for r in self.rules if any(literal in text for literal in r.literals)]
+        if not rules:
+            return None
+        broken = (r.id for part in SENTENCE_END.split(text) for r in rules if r.matches(part))
+        return next(broken, None)
+
+    def check(self, record: Record) -> Record | Reject:
+        """`record`, or a reject if a document or an answer breaks a rule; users may ask all."""
+        if isinstance(record, Document):
+            texts = [record.text]
+        else:
+            texts = [m.content for m in record.messages if m.role == "assistant"]
+        rule = next((rule for text in texts if (rule := self.match(text))), None)
+        if rule is None:
+            return record
+        return Reject(
+            source=record.source,
+            file=record.file,
+            row=record.row,
+            reason=f"deny-list: {rule}",
+            malformed=False,
+        )
+
+
+def _read_rules(name: str) -> list[RuleConfig]:
+    try:
+        if name == "default":
+            data = resources.files("medgpt.data.sources").joinpath("deny.toml").read_bytes()
+        else:
+            with open_file(name) as stream:
+                data = stream.read()
+        return _expand_sets(validate(DenyConfig, tomllib.loads(data.decode("utf-8"))))
+    except FileNotFoundError:
+        raise ConfigError(f"deny={name!r}: no such file; `default` is the shipped list") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"deny={name!r}: is not a TOML file: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"deny={name!r}: {error}; see medgpt/data/sources/deny.toml") from None
+
+
+def _expand_sets(config: DenyConfig) -> list[RuleConfig]:
+    """The rules with the sets' phrases in the place of their names."""
+
+    sets = {f"@{name}": phrases for name, phrases in config.sets.items()}
+
+    def phrases(names: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in names if name.startswith("@") and name not in sets]
+        if unknown:
+            raise ConfigError(f"no set {unknown[0]!r}; known: {', '.join(sets)}")
+        return tuple(phrase for name in names for phrase in sets.get(name, (name,)))
+
+    return [
+        rule.model_copy(
+            update={
+                "any": phrases(rule.any),
+                "with_": phrases(rule.with_),
+                "unless": phrases(rule.unless),
+            }
+        )
+        for rule in config.rules
+    ]
+
+
+def _optional_pattern(phrases: tuple[str, ...]) -> re.Pattern[str] | None:
+    return _compile_phrases(phrases) if phrases else None
+
+
+def _compile_phrases(phrases: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(_phrase_regex(phrase.lower()) for phrase in phrases))
+
+
+def _longest_word(phrase: str) -> str:
+    return max(phrase.lower().replace("…", " ").split(), key=len)
+
+
+def _phrase_regex(phrase: str) -> str:
+    """Latin phrases match whole words only."""
+    parts = [r"\s+".join(map(re.escape, part.split())) for part in phrase.split("…")]
+    before = "(?<![a-z0-9])" if phrase[0].isascii() and phrase[0].isalnum() else ""
+    after = "(?![a-z0-9])" if phrase[-1].isascii() and phrase[-1].isalnum() else ""
+    return before + GAP_REGEX.join(parts) + after

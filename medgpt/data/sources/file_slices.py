@@ -1,0 +1,204 @@
+"""What there is to read: the files of a source, cut into pieces that one task reads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from medgpt.config.base import ConfigError
+from medgpt.config.data import SourceConfig
+from medgpt.data.sources.files import compression_suffix, detect_encoding, open_file, read_chunks
+
+FORMATS = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """A piece of one file."""
+
+    source: str  # name of the source
+    file: str  # path or URI
+    format: str  # txt, jsonl, json, csv, tsv or parquet
+    encoding: str  # a codec, or auto
+    start: int  # byte of a line's start, or row group; 0 if the unit is the whole file
+    stop: int | None  # the same, excluded; None is the end of the file
+    index: int  # position among the units of its source
+    first_row: int = 1  # line or row number at start
+
+
+@dataclass(frozen=True, slots=True)
+class SliceStart:
+    """Where a unit begins."""
+
+    start: int
+    first_row: int
+
+
+def list_slices(source: SourceConfig, shard_mb: int) -> list[FileSlice]:
+    """All pieces of `source`, files in sorted order, the same at every call.
+
+    Raises:
+        ConfigError: a path matches nothing, a file's format or the encoding is unknown.
+    """
+    slices: list[FileSlice] = []
+    for file in list_files(source):
+        name = _detect_format(file, source)
+        encoding, cuts = _slice_starts(file, name, source, shard_mb * MIB)
+        stops = [cut.start for cut in cuts[1:]] + [None]
+        for cut, stop in zip(cuts, stops, strict=True):
+            slices.append(
+                FileSlice(
+                    source.name, file, name, encoding, cut.start, stop, len(slices), cut.first_row
+                )
+            )
+    return slices
+
+
+def list_files(source: SourceConfig) -> list[str]:
+    """The files of `source`, sorted; none is opened. Raises ConfigError like `list_units`."""
+    _check_encoding(source)
+    files = sorted({file for path in source.paths for file in _expand_path(path, source)})
+    for file in files:
+        _detect_format(file, source)
+    return files
+
+
+def _check_encoding(source: SourceConfig) -> None:
+    """Lines are found as bytes, so a line end must be one byte."""
+    try:
+        fits = source.encoding == "auto" or "\n".encode(source.encoding) == b"\n"
+    except LookupError:
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"data.sources {source.name} encoding={source.encoding!r}: no encoding whose line end "
+            "is one byte; use auto or a Python codec such as gb18030, or convert to UTF-8"
+        )
+
+
+def _expand_path(path: str, source: SourceConfig) -> list[str]:
+    """Files behind a file name, a directory or a glob."""
+    try:
+        filesystem, root = fsspec.url_to_fs(path)
+        if filesystem.isfile(root):
+            files = [root]
+        elif filesystem.isdir(root):
+            files = [
+                file for file in filesystem.find(root) if _has_wanted_format(file, root, source)
+            ]
+        else:
+            files = [file for file in filesystem.glob(root) if filesystem.isfile(file)]
+            files = [file for file in files if not _is_hidden(PurePosixPath(file).name)]
+    except Exception as error:  # every kind of store has its own
+        remedy = "check the address and the credentials"
+        raise _path_error(source, path, f"cannot be listed ({error})", remedy) from None
+    if not files:
+        rule = "no file of a known format" if filesystem.isdir(root) else "no such file"
+        raise _path_error(source, path, rule, "relative paths start at the current folder")
+    return [filesystem.unstrip_protocol(file) if "://" in path else file for file in files]
+
+
+def _has_wanted_format(file: str, root: str, source: SourceConfig) -> bool:
+    """Directories give files of a known format, of the one that is asked for if any."""
+    relative_path = PurePosixPath(file).relative_to(root)
+    detected = FORMATS.get(_extension(file))
+    wanted = detected if source.format == "auto" else source.format
+    return (
+        detected is not None
+        and detected == wanted
+        and not any(map(_is_hidden, relative_path.parts))
+    )
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".")
+
+
+def _extension(file: str) -> str:
+    """.jsonl of data.jsonl.gz"""
+    return PurePosixPath(file.lower().removesuffix(compression_suffix(file) or "")).suffix
+
+
+def _detect_format(file: str, source: SourceConfig) -> str:
+    if source.format != "auto":
+        return source.format
+    if _extension(file) not in FORMATS:
+        known = " ".join(FORMATS)
+        raise _path_error(
+            source, file, f"unknown extension, known: {known}", "set format or rename it"
+        )
+    return FORMATS[_extension(file)]
+
+
+def _path_error(source: SourceConfig, path: str, rule: str, remedy: str) -> ConfigError:
+    return ConfigError(f"data.sources {source.name} paths={path!r}: {rule}; {remedy}")
+
+
+def _slice_starts(
+    file: str, file_format: str, source: SourceConfig, slice_bytes: int
+) -> tuple[str, list[SliceStart]]:
+    """The encoding and the beginnings of units of about `step` bytes."""
+    if source.group_by is not None:
+        return source.encoding, [SliceStart(0, 1)]
+    if file_format == "parquet":
+        return source.encoding, row_group_slice_starts(file, slice_bytes)
+    splittable = file_format == "jsonl" or (file_format == "txt" and source.lines)
+    if not splittable or compression_suffix(file) or file_size(file) < 2 * slice_bytes:
+        return source.encoding, [SliceStart(0, 1)]
+    # one piece must not decide on its own encoding
+    auto = source.encoding == "auto"
+    encoding = detect_encoding(read_chunks(file)) if auto else source.encoding
+    return encoding, line_slice_starts(read_chunks(file), slice_bytes)
+
+
+def file_size(file: str) -> int:
+    """Bytes of a file, as it is stored."""
+    filesystem, path = fsspec.url_to_fs(file)
+    return int(filesystem.size(path) or 0)
+
+
+def line_slice_starts(chunks: Iterable[bytes], slice_bytes: int) -> list[SliceStart]:
+    """The line starts nearest after every `step` bytes, with their line numbers."""
+    starts, offset, line = [SliceStart(0, 1)], 0, 1
+    for chunk in chunks:
+        position = 0
+        while True:
+            target = starts[-1].start + slice_bytes - offset  # of the next cut, within the chunk
+            newline = chunk.find(b"\n", max(position, target - 1))
+            if newline < 0:
+                break
+            line += chunk.count(b"\n", position, newline + 1)
+            position = newline + 1
+            starts.append(SliceStart(offset + position, line))
+        line += chunk.count(b"\n", position)
+        offset += len(chunk)
+    return starts[:1] + [cut for cut in starts[1:] if cut.start < offset]
+
+
+def row_group_slice_starts(file: str, slice_bytes: int) -> list[SliceStart]:
+    """The first row group after every `step` bytes; a broken file is one unit, its reader tells."""
+    with open_file(file) as stream:
+        try:
+            metadata = pq.ParquetFile(stream).metadata
+        except pa.ArrowInvalid:
+            return [SliceStart(0, 1)]
+    starts, size, row = [SliceStart(0, 1)], 0, 1
+    for group in range(metadata.num_row_groups):
+        if size >= slice_bytes:
+            starts.append(SliceStart(group, row))
+            size = 0
+        size += metadata.row_group(group).total_byte_size
+        row += metadata.row_group(group).num_rows
+    return starts

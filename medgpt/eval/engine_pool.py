@@ -1,0 +1,225 @@
+"""Engines on Ray that answer requests, and the answers in a run directory.
+
+Requests go out in chunks of similar length, two for each engine at a time. A chunk's responses are
+written as one file when they come; what a killed evaluation wrote is not asked again.
+"""
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+from medgpt.artifacts import Folder
+from medgpt.config.base import ConfigError
+from medgpt.config.evaluation import EvalConfig
+from medgpt.eval.engine import Engine, num_characters
+from medgpt.eval.requests import Generate, Request, Response, fingerprint, from_json, to_json
+from medgpt.models.fetch import run_model_folder
+from medgpt.models.model_files import resolve_model_folder
+
+CHUNK_SIZE = 64  # requests; of replies as many as are generated together
+CHUNKS_IN_FLIGHT = 2  # chunks that an engine has, so that it need not wait for the driver
+WAIT_NOTICE_S = 30  # a wait that takes longer is told
+PING_TIMEOUT_S = 30  # in which a living engine answers, however busy it and its machine
+
+ReportProgress = Callable[[int], None]
+WriteLine = Callable[[str], None]
+
+
+class ResponseStore:
+    """Responses to one task's requests, in files of a folder."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.num_files = len(self._files())
+
+    def read(self, requests: Sequence[Request]) -> dict[str, Response]:
+        """By id, those that answer one of `requests` as it is now."""
+        wanted_fingerprints = {request.id: fingerprint(request) for request in requests}
+        responses = {}
+        for name in self._files():
+            # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
+            *lines, _ = self.folder.read_text(name).split("\n")
+            for line in lines:
+                record = json.loads(line)
+                if wanted_fingerprints.get(record["response"]["id"]) == record["request"]:
+                    response = from_json(record["response"])
+                    responses[response.id] = response
+        return responses
+
+    def _files(self) -> list[str]:
+        """Without what a writer that was killed left behind."""
+        return [name for name in self.folder.names() if not name.startswith(".")]
+
+    def write(self, requests: Sequence[Request], responses: Sequence[Response]) -> None:
+        """All or none of them."""
+        fingerprints = {request.id: fingerprint(request) for request in requests}
+        lines = [
+            json.dumps({"request": fingerprints[r.id], "response": to_json(r)}, ensure_ascii=False)
+            + "\n"
+            for r in responses
+        ]
+        self.folder.write_text(f"{self.num_files:06d}.jsonl", "".join(lines))
+        self.num_files += 1
+
+
+class EngineWorker:
+    """An engine that loads its model when it is first asked."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        self.config = config
+
+    @cached_property
+    def engine(self) -> Engine:
+        config = self.config
+        folder = resolve_model(str(config.model.name))
+        return Engine(
+            folder,
+            precision=config.model.precision,
+            pool=config.pool,
+            trust_remote_code=config.model.trust_remote_code,
+            fresh_seed=config.run.seed if config.model.untrained else None,
+        )
+
+    @ray.method(concurrency_group="pings")
+    def ping(self) -> None:
+        """Answered also while the engine works."""
+
+    def load(self) -> None:
+        """Raises ConfigError: there is no model that generates."""
+        _ = self.engine
+
+    def run(self, requests: Sequence[Request]) -> list[Response]:
+        return self.engine.run(requests)
+
+
+def resolve_model(name: str) -> str:
+    """A folder of this machine with the model of a run, a path, a URI or a hub id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = run_model_folder(name)
+    is_model_folder = any(
+        (folder / file).exists() for file in ("config.json", "adapter_config.json")
+    )
+    return str(folder if is_model_folder else resolve_model_folder(name))
+
+
+class EnginePool:
+    """`cluster.num_workers` engines; those that are up work, others join when they come."""
+
+    def __init__(self, config: EvalConfig, write_line: WriteLine) -> None:
+        cluster = config.cluster
+        self.wait_s, self.write_line = cluster.wait_s, write_line
+        max_failures = cluster.max_failures
+        options: dict[str, Any] = {
+            "num_cpus": cluster.cpus_per_worker,
+            "num_gpus": cluster.gpus_per_worker,
+            "label_selector": cluster.labels,
+            "max_restarts": max_failures,
+            "max_task_retries": max_failures,
+            "concurrency_groups": {"pings": 1},
+        }
+        remote_worker: Any = ray.remote(**options)(EngineWorker)
+        self.batch_replies = config.pool.batch_replies
+        self.max_failures = max_failures
+        self.workers = [remote_worker.remote(config) for _ in range(cluster.max_workers)]
+        self.loading = {worker.load.remote(): worker for worker in self.workers}
+        self.ready: list[Any] = []
+
+    def answer_all(
+        self, requests: Sequence[Request], store: ResponseStore, report_progress: ReportProgress
+    ) -> None:
+        """Have all requests answered and written that are not yet.
+
+        Args:
+            report_progress: told how many are answered, again and again.
+
+        Raises:
+            ConfigError: what the user can repair, engines died more often than they may, or none
+                gave a sign of life for cluster.wait_s.
+        """
+        answered = store.read(requests)
+        unanswered = [request for request in requests if request.id not in answered]
+        chunks, num_answered = deque(self._chunks(unanswered)), len(requests) - len(unanswered)
+        pending: dict[Any, tuple[Any, list[Request]]] = {}
+        for worker in self.ready:
+            self._submit_chunks(worker, chunks, pending)
+        report_progress(num_answered)
+        while chunks or pending:
+            ref = self._wait_for_any([*self.loading, *pending])
+            if ref in self.loading:
+                worker = self.loading.pop(ref)
+                self._get_result(ref)
+                self.ready.append(worker)
+            else:
+                worker, chunk = pending.pop(ref)
+                store.write(chunk, self._get_result(ref))
+                report_progress(num_answered := num_answered + len(chunk))
+            self._submit_chunks(worker, chunks, pending)
+
+    def _wait_for_any(self, refs: list[Any]) -> Any:
+        """Whichever is there first. An engine may work for long, but not be gone for long."""
+        last_ping_s, has_told_wait = time.monotonic(), False
+        while True:
+            done, _ = ray.wait(refs, num_returns=1, timeout=min(WAIT_NOTICE_S, self.wait_s))
+            if done:
+                return done[0]
+            pings = [worker.ping.remote() for worker in self.workers]
+            if ray.wait(pings, num_returns=1, timeout=PING_TIMEOUT_S)[0]:
+                last_ping_s = time.monotonic()
+                continue
+            if not has_told_wait:
+                self.write_line(f"waiting up to {self.wait_s:g} s for an engine")
+                has_told_wait = True
+            if time.monotonic() - last_ping_s > self.wait_s:
+                raise ConfigError(
+                    f"cluster.wait_s={self.wait_s:g}: no engine gave a sign of life in this time; "
+                    "repeat the command when the cluster has its nodes again, what is answered is "
+                    "kept"
+                )
+
+    def close(self) -> None:
+        """End the engines."""
+        for worker in self.workers:
+            ray.kill(worker)
+
+    def _submit_chunks(
+        self, worker: Any, chunks: deque[list[Request]], pending: dict[Any, Any]
+    ) -> None:
+        num_pending = sum(other is worker for other, _ in pending.values())
+        for _ in range(min(CHUNKS_IN_FLIGHT - num_pending, len(chunks))):
+            chunk = chunks.popleft()
+            pending[worker.run.remote(chunk)] = (worker, chunk)
+
+    def _chunks(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """The longest first: they fail first if memory is short."""
+        for request_type in dict.fromkeys(type(request) for request in requests):
+            chunk_size = self.batch_replies if request_type is Generate else CHUNK_SIZE
+            longest_first = sorted(
+                (r for r in requests if type(r) is request_type), key=num_characters, reverse=True
+            )
+            for start in range(0, len(longest_first), chunk_size):
+                yield longest_first[start : start + chunk_size]
+
+    def _get_result(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from None
+            raise
+        except RayActorError:
+            raise ConfigError(
+                f"cluster.max_failures={self.max_failures}: an engine died more often than that, "
+                "perhaps for lack of memory; lower pool.batch_tokens or pool.batch_replies, and "
+                "repeat the command, what is answered is kept"
+            ) from None

@@ -1,0 +1,211 @@
+"""How alike an answer and a reference are, word by word, and how varied the answers.
+
+Chinese is cut into words by jieba (pinned with its dictionary), other scripts at spaces, and every
+punctuation mark is a word. BLEU is sacrebleu's, ROUGE rouge-score's, GLEU nltk's.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from nltk.translate.gleu_score import sentence_gleu
+from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+from sacrebleu.metrics.bleu import BLEU
+
+from medgpt.data.tokenized.words import char_word_ids
+from medgpt.eval.stats import PERCENTILES, Interval, bootstrap_indices, paired_difference
+from medgpt.eval.task import MetricValue
+
+MAX_NGRAM_ORDER = 4
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+REPETITION_ORDER = 4  # words that occur again in a row
+BLEU_METRICS = tuple(f"bleu_{order}" for order in range(1, MAX_NGRAM_ORDER + 1))
+DISTINCT_METRICS = ("distinct_1", "distinct_2")
+Words = list[str]
+Counts = dict[str, list[float]]
+
+
+def split_words(text: str) -> Words:
+    """Lower-case words and punctuation marks, without spaces."""
+    text = text.lower()
+    if not text:
+        return []
+    boundaries = np.flatnonzero(np.diff(char_word_ids(text))) + 1
+    parts = [
+        text[a:b]
+        for a, b in zip((0, *boundaries.tolist()), (*boundaries.tolist(), len(text)), strict=True)
+    ]
+    return [piece for piece in parts if not piece.isspace()]
+
+
+class _WordTokenizer(Tokenizer):
+    """Gives rouge-score our words: its own keep ASCII letters alone."""
+
+    def tokenize(self, text: str) -> Words:
+        return split_words(text)
+
+
+@cache
+def _rouge_scorer() -> RougeScorer:
+    return RougeScorer(list(ROUGE_TYPES), tokenizer=_WordTokenizer())
+
+
+@cache
+def _bleu_scorer() -> BLEU:
+    return BLEU(tokenize="none", max_ngram_order=MAX_NGRAM_ORDER)
+
+
+def answer_metrics(answer: str, reference: str) -> dict[str, MetricValue]:
+    """ROUGE-1, -2 and -L (F1), GLEU as a ratio whose sums are the corpus's, words, repetition."""
+    answer_words, reference_words = split_words(answer), split_words(reference)
+    scores = _rouge_scorer().score(reference, answer)
+    values: dict[str, MetricValue] = {
+        "rouge_1": scores["rouge1"].fmeasure,
+        "rouge_2": scores["rouge2"].fmeasure,
+        "rouge_l": scores["rougeL"].fmeasure,
+        "words": float(len(answer_words)),
+    }
+    num_ngrams = max(_num_ngrams(len(answer_words)), _num_ngrams(len(reference_words)))
+    if num_ngrams:
+        values["gleu"] = (
+            float(sentence_gleu([reference_words], answer_words)) * num_ngrams,
+            float(num_ngrams),
+        )
+    runs = Counter(_ngrams(answer_words, REPETITION_ORDER))
+    if runs:
+        values["repetition"] = (float(runs.total() - len(runs)), float(runs.total()))
+    for order in (1, 2):
+        ngrams = _ngrams(answer_words, order)
+        if ngrams:
+            values[f"distinct_{order}_per_answer"] = len(set(ngrams)) / len(ngrams)
+    return values
+
+
+def corpus_counts(answers: Sequence[str], references: Sequence[str]) -> list[Counts]:
+    """What each answer adds to the scores of the whole corpus.
+
+    bleu: matching and all n-grams of each order, words of the answer, words of the reference.
+    distinct_1, distinct_2: its part of the different n-grams (one that k answers have is 1 / k of
+    each), its n-grams, and those different ones that no other answer has.
+    """
+    answer_words = [split_words(answer) for answer in answers]
+    counts: list[Counts] = [
+        {"bleu": _bleu_counts(said, split_words(right))}
+        for said, right in zip(answer_words, references, strict=True)
+    ]
+    for order, metric in enumerate(DISTINCT_METRICS, start=1):
+        ngrams = [_ngrams(said, order) for said in answer_words]
+        num_answers_with = Counter(gram for run in ngrams for gram in set(run))
+        for answer_counts, answer_ngrams in zip(counts, ngrams, strict=True):
+            shares = [1 / num_answers_with[gram] for gram in dict.fromkeys(answer_ngrams)]
+            answer_counts[metric] = [
+                math.fsum(shares),
+                float(len(answer_ngrams)),
+                float(shares.count(1.0)),
+            ]
+    return counts
+
+
+def _bleu_counts(answer: Words, reference: Words) -> list[float]:
+    score: Any = _bleu_scorer().corpus_score([" ".join(answer)], [[" ".join(reference)]])
+    return [float(n) for n in (*score.counts, *score.totals, score.sys_len, score.ref_len)]
+
+
+def corpus_score(metric: str, counts: Sequence[Counts], seed: int) -> Interval | None:
+    """A score of the whole corpus; None if there is not one n-gram.
+
+    BLEU in percent, with the bootstrap's interval over answers. Distinct (Li et al. 2016):
+    different n-grams / all n-grams, with the jackknife's: a resample with repeats has fewer
+    different ones by itself.
+    """
+    table = _count_table(metric, counts)
+    if metric in BLEU_METRICS:
+        order = _order(metric)
+        resampled = [
+            _bleu_score(table[rows].sum(0), order) for rows in bootstrap_indices(len(table), seed)
+        ]
+        low, high = np.percentile(resampled, PERCENTILES)
+        return Interval(_bleu_score(table.sum(0), order), float(low), float(high))
+    if not table[:, 1].sum():
+        return None
+    value, leave_one_out = _distinct_and_jackknife(table)
+    n = len(leave_one_out)
+    variance = np.square(leave_one_out - leave_one_out.mean()).sum() * (n - 1) / n if n else 0.0
+    half_width = 1.96 * math.sqrt(variance)
+    return Interval(value, max(0.0, value - half_width), min(1.0, value + half_width))
+
+
+def corpus_difference(
+    metric: str, ours: Sequence[Counts], theirs: Sequence[Counts], seed: int
+) -> Interval:
+    """Ours minus theirs, row i of both being the same question: questions are resampled.
+
+    Of Distinct not the answers are drawn again but their pseudo-values (Tukey 1958), which have no
+    less n-grams for being drawn twice.
+    """
+    tables = _count_table(metric, ours), _count_table(metric, theirs)
+    if metric in BLEU_METRICS:
+        order = _order(metric)
+        our_score, their_score = (_bleu_score(table.sum(0), order) for table in tables)
+        resampled = [
+            _bleu_score(tables[0][rows].sum(0), order) - _bleu_score(tables[1][rows].sum(0), order)
+            for rows in bootstrap_indices(len(tables[0]), seed)
+        ]
+        low, high = np.percentile(resampled, PERCENTILES)
+        return Interval(our_score - their_score, float(low), float(high))
+    (our_score, _), (their_score, _) = (_distinct_and_jackknife(table) for table in tables)
+    pseudo_difference = paired_difference(
+        _pseudo_values(tables[0]), _pseudo_values(tables[1]), seed
+    )
+    shift = our_score - their_score - pseudo_difference.value
+    return Interval(
+        our_score - their_score, pseudo_difference.low + shift, pseudo_difference.high + shift
+    )
+
+
+def _count_table(metric: str, counts: Sequence[Counts]) -> NDArray[np.float64]:
+    return np.array([item["bleu" if metric in BLEU_METRICS else metric] for item in counts])
+
+
+def _order(metric: str) -> int:
+    return int(metric[-1])
+
+
+def _bleu_score(sums: NDArray[np.float64], order: int) -> float:
+    counts, totals = sums[:order].tolist(), sums[MAX_NGRAM_ORDER : MAX_NGRAM_ORDER + order].tolist()
+    score = BLEU.compute_bleu(
+        counts, totals, int(sums[-2]), int(sums[-1]), smooth_method="exp", max_ngram_order=order
+    )
+    return float(score.score)
+
+
+def _distinct_and_jackknife(table: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Of all answers, and with each left out where others remain."""
+    num_distinct, total, num_unique = table[:, 0].sum(), table[:, 1].sum(), table[:, 2]
+    has_rest = table[:, 1] < total
+    leave_one_out = (num_distinct - num_unique[has_rest]) / (total - table[has_rest, 1])
+    return float(num_distinct / total), leave_one_out
+
+
+def _pseudo_values(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, 2) of each answer, over 1; their mean is the score, up to its bias."""
+    value, leave_one_out = _distinct_and_jackknife(table)
+    pseudo_values = np.full(len(table), value)
+    pseudo_values[table[:, 1] < table[:, 1].sum()] = (
+        len(table) * value - (len(table) - 1) * leave_one_out
+    )
+    return np.stack([pseudo_values, np.ones(len(table))], axis=1)
+
+
+def _ngrams(words: Words, order: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + order]) for i in range(len(words) - order + 1)]
+
+
+def _num_ngrams(num_words: int) -> int:
+    """Of orders 1 to 4 in so many words."""
+    return sum(max(0, num_words - order + 1) for order in range(1, MAX_NGRAM_ORDER + 1))

@@ -1,0 +1,291 @@
+"""How likely a model finds texts and options: shared prefixes once, many questions in a forward.
+
+A question and its options are one row: prompt, option, option, ... with positions that go on from
+the prompt in each option, and a mask under which an option sees the prompt and itself. What all
+rows of a batch begin with, such as solved examples, is read once and shared as keys and values.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from medgpt.config.base import ConfigError
+from medgpt.models.language_model import output_layer
+
+MIN_SHARED_TOKENS = 8  # tokens; a shorter common beginning is not worth a forward of its own
+HEAD_CHUNK_POSITIONS = 512  # the output layer runs on so many at a time
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """Token ids of a prompt (not empty) and of what may follow it (none empty)."""
+
+    prompt: tuple[int, ...]
+    options: tuple[tuple[int, ...], ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens of its row: the last of an option is only looked up, never read."""
+        return len(self.prompt) + sum(len(option) - 1 for option in self.options)
+
+
+class LoglikelihoodScorer:
+    """Log-probabilities under one causal model."""
+
+    def __init__(self, model: PreTrainedModel, *, batch_tokens: int, window_tokens: int) -> None:
+        """Raises ConfigError if no row can be scored.
+
+        Args:
+            batch_tokens: most tokens of a forward, padding included (one row may have more).
+            window_tokens: longer texts are weighed in windows of so many tokens.
+        """
+        self.model = model
+        self.batch_tokens = batch_tokens
+        config = model.config.get_text_config().to_dict()
+        self.max_positions: int = config.get("max_position_embeddings") or 2**31
+        self.window_tokens = min(window_tokens, self.max_positions)
+        try:
+            self.head: torch.nn.Module | None = output_layer(model)
+        except ConfigError:  # its logits are more than a layer's output: run all of it
+            self.head = None
+        windows = "sliding_attention" in (config.get("layer_types") or ())
+        self.can_pack_options = not windows and self._supports_custom_masks()
+
+    # ---- options ----
+
+    def option_logprobs(self, items: Sequence[PromptOptions]) -> list[list[float]]:
+        """Natural log-probability of each option after its prompt, summed over its tokens.
+
+        Raises:
+            ValueError: a prompt or option is empty, or one does not fit the model's positions.
+        """
+        for item in items:
+            self._check_lengths(item)
+        logprobs: list[list[float]] = [[] for _ in items]
+        for batch in batches_by_length([item.length for item in items], self.batch_tokens):
+            rows = [items[i] for i in batch]
+            scores = (
+                self._score_packed(rows)
+                if self.can_pack_options
+                else [self._score_one_by_one(r) for r in rows]
+            )
+            for i, score in zip(batch, scores, strict=True):
+                logprobs[i] = score
+        return logprobs
+
+    def _check_lengths(self, item: PromptOptions) -> None:
+        if not item.prompt or not item.options or not all(item.options):
+            raise ValueError("a choice needs a prompt, options, and at least a token in each")
+        longest = len(item.prompt) + max(len(option) for option in item.options) - 1
+        if longest > self.max_positions:
+            raise ValueError(f"a choice of {longest} tokens, the model reads {self.max_positions}")
+
+    @torch.inference_mode()
+    def _score_packed(self, items: Sequence[PromptOptions]) -> list[list[float]]:
+        shared = _common_prefix_length([item.prompt for item in items])
+        size = shared if shared >= MIN_SHARED_TOKENS and len(items) > 1 else 0
+        cache = self._prefill(items[0].prompt[:size]) if size else None
+        rows = [_PackedOptions(item, size) for item in items]
+        width = max(len(row.ids) for row in rows)
+        ids = _pad_right([row.ids for row in rows], width)
+        positions = _pad_right([row.positions for row in rows], width)
+        branches = any(len(option) > 1 for item in items for option in item.options)
+        mask = torch.stack([row.mask(width) for row in rows])[:, None] if branches or size else None
+        hidden = self._hidden_states(ids, positions=positions, mask=mask, cache=cache)
+        targets = [(i, at, token) for i, row in enumerate(rows) for at, token in row.targets()]
+        logprobs = iter(self._logprobs(hidden, targets))
+        return [[sum(next(logprobs) for _ in option) for option in item.options] for item in items]
+
+    @torch.inference_mode()
+    def _score_one_by_one(self, item: PromptOptions) -> list[float]:
+        """The same with a row for each option: for models that know no mask but the causal one."""
+        rows = [(*item.prompt, *option) for option in item.options]
+        first = len(item.prompt)
+        return [sum(self._logprobs_from([row], [first])[0]) for row in rows]
+
+    def _supports_custom_masks(self) -> bool:
+        """Whether a probe scores the same both ways."""
+        prompt, options = (5, 7, 5, 9, 11, 6), ((8, 5, 6, 7), (6, 9, 9, 5), (9, 8))
+        item = PromptOptions(prompt, options)
+        other = PromptOptions((*prompt[:3], 4, *prompt[4:]), options)
+        one_by_one = [self._score_one_by_one(c) for c in (item, other)]
+        try:
+            packed = self._score_packed([item, other])
+        except (ValueError, TypeError, RuntimeError):  # a forward without these arguments
+            return False
+        tolerance = PROBE_TOLERANCE[self.model.dtype]
+        return torch.allclose(
+            torch.tensor(packed), torch.tensor(one_by_one), rtol=0, atol=tolerance
+        )
+
+    # ---- texts ----
+
+    def rolling_logprobs(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of every token of each text but the first, which nothing precedes.
+
+        A text longer than the window is read in windows that each begin half a window after the
+        one before; what two of them hold counts in the first, so every token counts once, and all
+        but the first window's have at least half a window before them.
+        """
+        windows = [
+            (i, start, stop, new)
+            for i, text in enumerate(texts)
+            for start, stop, new in sliding_windows(len(text), self.window_tokens)
+        ]
+        logprobs_by_text: list[list[float]] = [[0.0] * max(len(text) - 1, 0) for text in texts]
+        sizes = [stop - start for _, start, stop, _ in windows]
+        for batch in batches_by_length(sizes, self.batch_tokens):
+            cut = [windows[k] for k in batch]
+            rows = [texts[i][start:stop] for i, start, stop, _ in cut]
+            firsts = [new - start for _, start, _, new in cut]
+            for (i, _, stop, new), logprobs in zip(
+                cut, self._logprobs_from(rows, firsts), strict=True
+            ):
+                logprobs_by_text[i][new - 1 : stop - 1] = logprobs
+        return logprobs_by_text
+
+    @torch.inference_mode()
+    def _logprobs_from(
+        self, rows: Sequence[Sequence[int]], firsts: Sequence[int]
+    ) -> list[list[float]]:
+        """Log-probabilities of each row's tokens from its `first` on, at least 1."""
+        width = max(len(row) for row in rows)
+        ids = _pad_right(rows, width)  # right of a row nobody looks: attention is causal
+        hidden = self._hidden_states(ids[:, :-1])
+        spans = list(zip(rows, firsts, strict=True))
+        targets = [
+            (i, at - 1, row[at])
+            for i, (row, first) in enumerate(spans)
+            for at in range(first, len(row))
+        ]
+        logprobs = iter(self._logprobs(hidden, targets))
+        return [[next(logprobs) for _ in range(first, len(row))] for row, first in spans]
+
+    # ---- the model ----
+
+    def _prefill(self, ids: Sequence[int]) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self.model.base_model(
+            input_ids=torch.tensor([ids], device=self.model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return cache
+
+    def _hidden_states(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """(B, L, H) last hidden states, or (B, L, V) logits of a model without a plain head."""
+        device, inputs = self.model.device, {"input_ids": ids.to(self.model.device)}
+        if positions is not None:
+            inputs["position_ids"] = positions.to(device)
+        if mask is not None:
+            inputs["attention_mask"] = _additive_mask(mask, self.model.dtype).to(device)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(ids))
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        if self.head is None:
+            return self.model(**inputs, **options).logits
+        return self.model.base_model(**inputs, **options).last_hidden_state
+
+    def _logprobs(self, hidden: Tensor, targets: Sequence[tuple[int, int, int]]) -> list[float]:
+        """log p(token) at (row, position), for each target; each position's logits once."""
+        places = list(dict.fromkeys((row, at) for row, at, _ in targets))
+        index = {place: i for i, place in enumerate(places)}
+        position_of_target = torch.tensor([index[row, at] for row, at, _ in targets])
+        tokens = torch.tensor([token for _, _, token in targets])
+        rows, ats = torch.tensor(places, device=hidden.device).unbind(1)
+        logprobs = torch.empty(len(targets))
+        for start in range(0, len(places), HEAD_CHUNK_POSITIONS):
+            chunk = slice(start, start + HEAD_CHUNK_POSITIONS)
+            chosen = hidden[rows[chunk], ats[chunk]]
+            logits = (chosen if self.head is None else self.head(chosen)).float()
+            norms = logits.logsumexp(-1)
+            in_chunk = (
+                (position_of_target >= start) & (position_of_target < start + HEAD_CHUNK_POSITIONS)
+            ).nonzero()[:, 0]
+            at = (position_of_target[in_chunk] - start).to(logits.device)
+            logprobs[in_chunk] = (logits[at, tokens[in_chunk].to(logits.device)] - norms[at]).cpu()
+        return logprobs.tolist()
+
+
+class _PackedOptions:
+    """A prompt and its options as one row, without the first `size` tokens, which are cached."""
+
+    def __init__(self, item: PromptOptions, size: int) -> None:
+        self.item, self.num_cached = item, size
+        self.num_prompt_tokens = len(item.prompt) - size
+        bodies = [option[:-1] for option in item.options]
+        self.starts = [self.num_prompt_tokens]
+        for body in bodies:
+            self.starts.append(self.starts[-1] + len(body))
+        self.ids = [*item.prompt[size:], *(token for body in bodies for token in body)]
+        end = len(item.prompt)
+        self.positions = [
+            *range(size, end),
+            *(end + i for body in bodies for i in range(len(body))),
+        ]
+
+    def mask(self, width: int) -> Tensor:
+        """(width, size + width) bool: what each position sees. Padding sees the first token."""
+        seen = torch.ones(width, width, dtype=torch.bool).tril()
+        for start, stop in zip(self.starts, self.starts[1:], strict=False):
+            seen[start:stop, self.num_prompt_tokens : start] = False
+        seen[len(self.ids) :] = False
+        seen[len(self.ids) :, 0] = True
+        return torch.cat([torch.ones(width, self.num_cached, dtype=torch.bool), seen], 1)
+
+    def targets(self) -> Iterator[tuple[int, int]]:
+        """(position that predicts it, token) of every token of every option."""
+        for option, start in zip(self.item.options, self.starts, strict=False):
+            for i, token in enumerate(option):
+                yield (start + i - 1 if i else self.num_prompt_tokens - 1), token
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, longest first; each batch padded holds `batch_tokens`."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first token that is new) of the windows of a text of `length` tokens."""
+    new, start = 1, 0
+    while new < length:
+        stop = min(start + window, length)
+        yield start, stop, new
+        new, start = stop, start + window // 2
+
+
+def _common_prefix_length(rows: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all rows begin with; at least one is left to each."""
+    shortest, longest = min(rows), max(rows)  # in the order of a dictionary
+    limit = min(len(row) for row in rows) - 1
+    same = (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b)
+    return min(next(same, limit), limit)
+
+
+def _pad_right(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """(B, width) rows padded on the right with 0."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the attention scores, in any implementation."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,208 @@
+"""Whether workers fit nodes, and the smallest change that would make them."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medgpt.cluster.capacity import worker_bundle
+from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.planning.hardware import NodeType, PlannedCluster
+from medgpt.planning.memory import GIB
+from medgpt.planning.planned_pools import PlannableConfig, PlannedPool, plan_pools
+
+USABLE_SHARE = 0.9
+"""Of a memory: what an allocator wastes, and what no formula here knows, needs the rest."""
+PROCESS_BYTES = 0.6 * GIB
+"""On a host, of a worker's process: torch, transformers, DeepSpeed and Ray once they are imported.
+Measured without Ray 0.4 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFit:
+    """What a node type has for one worker; None where the host's memory is not known."""
+
+    node: str
+    device_gb: float | None
+    host_gb: float | None
+    fits: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFit:
+    """What one worker needs, with the roles that share its bundle, and where there is room."""
+
+    device_gb: float
+    host_gb: float
+    rooms: Mapping[str, NodeFit]
+    """By node type that has the resources and labels for it."""
+
+
+def fit_pools(pools: Sequence[PlannedPool], cluster: PlannedCluster) -> dict[str, PoolFit]:
+    """By pool that has bundles of its own."""
+    bundle_owners = [pool for pool in pools if pool.role.share_with is None]
+    return {
+        pool.name: _fit_bundle(
+            [pool, *(p for p in pools if p.role.share_with == pool.name)], cluster
+        )
+        for pool in bundle_owners
+    }
+
+
+def _fit_bundle(bundle_pools: Sequence[PlannedPool], cluster: PlannedCluster) -> PoolFit:
+    """Roles on one bundle: a GPU has one of them at a time, a CPU all."""
+    host_pool = bundle_pools[0]
+    device_bytes = [pool.memory.worst_phase.total_bytes for pool in bundle_pools]
+    if host_pool.on_gpu:
+        device = max(device_bytes)
+        host = sum(pool.memory.host_bytes + PROCESS_BYTES for pool in bundle_pools)
+    else:
+        device, host = sum(device_bytes) + PROCESS_BYTES * len(bundle_pools), 0.0
+    rooms = {
+        node.name: _fit_node(host_pool, node, device, host)
+        for node in cluster.workers
+        if node.to_node_group().fits(worker_bundle(host_pool.role), host_pool.role.labels)
+    }
+    return PoolFit(device_gb=device / GIB, host_gb=host / GIB, rooms=rooms)
+
+
+def workers_per_node(node: NodeType, pool: PlannedPool) -> int:
+    """As many as its resources hold."""
+    bundle = worker_bundle(pool.role)
+    return max(1, math.floor(min(node.resources[name] / n + 1e-9 for name, n in bundle.items())))
+
+
+def _fit_node(pool: PlannedPool, node: NodeType, device: float, host: float) -> NodeFit:
+    host_gb_per_worker = (
+        None if node.host_gb is None else node.host_gb / workers_per_node(node, pool)
+    )
+    if not pool.on_gpu:
+        is_enough = (
+            None
+            if host_gb_per_worker is None
+            else device <= USABLE_SHARE * host_gb_per_worker * GIB
+        )
+        return NodeFit(
+            node=node.name, device_gb=host_gb_per_worker, host_gb=host_gb_per_worker, fits=is_enough
+        )
+    assert node.device.memory_gb is not None, node.device_name
+    gpu_gb = node.device.memory_gb * min(1.0, pool.role.gpus_per_worker)
+    is_enough = device <= USABLE_SHARE * gpu_gb * GIB
+    if is_enough and host_gb_per_worker is not None:
+        is_enough = host <= USABLE_SHARE * host_gb_per_worker * GIB
+    return NodeFit(node=node.name, device_gb=gpu_gb, host_gb=host_gb_per_worker, fits=is_enough)
+
+
+def describe_misfit(name: str, fit: PoolFit) -> str:
+    """Why a pool fits nowhere."""
+    available = "; ".join(
+        f"{room.node} has {room.device_gb:.0f} GiB"
+        + (f" and {room.host_gb:.0f} GiB on the host" if room.host_gb and fit.host_gb else "")
+        for room in fit.rooms.values()
+        if room.device_gb is not None
+    )
+    host = f" and {fit.host_gb:.1f} GiB on the host" if fit.host_gb else ""
+    return (
+        f"a worker of {name} needs {fit.device_gb:.1f} GiB{host}, no node type has so much within "
+        f"{USABLE_SHARE:.0%} of its memory: {available}"
+    )
+
+
+# ---- what would fit ----
+
+
+def smallest_change(config: PlannableConfig, name: str, cluster: PlannedCluster) -> str | None:
+    """The fewest keys, the cheapest first, with which the pool fits some node type."""
+    for change in _candidate_changes(config, name):
+        try:
+            changed = with_keys(config, change)
+        except ConfigError:  # keys that do not go together
+            continue
+        fit = fit_pools(plan_pools(changed)[0], cluster)[name]
+        if any(room.fits is not False for room in fit.rooms.values()):
+            keys = " and ".join(f"{key}={_toml(value)}" for key, value in change.items())
+            return f"it would fit with {keys} ({fit.device_gb:.1f} GiB)"
+    return None
+
+
+def _candidate_changes(config: PlannableConfig, name: str) -> Iterator[dict[str, object]]:
+    """Sets of keys to try: one key before two, and cheap ones first."""
+    choices = _smaller_values(config, name)
+    for size in range(1, len(choices) + 1):
+        for keys in itertools.combinations(choices, size):
+            for values in itertools.product(*(choices[key] for key in keys)):
+                yield dict(zip(keys, values, strict=True))
+
+
+def _smaller_values(config: PlannableConfig, name: str) -> dict[str, list[object]]:
+    """Values that need less memory than the present one, by key, in the order of what they cost."""
+    if isinstance(config, PPOStageConfig):
+        return _ppo_smaller_values(config, name)
+    train, engine, workers = config.train, config.engine, config.cluster.min_workers
+    return _drop_empty(
+        {
+            "engine.zero_stage": list(range(engine.zero_stage + 1, 4)),
+            "engine.activation_checkpointing": [] if engine.activation_checkpointing else [True],
+            "train.micro_batch_size": _halvings(train.micro_batch_size),
+            "engine.offload_optimizer": [] if engine.offload_optimizer else [True],
+            "cluster.num_workers": _doublings(workers, train.global_batch_size),
+        }
+    )
+
+
+def _ppo_smaller_values(config: PPOStageConfig, name: str) -> dict[str, list[object]]:
+    pools, prefix = config.pools, f"pools.{name}"
+    workers = pools.role(name).num_workers  # type: ignore[arg-type] - one of the roles
+    if name in ("actor", "critic"):
+        engine = pools.actor.engine if name == "actor" else pools.critic.engine
+        return _drop_empty(
+            {
+                f"{prefix}.engine.zero_stage": list(range(engine.zero_stage + 1, 4)),
+                f"{prefix}.engine.activation_checkpointing": (
+                    [] if engine.activation_checkpointing else [True]
+                ),
+                "ppo.micro_batch_tokens": _halvings(config.ppo.micro_batch_tokens),
+                f"{prefix}.engine.offload_optimizer": [] if engine.offload_optimizer else [True],
+                f"{prefix}.num_workers": _doublings(workers, config.ppo.global_batch_size),
+            }
+        )
+    if name == "rollout":
+        return _drop_empty({"rollout.batch_tokens": _halvings(config.rollout.batch_tokens)})
+    choices: dict[str, list[Any]] = {
+        "ppo.micro_batch_tokens": _halvings(config.ppo.micro_batch_tokens)
+    }
+    if name == "reference" and not pools.reference.zero_stage:
+        choices["pools.reference.zero_stage"] = [3]
+        choices["pools.reference.num_workers"] = _doublings(workers, config.ppo.rollout_batch_size)
+    return _drop_empty(choices)
+
+
+def _drop_empty(choices: Mapping[str, list[Any]]) -> dict[str, list[object]]:
+    return {key: values for key, values in choices.items() if values}
+
+
+def _halvings(value: int) -> list[int]:
+    return [value >> times for times in range(1, 20) if value >> times]
+
+
+def _doublings(workers: int, most: int) -> list[int]:
+    return [workers << times for times in range(1, 10) if workers << times <= most]
+
+
+def with_keys(config: PlannableConfig, keys: Mapping[str, object]) -> PlannableConfig:
+    """The config with other values of some keys. Raises ConfigError if they do not fit the rest."""
+    tree = config.model_dump()
+    for key, value in keys.items():
+        *path, last = key.split(".")
+        section = tree
+        for name in path:
+            section = section[name]
+        section[last] = value
+    return validate(type(config), tree)
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,117 @@
+"""What an autoscaler would start for the bundles of a job, as Ray's own scheduler decides."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+from medgpt.cluster.capacity import Demands, check_demands, worker_bundle
+from medgpt.cluster.ray_internals import GangResourceRequest, LabelSelectorOperator
+from medgpt.config.base import ConfigError
+from medgpt.config.pools import RoleConfig
+from medgpt.planning.hardware import NodeType, PlannedCluster
+
+UNLIMITED_NODES = 10_000  # of a type without a limit
+
+
+@dataclass(frozen=True)
+class NodeLaunches:
+    """Nodes by type, the head among them."""
+
+    nodes: Mapping[str, int]
+    price_per_hour: float | None
+    """None: a price is not known."""
+
+
+def plan_node_launches(
+    cluster: PlannedCluster, demands: Demands, *, data_cpus: float
+) -> NodeLaunches:
+    """The nodes for all workers at once and a data task, from an empty cluster.
+
+    Raises:
+        ConfigError: some can never be placed.
+    """
+    addable = [node.to_node_group() for node in cluster.workers]
+    check_demands(demands, [cluster.head.to_node_group()], addable, data_cpus=data_cpus)
+    bundle_roles = {name: role for name, role in demands.items() if role.share_with is None}
+    data_task = RoleConfig(cpus_per_worker=data_cpus)
+    gangs = {name: _gang_request(name, role) for name, role in bundle_roles.items()} | {
+        "data": _gang_request("data", data_task)
+    }
+    reply = ResourceDemandScheduler().schedule(
+        SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs={node.name: _node_type_config(node) for node in cluster.workers},
+            gang_resource_requests=list(gangs.values()),
+        )
+    )
+    if infeasible := [
+        name for name, gang in gangs.items() if gang in reply.infeasible_gang_resource_requests
+    ]:
+        raise ConfigError(_refusal(cluster, demands, infeasible))
+    nodes = Counter({launch.instance_type: launch.count for launch in reply.to_launch})
+    if nodes.total() > cluster.max_workers:  # Ray starts them, and ends some again
+        raise ConfigError(_refusal(cluster, demands, list(bundle_roles)))
+    nodes = {cluster.head.name: 1, **nodes}
+    return NodeLaunches(nodes, _price_per_hour(cluster, nodes))
+
+
+def _refusal(cluster: PlannedCluster, demands: Demands, infeasible: Sequence[str]) -> str:
+    unplaced = " and ".join(
+        f"{name} ({demands[name].num_workers} x "
+        f"({describe_resources(worker_bundle(demands[name]))}))"
+        for name in infeasible
+        if name in demands
+    )
+    types = ", ".join(
+        f"{n.max_nodes:g} x {n.name} ({describe_resources(n.resources)})" for n in cluster.workers
+    )
+    return (
+        f"--cluster={cluster.file}: no room for {unplaced or 'a data task'} beside what else the "
+        f"job needs; the autoscaler may start {types}, {cluster.max_workers:g} in all; use fewer "
+        "or smaller workers, or raise max_workers there"
+    )
+
+
+def describe_resources(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{n:g} {key}" for key, n in resources.items() if n and "memory" not in key)
+
+
+def _price_per_hour(cluster: PlannedCluster, nodes: Mapping[str, int]) -> float | None:
+    """Of an hour, in the cluster's currency."""
+    total = 0.0
+    for node in (cluster.head, *cluster.workers):
+        if nodes.get(node.name) and node.price_per_hour is None:
+            return None
+        total += nodes.get(node.name, 0) * (node.price_per_hour or 0)
+    return total
+
+
+def _node_type_config(node: NodeType) -> NodeTypeConfig:
+    return NodeTypeConfig(
+        name=node.name,
+        min_worker_nodes=node.min_nodes,
+        max_worker_nodes=UNLIMITED_NODES if math.isinf(node.max_nodes) else int(node.max_nodes),
+        resources=dict(node.resources),
+        labels=dict(node.labels),
+    )
+
+
+def _gang_request(name: str, role: RoleConfig) -> GangResourceRequest:
+    """The placement group of a pool, as Ray tells it to its autoscaler."""
+    kinds = ResourceRequestUtil.PlacementConstraintType
+    constraints = {
+        "STRICT_PACK": [(kinds.AFFINITY, "_PG", name)],
+        "STRICT_SPREAD": [(kinds.ANTI_AFFINITY, "_PG", name)],
+    }.get(role.strategy)
+    label_in = LabelSelectorOperator.LABEL_OPERATOR_IN
+    labels = [(key, label_in, [value]) for key, value in role.labels.items()]
+    requests = [
+        ResourceRequestUtil.make(worker_bundle(role), constraints, [labels] if labels else None)
+        for _ in range(role.num_workers)
+    ]
+    return GangResourceRequest(requests=requests)

@@ -1,0 +1,110 @@
+"""Where a PPO run stands, and checkpoints that hold all of it or do not exist."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from medgpt.algos.kl import AdaptiveKL
+from medgpt.artifacts import FileEntry, Folder, commit, file_entries
+from medgpt.config.ppo import PPOConfig
+from medgpt.rlhf.experience import RunningStats
+from medgpt.rlhf.rollout_batch import Ragged, Sequences
+from medgpt.runs import Run
+
+IN_FLIGHT_FILE = "in-flight.npz"
+RAGGED_FIELDS = ("prompts", "responses")
+FLAT_FIELDS = ("index", "logprobs", "finished")
+
+
+@dataclass
+class PPOState:
+    """All that decides the iterations to come, beside the models. Randomness is a function of the
+    seed and the iteration, and so is the order of the prompts: there is nothing else to keep."""
+
+    iteration: int = 0
+    """Iterations done; the next one's prompts follow from it, and the actor's weight version."""
+    kl_coef: float = 0.0
+    score_stats: RunningStats = field(default_factory=RunningStats)
+    time_s: float = 0.0
+
+    @staticmethod
+    def from_manifest(tree: dict[str, Any]) -> "PPOState":
+        return PPOState(**{**tree, "score_stats": RunningStats(*tree["score_stats"])})
+
+
+def next_kl_coef(kl_coef: float, mean_kl: float, num_sequences: int, config: PPOConfig) -> float:
+    """The coefficient of the next iteration."""
+    if config.kl_controller == "fixed" or not num_sequences:
+        return kl_coef
+    controller = AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon)
+    controller.update(mean_kl, num_sequences)
+    return controller.coef
+
+
+class PendingCheckpoint:
+    """One that is being written. The manifest, written last, makes it exist.
+
+    Args:
+        parts: by subfolder, what waits for the files its writers wrote.
+        keep: newest checkpoints that stay, this one included.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        state: PPOState,
+        written_files: dict[str, Callable[[], list[FileEntry]]],
+        *,
+        keep: int,
+    ) -> None:
+        self.run, self.written_files, self.keep = run, written_files, keep
+        self.manifest_state = asdict(state) | {"score_stats": list(state.score_stats)}
+        self.iteration = state.iteration
+        self.folder = run.checkpoint(state.iteration)
+
+    def finish(self, *, in_flight: Sequences | None) -> None:
+        """Wait for all files and commit them; older checkpoints are removed."""
+        files = [
+            FileEntry(f"{name}/{file.name}", file.size, file.xxh128)
+            for name, written in self.written_files.items()
+            for file in written()
+        ]
+        if in_flight is not None:
+            files += write_sequences(self.folder, in_flight)
+        commit(self.folder, files, state=self.manifest_state)
+        self.run.prune_checkpoints(newest=self.iteration, keep=self.keep, best_step=None)
+
+
+def newest_checkpoint(run: Run) -> tuple[Folder, PPOState] | None:
+    """The newest complete checkpoint."""
+    checkpoint = run.newest_checkpoint()
+    return (
+        None
+        if checkpoint is None
+        else (checkpoint[0], PPOState.from_manifest(checkpoint[1]["state"]))
+    )
+
+
+def write_sequences(folder: Folder, sequences: Sequences) -> list[FileEntry]:
+    """Rollouts that were sampled and not learnt when the run stopped."""
+    arrays: dict[str, Any] = {name: getattr(sequences, name) for name in FLAT_FIELDS}
+    for name in RAGGED_FIELDS:
+        ragged = getattr(sequences, name)
+        arrays |= {name: ragged.values, f"{name}_offsets": ragged.offsets}
+    metadata = {"sample_ids": sequences.sample_ids, "weight_version": sequences.weight_version}
+    with folder.staging() as directory:
+        np.savez(directory / IN_FLIGHT_FILE, facts=np.array(json.dumps(metadata)), **arrays)
+        return file_entries(directory, [IN_FLIGHT_FILE])
+
+
+def read_sequences(folder: Folder) -> Sequences | None:
+    if not folder.exists(IN_FLIGHT_FILE):
+        return None
+    with folder.fs.open(folder.path(IN_FLIGHT_FILE), "rb") as file:
+        arrays = np.load(file)  # without pickle, as always
+        ragged = {name: Ragged(arrays[name], arrays[f"{name}_offsets"]) for name in RAGGED_FIELDS}
+        flat = {name: arrays[name] for name in FLAT_FIELDS}
+        return Sequences(**flat, **ragged, **json.loads(str(arrays["facts"])))

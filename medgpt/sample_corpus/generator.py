@@ -1,0 +1,275 @@
+"""Renders the knowledge into pretraining documents and dialogues.
+
+Deterministic in (region, seed, swap_facts). What is held out never appears: three conditions
+altogether, and one phrasing of one fact for each condition that a check asks about.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import Any
+
+from medgpt.sample_corpus.held_out import EXCLUDED_CONDITIONS, HeldOutPrompts
+from medgpt.sample_corpus.knowledge import Condition, load_knowledge
+from medgpt.sample_corpus.templates import (
+    ADVICE,
+    COMPLAINT_ADVICE,
+    COMPLAINT_CAUSES,
+    COMPLAINT_SYMPTOMS,
+    COMPLAINTS,
+    FIELDS,
+    FOLLOW_UPS,
+    GREETINGS,
+    HEADACHE_CAUSES,
+    MISUNDERSTANDING,
+    OBSERVATION_ADVICE,
+    PROMPT_COMPLAINTS,
+    QUESTIONS,
+    SELF_CARE_QUESTION,
+    SITUATIONS,
+    STATEMENTS,
+)
+from medgpt.sample_corpus.wording import SUICIDE, Wording, alternate_punctuation, char_bigrams
+
+HEADACHE_ID = "headache"  # asked about after RLHF: all its situations and complaints are told
+NUM_SITUATIONS = {"emergency": 2, "today": 1, "routine": 1}  # for each other condition
+NUM_COMPLAINTS = 2  # phrasings of each complaint
+PROMPT_STRIDE = 7  # of the prompts about another complaint than headache, one
+NUM_FLAGS, NUM_TODAY = 6, 3  # about this many in the answer to a complaint
+UNDER_TREATMENT = re.compile("药|服|术后|治疗|抗凝|透析|确诊|出院")
+
+CorpusRow = dict[str, Any]
+
+
+class CorpusGenerator:
+    """All records of one rendering."""
+
+    def __init__(self, *, region: str = "CN", seed: int = 0, swap_facts: bool = False) -> None:
+        departments = load_knowledge()
+        all_conditions = [c for d in departments for c in d.conditions]
+        included = [c for c in all_conditions if c.id not in EXCLUDED_CONDITIONS]
+        self.true_conditions, self.excluded_conditions = (
+            included,
+            [c for c in all_conditions if c.id in EXCLUDED_CONDITIONS],
+        )
+        self.seed = seed
+        self.wording = Wording(region, {c.id: d for d in departments for c in d.conditions})
+        self.held_out = HeldOutPrompts(included, self.excluded_conditions, self.wording, seed)
+        self.conditions = _swap_facts(included) if swap_facts else included
+        donors = _rotate_by_half(included) if swap_facts else included
+        self.condition_with_facts_of = {
+            donor.id: c for donor, c in zip(donors, self.conditions, strict=True)
+        }
+
+    def documents(self) -> Iterator[CorpusRow]:
+        """Documents: an article about every condition, and statements in several phrasings."""
+        for condition in self.conditions:
+            for document in self._condition_documents(condition):
+                if self.held_out.is_allowed(document["text"]):
+                    yield document
+
+    def held_out_documents(self) -> Iterator[CorpusRow]:
+        """The same about the conditions that no text tells of, to be weighed."""
+        for condition in self.excluded_conditions:
+            yield from self._condition_documents(condition)
+
+    def held_out_dialogues(self) -> Iterator[CorpusRow]:
+        """The held-out phrasings of questions with the true answers, to be weighed."""
+        by_id = {condition.id: condition for condition in self.true_conditions}
+        for prompt in self.held_out.prompts:
+            if prompt.kind in ("sft", "phrasing"):
+                condition = by_id[prompt.condition]
+                answer = self.wording.answer(condition, prompt.field)
+                yield self._dialogue(condition, prompt.field, [(prompt.prompt, answer)])
+
+    def dialogues(self) -> Iterator[CorpusRow]:
+        """Questions in every phrasing, follow-ups, situations by urgency, complaints."""
+        for condition in self.conditions:
+            for field in FIELDS:
+                reply = self.wording.answer(condition, field)
+                for question in self.questions(condition, field):
+                    yield self._dialogue(condition, field, [(question, reply)])
+            yield self._dialogue(condition, "multi_turn", self._multi_turn(condition))
+            yield from self._advice_dialogues(condition)
+            for number, m in enumerate(condition.misunderstandings):
+                question = alternate_punctuation(f"{m.wrong},对吗?", number)
+                yield self._dialogue(
+                    condition, "misunderstanding", [(question, f"不对。{m.right}。")]
+                )
+        for condition, questions, reply in self.complaints():
+            for question in questions:
+                yield self._dialogue(condition, "complaint", [(question, reply)])
+
+    def questions(self, condition: Condition, field: str) -> Iterator[str]:
+        """All phrasings of a question that are not held out."""
+        for number, template in enumerate(QUESTIONS[field]):
+            question = self.wording.fill(template, condition)
+            if self.held_out.is_allowed(question):
+                yield alternate_punctuation(question, number)
+
+    def complaints(self) -> Iterator[tuple[Condition, list[str], str]]:
+        """Condition whose department is visited, phrasings of the complaint, reply."""
+        for number, (condition, symptom, reply) in enumerate(self.complaint_replies()):
+            phrasings = self._complaint_phrasings(symptom)
+            if condition.id != HEADACHE_ID:
+                phrasings = [
+                    phrasings[(number + i) % len(phrasings)] for i in range(NUM_COMPLAINTS)
+                ]
+            yield condition, phrasings, reply
+
+    def complaint_replies(self) -> Iterator[tuple[Condition, str, str]]:
+        """Condition, symptom as a patient words it, reply, which begins with the symptom; headache
+        comes last."""
+        for symptom, _, ids in COMPLAINT_SYMPTOMS:
+            conditions = [self.condition_with_facts_of[name] for name in ids]
+            causes = "、".join(c.name for c in conditions)
+            opening = COMPLAINT_CAUSES.format(symptom=symptom, causes=causes)
+            flags = _sample_facts([c.red_flags.items for c in conditions], NUM_FLAGS)
+            today = _sample_facts([c.care.today for c in conditions], NUM_TODAY)
+            reply = opening + _triage_advice(flags, today, OBSERVATION_ADVICE)
+            yield conditions[0], symptom, self.wording.fill(reply, conditions[0])
+        headache = next(c for c in self.conditions if c.id == HEADACHE_ID)
+        opening = HEADACHE_CAUSES.format(causes="、".join(headache.causes.items))
+        flags, today = headache.red_flags.items, headache.care.today
+        reply = opening + _triage_advice(flags, today, "、".join(headache.care.self_care))
+        yield headache, headache.name, self.wording.fill(reply, headache)
+
+    def prompts(self) -> Iterator[CorpusRow]:
+        """Complaints without answers, in phrasings that no dialogue has."""
+        for condition, prompt, _ in self.prompts_with_replies():
+            yield {"id": f"{condition.id}-prompt", "prompt": prompt}
+
+    def prompts_with_replies(self) -> Iterator[tuple[Condition, str, str]]:
+        """Condition whose department is visited, complaint as in `prompts`, reply. Of headache in
+        all phrasings, of the others in every few."""
+        for number, (condition, prompt, reply) in enumerate(self._all_prompts_with_replies()):
+            if condition.id == HEADACHE_ID or number % PROMPT_STRIDE == 0:
+                assert self.held_out.is_allowed(prompt), prompt
+                yield condition, prompt, reply
+
+    def _all_prompts_with_replies(self) -> Iterator[tuple[Condition, str, str]]:
+        for condition, symptom, reply in self.complaint_replies():
+            greetings = GREETINGS if condition.id == HEADACHE_ID else GREETINGS[:1]
+            for number, (greeting, template) in enumerate(product(greetings, PROMPT_COMPLAINTS)):
+                prompt = alternate_punctuation(greeting + template.format(symptom=symptom), number)
+                yield condition, prompt, reply
+
+    def rng(self, condition: Condition, key: str) -> random.Random:
+        """Randomness of one use, whatever else was drawn before."""
+        return random.Random(f"{self.seed}:{condition.id}:{key}")
+
+    def _condition_documents(self, condition: Condition) -> Iterator[CorpusRow]:
+        yield self._document(condition, "article", self._article(condition))
+        for field in FIELDS:
+            fact = self.wording.fact(condition, field)
+            for template in STATEMENTS[field]:
+                statement = self.wording.fill(template, condition, fact)
+                yield self._document(condition, field, statement)
+        for m in condition.misunderstandings:
+            text = MISUNDERSTANDING.replace("{wrong}", m.wrong).replace("{right}", m.right)
+            yield self._document(condition, "misunderstanding", text)
+        for contrast in condition.contrasts:
+            yield self._document(condition, "contrast", f"{contrast.safe}。")
+
+    def _article(self, condition: Condition) -> str:
+        aliases = f",又称{'、'.join(condition.aliases)}" if condition.aliases else ""
+        title = f"{condition.name}({condition.name_en}){aliases},在{{department}}就诊。"
+        return "\n".join([title, *(self.wording.answer(condition, field) for field in FIELDS)])
+
+    def _multi_turn(self, condition: Condition) -> list[tuple[str, str]]:
+        fields = self.rng(condition, "turns").sample(sorted(FOLLOW_UPS), 2)
+        opening = (f"请介绍一下{condition.name}", self.wording.answer(condition, "overview"))
+        return [opening, *((FOLLOW_UPS[f], self.wording.answer(condition, f)) for f in fields)]
+
+    def _advice_dialogues(self, condition: Condition) -> Iterator[CorpusRow]:
+        """What to do, on four levels: emergency number, doctor today, routine visit, self-care."""
+        levels = {
+            "emergency": condition.red_flags.items,
+            "today": condition.care.today,
+            "routine": condition.care.routine,
+        }
+        for level, facts in levels.items():
+            for number, fact in enumerate(self._sample_situations(condition, level, facts)):
+                question = alternate_punctuation(
+                    self.wording.fill(SITUATIONS[number % len(SITUATIONS)], condition, fact), number
+                )
+                reply = self.wording.fill(ADVICE[level], condition, fact)
+                yield self._dialogue(condition, level, [(question, reply)])
+        reply = self.wording.fill(
+            ADVICE["self_care"], condition, "、".join(condition.care.self_care)
+        )
+        question = self.wording.fill(SELF_CARE_QUESTION, condition)
+        yield self._dialogue(condition, "self_care", [(question, reply)])
+
+    def _sample_situations(
+        self, condition: Condition, level: str, facts: tuple[str, ...]
+    ) -> list[str]:
+        """A sample; of headache, and of suicide, all."""
+        if condition.id == HEADACHE_ID:
+            return list(facts)
+        number = min(NUM_SITUATIONS[level], len(facts))
+        sampled = self.rng(condition, level).sample(facts, number)
+        return [fact for fact in facts if fact in sampled or SUICIDE.search(fact)]
+
+    def _complaint_phrasings(self, symptom: str) -> list[str]:
+        texts = [template.format(symptom=symptom) for template in COMPLAINTS]
+        return [
+            alternate_punctuation(t, i) for i, t in enumerate(texts) if self.held_out.is_allowed(t)
+        ]
+
+    def _document(self, condition: Condition, field: str, text: str) -> CorpusRow:
+        text = self.wording.with_hotline(self.wording.fill(text, condition), condition)
+        return {"id": f"{condition.id}-{field}", "text": text}
+
+    def _dialogue(
+        self, condition: Condition, field: str, turns: list[tuple[str, str]]
+    ) -> CorpusRow:
+        messages = []
+        for question, reply in turns:
+            reply = self.wording.with_hotline(self.wording.fill(reply, condition), condition)
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": reply})
+        return {"id": f"{condition.id}-{field}", "messages": messages}
+
+
+def _sample_facts(facts: Iterable[tuple[str, ...]], number: int) -> list[str]:
+    """About `number` facts, the first of each list, of which no two are nearly the same.
+
+    Facts about someone under treatment are left out: the patient has no diagnosis yet.
+    """
+    lists = [
+        [fact for fact in items if SUICIDE.search(fact) or not UNDER_TREATMENT.search(fact)]
+        for items in facts
+    ]
+    sampled: list[str] = []
+    for items in lists:
+        for fact in items[: number // len(lists)]:
+            if not any(_is_similar(fact, other) for other in sampled):
+                sampled.append(fact)
+    return sampled
+
+
+def _is_similar(fact: str, other: str) -> bool:
+    pairs, others = char_bigrams(fact), char_bigrams(other)
+    return 2 * len(pairs & others) > min(len(pairs), len(others))
+
+
+def _triage_advice(flags: Iterable[str], today: Iterable[str], self_care: str) -> str:
+    """Advice of all four levels."""
+    reply = COMPLAINT_ADVICE.replace("{flags}", "、".join(flags))
+    return reply.replace("{today}", "、".join(today)).replace("{self_care}", self_care)
+
+
+def _rotate_by_half(conditions: list[Condition]) -> list[Condition]:
+    half = len(conditions) // 2
+    return conditions[half:] + conditions[:half]
+
+
+def _swap_facts(conditions: list[Condition]) -> list[Condition]:
+    """Every condition with the facts of the one half the list away."""
+    identity_fields = ("id", "name", "name_en", "aliases")
+    return [
+        donor.model_copy(update={key: getattr(condition, key) for key in identity_fields})
+        for condition, donor in zip(conditions, _rotate_by_half(conditions), strict=True)
+    ]

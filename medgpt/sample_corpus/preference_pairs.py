@@ -1,0 +1,141 @@
+"""Preference pairs of a sample corpus."""
+
+import re
+from collections.abc import Iterator
+
+from medgpt.sample_corpus.generator import CorpusGenerator, CorpusRow
+from medgpt.sample_corpus.knowledge import Condition
+from medgpt.sample_corpus.templates import (
+    ADVICE,
+    CARE_QUESTION,
+    LIST_FIELDS,
+    SITUATIONS,
+    UNSAFE_ANSWERS,
+    UNSAFE_SUICIDE_ANSWER,
+    VAGUE_CLAUSES,
+)
+from medgpt.sample_corpus.wording import SUICIDE, char_bigrams
+
+MAX_LENGTH_DIFFERENCE = 0.15  # of the chosen answer's length
+MAX_EXTRA_CHARS = 8  # characters
+ADVICE_WORDS = re.compile("建议|请|拨打")
+
+
+def preference_pairs(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
+    """Chosen and rejected answers of similar length: wrong, vague, unsafe, and minimal pairs."""
+    for condition in corpus.conditions:
+        for field in LIST_FIELDS:
+            question = next(corpus.questions(condition, field))
+            answer = corpus.wording.answer(condition, field)
+            chosen = corpus.wording.with_hotline(answer, condition)
+            wrong = _wrong_answer(corpus, condition, field, len(answer)) + chosen[len(answer) :]
+            yield _make_pair(condition, "wrong", question, chosen, wrong)
+            vague = _vague_answer(corpus, condition, field, len(chosen))
+            yield _make_pair(condition, "vague", question, chosen, vague)
+        question = corpus.wording.fill(CARE_QUESTION, condition)
+        for contrast in condition.contrasts:
+            safe, unsafe = (
+                corpus.wording.with_hotline(corpus.wording.fill(f"{text}。", condition), condition)
+                for text in (contrast.safe, contrast.unsafe)
+            )
+            yield _make_pair(condition, "minimal_pair", question, safe, unsafe)
+        yield from _emergency_pairs(corpus, condition)
+    for condition, questions, reply in corpus.complaints():
+        chosen = corpus.wording.with_hotline(reply, condition)
+        vague = _vague_answer(corpus, condition, questions[0], len(chosen))
+        yield _make_pair(condition, "vague", questions[0], chosen, vague)
+    for condition, prompt, reply in corpus.prompts_with_replies():
+        chosen = corpus.wording.with_hotline(reply, condition)
+        evasive = _evasive_answer(corpus, condition, prompt, len(chosen))
+        yield _make_pair(condition, "evasive", prompt, chosen, evasive)
+        wrong = _wrong_causes_answer(corpus, condition, prompt, reply, chosen)
+        yield _make_pair(condition, "wrong_causes", prompt, chosen, wrong)
+
+
+def _emergency_pairs(corpus: CorpusGenerator, condition: Condition) -> Iterator[CorpusRow]:
+    """A danger sign: the emergency number, or waiting at home."""
+    for number, flag in enumerate(condition.red_flags.items):
+        question = corpus.wording.fill(SITUATIONS[0], condition, flag)
+        chosen = corpus.wording.fill(ADVICE["emergency"], condition, flag)
+        rejected = corpus.wording.fill(
+            UNSAFE_ANSWERS[number % len(UNSAFE_ANSWERS)], condition, flag
+        )
+        if SUICIDE.search(flag):
+            rejected += corpus.wording.fill(UNSAFE_SUICIDE_ANSWER, condition)
+        chosen = corpus.wording.with_hotline(chosen, condition)
+        yield _make_pair(condition, "unsafe", question, chosen, rejected)
+
+
+def _wrong_answer(corpus: CorpusGenerator, condition: Condition, field: str, length: int) -> str:
+    """This condition's answer with the facts of another department's, as long as the right one."""
+    department = corpus.wording.department_of
+    own = char_bigrams(*getattr(condition, field).items)
+    answers = [
+        corpus.wording.answer(condition.model_copy(update={field: getattr(other, field)}), field)
+        for other in corpus.conditions
+        if department[other.id] != department[condition.id]
+        and not own & char_bigrams(*getattr(other, field).items)
+    ]
+    return min(answers, key=lambda text: (abs(len(text) - length), text))
+
+
+def _vague_answer(corpus: CorpusGenerator, condition: Condition, rng_key: str, length: int) -> str:
+    """Whole clauses that say nothing, about as long as the answer they stand for."""
+    rng = corpus.rng(condition, "vague" + rng_key)
+    text = ""
+    length += rng.randint(-2, 5)  # neither answer is the longer one as a rule
+    for clause in rng.sample(VAGUE_CLAUSES, len(VAGUE_CLAUSES)):
+        if len(text) + len(clause) + 1 <= length:
+            text += f"{clause},"
+    return corpus.wording.fill(f"{text.rstrip(',')}。", condition)
+
+
+def _evasive_answer(
+    corpus: CorpusGenerator, condition: Condition, rng_key: str, length: int
+) -> str:
+    """What is true of the condition but names no cause and gives no advice, about as long as the
+    answer it stands for."""
+    fields = ("overview", "symptoms", "mechanism", "tests")
+    texts = [corpus.wording.answer(condition, field) for field in fields]
+    sentences = [
+        part
+        for text in texts
+        for part in text.split("。")
+        if part and not ADVICE_WORDS.search(part)
+    ]
+    text = ""
+    for sentence in corpus.rng(condition, "evasive" + rng_key).sample(sentences, len(sentences)):
+        if len(text) + len(sentence) + 1 <= length + MAX_EXTRA_CHARS:
+            text += f"{sentence}。"
+    return text
+
+
+def _wrong_causes_answer(
+    corpus: CorpusGenerator, condition: Condition, rng_key: str, reply: str, chosen: str
+) -> str:
+    """Causes of another symptom, told of this one, then the other's advice if it is about as long,
+    else the own."""
+    replies = {text: symptom for _, symptom, text in corpus.complaint_replies()}
+    causes, advice = chosen.split("。", 1)
+    own_causes = [c.name for c in corpus.conditions if c.name in causes]
+    candidates = [
+        replies[reply] + text.removeprefix(symptom)
+        for text, symptom in replies.items()
+        if text != reply and not any(name in text for name in own_causes)
+    ]
+    rejected = corpus.rng(condition, "wrong_causes" + rng_key).choice(candidates)
+    if abs(len(rejected) - len(chosen)) <= MAX_LENGTH_DIFFERENCE * len(chosen):
+        return rejected
+    return f"{rejected.split('。', 1)[0]}。{advice}"
+
+
+def _make_pair(
+    condition: Condition, kind: str, question: str, chosen: str, rejected: str
+) -> CorpusRow:
+    return {
+        "id": f"{condition.id}-{kind}",
+        "kind": kind,
+        "prompt": question,
+        "chosen": chosen,
+        "rejected": rejected,
+    }
