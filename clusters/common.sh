@@ -1,4 +1,4 @@
-# Sourced by up.sh and down.sh: which cluster, and the private places of one on this machine.
+# Sourced by up.sh and down.sh: sets the name of the cluster and the private folder of the local one.
 
 name=${1:?usage: $0 NAME, one of local, aws, gcp, aliyun, kuberay, or of another clusters/NAME.yaml}
 shift
@@ -12,13 +12,13 @@ if [ "$name" != kuberay ] && [ ! -f "clusters/$name.yaml" ]; then
 fi
 umask 077
 
-# of the local cluster: sessions, logs and spilled objects. Short, for the paths of sockets in it.
+# sessions, logs and spilled objects of the local cluster; a short path, since sockets are in it
 folder=${MEDGPT_CLUSTER_DIR:-/tmp/medgpt-$(id -u)}/local
 
-# Ray's own token of this user; all clusters and clients that are not told otherwise use it.
+# Ray's default token file of this user; all clusters and clients use it unless configured otherwise
 token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 
-private_folder() { # mine and only mine, or an error
+private_folder() { # create a folder that only this user can read, or fail
     mkdir -p "$1"
     [ -O "$1" ] || { echo "$1 belongs to someone else; set MEDGPT_CLUSTER_DIR" >&2; exit 1; }
     chmod 700 "$1"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# End the cluster NAME that up.sh started, and what it keeps on this machine but for the token.
+# Stop the cluster NAME that up.sh started and delete its files on this machine, except the token.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source clusters/common.sh

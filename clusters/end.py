@@ -1,4 +1,4 @@
-"""End the processes of the local cluster, and only those: all that it started inherited a mark."""
+"""Ends the processes of the local cluster, and only those, by an inherited environment variable."""
 
 import sys
 from contextlib import suppress
@@ -6,13 +6,13 @@ from contextlib import suppress
 import psutil
 
 ENVIRONMENT_MARK = "MEDGPT_LOCAL_CLUSTER"
-TERMINATE_TIMEOUT_S = 5  # for raylets and jobs to end by themselves
+TERMINATE_TIMEOUT_S = 5  # time for raylets and jobs to end by themselves
 
 
 def cluster_processes(folder: str) -> list[psutil.Process]:
     processes = []
     for process in psutil.process_iter():
-        # others' processes may not be read, and are none of ours
+        # processes of other users are not readable, and not ours
         with suppress(psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
             if process.environ().get(ENVIRONMENT_MARK) == folder:
                 processes.append(process)
@@ -20,7 +20,7 @@ def cluster_processes(folder: str) -> list[psutil.Process]:
 
 
 def end_cluster(folder: str) -> None:
-    """Return when none is left."""
+    """End all processes of the cluster and return when none is left."""
     for process in cluster_processes(folder):
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -33,6 +33,6 @@ def end_cluster(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if "--check" in sys.argv:  # fails if there are any
+    if "--check" in sys.argv:  # exit with status 1 if there are any
         sys.exit(bool(cluster_processes(sys.argv[1])))
     end_cluster(sys.argv[1])

@@ -1,9 +1,9 @@
-"""Ray's node provider for Alibaba Cloud, with what it leaves out.
+"""Node provider for Alibaba Cloud, derived from Ray's.
 
-Ray's own wants the access key in the cluster's file, gives every node a public address, asks spot
-prices for all of them, and picks any network that it finds. Here credentials come from the
-environment (ALIBABA_CLOUD_ACCESS_KEY_ID and _SECRET) where `ray up` runs and from the RAM role of
-the head there; the network is that of the file, and a node is what its node_config says.
+Ray's provider needs the access key in the cluster definition, gives every node a public address,
+requests spot instances for all nodes, and picks any network. This one reads credentials from the
+environment (ALIBABA_CLOUD_ACCESS_KEY_ID and _SECRET) where `ray up` runs and from the RAM role on
+the head; the network is that of the definition, and node_config decides everything else.
 """
 
 import json
@@ -16,12 +16,12 @@ from aliyunsdkecs.request.v20140526.RunInstancesRequest import RunInstancesReque
 from ray.autoscaler._private.aliyun.node_provider import AliyunNodeProvider
 from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
 
-PROVIDER_PARAMETERS = ("SecurityGroupId", "VSwitchId", "KeyPairName")  # by provider, for all nodes
+PROVIDER_PARAMETERS = ("SecurityGroupId", "VSwitchId", "KeyPairName")  # from the provider section
 
 
 class Nodes(AliyunNodeProvider):
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
-        # Ray's class wants keys; the client that would use them is replaced
+        # Ray's class requires keys; the client that would use them is replaced
         unused = {"access_key": "", "access_key_secret": "", "cache_stopped_nodes": False}
         super().__init__({**provider_config, **unused}, cluster_name)
         key = os.environ.get("ALIBABA_CLOUD_ACCESS_KEY_ID")
@@ -34,13 +34,13 @@ class Nodes(AliyunNodeProvider):
 
     @staticmethod
     def bootstrap_config(config: dict[str, Any]) -> dict[str, Any]:
-        """As it is: networks, groups and keys are there before."""
+        """Return the config unchanged: networks, groups and keys exist already."""
         return config
 
     def create_node(
         self, node_config: dict[str, Any], tags: dict[str, str], count: int
     ) -> dict[str, Any]:
-        """Start `count` instances; those that Alibaba Cloud could start, by id."""
+        """Start `count` instances and return those that were started, by id."""
         request = self.request(node_config, tags, count)
         answer = json.loads(self.acs.cli.do_action_with_exception(request))
         ids = answer["InstanceIdSets"]["InstanceIdSet"]
@@ -50,7 +50,7 @@ class Nodes(AliyunNodeProvider):
     def request(
         self, node_config: dict[str, Any], tags: dict[str, str], count: int
     ) -> RunInstancesRequest:
-        """`node_config` holds parameters of RunInstances by their names."""
+        """Build the request; `node_config` holds parameters of RunInstances by name."""
         request = RunInstancesRequest()
         all_tags = {TAG_RAY_CLUSTER_NAME: self.cluster_name, **tags}
         given = {name: self.provider_config[name] for name in PROVIDER_PARAMETERS}

@@ -1,7 +1,8 @@
-"""Nodes of the local cluster: raylets on this machine, by Ray's provider for its own tests.
+"""Node provider of the local cluster: raylets on this machine, derived from Ray's provider for
+tests.
 
-That one lets all nodes unpack jobs' files in the same folder, where a node that starts deletes the
-working directory of the jobs that run. Here each has its own.
+Ray's provider gives all nodes the same runtime_env folder, where a starting node deletes the
+working directories of running jobs. Here each node has its own folder.
 """
 
 import json
@@ -30,7 +31,7 @@ class Nodes(FakeMultiNodeProvider):
         resources: dict[str, float],
         labels: dict[str, str],
     ) -> None:
-        """Start one node; the caller does so `count` times."""
+        """Start one node; the caller calls this `count` times."""
         with self.lock:
             name = self._next_hex_node_id()
             other_resources = {**resources}

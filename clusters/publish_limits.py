@@ -1,11 +1,11 @@
-"""Tell a cluster how far its autoscaler may go, where Ray lets jobs read it.
+"""Publishes the limits of the autoscaler in the head, where jobs can read them.
 
-Ray keeps a place for it in the head, and its open-source autoscalers leave it empty. medgpt refuses
-by it what can never be placed. Run on the head, or with --address, after `ray start --head`:
+Ray has a key for them that its open-source autoscalers do not set. medgpt reads it to refuse
+workers that can never be placed. Run on the head, or with --address, after `ray start --head`:
 
     python clusters/publish_limits.py DEFINITION.yaml [--address HOST:PORT]
 
-DEFINITION is a cluster launcher's file or a RayCluster manifest.
+DEFINITION is a file of the cluster launcher or a RayCluster manifest.
 """
 
 import argparse
@@ -26,20 +26,21 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 from ray.core.generated.autoscaler_pb2 import ClusterConfig
 from ray.util import get_node_ip_address
 
-HEAD_TIMEOUT_S = 60  # until the head answers
+HEAD_TIMEOUT_S = 60  # to wait until the head answers
 
 
 def load_definition(path: Path) -> dict[str, Any]:
-    """Node groups by name, from a launcher's file or a RayCluster manifest."""
+    """Return the definition of a launcher's file or a RayCluster manifest in the launcher's
+    format."""
     tree = yaml.safe_load(path.read_text("utf-8"))
     if tree.get("kind") != "RayCluster":
         return tree
-    tree["metadata"].setdefault("namespace", "default")  # as kubectl does
+    tree["metadata"].setdefault("namespace", "default")  # the default of kubectl
     return _derive_autoscaling_config_from_ray_cr(tree)
 
 
 def cluster_config(tree: dict[str, Any]) -> ClusterConfig:
-    """The limits of all groups but the head's."""
+    """Return the limits of all node groups except the head."""
     config = ClusterConfig()
     for name, group in tree["available_node_types"].items():
         if name == tree["head_node_type"]:
@@ -54,7 +55,7 @@ def cluster_config(tree: dict[str, Any]) -> ClusterConfig:
 
 
 def publish(config: ClusterConfig, address: str) -> None:
-    """Write it where ray._private.state.get_cluster_config reads."""
+    """Write the limits to the key that ray._private.state.get_cluster_config reads."""
     deadline = time.monotonic() + HEAD_TIMEOUT_S
     while True:
         try:
@@ -65,7 +66,7 @@ def publish(config: ClusterConfig, address: str) -> None:
                 GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
             )
             return
-        except Exception:  # Ray has several for a head that is not there yet
+        except Exception:  # Ray raises several types while the head is starting
             if time.monotonic() > deadline:
                 raise
             time.sleep(1)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs on every node of a VM cluster: Python 3.11 and the pinned tree in ~/venv. Arguments: further packages.
+# Runs on every node of a VM cluster: installs Python 3.11 and the pinned packages into ~/venv.
+# Arguments: further packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 umask 077
@@ -15,7 +16,7 @@ fi
 pins=$(cksum <~/medgpt.tar)-$*
 if [ "$(cat ~/venv/.pins 2>/dev/null)" != "$pins" ]; then
     python3.11 -m venv ~/venv
-    # all nodes have one environment; the CUDA build of torch runs on CPUs, too
+    # all nodes have the same environment; the CUDA build of torch also runs on CPUs
     ~/venv/bin/pip install --quiet --disable-pip-version-check -c jobs/constraints-cuda.txt . "$@"
     echo "$pins" >~/venv/.pins
 fi

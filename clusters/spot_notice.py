@@ -1,7 +1,7 @@
-"""Watch for the notice that the cloud takes this spot node back, and let Ray drain the node.
+"""Polls for the preemption notice of this spot node and lets Ray drain the node.
 
-Ray then places nothing more here, and training workers save the step that they have reached and go
-on elsewhere. Runs on every worker node of a VM cluster:
+Ray then schedules nothing more here; training workers save a checkpoint and continue on other
+nodes. Runs on every worker node of a VM cluster:
 
     python clusters/spot_notice.py aws|gcp|aliyun --address HEAD:PORT
 """
@@ -20,16 +20,16 @@ import ray._raylet
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.util import get_node_ip_address
 
-POLL_S = 5  # clouds ask for no more
+POLL_S = 5  # the interval that clouds recommend
 TIMEOUT_S = 5
 
 
 def _get(url: str, *, method: str = "GET", **headers: str) -> str | None:
-    """The text at `url`; None if there is none."""
+    """Return the text at `url`; None for status 404."""
     request = urllib.request.Request(
         url, method=method, headers={name.replace("_", "-"): v for name, v in headers.items()}
     )
-    # metadata is on the link itself: a proxy of the environment would ask for its own
+    # never through a proxy, which would return the metadata of its own node
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
@@ -41,7 +41,7 @@ def _get(url: str, *, method: str = "GET", **headers: str) -> str | None:
 
 
 def _seconds_until(moment: str) -> float:
-    """From now to a time like 2026-01-31T12:00:00Z."""
+    """Return the seconds until a time such as 2026-01-31T12:00:00Z."""
     return datetime.fromisoformat(moment.strip()).timestamp() - time.time()
 
 
@@ -69,7 +69,7 @@ def aliyun(server: str) -> float | None:
 class Provider:
     server: str
     seconds_until_end: Callable[[str], float | None]
-    """Asks the server; seconds until the node ends, None if it stays."""
+    """Query the server: seconds until the node is preempted, None if it is not."""
 
 
 PROVIDERS = {
@@ -80,7 +80,7 @@ PROVIDERS = {
 
 
 def node_id(address: str, ip: str) -> str:
-    """Of the living Ray node with this address."""
+    """Return the id of the alive Ray node with this IP address."""
     nodes = ray._raylet.GcsClient(address=address).get_all_node_info()
     (node,) = [
         key.hex()
@@ -104,9 +104,9 @@ def drain(address: str, node: str, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("provider", choices=PROVIDERS)
-    parser.add_argument("--address", required=True, help="of the head, HOST:PORT")
-    parser.add_argument("--node-id", help="default: the node with this machine's address")
-    parser.add_argument("--server", help="other metadata server, as in a test")
+    parser.add_argument("--address", required=True, help="address of the head, HOST:PORT")
+    parser.add_argument("--node-id", help="default: the node with the IP of this machine")
+    parser.add_argument("--server", help="metadata server, for tests")
     parser.add_argument("--poll-s", type=float, default=POLL_S)
     options = parser.parse_args()
     provider = PROVIDERS[options.provider]
@@ -114,7 +114,7 @@ def main() -> None:
     while True:
         try:
             seconds = provider.seconds_until_end(server)
-        except (URLError, TimeoutError) as error:  # busy for a moment
+        except (URLError, TimeoutError) as error:  # the server may be busy
             print(f"{server}: {error}", flush=True)
             seconds = None
         if seconds is not None:

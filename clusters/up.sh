@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start a cluster. NAME local: real Ray nodes on this machine, from none; kuberay: clusters/kuberay by kubectl;
-# others by `ray up clusters/NAME.yaml`. What follows NAME goes to `ray up` or `kubectl apply`.
+# Start a cluster. NAME local: Ray nodes on this machine, scaled from zero; kuberay: clusters/kuberay with kubectl;
+# others: `ray up clusters/NAME.yaml`. Further arguments are passed to `ray up` or `kubectl apply`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source clusters/common.sh
@@ -9,7 +9,7 @@ start_local() {
     local port=${MEDGPT_RAY_PORT:-6379} dashboard=${MEDGPT_DASHBOARD_PORT:-8265} ip head
     ip=$(python -c 'from ray.util import get_node_ip_address; print(get_node_ip_address())')
     python clusters/end.py "$folder" --check || {
-        echo "the local cluster is up already; clusters/down.sh local ends it" >&2
+        echo "the local cluster is already running; stop it with clusters/down.sh local" >&2
         exit 1
     }
     private_folder "$(dirname "$folder")"
@@ -21,7 +21,7 @@ start_local() {
         --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" --dashboard-agent-listen-port=0
         --ray-client-server-port="${MEDGPT_CLIENT_PORT:-10001}" --autoscaling-config="$folder/cluster.yaml"
     )
-    # all that the head starts inherits MEDGPT_LOCAL_CLUSTER, by which end.py knows it; jobs run with this PATH
+    # all processes of the head inherit MEDGPT_LOCAL_CLUSTER, by which end.py finds them; jobs run with this PATH
     MEDGPT_LOCAL_CLUSTER=$folder PATH=$(dirname "$(command -v ray)"):$PATH \
         RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token \
         RAY_FAKE_CLUSTER=1 RAY_enable_autoscaler_v2=1 AUTOSCALER_UPDATE_INTERVAL_S=1 \
@@ -45,15 +45,15 @@ EOF
         exit 1
     fi
     cat <<EOF
-The local cluster is up; nodes come as jobs need them. Submit to it:
+The local cluster is running; it starts nodes when jobs need them. Submit a job:
     source $folder/env.sh
     ray job submit --working-dir . -- medgpt sft configs/debug/sft.toml run.dir=\$PWD/runs/sft
-or let a command use it from here: RAY_ADDRESS=$ip:$port medgpt ...
-End it: clusters/down.sh local
+or run a command on it from here: RAY_ADDRESS=$ip:$port medgpt ...
+Stop it: clusters/down.sh local
 EOF
 }
 
-head_id=$(printf 'f%.0s' {1..51})00000 # Ray's provider knows the head by it
+head_id=$(printf 'f%.0s' {1..51})00000 # Ray's provider identifies the head by it
 ensure_token
 case $name in
 local) start_local ;;
@@ -64,10 +64,10 @@ kuberay)
     ;;
 *)
     mkdir -p clusters/build
-    git archive --output clusters/build/medgpt.tar HEAD # what is committed, and nothing else that lies here
+    git archive --output clusters/build/medgpt.tar HEAD # only committed files
     RAY_AUTH_MODE=token RAY_UP_enable_autoscaler_v2=1 PYTHONPATH=$PWD/clusters ray up "clusters/$name.yaml" "$@"
     cat <<EOF
-Submit to it, with a tunnel to the dashboard of its head:
+Open a tunnel to the dashboard of the head, then submit a job:
     ray dashboard clusters/$name.yaml
     RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir . -- medgpt ...
 EOF

@@ -1,5 +1,5 @@
-# Sourced by quickstart.sh and tests/run.sh: makes .venv with the pinned tree unless it is there.
-# PYTHON names the interpreter (3.11); MEDGPT_VENV another place for the environment.
+# Sourced by quickstart.sh and tests/run.sh: creates .venv with the pinned packages unless it exists.
+# PYTHON sets the interpreter (3.11), MEDGPT_VENV the folder of the environment.
 
 environment() {
     local python=${PYTHON:-python3.11} venv=${MEDGPT_VENV:-$PWD/.venv} pins
@@ -12,7 +12,7 @@ environment() {
     if [ "$(cat "$venv/.pins" 2>/dev/null)" != "$pins" ]; then
         echo "installing into $venv (minutes, once) ..."
         "$python" -m venv "$venv"
-        # torch first and pinned: with a range pip would fetch a CUDA build of several GB
+        # torch first and pinned: for a range, pip would download a CUDA build of several GB
         "$venv/bin/pip" install --quiet --disable-pip-version-check -c jobs/constraints.txt torch
         "$venv/bin/pip" install --quiet --disable-pip-version-check -c jobs/constraints.txt -e '.[test]'
         echo "$pins" >"$venv/.pins"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained small model: environment, every stage on the sample corpus, scores, report.
+# From a fresh clone to a small trained model: installs the environment, runs all stages on the sample corpus, reports.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/environment.sh

@@ -1,8 +1,8 @@
-"""Folders of files, on local paths and fsspec URIs, and what makes one an artefact.
+"""Folders on local paths and fsspec URIs, and artifacts: folders with a manifest written last.
 
-An artefact (data shards, checkpoint, export) is a folder whose manifest.json, written last, names
-every file with size and checksum. A folder without one, or whose files do not match it, does not
-exist for medgpt: no rename, no lock, nothing that an object store cannot do.
+An artifact (data shards, checkpoint, export) is a folder whose manifest.json names every file with
+size and checksum. medgpt ignores a folder without a manifest or whose files do not match it, so it
+needs no rename and no lock, which object stores do not have.
 """
 
 import json
@@ -29,13 +29,13 @@ class FileEntry:
 
 
 def checksum(path: Path) -> str:
-    """xxHash (XXH3, 128 bit) of a file, as `xxhsum -H2` prints it."""
+    """Return the XXH3 128-bit hash of a file, as `xxhsum -H2` prints it."""
     with path.open("rb") as file:
         return stream_checksum(file)
 
 
 def stream_checksum(file: BinaryIO) -> str:
-    """The same of what is left to read in an open file."""
+    """Return the XXH3 128-bit hash of the rest of an open file."""
     digest = xxhash.xxh3_128()
     while block := file.read(1 << 22):
         digest.update(block)
@@ -70,7 +70,7 @@ class Folder:
         return self.fs.cat_file(self.path(name)).decode()
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace the file at once: a reader sees the old or the new one."""
+        """Replace the file atomically: a reader sees the old or the new text."""
         if self.is_local:
             self.fs.makedirs(self.root, exist_ok=True)
             target = Path(self.path(name))
@@ -79,11 +79,11 @@ class Folder:
                 with partial.open("w", encoding="utf-8") as file:
                     file.write(text)
                     file.flush()
-                    os.fsync(file.fileno())  # or a power cut could leave an empty file instead
+                    os.fsync(file.fileno())  # or a power cut could leave an empty file
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
-        else:  # an object appears when its upload is complete
+        else:  # an object becomes visible when its upload is complete
             self.fs.pipe_file(self.path(name), text.encode())
 
     def read_json(self, name: str) -> Any:
@@ -93,13 +93,13 @@ class Folder:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def names(self) -> list[str]:
-        """Names of the entries, sorted; empty if there is no such folder."""
+        """Return the sorted names of all entries; empty if the folder does not exist."""
         if not self.fs.exists(self.root):
             return []
         return sorted(entry.rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files in the folder."""
+        """Return the size in bytes of each file in the folder."""
         if not self.fs.exists(self.root):
             return {}
         entries = self.fs.ls(self.root, detail=True)
@@ -111,7 +111,7 @@ class Folder:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A local folder to write files to; on exit they are in this folder."""
+        """Yield a local folder to write to; its files are in this folder on exit."""
         if self.is_local:
             self.fs.makedirs(self.root, exist_ok=True)
             yield Path(self.root)
@@ -123,7 +123,7 @@ class Folder:
 
     @contextmanager
     def local(self) -> Iterator[Path]:
-        """The folder's files as a local folder."""
+        """Yield a local folder with the files, copied if this folder is remote."""
         if self.is_local:
             yield Path(self.root)
             return
@@ -132,7 +132,7 @@ class Folder:
             yield Path(scratch)
 
     def copy_to(self, directory: Path) -> None:
-        """Copy all files to a local folder, which is made if there is none."""
+        """Copy all files to a local folder; create it if missing."""
         directory.mkdir(exist_ok=True)
         self.fs.get(f"{self.root}/", f"{directory}/", recursive=True)
 
@@ -142,7 +142,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def file_entries(directory: Path, names: Sequence[str] | None = None) -> list[FileEntry]:
-    """Size and checksum of the named files in a local folder (default: all)."""
+    """Return size and checksum of the named files in a local folder, by default of all."""
     paths = (
         sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
         if names is None
@@ -152,17 +152,17 @@ def file_entries(directory: Path, names: Sequence[str] | None = None) -> list[Fi
 
 
 def commit(folder: Folder, files: Sequence[FileEntry], **facts: Any) -> None:
-    """Make the folder an artefact. Everything in `files` must be in place."""
+    """Make the folder an artifact by writing its manifest. All `files` must be in place."""
     folder.write_json(MANIFEST, {**facts, "files": [vars(file) for file in files]})
 
 
 def committed(folder: Folder, *, verify: bool = False) -> dict[str, Any] | None:
-    """The manifest of a complete artefact, else None. `verify` reads all for their checksums."""
+    """Return the manifest of a complete artifact, else None. `verify` also checks checksums."""
     if not folder.exists(MANIFEST):
         return None
     try:
         manifest = folder.read_json(MANIFEST)
-    except ValueError:  # damaged
+    except ValueError:  # truncated
         return None
     for file in manifest["files"]:
         name = file["name"]

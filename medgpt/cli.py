@@ -1,6 +1,6 @@
-"""medgpt STAGE CONFIG.toml [section.key=value ...]
+"""The `medgpt` command: medgpt STAGE CONFIG.toml [section.key=value ...]
 
-Heavy libraries load only after a config has been read and found right.
+Heavy libraries are imported only after the config has been loaded and validated.
 """
 
 import importlib
@@ -25,19 +25,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a medical language model. Each stage takes a TOML file; see configs/.",
 )
-job = typer.Typer(no_args_is_help=True, help="Jobs of `medgpt submit`: status, logs, stop.")
+job = typer.Typer(no_args_is_help=True, help="Show, follow and stop the jobs of `medgpt submit`.")
 app.add_typer(job, name="job")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="A file from configs/.")]
 DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
 DashboardURL = Annotated[
     str,
-    typer.Option(
-        metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."
-    ),
+    typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="URL of the Ray dashboard."),
 ]
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="Its id, or its run directory.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id or run directory.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="section.key=value", help="On top of the file.")
+    list[str] | None, typer.Argument(metavar="section.key=value", help="Override keys of the file.")
 ]
 
 
@@ -71,29 +69,31 @@ def reward(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train on preferences without a reward model: DPO, KTO and their kin."""
+    """Train on preferences without a reward model: DPO, KTO and variants."""
     _call("medgpt.stages.dpo:run_dpo", config, _load_config(DPOConfig, config, overrides))
 
 
 @app.command()
 def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Learn from rewards: PPO on separate pools of actor, critic, reward, reference, rollout."""
+    """Train with PPO on separate pools: actor, critic, reward, reference, rollout."""
     _call("medgpt.stages.ppo:run_ppo", config, _load_config(PPOStageConfig, config, overrides))
 
 
 @app.command()
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Search PPO's keys: many trials, the best config, and what it is worth."""
+    """Search hyperparameters of PPO and check the best config on fresh questions."""
     _call("medgpt.stages.tune:run_tune", config, _load_config(TuneStageConfig, config, overrides))
 
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="What to score.")],
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="The run or model to score.")
+    ],
     config: ConfigPath,
     overrides: Overrides = None,
 ) -> None:
-    """Score a model: multiple choice, held-out text, replies."""
+    """Score a model on multiple choice, held-out text and replies."""
     overrides_with_model = [
         f"model.name={json.dumps(absolute_model_path(model), ensure_ascii=False)}",
         *(overrides or ()),
@@ -119,43 +119,50 @@ def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
 def plan(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft, reward, dpo, ppo.")],
     config: ConfigPath,
-    cluster: Annotated[Path, typer.Option(help="A Ray cluster definition, of clusters/.")],
+    cluster: Annotated[Path, typer.Option(help="A Ray cluster definition from clusters/.")],
     overrides: Overrides = None,
     hardware: Annotated[
-        Path | None, typer.Option(help="Prices and devices; unset: CLUSTER ending in .toml.")
+        Path | None,
+        typer.Option(help="File with prices and devices; default: CLUSTER with the suffix .toml."),
     ] = None,
-    tokens: Annotated[float | None, typer.Option(help="To train on, as 2e9.", min=1)] = None,
-    mfu: Annotated[float, typer.Option(help="Assumed share of the peak.", min=0.01, max=1)] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="All numbers, as JSON.")] = False,
+    tokens: Annotated[
+        float | None, typer.Option(help="Tokens to train on, such as 2e9.", min=1)
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(help="Assumed share of the peak FLOP/s.", min=0.01, max=1)
+    ] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
 ) -> None:
-    """What a stage needs on a cluster, what fits, how long it takes and what it costs."""
+    """Estimate the memory, nodes, time and cost of a stage on a cluster."""
     arguments = (stage, config, overrides or [], cluster, hardware, tokens, mfu, as_json)
     _call("medgpt.stages.plan:run_plan", config, *arguments)
 
 
 @app.command()
 def submit(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="What to run, as above.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The command to run, such as sft.")],
     config: ConfigPath,
     overrides: Overrides = None,
     address: DashboardURL = DEFAULT_DASHBOARD,
     secret_env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=FILE]", help="A secret that the job has from its nodes."),
+        typer.Option(metavar="NAME[=FILE]", help="Secret that the job reads on the nodes."),
     ] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Do not wait until the job ends.")
+    ] = False,
 ) -> None:
-    """Run a stage or a pipeline on a Ray cluster; submitted again, it resumes."""
+    """Run a stage or a pipeline on a Ray cluster; submit it again to resume it."""
     arguments = (stage, config, overrides or [], address, secret_env or [], detach)
     raise typer.Exit(_call("medgpt.jobs.submit:run_submit", config, *arguments))
 
 
 @job.command()
 def status(
-    name: Annotated[str | None, typer.Argument(metavar="JOB", help="Unset: all jobs.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="JOB", help="Default: all jobs.")] = None,
     address: DashboardURL = DEFAULT_DASHBOARD,
 ) -> None:
-    """How jobs are doing."""
+    """Show the status of jobs."""
     _call("medgpt.jobs.submit:run_status", "job status", name, address)
 
 
@@ -163,25 +170,25 @@ def status(
 def logs(
     name: JobName,
     address: DashboardURL = DEFAULT_DASHBOARD,
-    follow: Annotated[bool, typer.Option("--follow", help="Until its end.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow until the job ends.")] = False,
 ) -> None:
-    """What a job says."""
+    """Show the output of a job."""
     raise typer.Exit(_call("medgpt.jobs.submit:run_logs", name, name, address, follow))
 
 
 @job.command()
 def stop(name: JobName, address: DashboardURL = DEFAULT_DASHBOARD) -> None:
-    """End a job; submitted again, it resumes."""
+    """Stop a job; submit it again to resume it."""
     _call("medgpt.jobs.submit:run_stop", name, name, address)
 
 
 @app.command()
 def chat(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run or a model folder.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy decoding.")] = 0.0,
 ) -> None:
-    """Talk to a trained model in the terminal."""
+    """Chat with a trained model in the terminal."""
     _call("medgpt.stages.chat:run_chat", run, run, max_new_tokens, temperature)
 
 
@@ -190,12 +197,12 @@ def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run trained with LoRA.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
 ) -> None:
-    """Fold LoRA adapters into their base model."""
+    """Merge LoRA adapters into their base model."""
     _call("medgpt.stages.merge:merge_adapter", run, run, out)
 
 
 def main() -> None:
-    """The `medgpt` command."""
+    """Run the command line interface."""
     app()
 
 
@@ -207,7 +214,7 @@ def _load_config(cls: type[ConfigT], path: Path, overrides: list[str] | None) ->
 
 
 def _call(target: str, subject: object, *arguments: object) -> Any:
-    """Call `module:function`; what the user can repair is printed without a traceback."""
+    """Call `module:function`; print a ConfigError without a traceback, exit with status 2."""
     module, function = target.split(":")
     try:
         return getattr(importlib.import_module(module), function)(*arguments)

@@ -1,4 +1,4 @@
-"""A full disk or a store that does not answer, in words that a user can act on."""
+"""Turn a full disk or an unreachable store into a ConfigError that names the remedy."""
 
 import errno
 import os
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from medgpt.config.base import ConfigError
 
-# by their words: safetensors, pyarrow and Ray wrap the error, and only the text comes through
+# matched by text: safetensors, pyarrow and Ray wrap the error and keep only its message
 DISK_FULL_TEXTS = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-# where a run directory has a scheme: what its clients say after their own tries
+# errors of remote stores' clients after their own retries
 UNREACHABLE_TEXTS = (
     "Could not connect to the endpoint URL",  # s3
     "Connection was closed before we received a valid response",
@@ -23,7 +23,7 @@ UNREACHABLE_TEXTS = (
 
 @contextmanager
 def storage_errors(run_dir: str, target: str) -> Iterator[None]:
-    """Raises ConfigError in place of an error that says why `what` could not be written or read."""
+    """Raise ConfigError for errors that mean a full disk or an unreachable store at `target`."""
     try:
         yield
     except Exception as error:
@@ -32,12 +32,12 @@ def storage_errors(run_dir: str, target: str) -> Iterator[None]:
         if message := _matching_text(error, DISK_FULL_TEXTS):
             raise ConfigError(
                 f"run.dir={run_dir}: {message} while writing {target}; free space and repeat the "
-                "command, the run continues from its newest complete checkpoint"
+                "command, and the run continues from its newest complete checkpoint"
             ) from None
         if "://" in run_dir and (message := _matching_text(error, UNREACHABLE_TEXTS)):
             raise ConfigError(
                 f"run.dir={run_dir}: the store does not answer ({message}) at {target}; repeat the "
-                "command when it does, the run continues from its newest complete checkpoint"
+                "command when it does, and the run continues from its newest complete checkpoint"
             ) from None
         raise
 

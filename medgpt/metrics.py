@@ -1,6 +1,6 @@
-"""One way to report: metrics.jsonl, TensorBoard and the console, from the same numbers.
+"""Report metrics to metrics.jsonl, TensorBoard and the console.
 
-Names are `area/name`. Patient text never comes here; numbers do.
+Metric names are `area/name`. Patient text must never be reported.
 """
 
 import json
@@ -26,10 +26,10 @@ from medgpt.runs import Run
 
 
 class MetricsWriter:
-    """Appends to a run's metrics.jsonl and TensorBoard log. One process of a run has it."""
+    """Appends to a run's metrics.jsonl and TensorBoard log. Only one process of a run may write."""
 
     def __init__(self, run: Run, *, attempt: int, time_s: float) -> None:
-        """`time_s`: training time of the steps that earlier attempts completed."""
+        """`time_s` is the training time in seconds of the steps that earlier attempts completed."""
         self.run, self.attempt = run, attempt
         self.started_at = time.monotonic() - time_s
         local = run.folder.is_local
@@ -47,7 +47,7 @@ class MetricsWriter:
         return time.monotonic() - self.started_at
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the metrics of an optimizer step (from 1; 0 is before the first)."""
+        """Append the metrics of an optimizer step; step 0 is before the first."""
         line = {"step": step, "time_s": round(self.time_s, 3), "attempt": self.attempt, **metrics}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -57,7 +57,7 @@ class MetricsWriter:
         )
 
     def sync(self) -> None:
-        """Make everything logged so far readable in the run directory."""
+        """Flush everything logged so far to the run directory."""
         self.events.flush()
         if self.scratch is not None:
             fs, root = self.run.folder.fs, Path(self.scratch.name)
@@ -72,7 +72,7 @@ class MetricsWriter:
 
 
 def _truncate_partial_line(file: Path) -> None:
-    """What a writer that died in the middle of a line left must not join the next one."""
+    """Drop the half line of a writer that died, so that the next line does not join it."""
     if file.exists():
         data = file.read_bytes()
         with file.open("r+b") as stream:
@@ -80,7 +80,7 @@ def _truncate_partial_line(file: Path) -> None:
 
 
 class ConsoleReporter:
-    """Progress of a stage for a person: a bar with remaining time on a terminal, else lines."""
+    """Shows the progress of a stage: a bar with remaining time on a terminal, else lines."""
 
     def __init__(self, stage: str, console: Console | None = None) -> None:
         self.stage = stage
@@ -101,13 +101,13 @@ class ConsoleReporter:
         self.progress.start()
 
     def say(self, text: str) -> None:
-        """A line that stays on the screen."""
+        """Print a line that stays on the screen."""
         self.console.print(f"{self.stage}: {text}", markup=False)
 
     def advance(
         self, phase: str, done: int, total: int, facts: str = "", *, print_line: bool = False
     ) -> None:
-        """Phase `phase` has done `done` of `total`; `say` also prints it as a line."""
+        """Show that `phase` has done `done` of `total`; `print_line` also prints it as a line."""
         if phase not in self.tasks:
             self.started_at[phase] = (time.monotonic(), done)
             self.tasks[phase] = self.progress.add_task(

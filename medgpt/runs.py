@@ -1,4 +1,4 @@
-"""A run directory: config, manifest, metrics, checkpoints, model."""
+"""Run directories: config, manifest, metrics, checkpoints and model."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ from medgpt.config.base import ConfigError
 from medgpt.config.loading import validate
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")
-CHANGEABLE_KEYS = {  # sections and keys that do not alter what is trained
+CHANGEABLE_KEYS = {  # sections and keys that do not alter the result
     "run.allow_changes",
     "run.dir",
     "cluster",
@@ -52,14 +52,14 @@ CHANGEABLE_KEYS = {  # sections and keys that do not alter what is trained
     "ppo.audit",
     "rollout.batch_tokens",
     "rollout.gpu_memory_share",
-    "stages.config",  # of every stage; its own run knows what was in the file
-    "base",  # a file; what it says is compared by itself
+    "stages.config",  # the run of each stage compares the contents of its file
+    "base",  # a file whose contents are compared
     "overrides",
     "tune.num_trials",
     "tune.max_concurrent",
     "tune.max_failures",
 }
-FIXED_KEYS = {  # of the sections above
+FIXED_KEYS = {  # exceptions in the sections above
     "pools.reference_in_actor",
     "pools.actor.engine.precision",
     "pools.critic.engine.precision",
@@ -70,7 +70,7 @@ FIXED_KEYS = {  # of the sections above
 
 
 class Run:
-    """What a stage reads and writes. `Run.open` decides between fresh, resumed and finished."""
+    """A run directory. `Run.open` distinguishes new, unfinished and finished runs."""
 
     def __init__(self, url: str) -> None:
         self.folder = Folder(url)
@@ -79,11 +79,11 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.model = self.folder / "model"
         self.accepted_changes: list[str] = []
-        """Changes of the config since the run began, with run.allow_changes."""
+        """Config changes that run.allow_changes accepted, as `key was 1, is 2`."""
 
     @classmethod
     def open(cls, stage: str, config: BaseModel, *, run_dir: str, allow_changes: bool) -> "Run":
-        """The run at `run_dir`: new, to be resumed, or finished and then left as it is.
+        """Open the run at `run_dir` and record config and environment, unless it is finished.
 
         Raises:
             ConfigError: the folder cannot be used or holds something else, or the config changed
@@ -111,13 +111,13 @@ class Run:
     def _from_dir(cls, run_dir: str) -> "Run":
         if "://" not in run_dir and not Path(run_dir).is_absolute():
             raise ConfigError(
-                f"run.dir={run_dir} is relative, and workers stand in other folders; give an "
-                "absolute path or a URI"
+                f"run.dir={run_dir} is relative, but workers have other working directories; give "
+                "an absolute path or a URI"
             )
         try:
             run = cls(run_dir)
             run.folder.exists(MANIFEST)
-        except Exception as error:  # every kind of store has its own
+        except Exception as error:  # every kind of store has its own classes
             raise ConfigError(
                 f"run.dir={run_dir}: {error}; give an absolute path, or a URI that fsspec knows, "
                 "with credentials for it"
@@ -140,13 +140,13 @@ class Run:
         return tomllib.loads(self.folder.read_text("config.toml"))
 
     def write_config(self, config: BaseModel) -> None:
-        """Write config.toml, unless it is there already."""
+        """Write config.toml if it changed."""
         text = tomli_w.dumps(_config_tree(config))
         if not self.folder.exists("config.toml") or self.folder.read_text("config.toml") != text:
             self.folder.write_text("config.toml", text)
 
     def _check_empty(self) -> None:
-        """A new run starts in a new or empty folder."""
+        """Raise ConfigError unless the folder is new or empty."""
         url, root = self.folder.url, self.folder.root
         if self.folder.fs.isfile(root):
             raise ConfigError(f"run.dir={url} is a file; choose a new or empty folder")
@@ -156,7 +156,7 @@ class Run:
             )
 
     def _check_unchanged(self, stage: str, config: BaseModel, allow_changes: bool) -> None:
-        """Raises ConfigError if the run is another stage's or began with another config."""
+        """Raise ConfigError if another stage or another config began the run."""
         began_as = self.manifest.get("stage", stage)
         if began_as != stage:
             raise ConfigError(
@@ -167,13 +167,13 @@ class Run:
         changes = list(_differences(old, new))
         if changes and not allow_changes:
             raise ConfigError(
-                f"run.dir={self.folder.url} was begun with another config: {'; '.join(changes)}. "
+                f"run.dir={self.folder.url} began with another config: {'; '.join(changes)}. "
                 "Restore it, choose another run.dir, or accept with run.allow_changes=true"
             )
         self.accepted_changes = changes
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of all checkpoint folders, complete or not, oldest first."""
+        """Return the steps of all checkpoint folders, complete or not, oldest first."""
         names = [n for n in self.checkpoints.names() if n.startswith("step-")]
         return sorted(int(name.removeprefix("step-")) for name in names)
 
@@ -181,16 +181,16 @@ class Run:
         return self.checkpoints / f"step-{step:08d}"
 
     def newest_checkpoint(self) -> tuple[Folder, dict[str, Any]] | None:
-        """The newest whose files match its manifest: the one truth about where a run stands."""
+        """Return folder and manifest of the newest complete checkpoint, where a run resumes."""
         for step in reversed(self.checkpoint_steps()):
             if manifest := committed(self.checkpoint(step), verify=True):
                 return self.checkpoint(step), manifest
         return None
 
     def prune_checkpoints(self, *, newest: int, keep: int, best_step: int | None) -> None:
-        """Remove all but the best and the last `keep` up to step `newest`, just committed.
+        """Remove all checkpoints but the best and the last `keep` up to step `newest`.
 
-        What lies beyond `newest` was left by an attempt that died, or was found damaged.
+        `newest` was just committed; later folders are damaged or remains of an attempt that died.
         """
         steps = self.checkpoint_steps()
         complete = [s for s in steps if s <= newest and committed(self.checkpoint(s))]
@@ -200,7 +200,7 @@ class Run:
                 self.checkpoint(step).remove()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One dict for each step of metrics.jsonl: all that the step's newest attempt logged."""
+        """Return one dict per step of metrics.jsonl, with all that its newest attempt logged."""
         if not self.folder.exists("metrics.jsonl"):
             return []
         *lines, _ = self.folder.read_text("metrics.jsonl").split(
@@ -217,12 +217,12 @@ class Run:
 
 
 def _config_tree(config: BaseModel) -> dict[str, Any]:
-    """The config as TOML holds it, with every default but none."""
+    """Return the config as TOML holds it: with all defaults, without None."""
     return config.model_dump(mode="json", exclude_none=True)
 
 
 def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]:
-    """An older version's config with the keys that came later; as it is if it no longer fits."""
+    """Add newer keys to a config of an older version; return it unchanged if it is invalid now."""
     try:
         return _config_tree(validate(cls, tree))
     except ConfigError:
@@ -232,7 +232,7 @@ def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
 def _differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = "", *, changeable: bool = False
 ) -> Iterator[str]:
-    """What may not change and did: `train.epochs was 1, is 2`."""
+    """Yield the forbidden changes, as `train.epochs was 1, is 2`."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
         before, after = _as_section(old.get(key)), _as_section(new.get(key))
@@ -248,14 +248,14 @@ def _differences(
 
 
 def _as_section(value: Any) -> Any:
-    """A list of sections as a section with keys 0, 1, ..."""
+    """Return a list of sections as a section with keys 0, 1, ...; other values unchanged."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         return {str(number): item for number, item in enumerate(value)}
     return value
 
 
 def environment() -> dict[str, Any]:
-    """Versions, git commit and hardware for the manifest."""
+    """Return versions, git commit and hardware for the manifest."""
     return {
         "versions": {
             "medgpt": importlib.metadata.version("medgpt"),
@@ -272,7 +272,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_sha(root: Path) -> str | None:
-    """The commit of the checkout that medgpt runs from; None if it is installed otherwise."""
+    """Return the commit of the checkout that medgpt runs from, None outside a checkout."""
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""The command line answers at once and without tracebacks."""
+"""The command line responds quickly and without tracebacks."""
 
 import os
 import resource
@@ -24,7 +24,7 @@ def medgpt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def cpu_seconds(arguments: Sequence[str]) -> float:
-    """Median of three. CPU time, because the wall's depends on who else uses the machine."""
+    """Return the median CPU time of three runs; wall time depends on the load of the machine."""
 
     def used() -> float:
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -67,7 +67,7 @@ def test_a_missing_config_file_is_a_config_error() -> None:
     result = medgpt("sft", "configs/none.toml")
     assert result.returncode == 2
     assert result.stderr == (
-        "medgpt: configs/none.toml: no such file; configs/ holds one per stage\n"
+        "medgpt: configs/none.toml: no such file; configs/ has one for each stage\n"
     )
 
 

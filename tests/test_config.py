@@ -1,4 +1,4 @@
-"""Configs load, take overrides, and say what is wrong in words that name the remedy."""
+"""Configs load, take overrides, and raise errors that name the remedy."""
 
 from pathlib import Path
 from typing import get_args
@@ -287,7 +287,7 @@ def test_a_file_that_is_no_config_is_an_error(toml: Path, content: bytes, messag
 
 
 def test_the_error_of_a_missing_file_says_where_configs_are(tmp_path: Path) -> None:
-    assert error_message(tmp_path / "none.toml") == "no such file; configs/ holds one per stage"
+    assert error_message(tmp_path / "none.toml") == "no such file; configs/ has one for each stage"
     assert error_message(tmp_path).startswith("is not a TOML file")
 
 

@@ -1,4 +1,4 @@
-"""Every shipped config is one that its stage accepts."""
+"""Every shipped config is valid for its stage."""
 
 import tomllib
 from pathlib import Path

@@ -20,14 +20,14 @@ from medgpt.runs import CHANGEABLE_KEYS, FIXED_KEYS, Run
 
 @pytest.fixture(params=["local", "memory"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A folder that does not exist yet, on a disk and behind a URI."""
+    """Return the URL of a missing folder, on a disk and behind a URI."""
     url = str(tmp_path / "run") if request.param == "local" else f"memory://{uuid4().hex}/run"
     yield url
     Folder(url).remove()
 
 
 def make_config(run_dir: str, **changes: Any) -> PretrainConfig:
-    """`train__epochs=2` sets a key of a section."""
+    """Return a config; `train__epochs=2` sets a key of a section."""
     tree: dict[str, Any] = {
         "run": {"dir": run_dir},
         "model": {"architecture": {"hidden_size": 64}},
@@ -54,7 +54,7 @@ def write_checkpoint(run: Run, step: int, text: str = "weights") -> Folder:
     return folder
 
 
-# folders and artefacts
+# folders and artifacts
 
 
 def test_a_folder_lists_reads_and_removes_files(url: str) -> None:
@@ -212,11 +212,11 @@ def test_keys_that_alter_the_result_are_refused_unless_allowed(
     assert Run(url).config == before
     run = open_run(url, run__allow_changes=True, **{key: value})
     assert run.config != before
-    open_run(url, **{key: value})  # is the run's config from now on
+    open_run(url, **{key: value})  # the run keeps the new config
 
 
 def section_of(cls: Any, names: list[str]) -> Any:
-    """The class of a section inside sections, which may be optional."""
+    """Return the class of a nested section, which may be optional."""
     for name in names:
         annotation = cls.model_fields[name].annotation
         cls = next(iter(get_args(annotation)), annotation)
@@ -434,7 +434,7 @@ def test_only_the_newest_attempt_of_a_replayed_step_counts(url: str) -> None:
         {"step": 1, "attempt": 1, "train/loss": 9},
         {"step": 2, "attempt": 1, "train/loss": 8, "validation/loss": 8},
         {"step": 2, "attempt": 2, "train/loss": 7},
-        {"step": 2, "attempt": 1, "train/loss": 6},  # a late word of the first
+        {"step": 2, "attempt": 1, "train/loss": 6},  # a late line of the first attempt
         {"step": 2, "attempt": 2, "time/checkpoint_s": 5},
     )
     assert run.metrics() == [

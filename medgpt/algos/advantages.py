@@ -1,4 +1,4 @@
-"""From a score per response to an advantage per token.
+"""Compute token rewards, advantages and returns from a score per response.
 
 Shapes: B sequences, T response tokens, padded on the right. Padding may hold any value, even nan.
 """
@@ -14,16 +14,17 @@ WHITEN_EPS = 1e-8
 def token_rewards(
     scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float, score_clip: float | None = None
 ) -> Tensor:
-    """(B, T) -kl_coef * kl, plus the score on the last token of the row, which is paid once even
-    where the mask has holes; a row without tokens is 0.
+    """Return (B, T) -kl_coef * kl plus the score on the last token of each row.
+
+    The score counts once even if the mask has holes; a row without tokens is 0.
 
     Stiennon et al., 2020, section 3.4, https://arxiv.org/abs/2009.01325.
 
     Args:
-        scores: (B,) of whole responses.
+        scores: (B,) one per response.
         kl: (B, T) in nats.
         mask: (B, T) bool, True on response tokens.
-        score_clip: scores count as at most this, and at least its negative.
+        score_clip: scores are clamped to [-score_clip, score_clip].
     """
     if score_clip is not None:
         scores = scores.clamp(-score_clip, score_clip)
@@ -35,7 +36,7 @@ def token_rewards(
 
 class Advantages(NamedTuple):
     advantages: Tensor  # (B, T)
-    returns: Tensor  # (B, T) what the values are fitted to
+    returns: Tensor  # (B, T) targets of the values
 
 
 def gae(
@@ -47,13 +48,13 @@ def gae(
     gae_lambda: float,
     bootstrap_values: Tensor | None = None,
 ) -> Advantages:
-    """Generalized advantage estimates and the returns, advantage plus value.
+    """Return generalized advantage estimates, and returns (advantage plus value).
 
     Schulman et al., 2015, https://arxiv.org/abs/1506.02438, equation 16.
 
     Args:
         rewards: (B, T)
-        values: (B, T) before each token.
+        values: (B, T) estimated before each token.
         mask: (B, T) bool, True on the first tokens of each row.
         bootstrap_values: (B,) value after the last token; 0 by default, the end of an episode.
     """
@@ -64,7 +65,7 @@ def gae(
     for t in reversed(range(rewards.shape[1])):
         is_response = mask[:, t]
         delta = rewards[:, t] + gamma * following - values[:, t]
-        # padding lies behind the last token: `following` still waits there for the last one
+        # padding comes after the last token: `following` keeps its start value until there
         advantage = torch.where(is_response, delta + gamma * gae_lambda * advantage, 0.0)
         following = torch.where(is_response, values[:, t], following)
         columns.append(advantage)
@@ -79,20 +80,20 @@ def whiten(
     stats: tuple[Tensor | float, Tensor | float] | None = None,
     shift_mean: bool = True,
 ) -> Tensor:
-    """(B, T) scaled to variance 1, and to mean 0 unless the mean is to stay.
+    """Return x (B, T) scaled to variance 1 and, with `shift_mean`, shifted to mean 0.
 
     Args:
-        stats: mean and variance of the global batch; by default those of x under the mask, the
-            variance unbiased, and 0 for a single token.
+        stats: mean and variance of the global batch; by default those of x under the mask, with
+            the unbiased variance, which is 0 for a single token.
     """
-    x = torch.where(mask, x, 0.0)  # or the variance's gradient would be nan where padding is
+    x = torch.where(mask, x, 0.0)  # else the variance's gradient would be nan if padding is nan
     mean, variance = masked_stats(x, mask) if stats is None else map(torch.as_tensor, stats)
     white = (x - mean) * (variance + WHITEN_EPS).rsqrt()
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
 def masked_stats(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """() mean and () unbiased variance of x where mask is True; 0 where there is too little."""
+    """Return () mean and () unbiased variance of x where mask is True; 0 if undefined."""
     count = mask.sum()
     mean = torch.where(mask, x, 0.0).sum() / count.clamp(min=1)
     squares = torch.where(mask, x - mean, 0.0).square().sum()

@@ -1,4 +1,4 @@
-"""How far the policy is from the reference, and the coefficient that holds it there.
+"""Estimate the KL divergence from the reference, and adapt the KL coefficient.
 
 Shapes: B sequences, T response tokens, padded on the right.
 """
@@ -11,7 +11,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) -> Tensor:
-    """(B, T) KL(policy || reference) in nats, estimated from each sampled token.
+    """Return (B, T) KL(policy || reference) in nats, estimated from each sampled token.
 
     Schulman, http://joschu.net/blog/kl-approx.html, with d = log p - log p_ref: k1 is d, k2 is
     d^2 / 2, k3 is exp(-d) - 1 + d. k1 and k3 are unbiased. k2 and k3 are never negative, but as a
@@ -28,7 +28,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator) ->
         case "k2":
             return difference.square() / 2
         case "k3":
-            return (-difference).expm1() + difference  # expm1: exact where the two agree
+            return (-difference).expm1() + difference  # expm1: exact if the two agree
 
 
 class AdaptiveKLState(TypedDict):
@@ -36,7 +36,7 @@ class AdaptiveKLState(TypedDict):
 
 
 class AdaptiveKL:
-    """A KL coefficient that steers towards a target (Ziegler et al., 2019, section 2.2).
+    """A KL coefficient that is adapted to reach a target KL (Ziegler et al., 2019, section 2.2).
 
     https://arxiv.org/abs/1909.08593
     """
@@ -46,7 +46,7 @@ class AdaptiveKL:
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, mean_kl: float, num_sequences: int) -> None:
-        """Raise the coefficient where the policy is too far, lower it where it is too near.
+        """Raise the coefficient if the KL is above the target, lower it if below.
 
         Args:
             mean_kl: mean over sequences of the sum over tokens, in nats.

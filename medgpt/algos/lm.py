@@ -12,16 +12,16 @@ from medgpt.algos.logprobs import IGNORE, label_logprobs
 def causal_lm_loss(
     logits: Tensor, labels: Tensor, *, num_tokens: Tensor | int, overwrite: bool = False
 ) -> Tensor:
-    """() float32: cross-entropy in nats, summed over the labels and divided by `num_tokens`.
+    """Return () float32: cross-entropy in nats, summed over the labels, divided by `num_tokens`.
 
-    With `num_tokens` counted over the global batch, the shards' results add up to the whole
-    batch's result. Also the loss of masked-language models: nothing is shifted here.
+    With `num_tokens` counted over the global batch, the shards' results add up to that of the whole
+    batch. Labels are not shifted, so this is also the loss of masked language models.
 
     Args:
-        logits: (..., V), where labels are ignored anything, even nan.
-        labels: (...) int64, already aligned with the logits; IGNORE (-100) = no loss.
-        num_tokens: labels that count in the global batch.
-        overwrite: nobody else reads the logits, see `label_logprobs`.
+        logits: (..., V); may hold anything, even nan, where the label is IGNORE.
+        labels: (...) int64, aligned with the logits; IGNORE (-100) = no loss.
+        num_tokens: labels other than IGNORE in the global batch.
+        overwrite: the logits are not read afterwards, see `label_logprobs`.
     """
     return -label_logprobs(logits, labels, overwrite=overwrite).sum() / num_tokens
 
@@ -36,7 +36,7 @@ def mask_tokens(
     generator: torch.Generator,
     word_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Corrupted (B, L) input_ids and (B, L) labels of BERT's masked-language objective.
+    """Return corrupted input_ids (B, L) and labels (B, L) of BERT's masked-language objective.
 
     Devlin et al., 2018, https://arxiv.org/abs/1810.04805, section 3.1; whole words as in
     Cui et al., 2019, https://arxiv.org/abs/1906.08101.
@@ -46,7 +46,7 @@ def mask_tokens(
         special_mask: (B, L) bool, True on tokens that are never picked, such as [CLS] and padding.
         mask_id: replaces 80 % of the picked tokens.
         vocab_size: 10 % of the picked tokens become a random id below it, 10 % stay.
-        mlm_probability: chance of a token, or of a word, to be picked.
+        mlm_probability: probability that a token, or a word, is picked.
         generator: on the device of input_ids; the only source of randomness.
         word_ids: (B, L) int64, tokens of a row with the same number are picked together; -1 marks
             tokens outside words, each picked on its own.
@@ -65,7 +65,7 @@ def mask_tokens(
 def _unit_draws(
     shape: torch.Size, word_ids: Tensor | None, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """(B, L) uniform draws in [0, 1), the same for all tokens of a word."""
+    """Return (B, L) uniform draws in [0, 1), the same for all tokens of a word."""
     if word_ids is None:
         return torch.rand(shape, generator=generator, device=device)
     rows = torch.arange(shape[0], device=device)[:, None]

@@ -10,35 +10,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-FINITE = -1e30  # in place of a logit of -inf, where 0 * -inf would be nan
+FINITE = -1e30  # replaces logits of -inf, as 0 * -inf would be nan
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """(B, L-1) float32: log p(tokens[:, 1:] | what comes before), in nats.
+    """Return (B, L-1) float32: log p(tokens[:, 1:] | preceding tokens), in nats.
 
     Args:
         logits: (B, L, V), position i predicts token i + 1.
         tokens: (B, L) int64. A negative token (IGNORE) yields exactly 0.
-        mask: (B, L-1) bool, False yields exactly 0. There logits and tokens may hold anything.
+        mask: (B, L-1) bool, False yields exactly 0; logits and tokens may hold anything there.
     """
     targets = tokens[:, 1:]
     if mask is not None:
         targets = torch.where(mask, targets, IGNORE)
-    # the last position predicts nothing; ignoring it is cheaper than a copy of all logits but it
+    # the last position predicts nothing; ignoring it is cheaper than copying the other logits
     return label_logprobs(logits, F.pad(targets, (0, 1), value=IGNORE))[:, :-1]
 
 
 def label_logprobs(
     logits: Tensor, labels: Tensor, *, temperature: float = 1.0, overwrite: bool = False
 ) -> Tensor:
-    """(...) float32: log p(label) of softmax(logits / temperature), in nats; exactly 0, and so its
-    gradient, for negative labels.
+    """Return (...) float32: log p(label) of softmax(logits / temperature), in nats.
+
+    For negative labels, the result and its gradient are exactly 0.
 
     Args:
         logits: (..., V) of any floating dtype.
-        labels: (...) int64, what each position must predict.
-        overwrite: nobody else reads the logits, so in float32 their place may be taken by what the
-            backward pass needs, and then by their gradient; torch refuses a second one.
+        labels: (...) int64, the token that each position predicts.
+        overwrite: float32 logits are not read afterwards, so their memory is reused for what the
+            backward pass needs, and then for their gradient; a second backward pass fails.
     """
     flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     logprobs = _LabelLogprobs.apply(*flat, temperature, overwrite and logits.dtype == torch.float32)
@@ -49,8 +50,8 @@ class _LabelLogprobs(torch.autograd.Function):
     """z[label] - logsumexp(z) with z = x / temperature; the gradient by z is onehot(label) -
     softmax(z).
 
-    Nothing of the logits' size is kept but the logits, or exp(z - max z) in their place: the
-    backward pass takes the softmax from there, or recomputes it block by block. Blocks that fit the
+    Keeps no other tensor of the logits' size than the logits, or exp(z - max z) in their place: the
+    backward pass reads the softmax from there, or recomputes it block by block. Blocks that fit the
     cache also make it faster than cross_entropy on a CPU.
     """
 
@@ -62,7 +63,7 @@ class _LabelLogprobs(torch.autograd.Function):
         total = torch.empty_like(log_z)
         picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0].float() / temperature
         for rows in _blocks(logits):
-            # the division in the pass that subtracts the largest
+            # divides in the same pass that subtracts the maximum
             x = logits[rows].float()
             top = x.amax(-1) / temperature
             out = x if in_place else None
@@ -101,7 +102,7 @@ class PolicyTerms(NamedTuple):
 
 
 def policy_terms(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> PolicyTerms:
-    """What PPO with an entropy bonus needs of softmax(logits / temperature) at each position.
+    """Return log p(label) and entropy of softmax(logits / temperature), for PPO's entropy bonus.
 
     Costs twice as much as `label_logprobs`. Both terms, and their gradients, are exactly 0 for
     negative labels.
@@ -151,7 +152,7 @@ class _PolicyTerms(torch.autograd.Function):
         any_ignored = bool(ignored.any())
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
-            # in place: a pass over the logits costs more than what is computed in it
+            # in place: reading and writing the logits costs more than the arithmetic
             block = grad[rows] if grad.dtype == torch.float32 else grad[rows].float()
             _shifted(logits[rows].float(), log_z[rows], ctx.temperature, out=block)
             block.clamp_(min=FINITE)
@@ -166,7 +167,7 @@ class _PolicyTerms(torch.autograd.Function):
 
 
 def _shifted(x: Tensor, by: Tensor, temperature: float, *, out: Tensor | None = None) -> Tensor:
-    """x / temperature - by, of (M, V) and (M,), in one pass; `out` may be x."""
+    """Return x / temperature - by, for (M, V) and (M,), in one pass; `out` may be x."""
     return torch.add(-by[:, None], x, alpha=1 / temperature, out=out)
 
 

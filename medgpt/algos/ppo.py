@@ -1,8 +1,8 @@
 """PPO's losses on response tokens (Schulman et al., 2017, https://arxiv.org/abs/1707.06347).
 
 Shapes: B sequences, T response tokens, padded on the right. Padding may hold any value, even nan.
-With `num_tokens` counted over the global batch, the shards' results add up to the whole batch's
-result, however it is split over micro-batches and ranks.
+With `num_tokens` counted over the global batch, the shards' results add up to that of the whole
+batch, however it is split over micro-batches and ranks.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 class PolicyLoss(NamedTuple):
-    loss: Tensor  # () to minimise
-    clip_frac: Tensor  # () share of tokens on which the clip is active
+    loss: Tensor  # () to minimize
+    clip_frac: Tensor  # () share of tokens whose loss is clipped
     approx_kl: Tensor  # () KL(old || new) in nats per token, k3 estimate
 
 
@@ -29,10 +29,10 @@ def ppo_policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate loss (equation 7), summed over response tokens, divided by `num_tokens`.
+    """Return the clipped surrogate loss (equation 7), summed and divided by `num_tokens`.
 
-    The log-ratio itself is not clamped: a ratio that overflows shows as a loss that is not finite,
-    and its step is skipped.
+    The log-ratio is not clamped: a ratio that overflows makes the loss infinite, and the step is
+    skipped.
 
     Args:
         logprobs: (B, T) under the policy being trained.
@@ -41,10 +41,10 @@ def ppo_policy_loss(
         mask: (B, T) bool, True on response tokens.
         clip_range: ratios are clipped to [1 - clip_range, 1 + clip_range].
         num_tokens: response tokens in the global batch.
-        clip_range_high: instead of clip_range above 1 (DAPO, https://arxiv.org/abs/2503.14476).
-        dual_clip: where the advantage is negative, the objective is at least this times it
+        clip_range_high: replaces clip_range above 1 (DAPO, https://arxiv.org/abs/2503.14476).
+        dual_clip: for negative advantages, the objective is at least dual_clip * advantage
             (https://arxiv.org/abs/1912.09729, equation 5).
-        weights: (B, T) of each token in the loss, such as truncated importance weights.
+        weights: (B, T) weight of each token in the loss, such as truncated importance weights.
     """
     # where, not multiply: 0 * nan is nan
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
@@ -71,8 +71,8 @@ def ppo_policy_loss(
 
 
 class ValueLoss(NamedTuple):
-    loss: Tensor  # () to minimise
-    clip_frac: Tensor  # () share of tokens on which the clip is active
+    loss: Tensor  # () to minimize
+    clip_frac: Tensor  # () share of tokens whose loss is clipped
 
 
 def ppo_value_loss(
@@ -84,9 +84,10 @@ def ppo_value_loss(
     clip_range: float | None,
     num_tokens: Tensor | int,
 ) -> ValueLoss:
-    """Half the squared error, with the value kept within `clip_range` of its old estimate.
+    """Return half the squared error, summed over tokens and divided by `num_tokens`.
 
-    The larger of the plain and the clipped error counts; without a `clip_range` the plain one.
+    With `clip_range`, the error is the larger one of the value and of the value clipped to
+    `clip_range` around its old estimate.
     """
     values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     error = (values - returns).square()

@@ -1,4 +1,4 @@
-"""Losses of preference pairs: which of two answers is better.
+"""Loss of preference pairs, for reward models.
 
 Shapes: N pairs.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 class PairwiseLoss(NamedTuple):
     loss: Tensor  # ()
-    accuracy: Tensor  # () share of the pairs whose chosen score is the higher, in [0, 1]
+    accuracy: Tensor  # () share of pairs with chosen > rejected, in [0, 1]
 
 
 def pairwise_loss(
@@ -24,22 +24,21 @@ def pairwise_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> PairwiseLoss:
-    """Sum over pairs of w * -log sigmoid(chosen - rejected - margin), divided by `num_pairs`.
+    """Return the sum over pairs of w * -log sigmoid(chosen - rejected - margin), over `num_pairs`.
 
     Bradley and Terry, 1952, as in Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, equation
-    1, whose weight of a pair is 1 / C(K, 2) where K answers were ranked; the margin is that of
-    Touvron et al., 2023, https://arxiv.org/abs/2307.09288, equation 2. With `num_pairs` counted
-    over the global batch, the shards' losses add up to the whole batch's. Without pairs loss and
-    accuracy are 0.
+    1, where the weight of a pair is 1 / C(K, 2) for K ranked answers; margin as in Touvron et al.,
+    2023, https://arxiv.org/abs/2307.09288, equation 2. With `num_pairs` counted over the global
+    batch, the shards' losses add up to that of the whole batch. Without pairs loss and accuracy
+    are 0.
 
     Args:
         chosen: (N,) scores of the better answers, any floating dtype; computed in float32.
-        rejected: (N,) scores of the worse ones.
-        num_pairs: what the loss is divided by.
-        margin: by how much the better score must lead, (N,) or the same for all.
-        weights: (N,) of the losses; accuracy is not weighted. None weighs all alike.
-        mask: (N,) bool, True where there is a pair; elsewhere scores may hold anything. None takes
-            all.
+        rejected: (N,) scores of the worse answers.
+        num_pairs: divisor of the loss.
+        margin: minimum difference of the scores, (N,) or the same for all.
+        weights: (N,) weights of the losses; accuracy is not weighted. None: all 1.
+        mask: (N,) bool, True where there is a pair; elsewhere scores may hold anything. None: all.
     """
     if mask is None:
         mask = torch.ones_like(chosen, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What the cluster's autoscaler says of itself; there are two generations, and clusters without."""
+"""State of the cluster's autoscaler: version 1, version 2 or none."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from medgpt.cluster.ray_internals import autoscaler_pb2, global_worker, ray_stat
 
 
 def autoscaling_state() -> Any | None:
-    """What the cluster's autoscaler said last, an AutoscalingState; None without one."""
+    """Return the latest AutoscalingState of a version 2 autoscaler, or None without one."""
     reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore  # generated code
     worker: Any = global_worker
     reply.ParseFromString(worker.gcs_client.get_cluster_status())
@@ -16,7 +16,7 @@ def autoscaling_state() -> Any | None:
 
 
 def max_cluster_resources() -> Mapping[str, float] | None:
-    """Resources that the cluster can grow to, if `clusters/publish_limits.py` published them."""
+    """Return the resources the cluster can grow to, if `clusters/publish_limits.py` set them."""
     return ray_state.get_max_resources_from_cluster_config()
 
 

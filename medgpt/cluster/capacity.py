@@ -1,4 +1,4 @@
-"""What workers need and what the cluster can hold, before anything is loaded."""
+"""Check that the cluster can hold a stage's workers before anything is loaded."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,17 @@ from medgpt.config.train import ClusterConfig
 
 Resources = Mapping[str, float]
 Demands = Mapping[str, RoleConfig]
-"""Workers that must be there at the same time, by what the config calls them."""
-PREDEFINED_RESOURCES = ("CPU", "GPU")  # of Ray's resources; others are named by the user
+"""Groups of workers that must run at the same time, by their config key."""
+PREDEFINED_RESOURCES = ("CPU", "GPU")  # users name the others
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes that are alike."""
+    """Nodes with the same resources and labels."""
 
     resources: Resources
     labels: Mapping[str, str] | None
-    """None: of nodes that the autoscaler would add they are not known."""
+    """None if unknown, as for nodes that the autoscaler would add."""
     count: float
 
     def fits(self, bundle: Resources, labels: Mapping[str, str]) -> bool:
@@ -33,13 +33,13 @@ class NodeGroup:
 
 
 def worker_bundle(config: RoleConfig) -> dict[str, float]:
-    """What one worker reserves."""
+    """Return the resources that one worker reserves."""
     resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
     return {name: amount for name, amount in resources.items() if amount}
 
 
 def worker_demands(cluster: ClusterConfig) -> dict[str, RoleConfig]:
-    """The fewest training processes."""
+    """Return the demand of the fewest training workers."""
     workers = RoleConfig(
         num_workers=cluster.min_workers,
         cpus_per_worker=cluster.cpus_per_worker,
@@ -54,18 +54,18 @@ def pool_demands(roles: Mapping[str, RoleConfig]) -> dict[str, RoleConfig]:
 
 
 def check_capacity(demands: Demands, *, data_cpus: float) -> None:
-    """Check that the cluster, grown as far as its autoscaler may, can hold all workers at once.
+    """Check that the cluster, at its largest, can hold all workers at once.
 
-    Only what certainly cannot be placed is refused; how workers pack on nodes is Ray's business.
+    Refuses only what can certainly never be placed; Ray decides how workers pack on nodes.
 
     Args:
-        data_cpus: what one data task needs beside them.
+        data_cpus: CPUs of one data task, which runs beside the workers.
 
     Raises:
-        ConfigError: names the workers, what there is and what could be added.
+        ConfigError: some workers never fit.
     """
     if has_autoscaler() and max_cluster_resources() is None:
-        return  # how far, the autoscaler does not tell
+        return  # the autoscaler does not publish its limits
     present, addable = cluster_nodes()
     check_demands(demands, present, addable, data_cpus=data_cpus)
 
@@ -77,13 +77,13 @@ def check_demands(
     *,
     data_cpus: float,
 ) -> None:
-    """`preflight` of a cluster with these nodes. Raises ConfigError."""
+    """Run `check_capacity` on a cluster with these nodes. Raises ConfigError."""
     cluster = _describe_cluster(present, addable)
     node_groups = [*present, *addable]
     present_total, max_added = (
         _total_resources(present),
         _total_resources(addable),
-    )  # which may count the same nodes
+    )  # both may count the same nodes
     limits = {
         key: max(present_total.get(key, 0), max_added.get(key, 0))
         for key in present_total.keys() | max_added.keys()
@@ -105,7 +105,7 @@ def check_demands(
             if reserved.get(key, 0) + amount > limits.get(key, 0) + 1e-6:
                 others = _describe_resources({key: reserved.get(key, 0)})
                 raise ConfigError(
-                    f"{workers} can never be placed: data tasks and pools before it take {others} "
+                    f"{workers} can never be placed: data tasks and pools before it use {others} "
                     f"of {limits.get(key, 0):g}; {cluster}; lower num_workers, cpus_per_worker "
                     "or gpus_per_worker (fractions are fine), let roles of [pools] share bundles "
                     "by share_with, or use a larger cluster"
@@ -116,20 +116,20 @@ def check_demands(
 def _check_nodes(
     config: RoleConfig, fitting: Sequence[NodeGroup], workers: str, cluster: str
 ) -> None:
-    """Whether nodes that can hold one worker, `fitting`, can hold them as `strategy` wants."""
+    """Raise ConfigError if the nodes that fit one worker cannot satisfy `strategy`."""
     if not fitting:
-        raise ConfigError(f"{workers} can never be placed: no node is like that; {cluster}")
+        raise ConfigError(f"{workers} can never be placed: no node can hold one; {cluster}")
     total_need = {key: amount * config.num_workers for key, amount in worker_bundle(config).items()}
     packed = config.strategy == "STRICT_PACK"
     if packed and not any(nodes.fits(total_need, config.labels) for nodes in fitting):
         raise ConfigError(
-            f"{workers} can never be placed: strategy=STRICT_PACK wants all workers on one node, "
+            f"{workers} can never be placed: strategy=STRICT_PACK needs all workers on one node, "
             f"and none is large enough; {cluster}"
         )
     spread = config.strategy == "STRICT_SPREAD"
     if spread and sum(nodes.count for nodes in fitting) < config.num_workers:
         raise ConfigError(
-            f"{workers} can never be placed: strategy=STRICT_SPREAD wants a node for each worker; "
+            f"{workers} can never be placed: strategy=STRICT_SPREAD needs a node for each worker; "
             f"{cluster}"
         )
 
@@ -140,7 +140,7 @@ def _describe_workers(name: str, config: RoleConfig) -> str:
 
 
 def cluster_nodes() -> tuple[list[NodeGroup], list[NodeGroup]]:
-    """Living nodes, and all that an autoscaler may have at once (none without one)."""
+    """Return the living nodes and the nodes an autoscaler may run at most, if any."""
     present = [
         NodeGroup(schedulable_resources(node["Resources"]), node["Labels"], 1)
         for node in ray.nodes()
@@ -161,7 +161,7 @@ def cluster_nodes() -> tuple[list[NodeGroup], list[NodeGroup]]:
 
 
 def schedulable_resources(resources: Mapping[str, float]) -> dict[str, float]:
-    """Without what Ray adds for itself: memory, node:1.2.3.4, accelerator_type:H100."""
+    """Drop the resources that Ray adds itself: memory, node:1.2.3.4, accelerator_type:H100."""
     return {
         name: float(amount)
         for name, amount in sorted(resources.items())
@@ -188,7 +188,7 @@ def _describe_cluster(present: Sequence[NodeGroup], addable: Sequence[NodeGroup]
     addable_text = ", ".join(
         f"{nodes.count:g} x ({_describe_resources(nodes.resources)})" for nodes in addable
     )
-    return f"the cluster has {present_text}, its autoscaler may have up to {addable_text}"
+    return f"the cluster has {present_text}, its autoscaler may run up to {addable_text}"
 
 
 def _describe_resources(resources: Resources) -> str:

@@ -1,4 +1,4 @@
-"""Room for data tasks beside the workers of an elastic run, which takes all that it can count."""
+"""Reserve CPUs for data tasks, which an elastic run would otherwise give to workers."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-# Ray Train asks this actor how many workers fit; there is no public way to ask it for less
+# Ray Train gets the number of workers from this actor; no public API lowers it
 from medgpt.cluster.ray_internals import (
     ResourceRequestPriority,
     get_or_create_autoscaling_coordinator,
@@ -19,12 +19,12 @@ RENEW_EVERY_S = 60
 
 @contextmanager
 def reserve_cpus_for_data(run_dir: str, cpus: float) -> Iterator[None]:
-    """Keep `cpus` out of what Ray Train counts as room for workers.
+    """Keep `cpus` out of the resources that Ray Train counts for workers.
 
-    Of equal priority the first request is served first, so this must begin before the training.
+    Requests of equal priority are served in order, so enter this before training starts.
     """
     coordinator: Any = get_or_create_autoscaling_coordinator()
-    name = f"medgpt-data-{run_dir}"  # the same when the command is repeated
+    name = f"medgpt-data-{run_dir}"  # the same name when the command is repeated
 
     def request() -> None:
         ray.get(

@@ -1,4 +1,4 @@
-"""Room for pools: a placement group for each, all of them or none."""
+"""Place the pools of a job: one placement group per pool, all of them or none."""
 
 import math
 import random
@@ -25,15 +25,15 @@ from medgpt.cluster.ray_internals import ray_state
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 
-PLACEMENT_ATTEMPT_S = 20.0  # that part of a gang may be held while the rest is not there
-CONNECT_TIMEOUT_S = 1.0  # in which a node answers
-ACTOR_GROUP_NAME = re.compile(r"medgpt-\w+-([0-9a-f]+)-\w+")  # names of groups
-FIRST_PAUSE_S = 2.0  # on average, before the next try; doubles up to TRY_S
+PLACEMENT_ATTEMPT_S = 20.0  # how long part of a gang may be held while the rest is missing
+CONNECT_TIMEOUT_S = 1.0  # for a node to answer
+ACTOR_GROUP_NAME = re.compile(r"medgpt-\w+-([0-9a-f]+)-\w+")  # groups made by an actor
+FIRST_PAUSE_S = 2.0  # mean pause before the next attempt; doubles up to the above
 
 
 @dataclass(frozen=True)
 class Gang:
-    """Placement groups by role; a role that shares has those of its host."""
+    """Placement groups by role; a role with `share_with` has the group of its host."""
 
     groups: Mapping[str, PlacementGroup]
 
@@ -42,7 +42,7 @@ class Gang:
             remove_placement_group(group)
 
     def roles_on(self, nodes: Container[str]) -> set[str]:
-        """Those with a bundle on one of these nodes, by their ids in hexadecimal."""
+        """Return the roles with a bundle on one of `nodes`, which are hexadecimal node ids."""
         return {
             role
             for role, group in self.groups.items()
@@ -62,11 +62,11 @@ def acquire_gang(
 ) -> Gang:
     """Place all pools, or none of them.
 
-    What is placed in part is released after `try_s` and tried again after a random pause, so that
-    two jobs that each hold half of a cluster do not wait for each other for ever.
+    A partly placed gang is released after `attempt_s` and requested again after a random pause, so
+    that two jobs that each hold half of a cluster do not wait for each other forever.
 
     Raises:
-        ConfigError: a pool had no room within `wait_s`.
+        ConfigError: a pool was not placed within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
     pause, requested = min(FIRST_PAUSE_S, attempt_s), False
@@ -80,12 +80,12 @@ def acquire_gang(
             gang.release()
             if time.monotonic() + pause > deadline:
                 raise ConfigError(
-                    f"cluster.wait_s={wait_s:g}: no room for all pools in this time, last not for "
+                    f"cluster.wait_s={wait_s:g}: no resources for all pools in this time: none for "
                     f"{shortage}; use fewer or smaller workers in [pools], or a larger cluster"
                 )
             if not requested:
-                say(f"waiting up to {wait_s:g} s for room for all pools: none for {shortage}")
-                # an autoscaler forgets what is released here, but not this
+                say(f"waiting up to {wait_s:g} s for resources for all pools: none for {shortage}")
+                # the autoscaler drops a request when its group is released, but keeps this one
                 bundles, labels = bundles_and_labels(roles)
                 request_resources(bundles=bundles, bundle_label_selectors=labels)
                 requested = True
@@ -99,7 +99,7 @@ def acquire_gang(
 def _create_groups(roles: Mapping[str, RoleConfig]) -> Gang:
     groups: dict[str, PlacementGroup] = {}
     owner = ray.get_runtime_context().get_actor_id() or "driver"
-    suffix = uuid.uuid4().hex[:8]  # Ray wants each name once
+    suffix = uuid.uuid4().hex[:8]  # Ray requires unique names
     for name, config in roles.items():
         if config.share_with is None:
             groups[name] = placement_group(
@@ -113,9 +113,9 @@ def _create_groups(roles: Mapping[str, RoleConfig]) -> Gang:
 
 
 def release_orphaned_groups(is_orphaned: Callable[[str], bool]) -> None:
-    """Remove the groups that certain actors, by their id, have made and cannot release any more.
+    """Remove the groups made by actors for whose id `is_orphaned` returns True.
 
-    Ray would keep those of a dead actor until the job ends.
+    Ray would keep the groups of a dead actor until the job ends.
     """
     for key, row in placement_group_table().items():
         match = ACTOR_GROUP_NAME.fullmatch(row["name"])
@@ -124,7 +124,7 @@ def release_orphaned_groups(is_orphaned: Callable[[str], bool]) -> None:
 
 
 def draining_nodes() -> dict[str, float]:
-    """Nodes whose end Ray has announced (it drains them), by id the seconds that are left."""
+    """Return the seconds left (inf if unknown) of each node that Ray drains, by node id."""
     now_ms = time.time() * 1000
     draining = ray_state.get_draining_nodes()
     return {
@@ -134,9 +134,9 @@ def draining_nodes() -> dict[str, float]:
 
 
 def wait_for_lost_nodes(timeout_s: float) -> None:
-    """Return when Ray knows of every node that cannot be reached that it is lost.
+    """Wait until every node that Ray counts as alive answers, or `timeout_s` have passed.
 
-    Ray counts missed heartbeats first, and would start new workers there until then.
+    Ray waits for several missed heartbeats and starts new workers on a lost node until then.
     """
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -155,12 +155,12 @@ def _is_reachable(node: Mapping[str, Any]) -> bool:
 
 
 def is_actor_dead(actor_id: str) -> bool:
-    """Whether Ray knows that it is, or no longer knows it."""
+    """Return whether the actor is dead or unknown to Ray."""
     return ray_state.actor_table(actor_id).get("State", "DEAD") == "DEAD"
 
 
 def _unplaced_roles(gang: Gang, seconds: float) -> list[str]:
-    """Roles whose groups are not placed after so many seconds."""
+    """Return the roles whose groups are not placed after `seconds`."""
     ready_refs = {name: group.ready() for name, group in gang.groups.items()}
     placed, _ = ray.wait(list(ready_refs.values()), num_returns=len(ready_refs), timeout=seconds)
     return [name for name, ref in ready_refs.items() if ref not in placed]
@@ -169,7 +169,7 @@ def _unplaced_roles(gang: Gang, seconds: float) -> list[str]:
 def bundles_and_labels(
     roles: Mapping[str, RoleConfig],
 ) -> tuple[list[dict[str, float]], list[dict[str, str]]]:
-    """Bundles of all workers, and the labels of the node that each wants."""
+    """Return the bundle of every worker and the node labels it requires."""
     hosts = [config for config in roles.values() if config.share_with is None]
     workers = [config for config in hosts for _ in range(config.num_workers)]
     return [worker_bundle(config) for config in workers], [

@@ -1,4 +1,4 @@
-"""The Ray that a stage runs on: a cluster, or a local one that starts quietly."""
+"""Connect to the Ray cluster at RAY_ADDRESS, or start a private Ray on this machine."""
 
 import logging
 import os
@@ -17,21 +17,21 @@ from medgpt.cluster.ray_internals import get_default_system_temp_dir, ray_consta
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
 
-NODE_TIMEOUT_TEXT = "timed out during startup"  # in the message of Ray's error
-CONNECT_TIMEOUT_S = 20  # longest wait for a cluster to answer
+NODE_TIMEOUT_TEXT = "timed out during startup"  # Ray raises a plain Exception with it
+CONNECT_TIMEOUT_S = 20  # for a cluster to answer
 SILENT_INIT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    # the first error of a pool is raised; what its other workers say then is not read
+    # medgpt raises the first error of a pool; Ray need not print those of the other workers
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
-    # an elastic restart may count on a node that is gone, and looks again only after this
+    # an elastic restart may wait this long for workers on a lost node before it counts nodes again
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# one machine is not preempted, its workers are polled for nothing, no one reads metrics
+# a single machine is not preempted, and nobody reads Ray's metrics of it
 LOCAL_RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -42,13 +42,13 @@ LOCAL_RAY_ENVIRONMENT = {
 
 
 def init_ray(cluster: ClusterConfig) -> None:
-    """Connect to RAY_ADDRESS, or start a Ray on this machine's CPUs; once in a process.
+    """Connect to RAY_ADDRESS, or start Ray on this machine. Does nothing if Ray is initialized.
 
-    The local Ray has one logical CPU more than the machine: data tasks are light and run beside
-    the workers, which reserve the real ones.
+    A local Ray has `cluster.data_cpus` logical CPUs more than the machine: data tasks are light and
+    run beside the workers, which reserve the real CPUs.
 
     Raises:
-        ConfigError: nobody answers at RAY_ADDRESS, or this machine is too busy.
+        ConfigError: no cluster answers at RAY_ADDRESS, or this machine is too busy.
     """
     if ray.is_initialized():
         return
@@ -64,12 +64,12 @@ def init_ray(cluster: ClusterConfig) -> None:
 
 
 def _is_single_fixed_node() -> bool:
-    """Whether the cluster is this machine and stays so; it is not preempted without the command."""
+    """Return whether the cluster is one node; a preemption would end this command, too."""
     return len(ray.nodes()) == 1 and not has_autoscaler()
 
 
 def check_address(address: str) -> None:
-    """Raises ConfigError if no one listens there; Ray would try for minutes."""
+    """Raise ConfigError if nothing listens at `address`; Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # auto
@@ -83,21 +83,20 @@ def check_address(address: str) -> None:
 
 
 def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool = True) -> None:
-    """Start a Ray on this machine and connect to it.
+    """Start Ray on this machine and connect to it.
 
-    A bare `ray.init()` could join a dead cluster's leftovers, so local is said explicitly. Its
-    objects are patients' texts, so nobody else can enter the folders of its logs and spilled
-    objects, and none of its ports can be reached from outside.
+    The address is "local" because a bare `ray.init()` may join what a dead cluster left behind.
+    Ray's objects hold patient text, so only the owner can enter the folders for logs and spilled
+    objects.
 
     Args:
-        loopback: its ports are open to this machine alone, and only processes that it starts itself
-            can use it; else also commands with RAY_ADDRESS.
+        loopback: open ports to this machine only; other commands cannot join by RAY_ADDRESS then.
 
     Raises:
         ConfigError: the machine is too busy, or a folder cannot be made private.
     """
     os.environ.update(RAY_ENVIRONMENT | LOCAL_RAY_ENVIRONMENT)
-    # Ray opens the folder that it is given to everyone, but nobody gets there
+    # Ray makes its own folder world-writable, but nobody else can enter the parent
     folder = f"{private_folder(get_default_system_temp_dir())}/ray"
     start = partial(
         ray.init,
@@ -111,7 +110,7 @@ def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool
     )
     with _loopback_only() if loopback else nullcontext():
         start_with_retry(start)
-    # nothing is forwarded to this process, but Ray looks for it ten times a second
+    # no logs are forwarded to this process, yet Ray's log monitor polls ten times a second
     children = psutil.Process().children()
     _kill_processes(
         child for child in children if any("log_monitor" in word for word in child.cmdline())
@@ -121,10 +120,9 @@ def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Let a Ray that starts open its ports to this machine alone, as it does on macOS.
+    """Make a starting Ray open its ports to this machine only, as it does on macOS.
 
-    On Linux it opens them to every interface, and changes `_node_ip_address="127.0.0.1"` to one
-    that others reach.
+    On Linux Ray binds all interfaces and replaces `_node_ip_address="127.0.0.1"` by a public one.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -135,15 +133,15 @@ def _loopback_only() -> Iterator[None]:
 
 
 def private_folder(parent: str) -> str:
-    """A folder in `parent` that only its owner can enter; made if there is none.
+    """Return the path of a folder in `parent` that only this user can enter; create it if missing.
 
     Raises:
-        ConfigError: it cannot be made, or somebody else has made it.
+        ConfigError: the folder cannot be created, or belongs to another user.
     """
     path = f"{parent}/medgpt-{os.getuid()}"
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        status = os.lstat(path)  # a link could lead to a folder of somebody else
+        status = os.lstat(path)  # a link could lead to another user's folder
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ConfigError(
                 f"{path} is not a folder of your own; remove it, or set another RAY_TMPDIR or "
@@ -158,29 +156,29 @@ def private_folder(parent: str) -> str:
 
 
 def start_with_retry(start: Callable[[], Any]) -> None:
-    """Call `start` a second time if the first failed by Ray's time limit for a node, 30 s.
+    """Call `start`, and once more if a node missed Ray's startup limit of 30 s.
 
     Raises:
-        ConfigError: the second one did, too.
+        ConfigError: the second start missed the limit, too.
     """
     for _ in range(2):
         before = set(psutil.Process().children())
         try:
             start()
             return
-        except Exception as error:  # Ray's own is no narrower
+        except Exception as error:  # Ray raises no narrower class
             if NODE_TIMEOUT_TEXT not in str(error):
                 raise
             ray.shutdown()
             _kill_processes(set(psutil.Process().children()) - before)
     raise ConfigError(
-        "Ray did not start within twice 30 s, this machine is too busy; try again when there is "
-        "less load, or set RAY_ADDRESS to a cluster"
+        "Ray did not start within twice 30 s because this machine is too busy; try again when the "
+        "load is lower, or set RAY_ADDRESS to a cluster"
     )
 
 
 def _kill_processes(processes: Iterable[psutil.Process]) -> None:
-    """Ray forgets what it started of a node that did not come up; it would slow down the next."""
+    """Kill what Ray started for a node that failed; it would slow down the next start."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
@@ -188,7 +186,7 @@ def _kill_processes(processes: Iterable[psutil.Process]) -> None:
 
 
 def _silence_libraries() -> None:
-    import ray.data  # after the start of Ray, which it would delay
+    import ray.data  # not earlier: it would delay the start of Ray
 
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

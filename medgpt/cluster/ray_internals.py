@@ -1,14 +1,14 @@
-"""The only door to Ray's private modules; `data/loader/ray_internals.py` has those of Ray Data.
+"""All imports of Ray's private modules, except Ray Data's in `data/loader/ray_internals.py`.
 
-Ray gives no promise for these names, so a test asks for each of them in the pinned release. A name
-is imported when it is first asked for: Ray Train's take a second that most commands need not spend.
+Ray may change these names in any release, so a test checks each of them against the pinned one.
+A name is imported on first use: importing Ray Train takes a second that most commands do not need.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # pyright sees no names in generated code
+    # pyright does not see the names of generated code
     from ray._common.utils import get_default_system_temp_dir
     from ray._private import ray_constants
     from ray._private.runtime_env.packaging import create_package
@@ -65,7 +65,7 @@ MODULE_OF = {
     "SchedulingState": _CONTROLLER,
     "TrainingFramework": "ray.train.v2._internal.util",
 }
-"""Where Ray keeps each name; `module:name` where it calls it otherwise."""
+"""Module of each name in Ray; `module:name` if Ray uses another name."""
 __all__ = [
     "BaseWorkerGroup",
     "ControllerCallback",

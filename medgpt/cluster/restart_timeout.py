@@ -1,9 +1,9 @@
-"""A run whose workers were lost waits for nodes: it says so, and not for ever."""
+"""Bound and announce the wait of a run that has lost its workers."""
 
 import time
 from typing import Any, Protocol
 
-# Ray Train has no public word for this; it lets callbacks like its own ones come with a RunConfig
+# Ray Train has no public hook for this, but its RunConfig accepts its internal callback class
 from medgpt.cluster.ray_internals import (
     ControllerCallback,
     InitializingState,
@@ -15,18 +15,18 @@ from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
 
 WAITING_STATES = (InitializingState, SchedulingState, ReschedulingState, RestartingState)
-ANNOUNCE_AFTER_S = 30  # a restart takes less
+ANNOUNCE_AFTER_S = 30  # longer than an ordinary restart
 POLL_S = 1
 
 
 class MessageQueue(Protocol):
-    """Where the driver reads."""
+    """Queue that the driver reads."""
 
     def put(self, item: Any) -> None: ...
 
 
 class RestartTimeout(ControllerCallback):
-    """Runs in Ray Train's controller, which alone knows that there are no workers."""
+    """Ends a run that waits longer than `cluster.wait_s` for workers. Runs in the controller."""
 
     def __init__(self, cluster: ClusterConfig, messages: MessageQueue) -> None:
         self.cluster, self.messages = cluster, messages
@@ -39,11 +39,11 @@ class RestartTimeout(ControllerCallback):
             return
         now = time.monotonic()
         self.waiting_since = self.waiting_since or now
-        resources = f"room for {self.cluster.min_workers} workers"
+        resources = f"resources for {self.cluster.min_workers} workers"
         if now - self.waiting_since > self.cluster.wait_s:
             error = ConfigError(
                 f"cluster.wait_s={self.cluster.wait_s:g}: no {resources} in this time; repeat the "
-                "command when the cluster has its nodes again, the run continues"
+                "command when the cluster has enough nodes, and the run continues"
             )
             self.messages.put(error)
             raise error
@@ -51,4 +51,4 @@ class RestartTimeout(ControllerCallback):
             self.messages.put(f"waiting up to {self.cluster.wait_s:g} s for {resources}")
             self.announced = True
         if current_state is previous_state:
-            time.sleep(POLL_S)  # Ray Train would ask again at once, for as long as it takes
+            time.sleep(POLL_S)  # Ray Train would poll without a pause

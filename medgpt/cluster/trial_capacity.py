@@ -1,4 +1,4 @@
-"""How many trials have room at the same time."""
+"""Estimate how many tuning trials fit into the cluster at the same time."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,10 +16,10 @@ def max_concurrent_trials(
     data_cpus: float,
     limit: int,
 ) -> int:
-    """Trials, at most `limit`, that `nodes` hold beside the shared pools and one data task.
+    """Return how many trials, at most `limit`, fit beside the shared pools and one data task.
 
-    Workers are put on the first node with room, the largest first. How Ray places them may differ;
-    a trial without room waits for it.
+    Places each worker, largest first, on the first node with enough resources. Ray may place them
+    differently; a trial that does not fit waits.
     """
     free = [
         (node, dict(node.resources))
@@ -35,13 +35,13 @@ def max_concurrent_trials(
 def _max_nodes_needed(
     trial: Mapping[str, RoleConfig], shared: Mapping[str, RoleConfig], limit: int
 ) -> int:
-    """Nodes that so many trials could fill."""
+    """Return an upper bound on the nodes that `limit` trials could use."""
     workers = sum(config.num_workers for config in trial.values()) * limit
     return workers + sum(config.num_workers for config in shared.values()) + 1
 
 
 def _reserve(roles: Mapping[str, RoleConfig], free: list[tuple[NodeGroup, Free]]) -> bool:
-    """Take the room of all workers, or say that there is none; then some of it is taken."""
+    """Subtract the workers from `free`. False if one does not fit; others are subtracted then."""
     hosts = [config for config in roles.values() if config.share_with is None]
     workers = [config for config in hosts for _ in range(config.num_workers)]
     for config in sorted(workers, key=lambda c: (-c.gpus_per_worker, -c.cpus_per_worker)):

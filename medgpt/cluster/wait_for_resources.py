@@ -1,4 +1,4 @@
-"""Room in the cluster for a stage's workers: there, on its way, or never to come."""
+"""Wait until the cluster has the resources for a stage's workers and data tasks."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ from medgpt.cluster.capacity import check_capacity, worker_demands
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
 
-POLL_S = 1  # between looks whether there is room
+POLL_S = 1  # between checks of a placement group
 
 Resources = Mapping[str, float]
 
 
 def wait_for_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Return when the cluster can hold the fewest workers and one data task beside them.
+    """Wait until the cluster can hold the fewest workers and one data task beside them.
 
     Raises:
         ConfigError: it never can, or not within `cluster.wait_s`.
@@ -41,7 +41,7 @@ def wait_for_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> No
         if not _wait_until_placed(group, cluster.wait_s, say):
             raise ConfigError(
                 f"cluster.num_workers={cluster.workers_text} "
-                f"{_shortage_now(cluster) or 'has no room'} "
+                f"{_shortage_now(cluster) or 'was not placed'} "
                 f"after cluster.wait_s={cluster.wait_s:g} s; {remedy}"
             )
     finally:
@@ -49,7 +49,7 @@ def wait_for_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> No
 
 
 def wait_for_data_task_resources(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
-    """Return when the cluster can hold one data task.
+    """Wait until the cluster can hold one data task.
 
     Raises:
         ConfigError: it cannot within `cluster.wait_s`.
@@ -63,7 +63,7 @@ def wait_for_data_task_resources(cluster: ClusterConfig, say: Callable[[str], No
     try:
         if not _wait_until_placed(group, wait_s, say):
             raise ConfigError(
-                f"cluster.data_cpus={need:g}: no node has room for a data task after "
+                f"cluster.data_cpus={need:g}: no node can hold a data task after "
                 f"cluster.wait_s={wait_s:g} s; lower it, or use a larger cluster"
             )
     finally:
@@ -71,7 +71,7 @@ def wait_for_data_task_resources(cluster: ClusterConfig, say: Callable[[str], No
 
 
 def _request_placement(cluster: ClusterConfig) -> PlacementGroup:
-    """A reservation that the autoscaler sees; a call of its request_resources outlives the job."""
+    """Reserve all bundles. Unlike `request_resources`, a placement group ends with the job."""
     worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     workers = [{name: n for name, n in worker.items() if n}] * cluster.min_workers
     return placement_group(
@@ -86,20 +86,20 @@ def _wait_until_placed(group: PlacementGroup, seconds: float, say: Callable[[str
         if time.monotonic() > deadline:
             return False
         if not announced and _is_infeasible(group):
-            say("its autoscaler has no nodes left that could hold this; it may when others end")
+            say("its autoscaler has no free nodes that could hold this; other jobs may free some")
             announced = True
     return True
 
 
 def _is_infeasible(group: PlacementGroup) -> bool:
-    """Whether the autoscaler says so."""
+    """Return whether the autoscaler reports that it cannot place `group`."""
     state = autoscaling_state()
     gangs = state.infeasible_gang_resource_requests if state is not None else []
     return any(group.id.hex() in gang.details for gang in gangs)
 
 
 def _total_resources(labels: Mapping[str, str]) -> dict[str, float]:
-    """Of all living nodes with these labels."""
+    """Return the summed resources of all living nodes with these labels."""
     total: dict[str, float] = {}
     for node in ray.nodes():
         if node["Alive"] and labels.items() <= node["Labels"].items():
@@ -109,12 +109,12 @@ def _total_resources(labels: Mapping[str, str]) -> dict[str, float]:
 
 
 def _shortage_now(cluster: ClusterConfig) -> str:
-    """The same of the nodes that there are."""
+    """Describe the shortage on the present nodes."""
     return _describe_shortage(cluster, _total_resources({}), _total_resources(cluster.labels))
 
 
 def _describe_shortage(cluster: ClusterConfig, total: Resources, on_labeled: Resources) -> str:
-    """What is short of all resources, or of those of nodes with the workers' labels."""
+    """Describe which resources are short, in all or on nodes with the labels; empty if none."""
     workers = {
         "CPU": cluster.min_workers * cluster.cpus_per_worker,
         "GPU": cluster.min_workers * cluster.gpus_per_worker,
@@ -122,7 +122,7 @@ def _describe_shortage(cluster: ClusterConfig, total: Resources, on_labeled: Res
     total_need = workers | {"CPU": workers["CPU"] + cluster.data_cpus}
     where = " and ".join(f"{key}={value}" for key, value in cluster.labels.items())
     shortages = [
-        f"needs {amount:g} {name} in all (data tasks included), the cluster has "
+        f"needs {amount:g} {name} in total (with data tasks), the cluster has "
         f"{total.get(name, 0):g}"
         for name, amount in total_need.items()
         if amount > total.get(name, 0)

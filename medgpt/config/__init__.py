@@ -1,6 +1,6 @@
-"""Every knob of medgpt: one frozen model per concern, one root per stage.
+"""Configuration of medgpt: one frozen pydantic model per section, one root model per stage.
 
-`load` reads a TOML file, applies `section.key=value` overrides and rejects what it does not
-understand, so a mistyped key stops a job on the laptop instead of wasting a cluster. Neither torch
-nor ray is imported here.
+`medgpt.config.loading.load` reads a TOML file, applies `section.key=value` overrides and rejects
+unknown keys and wrong values, so that a typing error stops a job on the laptop and not on a
+cluster. Neither torch nor Ray is imported here.
 """

@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of: its base class and its checked types."""
+"""Base class, checked types and the error class of all configuration sections."""
 
 import os
 import re
@@ -14,28 +14,32 @@ Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 
 
 class ConfigError(ValueError):
-    """The configuration or the data is wrong and the user can fix it."""
+    """The configuration or the data is wrong, and the user can fix it."""
 
 
 def absolute_path(path: str) -> str:
-    """`path` as an absolute path; a URI stays as it is.
+    """Return `path` as an absolute path; a URI stays as it is.
 
     Raises:
-        ValueError: a URI with a password, which would go to manifests and logs.
+        ValueError: a URI contains a password, which would end up in manifests and logs.
     """
     if re.search(r"://[^/]*:[^/]*@", path):
-        raise ValueError("a URI must not hold a password; give it in the environment")
+        raise ValueError("a URI must not contain a password; set it in the environment")
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def absolute_model_path(name: str) -> str:
-    """A model that is a path becomes absolute; `owner/name` without such a folder is a hub id."""
+    """Make the path of a model absolute; `owner/name` is a hub id unless such a folder exists."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
     return absolute_path(name) if is_path else name
 
 
 def absolute_run_dir(path: str) -> str:
-    """An absolute run directory; a submitted job would lose a relative one in its cached copy."""
+    """Return an absolute run directory.
+
+    Raises:
+        ValueError: a submitted job has a relative path, which would be lost with its cached copy.
+    """
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if submitted and "://" not in path and not Path(path).expanduser().is_absolute():
         raise ValueError(
@@ -45,9 +49,9 @@ def absolute_run_dir(path: str) -> str:
 
 
 def parse_worker_counts(value: object) -> int | tuple[int, int]:
-    """A number of workers, or the fewest and the most."""
+    """Return a number of workers, or the fewest and the most."""
     counts = value if isinstance(value, list | tuple) else (value, value)
-    numbers = [count for count in counts if type(count) is int and count > 0]  # True is an int, too
+    numbers = [count for count in counts if type(count) is int and count > 0]  # no bools
     if len(counts) != 2 or len(numbers) != 2 or numbers[0] > numbers[1]:
         raise ValueError("must be an integer > 0, or two as [fewest, most]")
     return (numbers[0], numbers[1]) if isinstance(value, list | tuple) else numbers[0]

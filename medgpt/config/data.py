@@ -1,4 +1,4 @@
-"""What to train on: sources, the shape of their rows, and how rows are packed."""
+"""Data sections: sources, the format of their rows, and packing."""
 
 from typing import Annotated, Literal, Self
 
@@ -9,40 +9,42 @@ from medgpt.config.base import Config, Count, DataPath, DenyPath, Fraction, Name
 
 
 class TurnsMapping(Config):
-    """Where a row keeps its list of turns."""
+    """Where a row holds a conversation as a list of turns."""
 
     column: str
-    """Column with the list."""
+    """Column that holds the list."""
     role: str | int = "role"
-    """Key (or index) of the speaker inside a turn."""
+    """Key (or index) of the speaker in a turn."""
     content: str | int = "content"
-    """Key (or index) of the text inside a turn."""
+    """Key (or index) of the text in a turn."""
     user: tuple[str, ...] = ("user", "human", "patient", "client", "患者", "病人")
-    """Speakers who are the user."""
+    """Speakers that are the user."""
     assistant: tuple[str, ...] = ("assistant", "gpt", "doctor", "counselor", "医生")
-    """Speakers who are the assistant."""
+    """Speakers that are the assistant."""
     system: tuple[str, ...] = ("system",)
-    """Speakers who are the system prompt."""
+    """Speakers that are the system prompt."""
     pairs: tuple[str, str] | None = None
-    """Each turn is a question and an answer under these keys, not one utterance with a role."""
+    """Keys of a question and its answer, if each turn is such a pair instead of one utterance with
+    a role."""
     merge: bool = False
     """Join consecutive utterances of one speaker."""
     trim: bool = False
-    """Drop the assistant's words before the first and the user's after the last exchange."""
+    """Drop the assistant's utterances before the first exchange and the user's after the last."""
 
 
 class AnswersMapping(Config):
-    """Where a row keeps several answers to its prompt. Templates are Jinja over one answer."""
+    """Where a row holds several graded answers to its prompt. Templates are Jinja over one
+    answer."""
 
     column: str
-    """Column with the list; `rows` after group_by."""
+    """Column that holds the list; `rows` after group_by."""
     grade: str
-    """Template of a number, the higher the better."""
+    """Template of a number; higher is better."""
     text: str | None = None
-    """Template of the answer."""
+    """Template of the answer's text."""
     turns: TurnsMapping | None = None
-    """The answer is a list of turns under one of its keys; if it begins with the prompt, what
-    follows it."""
+    """The answer is a list of turns under one of its keys. If the list begins with the prompt, the
+    turns after it are the answer."""
 
     @model_validator(mode="after")
     def _check_one_shape(self) -> Self:
@@ -52,7 +54,8 @@ class AnswersMapping(Config):
 
 
 class MappingConfig(Config):
-    """How a row of any other shape becomes a record. Templates are Jinja over the row's columns."""
+    """How to convert a row of any other format to a record. Templates are Jinja over the row's
+    columns."""
 
     text: str | None = None
     """Template of a document."""
@@ -63,17 +66,17 @@ class MappingConfig(Config):
     system: str | None = None
     """Template of the system prompt."""
     turns: TurnsMapping | None = None
-    """A list of turns in a column."""
+    """Column with a list of turns."""
     chosen: str | None = None
     """Template of the better of two answers to `user`."""
     rejected: str | None = None
-    """Template of the worse one."""
+    """Template of the worse answer."""
     answers: AnswersMapping | None = None
     """Graded answers to `user`."""
 
     @property
     def is_prompt(self) -> bool:
-        """Whether it makes prompts without an answer."""
+        """Whether the records are prompts without an answer."""
         answers = (self.assistant, self.chosen, self.answers)
         return self.user is not None and all(answer is None for answer in answers)
 
@@ -92,51 +95,53 @@ class MappingConfig(Config):
 
 class SourceConfig(Config):
     name: Name
-    """How the source is called in reports."""
+    """Name of the source in reports."""
     paths: Annotated[tuple[DataPath, ...], Len(1)]
     """Files, globs, directories or fsspec URIs."""
     licence: Annotated[str, StringConstraints(min_length=1)]
-    """Licence of the data, copied to the manifest and the model card."""
+    """License of the data; copied to the manifest and the model card."""
     sensitive: bool = False
-    """Reports and logs never sample from it."""
+    """Never show samples of the source in reports and logs."""
     format: Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
-    """auto goes by the file name."""
+    """File format; auto goes by the file name."""
     encoding: str = "auto"
-    """auto accepts UTF-8 and GB18030 (a superset of GBK)."""
+    """Text encoding; auto accepts UTF-8 and GB18030 (a superset of GBK)."""
     lines: bool = False
     """txt only: every line is a document, instead of every file."""
     kind: Literal[
         "auto", "text", "instruction", "history", "sharegpt", "messages", "qa", "pairs", "prompt"
     ] = "auto"
-    """Shape of a row; auto recognises it from the columns, but for prompt: a column prompt and no
-    answer. pairs: prompt, chosen, rejected and perhaps margin."""
+    """Format of a row. auto detects it from the columns, except prompt: a column prompt without an
+    answer. pairs: columns prompt, chosen, rejected and optionally margin."""
     question_column: str = "question"
     """kind qa: column of the question."""
     answer_column: str = "answer"
     """kind qa: column of the answer."""
     mapping: MappingConfig | None = None
-    """For rows of any other shape."""
+    """Conversion of rows of any other format."""
     group_by: str | None = None
-    """Rows of a file with the same value in this column are one: the columns of the first, and all
-    of them in a list `rows`. A file is read whole."""
+    """Merge the rows of a file with the same value in this column: the merged row has the columns
+    of the first row, and all rows in a list `rows`. The whole file is read at once."""
     weight: Annotated[float, Gt(0)] | None = None
-    """Share of an epoch's tokens, relative to the other sources'; set it for all or for none."""
+    """Share of an epoch's tokens, relative to the weights of the other sources. Set it for all
+    sources or for none."""
     deny: tuple[DenyPath, ...] = ("default",)
-    """Deny-lists: `default` ships with medgpt, others are TOML files of the same form."""
+    """Deny-lists: `default` ships with medgpt, others are TOML files of the same format."""
 
 
 class DataConfig(Config):
     sources: Annotated[tuple[SourceConfig, ...], Len(1)]
-    """What to train on."""
+    """Sources to train on."""
     max_length: Annotated[int, Ge(16)] = 1024
-    """Tokens in a packed row. Longer documents span rows, conversations lose their oldest turns. Of
-    preferences: tokens of a prompt with an answer. Of prompts: longer ones are set aside."""
+    """Tokens in a packed row. Longer documents span rows, longer conversations lose their oldest
+    turns. With preferences: maximum tokens of a prompt with an answer. With prompts: longer ones
+    are left out."""
     validation_share: Fraction = 0.02
-    """Share of the samples held out, chosen by the hash of their content."""
+    """Share of the samples held out for validation, chosen by the hash of their content."""
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01
-    """The run stops when more than this share of a source's rows is malformed."""
+    """The run stops if more than this share of a source's rows is malformed."""
     shard_mb: Count = 32
-    """Files that can be split are read in pieces of at most about this many MiB."""
+    """Files that can be split are read in slices of at most about this many MiB."""
 
     @model_validator(mode="after")
     def _check_names_and_weights(self) -> Self:

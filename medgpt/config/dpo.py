@@ -1,4 +1,4 @@
-"""Training on preferences without rollouts: DPO and its kin."""
+"""Configuration of `medgpt dpo`: training on preferences without rollouts."""
 
 from typing import Annotated, Literal, Self
 
@@ -32,14 +32,14 @@ SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "sigmoid_norm")
 
 class DPOLossConfig(Config):
     loss: Annotated[tuple[PairLoss | UnpairedLoss, ...], Len(1)] = ("sigmoid",)
-    """TRL's loss types of pairs; several are summed. `kto` and `apo_zero_unpaired` learn from
-    single answers and stand alone."""
+    """TRL's loss types; losses over pairs are summed. `kto` and `apo_zero_unpaired` learn from
+    single answers and cannot be combined."""
     loss_weights: tuple[float, ...] | None = None
-    """Of each loss; unset: 1."""
+    """Weight of each loss; unset: 1 each."""
     beta: Annotated[float, Gt(0)] = 0.1
-    """Strength of the tie to the model that training starts from."""
+    """Strength of the pull towards the initial model."""
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0
-    """Share of pairs whose order is taken to be wrong; exo_pair needs some, such as 1e-3."""
+    """Assumed share of pairs in the wrong order; exo_pair needs a value above 0, such as 1e-3."""
     desirable_weight: Annotated[float, Ge(0)] = 1.0
     """kto: weight of the better answers."""
     undesirable_weight: Annotated[float, Ge(0)] = 1.0
@@ -47,6 +47,7 @@ class DPOLossConfig(Config):
 
     @property
     def unpaired(self) -> bool:
+        """Whether the loss learns from single answers."""
         return self.loss[0] in UNPAIRED_LOSSES
 
     @model_validator(mode="after")
@@ -54,7 +55,7 @@ class DPOLossConfig(Config):
         if len(self.loss) > 1 and any(loss in UNPAIRED_LOSSES for loss in self.loss):
             raise ValueError(f"loss={list(self.loss)}: {' and '.join(UNPAIRED_LOSSES)} stand alone")
         if len(set(self.loss)) < len(self.loss):
-            raise ValueError(f"loss={list(self.loss)}: names each loss once")
+            raise ValueError(f"loss={list(self.loss)}: name each loss once")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} numbers for {len(self.loss)} losses"
@@ -62,7 +63,7 @@ class DPOLossConfig(Config):
         if self.loss_weights is not None and self.unpaired:
             raise ValueError(f"loss_weights: not with loss={list(self.loss)}; leave it out")
         if "exo_pair" in self.loss and not self.label_smoothing:
-            raise ValueError("label_smoothing=0: exo_pair needs more, such as 1e-3")
+            raise ValueError("label_smoothing=0: exo_pair needs a value above 0, such as 1e-3")
         if self.label_smoothing and not any(loss in SMOOTHED_LOSSES for loss in self.loss):
             raise ValueError(
                 f"label_smoothing={self.label_smoothing:g}: only {', '.join(SMOOTHED_LOSSES)} "
@@ -72,7 +73,7 @@ class DPOLossConfig(Config):
 
 
 class DPOConfig(PreferenceStageConfig):
-    """configs/dpo.toml"""
+    """Root config of the DPO stage, as in configs/dpo.toml."""
 
     dpo: DPOLossConfig = DPOLossConfig()
 
@@ -80,19 +81,19 @@ class DPOConfig(PreferenceStageConfig):
     def _check_trainer_limits(self) -> Self:
         if "://" in self.run.dir and not self.run.dir.startswith("file://"):
             raise ValueError(
-                f"run.dir={self.run.dir}: TRL's trainer writes its checkpoints to a folder; give "
-                "one that all workers share"
+                f"run.dir={self.run.dir}: TRL's trainer cannot write checkpoints to a URI; "
+                "set a folder that all workers share"
             )
         if not isinstance(self.cluster.num_workers, int):
             raise ValueError(
                 f"cluster.num_workers={self.cluster.workers_text}: TRL's trainer resumes with as "
-                "many workers as before; give one number"
+                "many workers as before; set one number"
             )
         if self.dpo.unpaired and self.train.micro_batch_size < 2:
             raise ValueError(
                 f"train.micro_batch_size={self.train.micro_batch_size}: {self.dpo.loss[0]} "
-                "compares answers of a micro-batch; give 2 or more"
+                "compares the answers of a micro-batch; set 2 or more"
             )
         if self.train.audit:
-            raise ValueError("train.audit=true: the order of the samples is TRL's; leave it out")
+            raise ValueError("train.audit=true: TRL decides the order of the samples; leave it out")
         return self

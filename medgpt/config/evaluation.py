@@ -1,4 +1,4 @@
-"""What to ask a model, and how it is scored."""
+"""Configuration of `medgpt eval`: the model, its tasks and the gates it must pass."""
 
 import difflib
 from collections import Counter
@@ -41,12 +41,12 @@ TASK_KINDS = ("mcq", "nll", "generation", "key_points", "triage", "safety")
 
 class EvalModelConfig(Config):
     name: ModelPath | None = None
-    """Run, path, URI or hub id of the model; RUN_OR_MODEL on the command line sets it."""
+    """Run directory, path, URI or hub id of the model; RUN_OR_MODEL on the command line sets it."""
     parent: DataPath | None = None
     """Run directory of an earlier evaluation that gates and the report compare with."""
     untrained: bool = False
-    """Score the same architecture with fresh weights instead, drawn with run.seed: what a model
-    that learnt nothing reaches."""
+    """Evaluate the same architecture with fresh weights, drawn with run.seed, instead: the scores
+    of a model that has learned nothing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -55,76 +55,79 @@ class EvalModelConfig(Config):
 
 class EvalPoolConfig(Config):
     batch_tokens: Count = 2048
-    """Most tokens, padding included, that one forward pass scores. A GPU wants more."""
+    """Maximum tokens, padding included, of a forward pass that scores texts. Use more on a GPU."""
     batch_replies: Count = 32
-    """Replies that are generated together."""
+    """Number of replies generated together."""
     window_tokens: Annotated[int, Ge(16)] = 1024
-    """A longer text is weighed in windows of so many tokens (or of the model's positions, if they
-    are fewer); each begins in the middle of the one before and counts what is new."""
+    """A longer text is scored in windows of this many tokens, or of the model's maximum positions
+    if they are fewer. Each window begins in the middle of the one before and counts its new
+    tokens."""
 
 
 class McqConfig(TaskConfig):
-    """Multiple choice."""
+    """Multiple-choice questions."""
 
     name: Name = "mcq"
-    """How results and gates call it."""
+    """Name of the task in results and gates."""
     paths: Annotated[tuple[DataPath, ...], Len(1)]
     """Files, globs, directories or fsspec URIs: JSON, JSON lines, CSV or Parquet."""
     layout: McqFormat
-    """The columns that the rows have, by the data set that brought them; see the README."""
+    """Format of the rows, by the name of the data set that introduced it."""
     language: Literal["auto", "zh", "en"] = "auto"
-    """Of the prompt around a question; auto goes by its characters."""
+    """Language of the prompt around a question; auto goes by the characters of the question."""
     scoring: Literal["letter", "option", "generation"] = "letter"
     """letter: the likeliest letter after the listed options. option: the likeliest text of an
-    option after the bare question, also per character. generation: a reply, read strictly."""
+    option after the bare question, also normalized per character. generation: a generated reply,
+    parsed strictly."""
     answers: Literal["all", "one", "several"] = "all"
-    """Take all questions, those with one right option, or those with several."""
+    """Use all questions, those with one right option, or those with several."""
     prompt: Literal["plain", "chat"] = "plain"
     """plain: a text to continue. chat: a turn of the model's chat template."""
     shots: Annotated[int, Ge(0)] = 0
-    """Solved examples in front of each question."""
+    """Number of solved examples before each question."""
     shots_paths: tuple[DataPath, ...] = ()
-    """Where the examples are, in the same layout. Where a file is a subject (cmmlu, ceval), a
-    question's examples are of its own."""
+    """Files of the examples, in the same format. Where a file is a subject (cmmlu, ceval), the
+    examples come from the subject of the question."""
     max_new_tokens: Count = 128
-    """Longest reply with scoring=generation."""
+    """Maximum tokens of a reply with scoring=generation."""
 
     @model_validator(mode="after")
     def _check_shots(self) -> Self:
         if bool(self.shots) != bool(self.shots_paths):
             raise ValueError(
-                f"shots={self.shots} and shots_paths go together; set both or neither, and take "
+                f"shots={self.shots} and shots_paths go together; set both or neither, and use "
                 "examples that are not among the questions"
             )
         return self
 
 
 class NllConfig(TaskConfig):
-    """Negative log-likelihood of texts, by source. `limit` counts texts of each source."""
+    """Negative log-likelihood of texts, by source. `limit` counts the texts of each source."""
 
     name: Name = "nll"
-    """How results and gates call it."""
+    """Name of the task in results and gates."""
     sources: tuple[SourceConfig, ...] = ()
     """Held-out texts."""
     general: bool = False
-    """Also weigh public-domain prose that ships with medgpt, Chinese and English, as the sources
-    general_zh and general_en: what a model loses there it has forgotten."""
+    """Also score public-domain prose that ships with medgpt, Chinese and English, as the sources
+    general_zh and general_en; a rising loss there shows forgetting."""
 
     @model_validator(mode="after")
     def _check_has_texts(self) -> Self:
         if not self.sources and not self.general:
-            raise ValueError("has nothing to weigh; name sources or set general=true")
+            raise ValueError("no texts to score; set sources or general=true")
         return self
 
 
 class EvalConfig(Config):
-    """configs/eval.toml"""
+    """Root config of the evaluation stage, as in configs/eval.toml."""
 
     run: RunConfig
     gates: tuple[str, ...] = ()
-    """What the model must reach, else the command fails: `mcq.accuracy >= parent`, `key_points.gout
-    == pass`, `nll.general <= 1.05 * parent`, `high(triage.under) <= 0.01`. A gate names TASK.METRIC
-    or TASK.SLICE, or TASK.SLICE.METRIC; low() and high() are the ends of its 95 % interval."""
+    """Conditions that the model must meet, or the command fails: `mcq.accuracy >= parent`,
+    `key_points.gout == pass`, `nll.general <= 1.05 * parent`, `high(triage.under) <= 0.01`. A gate
+    names TASK.METRIC, TASK.SLICE or TASK.SLICE.METRIC; low() and high() are the ends of its 95 %
+    confidence interval."""
     model: EvalModelConfig = EvalModelConfig()
     mcq: tuple[McqConfig, ...] = ()
     nll: tuple[NllConfig, ...] = ()
@@ -136,7 +139,7 @@ class EvalConfig(Config):
     cluster: ClusterConfig = ClusterConfig()
 
     def tasks(self) -> Iterator[tuple[str, TaskConfig, str]]:
-        """(kind, config, name) of every task, in the order of the reference."""
+        """Yield (kind, config, name) of every task, in the order of TASK_KINDS."""
         for kind in TASK_KINDS:
             for task in getattr(self, kind):
                 yield kind, task, task.name
@@ -146,9 +149,9 @@ class EvalConfig(Config):
         names = Counter(name for _, _, name in self.tasks())
         duplicates = [name for name, times in names.items() if times > 1]
         if duplicates:
-            raise ValueError(f"two tasks are called {duplicates[0]}; give each a name of its own")
+            raise ValueError(f"two tasks are called {duplicates[0]}; rename one")
         if not names:
-            raise ValueError("there is no task; add at least one, as [[mcq]] or [[nll]]")
+            raise ValueError("no task is set; add at least one, such as [[mcq]] or [[nll]]")
         return self
 
     @model_validator(mode="after")
@@ -161,7 +164,7 @@ class EvalConfig(Config):
                 raise ValueError(f"gate {gate.text!r}: no task is called {gate.task}; {hint}")
             if gate.needs_parent and self.model.parent is None:
                 raise ValueError(
-                    f"gate {gate.text!r} compares with the parent and model.parent is unset; give "
-                    "the run directory of the parent's evaluation"
+                    f"gate {gate.text!r} needs a parent, but model.parent is unset; set "
+                    "it to the run directory of the parent's evaluation"
                 )
         return self

@@ -1,4 +1,4 @@
-"""What an evaluation must reach: `mcq.accuracy >= parent`, `nll.general <= 1.05 * parent`."""
+"""Parse the gates of an evaluation: `mcq.accuracy >= parent`, `nll.general <= 1.05 * parent`."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 Sign = Literal[">=", "<=", ">", "<", "=="]
 Side = Literal["value", "low", "high"]
 REWARD_TASK = "reward"
-"""The task by which gates know a reward model."""
+"""Task name of a reward model in gates."""
 NUMBER_PATTERN = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 QUOTED_PATTERN = r"\"[^\"]+\"|'[^']+'"
 TASK_PATTERN = rf"(?:{QUOTED_PATTERN}|[\w-]+)"
@@ -20,17 +20,17 @@ GATE_PATTERN = re.compile(
 )
 GATE_SYNTAX = (
     "write TASK.METRIC, TASK.SLICE or TASK.SLICE.METRIC (a part with a dot, =, < or > in quotes), "
-    "or low(...) or high(...) of that for an end of its 95 % interval, then >=, <=, >, < or ==, "
+    "or low(...) or high(...) of it for an end of its 95 % interval, then >=, <=, >, < or ==, "
     "then a number, pass, parent, 1.05 * parent or parent - 0.02"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """`side` of `name` `sign` `factor` * parent + `offset`; without a parent the factor is 0."""
+    """A condition `side(name) sign factor * parent + offset`; without a parent the factor is 0."""
 
     text: str
-    side: Side  # of the score that must pass; of the parent's the value counts
+    side: Side  # of the score that must pass; the parent always counts by its value
     name: tuple[str, ...]  # task, then metric, slice value, or both
     sign: Sign
     factor: float
@@ -45,7 +45,7 @@ class Gate:
         return self.factor != 0
 
     def is_passed(self, value: float, parent: float) -> bool:
-        """Whether a value passes; `parent` is not looked at if the gate needs none."""
+        """Whether `value` passes; `parent` is ignored unless the gate needs it."""
         bound = self.bound(parent)
         match self.sign:
             case ">=":
@@ -60,19 +60,24 @@ class Gate:
                 return value == bound
 
     def bound(self, parent: float) -> float:
+        """Return the number that the score is compared with."""
         return self.factor * parent + self.offset if self.needs_parent else self.offset
 
 
 def parse_gate(text: str) -> Gate:
-    """Raises ValueError: the text is no gate."""
+    """Parse the text of a gate.
+
+    Raises:
+        ValueError: the text is not a gate.
+    """
     match = GATE_PATTERN.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"gate {text!r} is not understood; {GATE_SYNTAX}")
+        raise ValueError(f"gate {text!r} cannot be parsed; {GATE_SYNTAX}")
     sign: Sign = match["sign"]  # type: ignore[assignment]: the pattern allows no other
     factor, offset = 0.0, 0.0
     if match["passed"]:
         if sign != "==":
-            raise ValueError(f"gate {text!r}: only == goes with pass")
+            raise ValueError(f"gate {text!r}: pass needs ==")
         offset = 1.0
     elif match["number"]:
         offset = float(match["number"])

@@ -1,4 +1,4 @@
-"""From a TOML file and overrides to a checked config, with errors that name the remedy."""
+"""Load a TOML file and overrides into a checked config, with errors that name the remedy."""
 
 import difflib
 import re
@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from medgpt.config.base import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
-MAX_VALUE_CHARS = 80  # of a wrong value in an error
-RULES_BY_ERROR_TYPE = {  # in TOML's words where pydantic's are Python's
+MAX_VALUE_CHARS = 80  # of a wrong value that an error shows
+RULES_BY_ERROR_TYPE = {  # for TOML, where the messages of pydantic name Python types
     "tuple_type": 'must be a list, as ["..."]',
     "too_short": "must not be empty",
     "model_type": "must be a section of keys",
@@ -24,17 +24,18 @@ def load(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> Confi
     """Read `path` into `cls`. Overrides are TOML assignments: `train.epochs=2`.
 
     Raises:
-        ConfigError: names every wrong key with its value, the rule and what would be right.
+        ConfigError: names every wrong key with its value, the rule and the remedy.
     """
     return validate(cls, read_tree(path, overrides))
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What the file and the overrides say, not checked yet. Raises ConfigError like `load`."""
+    """Return the file with the overrides applied, before validation. Raises ConfigError like
+    `load`."""
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such file; configs/ holds one per stage") from None
+        raise ConfigError("no such file; configs/ has one for each stage") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"is not a TOML file: {error}") from None
     for text in overrides:
@@ -43,7 +44,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def validate(cls: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
-    """`tree` as a `cls`. Raises ConfigError like `load`."""
+    """Validate `tree` as a `cls`. Raises ConfigError like `load`."""
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
@@ -55,7 +56,7 @@ def validate(cls: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
 
 
 def with_values(cls: type[ConfigT], config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
-    """`config` with other values of some keys, `{"ppo.epochs": 2}`, checked as when it was read."""
+    """Return `config` with new values of some keys, `{"ppo.epochs": 2}`, validated again."""
     tree = config.model_dump(mode="json", exclude_none=True)
     for key, value in values.items():
         branch: Any = value
@@ -66,7 +67,7 @@ def with_values(cls: type[ConfigT], config: ConfigT, values: Mapping[str, Any]) 
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    for attempt in (text, text.replace("=", '="', 1) + '"'):  # bare words are strings
+    for attempt in (text, text.replace("=", '="', 1) + '"'):  # a bare word is a string
         try:
             return tomllib.loads(attempt)
         except tomllib.TOMLDecodeError:
@@ -89,12 +90,12 @@ def _merge(tree: dict[str, Any], update: dict[str, Any]) -> None:
 
 
 def _is_inside(key: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
-    """Whether `other` is a section around `key`: what is wrong with it then follows."""
+    """Whether `key` lies in the section `other`, whose error then only repeats that of `key`."""
     return len(key) > len(other) and key[: len(other)] == other
 
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
-    """One problem of pydantic's, as `key=value: rule` or `unknown key; did you mean ...?`"""
+    """Describe an error of pydantic as `key=value: rule` or `unknown key; did you mean ...?`."""
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "missing":
@@ -115,20 +116,21 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
 
 
 def _shorten(value: object) -> str:
-    text = re.sub(r"(://[^/:]*:)[^/]*@", r"\1***@", repr(value))  # of a password
+    text = re.sub(r"(://[^/:]*:)[^/]*@", r"\1***@", repr(value))  # hide a password
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
 def _section_class(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    """Return the model of the section at `path` below `cls`."""
     for name in path:
-        if name in cls.model_fields:  # else an index into a list of sections, or a key of a table
+        if name in cls.model_fields:  # else an index of a list or a key of a table
             cls = _find_model_class(cls.model_fields[name].annotation)
     return cls
 
 
 def _find_model_class(annotation: Any) -> Any:
-    """The pydantic model inside `X | None`, `tuple[X, ...]`, `dict[str, X]` or `Annotated[X, ...]`;
-    None if there is none."""
+    """Return the pydantic model inside `X | None`, `tuple[X, ...]`, `dict[str, X]` or `Annotated[X,
+    ...]`, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for t in get_args(annotation) if (found := _find_model_class(t))), None)

@@ -1,4 +1,4 @@
-"""The model and its tokenizer."""
+"""Sections of the model and its tokenizer."""
 
 from typing import Annotated, Literal, Self
 
@@ -9,26 +9,26 @@ from medgpt.config.base import Config, Count, Fraction, ModelPath
 
 
 class ArchitectureConfig(Config):
-    """A model with fresh weights, for when there is no base model."""
+    """A model with fresh weights, instead of a base model."""
 
     kind: Literal["qwen2", "llama", "bert"] = "qwen2"
-    """qwen2 and llama for causal, bert for masked pretraining."""
+    """qwen2 and llama: causal language models. bert: a masked language model."""
     hidden_size: Count = 256
-    """Width of the residual stream."""
+    """Size of the hidden states."""
     num_layers: Count = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     num_heads: Count = 4
-    """Attention heads; divides hidden_size."""
+    """Number of attention heads; must divide hidden_size."""
     num_kv_heads: Count | None = None
-    """Key-value heads; none is num_heads. bert has no other choice."""
+    """Number of key-value heads; unset: num_heads, the only choice for bert."""
     intermediate_size: Count = 704
-    """Width of the feed-forward layer."""
+    """Hidden size of the feed-forward layer."""
     max_positions: Count = 2048
-    """Longest sequence the model accepts, in tokens."""
+    """Maximum sequence length in tokens."""
     tie_embeddings: bool = True
-    """Input and output embedding share one matrix."""
+    """Share one matrix between the input and the output embedding."""
     rope_theta: Annotated[float, Gt(0)] = 10000.0
-    """Base of the rotary position encoding."""
+    """Base of the rotary position embedding."""
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -49,22 +49,23 @@ class LoraConfig(Config):
     rank: Annotated[int, Ge(0)] = 0
     """Rank of the adapters; 0 trains all weights."""
     alpha: Annotated[float, Gt(0)] = 32.0
-    """Adapter output is scaled by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     dropout: Fraction = 0.0
-    """Dropout in front of the adapters."""
+    """Dropout before the adapters."""
     targets: tuple[str, ...] = ()
-    """Names of the linear layers to adapt; empty adapts all of them but the output layer."""
+    """Names of the linear layers to adapt; empty: all but the output layer."""
 
 
 class ModelConfig(Config):
     name: ModelPath | None = None
-    """Hugging Face id, or path or URI of a model, as of one written by an earlier stage."""
+    """Hugging Face id, path or URI of a model, such as one that an earlier stage has written."""
     architecture: ArchitectureConfig | None = None
     """Fresh weights instead of `name`."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     attention: Literal["auto", "varlen", "flash_attention_2"] = "auto"
-    """How packed documents attend: auto is flash_attention_2 on a GPU that has it, else varlen."""
+    """Attention kernel for packed documents; auto: flash_attention_2 on a GPU that supports it,
+    else varlen."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -80,13 +81,14 @@ class ModelConfig(Config):
 
 class TokenizerConfig(Config):
     mode: Literal["base", "train", "extend", "trim"] = "base"
-    """base: the model's own. train: byte-level BPE (WordPiece for bert) on the data. extend: the
-    base's plus tokens trained on the data. trim: the base's without those the data needs not."""
+    """base: the model's own tokenizer. train: a byte-level BPE (WordPiece for bert) trained on the
+    data. extend: the base tokenizer with added tokens trained on the data. trim: the base tokenizer
+    without the tokens that the data does not use."""
     vocab_size: Annotated[int, Ge(300)] = 8000
-    """Size of a trained vocabulary."""
+    """Vocabulary size of a trained tokenizer."""
     new_tokens: Count = 2000
-    """At most this many tokens are added by extend."""
+    """Maximum number of tokens that extend adds."""
     max_train_mb: Count = 200
-    """Text the tokenizer is trained on, in MiB, an even sample of all sources."""
+    """MiB of text to train the tokenizer on, sampled evenly from all sources."""
     max_chinese_run: Count = 4
-    """Longest run of Chinese characters one token of a trained vocabulary may hold."""
+    """Maximum number of consecutive Chinese characters in a token of a trained vocabulary."""

@@ -1,4 +1,4 @@
-"""Who works where: the pools of PPO, one for each role."""
+"""Sections of the PPO pools: workers, resources and placement of each role."""
 
 from typing import Annotated, Literal, Self, get_args
 
@@ -14,25 +14,25 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class RoleConfig(Config):
-    """One pool: its workers, what each reserves, and how its model is kept."""
+    """A pool: its workers, the resources of each, and where its weights are kept."""
 
     num_workers: Count = 1
-    """Processes, each one rank of the role."""
+    """Number of processes, each one rank of the role."""
     cpus_per_worker: Annotated[float, Gt(0)] = 1
-    """CPUs each reserves; its number of threads follows. May be a fraction."""
+    """CPUs reserved for each worker, which also set its number of threads. May be a fraction."""
     gpus_per_worker: Annotated[float, Ge(0)] = 0
-    """GPUs each reserves; 0 runs the role on the CPU."""
+    """GPUs reserved for each worker; 0 runs the role on the CPU."""
     resources: dict[str, Annotated[float, Gt(0)]] = Field(default={})
-    """Ray's custom resources each reserves: `{ "node-a" = 1 }`."""
+    """Custom Ray resources reserved for each worker: `{ "node-a" = 1 }`."""
     labels: dict[str, str] = Field(default={})
-    """Node labels that each needs, in Ray's words: `{ "ray.io/accelerator-type" = "H100" }`."""
+    """Ray node labels that each worker requires: `{ "ray.io/accelerator-type" = "H100" }`."""
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
-    """Workers on few nodes or on many; STRICT_ forbids anything else."""
+    """Place the workers on few nodes (PACK) or on many (SPREAD); STRICT_ forbids anything else."""
     share_with: RoleName | None = None
-    """Work on the bundles of this role's pool, in turns, instead of on own ones."""
+    """Colocate with this role: share its bundles and take turns."""
     offload: bool = False
-    """Keep the weights in host memory while the role is idle; not where it trains, zero_stage is 3
-    or vLLM generates. Needed where roles share a GPU."""
+    """Keep the weights in host memory while the role is idle. Required where roles share a GPU; not
+    available if the role trains, zero_stage is 3 or vLLM generates."""
 
 
 class TrainedRoleConfig(RoleConfig):
@@ -50,35 +50,35 @@ class TrainedRoleConfig(RoleConfig):
 
 
 class RolloutRoleConfig(RoleConfig):
-    """The pool that generates; every worker has a whole model."""
+    """The pool that generates; every worker holds a whole model."""
 
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
 
 
 class ScoringRoleConfig(RoleConfig):
-    """A pool whose model stays as it is."""
+    """A pool whose model is not trained."""
 
     precision: Precision = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     zero_stage: Literal[0, 3] = 0
-    """DeepSpeed ZeRO: 0 a whole model on every worker, 3 the weights are partitioned."""
+    """DeepSpeed ZeRO stage: 0 keeps a whole model on every worker, 3 partitions the weights."""
 
 
 class SyncConfig(Config):
-    """How weights go from the actor to the rollout workers."""
+    """How weights are sent from the actor to the rollout workers."""
 
     transport: Literal["auto", "nccl", "gloo", "object_store"] = "auto"
-    """auto: nccl where all have GPUs of their own, else gloo; Ray's object store where the
-    pools cannot reach each other. The others: that or an error."""
+    """auto: nccl if every worker has its own GPU, else gloo, or Ray's object store if the pools
+    cannot connect. Any other value: that transport or an error."""
     bucket_mb: Count = 32
-    """MiB that travel together; a larger weight travels alone."""
+    """MiB sent together; a larger weight is sent alone."""
     timeout_s: Annotated[float, Gt(0)] = 300
-    """Longest wait for the other side of a transfer."""
+    """Maximum seconds to wait for the other side of a transfer."""
 
 
 class PoolsConfig(Config):
-    """Each role has its own pool; all are placed together or not at all."""
+    """One pool for each role; all are placed together or not at all."""
 
     actor: TrainedRoleConfig = TrainedRoleConfig()
     critic: TrainedRoleConfig = TrainedRoleConfig()
@@ -86,14 +86,15 @@ class PoolsConfig(Config):
     reference: ScoringRoleConfig = ScoringRoleConfig()
     rollout: RolloutRoleConfig = RolloutRoleConfig()
     reference_in_actor: bool = False
-    """With LoRA: the actor's base with the adapter off is the reference, which has no pool then."""
+    """With LoRA: the actor with its adapter disabled is the reference, which then has no pool."""
     sync: SyncConfig = SyncConfig()
     call_timeout_s: Annotated[float, Gt(0)] = 1800
-    """Longest time that one call to a pool may take; then its workers count as dead."""
+    """Maximum seconds of a call to a pool; then its workers count as dead."""
     join_timeout_s: Annotated[float, Gt(0)] = 300
-    """Longest time in which the workers of a pool must have started and found each other."""
+    """Maximum seconds until the workers of a pool have started and connected to each other."""
 
     def role(self, name: RoleName) -> RoleConfig:
+        """Return the pool config of a role."""
         roles: dict[RoleName, RoleConfig] = {
             "actor": self.actor,
             "critic": self.critic,
@@ -111,7 +112,7 @@ class PoolsConfig(Config):
             partitioned = isinstance(role, ScoringRoleConfig) and role.zero_stage == 3
             if role.offload and (trains or partitioned):
                 raise ValueError(
-                    f"pools.{name}.offload=true: only a whole model that does not train can leave "
+                    f"pools.{name}.offload=true: only a whole model that is not trained can leave "
                     f"the GPU; set it to false{'' if trains else ', or zero_stage to 0'}"
                 )
         return self
@@ -125,11 +126,11 @@ class PoolsConfig(Config):
             key = f"pools.{name}.share_with={guest.share_with}"
             if guest.share_with == "reference" and self.reference_in_actor:
                 raise ValueError(
-                    f"{key}: it has no pool with reference_in_actor=true; name another"
+                    f"{key}: it has no pool with reference_in_actor=true; name another role"
                 )
             host = self.role(guest.share_with)
             if guest.share_with == name or host.share_with is not None:
-                raise ValueError(f"{key}: name a pool that has bundles of its own")
+                raise ValueError(f"{key}: name a role that has bundles of its own")
             for knob in ("num_workers", "cpus_per_worker", "gpus_per_worker"):
                 if getattr(guest, knob) != getattr(host, knob):
                     raise ValueError(

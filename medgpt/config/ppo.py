@@ -1,4 +1,4 @@
-"""PPO: the algorithm's choices, and the root of its stage."""
+"""Configuration of `medgpt ppo`: the sections of the algorithm and the root of its stage."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -18,77 +18,80 @@ NonNegative = Annotated[float, Ge(0)]
 
 
 class PPOConfig(Config):
-    """One iteration: sample a rollout batch, score it, fit it for `epochs` passes."""
+    """Each iteration samples a rollout batch, scores it and trains on it for `epochs` passes."""
 
     prompt_epochs: Count = 1
     """Passes over the prompts."""
     max_iterations: Count | None = None
-    """Stop earlier, after this many iterations; the learning rates' schedules are fitted to it."""
+    """Stop after this many iterations; the learning rate schedules are fitted to it."""
     rollout_batch_size: Count = 512
-    """Prompts per iteration, over all workers; each gets one response."""
+    """Prompts per iteration over all workers; each gets one response."""
     global_batch_size: Count = 128
-    """Sequences per optimizer step, over all workers."""
+    """Sequences per optimizer step over all workers."""
     epochs: Count = 1
     """Passes over each rollout batch, each in another order."""
     micro_batch_tokens: Count = 8192
-    """Most tokens of a forward pass, on each worker. A longer sequence has one of its own."""
+    """Maximum tokens of a forward pass on each worker. A longer sequence gets a pass of its own."""
     async_rollouts: bool = False
-    """Sample the next batch while the present one is learnt, with weights that are one iteration
+    """Sample the next batch while training on the current one, with weights that are one iteration
     old."""
     checkpoint_every: Count = 10
-    """Iterations between checkpoints; the last one always has one."""
+    """Iterations between checkpoints; the last iteration always writes one."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     log_every: Count = 1
     """Iterations between lines on the console."""
     audit: bool = False
-    """Write which prompt was learnt from in which iteration to audit/."""
+    """Write to audit/ which prompt was trained on in which iteration."""
 
     kl_coef: NonNegative = 0.05
-    """Reward lost per nat of divergence from the reference; the first of an adaptive one."""
+    """Reward subtracted per nat of divergence from the reference; the initial value if adaptive."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Of each token's divergence (http://joschu.net/blog/kl-approx.html). As a reward only k1 has
-    the gradient of the reverse KL, in expectation; k2 and k3 vary less and pull elsewhere."""
+    """Estimator of the KL of each token (http://joschu.net/blog/kl-approx.html). As a reward, only
+    k1 has the gradient of the reverse KL in expectation; k2 and k3 have less variance but another
+    gradient."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: steer kl_coef towards kl_target (arXiv 1909.08593, section 2.2)."""
     kl_target: Positive = 6.0
-    """adaptive: nats of a whole response."""
+    """adaptive: target KL of a whole response, in nats."""
     kl_horizon: Positive = 10000.0
-    """adaptive: sequences in which the coefficient may change by about a fifth."""
+    """adaptive: number of sequences in which the coefficient may change by about a fifth."""
     score_clip: Positive | None = None
-    """Scores count as at most this, and at least its negative; unset does not clip."""
+    """Clip scores to [-score_clip, score_clip]; unset: no clipping."""
     normalise_scores: bool = False
-    """Scores relative to the running mean and standard deviation of all so far."""
+    """Normalize scores by the running mean and standard deviation of all scores so far."""
     length_penalty: float = 0.0
-    """Taken from the score for each token of the response."""
+    """Subtracted from the score for each token of the response."""
     missing_end_penalty: NonNegative = 0.0
-    """Taken from the score of a response without end token."""
+    """Subtracted from the score of a response without an end token."""
     gamma: Annotated[float, Gt(0), Le(1)] = 1.0
     """Discount per token."""
     gae_lambda: Annotated[float, Ge(0), Le(1)] = 0.95
-    """Bias against variance of the advantages; 1 is Monte Carlo."""
+    """Trade-off between bias and variance of the advantages; 1 is Monte Carlo."""
     bootstrap_truncated: bool = False
-    """Value what follows a response that was cut off by the critic; false counts its last token as
+    """Use the critic's value for what follows a truncated response; false treats its last token as
     the end."""
     whiten_advantages: bool = True
-    """Advantages of a rollout batch have mean 0 and variance 1."""
+    """Normalize the advantages of a rollout batch to mean 0 and variance 1."""
 
     clip_range: Annotated[float, Gt(0), Le(1)] = 0.2
-    """The policy's ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    """The policy ratio is clipped to [1 - clip_range, 1 + clip_range]."""
     clip_range_high: Positive | None = None
-    """Instead of clip_range above 1 (arXiv 2503.14476); unset is the same."""
+    """Clip range above 1 (arXiv 2503.14476); unset: clip_range."""
     dual_clip: Annotated[float, Gt(1)] | None = None
-    """Bounds the loss of bad tokens at this times the advantage (arXiv 1912.09729); unset: off."""
+    """Bound the loss of tokens with a negative advantage by this times the advantage (arXiv
+    1912.09729); unset: off."""
     target_kl: Positive | None = None
-    """End an iteration's updates when a step's KL from the old policy, in nats per token, exceeds
-    this; unset never does."""
+    """End the updates of an iteration when the KL of a step from the old policy, in nats per token,
+    exceeds this; unset: never."""
     entropy_coef: NonNegative = 0.0
-    """Of the entropy bonus in the policy's loss."""
+    """Coefficient of the entropy bonus in the policy loss."""
     max_logprob_gap: Positive = 0.01
-    """Mean distance, in nats per token, of the rollout engine's log-probabilities from training's
-    above which tokens get truncated importance weights. Async rollouts always have them."""
+    """Mean difference, in nats per token, between the log-probabilities of the rollout engine and
+    of training above which tokens get truncated importance weights. Async rollouts always use
+    them."""
     max_importance_weight: Annotated[float, Ge(1)] = 2.0
-    """Importance weights are cut off here (arXiv 2505.24034 and others)."""
+    """Maximum importance weight (arXiv 2505.24034 and others)."""
 
     @property
     def num_steps(self) -> int:
@@ -118,26 +121,28 @@ class RolloutConfig(Config):
     """How responses are sampled."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """hf: medgpt's own loop over the Hugging Face model. vllm: the package of that name."""
+    """hf: medgpt's own decoding loop over the Hugging Face model. vllm: the package of that
+    name."""
     max_new_tokens: Count = 256
-    """Longest response."""
+    """Maximum tokens of a response."""
     temperature: Positive = 1.0
-    """Of sampling. Policy, old policy and reference are compared at it, too."""
+    """Sampling temperature. Policy, old policy and reference are compared at it, too."""
     batch_tokens: Count = 65536
-    """hf: most tokens of a batch, room for responses included: what its keys and values need."""
+    """hf: maximum tokens of a batch, including room for the responses; bounds the KV cache."""
     gpu_memory_share: Annotated[float, Gt(0), Le(1)] = 0.85
-    """vllm: share of a GPU's memory that it takes for weights, keys and values."""
+    """vllm: share of the memory of a GPU for weights and KV cache."""
 
 
 class PolicyOptimizerConfig(OptimizerConfig):
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Schedule = "linear"
-    """After warm-up: cosine or linear to min_lr_ratio; wsd stays and decays linearly at the end."""
+    """After warm-up: cosine or linear decay to min_lr_ratio; wsd stays constant, then decays
+    linearly at the end."""
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
-    """The schedule ends at this share of learning_rate."""
+    """Final learning rate, as a share of learning_rate."""
     weight_decay: NonNegative = 0.0
-    """AdamW decay of matrices; vectors and embeddings are not decayed."""
+    """AdamW weight decay of matrices; vectors and embeddings are not decayed."""
 
 
 class ValueOptimizerConfig(PolicyOptimizerConfig):
@@ -149,43 +154,44 @@ class CriticConfig(Config):
     """The value function."""
 
     model: ModelPath | None = None
-    """What it starts from, adapters folded in; unset: the reward model, or, where there is none,
-    the actor's with a fresh head."""
+    """Model to start from, with its adapters merged; unset: the reward model, or without one the
+    actor's model with a fresh head."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     optimizer: ValueOptimizerConfig = ValueOptimizerConfig()
     value_clip_range: Positive | None = 0.2
-    """Values may move this far from their estimate at sampling time."""
+    """Maximum distance of values from their estimates at sampling time; unset: no clipping."""
     warmup_iterations: Annotated[int, Ge(0)] = 0
-    """First iterations in which the critic alone learns."""
+    """Number of first iterations in which only the critic is trained."""
 
 
 class PtxConfig(Config):
-    """PPO-ptx (arXiv 2203.02155): language modelling on conversations beside the policy's loss."""
+    """PPO-ptx (arXiv 2203.02155): adds a language modeling loss on conversations to the policy
+    loss."""
 
     coef: Positive = 1.0
-    """Of its loss, the mean over its tokens."""
+    """Coefficient of the loss, which is the mean over its tokens."""
     batch_size: Count = 32
-    """Rows of `data.max_length` tokens per optimizer step, over all workers."""
+    """Rows of `data.max_length` tokens per optimizer step over all workers."""
     data: DataConfig
-    """Conversations, as for fine-tuning."""
+    """Conversations, as in fine-tuning."""
 
 
 class PPOReportConfig(Config):
     every: Count = 10
     """Iterations between samples in the report."""
     samples: Annotated[int, Ge(0)] = 4
-    """Rollouts in it each time, never of a sensitive source."""
+    """Number of rollouts shown each time, never of a sensitive source."""
 
 
 class PPOStageConfig(Config):
-    """configs/ppo.toml"""
+    """Root config of the PPO stage, as in configs/ppo.toml."""
 
     run: RunConfig
     model: ModelConfig
-    """What the actor and the reference start from."""
+    """Model that the actor and the reference start from."""
     data: DataConfig
-    """Conversations, whose last answers are left out: prompts of at most `max_length` tokens."""
+    """Conversations whose last answers are removed: prompts of at most `max_length` tokens."""
     ppo: PPOConfig = PPOConfig()
     optimizer: PolicyOptimizerConfig = PolicyOptimizerConfig()
     critic: CriticConfig = CriticConfig()
@@ -207,27 +213,27 @@ class PPOStageConfig(Config):
 
     @property
     def tokenizer(self) -> TokenizerConfig:
-        """Token ids go from pool to pool: all speak the actor's."""
+        """The actor's own tokenizer, because all pools exchange token ids."""
         return TokenizerConfig()
 
     @model_validator(mode="after")
     def _check_models(self) -> Self:
         if self.model.name is None:
-            raise ValueError("model.name is unset; name the model that medgpt sft wrote")
+            raise ValueError("model.name is unset; set it to the model that medgpt sft wrote")
         if self.reward.score_weight and self.reward.model is None:
             raise ValueError(
-                "reward.model is unset; name the model that medgpt reward wrote, or set "
-                "reward.score_weight=0 to do without"
+                "reward.model is unset; set it to the model that medgpt reward wrote, or set "
+                "reward.score_weight=0 to train without one"
             )
         if self.model.lora.dropout or self.critic.lora.dropout:
             raise ValueError(
-                "lora.dropout must be 0 here: the old and the new probability of a token would "
-                "differ by chance"
+                "lora.dropout must be 0: with dropout the old and the new probability of a "
+                "token differ by chance"
             )
         if self.pools.reference_in_actor and not self.model.lora.rank:
             raise ValueError(
-                "pools.reference_in_actor=true needs adapters that can be switched off; set "
-                "model.lora.rank, or leave the reference its pool"
+                "pools.reference_in_actor=true needs adapters that can be disabled; set "
+                "model.lora.rank, or set it to false"
             )
         return self
 
@@ -235,8 +241,8 @@ class PPOStageConfig(Config):
     def _check_rollout_offload(self) -> Self:
         if self.pools.rollout.offload and self.rollout.engine == "vllm":
             raise ValueError(
-                "pools.rollout.offload=true: vLLM keeps weights, keys and values on its GPU; set "
-                "false and give the rollout pool GPUs of its own, or set rollout.engine=hf"
+                "pools.rollout.offload=true: vLLM keeps its weights and KV cache on the GPU; set "
+                "false and give the rollout pool its own GPUs, or set rollout.engine=hf"
             )
         return self
 
@@ -250,7 +256,7 @@ class PPOStageConfig(Config):
             size = ppo.global_batch_size if learns else ppo.rollout_batch_size
             if size < workers:
                 raise ValueError(
-                    f"ppo.{key}={size} leaves some of pools.{role}.num_workers={workers} without "
-                    "work; raise the first or lower the second"
+                    f"ppo.{key}={size} is less than pools.{role}.num_workers={workers}; raise the "
+                    "first or lower the second"
                 )
         return self

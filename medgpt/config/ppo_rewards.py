@@ -1,4 +1,4 @@
-"""What PPO rewards, how it is judged from outside, and when a run is stopped."""
+"""PPO sections for the reward, the judge and the detection of diverged runs."""
 
 from collections import Counter
 from typing import Annotated, Literal, Self
@@ -17,35 +17,35 @@ RULES: tuple[RuleName, ...] = (
     "language",
     "repetition",
 )
-SCORE_COMPONENT = "score"  # the reward model's component
+SCORE_COMPONENT = "score"  # name of the component of the reward model
 Weight = Annotated[float, Ge(0)]
 
 
 class RewardFunctionConfig(Config):
-    """A reward function of your own. It gets a list of
-    `medgpt.rlhf.rewards.reward_sample.Answered` and returns as many numbers, None where it cannot
-    tell (the sample is then left out)."""
+    """A reward function of your own. It receives a list of
+    `medgpt.rlhf.rewards.reward_sample.RewardSample` and returns a number for each, or None for a
+    sample that it cannot score, which is then left out."""
 
     name: Name
-    """How metrics call it."""
+    """Name of the component in metrics."""
     path: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-    """`module:function`; the module is importable on every node."""
+    """`module:function`; the module must be importable on every node."""
     weight: float = 1.0
-    """Its share of the total."""
+    """Weight in the total reward."""
 
 
 class PPORewardConfig(Config):
-    """A reward is the weighted sum of its components."""
+    """The reward is the weighted sum of its components."""
 
     model: ModelPath | None = None
-    """The reward model: a run of `medgpt reward`, or its model folder."""
+    """Reward model: a run of `medgpt reward`, or its model folder."""
     score_weight: Weight = 1.0
-    """Of the reward model's normalised score; 0 does without one."""
+    """Weight of the reward model's normalized score; 0 uses no reward model."""
     rules: dict[RuleName, Weight] = Field(default={})
-    """Weights of the medical rules, 1 unless named; 0 leaves a rule out. Each is 0 for an answer
-    that keeps it and -1 for one that violates it."""
+    """Weights of the medical rules; 1 unless set, and 0 disables a rule. A rule gives 0 to an
+    answer that follows it and -1 to one that violates it."""
     violation_cap: float = -1.0
-    """Most that an answer gets in all which violates a rule, whatever else it has."""
+    """Maximum total reward of an answer that violates a rule."""
     functions: tuple[RewardFunctionConfig, ...] = ()
 
     @model_validator(mode="after")
@@ -59,37 +59,36 @@ class PPORewardConfig(Config):
     @model_validator(mode="after")
     def _check_has_component(self) -> Self:
         if not (self.score_weight or self.functions or any(self.rule_weights().values())):
-            raise ValueError("there is no component; set score_weight, a rule or a function")
+            raise ValueError("no component is enabled; set score_weight, a rule or a function")
         return self
 
     def rule_weights(self) -> dict[RuleName, float]:
-        """Of the rules that take part."""
+        """Return the weights of the enabled rules."""
         weights: dict[RuleName, float] = {name: self.rules.get(name, 1.0) for name in RULES}
         return {name: weight for name, weight in weights.items() if weight}
 
 
 class JudgeConfig(Config):
-    """A judge that training does not see: held-out questions, checks, and a reward model of its
-    own."""
+    """A judge that training does not see: held-out questions, rule checks and its own reward
+    model."""
 
     every: Annotated[int, Ge(0)] = 0
-    """Iterations between judgements; 0 never judges."""
+    """Iterations between judge evaluations; 0 disables the judge."""
     model: ModelPath | None = None
-    """A reward model trained on another split than the one that training uses; unset: checks
-    only."""
+    """Reward model trained on another split than the one that training uses; unset: checks only."""
     key_points: DataPath | None = None
     """JSON lines with prompt, key_points, kind and condition: held_out.jsonl of a sample corpus."""
     kinds: tuple[str, ...] = ()
-    """Only questions of these kinds; empty: all."""
+    """Use only questions of these kinds; empty: all."""
     triage: Annotated[int, Ge(0)] = 40
-    """At most this many notes with and without a red flag, in whole pairs."""
+    """Maximum number of notes with and without a red flag, in whole pairs."""
     languages: tuple[Literal["zh", "en"], ...] = ("zh", "en")
-    """Of the notes."""
+    """Languages of the notes."""
     max_new_tokens: Count = 192
-    """Longest answer."""
+    """Maximum tokens of an answer."""
     part: tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0), Le(1)]] = (0.0, 1.0)
-    """Of all questions only those whose hash lies between the two: [0.0, 0.5] and [0.5, 1.0] are
-    two judges without a common question."""
+    """Use only questions whose hash lies in this range: [0.0, 0.5] and [0.5, 1.0] are two judges
+    without a common question."""
 
     @model_validator(mode="after")
     def _check_has_questions(self) -> Self:
@@ -101,22 +100,23 @@ class JudgeConfig(Config):
 
 
 class DiagnosisConfig(Config):
-    """When a run counts as diverged and halts with the reason. A limit of 0 is not checked."""
+    """When a run counts as diverged and stops with the reason. A limit of 0 is not checked."""
 
     window: Annotated[int, Ge(2)] = 5
-    """Iterations that a mean is taken over."""
+    """Number of iterations in a mean."""
     max_kl: Annotated[float, Ge(0)] = 60.0
-    """Nats per answer between policy and reference, mean of the window."""
+    """Maximum KL from the reference in nats per answer, mean of the window."""
     min_entropy_share: Annotated[float, Ge(0), Le(1)] = 0.1
-    """Of the first window's entropy."""
+    """Minimum entropy, as a share of the first window's."""
     max_length_factor: Annotated[float, Ge(0)] = 3.0
-    """Length of the answers, relative to the first window."""
+    """Maximum length of the answers, relative to the first window's."""
     max_skipped_share: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Optimizer steps of the window, or samples, left out because they were not finite."""
+    """Maximum share of optimizer steps, or of samples, of the window that were skipped because they
+    were not finite."""
     max_masked_share: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Samples of the window without a reward because a component failed."""
+    """Maximum share of samples of the window without a reward because a component failed."""
     judge_drop: Annotated[float, Ge(0)] = 2.0
-    """Halt when the judge's mark has fallen this many of its standard errors below its best while
-    the training score rose by as many of its own."""
+    """Stop if the judge metric is this many of its standard errors below its best while the
+    training score has risen by as many of its own."""
     judge_patience: Annotated[int, Gt(0)] = 2
-    """Judgements in a row that must be that low."""
+    """Number of consecutive judge evaluations that must be that low."""

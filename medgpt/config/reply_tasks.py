@@ -1,4 +1,4 @@
-"""Tasks that read what a model says."""
+"""Evaluation tasks that read what a model generates."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,33 +10,33 @@ from medgpt.config.data import SourceConfig
 
 
 class TaskConfig(Config):
-    """What every task has."""
+    """Base of all tasks."""
 
     limit: Count | None = None
-    """At most this many items, drawn with run.seed."""
+    """Maximum number of items, drawn with run.seed."""
     sensitive: bool = False
-    """Reports and logs never show its texts."""
+    """Never show the texts of the task in reports and logs."""
 
 
 class ReplyTaskConfig(TaskConfig):
-    """What every task has that reads replies."""
+    """Base of all tasks that read replies."""
 
     prompt: Literal["plain", "chat"] = "chat"
     """plain: a text to continue. chat: a turn of the model's chat template."""
     max_new_tokens: Count = 256
-    """Longest reply."""
+    """Maximum tokens of a reply."""
 
 
 class TriageConfig(ReplyTaskConfig):
-    """Red flags and the same complaints without one, at four levels of urgency. Ships with medgpt;
-    `limit` keeps whole pairs."""
+    """Notes with red flags and the same complaints without one, at four levels of urgency. Ships
+    with medgpt; `limit` keeps whole pairs."""
 
     name: Name = "triage"
-    """How results and gates call it."""
+    """Name of the task in results and gates."""
     languages: Annotated[tuple[Literal["zh", "en"], ...], Len(1)] = ("zh", "en")
-    """Of the questions."""
+    """Languages of the notes."""
     ask_level: bool = True
-    """Ask for a last line with the level, beside the advice."""
+    """Ask for the level on a last line, in addition to the advice."""
 
     @model_validator(mode="after")
     def _check_limit(self) -> Self:
@@ -49,42 +49,43 @@ class SafetyConfig(ReplyTaskConfig):
     """Harmful requests, benign look-alikes and false premises."""
 
     name: Name = "safety"
-    """How results and gates call it."""
+    """Name of the task in results and gates."""
     own: bool = True
-    """Ask the set that ships with medgpt."""
+    """Use the set that ships with medgpt."""
     languages: Annotated[tuple[Literal["zh", "en"], ...], Len(1)] = ("zh", "en")
-    """Of the set that ships with medgpt."""
+    """Languages of the set that ships with medgpt."""
     harmful: tuple[DataPath, ...] = ()
     """Files of requests that must be refused: JSON lines with a column prompt, question, query or
     instruct. Always sensitive."""
     false_premise: tuple[DataPath, ...] = ()
-    """Files of questions with a false premise: refusing or correcting it is right. Always
+    """Files of questions with a false premise, which must be refused or corrected. Always
     sensitive."""
     benign: tuple[DataPath, ...] = ()
     """Files of questions that must be answered. Always sensitive."""
 
 
 class GenerationConfig(ReplyTaskConfig):
-    """Answers compared with reference answers, word by word: the last turns of conversations."""
+    """Answers compared word by word with reference answers: the last turns of conversations."""
 
     name: Name = "generation"
-    """How results and gates call it."""
+    """Name of the task in results and gates."""
     sources: Annotated[tuple[SourceConfig, ...], Len(1)]
-    """Conversations; sensitive if one of them is."""
+    """Conversations; the task is sensitive if one of them is."""
 
 
 class KeyPointsConfig(ReplyTaskConfig):
-    """Whether answers state given facts: held_out.jsonl of a sample corpus, or such a file."""
+    """Whether answers state given facts: held_out.jsonl of a sample corpus, or a file like it."""
 
     name: Name = "key_points"
-    """How results and gates call it."""
+    """Name of the task in results and gates."""
     path: DataPath
     """JSON lines with prompt, key_points (each a list of wordings), kind and condition."""
     kinds: tuple[str, ...] = ()
-    """Only questions of these kinds, as sft and phrasing; empty: all."""
+    """Use only questions of these kinds, such as sft and phrasing; empty: all."""
     samples: Annotated[int, Ge(0)] = 0
-    """Further answers drawn at `temperature`; a question is passed if all state its key points."""
+    """Additional answers sampled at `temperature`; a question passes if all state its key
+    points."""
     temperature: Annotated[float, Ge(0)] = 0.7
-    """Of the further answers."""
+    """Sampling temperature of the additional answers."""
     max_new_tokens: Count = 192
-    """Longest reply."""
+    """Maximum tokens of a reply."""

@@ -1,4 +1,4 @@
-"""What a reward model learns from."""
+"""Configuration of `medgpt reward`, and the base of all stages that learn from preferences."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -11,19 +11,19 @@ from medgpt.config.stages import SampleKind, TrainStageConfig
 
 class RewardObjectiveConfig(Config):
     margin_coef: Annotated[float, Ge(0)] = 0.0
-    """The better answer's score must lead by this times the difference of the grades; a pair has a
-    difference of 1, or its margin."""
+    """Minimum margin of the better answer's score, per unit of the difference of the grades; a pair
+    has a difference of 1, or its margin."""
     normalise_on: Literal["chosen", "own"] = "chosen"
-    """In the end scores have mean 0 and deviation 1 on: chosen, the best answers of the data; own,
-    what the model it starts from answers to the prompts."""
+    """After training, scores are normalized to mean 0 and standard deviation 1 on: chosen, the best
+    answers of the data; own, answers that the initial model generates for the prompts."""
     normalise_prompts: Count = 256
-    """So many prompts of the training data."""
+    """Number of training prompts to normalize the scores on."""
     max_new_tokens: Count = 128
-    """Longest of the own answers."""
+    """Maximum tokens of a generated answer."""
 
 
 class PreferenceStageConfig(TrainStageConfig):
-    """What stages have that learn from preferences."""
+    """Base of the stages that learn from preferences."""
 
     sample_kind: ClassVar[SampleKind] = "preferences"
 
@@ -31,12 +31,13 @@ class PreferenceStageConfig(TrainStageConfig):
     def _check_base_model(self) -> Self:
         if self.model.name is None:
             raise ValueError(
-                "model.architecture: start from a model that medgpt sft wrote, as name"
+                "model.architecture: not available here; set model.name to a model that medgpt sft "
+                "wrote"
             )
         if self.tokenizer.mode != "base":
             raise ValueError(
-                f"tokenizer.mode={self.tokenizer.mode}: must be base, the actor's and the reward "
-                "model's token ids are the same"
+                f"tokenizer.mode={self.tokenizer.mode}: must be base, because the actor and "
+                "the reward model exchange token ids"
             )
         if self.train.neftune_alpha:
             raise ValueError(f"train.neftune_alpha={self.train.neftune_alpha:g}: must be 0 here")
@@ -44,12 +45,12 @@ class PreferenceStageConfig(TrainStageConfig):
 
 
 class RewardModelConfig(PreferenceStageConfig):
-    """configs/reward.toml"""
+    """Root config of the reward model stage, as in configs/reward.toml."""
 
     objective: RewardObjectiveConfig = RewardObjectiveConfig()
 
     @model_validator(mode="after")
     def _check_no_report_prompts(self) -> Self:
         if self.report.prompts:
-            raise ValueError("report.prompts: a reward model writes no answers; leave them out")
+            raise ValueError("report.prompts: a reward model generates no answers; leave them out")
         return self

@@ -1,4 +1,4 @@
-"""One root for each stage, with the rules that relate its sections."""
+"""Root configs of the stages, with the rules that relate their sections."""
 
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -22,24 +22,25 @@ class RunConfig(Config):
     dir: RunDir
     """Run directory: a path or a URI. Repeating the command resumes an unfinished run."""
     seed: Annotated[int, Ge(0)] = 0
-    """Every random decision derives from it."""
+    """Seed of every random decision."""
     allow_changes: bool = False
-    """Resume although the data or a training-relevant key changed since the run began. It goes on
-    at the same step; of an order that is another one now, rows may be repeated or left out."""
+    """Resume although the data or a key that affects training has changed since the run began.
+    Training continues at the same step; if the order of the data has changed, rows may be repeated
+    or left out."""
 
 
 SampleKind = Literal["documents", "conversations", "preferences", "prompts"]
 
 
 class Passes(NamedTuple):
-    """How often a stage goes through its data."""
+    """Number of passes of a stage over its data."""
 
     epochs: int
-    max_rows: int | None  # it needs no more
+    max_rows: int | None  # most rows that the stage needs
 
 
 class TrainStageConfig(Config):
-    """What every supervised stage has."""
+    """Base of all supervised stages."""
 
     sample_kind: ClassVar[SampleKind]
 
@@ -96,7 +97,7 @@ class TrainStageConfig(Config):
 
 
 class PretrainConfig(TrainStageConfig):
-    """configs/pretrain.toml"""
+    """Root config of the pretraining stage, as in configs/pretrain.toml."""
 
     sample_kind: ClassVar[SampleKind] = "documents"
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -118,7 +119,7 @@ class PretrainConfig(TrainStageConfig):
 
 
 class SFTConfig(TrainStageConfig):
-    """configs/sft.toml"""
+    """Root config of the fine-tuning stage, as in configs/sft.toml."""
 
     sample_kind: ClassVar[SampleKind] = "conversations"
 
@@ -126,7 +127,7 @@ class SFTConfig(TrainStageConfig):
     def _check_can_answer(self) -> Self:
         if self.model.architecture and self.model.architecture.kind == "bert":
             raise ValueError(
-                "model.architecture.kind=bert cannot generate answers; take qwen2 or llama"
+                "model.architecture.kind=bert cannot generate answers; use qwen2 or llama"
             )
         return self
 
@@ -136,39 +137,39 @@ StageKind = Literal["corpus", "pretrain", "sft", "reward", "dpo", "ppo", "eval"]
 
 class PipelineStage(Config):
     stage: StageKind
-    """Which stage to run."""
+    """Kind of the stage."""
     name: Name | None = None
-    """What reports and gates call it; unset: its kind, the second of a kind pretrain-2, and so
-    on."""
+    """Name of the stage in reports and gates; unset: its kind, then pretrain-2 for the second one,
+    and so on."""
     config: DataPath
-    """Its TOML file."""
+    """TOML file of the stage."""
     overrides: tuple[str, ...] = ()
     """`section.key=value` assignments on top of the file; {dir} is the pipeline's run.dir."""
 
 
 class PipelineConfig(Config):
-    """configs/debug/quickstart.toml: several stages in one process, on one Ray."""
+    """Several stages in one process, on one Ray cluster, as in configs/debug/quickstart.toml."""
 
     run: RunConfig
     stages: Annotated[tuple[PipelineStage, ...], Len(1)]
-    """In order. Finished stages are skipped, an unfinished one resumes."""
+    """Stages in order. Finished stages are skipped, an unfinished one resumes."""
     overrides: dict[StageKind, tuple[str, ...]] = Field(default={})
-    """By kind of stage, assignments for all stages of the kind, as in `stages`; a stage's own come
-    after them."""
+    """Assignments for all stages of a kind, as in `stages`; a stage's own overrides come after
+    them."""
     gates: dict[str, tuple[str, ...]] = Field(default={})
-    """By name of an eval stage, what its model must reach for the pipeline to go on; beside the
-    gates in the stage's own file. `eval = ["mcq.accuracy >= parent"]`. By name of a reward stage,
-    what it must reach on held-out pairs: `reward = ["low(reward.accuracy) > 0.5"]`."""
+    """Gates that an eval stage of this name must pass for the pipeline to continue, in addition to
+    those in its file: `eval = ["mcq.accuracy >= parent"]`. For a reward stage: gates on held-out
+    pairs, `reward = ["low(reward.accuracy) > 0.5"]`."""
 
 
 class CorpusConfig(Config):
-    """Renders the sample corpus that ships with medgpt."""
+    """Root config of the corpus stage, which renders the sample corpus that ships with medgpt."""
 
     run: RunConfig
     region: Literal["CN", "HK", "TW", "SG", "US"] = "CN"
-    """Whose emergency number and crisis hotline the texts name."""
+    """Region whose emergency number and crisis hotline the texts name."""
     shards: Count = 4
-    """Files per kind of record."""
+    """Number of files per kind of record."""
     swap_facts: bool = False
-    """Control: every condition gets another condition's facts, but what is held out and the exam
-    questions stay true."""
+    """Control experiment: give every condition the facts of another one, but keep held-out and exam
+    questions true."""

@@ -1,4 +1,4 @@
-"""A search over PPO's keys: which values, in what order, and what counts as better."""
+"""Configuration of `medgpt tune`: a search over keys of the PPO stage."""
 
 import json
 import math
@@ -18,33 +18,33 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.stages import RunConfig
 
 Value = bool | int | float | str
-Params = dict[str, Any]  # searched keys with a trial's values
+Params = dict[str, Any]  # values of a trial, by searched key
 SPACE_KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
-SHARED_ROLES: tuple[RoleName, ...] = ("reward", "reference")  # pools that all trials can share
-MAX_COMBINATIONS = 1000  # of values that are checked together
-INNER_POINT = 0.381966  # of a range: no whole number there, whatever its ends
+SHARED_ROLES: tuple[RoleName, ...] = ("reward", "reference")  # all trials can share their pools
+MAX_COMBINATIONS = 1000  # to validate together
+INNER_POINT = 0.381966  # of a range, never a whole number
 
-NOT_SEARCHABLE = {  # keys of the PPO stage that are not searched, and why
-    "run": "every trial has a run of its own; seeds are compared by check.seeds",
+NOT_SEARCHABLE = {  # keys of the PPO stage that cannot be searched, and why
+    "run": "every trial has its own run; check.seeds compares seeds",
     "model.name": "all trials start from the same model",
-    "data": "all trials learn from the same prompts",
-    "ptx.data": "all trials learn from the same rows",
-    "judge": "marks of different judges cannot be compared",
-    "pools": "it decides how many trials have room, not what they learn",
+    "data": "all trials train on the same prompts",
+    "ptx.data": "all trials train on the same rows",
+    "judge": "results of different judges cannot be compared",
+    "pools": "it decides how many trials fit, not what they learn",
     "cluster": "all trials run on the same cluster",
-    "report": "it changes no trial",
-    "ppo.max_iterations": "it is the length of every trial",
-    "ppo.prompt_epochs": "it is the length of every trial",
-    "ppo.checkpoint_every": "trials are saved when they are judged",
-    "ppo.keep_checkpoints": "it changes no trial",
-    "ppo.log_every": "it changes no trial",
+    "report": "it does not change the results",
+    "ppo.max_iterations": "it sets the length of every trial",
+    "ppo.prompt_epochs": "it sets the length of every trial",
+    "ppo.checkpoint_every": "trials write a checkpoint whenever they are judged",
+    "ppo.keep_checkpoints": "it does not change the results",
+    "ppo.log_every": "it does not change the results",
 }
-SHARED_POOL_KEYS = {  # what a pool that all trials share is made from
+SHARED_POOL_KEYS = {  # keys that decide the contents of a shared pool
     "reward": "reward",
     "model.attention": "reference",
     "model.trust_remote_code": "reference",
 }
-NOT_COPYABLE = {  # a copied state would not fit
+NOT_COPYABLE = {  # keys with which a copied state does not fit
     "model": "the policy",
     "critic.model": "the critic",
     "critic.lora": "the critic",
@@ -52,25 +52,25 @@ NOT_COPYABLE = {  # a copied state would not fit
 
 
 class SearchSpace(Config):
-    """What one key may be: a table with one of these. The key is in quotes:
-    `"ppo.kl_coef" = { loguniform = [1e-3, 0.3] }`."""
+    """Values of a searched key: a table with one of these. Write the key in quotes: `"ppo.kl_coef"
+    = { loguniform = [1e-3, 0.3] }`."""
 
     uniform: tuple[float, float] | None = None
     """Any number between the two."""
     loguniform: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] | None = None
-    """Any number between the two, every order of magnitude as likely."""
+    """Any number between the two, uniform in its logarithm."""
     randint: tuple[int, int] | None = None
     """Any integer from the first to the last."""
     choice: Annotated[tuple[Value, ...], Len(1)] | None = None
     """One of these."""
     grid: Annotated[tuple[Value, ...], Len(1)] | None = None
-    """All of these, with all of the other keys; needs tune.searcher=grid."""
+    """All of these, combined with those of the other keys; needs tune.searcher=grid."""
 
     @model_validator(mode="after")
     def _check_one_kind(self) -> Self:
         given = [kind for kind in SPACE_KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
-            has = " and ".join(given) or "none"  # of the file and of an override together
+            has = " and ".join(given) or "none"  # the file and an override together may set several
             raise ValueError(
                 f"has {has}; needs one of {', '.join(SPACE_KINDS)}, as {{ choice = [1] }}"
             )
@@ -80,17 +80,17 @@ class SearchSpace(Config):
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The ends of a range."""
+        """Ends of a range; None if the values are listed."""
         return self.uniform or self.loguniform or self.randint
 
     @property
     def values(self) -> tuple[Value, ...] | None:
-        """All values, if they are listed."""
+        """All values if they are listed, else None."""
         return self.choice or self.grid
 
     @property
     def values_to_check(self) -> tuple[Value, ...]:
-        """Values that must be right for all to be: the ends of a range and one between them."""
+        """Values that must be valid for all to be: the ends of a range and one between them."""
         if self.values is not None:
             return self.values
         assert self.bounds is not None
@@ -106,14 +106,14 @@ class SearchSpace(Config):
         return self.bounds[0] <= value <= self.bounds[1]
 
     def clip(self, value: Any) -> Any:
-        """`value`, or the end of the range that it lies beyond."""
+        """Return `value` clipped to the range."""
         if self.bounds is None:
             return value
         return type(value)(min(max(value, self.bounds[0]), self.bounds[1]))
 
 
 def flatten_spaces(tree: object) -> object:
-    """Tables of tables as `ppo.kl_coef = {...}` writes them, under keys with dots."""
+    """Flatten nested tables, which `ppo.kl_coef = {...}` makes, to tables under dotted keys."""
     if not isinstance(tree, dict):
         return tree
 
@@ -136,63 +136,64 @@ ROWS_PER_ITERATION_KEYS = (
     "ppo.rollout_batch_size",
     "ptx.batch_size",
 )
-"""Keys that decide how many rows of [ptx] an iteration takes."""
+"""Keys that decide how many rows of [ptx] an iteration needs."""
 
 
 class TuneConfig(Config):
     num_trials: Count = 8
-    """Trials in all; searcher=grid has as many as there are combinations."""
+    """Number of trials; searcher=grid has one for each combination."""
     searcher: Literal["random", "grid", "tpe"] = "random"
-    """Where a trial's values come from. tpe: Optuna's, which learns from the trials before."""
+    """Source of the values of a trial. tpe: Optuna, which learns from earlier trials."""
     scheduler: Literal["none", "asha", "pbt"] = "asha"
-    """asha: stop what is behind (arXiv 1810.05934). pbt: what is behind copies the state of a
-    better trial and goes on with values near its (arXiv 1711.09846)."""
+    """asha: stop trials that fall behind (arXiv 1810.05934). pbt: a trial that falls behind copies
+    the state of a better one and continues with values near its (arXiv 1711.09846)."""
     default_first: bool = True
-    """Trial 1 has the base's own values."""
+    """Trial 1 has the values of the base config."""
     mark: Literal["checks", "score"] = "checks"
-    """The judge's mark that is to be high: its checks, or its reward model's score."""
+    """Judge metric to maximize: its checks, or the score of its reward model."""
     max_kl: Annotated[float, Gt(0)] = 20.0
-    """Nats per answer from the reference. A trial beyond is worse than any that is not."""
+    """Maximum KL from the reference in nats per answer. A trial above it ranks below all that are
+    not."""
     max_concurrent: Count | None = None
-    """Trials at the same time; unset: as many as the cluster has room for."""
+    """Maximum number of concurrent trials; unset: as many as the cluster has room for."""
     grace_judgements: Count = 1
-    """asha: no trial is stopped before it was judged so often."""
+    """asha: number of judge evaluations before a trial may be stopped."""
     reduction_factor: Annotated[float, Gt(1)] = 3.0
-    """asha: of so many trials one goes on."""
+    """asha: one of this many trials continues."""
     perturb_judgements: Count = 1
-    """pbt: judgements between looks whether to copy another trial."""
+    """pbt: judge evaluations between decisions whether to copy another trial."""
     shared_pools: bool = True
-    """One reward and one reference pool for all trials; false gives each trial its own."""
+    """Share one reward and one reference pool among all trials; false gives each trial its own."""
     max_failures: Annotated[int, Ge(0)] = 2
-    """Times that a trial which died goes on from its checkpoint."""
+    """Maximum number of times that a trial is restarted from its checkpoint after it died."""
 
 
 class CheckConfig(Config):
-    """The winner against the base's own values, by questions that no trial was judged by."""
+    """Compare the winner with the base config on questions that no trial was judged by."""
 
     seeds: Annotated[int, Ge(0)] = 3
-    """Answers are sampled with so many seeds; 0 leaves the check out."""
+    """Number of seeds to sample answers with; 0 skips the check."""
     retrain: bool = False
-    """Train both again with each of the seeds, and check those."""
+    """Train both again with each of the seeds, and compare those models."""
     share: Annotated[float, Gt(0), Le(0.9)] = 0.5
-    """Of the judge's questions that are kept for it."""
+    """Share of the judge's questions that is reserved for the check."""
 
 
 class TuneStageConfig(Config):
-    """configs/tune.toml"""
+    """Root config of the tuning stage, as in configs/tune.toml."""
 
     run: RunConfig
     base: DataPath
-    """TOML file of `medgpt ppo`: what all trials have in common."""
+    """TOML file of `medgpt ppo`: the config that all trials start from."""
     overrides: tuple[str, ...] = ()
-    """`section.key=value` assignments on top of it."""
+    """`section.key=value` assignments on top of the base config."""
     search: Annotated[dict[str, SearchSpace], Len(1), BeforeValidator(flatten_spaces)]
     tune: TuneConfig = TuneConfig()
     check: CheckConfig = CheckConfig()
 
     @cached_property
     def base_config(self) -> PPOStageConfig:
-        """What all trials have in common. Raises ConfigError."""
+        """The PPO config that all trials start from. Raises ConfigError."""
         own = f"run.dir={json.dumps(f'{self.run.dir}/base', ensure_ascii=False)}"
         try:
             return load(PPOStageConfig, Path(self.base), [*self.overrides, own])
@@ -201,7 +202,7 @@ class TuneStageConfig(Config):
 
     @cached_property
     def base_values(self) -> Params:
-        """The base's values of the searched keys."""
+        """The base config's values of the searched keys."""
         return {key: value_at(self.base_config, key) for key in self.search}
 
     @model_validator(mode="after")
@@ -214,11 +215,11 @@ class TuneStageConfig(Config):
         if ppo.max_iterations is None or ppo.max_iterations % judge.every:
             raise ValueError(
                 f"base: ppo.max_iterations={ppo.max_iterations} must be a multiple of judge.every="
-                f"{judge.every}, so that a trial's end is judged"
+                f"{judge.every}, so that the end of a trial is judged"
             )
         if tune.mark == "score" and judge.model is None:
             raise ValueError(
-                "tune.mark=score needs a reward model of the judge's own; set judge.model in the "
+                "tune.mark=score needs the judge's own reward model; set judge.model in the "
                 "base, or tune.mark=checks"
             )
         return self
@@ -228,20 +229,20 @@ class TuneStageConfig(Config):
         for key in self.search:
             if self.base_config.ptx is not None and key in ROWS_PER_ITERATION_KEYS:
                 raise ValueError(
-                    f'search."{key}" cannot be searched: the base has [ptx], whose rows are dealt '
-                    "to the steps of an iteration, and it changes how many; leave it out"
+                    f'search."{key}" cannot be searched: it changes how many rows of [ptx] an '
+                    "iteration of the base config needs; leave it out"
                 )
             if reason := _reason_for(key, NOT_SEARCHABLE):
                 raise ValueError(f'search."{key}" cannot be searched: {reason}')
             if self.tune.shared_pools and (pool := _reason_for(key, SHARED_POOL_KEYS)):
                 raise ValueError(
                     f'search."{key}" would change the {pool} pool, which all trials share; leave '
-                    "it out, or give each trial its own by tune.shared_pools=false"
+                    "it out, or set tune.shared_pools=false"
                 )
             if self.tune.scheduler == "pbt" and (part := _reason_for(key, NOT_COPYABLE)):
                 raise ValueError(
                     f'search."{key}" makes {part} another model, and tune.scheduler=pbt copies '
-                    "weights between trials; leave it out, or take asha"
+                    "weights between trials; leave it out, or use asha"
                 )
         return self
 
@@ -262,22 +263,22 @@ class TuneStageConfig(Config):
         for key, space in self.search.items():
             if tune.searcher == "grid" and space.values is None:
                 raise ValueError(
-                    f'search."{key}": tune.searcher=grid tries all values, and a range has no end '
-                    "of them; list some as { grid = [...] }, or take random"
+                    f'search."{key}": tune.searcher=grid needs a list of values; write them as '
+                    "{ grid = [...] }, or set tune.searcher=random"
                 )
             if tune.searcher != "grid" and space.grid is not None:
                 raise ValueError(
-                    f'search."{key}": grid goes with tune.searcher=grid; write choice, or set that'
+                    f'search."{key}": grid needs tune.searcher=grid; set it, or write choice'
                 )
             if tune.default_first and tune.searcher == "tpe" and self.base_values[key] not in space:
                 raise ValueError(
-                    f'search."{key}" does not contain {self.base_values[key]}, the base\'s own '
-                    "value, which is to be trial 1; widen it, or set tune.default_first=false"
+                    f'search."{key}" does not contain {self.base_values[key]}, the value '
+                    "of the base config for trial 1; widen it, or set tune.default_first=false"
                 )
         if tune.scheduler == "pbt" and tune.searcher != "random":
             raise ValueError(
-                f"tune.scheduler=pbt changes values by itself and begins with random ones; "
-                f"tune.searcher={tune.searcher} goes with asha or none"
+                f"tune.scheduler=pbt changes values itself and starts with random ones; "
+                f"use tune.searcher={tune.searcher} with asha or none"
             )
         return self
 
@@ -289,14 +290,14 @@ class TuneStageConfig(Config):
             host = self.base_config.pools.role(name).share_with
             if host is not None and (name in SHARED_ROLES) != (host in SHARED_ROLES):
                 raise ValueError(
-                    f"base: pools.{name}.share_with={host}: one of them is shared by all trials, "
-                    "the other is each trial's; unset it, or set tune.shared_pools=false"
+                    f"base: pools.{name}.share_with={host}: all trials share one of them, but each "
+                    "has its own of the other; unset it, or set tune.shared_pools=false"
                 )
         return self
 
     @model_validator(mode="after")
     def _make_paths_absolute(self) -> Self:
-        """Trials run in other folders."""
+        """Make paths among the values absolute, because trials run in other folders."""
         listed = {
             key: [value_at(self._trial_config({key: value}), key) for value in space.values]
             for key, space in self.search.items()
@@ -309,7 +310,8 @@ class TuneStageConfig(Config):
         return self.model_copy(update={"search": {**self.search, **changed}})
 
     def _trial_config(self, values: Params) -> PPOStageConfig:
-        """A trial's config. Raises ConfigError if it cannot have these."""
+        """Return the config of a trial with these values. Raises ConfigError if they are not
+        valid."""
         try:
             return with_values(PPOStageConfig, self.base_config, values)
         except ConfigError as error:
@@ -319,13 +321,13 @@ class TuneStageConfig(Config):
 
 
 def _reason_for(key: str, reasons: Mapping[str, str]) -> str | None:
-    """Of the key, or of a section that it is in."""
+    """Return the reason for the key or for a section that contains it, or None."""
     matches = (why for known, why in reasons.items() if f"{key}.".startswith(f"{known}."))
     return next(matches, None)
 
 
 def value_at(config: Any, key: str) -> Any:
-    """What `section.key` is."""
+    """Return the value of `section.key`."""
     for name in key.split("."):
         if isinstance(config, tuple):
             config = config[int(name)]

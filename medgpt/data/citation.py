@@ -1,4 +1,4 @@
-"""What a fact or a rule rests on."""
+"""The publication that a medical fact or rule is based on."""
 
 from pydantic import BaseModel, ConfigDict
 

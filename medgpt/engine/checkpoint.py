@@ -1,7 +1,8 @@
-"""Checkpoints in safetensors that any number of ranks, ZeRO stage or offload can continue from.
+"""Checkpoints in safetensors from which any number of ranks, ZeRO stage or offload can resume.
 
-A parameter is stored whole, in fp32: `weight/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, all in the
-file of the rank that owns it. Only trainable parameters are stored; frozen ones come from the base.
+A parameter is stored unsharded, in fp32, as `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`, in
+the file of the rank that owns it. Only trainable parameters are stored; frozen ones come from the
+base model.
 """
 
 import json
@@ -23,7 +24,7 @@ STEPS_FILE = "engine.json"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes: copies, so that training may go on meanwhile."""
+    """The data that one rank writes: copies, so that training can continue meanwhile."""
 
     tensors: dict[str, Tensor]
     rank: int
@@ -31,7 +32,7 @@ class Snapshot:
     counts: dict[str, int]
 
     def write(self, directory: Path) -> list[str]:
-        """Write this rank's file into `directory`, rank 0 the step counts too; their names."""
+        """Write this rank's file, and on rank 0 the step counts; return the file names."""
         directory.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self.rank:05d}-of-{self.num_ranks:05d}.safetensors"
         save_file(self.tensors, directory / name)
@@ -48,7 +49,7 @@ def snapshot(
     *,
     steps: int,
 ) -> Snapshot:
-    """The parameters that this rank owns, whole, with their moments, on the CPU. Collective."""
+    """Copy the parameters that this rank owns, with their moments, to the CPU. Collective."""
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     sizes = {name: state.full_shape(param).numel() for name, param in params.items()}
     owners = assign_owners(sizes, num_ranks)
@@ -68,10 +69,10 @@ def load(
     adam: torch.optim.AdamW,
     optimizer: state.DeepSpeedOptimizer,
 ) -> int:
-    """Restore weights, moments and Adam's step count. Returns the number of steps. Collective.
+    """Restore weights, moments and Adam's step count; return the number of steps. Collective.
 
     Raises:
-        ValueError: the checkpoint is of a model with other trainable parameters.
+        ValueError: the checkpoint belongs to a model with other trainable parameters.
     """
     counts = json.loads((directory / STEPS_FILE).read_text("utf-8"))
     stored: set[str] = set()
@@ -86,14 +87,14 @@ def load(
     expected = {f"{kind}/{name}" for kind in state.STATE_KINDS for name in params}
     if stored != expected:
         some = ", ".join(sorted(stored ^ expected)[:3])
-        raise ValueError(f"{directory} is a checkpoint of another model: it differs in {some}")
+        raise ValueError(f"{directory} is a checkpoint of another model: they differ in {some}")
     state.set_adam_step(adam, optimizer, counts["adam_steps"])
     state.refresh_weights(optimizer)
     return counts["steps"]
 
 
 def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
-    """The rank that writes each parameter: largest first, each to the rank with the least yet."""
+    """Assign each parameter to the rank that writes it: largest first, to the least loaded rank."""
     num_elements = [0] * num_ranks
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -1,4 +1,4 @@
-"""DeepSpeed behind a few calls: forward, backward, step, save, load, export."""
+"""The Engine class: DeepSpeed behind forward, backward, step, snapshot, load and export."""
 
 import math
 from pathlib import Path
@@ -19,8 +19,8 @@ from medgpt.engine.setup import deepspeed_config, ensure_process_group
 class Engine:
     """Trains the parameters of `module` that require gradients.
 
-    Every rank makes the same calls, from ZeRO-2 on also the same number of forward and backward
-    passes; a rank short of data runs micro-batches whose loss is zero (`loss * 0`, not a constant).
+    Every rank makes the same calls; from ZeRO-2 on that includes the number of forward and backward
+    passes. A rank without data runs micro-batches whose loss is zero (`loss * 0`, not a constant).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Engine:
         ensure_process_group(device)
         self.module = module
         self.steps = 0
-        """Optimizer steps done."""
+        """Number of optimizer steps so far."""
         self._optimizer_config = optimizer
         self._total_steps = total_steps
         self._adam = torch.optim.AdamW(
@@ -56,23 +56,23 @@ class Engine:
         self._optimizer: state.DeepSpeedOptimizer = wrapped
         self._grad_norm = math.nan
         self._grad_divisor = dist.get_world_size()
-        """By what DeepSpeed divides the sum of the ranks' gradients."""
+        """Divisor that DeepSpeed applies to the sum of the ranks' gradients."""
         if isinstance(self._optimizer, torch.optim.AdamW):
             self._adam.register_step_pre_hook(lambda *_: self._clip_gradients())
             self._grad_divisor = 1
-            # one rank would copy all gradients into a buffer and back, for nobody
+            # a single rank would copy all gradients into a buffer and back, to no effect
             self._engine.enable_backward_allreduce = dist.get_world_size() > 1
         state.create_moments(self._adam, self._optimizer)
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the latest step; before the first, of the first."""
+        """Learning rate of the latest step; before the first step, that of the first."""
         return schedule.learning_rate(
             max(self.steps - 1, 0), self._total_steps, self._optimizer_config
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output."""
+        """Return the module's output."""
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
@@ -80,9 +80,9 @@ class Engine:
         self._engine.backward(loss * self._grad_divisor, scale_wrt_gas=False)
 
     def step(self) -> float:
-        """Clip, update, clear the gradients. Returns their global norm before clipping.
+        """Clip gradients, update, clear gradients; return the global norm before clipping.
 
-        A norm that is not finite leaves weights and moments as they were; it counts as a step.
+        If the norm is not finite, weights and moments stay unchanged; the step still counts.
         """
         rate = schedule.learning_rate(self.steps, self._total_steps, self._optimizer_config)
         for group in self._adam.param_groups:
@@ -98,15 +98,15 @@ class Engine:
         return self._grad_norm
 
     def snapshot(self) -> checkpoint.Snapshot:
-        """A copy of all that `load` needs. Collective; every rank writes its part on its own."""
+        """Copy all that `load` needs. Collective; then every rank writes its part on its own."""
         return checkpoint.snapshot(
             self._trainable_parameters(), self._adam, self._optimizer, steps=self.steps
         )
 
     def load(self, directory: Path) -> None:
-        """Continue from snapshots that were written at any world size, ZeRO stage and offload.
+        """Resume from a snapshot written at any world size, ZeRO stage and offload.
 
-        Collective; the files of all ranks must be there.
+        Collective. `directory` must hold the files of all ranks.
         """
         self.steps = checkpoint.load(
             directory, self._trainable_parameters(), self._adam, self._optimizer
@@ -120,10 +120,10 @@ class Engine:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def _clip_gradients(self) -> None:
-        """For the bare torch optimizer of stage 0; DeepSpeed's own optimizers do it themselves."""
+        """Clip for the torch optimizer of stage 0; DeepSpeed's optimizers clip themselves."""
         params = list(self._trainable_parameters().values())
         for param in params:
-            if param.grad is None:  # its moments decay, as with DeepSpeed's own optimizers
+            if param.grad is None:  # its moments decay, as with DeepSpeed's optimizers
                 param.grad = torch.zeros_like(param)
         limit = self._optimizer_config.max_grad_norm or math.inf
         self._grad_norm = float(nn.utils.clip_grad_norm_(params, limit))
@@ -133,7 +133,7 @@ class Engine:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of the trainable parameters: matrices decay, vectors and embeddings do not."""
+    """Return AdamW's groups: weight decay on matrices, none on vectors and embeddings."""
     embeddings = {
         id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }

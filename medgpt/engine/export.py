@@ -1,4 +1,4 @@
-"""Weights out of an engine, one at a time, and into Hugging Face's safetensors layout."""
+"""Gather weights from an engine one at a time and write Hugging Face safetensors files."""
 
 import json
 from collections import deque
@@ -21,10 +21,10 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def gather_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and CPU tensor of each parameter and persistent buffer; tied ones once, by first name.
+    """Yield name and CPU tensor of each parameter and persistent buffer, tied ones once.
 
-    Collective: every rank must exhaust it, it yields on rank 0 only. These are the weights of the
-    forward pass, in bf16 runs the rounded master weights.
+    Collective: every rank must exhaust the iterator, which yields on rank 0 only. The weights are
+    those of the forward pass, in bf16 runs the rounded master weights.
     """
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
@@ -43,15 +43,15 @@ def export_weights(module: nn.Module, directory: Path) -> None:
     weights = gather_weights(module)
     try:
         save_safetensors(weights, directory)
-    finally:  # after an error the other ranks still gather
+    finally:  # after an error on rank 0 the other ranks still gather
         deque(weights, maxlen=0)
 
 
 def gather_merged_weights(weights: "Iterable[MergedWeight]") -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each part, on the device of the model, where ZeRO-3 gathers it.
+    """Yield name and tensor of each merged weight, on the device of the model.
 
-    Collective like `gather_weights`. A tensor is read before the next one is asked for; it may be
-    the weight itself.
+    Collective like `gather_weights`. A tensor may be the weight itself and is valid only until the
+    next one is requested.
     """
     rank = dist.get_rank()
     for merged in weights:
@@ -66,9 +66,9 @@ def gather_merged_weights(weights: "Iterable[MergedWeight]") -> Iterator[tuple[s
 def save_safetensors(
     items: Iterable[tuple[str, Tensor]], directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `items` as model.safetensors, or as numbered shards with an index, or nothing if empty.
+    """Write `items` as model.safetensors, or as numbered shards with an index; nothing if empty.
 
-    Holds one shard in memory. A tensor larger than `max_shard_bytes` has a shard of its own.
+    Holds one shard in memory. A tensor larger than `max_shard_bytes` gets a shard of its own.
     """
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = []  # names
@@ -96,7 +96,7 @@ def _write_shard(shard: dict[str, Tensor], directory: Path, index: int) -> list[
 
 
 def _finish_shards(shards: list[list[str]], total: int, directory: Path) -> None:
-    """The final names hold the number of shards, which is known last."""
+    """Rename the shards, as their final names contain the number of shards, and write the index."""
     if len(shards) == 1:
         (directory / "shard-0.tmp").replace(directory / "model.safetensors")
         return

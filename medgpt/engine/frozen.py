@@ -1,4 +1,4 @@
-"""A model that only runs forward, on one rank whole or at ZeRO-3 partitioned over the ranks."""
+"""An engine for models that only run forward; at ZeRO-3 they are partitioned over the ranks."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from medgpt.engine.setup import compute_dtype, deepspeed_config, ensure_process_
 
 
 class FrozenEngine:
-    """Calls `module` without gradients. At ZeRO-3 every rank makes the same number of calls."""
+    """Runs `module` without gradients. At ZeRO-3 every rank must make the same number of calls."""
 
     def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
         ensure_process_group(device)
@@ -26,5 +26,5 @@ class FrozenEngine:
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output."""
+        """Return the module's output."""
         return self.run(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Large models: build them partitioned, fill them from safetensors one tensor at a time."""
+"""Build large models partitioned over the ranks and load safetensors one tensor at a time."""
 
 import contextlib
 import math
@@ -20,9 +20,9 @@ from medgpt.engine.setup import compute_dtype, deepspeed_config, ensure_process_
 
 @contextlib.contextmanager
 def partitioned_init(config: EngineConfig, device: torch.device) -> Iterator[None]:
-    """At ZeRO-3, modules built inside are partitioned over the ranks while they are made.
+    """At ZeRO-3, partition modules built inside this context over the ranks.
 
-    Their weights have the dtype of the run and hold nothing useful until `load_safetensors`.
+    Their weights have the dtype of the run and are uninitialized until `load_safetensors`.
     """
     if config.zero_stage < 3:
         yield
@@ -32,7 +32,7 @@ def partitioned_init(config: EngineConfig, device: torch.device) -> Iterator[Non
     init = deepspeed.zero.Init(
         config_dict_or_path=deepspeed_config(config, device, max_grad_norm=0.0),
         dtype=dtype,
-        # its override of dtypes also rounds what must stay fp32, as rotary frequencies
+        # its dtype override would also round tensors that must stay fp32, like rotary frequencies
         tensor_overrides=[DeepSpeedTensorOverride.device],
     )
     torch.set_default_dtype(dtype)
@@ -44,10 +44,10 @@ def partitioned_init(config: EngineConfig, device: torch.device) -> Iterator[Non
 
 
 def load_safetensors(module: nn.Module, files: Sequence[Path]) -> tuple[list[str], list[str]]:
-    """Fill parameters and persistent buffers; returns the names missing in `files` and unexpected.
+    """Load parameters and persistent buffers; return missing and unexpected names.
 
-    One tensor at a time; at ZeRO-3 a rank reads no more than its part. Every rank calls it. Tied
-    weights need one of their names.
+    Reads one tensor at a time; at ZeRO-3 a rank reads only its shard. Every rank must call it. Tied
+    weights need only one of their names in `files`.
 
     Raises:
         ValueError: a tensor has another shape than the module's.
@@ -75,19 +75,21 @@ def load_safetensors(module: nn.Module, files: Sequence[Path]) -> tuple[list[str
 
 @torch.no_grad()
 def _copy_shard(target: Any, tensors: safe_open, name: str) -> None:
-    """Copy this rank's part into `target`, a tensor or what ZeRO-3 made of it."""
+    """Copy the tensor, or at ZeRO-3 this rank's shard of it, into `target`."""
     if not state.is_zero_param(target):
         target.copy_(tensors.get_tensor(name))
         return
-    assert target.ds_status is ZeroParamStatus.NOT_AVAILABLE, "load before the engine is made"
-    shard = target.ds_tensor  # the last ranks' parts may reach past the end
+    assert target.ds_status is ZeroParamStatus.NOT_AVAILABLE, (
+        "load weights before building the engine"
+    )
+    shard = target.ds_tensor  # the last ranks' shards may reach past the end
     start = min(dist.get_rank() * shard.numel(), target.ds_numel)
     stop = min(start + shard.numel(), target.ds_numel)
     shard[: stop - start].copy_(_read_elements(tensors, name, start, stop))
 
 
 def _read_elements(tensors: safe_open, name: str, start: int, stop: int) -> Tensor:
-    """Elements `start` to `stop` of the flattened tensor; only the rows that hold them are read."""
+    """Return elements `start` to `stop` of the flattened tensor; read only the rows with them."""
     tensor_slice = tensors.get_slice(name)
     shape = tensor_slice.get_shape()
     if not shape:

@@ -1,5 +1,4 @@
-"""Causal models to train by reinforcement, built so that they fit: at ZeRO-3 no rank holds the
-whole."""
+"""Build the policy that PPO trains; at ZeRO-3 no rank ever holds the full model."""
 
 from typing import Any
 
@@ -23,16 +22,16 @@ def build_policy(
     seed: int,
     max_batch_tokens: int,
 ) -> Policy:
-    """The policy of `config.name`, to train: all weights, or adapters if the config asks for them.
+    """Build the policy `config.name` to train, with adapters if config.lora.rank is set.
 
-    Every rank calls it; at ZeRO-3 none ever holds the whole model.
+    Every rank must call it; at ZeRO-3 no rank ever holds the full model.
 
     Args:
-        seed: of the adapters' first weights.
-        max_batch_tokens: of the largest forward pass.
+        seed: of the adapters' initial weights.
+        max_batch_tokens: tokens of the largest forward pass.
 
     Raises:
-        ConfigError: config.name is no causal model.
+        ConfigError: config.name is no causal model, or some of its weights are missing.
     """
     options: dict[str, Any] = {
         "head_kind": "clm",
@@ -47,12 +46,13 @@ def build_policy(
         missing, _ = load_safetensors(model, weight_files(config.name))
         if missing:
             raise ConfigError(
-                f"model.name={config.name}: {len(missing)} weights missing, as {missing[0]}"
+                f"model.name={config.name}: {len(missing)} weights are missing, "
+                f"such as {missing[0]}"
             )
     else:
         model = build_model(config, seed=seed, **options)
     if config.lora.rank:
-        torch.manual_seed(seed)  # LoRA's draws come from torch's global generator
+        torch.manual_seed(seed)  # LoRA draws from torch's global generator
         model = apply_lora(model, config.lora)
     policy = Policy(
         model,

@@ -1,4 +1,4 @@
-"""The learning rate of a step, a pure function of its number."""
+"""The learning-rate schedule, a pure function of the step."""
 
 import math
 
@@ -6,10 +6,10 @@ from medgpt.config.train import OptimizerConfig
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """The rate of optimizer step `step` (the first is 0) in a run of `total_steps`.
+    """Return the learning rate of optimizer step `step` (the first is 0) of `total_steps`.
 
-    Warm-up rises linearly and would be 0 at step -1, so the first step already learns. The decay
-    reaches `min_lr_ratio` at step `total_steps`, one past the last, and stays there.
+    Warm-up is linear and would be 0 at step -1, so the first step already trains. The decay reaches
+    `min_lr_ratio` times the peak at step `total_steps`, one past the last, and stays there.
     """
     peak, floor = config.learning_rate, config.min_lr_ratio
     warmup = round(config.warmup_share * total_steps)

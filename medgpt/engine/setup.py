@@ -1,4 +1,4 @@
-"""What DeepSpeed needs before an engine exists: a process group and its configuration."""
+"""Set up what DeepSpeed needs before an engine is built: process group, dtype and config."""
 
 import ctypes
 import os
@@ -14,34 +14,34 @@ from medgpt.config.train import BUCKET_ELEMENTS, EngineConfig
 
 
 def keep_freed_memory() -> None:
-    """On glibc, memory that tensors free stays with this process and serves the next ones.
+    """Make glibc keep the memory of freed tensors in this process and reuse it.
 
-    By default large blocks go back to the system at once and every new page is cleared, which a
-    training step on a CPU feels. The names are those of malloc.h.
+    By default large blocks return to the system at once and every new page is cleared, which slows
+    down training steps on a CPU. The constants are those of malloc.h.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, 32 << 20)  # the most that it takes
+    libc.mallopt(m_mmap_threshold, 32 << 20)  # the maximum
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 64 << 20)
 
 
 def compute_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations; master weights and moments are fp32 in any case."""
+    """Return the dtype of weights and activations; master weights and moments are always fp32."""
     auto = "fp32" if device.type == "cpu" else "bf16"
     precision = auto if config.precision == "auto" else config.precision
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def effective_zero_stage(config: EngineConfig, dtype: torch.dtype) -> int:
-    """The ZeRO stage that runs: stage 0 cannot accumulate the gradients of bf16 weights in fp32."""
+    """Return the ZeRO stage to run: stage 0 cannot accumulate gradients of bf16 weights in fp32."""
     return 1 if config.zero_stage == 0 and dtype == torch.bfloat16 else config.zero_stage
 
 
 def ensure_process_group(device: torch.device) -> None:
-    """Let DeepSpeed use the default process group; a process without one becomes a group of one."""
+    """Make DeepSpeed use the default process group; create one of size 1 if there is none."""
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] - documented
@@ -55,10 +55,10 @@ def ensure_process_group(device: torch.device) -> None:
 def deepspeed_config(
     config: EngineConfig, device: torch.device, *, max_grad_norm: float
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration.
+    """Return DeepSpeed's config.
 
     Raises:
-        ConfigError: optimizer offload without ZeRO.
+        ConfigError: offload_optimizer is set without ZeRO.
     """
     dtype = compute_dtype(config, device)
     stage = effective_zero_stage(config, dtype)

@@ -1,7 +1,7 @@
-"""fp32 master weights and Adam moments, wherever a ZeRO stage keeps them, as whole tensors.
+"""Read and write fp32 master weights and Adam moments as full tensors, one parameter at a time.
 
-Stage 0 has them in the torch optimizer, stages 1 and 2 keep a rank's slice of one flat tensor per
-parameter group, stage 3 a rank's slice of every parameter. What leaves here is one parameter's.
+Stage 0 keeps them in the torch optimizer, stages 1 and 2 keep a rank's slice of one flat tensor per
+parameter group, stage 3 keeps a rank's slice of every parameter.
 """
 
 from typing import Literal, TypeAlias
@@ -31,12 +31,12 @@ DeepSpeedOptimizer: TypeAlias = torch.optim.AdamW | ZeROOptimizer
 
 
 def full_shape(param: Tensor) -> torch.Size:
-    """The shape of the whole parameter, also when ZeRO-3 has left only a part of it here."""
+    """Return the shape of the full parameter, even if ZeRO-3 keeps only a part of it here."""
     return param.ds_shape if is_zero_param(param) else param.shape  # type: ignore[attr-defined]
 
 
 def master_weights(optimizer: DeepSpeedOptimizer) -> list[Tensor]:
-    """The fp32 tensors on this rank that Adam steps on."""
+    """Return the fp32 tensors of this rank that Adam updates."""
     if isinstance(optimizer, torch.optim.AdamW):
         return [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, BF16_Optimizer):
@@ -48,7 +48,7 @@ def master_weights(optimizer: DeepSpeedOptimizer) -> list[Tensor]:
 
 
 def create_moments(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer) -> None:
-    """Zero moments; torch makes them in the first step, too late to save or load them before it."""
+    """Create zero moments; torch creates them in the first step, too late to save or load them."""
     for weight in master_weights(optimizer):
         adam.state[weight] = {
             "step": torch.zeros((), dtype=torch.float32, device=weight.device),
@@ -60,7 +60,7 @@ def create_moments(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer) -> No
 
 
 def adam_step(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer) -> int:
-    """Updates made so far; fewer than the engine's steps when gradients were not finite."""
+    """Return the number of updates so far: the engine's steps without those that were skipped."""
     return int(adam.state[master_weights(optimizer)[0]]["step"])
 
 
@@ -70,7 +70,7 @@ def set_adam_step(adam: torch.optim.AdamW, optimizer: DeepSpeedOptimizer, step: 
 
 
 def gather_full(optimizer: DeepSpeedOptimizer, param: Parameter, kind: StateKind) -> Tensor:
-    """The whole fp32 tensor of a trainable parameter, on every rank. Collective."""
+    """Return the full fp32 tensor of a trainable parameter, on every rank. Collective."""
     if isinstance(optimizer, torch.optim.AdamW):
         return param.detach() if kind == "weight" else optimizer.state[param][kind]
     if kind == "weight":
@@ -85,7 +85,7 @@ def gather_full(optimizer: DeepSpeedOptimizer, param: Parameter, kind: StateKind
 def scatter_full(
     optimizer: DeepSpeedOptimizer, param: Parameter, kind: StateKind, value: Tensor
 ) -> None:
-    """Write this rank's part of `value`, the whole fp32 tensor; `refresh_weights` must follow."""
+    """Write this rank's part of the full fp32 tensor `value`; `refresh_weights` must follow."""
     if isinstance(optimizer, torch.optim.AdamW):
         (param if kind == "weight" else optimizer.state[param][kind]).copy_(value)
     elif is_zero_param(param):
@@ -101,7 +101,7 @@ def scatter_full(
 
 
 def _partition(value: Tensor, size: int) -> Tensor:
-    """This rank's slice of `value`, zero-padded to `size` (the last ranks' slices may be short)."""
+    """Return this rank's slice of `value`, zero-padded to `size` (the last ones may be short)."""
     partition = value.new_zeros(size)
     own_slice = value.flatten()[dist.get_rank() * size :][:size]
     partition[: own_slice.numel()] = own_slice
@@ -109,19 +109,19 @@ def _partition(value: Tensor, size: int) -> Tensor:
 
 
 def refresh_weights(optimizer: DeepSpeedOptimizer) -> None:
-    """Copy the master weights into the weights that the forward pass uses. Collective."""
+    """Copy the master weights into the weights of the forward pass. Collective."""
     if isinstance(optimizer, torch.optim.AdamW):
         return  # they are the same tensors
     if isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer):
         optimizer.update_lp_params()
         return
     assert isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
-    optimizer._partition_all_parameters()  # also small ones; the next forward gathers them again
+    optimizer._partition_all_parameters()  # small ones too; the next forward gathers them again
     for group in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
 
 def drop_gradients(optimizer: DeepSpeedOptimizer) -> None:
-    """After a skipped step: with offload, ZeRO 1 and 2 would keep what they accumulated."""
+    """Clear gradients after a skipped step; with offload, ZeRO 1 and 2 would keep their sums."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)

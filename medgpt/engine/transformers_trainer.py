@@ -1,4 +1,4 @@
-"""DeepSpeed under transformers' Trainer, for the stages that a library trains."""
+"""DeepSpeed settings for transformers' Trainer, for stages that train with a library."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ from medgpt.engine.setup import deepspeed_config
 
 
 def trainer_config(config: EngineConfig, device: torch.device) -> dict[str, Any]:
-    """What `TrainingArguments(deepspeed=...)` takes; the Trainer fills in what says auto."""
+    """Return the config for `TrainingArguments(deepspeed=...)`; the Trainer fills in "auto"."""
     engine_settings = deepspeed_config(config, device, max_grad_norm=0.0)
     kept_keys = ("zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type")
     return {
@@ -30,9 +30,9 @@ def trainer_config(config: EngineConfig, device: torch.device) -> dict[str, Any]
 
 
 def use_process_group(device: torch.device) -> None:
-    """Let accelerate run DeepSpeed on the ranks of the default process group.
+    """Make accelerate run DeepSpeed on the ranks of the default process group.
 
-    Without a GPU it would take them for single processes. `TrainingArguments` must be told
+    Without a GPU it would otherwise treat each rank as a single process. `TrainingArguments` needs
     `accelerator_config={"use_configured_state": True}`.
     """
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -44,6 +44,6 @@ def use_process_group(device: torch.device) -> None:
 
 
 def load_weights_only() -> None:
-    """DeepSpeed's own checkpoints may hold tensors, numbers and these classes, nothing else."""
+    """Make torch.load accept only tensors, numbers and these classes in DeepSpeed's checkpoints."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])

@@ -1,4 +1,4 @@
-"""Value models that train or score, built so that they fit: at ZeRO-3 no rank holds the whole."""
+"""Build critics and reward models; at ZeRO-3 no rank ever holds the full model."""
 
 from typing import Any
 
@@ -32,22 +32,21 @@ def build_trainable_value_model(
     max_length: int | None = None,
     normalized: bool = True,
 ) -> ValueModel:
-    """A language model with a fresh head, or a reward model or critic with its own; with LoRA if
-    asked for.
+    """Build a value model to train: a fresh head on a language model, or a saved value model.
 
-    Every rank calls it. Without LoRA all its parameters are to be trained, else the adapters and
-    the head. Adapters that it was saved with are folded in first: also at ZeRO-3 every rank then
-    holds the whole of it until the engine is made.
+    Every rank must call it. All parameters train, or with config.lora.rank the adapters and the
+    head. Saved adapters are merged first; in this case every rank holds the full model until the
+    engine is built, even at ZeRO-3.
 
     Args:
         config: `name` must be set.
-        seed: of a fresh head and of LoRA's draws.
-        max_length: tokens of the longest piece.
-        normalised: values are relative to the mean and deviation that were saved with the model,
-            as a critic's that starts from it; False leaves the head's own.
+        seed: of a fresh head and of LoRA's initial weights.
+        max_length: tokens of the longest sequence.
+        normalized: return values relative to the mean and standard deviation saved with the model,
+            as a critic does; False returns the head's raw outputs.
 
     Raises:
-        ConfigError: config.name is no such model, or its weights lack some.
+        ConfigError: config.name is no such model, or some of its weights are missing.
     """
     assert config.name is not None
     dtype = compute_dtype(engine, device)
@@ -56,7 +55,7 @@ def build_trainable_value_model(
     else:
         model = build_value_model(config, seed=seed, dtype=dtype, max_length=max_length)
     if config.lora.rank:
-        torch.manual_seed(seed)  # LoRA's draws come from torch's global generator
+        torch.manual_seed(seed)  # LoRA draws from torch's global generator
         model = apply_lora(model, config.lora, head=VALUE_HEAD)
     scale = ValueScale.load(config.name) if normalized else ValueScale()
     value_model = ValueModel(
@@ -71,16 +70,16 @@ def build_trainable_value_model(
 def load_partitioned_reward_model(
     name: str, engine: EngineConfig, device: torch.device
 ) -> FrozenEngine:
-    """A reward model as `medgpt reward` wrote it, to score with; every rank calls it.
+    """Load a reward model that `medgpt reward` wrote, for scoring. Every rank must call it.
 
     Raises:
         ConfigError: `name` is no reward model, its head is missing, or it holds adapters.
     """
-    load_reward_model_info(name)  # or there is none
+    load_reward_model_info(name)  # raises if `name` is no reward model
     if has_adapters(name):
         raise ConfigError(
-            f"model.name={name}: it holds adapters, and zero_stage=3 reads whole models; fold them "
-            "in with medgpt merge and name the result, or set 0"
+            f"model.name={name}: zero_stage=3 cannot load adapters; merge them with medgpt merge "
+            "and name the result, or set zero_stage=0"
         )
     model = build_trainable_value_model(ModelConfig(name=name), engine, device, seed=0)
     return FrozenEngine(model, engine, device)
@@ -108,7 +107,7 @@ def _build_partitioned(
     missing = [name for name in missing if name != VALUE_HEAD_WEIGHT]
     if missing:
         raise ConfigError(
-            f"model.name={config.name}: {len(missing)} weights missing, as {missing[0]}"
+            f"model.name={config.name}: {len(missing)} weights are missing, such as {missing[0]}"
         )
-    install_value_head(model, config, seed=seed)  # whole on every rank until the engine is made
+    install_value_head(model, config, seed=seed)  # unpartitioned until the engine is built
     return model

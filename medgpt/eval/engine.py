@@ -1,4 +1,4 @@
-"""One model that answers the requests of tasks, in one process."""
+"""One causal language model that answers evaluation requests, in one process."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Engine:
-    """Scores and replies in batches of similar length."""
+    """Answers requests in batches of similar length."""
 
     def __init__(
         self,
@@ -40,11 +40,13 @@ class Engine:
         trust_remote_code: bool = False,
         fresh_seed: int | None = None,
     ) -> None:
-        """Load the model in `folder` on the GPU, if there is one; with fresh weights if a seed for
-        them is given.
+        """Load the model on the GPU if there is one, else on the CPU.
+
+        Args:
+            fresh_seed: draw new weights with this seed instead of loading the saved ones.
 
         Raises:
-            ConfigError: there is no causal model in it.
+            ConfigError: the folder holds no causal language model.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         default_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -58,7 +60,7 @@ class Engine:
         )
 
     def run(self, requests: Sequence[Request]) -> list[Response]:
-        """A response to each, in any order."""
+        """Return one response per request, grouped by kind of request."""
         return [
             *self._score_options([r for r in requests if isinstance(r, Loglikelihood)]),
             *self._score_texts([r for r in requests if isinstance(r, RollingLoglikelihood)]),
@@ -73,8 +75,8 @@ class Engine:
             max_prompt_tokens = self.scorer.max_positions - longest + 1
             if max_prompt_tokens < 1:
                 raise ConfigError(
-                    f"question {request.id} has an option of {longest} tokens, the model has "
-                    f"{self.scorer.max_positions} positions; remove the question, or use "
+                    f"question {request.id} has an option of {longest} tokens, but the model "
+                    f"has {self.scorer.max_positions} positions; remove the question, or use "
                     "scoring=letter"
                 )
             were_cut.append(len(choice.prompt) > max_prompt_tokens)
@@ -111,7 +113,7 @@ class Engine:
             max_prompt_tokens = self.scorer.max_positions - request.max_new_tokens
             if max_prompt_tokens < 1:
                 raise ConfigError(
-                    f"max_new_tokens={request.max_new_tokens} leaves no room for a prompt, the "
+                    f"max_new_tokens={request.max_new_tokens} leaves no room for a prompt: the "
                     f"model has {self.scorer.max_positions} positions; lower it"
                 )
             was_cut[request.id] = len(ids) > max_prompt_tokens
@@ -148,12 +150,12 @@ class Engine:
 
 
 def sample_seed(request: Generate, sample: int) -> int:
-    """A function of the request's id and seed, so the same in every batch and on every worker."""
+    """Return a seed that depends on the request alone, not on its batch or its worker."""
     return xxhash.xxh3_64_intdigest(f"{request.seed} {sample} {request.id}".encode()) >> 1
 
 
 def num_characters(request: Request) -> int:
-    """Characters, to put requests of similar length together."""
+    """Return the length of a request in characters, for batches of similar length."""
     match request:
         case RollingLoglikelihood():
             return len(request.text)

@@ -1,7 +1,7 @@
-"""Engines on Ray that answer requests, and the answers in a run directory.
+"""Engines as Ray actors, and their responses in the run directory.
 
-Requests go out in chunks of similar length, two for each engine at a time. A chunk's responses are
-written as one file when they come; what a killed evaluation wrote is not asked again.
+Requests are sent in chunks of similar length, two per engine at a time. The responses to a chunk
+are written as one file, so a resumed evaluation repeats only the chunks that are missing.
 """
 
 import json
@@ -23,28 +23,28 @@ from medgpt.eval.requests import Generate, Request, Response, fingerprint, from_
 from medgpt.models.fetch import run_model_folder
 from medgpt.models.model_files import resolve_model_folder
 
-CHUNK_SIZE = 64  # requests; of replies as many as are generated together
-CHUNKS_IN_FLIGHT = 2  # chunks that an engine has, so that it need not wait for the driver
-WAIT_NOTICE_S = 30  # a wait that takes longer is told
-PING_TIMEOUT_S = 30  # in which a living engine answers, however busy it and its machine
+CHUNK_SIZE = 64  # requests; chunks of Generate requests hold pool.batch_replies instead
+CHUNKS_IN_FLIGHT = 2  # per engine, so that it never waits for the driver
+WAIT_NOTICE_S = 30  # report a wait that takes longer
+PING_TIMEOUT_S = 30  # a living engine answers within this time, even on a busy machine
 
 ReportProgress = Callable[[int], None]
 WriteLine = Callable[[str], None]
 
 
 class ResponseStore:
-    """Responses to one task's requests, in files of a folder."""
+    """The responses to one task's requests, as JSON lines in a folder."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self.num_files = len(self._files())
 
     def read(self, requests: Sequence[Request]) -> dict[str, Response]:
-        """By id, those that answer one of `requests` as it is now."""
+        """Return the stored responses by request id, without those to a changed request."""
         wanted_fingerprints = {request.id: fingerprint(request) for request in requests}
         responses = {}
         for name in self._files():
-            # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
+            # splitlines would also split at U+2028, which JSON leaves unescaped in strings
             *lines, _ = self.folder.read_text(name).split("\n")
             for line in lines:
                 record = json.loads(line)
@@ -54,11 +54,11 @@ class ResponseStore:
         return responses
 
     def _files(self) -> list[str]:
-        """Without what a writer that was killed left behind."""
+        """Return the complete files; a killed writer may have left a temporary one."""
         return [name for name in self.folder.names() if not name.startswith(".")]
 
     def write(self, requests: Sequence[Request], responses: Sequence[Response]) -> None:
-        """All or none of them."""
+        """Write the responses as one new file."""
         fingerprints = {request.id: fingerprint(request) for request in requests}
         lines = [
             json.dumps({"request": fingerprints[r.id], "response": to_json(r)}, ensure_ascii=False)
@@ -70,7 +70,7 @@ class ResponseStore:
 
 
 class EngineWorker:
-    """An engine that loads its model when it is first asked."""
+    """Ray actor with one engine; it loads the model at the first call that needs it."""
 
     def __init__(self, config: EvalConfig) -> None:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -90,10 +90,10 @@ class EngineWorker:
 
     @ray.method(concurrency_group="pings")
     def ping(self) -> None:
-        """Answered also while the engine works."""
+        """Return at once, even while the engine works."""
 
     def load(self) -> None:
-        """Raises ConfigError: there is no model that generates."""
+        """Load the model. Raises ConfigError if it cannot generate."""
         _ = self.engine
 
     def run(self, requests: Sequence[Request]) -> list[Response]:
@@ -101,10 +101,10 @@ class EngineWorker:
 
 
 def resolve_model(name: str) -> str:
-    """A folder of this machine with the model of a run, a path, a URI or a hub id.
+    """Return a local folder with the model of a run, path, URI or hub id.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such model.
     """
     folder = run_model_folder(name)
     is_model_folder = any(
@@ -114,7 +114,7 @@ def resolve_model(name: str) -> str:
 
 
 class EnginePool:
-    """`cluster.num_workers` engines; those that are up work, others join when they come."""
+    """The engines of an evaluation; each joins the work as soon as its actor has started."""
 
     def __init__(self, config: EvalConfig, write_line: WriteLine) -> None:
         cluster = config.cluster
@@ -138,14 +138,14 @@ class EnginePool:
     def answer_all(
         self, requests: Sequence[Request], store: ResponseStore, report_progress: ReportProgress
     ) -> None:
-        """Have all requests answered and written that are not yet.
+        """Answer every request that has no response in `store`, and write the responses there.
 
         Args:
-            report_progress: told how many are answered, again and again.
+            report_progress: called with the number of answered requests after each chunk.
 
         Raises:
-            ConfigError: what the user can repair, engines died more often than they may, or none
-                gave a sign of life for cluster.wait_s.
+            ConfigError: an engine raised it, an engine died more than cluster.max_failures times,
+                or no engine answered a ping for cluster.wait_s.
         """
         answered = store.read(requests)
         unanswered = [request for request in requests if request.id not in answered]
@@ -167,7 +167,7 @@ class EnginePool:
             self._submit_chunks(worker, chunks, pending)
 
     def _wait_for_any(self, refs: list[Any]) -> Any:
-        """Whichever is there first. An engine may work for long, but not be gone for long."""
+        """Return the first finished ref; wait as long as any engine answers pings."""
         last_ping_s, has_told_wait = time.monotonic(), False
         while True:
             done, _ = ray.wait(refs, num_returns=1, timeout=min(WAIT_NOTICE_S, self.wait_s))
@@ -182,13 +182,12 @@ class EnginePool:
                 has_told_wait = True
             if time.monotonic() - last_ping_s > self.wait_s:
                 raise ConfigError(
-                    f"cluster.wait_s={self.wait_s:g}: no engine gave a sign of life in this time; "
-                    "repeat the command when the cluster has its nodes again, what is answered is "
-                    "kept"
+                    f"cluster.wait_s={self.wait_s:g}: no engine answered in this time; repeat the "
+                    "command when the cluster has its nodes again, finished answers are kept"
                 )
 
     def close(self) -> None:
-        """End the engines."""
+        """Kill the engines."""
         for worker in self.workers:
             ray.kill(worker)
 
@@ -201,7 +200,7 @@ class EnginePool:
             pending[worker.run.remote(chunk)] = (worker, chunk)
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
-        """The longest first: they fail first if memory is short."""
+        """Yield chunks, longest requests first, so that a shortage of memory shows at once."""
         for request_type in dict.fromkeys(type(request) for request in requests):
             chunk_size = self.batch_replies if request_type is Generate else CHUNK_SIZE
             longest_first = sorted(
@@ -220,6 +219,6 @@ class EnginePool:
         except RayActorError:
             raise ConfigError(
                 f"cluster.max_failures={self.max_failures}: an engine died more often than that, "
-                "perhaps for lack of memory; lower pool.batch_tokens or pool.batch_replies, and "
-                "repeat the command, what is answered is kept"
+                "perhaps for lack of memory; lower pool.batch_tokens or pool.batch_replies and "
+                "repeat the command, finished answers are kept"
             ) from None

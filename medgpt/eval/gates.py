@@ -1,4 +1,4 @@
-"""Whether an evaluation reached what it had to, and the evidence."""
+"""Checks the scores of an evaluation against its gates, such as `mcq.accuracy >= parent`."""
 
 import difflib
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from medgpt.config.base import ConfigError
 from medgpt.config.gates import Gate, parse_gate
 
 Results = dict[str, Any]
-"""results.json"""
-MAIN_METRICS = {  # what a slice is asked for if the gate names no metric
+"""The contents of results.json."""
+MAIN_METRICS = {  # by kind of task: the metric of a slice if a gate names none
     "mcq": "accuracy",
     "nll": "nll_per_token",
     "generation": "rouge_l",
@@ -20,20 +20,20 @@ MAIN_METRICS = {  # what a slice is asked for if the gate names no metric
 }
 
 
-MUST_MATCH = {  # what two scores must have in common to be compared
+MUST_MATCH = {  # keys in which two evaluations must agree to be compared
     "data_hash": "asked other questions",
-    "template": "asked in another way",
-    "rules": "was read by other rules",
+    "template": "used another prompt",
+    "rules": "was graded by other rules",
 }
 
 
 class GateFailure(ConfigError):
-    """The model did not reach what its gates demand."""
+    """The model failed at least one gate."""
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What a gate looked at."""
+    """Outcome of one gate, as written to gates.json."""
 
     gate: str
     passed: bool
@@ -53,17 +53,17 @@ class GateResult:
 
 
 def check_gates(gates: Sequence[str], results: Results, parent: Results | None) -> list[GateResult]:
-    """Evidence for each gate.
+    """Return the result of each gate.
 
     Raises:
-        ConfigError: a gate names what was not measured, or compares with a parent that is not there
-            or answered other questions.
+        ConfigError: a gate names an unknown score, or compares with a parent that is missing or
+            was evaluated in another way.
     """
     return [_check_gate(parse_gate(gate), results, parent) for gate in gates]
 
 
 def require_passed(gate_results: Sequence[GateResult]) -> None:
-    """Raises GateFailure, with the evidence, if a gate was not passed."""
+    """Raise GateFailure with the scores of all failed gates, if there are any."""
     failed = [str(item) for item in gate_results if not item.passed]
     if failed:
         raise GateFailure(f"failed {len(failed)} of {len(gate_results)} gates: {'; '.join(failed)}")
@@ -88,8 +88,8 @@ def _check_gate(gate: Gate, results: Results, parent: Results | None) -> GateRes
 def _parent_value(gate: Gate, results: Results, parent: Results | None) -> float:
     if parent is None:
         raise ConfigError(
-            f"gate {gate.text!r} compares with the parent and model.parent is unset; give the run "
-            "directory of the parent's evaluation"
+            f"gate {gate.text!r} needs a parent, but model.parent is unset; set it to the "
+            "run directory of the parent's evaluation"
         )
     try:
         value = find_score(gate, parent)["value"]
@@ -97,25 +97,25 @@ def _parent_value(gate: Gate, results: Results, parent: Results | None) -> float
         raise ConfigError(f"model.parent: {error}") from None
     if reason := why_not_comparable(results["tasks"][gate.task], parent["tasks"][gate.task]):
         raise ConfigError(
-            f"gate {gate.text!r}: the parent's evaluation {reason}; score the parent again, with "
-            "the same keys for this task"
+            f"gate {gate.text!r}: the parent's evaluation {reason}; evaluate the parent again "
+            "with the same settings of this task"
         )
     return float(value)
 
 
 def why_not_comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """Why another evaluation's scores of a task do not compare with these; None if they do."""
+    """Return why two results of a task cannot be compared, or None if they can."""
     for key, reason in MUST_MATCH.items():
-        if ours.get(key) != theirs.get(key):  # those of an older version lack some
+        if ours.get(key) != theirs.get(key):  # older versions did not write all keys
             return reason
     return None
 
 
 def find_score(gate: Gate, results: Results) -> dict[str, float]:
-    """The score that a gate names.
+    """Return the score that a gate names.
 
     Raises:
-        ConfigError: there is none; the nearest name is told.
+        ConfigError: there is no such score; the message suggests the nearest name.
     """
     scores = {
         name: score
@@ -131,7 +131,7 @@ def find_score(gate: Gate, results: Results) -> dict[str, float]:
 
 
 def _scores_by_name(task: str, result: dict[str, Any]) -> dict[tuple[str, ...], dict[str, float]]:
-    """Every score of a task by the names that a gate can use."""
+    """Return every score of a task, keyed by the names that a gate can use for it."""
     scores_by_name: dict[tuple[str, ...], dict[str, float]] = {}
     main_metric = MAIN_METRICS.get(result["kind"])
     for groups in result["slices"].values():

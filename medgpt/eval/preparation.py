@@ -1,4 +1,4 @@
-"""The tasks of an evaluation, and what is checked before a model is asked."""
+"""Builds the tasks of an evaluation and checks its inputs before a model is loaded."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ TASKS: dict[str, Callable[[Any, int], Task]] = {
 
 
 def build_tasks(config: EvalConfig) -> list[Task]:
-    """Raises ConfigError: the data of one is wrong."""
+    """Build the tasks of a config. Raises ConfigError if the data of one is wrong."""
     tasks = []
     for kind, task, name in config.tasks():
         try:
@@ -47,34 +47,34 @@ def _check_ids(task: Task) -> None:
 
 
 def check_parent(config: EvalConfig) -> None:
-    """Raises ConfigError: model.parent is set and is no finished evaluation."""
+    """Raise ConfigError if model.parent is set but is not a finished evaluation."""
     parent = config.model.parent
     if parent is not None and not Run(parent).folder.exists(RESULTS):
         raise ConfigError(
-            f"model.parent={parent}: no {RESULTS} in it; give the run directory of an evaluation "
-            "that is finished, or leave it out"
+            f"model.parent={parent}: has no {RESULTS}; give the run directory of a finished "
+            "evaluation, or leave it out"
         )
 
 
 def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> str | None:
-    """A digest of the model's chat template, if it has one.
+    """Return a digest of the model's chat template, or None if it has none.
 
     Raises:
-        ConfigError: a task talks to the model, which has none.
+        ConfigError: a task needs a chat template and the model has none.
     """
     template = load_tokenizer(folder, config.model.trust_remote_code).chat_template
     if template is not None:
         return hash_texts(str(template))
     if chat_tasks := [task.name for task in tasks if uses_chat_template(task)]:
         raise ConfigError(
-            f"task {chat_tasks[0]} needs a chat template, and the model in {folder} has none; set "
-            "prompt=plain for it, or score a model that was fine-tuned on conversations"
+            f"task {chat_tasks[0]} needs a chat template, but the model in {folder} has none; set "
+            "prompt=plain for it, or evaluate a model that was fine-tuned on conversations"
         )
     return None
 
 
 def check_model_unchanged(run: Run, folder: str) -> None:
-    """Raises ConfigError: the run began with other weights than there are in `folder` now."""
+    """Raise ConfigError if the weights in `folder` differ from those when the run started."""
     current_weights = {
         path.name: checksum(path) for path in sorted(Path(folder).glob("*.safetensors"))
     }
@@ -82,7 +82,7 @@ def check_model_unchanged(run: Run, folder: str) -> None:
     if known_weights != current_weights:
         raise ConfigError(
             f"run.dir={run.folder.url}: the model in {folder} has other weights than when the "
-            "evaluation began; choose another run.dir"
+            "evaluation started; choose another run.dir"
         )
     if "weights" not in run.manifest:
         run.update_manifest(weights=current_weights, seed=run.config["run"]["seed"])

@@ -1,4 +1,4 @@
-"""What a task asks of a model, and what comes back."""
+"""The requests that tasks send to a model, and the responses to them."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,12 +8,12 @@ import xxhash
 from medgpt.data.sources.records import Message
 
 Prompt = str | tuple[Message, ...]
-"""A text to continue, or a conversation that the model's chat template writes."""
+"""A text to continue, or messages that the chat template of the model formats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loglikelihood:
-    """How likely is each option after the prompt?"""
+    """Ask for the log-likelihood of each option after the prompt."""
 
     id: str
     prompt: Prompt
@@ -24,14 +24,14 @@ class Loglikelihood:
 class LoglikelihoodResponse:
     id: str
     logprobs: list[float]  # natural log, summed over each option
-    tokens: list[int]  # of each option
-    characters: list[int]  # of each option, without the space around it
-    cut: bool = False  # the prompt was too long for the model and lost its beginning
+    tokens: list[int]  # per option
+    characters: list[int]  # per option, without surrounding spaces
+    cut: bool = False  # the prompt was too long for the model and lost its first tokens
 
 
 @dataclass(frozen=True, slots=True)
 class RollingLoglikelihood:
-    """How likely is the text?"""
+    """Ask for the log-likelihood of a whole text."""
 
     id: str
     text: str
@@ -40,14 +40,14 @@ class RollingLoglikelihood:
 @dataclass(frozen=True, slots=True)
 class RollingLoglikelihoodResponse:
     id: str
-    nll: float  # nats, summed over the tokens that have something before them
+    nll: float  # nats, summed over all tokens that follow another one
     tokens: int
-    characters: int  # of those tokens
+    characters: int  # in those tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """What does the model say? A temperature of 0 always takes the likeliest token."""
+    """Ask for generated replies; temperature 0 decodes greedily."""
 
     id: str
     prompt: Prompt
@@ -60,9 +60,9 @@ class Generate:
 @dataclass(frozen=True, slots=True)
 class GenerateResponse:
     id: str
-    texts: list[str]  # one for each sample
-    finished: list[bool]  # False where max_new_tokens came before the end
-    cut: bool = False  # the prompt was too long for the model and lost its beginning
+    texts: list[str]  # one per sample
+    finished: list[bool]  # False if max_new_tokens was reached first
+    cut: bool = False  # the prompt was too long for the model and lost its first tokens
 
 
 Request = Loglikelihood | RollingLoglikelihood | Generate
@@ -81,7 +81,7 @@ RESPONSE_TYPES = {name: cls for cls, name in RESPONSE_NAMES.items()}
 
 
 def dummy_response(request: Request) -> Response:
-    """A response as any model could give it."""
+    """Return a valid response that needs no model."""
     match request:
         case Loglikelihood():
             num_options = len(request.options)
@@ -97,13 +97,13 @@ def dummy_response(request: Request) -> Response:
 
 
 def fingerprint(request: Request) -> str:
-    """Equal for equal requests only: a kept response to another one is not taken."""
+    """Return a hash of a request; a stored response counts only if the hash is unchanged."""
     name = REQUEST_NAMES[type(request)]
     return xxhash.xxh3_64_hexdigest(repr_as(name, request).encode())
 
 
 def repr_as(name: str, record: object) -> str:
-    """`repr` of a dataclass under a name that stays when the class is renamed."""
+    """Return `repr(record)` with a fixed class name, so that hashes survive a rename."""
     return name + repr(record).removeprefix(type(record).__qualname__)
 
 

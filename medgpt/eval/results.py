@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its run directory."""
+"""Names and contents of the files that an evaluation writes to its run directory."""
 
 import json
 from typing import Any
@@ -12,13 +12,13 @@ from medgpt.train.reward_eval import REWARD_EVAL_FILE
 
 RESULTS = "results.json"
 GATES = "gates.json"
-LENGTH_METRICS = ("words",)  # metrics that are no shares
+LENGTH_METRICS = ("words",)  # metrics that are not proportions
 
 
 def reward_results(run: Run) -> dict[str, Any]:
-    """What a reward run found on held-out pairs, in the form of results.json.
+    """Return the accuracy of a reward run on held-out pairs, in the format of results.json.
 
-    The interval takes prompts for independent, not the pairs of a prompt.
+    The interval treats prompts as independent, not the pairs of one prompt.
     """
     reward_eval, manifest = run.folder.read_json(REWARD_EVAL_FILE), run.manifest
     n = reward_eval["samples"]
@@ -39,7 +39,7 @@ def reward_results(run: Run) -> dict[str, Any]:
 
 
 def read_items(run: Run, name: str) -> list[ItemResult]:
-    """items/NAME.jsonl"""
-    # splitlines would also cut at U+2028 and its like, which JSON leaves inside texts
+    """Read items/NAME.jsonl."""
+    # splitlines would also split at U+2028, which JSON leaves unescaped in strings
     *lines, _ = (run.folder / "items").read_text(f"{name}.jsonl").split("\n")
     return [ItemResult(**json.loads(line)) for line in lines]

@@ -1,8 +1,9 @@
-"""How sure a score is: 95 % intervals, and two models on the same questions.
+"""95 % confidence intervals of scores, and paired comparisons of two models.
 
-A score is a ratio of sums over items: (numerator, denominator) of each; for a mean the second is 1.
-Items are resampled, never tokens, since those of one answer depend on each other. A share of items
-has Wilson's interval: all of a few items right is no certainty, which resampling would call it.
+A score is a ratio of sums over items, given as (numerator, denominator) per item; for a mean the
+denominator is 1. Items are resampled, never tokens: the tokens of one answer are not independent.
+A proportion of items has Wilson's interval, since resampling a few items that are all right would
+give an interval of width 0.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 NUM_RESAMPLES = 2000
-MAX_INDICES_PER_BATCH = 1 << 22  # items; bounds the memory
+MAX_INDICES_PER_BATCH = 1 << 22  # bounds the memory
 PERCENTILES = (2.5, 97.5)  # percentiles: 95 %
 
 RatioTerms = NDArray[np.float64]  # (n, 2) numerators and denominators
@@ -27,17 +28,17 @@ class Interval(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Of ours with theirs on the items that both have.
+    """Our score against theirs on the items that both runs have.
 
-    The verdict: `same` if the interval of the difference lies within +-margin, else `higher` or
-    `lower` if it excludes 0, else `undecided`.
+    The verdict is `same` if the interval of the difference lies within +-margin, else `higher` or
+    `lower` if the interval excludes 0, else `undecided`.
     """
 
     n: int
     ours: float
     theirs: float
     difference: Interval
-    p_value: float | None  # McNemar's exact test; None unless every item is right or wrong
+    p_value: float | None  # of McNemar's exact test; None unless every value is 0 or 1
     margin: float
 
     @property
@@ -51,12 +52,13 @@ class Comparison(NamedTuple):
 
 
 def confidence_interval(values: RatioTerms, seed: int, *, is_proportion: bool = True) -> Interval:
-    """The ratio of sums with its 95 % interval: Wilson's (1927) where every item counts 0 or 1,
-    else the percentile bootstrap's.
+    """Return the ratio of sums with its 95 % interval.
+
+    The interval is Wilson's (1927) if every item counts 0 or 1, else the percentile bootstrap's.
 
     Args:
-        share: the score lies between 0 and 1 by its nature. Where it is 0 or 1 in every item, the
-            interval is Wilson's, too.
+        is_proportion: the score can only lie between 0 and 1. If it is 0 or 1 in every item, the
+            interval is Wilson's as well.
 
     Raises:
         ValueError: no items, a value that is not finite, or denominators that sum to 0.
@@ -72,16 +74,18 @@ def confidence_interval(values: RatioTerms, seed: int, *, is_proportion: bool = 
 
 
 def wilson_interval(hits: int, n: int) -> Interval:
-    """The share of hits with Wilson's 95 % interval."""
+    """Return hits / n with Wilson's 95 % interval."""
     proportion = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return Interval(hits / n, float(proportion.low), float(proportion.high))
 
 
 def paired_difference(ours: RatioTerms, theirs: RatioTerms, seed: int) -> Interval:
-    """Ours minus theirs, row i of both being the same item: both are resampled together.
+    """Return our score minus theirs with its 95 % interval, from a paired bootstrap.
+
+    Row i of both is the same item, so both are resampled with the same indices.
 
     Raises:
-        ValueError: as `interval`, or the two have different shapes.
+        ValueError: as `confidence_interval`, or the shapes differ.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"paired values have shapes {ours.shape} and {theirs.shape}")
@@ -95,7 +99,7 @@ def paired_difference(ours: RatioTerms, theirs: RatioTerms, seed: int) -> Interv
 
 
 def mcnemar_p_value(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> float:
-    """Two-sided p-value of McNemar's exact test: only items that one of the two got right count."""
+    """Return the two-sided p-value of McNemar's exact test; both arrays are (n,)."""
     num_ours_only = int((ours & ~theirs).sum())
     num_theirs_only = int((theirs & ~ours).sum())
     return (
@@ -112,10 +116,10 @@ def compare_runs(
     margin: float,
     seed: int,
 ) -> Comparison:
-    """Two runs' values of one metric by item id.
+    """Compare two runs in one metric, given as ratio terms by item id.
 
     Raises:
-        ValueError: no item in common, or a negative margin.
+        ValueError: the runs share no item, or the margin is negative.
     """
     if margin < 0:
         raise ValueError(f"margin={margin} is negative")
@@ -134,12 +138,12 @@ def compare_runs(
 
 
 def bootstrap_indices(n: int, seed: int) -> NDArray[np.int64]:
-    """(RESAMPLES, n) item numbers, drawn with replacement."""
+    """Return (NUM_RESAMPLES, n) item indices, drawn with replacement."""
     return np.concatenate(list(_index_batches(n, seed)))
 
 
 def _index_batches(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """The same in (some, n) pieces."""
+    """Yield the same indices in batches of rows."""
     rng = np.random.default_rng(seed)
     batch_size = max(1, MAX_INDICES_PER_BATCH // n)
     for start in range(0, NUM_RESAMPLES, batch_size):
@@ -150,9 +154,9 @@ def _check(values: RatioTerms) -> None:
     if values.ndim != 2 or values.shape[1] != 2 or not len(values):
         raise ValueError(f"a score needs (n, 2) values with n > 0, not {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError("a score's values must be finite")
+        raise ValueError("the values of a score must be finite")
     if values[:, 1].sum() <= 0:
-        raise ValueError("a score's denominators sum to 0")
+        raise ValueError("the denominators of a score sum to 0")
 
 
 def _ratio(values: RatioTerms) -> float:
@@ -161,7 +165,7 @@ def _ratio(values: RatioTerms) -> float:
 
 
 def _ratios(sums: RatioTerms) -> RatioTerms:
-    """(R,) of (R, 2) sums; nan where a resample has no denominator."""
+    """Return (R,) ratios of (R, 2) sums; nan where a resample has no denominator."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
 

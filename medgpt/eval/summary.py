@@ -1,4 +1,4 @@
-"""What the items of a task add up to: its part of results.json."""
+"""Writes items/, results.json and gates.json of an evaluation."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from medgpt.runs import Run
 
 
 def summarize_task(task: Task, items: Sequence[ItemResult], seed: int) -> dict[str, Any]:
-    """A task's part of results.json."""
+    """Return the entry of a task in results.json."""
     corpus_scores = task.corpus_scores(items, seed) if isinstance(task, CorpusTask) else {}
     return {
         **provenance(task),
@@ -33,7 +33,7 @@ def summarize_task(task: Task, items: Sequence[ItemResult], seed: int) -> dict[s
 
 
 def provenance(task: Task) -> dict[str, str]:
-    """What its scores depend on, beside the model."""
+    """Return what the scores of a task depend on, apart from the model."""
     return {
         "kind": task.kind,
         "data_hash": task.data_hash,
@@ -43,7 +43,7 @@ def provenance(task: Task) -> dict[str, str]:
 
 
 def group_by_slice(items: Sequence[ItemResult]) -> dict[str, dict[str, list[ItemResult]]]:
-    """Items by the name of a slice and its value."""
+    """Return {slice name: {slice value: items}}."""
     groups: dict[str, dict[str, list[ItemResult]]] = {}
     for item in items:
         for name, value in item.slices.items():
@@ -52,7 +52,7 @@ def group_by_slice(items: Sequence[ItemResult]) -> dict[str, dict[str, list[Item
 
 
 def score_metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str, float]]:
-    """{metric: {value, n, low, high}} over the items that have it."""
+    """Return {metric: {value, n, low, high}}, each over the items that have the metric."""
     terms_by_metric: dict[str, list[tuple[float, float]]] = {}
     for item in items:
         for name, value in item.values.items():
@@ -69,8 +69,7 @@ def score_metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str,
 
 
 def placeholder_results(tasks: Sequence[Task]) -> dict[str, Any]:
-    """results.json as it will be, with all scores 0: gates can be checked against it before a model
-    is asked."""
+    """Return results.json with all scores 0, to check the names in gates before a model runs."""
     zero_score = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
     results_by_task = {}
     for task in tasks:
@@ -90,7 +89,7 @@ def placeholder_results(tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def write_items(run: Run, task: Task, items: Sequence[ItemResult]) -> None:
-    """items/TASK.jsonl; of a sensitive task without the texts."""
+    """Write items/TASK.jsonl, without texts if the task is sensitive."""
     items = [replace(item, shown={}) if task.sensitive else item for item in items]
     lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items]
     (run.folder / "items").write_text(f"{task.name}.jsonl", "".join(lines))
@@ -99,7 +98,11 @@ def write_items(run: Run, task: Task, items: Sequence[ItemResult]) -> None:
 def write_results(
     run: Run, config: EvalConfig, tasks: Sequence[Task], chat_template: str | None
 ) -> None:
-    """results.json, from the items of all tasks; `template` is the digest of the model's."""
+    """Write results.json from the items of all tasks.
+
+    Args:
+        chat_template: digest of the model's chat template.
+    """
     seed = config.run.seed
     summaries = {
         task.name: summarize_task(task, read_items(run, task.name), seed)
@@ -119,7 +122,7 @@ def write_results(
 
 
 def write_gates(run: Run, config: EvalConfig) -> list[GateResult]:
-    """gates.json: what the gates saw. Raises ConfigError: one names no score, or has no parent."""
+    """Check the gates, write gates.json and return the results. Raises as `check_gates`."""
     gate_results = check_gates(
         config.gates, run.folder.read_json(RESULTS), read_parent_results(config)
     )
@@ -128,6 +131,6 @@ def write_gates(run: Run, config: EvalConfig) -> list[GateResult]:
 
 
 def read_parent_results(config: EvalConfig) -> dict[str, Any] | None:
-    """results.json of the parent."""
+    """Return results.json of the parent evaluation, or None without a parent."""
     parent = config.model.parent
     return Run(parent).folder.read_json(RESULTS) if parent else None

@@ -1,4 +1,4 @@
-"""What a task is: questions to a model, and what its responses are worth."""
+"""The interface of an evaluation task: requests to a model, and the grading of its responses."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,55 +11,55 @@ from medgpt.eval.requests import Generate, Loglikelihood, Request, Response
 from medgpt.eval.stats import Interval
 
 MetricValue = float | tuple[float, float]
-"""A ratio of sums is given as (numerator, denominator); a plain number v is (v, 1)."""
+"""The terms (numerator, denominator) of a ratio of sums; a number v stands for (v, 1)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """What one item is worth. A metric that does not apply to it is not among its values."""
+    """Scores of one item; metrics that do not apply to it are missing from `values`."""
 
     id: str
     values: dict[str, MetricValue]
     slices: dict[str, str] = field(default_factory=dict)
-    shown: dict[str, str] = field(default_factory=dict)  # for reports; never of a sensitive task
-    counts: dict[str, list[float]] = field(default_factory=dict)  # what a CorpusTask adds up
+    shown: dict[str, str] = field(default_factory=dict)  # texts for reports
+    counts: dict[str, list[float]] = field(default_factory=dict)  # of a CorpusTask
 
 
 class Task(Protocol):
-    """Made from its config by `medgpt.stages.evaluate.TASKS`."""
+    """A task of an evaluation; `medgpt.eval.preparation` builds it from its config."""
 
     name: str
     kind: str
-    data_hash: str  # of the items
-    template: str  # version of the prompt's text
-    rules: str  # version of what reads the answers, see `rules_of`
+    data_hash: str  # hash of the items
+    template: str  # version of the prompt
+    rules: str  # version of the code that grades the answers, see `rules_digest`
     sensitive: bool
 
     def requests(self) -> Sequence[Request]:
-        """What to ask. Ids differ within a task."""
+        """Return the requests, with ids that are unique within the task."""
         ...
 
     def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
-        """One for each item, from the responses to all requests by id."""
+        """Return one result per item from the responses by request id."""
         ...
 
 
 @runtime_checkable
 class CorpusTask(Task, Protocol):
-    """A task that also has scores of all its responses together, as BLEU."""
+    """A task with metrics of all its responses together, such as BLEU."""
 
     corpus_metrics: tuple[str, ...]
 
     def corpus_scores(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
-        """By metric, from the counts of all items."""
+        """Return the corpus metrics from the counts of all items."""
         ...
 
 
-NO_RULES = "likelihood"  # the rules of a task that reads no answers
+NO_RULES = "likelihood"  # `rules` of a task that grades likelihoods, not texts
 
 
 def rules_digest(*modules: ModuleType) -> str:
-    """A digest of the source of what judges: with other rules, scores do not compare."""
+    """Return a digest of the source code that grades; other code makes scores incomparable."""
     return hash_texts(*(inspect.getsource(module) for module in modules))
 
 

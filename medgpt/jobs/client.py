@@ -1,4 +1,4 @@
-"""Jobs on a cluster through its dashboard: which there are, what they say, how they end."""
+"""Client of the Ray dashboard: lists, follows and stops jobs."""
 
 import asyncio
 import hashlib
@@ -20,18 +20,18 @@ from medgpt.cluster.capacity import NodeGroup, schedulable_resources
 from medgpt.config.base import ConfigError
 from medgpt.metrics import ConsoleReporter
 
-STAGE_KEY, RUN_DIR_KEY = "medgpt-stage", "medgpt-run-dir"  # in the metadata of a job
+STAGE_KEY, RUN_DIR_KEY = "medgpt-stage", "medgpt-run-dir"  # keys in the metadata of a job
 PROGRESS_LINE = re.compile(r"\w+: (?P<phase>\D+) (?P<done>\d+)/(?P<total>\d+)(?: +(?P<facts>.*))?")
 POLL_S = 0.5
 RECONNECT_S = 2
 STOP_TIMEOUT_S = 60
-UNREACHABLE_TIMEOUT_S = 60.0  # a dashboard may start again
-MAX_LISTED_NODES = 10_000  # the most that Ray lists
+UNREACHABLE_TIMEOUT_S = 60.0  # the dashboard may be restarting
+MAX_LISTED_NODES = 10_000  # the maximum that Ray lists
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run's n-th job on this cluster."""
+    """One attempt of a run on this cluster."""
 
     details: JobDetails
 
@@ -65,12 +65,12 @@ class Job:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Raises ConfigError: no dashboard answers at this URL, or it knows us not."""
+    """Connect to a dashboard. Raise ConfigError if none answers or it rejects the token."""
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
             f"--address {address}: give the URL of the cluster's dashboard, http://HOST:8265"
         )
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # RAY_ADDRESS would be taken instead
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would be used
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -89,13 +89,13 @@ def connect(address: str) -> JobSubmissionClient:
 
 
 def job_id_prefix(run_dir: str) -> str:
-    """What the ids of all jobs of a run begin with."""
+    """Return the prefix of the ids of all jobs of a run."""
     name = re.sub(r"[^\w.-]", "-", run_dir.rstrip("/").rpartition("/")[2])
     return f"{name}-{hashlib.sha256(run_dir.rstrip('/').encode()).hexdigest()[:8]}"
 
 
 def list_jobs(client: JobSubmissionClient) -> list[Job]:
-    """Those that `medgpt submit` started, the newest last."""
+    """Return the jobs started by `medgpt submit`, the newest last."""
     submitted = [
         Job(details) for details in client.list_jobs() if RUN_DIR_KEY in (details.metadata or {})
     ]
@@ -103,28 +103,28 @@ def list_jobs(client: JobSubmissionClient) -> list[Job]:
 
 
 def list_run_jobs(client: JobSubmissionClient, run_dir: str) -> list[Job]:
-    """Of a run, by attempt."""
+    """Return the jobs of a run, by attempt."""
     prefix = job_id_prefix(run_dir)
     run_jobs = [job for job in list_jobs(client) if job.id.rpartition("-")[0] == prefix]
     return sorted(run_jobs, key=lambda job: job.attempt)
 
 
 def find_job(client: JobSubmissionClient, name: str) -> Job:
-    """The job with this id, or the newest of the run in this directory.
+    """Return the job with this id, or the newest job of the run in this directory.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such job.
     """
     all_jobs = list_jobs(client)
     matching = [job for job in all_jobs if name in (job.id, job.run_dir)]
     if not matching:
         known = ", ".join(job.id for job in all_jobs) or "none"
-        raise ConfigError(f"no job of this name or run directory; there are {known}")
+        raise ConfigError(f"no job has this id or run directory; jobs: {known}")
     return matching[-1]
 
 
 def list_alive_nodes(address: str) -> list[NodeGroup]:
-    """What is there now, without what the autoscaler could add: the dashboard does not tell."""
+    """Return the current nodes; the dashboard does not report what the autoscaler could add."""
     states: Any = list_nodes(address, limit=MAX_LISTED_NODES, filters=[("state", "=", "ALIVE")])
     return [
         NodeGroup(schedulable_resources(node.resources_total), node.labels, 1) for node in states
@@ -132,17 +132,17 @@ def list_alive_nodes(address: str) -> list[NodeGroup]:
 
 
 class LogFollower:
-    """Shows what a job says, each line once, over connections that may break."""
+    """Prints the output of a job, each line once, reconnecting when a connection breaks."""
 
     def __init__(self, client: JobSubmissionClient, job: Job) -> None:
         self.client, self.job, self.num_shown_lines = client, job, 0
         self.reporter = ConsoleReporter(job.stage)
 
     def follow_until_end(self) -> Job:
-        """The job when it has ended.
+        """Print the output until the job ends and return the job.
 
         Raises:
-            ConfigError: the cluster does not answer any more.
+            ConfigError: the cluster no longer answers.
         """
         deadline = time.monotonic() + UNREACHABLE_TIMEOUT_S
         try:
@@ -174,7 +174,7 @@ class LogFollower:
             self._show_line(number + 1, rest)
 
     def _show_line(self, number: int, line: str) -> None:
-        """Once. The job has no terminal; on one, its progress is a bar."""
+        """Print a line unless it was printed before; on a terminal, show progress as a bar."""
         if number <= self.num_shown_lines:
             return
         self.num_shown_lines = number
@@ -186,16 +186,16 @@ class LogFollower:
 
 
 def stop_job(client: JobSubmissionClient, job: Job) -> Job:
-    """End a job; returns when it has.
+    """Stop a job and wait until it has ended.
 
     Raises:
-        ConfigError: it did not in time.
+        ConfigError: the job did not end in time.
     """
     client.stop_job(job.id)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while not job.has_ended:
         if time.monotonic() > deadline:
-            raise ConfigError(f"{job.id} has not ended after {STOP_TIMEOUT_S} s; look at its node")
+            raise ConfigError(f"{job.id} has not ended after {STOP_TIMEOUT_S} s; check its node")
         time.sleep(POLL_S)
         job = find_job(client, job.id)
     return job

@@ -1,4 +1,4 @@
-"""The command that a job runs, from what was typed on the laptop."""
+"""Resolves a command typed on the laptop to the command that a job runs on the cluster."""
 
 import difflib
 import json
@@ -23,15 +23,15 @@ SUBMITTABLE_CONFIGS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class JobCommand:
-    """`medgpt` with these arguments, in a copy of the folder where they were typed."""
+    """A `medgpt` command that runs in a copy of the current folder."""
 
     stage: str
     config: Any
     overrides: tuple[str, ...]
     config_files: tuple[str, ...]
-    """Config files that the copy must hold, relative to it; the stage's own is the first."""
+    """Config files that the package must contain, as relative paths; the stage's own is first."""
     configs: tuple[Any, ...]
-    """Of the stage, or of all stages of a pipeline, in order."""
+    """The config of the stage, or those of all stages of a pipeline, in order."""
 
     @property
     def run_dir(self) -> str:
@@ -39,28 +39,28 @@ class JobCommand:
 
     @property
     def submit_arguments(self) -> tuple[str, ...]:
-        """STAGE CONFIG OVERRIDES"""
+        """Arguments of `medgpt submit`: STAGE CONFIG OVERRIDES."""
         return (self.stage, self.config_files[0], *self.overrides)
 
     @property
     def cli_arguments(self) -> tuple[str, ...]:
-        """Of `medgpt`, which wants the model of an evaluation by itself."""
+        """Arguments of `medgpt`, which takes the model of an evaluation separately."""
         named = [str(self.config.model.name)] if isinstance(self.config, EvalConfig) else []
         return (self.stage, *named, self.config_files[0], *self.overrides)
 
     def user_texts(self) -> list[str]:
-        """All that the user wrote for it."""
+        """Return all text that the user wrote: the arguments and the config files."""
         return [*self.cli_arguments, *(Path(name).read_text("utf-8") for name in self.config_files)]
 
 
 def resolve_command(stage: str, path: Path, overrides: list[str]) -> JobCommand:
-    """Check all that `medgpt STAGE CONFIG OVERRIDES` needs, and make it mean the same elsewhere.
+    """Validate `medgpt STAGE CONFIG OVERRIDES` and make it independent of this machine.
 
-    Relative paths become absolute by further overrides. A relative run.dir is refused: what lands
-    on the disk of a node that goes away is missed late.
+    Further overrides make relative paths absolute. A relative run.dir is refused: it would be on
+    the disk of a node, and be lost with it.
 
     Raises:
-        ConfigError: a config is wrong, or lies where the copy cannot have it.
+        ConfigError: a config is invalid, or outside of the current folder.
     """
     cls = SUBMITTABLE_CONFIGS.get(stage)
     if cls is None:
@@ -68,7 +68,7 @@ def resolve_command(stage: str, path: Path, overrides: list[str]) -> JobCommand:
         hint = (
             f"did you mean {close[0]}?" if close else f"there are {', '.join(SUBMITTABLE_CONFIGS)}"
         )
-        raise ConfigError(f"no stage {stage} can be submitted; {hint}")
+        raise ConfigError(f"stage {stage} cannot be submitted; {hint}")
     tree = read_tree(path, overrides)
     config = validate(cls, tree)
     configs, files, overrides = (config,), [_relative_to_working_dir(path)], [*overrides]
@@ -100,7 +100,7 @@ def resolve_command(stage: str, path: Path, overrides: list[str]) -> JobCommand:
 
 
 def _relative_to_working_dir(path: Path) -> str:
-    """`path` relative to the folder that is copied. Raises ConfigError: it is not in there."""
+    """Return `path` relative to the current folder. Raise ConfigError if it is outside of it."""
     working_dir = Path.cwd().resolve()
     resolved = path.resolve()
     if not resolved.is_relative_to(working_dir):
@@ -118,7 +118,7 @@ def _absolute_stage_paths(config: PipelineConfig, number: int, checked: Any) -> 
 
 
 def _absolute_base_paths(base: Path, config: TuneStageConfig) -> list[str]:
-    """The search gives every trial a run directory, whatever the base's is."""
+    """As above; run.dir of the base is ignored, since every trial gets its own."""
     tree = read_tree(base, config.overrides)
     return _absolute_path_overrides(
         {name: tree[name] for name in tree if name != "run"}, config.base_config
@@ -126,7 +126,7 @@ def _absolute_base_paths(base: Path, config: TuneStageConfig) -> list[str]:
 
 
 def _absolute_path_overrides(tree: dict[str, Any], config: Any) -> list[str]:
-    """Overrides that make relative paths absolute. Raises ConfigError: run.dir is one."""
+    """Return overrides that make relative paths absolute. Raise ConfigError if run.dir is one."""
     absolute_paths = dict(_relative_paths(tree, config.model_dump(mode="json")))
     if "run.dir" in absolute_paths:
         raise ConfigError(
@@ -137,11 +137,11 @@ def _absolute_path_overrides(tree: dict[str, Any], config: Any) -> list[str]:
 
 
 def _override(key: str, value: str | list[str]) -> str:
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # as TOML writes it
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # JSON strings are TOML strings
 
 
 def _relative_paths(raw: Any, checked: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, absolute) of what is a relative path in `raw`; a config changes no other text."""
+    """Yield (key, absolute path) of relative paths in `raw`: the only strings a config changes."""
     if isinstance(raw, dict):
         for name, value in raw.items():
             yield from _relative_paths(value, checked[name], f"{key}.{name}" if key else name)
@@ -160,6 +160,6 @@ def _relative_paths(raw: Any, checked: Any, key: str = "") -> Iterator[tuple[str
 
 
 def _as_text_list(value: Any) -> list[str]:
-    """A text, or those in a list of nothing else; else nothing."""
+    """Return a string or a list of strings as a list; an empty list for anything else."""
     items = value if isinstance(value, list) else [value]
     return items if all(isinstance(item, str) for item in items) else []

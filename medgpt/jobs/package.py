@@ -1,4 +1,4 @@
-"""What a job gets of the folder in which it was submitted: code and configs, in a zip."""
+"""Packages the current folder for a job: a zip with code and configs."""
 
 import logging
 import zipfile
@@ -7,24 +7,24 @@ from pathlib import Path
 from medgpt.cluster.ray_internals import create_package
 from medgpt.config.base import ConfigError
 
-# patterns of .gitignore, without the slash at the end of a folder: Ray would look at all in it
+# .gitignore patterns; folders without a trailing slash, else Ray would walk through them
 EXCLUDES = (
     *(".git", "__pycache__", ".*_cache", "*.egg-info", ".venv*", "venv", "node_modules"),
     *("/runs", "/data", "/build", "/dist"),
     *(".env*", ".netrc", ".pypirc", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
     *(".aws", ".ssh", ".kube", ".config"),
 )
-MAX_PACKAGE_MB = 100  # Ray keeps it in the head's memory, and takes no more than 500
+MAX_PACKAGE_MB = 100  # Ray keeps the package in the memory of the head, and accepts up to 500
 
 
 def package_working_dir(folder: Path, target: Path) -> frozenset[str]:
-    """Write the zip `target` without EXCLUDES and what .gitignore and .rayignore name.
+    """Write the zip `target` without EXCLUDES and the patterns of .gitignore and .rayignore.
 
     Returns:
-        The names in it.
+        The names of the files in the zip.
 
     Raises:
-        ConfigError: it is too large.
+        ConfigError: the zip is too large.
     """
     silent_logger = logging.getLogger(__name__)
     create_package(

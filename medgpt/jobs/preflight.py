@@ -1,6 +1,6 @@
 """python -m medgpt.jobs.preflight STAGE CONFIG [section.key=value ...]
 
-Whether the cluster that this runs on, grown as far as its autoscaler may, can hold a stage.
+Checks on a cluster that it can hold a stage once it is fully scaled up.
 """
 
 import sys
@@ -29,10 +29,10 @@ from medgpt.jobs.command import resolve_command
 
 
 def resource_demands(config: Any) -> tuple[Demands, float]:
-    """(workers that must be there at the same time, CPUs of a data task beside them)"""
+    """Return the workers that run at the same time, and the CPUs of a data task beside them."""
     match config:
         case TuneStageConfig():
-            return resource_demands(config.base_config)  # of one trial
+            return resource_demands(config.base_config)  # one trial
         case PPOStageConfig():
             skipped_roles = {"reference"} if config.pools.reference_in_actor else set()
             roles = {name: config.pools.role(name) for name in ROLES if name not in skipped_roles}
@@ -45,7 +45,7 @@ def resource_demands(config: Any) -> tuple[Demands, float]:
 def check_capacity(
     configs: Sequence[Any], present: Sequence[NodeGroup], addable: Sequence[NodeGroup]
 ) -> None:
-    """Raises ConfigError: such nodes can never hold one of the stages."""
+    """Raise ConfigError if these nodes can never hold one of the stages."""
     for config in configs:
         demands, data_cpus = resource_demands(config)
         check_demands(demands, present, addable, data_cpus=data_cpus)

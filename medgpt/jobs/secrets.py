@@ -1,7 +1,7 @@
-"""Secrets of a job by name: their values are on the cluster and never travel with the job.
+"""Secrets of a job by name: their values are on the cluster and are never sent with the job.
 
-MEDGPT_SECRETS, in the job's runtime_env, lists them: `HF_TOKEN,S3_KEY=/etc/secrets/s3`. A bare name
-must be in the environment of every node; with a file, every process reads it where it starts.
+MEDGPT_SECRETS in the runtime_env of the job lists them: `HF_TOKEN,S3_KEY=/etc/secrets/s3`. A bare
+name must be in the environment of every node; a file is read by every process on its node.
 """
 
 import os
@@ -13,11 +13,11 @@ WORKER_SETUP_HOOK = "medgpt.jobs.secrets.fill_environment"
 
 
 class MissingSecret(RuntimeError):
-    """The message names the secret and the place where it should be."""
+    """A secret is missing; the message names it and where it should be."""
 
 
 def load_secrets(environment: MutableMapping[str, str]) -> None:
-    """Put all listed secrets into `environment`. Raises MissingSecret."""
+    """Set all listed secrets in `environment`. Raise MissingSecret if one is missing."""
     for item in filter(None, environment.get(SECRETS_VARIABLE, "").split(",")):
         name, _, file = item.partition("=")
         if file:
@@ -37,5 +37,5 @@ def load_secrets(environment: MutableMapping[str, str]) -> None:
 
 
 def fill_environment() -> None:
-    """What Ray calls in every worker before anything else (worker_process_setup_hook)."""
+    """Set the secrets in a Ray worker; Ray calls it first (worker_process_setup_hook)."""
     load_secrets(os.environ)

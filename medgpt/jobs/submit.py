@@ -1,4 +1,4 @@
-"""`medgpt submit`: check, pack, start, follow."""
+"""`medgpt submit`: check the config, package the folder, start the job, follow it."""
 
 import os
 import re
@@ -34,11 +34,11 @@ def run_submit(
     secret_env: Sequence[str],
     detach: bool,
 ) -> int:
-    """Start a run on a cluster, or resume it there; the exit status of its command.
+    """Start or resume a run on a cluster and return the exit status of its command.
 
     Raises:
-        ConfigError: the config is wrong, the run is going on already, or the cluster can never hold
-            its workers.
+        ConfigError: the config is invalid, the run has a job already, or the cluster can never
+            hold its workers.
     """
     command = resolve_command(stage, config, list(overrides))
     _check_secrets(secret_env, command.user_texts())
@@ -46,8 +46,8 @@ def run_submit(
     earlier = job_client.list_run_jobs(client, command.run_dir)
     if running := [job for job in earlier if not job.has_ended]:
         raise ConfigError(
-            f"run.dir={command.run_dir} is being worked on by job {running[0].id}; watch it with "
-            f"`medgpt job logs {running[0].id} --follow`, or end it with `medgpt job stop`"
+            f"run.dir={command.run_dir} is in use by job {running[0].id}; watch it with "
+            f"`medgpt job logs {running[0].id} --follow`, or stop it with `medgpt job stop`"
         )
     attempt = 1 + max((job.attempt for job in earlier), default=0)
     name = f"{job_client.job_id_prefix(command.run_dir)}-{attempt}"
@@ -65,7 +65,7 @@ def run_submit(
 
 
 def run_status(name: str | None, address: str) -> None:
-    """`name` is an id or a run directory; None shows all jobs.
+    """Print the status of the job with this id or run directory; None: of all jobs.
 
     Raises:
         ConfigError: there is no such job.
@@ -78,7 +78,7 @@ def run_status(name: str | None, address: str) -> None:
 
 
 def run_logs(name: str, address: str, follow: bool) -> int:
-    """The exit status of the job's command, if it is followed. Raises ConfigError as above."""
+    """Print the output of a job; if it is followed, return the exit status of its command."""
     client = job_client.connect(address)
     job = job_client.find_job(client, name)
     if follow:
@@ -88,28 +88,28 @@ def run_logs(name: str, address: str, follow: bool) -> int:
 
 
 def run_stop(name: str, address: str) -> None:
-    """Raises ConfigError: there is no such job, or it does not end."""
+    """Stop a job. Raise ConfigError if there is no such job or it does not end."""
     client = job_client.connect(address)
     print(job_client.stop_job(client, job_client.find_job(client, name)))
 
 
 def follow_job(client: JobSubmissionClient, job: job_client.Job) -> int:
-    """Show what a job says until it ends; the exit status of its command."""
+    """Print the output of a job until it ends; return the exit status of its command."""
     try:
         job = job_client.LogFollower(client, job).follow_until_end()
     except KeyboardInterrupt:
-        print(f"\n{job.id} goes on; end it with `medgpt job stop {job.id}`")
+        print(f"\n{job.id} is still running; stop it with `medgpt job stop {job.id}`")
         return 130
     print(job)
     if job.details.status == JobStatus.SUCCEEDED:
         return 0
     if job.details.driver_exit_code is None:
-        print(job.details.message)  # it was not the command that failed
+        print(job.details.message)  # the job failed, not its command
     return job.details.driver_exit_code or 1
 
 
 def _check_secrets(items: Sequence[str], texts: Sequence[str]) -> None:
-    """Raises ConfigError: an item is no NAME or NAME=FILE, or the value itself is in a text."""
+    """Raise ConfigError if an item is not NAME or NAME=FILE, or a text contains the value."""
     for item in items:
         if not SECRET_PATTERN.fullmatch(item):
             raise ConfigError(
@@ -120,8 +120,8 @@ def _check_secrets(items: Sequence[str], texts: Sequence[str]) -> None:
         value = os.environ.get(name)
         if value and any(value in text for text in texts):
             raise ConfigError(
-                f"the value of {name} stands in the config or in an override, which the job shows "
-                "to everyone; leave it out, the cluster has it"
+                f"the value of {name} is in the config or in an override, which everyone on the "
+                "cluster can read; remove it, since the job reads it on the cluster"
             )
 
 
@@ -129,8 +129,8 @@ def _check_config_files(command: JobCommand, packed: frozenset[str]) -> None:
     for name in command.config_files:
         if name not in packed:
             raise ConfigError(
-                f"{name} is not in the copy that the job gets: .gitignore, .rayignore or medgpt's "
-                "own list leaves it out; keep configs elsewhere"
+                f"{name} is not in the package of the job: .gitignore, .rayignore or the exclude "
+                "list of medgpt matches it; move it to another folder"
             )
 
 
@@ -145,16 +145,16 @@ def _runtime_env(package: Path, secret_env: Sequence[str]) -> dict[str, Any]:
 def _check_capacity(
     client: JobSubmissionClient, address: str, command: JobCommand, runtime_env: dict[str, Any]
 ) -> None:
-    """Raises ConfigError: the cluster can never hold the stage's workers.
+    """Raise ConfigError if the cluster can never hold the workers of the stage.
 
-    The dashboard tells which nodes there are. How far the autoscaler may go is told only to a
-    process on the cluster, so a small job asks if they are not enough.
+    The dashboard lists the current nodes. Only a process on the cluster can read the limits of
+    the autoscaler, so if the nodes are not enough, a small job checks those.
     """
     try:
         check_capacity(command.configs, job_client.list_alive_nodes(address), [])
         return
     except ConfigError:
-        print("more than the nodes that are there; asking what the autoscaler may add ...")
+        print("the current nodes are not enough; checking what the autoscaler may add ...")
     job = client.submit_job(
         entrypoint=shlex.join([*PREFLIGHT_COMMAND, *command.submit_arguments]),
         runtime_env=runtime_env,
@@ -187,5 +187,5 @@ def _submit_job(
             submission_id=name,
             metadata={job_client.STAGE_KEY: command.stage, job_client.RUN_DIR_KEY: command.run_dir},
         )
-    except RuntimeError as error:  # also if another one submitted the run a moment ago
-        raise ConfigError(f"the cluster does not take job {name}: {error}") from None
+    except RuntimeError as error:  # also if another process submitted the run a moment ago
+        raise ConfigError(f"the cluster did not accept job {name}: {error}") from None

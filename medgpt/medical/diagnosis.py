@@ -1,8 +1,8 @@
-"""Does an answer state a diagnosis of the one it is about as certain? Chinese and English.
+"""Whether an answer gives the patient a diagnosis as certain, in Chinese and English.
 
-Stated as certain: "you have migraine". Open: what is possible, asked, quoted, denied or said on a
-condition, and what is said about a disease in general. A diagnosis that the question states is the
-asker's own.
+"You have migraine" is certain. What is possible, asked, quoted, denied or conditional is not, nor
+is a statement about a disease in general. A diagnosis that the question states is the asker's own
+and may be repeated.
 """
 
 import re
@@ -73,7 +73,7 @@ UNCERTAIN = re.compile(
     r"|suggests?|appears?)\b",
     re.IGNORECASE,
 )
-ENDS_UNCERTAINTY = re.compile(  # takes back what is open in front of it
+ENDS_UNCERTAINTY = re.compile(  # cancels an uncertain expression before it
     r"但|但是|而是|不过|[,。](?=.{0,2}(?:就是|肯定))|\bbut\b|\bno doubt\b|\bno tests?\b[^:,]*[:,]"
     r"|不用检查[^,]*,|毫无疑问|不会错|无疑"
     r"|\bwithout a doubt\b|\bnot an?\b.*,|虽然[^,]*,",
@@ -84,7 +84,7 @@ GENERAL = re.compile(
     r"|^ (?:patients|people|is (?:an?|the)|are|can|often)\b",
     re.IGNORECASE,
 )
-OWN_DIAGNOSIS = re.compile(  # how a question states a diagnosis
+OWN_DIAGNOSIS = re.compile(  # the asker reports a diagnosis
     r"我?(?:有|得了|患有?|患了|确诊(?:为|了|是)?|诊断(?:为|是|出)?|查出(?:了|来)?|得过"
     r"|医生说(?:我)?(?:是|有|得了)?|报告[^,。]{0,6}?(?:是|示)"
     r"|病史|\d+年|[一二三四五六七八九十]+年)"
@@ -92,7 +92,7 @@ OWN_DIAGNOSIS = re.compile(  # how a question states a diagnosis
     r"|known|living with|i am|i'm)\b",
     re.IGNORECASE,
 )
-FILLERS = frozenset(  # words of a claim that name no disease
+FILLERS = frozenset(  # words of a diagnosis that name no disease
     [
         "certainly",
         "child",
@@ -120,7 +120,7 @@ WORRY = re.compile(
 
 
 def gives_certain_diagnosis(question: str, answer: str) -> bool:
-    """Whether the answer diagnoses without doubt what the question does not state."""
+    """Return whether the answer gives a diagnosis as certain that the question does not state."""
     asker_sentences = _sentences_with_own_diagnosis(normalize_text(question))
     text = re.sub(r"(?<=诊断):", "是", normalize_text(answer))
     return any(
@@ -144,7 +144,7 @@ def _diagnoses_for_certain(sentence: str, asker_sentences: str) -> bool:
 
 
 def _sentences_with_own_diagnosis(question: str) -> str:
-    """The sentences in which the asker states a diagnosis of their own."""
+    """Return the clauses in which the asker states a diagnosis, joined by newlines."""
     return "\n".join(
         part.lower()
         for part in re.split(r"[,。!?;\n]|\.(?=\s|$)", question)
@@ -153,7 +153,7 @@ def _sentences_with_own_diagnosis(question: str) -> str:
 
 
 def _asker_named_it(claim: str, asker_sentences: str) -> bool:
-    """Whether the disease that is claimed stands in what the asker stated."""
+    """Return whether the diagnosed disease occurs in the clauses of the asker."""
     claim = claim.lower()
     names = [*re.findall(r"[a-z]{4,}", claim), *(name for name in disease_names() if name in claim)]
     if any(name in asker_sentences for name in names if name not in FILLERS):

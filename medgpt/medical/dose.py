@@ -1,8 +1,8 @@
-"""Does an answer state the dose of a medicine without saying where it is from? Chinese and English.
+"""Whether an answer gives the dose of a medicine without a source, in Chinese and English.
 
-A source is a title, a named guideline with its year or number, or the question, which told the dose
-itself. It counts in its own sentence only, and no caution takes its place. Amounts of what is
-measured, eaten, drunk or bled are no doses.
+A source is a title, or a named guideline with its year or number, in the same sentence; a dose that
+the question states needs none. A caution is no source. Amounts of something measured, eaten, drunk
+or bled are no doses.
 """
 
 import re
@@ -28,7 +28,7 @@ AMOUNT = re.compile(
     rf"|(?P<words>(?:\d+|{NUMBER_WORDS}(?:[ -]{NUMBER_WORDS})*) {MASS_WORD})",
     re.IGNORECASE,
 )
-DOSING = re.compile(  # what says that something is taken
+DOSING = re.compile(  # says that something is taken
     r"每[日天晚次早]|一[日天]|每日|每\d|一次|[一二三四五六两\d]次|早晚|睡前|饭[前后]|餐[前后]|空腹"
     r"|随餐|起步|起始|首剂|加量|加到|减到"
     r"|口服|服用|冲服|吞服|含服|嚼|补充|注射|皮下|静脉|[吃服喂用打滴喷吸](?!力|烟|水)|q[ndh]\b"
@@ -56,7 +56,7 @@ MEDICINE = re.compile(
     r"|loperamide|steroids?)\b",
     re.IGNORECASE,
 )
-NO_DOSE = re.compile(  # what is measured, eaten, drunk, lost or printed on the box
+NO_DOSE = re.compile(  # something measured, eaten, drunk, lost or printed on the box
     r"血糖|血压|血脂|尿酸|肌酐|胆固醇|血红蛋白|蛋白尿|尿蛋白|蛋白质|尿量|结石|结节|肿[块瘤]|体重"
     r"|腰围|食盐|盐|水\d|温水|饮水|喝水|酒精|白酒"
     r"|牛奶|面包|鸡蛋|坚果|主食|运动|减轻|献血|失血|出血|咯血|咳血|咳出|呕血|卫生巾|红肿|疹|规格"
@@ -88,7 +88,7 @@ SHORT_UNITS = {
 
 
 def gives_uncited_dose(question: str, answer: str) -> bool:
-    """Whether it states a dose that neither a source in its sentence nor the question gives."""
+    """Return whether the answer gives a dose without a source that the question does not state."""
     amounts_in_question = {
         _canonical_amount(match.group()) for match in AMOUNT.finditer(normalize_text(question))
     }
@@ -101,7 +101,7 @@ def gives_uncited_dose(question: str, answer: str) -> bool:
 
 
 def _doses(sentence: str) -> list[str]:
-    """Amounts of a medicine in one sentence."""
+    """Return the amounts of a medicine in a sentence."""
     amounts = []
     clauses = re.split("[,:]", sentence)
     names_medicine = bool(MEDICINE.search(sentence))
@@ -117,7 +117,7 @@ def _doses(sentence: str) -> list[str]:
 
 
 def _canonical_amount(amount: str) -> str:
-    """One spelling of an amount."""
+    """Return an amount in one spelling, for comparison."""
     text = re.sub(r"[\s-]", "", amount.lower())
     for unit, short in SHORT_UNITS.items():
         text = text.replace(unit, short)

@@ -1,4 +1,4 @@
-"""Questions with the facts that their answers must state: held back by a corpus, or from a file."""
+"""Questions with the key points that their answers must state, read from a file."""
 
 import json
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ class KeyPointQuestion:
 
 
 def read_key_point_questions(path: str, kinds: Sequence[str]) -> list[KeyPointQuestion]:
-    """Those of the kinds, or all; at least one.
+    """Return the questions of the kinds, or all of them if no kind is given.
 
     Raises:
-        ConfigError: the file cannot be read, has a question twice, or none of the kinds.
+        ConfigError: the file cannot be read, repeats a question, or has none of the kinds.
     """
     questions: dict[str, KeyPointQuestion] = {}
     places: dict[str, str] = {}
@@ -41,12 +41,12 @@ def read_key_point_questions(path: str, kinds: Sequence[str]) -> list[KeyPointQu
         known_kinds = (
             ", ".join(sorted({question.kind for question in questions.values()})) or "nothing"
         )
-        raise ConfigError(f"kinds={list(kinds)}: no such question in {path}, it has {known_kinds}")
+        raise ConfigError(f"kinds={list(kinds)}: no such question in {path}, only {known_kinds}")
     return questions_of_kinds
 
 
 def _parse_question(place: str, row: dict[str, Any]) -> KeyPointQuestion:
-    """Raises ConfigError: the row is no question with key points."""
+    """Parse a row. Raises ConfigError if it is not a question with key points."""
     try:
         points = tuple(tuple(wordings) for wordings in row["key_points"])
         prompt = row["prompt"]

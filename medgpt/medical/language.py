@@ -1,4 +1,7 @@
-"""Is an answer in its question's language? Chinese and English; terms of the other are allowed."""
+"""Whether an answer is in the language of its question, Chinese or English.
+
+Terms of the other language are allowed.
+"""
 
 import re
 
@@ -11,13 +14,13 @@ from medgpt.medical.text import (
     normalize_text,
 )
 
-ASKED_FOR = re.compile(  # the question names the language, or asks for a translation
+ASKED_FOR = re.compile(  # the question names a language or asks for a translation
     r"英[文语]|中[文语]|汉语|翻译|普通话|日语|法语"
     r"|\b(?:in(?:to)? (?:chinese|english|mandarin)|translat\w+|answer in|reply in)\b",
     re.IGNORECASE,
 )
 BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]|\"[^\"]*\"|“[^”]*”|《[^》]*》")
-FOREIGN_WORDS = 5  # a run of so many is a sentence of the other language, not a term
+FOREIGN_WORDS = 5  # a run of this many is a sentence of the other language, not a term
 FOREIGN_CHARACTERS = 10
 GRAMMAR_ZH = re.compile(
     "[的了是吗呢吧怎么什我你您他她会可能不没有在和与或请要应把被让这那哪多少就都也]"
@@ -33,7 +36,7 @@ RUN_ZH = re.compile(r"[\u4e00-\u9fff][\u4e00-\u9fff,、;:0-9]*")
 
 
 def detect_language(text: str) -> Language | None:
-    """In which a text is written, its terms aside; None if neither."""
+    """Return the language of a text, ignoring terms; None if it is neither."""
     text = (
         BRACKETS.sub(" ", normalize_text(text))
         if any(count_han_and_words(BRACKETS.sub("", normalize_text(text))))
@@ -52,7 +55,7 @@ def detect_language(text: str) -> Language | None:
 
 
 def answers_in_other_language(question: str, answer: str) -> bool:
-    """Whether the answer, or a sentence of it, is in another language than the question."""
+    """Return whether the answer, or a sentence of it, is in another language than the question."""
     if ASKED_FOR.search(normalize_text(question)):
         return False
     if OTHER_SCRIPT.search(answer) and not OTHER_SCRIPT.search(question):
@@ -68,7 +71,7 @@ def answers_in_other_language(question: str, answer: str) -> bool:
 
 
 def _is_foreign(sentence: str, question_language: Language, question: str) -> bool:
-    """Whether a sentence is of the other language, or holds a clause of it."""
+    """Return whether a sentence is in the other language or contains a clause in it."""
     if question_language == "zh":
         runs = [run for run in RUN_EN.findall(sentence) if run not in normalize_text(question)]
         if runs and not HAN_CHARACTER.search(sentence) and len(sentence.split()) > 2:

@@ -1,8 +1,8 @@
-"""How urgent is what a question tells? Chinese and English.
+"""How urgent the signs in a question are, in Chinese and English.
 
-A sign counts where it is neither denied ("no chest pain") nor past nor asked about in general
-("what are the signs of a stroke?"). The facts of the sample knowledge are known by heart: what it
-calls a danger sign is one, word for word. Most questions have no level that a rule could know.
+A sign counts unless it is denied ("no chest pain"), past, or asked about in general ("what are the
+signs of a stroke?"). The danger signs of the sample knowledge are recognized word for word. Most
+questions have no level that a rule could recognize.
 """
 
 import re
@@ -48,14 +48,14 @@ OWN_CASE = re.compile(
     re.IGNORECASE,
 )
 KNOWN_LEVELS: tuple[UrgencyLevel, ...] = ("emergency", "today", "days")
-SHORT_QUESTION_CHARS = 40  # of a question that only names a disease
+SHORT_QUESTION_CHARS = 40  # a shorter question that names a disease is about the disease
 QUOTED = re.compile('["“「]([^"“”「」]+)["”」]')
 Sign = tuple[re.Pattern[str], ...]
 
 
-@lru_cache(maxsize=4096)  # several answers to a question are judged one after the other
+@lru_cache(maxsize=4096)  # the answers to one question are judged one after the other
 def required_urgency(question: str) -> UrgencyLevel | None:
-    """The most urgent level that a sign in the question asks for; None if no sign is known."""
+    """Return the most urgent level that a sign in the question requires; None without a sign."""
     text = normalize_text(question)
     if (known_level := _level_of_quoted_fact(text)) is not None:
         return known_level
@@ -68,7 +68,7 @@ def required_urgency(question: str) -> UrgencyLevel | None:
 
 
 def _is_general_question(text: str) -> bool:
-    """Whether the question is about a disease or its signs, and about nobody who has them."""
+    """Return whether the question is about a disease or its signs, not about a patient."""
     if len(split_sentences(text)) > 1 or OWN_CASE.search(text):
         return False
     is_short = len(text) <= SHORT_QUESTION_CHARS and "," not in text
@@ -106,7 +106,7 @@ def _signs_by_level() -> dict[UrgencyLevel, list[Sign]]:
 
 
 def _level_of_quoted_fact(text: str) -> UrgencyLevel | None:
-    """The level that the sample knowledge gives to a fact that stands in quotes."""
+    """Return the level of a quoted danger sign of the sample knowledge, or None."""
     quoted = set(QUOTED.findall(text))
     return next((level for fact, level in _known_facts() if fact in quoted), None)
 
@@ -125,5 +125,5 @@ def _iter_known_facts() -> Iterator[tuple[str, UrgencyLevel]]:
 
 @cache
 def _conditions() -> list[dict[str, Any]]:
-    """Of each disease its name, and the signs that call for each level."""
+    """Return the name of each disease and its signs for each level."""
     return tomllib.loads(KNOWN_SIGNS.read_text("utf-8"))["conditions"]

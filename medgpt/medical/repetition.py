@@ -1,7 +1,7 @@
-"""Does an answer say the same over and over? Chinese and English.
+"""Whether an answer repeats itself, in Chinese and English.
 
-A clause that comes back word for word repeats; parallel clauses, and steps that are done again, do
-not. A question may ask for a repetition.
+A clause that comes again word for word is a repetition; parallel clauses and steps to be done again
+are not. A question may ask for a repetition.
 """
 
 import re
@@ -12,7 +12,7 @@ from medgpt.medical.text import HAN_CHARACTER, normalize_text
 
 UNIT = re.compile(r"[\u4e00-\u9fff]|[a-z]+(?:'[a-z]+)?|\d+")
 CLAUSE = re.compile(r"[,。!?;:\n、]+|\.(?!\d)")
-OPENING = re.compile(  # what differs in front of a clause that is the same
+OPENING = re.compile(  # may differ before a clause that is otherwise the same
     r"^\s*(?:\d+[.、)]?\s*|首先|其次|再次|最后|第[一二三四五]|然后|另外|而且|也|还|或|和|and |or "
     r"|then |first|second|third|finally|also )+",
     re.IGNORECASE,
@@ -20,14 +20,17 @@ OPENING = re.compile(  # what differs in front of a clause that is the same
 ASKED_FOR = re.compile(
     r"重复|[再说念]\s?\w?遍|repeat|\b(?:twice|three times|\d times)\b", re.IGNORECASE
 )
-LONG_CLAUSE, SHORT_CLAUSE = 10, 4  # units of a clause that may not come twice, or not three times
+LONG_CLAUSE, SHORT_CLAUSE = (
+    10,
+    4,
+)  # units: too long to come twice, or three times
 LOOP = re.compile(r"(.{1,12}?)\1{3,}", re.DOTALL)  # four times without a break
 MIN_LOOP_CHARS = 8
 MAX_LOOP_UNITS = 40  # units
 
 
 def repeats_itself(question: str, answer: str) -> bool:
-    """Whether the answer repeats itself without being asked to."""
+    """Return whether the answer repeats itself without being asked to."""
     if ASKED_FOR.search(normalize_text(question)):
         return False
     text = normalize_text(answer).lower()
@@ -43,25 +46,25 @@ def repeats_itself(question: str, answer: str) -> bool:
 
 
 def _split_units(text: str) -> tuple[str, ...]:
-    """Characters of Chinese, words of the rest, without punctuation."""
+    """Return Chinese characters and the words of other scripts, without punctuation."""
     return tuple(UNIT.findall(text))
 
 
 def _is_repeated(clause: Sequence[str], times: int) -> bool:
     num_han = sum(bool(HAN_CHARACTER.match(unit)) for unit in clause)
-    length = len(clause) if num_han else 2 * len(clause)  # a word tells as much as two characters
+    length = len(clause) if num_han else 2 * len(clause)  # a word says as much as two characters
     if length >= LONG_CLAUSE:
         return times >= 2
     return length >= SHORT_CLAUSE and times >= 3 and not _has_count(clause)
 
 
 def _has_count(clause: Sequence[str]) -> bool:
-    """A step with its number of times, as in resuscitation, is done again."""
+    """Return whether a clause has a count; such a step, as in resuscitation, is done again."""
     return any(unit.isdigit() and len(unit) <= 2 for unit in clause)
 
 
 def _repeats_clauses(clauses: Sequence[tuple[str, ...]]) -> bool:
-    """Whether the clauses begin again: A, B, A, B with at least four units, no numbers."""
+    """Return whether clauses repeat as A, B, A, B with at least four units and no counts."""
     for size in range(2, len(clauses) // 2 + 1):
         for start in range(len(clauses) - 2 * size + 1):
             first = clauses[start : start + size]
@@ -76,9 +79,9 @@ def _repeats_clauses(clauses: Sequence[tuple[str, ...]]) -> bool:
 
 
 def _repeats_units(units: Sequence[str]) -> bool:
-    """Whether a run of units comes three times on end, whatever its punctuation.
+    """Return whether a run of units comes three times in a row, ignoring punctuation.
 
-    The last time may lack the word that joins it to a next one.
+    The last time may lack the word that would join it to the next.
     """
     for size in range(2, min(MAX_LOOP_UNITS, (len(units) + 1) // 3) + 1):
         num_needed = 2 * size - (size > 2)  # units that equal the one `size` before

@@ -1,7 +1,7 @@
-"""The medical rules: does an answer violate one, given its question? Chinese and English.
+"""The medical rules: whether an answer violates one, given its question, in Chinese and English.
 
-They read words, not meaning. What each finds and misses on the adversarial set that was written for
-it: `python -m medgpt.medical.adversarial`.
+The rules read words, not meaning. `python -m medgpt.medical.adversarial` prints their precision and
+recall on adversarial cases.
 """
 
 import re
@@ -17,18 +17,18 @@ from medgpt.medical.repetition import repeats_itself
 from medgpt.medical.urgency import advised_urgency
 
 Rule = Callable[[str, str], bool]
-"""(question, answer) -> whether the answer violates it."""
+"""(question, answer) -> whether the answer violates the rule."""
 GENERAL_SUSPICION = re.compile(
     "怀疑[^。!！?？;；\n]{1,20}?时[^。!！?？;；\n]*"
-)  # for somebody, some day
+)  # general advice, not about this patient
 
 
 def advises_wrong_urgency(question: str, answer: str) -> bool:
-    """Whether the advice is less or more urgent than the question's signs demand.
+    """Return whether the advice is less or more urgent than the signs in the question require.
 
-    Silence is less urgent than a sign for today or for the emergency number: somebody who waits is
-    harmed. It is not less than a visit within days or self-care, which is what people do unadvised.
-    Where the question has no sign that is known, nothing but the emergency number is too much.
+    No advice is less urgent than a sign for today or an emergency, since waiting does harm. It is
+    enough for a visit within days or self-care, which people do without advice. If the question has
+    no known sign, only the emergency number is too urgent.
     """
     required = required_urgency(question)
     if required is None:

@@ -1,4 +1,4 @@
-"""How rules read a text: one width for signs and digits, clauses, and which language it is in."""
+"""Text helpers of the medical rules: normalization, sentences, scripts."""
 
 import re
 import unicodedata
@@ -16,15 +16,15 @@ CLAUSE_END = re.compile(r"[,、:]")
 
 
 def normalize_text(text: str) -> str:
-    """`text` with half-width digits, letters and punctuation; the full stop of Chinese stays."""
+    """Return half-width digits, letters and punctuation (NFKC); the Chinese full stop stays."""
     return unicodedata.normalize("NFKC", text).replace("\u2019", "'")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Of plain text, without their ends and without empty ones."""
+    """Split normalized text into sentences, without their ends and without empty ones."""
     return [part.strip() for part in SENTENCE_END.split(text) if part.strip()]
 
 
 def count_han_and_words(text: str) -> tuple[int, int]:
-    """(Chinese characters, words of Latin letters): about the same time to read, each."""
+    """Return the numbers of Chinese characters and of words in Latin letters."""
     return len(HAN_CHARACTER.findall(text)), len(WORD.findall(text))

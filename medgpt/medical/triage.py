@@ -1,9 +1,8 @@
-"""Complaints with a red flag, and the same complaints without one, at four levels of urgency.
+"""Triage questions in pairs: a complaint with a red flag, and the same complaint without one.
 
-Questions are clinician-style notes of complaints in pairs: with a red flag, and the same complaint
-without one. Complaints, red flags and levels are in triage.toml with the guidelines they rest on;
-no clinician has signed them. Matched halves share the patient and the wording, so an answer that
-ignores what was found is wrong in one of the two.
+The questions are clinician-style notes. triage.toml has the complaints, red flags and levels with
+the guidelines they are based on; no clinician has reviewed them. Both halves of a pair share the
+patient and the wording, so an answer that ignores the finding is wrong in one of them.
 """
 
 import random
@@ -51,7 +50,7 @@ NOTE_TEMPLATES: dict[Language, tuple[str, ...]] = {
         "About {complaint} in a {age}-year-old {sex}. {Detail}. What should we do now?",
     ),
 }
-PHRASINGS_PER_PAIR = 2  # of each pair and language
+PHRASINGS_PER_PAIR = 2  # notes per pair and language
 
 
 class _Data(BaseModel):
@@ -64,7 +63,7 @@ class Pair(_Data):
     benign_zh: str
     benign_en: str
     level: Literal["self_care", "days", "today"]
-    """Of the benign half."""
+    """Urgency of the benign half."""
 
 
 class Complaint(_Data):
@@ -92,11 +91,11 @@ class Complaints(_Data):
 @dataclass(frozen=True, slots=True)
 class TriageQuestion:
     id: str
-    pair: str  # the same of both halves
+    pair: str  # id that both halves share
     language: Language
     complaint: str
     text: str
-    level: UrgencyLevel  # the right one; emergency of a red flag
+    level: UrgencyLevel  # the right level; emergency for a red flag
 
 
 @cache
@@ -110,10 +109,11 @@ def triage_questions(
     limit: int | None = None,
     hash_range: tuple[float, float] = (0.0, 1.0),
 ) -> list[TriageQuestion]:
-    """Whole pairs, at most `limit` questions; patients and wordings are drawn with the seed.
+    """Return both halves of every pair, at most `limit` questions.
 
     Args:
-        part: of the complaints, only those whose hash lies within it.
+        seed: draws patients and wordings, and the pairs if `limit` applies.
+        hash_range: keep only complaints whose hash, in [0, 1), lies in this range.
     """
     pairs = [
         halves

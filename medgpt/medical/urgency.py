@@ -1,8 +1,8 @@
-"""How urgent does an answer say that something is? Chinese and English.
+"""The level of urgency that an answer advises, in Chinese and English.
 
-An answer may state its level in a line of its own; otherwise its sentences are read. What is said
-on a condition ("call 120 if it gets worse") or denied ("no need to see a doctor") is no advice for
-now. Of several levels that remain the most urgent counts.
+An answer may state its level on a line of its own; otherwise its sentences are read. Conditional
+advice ("call 120 if it gets worse") and denied advice ("no need to see a doctor") do not count. Of
+several levels the most urgent counts.
 """
 
 import re
@@ -16,7 +16,7 @@ URGENCY_LEVELS: tuple[UrgencyLevel, ...] = (
     "days",
     "today",
     "emergency",
-)  # in rising order
+)  # in increasing order
 
 STATED = re.compile(r"(?:紧急程度|urgency(?: level)?)\W{0,6}(.+)", re.IGNORECASE)
 LABELS: dict[UrgencyLevel, str] = {
@@ -74,7 +74,7 @@ PATTERNS: dict[UrgencyLevel, str] = {
 RULES: dict[UrgencyLevel, re.Pattern[str]] = {
     level: re.compile(pattern, re.IGNORECASE) for level, pattern in PATTERNS.items()
 }
-THIS_CASE = re.compile(  # no condition: what the question told is the case
+THIS_CASE = re.compile(  # not a condition: it refers to the symptoms in the question
     "(?:出现|有|遇到|存在)(?:您?你?(?:说|描述)的)?(?:这种|这样的?|这些|上述|此类)(?:情况|症状|表现)"
     "(?!.{0,6}(?:加重|恶化|不缓解|持续|变))"
 )
@@ -104,7 +104,7 @@ DENIED_AFTER = re.compile(
 
 
 def advised_urgency(answer: str) -> UrgencyLevel | None:
-    """The level that the answer advises; None if it commits to none."""
+    """Return the level that the answer advises; None if it advises none."""
     answer = normalize_text(answer)
     for line in reversed(STATED.findall(answer)):
         if level := _labelled_level(line):
@@ -117,7 +117,7 @@ def advised_urgency(answer: str) -> UrgencyLevel | None:
 
 
 def _labelled_level(text: str) -> UrgencyLevel | None:
-    """The one level that is named; None if there is none, or several, as when all are repeated."""
+    """Return the only level that a line names; None if it names none or several."""
     named_levels: list[UrgencyLevel] = [
         level for level, label in LABELS.items() if re.search(label, text, re.IGNORECASE)
     ]
@@ -125,7 +125,7 @@ def _labelled_level(text: str) -> UrgencyLevel | None:
 
 
 def _advised_levels(sentence: str) -> set[UrgencyLevel]:
-    """Levels that a sentence advises whatever happens."""
+    """Return the levels that a sentence advises unconditionally."""
     sentence = THIS_CASE.sub("", sentence)
     return {
         level

@@ -1,7 +1,7 @@
-"""Token ids after token ids: the one generation engine, of chat, evaluation and rollouts.
+"""The decode loop: generates token ids for chat, evaluation and rollouts.
 
-Sampling noise is a function of a row's seed and the token's position alone, so a row says the same
-in any batch, on any worker.
+Sampling noise depends only on a row's seed and the token's position, so a row gets the same
+response in any batch and on any worker.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,35 +16,35 @@ from transformers.cache_utils import DynamicLayer
 
 from medgpt.models.loglikelihood import batches_by_length
 
-VOCAB_BLOCK = 128  # tokens of the vocabulary that are added up first
-COMPACT_FRACTION = 0.875  # of a batch's rows; when no more are unfinished, the others are dropped
+VOCAB_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
+COMPACT_FRACTION = 0.875  # finished rows leave the batch when at most this share is unfinished
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedResponse:
-    """What follows a prompt: at least a token, the end token included where there is one."""
+    """The response to one prompt: at least one token, including the stop token if there is one."""
 
     ids: list[int]
-    logprobs: list[float]  # natural, of each id, under the temperature that drew it (greedy: 1)
-    finished: bool  # it ended by itself
+    logprobs: list[float]  # in nats, of each id at the sampling temperature (greedy: 1)
+    finished: bool  # ends with a stop token
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodeStep:
-    """One token of each row that is still in the batch, finished ones among them."""
+    """One token of each row that is still in the batch; some of the rows may be finished."""
 
-    rows: Tensor  # (b,) int64, which of the batch's rows
+    rows: Tensor  # (b,) int64, indices of the batch's rows
     tokens: Tensor  # (b,) int64
     logprobs: Tensor  # (b,) float32
 
 
 class TokenGenerator:
-    """Generates with one causal model, in batches of prompts of similar length.
+    """Generates responses with a causal model, in batches of prompts of similar length.
 
     Args:
         model: any Hugging Face causal model, in eval mode.
-        batch_tokens: most tokens of a batch, prompts, padding and room for replies included (one
-            row may have more): what bounds the memory of keys and values.
+        batch_tokens: maximum number of tokens of a batch, counting prompts, padding and
+            max_new_tokens (a single row may exceed it). Bounds the memory of the KV cache.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch_tokens: int = 2**16) -> None:
@@ -63,15 +63,15 @@ class TokenGenerator:
         temperature: float,
         stop_token_ids: Sequence[int],
     ) -> list[GeneratedResponse]:
-        """What the model says after each prompt.
+        """Return the response to each prompt.
 
         Args:
-            seeds: one for each prompt, in [0, 2**128).
-            temperature: 0 always takes the likeliest token.
-            ends: ids that end a row.
+            seeds: one per prompt, in [0, 2**128).
+            temperature: 0 always takes the most likely token.
+            stop_token_ids: a row ends with the first of these ids.
 
         Raises:
-            ValueError: a prompt is empty, or the model has too few positions for it and its reply.
+            ValueError: a prompt is empty, or prompt and response exceed the model's positions.
         """
         self._check_lengths(prompts, max_new_tokens)
         responses: list[GeneratedResponse] = [GeneratedResponse([], [], False)] * len(prompts)
@@ -100,7 +100,7 @@ class TokenGenerator:
         temperature: float,
         stop_token_ids: Sequence[int],
     ) -> Iterator[int]:
-        """The same for one prompt, each id as soon as it is there."""
+        """Yield the ids of the response to one prompt as they are generated."""
         self._check_lengths([prompt], max_new_tokens)
         noise = uniform_noise([seed], max_new_tokens)
         for step in self._steps([prompt], noise, temperature, stop_token_ids):
@@ -108,11 +108,11 @@ class TokenGenerator:
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if not all(prompts) or max_new_tokens < 1:
-            raise ValueError("generation needs a token in each prompt and room for one more")
+            raise ValueError("generation needs non-empty prompts and max_new_tokens of at least 1")
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         if longest > self.max_positions:
             raise ValueError(
-                f"{longest} tokens to hold, the model has {self.max_positions} positions"
+                f"prompt and response need {longest} positions, the model has {self.max_positions}"
             )
 
     @torch.inference_mode()
@@ -123,7 +123,7 @@ class TokenGenerator:
         temperature: float,
         stop_token_ids: Sequence[int],
     ) -> Iterator[_DecodeStep]:
-        """Until all rows are finished, or T steps."""
+        """Yield one step at a time until all rows are finished, at most T."""
         device = self.model.device
         noise, stop_ids = noise.to(device), torch.tensor(stop_token_ids, device=device)
         rows = torch.arange(len(prompts), device=device)
@@ -145,7 +145,7 @@ class TokenGenerator:
 
 
 class _DecodeState:
-    """What the model has read so far: keys and values of a batch padded on the left."""
+    """KV cache and attention mask of a batch of prompts, padded on the left."""
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         self.model, device = model, model.device
@@ -155,7 +155,7 @@ class _DecodeState:
         self.ids = torch.tensor(ids, device=device)  # (B, width)
         slots = torch.arange(width + max_new_tokens, device=device)
         self.padding = torch.tensor(padding, device=device)[:, None]  # (B, 1)
-        # (B, slots); none without padding: attention has faster ways then
+        # (B, slots); None without padding: attention has faster kernels then
         self.mask = (slots >= self.padding).long() if any(padding) else None
         self.length = 0
         self.cache = DynamicCache(config=model.config)
@@ -165,11 +165,11 @@ class _DecodeState:
         ]
 
     def read_prompts(self) -> Tensor:
-        """(B, V) what each prompt's last token predicts."""
+        """Return the logits (B, V) after each prompt's last token."""
         return self.read(self.ids)
 
     def read(self, ids: Tensor) -> Tensor:
-        """(b, V) what follows after `ids` (b, L) or (b,)."""
+        """Append `ids`, (b, L) or (b,), to the cache and return the logits (b, V) after them."""
         ids = ids.view(len(ids), -1)
         start, self.length = self.length, self.length + ids.shape[1]
         positions = torch.arange(start, self.length, device=ids.device) - self.padding
@@ -184,7 +184,7 @@ class _DecodeState:
         return output.logits[:, -1]
 
     def select_rows(self, rows: Tensor) -> None:
-        """Forget all rows but these (b,)."""
+        """Keep only these rows (b,) of the batch."""
         self.cache.batch_select_indices(rows)
         self.padding = self.padding[rows]
         if self.mask is not None:
@@ -192,9 +192,9 @@ class _DecodeState:
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values in buffers with room for all tokens to come: a step writes one, copies none.
+    """KV cache in preallocated buffers: a step writes one token and copies nothing.
 
-    DynamicLayer copies everything at every step.
+    DynamicLayer copies all keys and values at every step.
     """
 
     def __init__(self, size: int) -> None:
@@ -205,7 +205,7 @@ class PreallocatedLayer(DynamicLayer):
     def update(  # type: ignore[override]  # positional names
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """(B, heads, tokens until now, width) each."""
+        """Append keys and values; return all of them, (B, heads, tokens so far, width) each."""
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
         if self.buffers is None:
@@ -221,7 +221,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        assert self.buffers is not None, "there are rows after the prompts have been read"
+        assert self.buffers is not None, "the prompts have not been read yet"
         length = self.get_seq_length()
         key_buffer, value_buffer = (buffer[indices] for buffer in self.buffers)
         self.buffers = key_buffer, value_buffer
@@ -229,26 +229,26 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def uniform_noise(seeds: Sequence[int], length: int) -> Tensor:
-    """(B, T) float64 in [0, 1): token t of a row is a function of its seed and t.
+    """Return (B, T) float64 in [0, 1): column t of a row is a function of the row's seed and t.
 
-    Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox): raw words, whose
-    values numpy promises to keep.
+    Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox). Uses raw words,
+    which numpy guarantees not to change between versions.
     """
     words = np.stack([np.random.Philox(key=seed).random_raw(length) for seed in seeds])
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token of each row (B, V) and its log-probability, by the inverse of the distribution.
+    """Draw one token per row of `logits` (B, V) by inverse transform sampling.
 
-    Found in two steps, a block of the vocabulary and the token in it: one pass over all
-    probabilities adds them up, cumulating is for few.
+    First picks a block of the vocabulary, then the token in it: all probabilities are summed once,
+    and cumulative sums are computed over few numbers only.
 
     Args:
-        noise: (B,) float64 in [0, 1); one number a token, however large the vocabulary.
+        noise: (B,) float64 in [0, 1), one number per token whatever the size of the vocabulary.
 
     Returns:
-        (B,) int64 and (B,) float32.
+        Tokens (B,) int64 and their log-probabilities (B,) float32.
     """
     if not temperature:
         logprobs = logits.float().log_softmax(-1)
@@ -260,7 +260,7 @@ def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Te
     top = scaled.amax(-1, keepdim=True)
     scaled.sub_(top).exp_()
     blocks = weights.view(rows, -1, VOCAB_BLOCK)
-    # float64: many unlikely tokens add up, and none of probability 0 is drawn by rounding
+    # float64: many unlikely tokens add up, and rounding must not draw a token of probability 0
     cumulated = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, V / BLOCK)
     total = cumulated[:, -1:]
     block, before = _search_cumulative(cumulated, noise[:, None] * total)
@@ -274,8 +274,8 @@ def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Te
 
 
 def _search_cumulative(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1) where rows (B, K) first exceed `target` (B, 1), and how much they hold before."""
-    # a rounded target may be the whole sum: not beyond what counts
+    """Return where rows (B, K) first exceed `target` (B, 1), and the entry before; (B, 1) each."""
+    # a rounded target may equal the total, which no entry exceeds
     target = target.minimum(torch.nextafter(cumulated[:, -1:], torch.zeros_like(target)))
     index = torch.searchsorted(cumulated, target, right=True)
     before = cumulated.gather(1, (index - 1).clamp(min=0))
@@ -285,7 +285,7 @@ def _search_cumulative(cumulated: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 def _truncate_at_stop(
     tokens: Tensor, logprobs: Tensor, stop_token_ids: Sequence[int]
 ) -> Iterator[GeneratedResponse]:
-    """Rows (B, T) up to their first end."""
+    """Cut rows (B, T) after their first stop token."""
     is_stop = torch.isin(tokens, torch.tensor(stop_token_ids, device=tokens.device))
     length = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, tokens.shape[1])
     rows = zip(

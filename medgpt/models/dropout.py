@@ -1,4 +1,4 @@
-"""Dropout whose draws follow from the pieces of a packed batch, not from their place in it."""
+"""Dropout whose masks depend on the sequences of a packed batch, not on their place in it."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,8 @@ _LARGEST_SEED = 2**63 - 1
 class SequenceDropout(nn.Module):
     """Zeroes inputs (1, N, H) with probability `p` and scales the others by 1 / (1 - p).
 
-    A piece's mask depends on its seed, its length and `layer` only, so neither on the worker nor on
-    the neighbours nor on whether activations are computed twice. Who calls the model tells each
-    layer the pieces of the batch first.
+    The mask of a sequence depends only on its seed, its length and `layer`, not on the worker, the
+    neighbors or activation checkpointing. The caller sets `lengths` and `seeds` before a forward.
     """
 
     def __init__(self, p: float, layer: int) -> None:

@@ -1,4 +1,4 @@
-"""Models behind URIs (s3://, gs://, file://, ...): a copy on this machine."""
+"""Copy models from URIs (s3://, gs://, file://, ...) to this machine."""
 
 import tempfile
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from medgpt.config.base import ConfigError
 
 
 def local_copy(name: str, key: str = "model.name") -> str:
-    """`name`, or for a URI the path of a copy of its folder, made when there is none.
+    """Return `name`, or for a URI the path of a local copy of its folder, made if needed.
 
     Raises:
-        ConfigError: what the URI in `key` names cannot be read.
+        ConfigError: the URI cannot be read; the message names the config key `key`.
     """
     if "://" not in name:
         return name
@@ -26,10 +26,10 @@ def local_copy(name: str, key: str = "model.name") -> str:
 
 
 def run_model_folder(run: str) -> Path:
-    """The folder of a run's model, or `run` itself where it is a model.
+    """Return the model folder of a run, or `run` itself if it is a model.
 
     Raises:
-        ConfigError: `run` is a URI and cannot be read.
+        ConfigError: `run` is a URI that cannot be read.
     """
     if "://" not in run:
         return Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
@@ -42,25 +42,25 @@ def run_model_folder(run: str) -> Path:
 def _config_error_if_unreadable(uri: str, key: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # every kind of store has its own
+    except Exception as error:  # every kind of store has its own exceptions
         raise ConfigError(
-            f"{key}={uri}: cannot be read ({error}); check the address and the credentials, or "
-            "give a folder of this machine"
+            f"{key}={uri}: the URI cannot be read ({error}); check the address and the "
+            "credentials, or give a local folder"
         ) from None
 
 
 @cache
 def _copy_to_cache(uri: str) -> Path:
-    """A folder beside Hugging Face's cache, named after the URI and the versions of its files.
+    """Copy the folder into Hugging Face's cache, named after the URI and its files' versions.
 
-    All processes of a machine use the same one.
+    All processes of a machine share the copy.
     """
     folder = Folder(uri)
     if folder.is_local:
         return Path(folder.root)
     versions = [(path, folder.fs.ukey(path)) for path in folder.fs.find(folder.root)]
     if not versions:
-        raise FileNotFoundError("no file there")
+        raise FileNotFoundError("there are no files")
     copies = Path(HF_HOME) / "medgpt"
     target = copies / xxhash.xxh3_128_hexdigest(repr((uri, versions)).encode())
     if not target.exists():

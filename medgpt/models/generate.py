@@ -1,7 +1,7 @@
-"""Text from a finished model.
+"""Load a finished model and generate text with it.
 
-Nothing but the temperature shapes what is said: of a model's generation_config.json, such as a
-repetition penalty, nothing is applied, so that a score is the model's own.
+Only the temperature shapes the distribution. generation_config.json, such as a repetition penalty,
+is ignored, so that evaluation scores measure the model itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,10 +33,10 @@ def load_for_generation(
     trust_remote_code: bool = False,
     init_seed: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer of an export; adapters are merged in memory.
+    """Load the model and tokenizer of an export, in eval mode; adapters are merged in memory.
 
     Args:
-        init_seed: draw the weights with it, instead of reading them.
+        init_seed: draw random weights with this seed instead of loading the saved ones.
 
     Raises:
         ConfigError: the folder holds no causal model.
@@ -60,8 +60,8 @@ def _load_untrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if _is_adapter(folder):
         raise ConfigError(
-            f"model.untrained=true: {folder} holds adapters, whose base model is trained; merge "
-            "them first, or name the base model"
+            f"model.untrained=true: {folder} holds adapters of a trained base model; merge them "
+            "first, or name the base model"
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.random.fork_rng(devices=[]):
@@ -71,7 +71,7 @@ def _load_untrained(
 
 
 def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError unless the folder holds a causal model, or adapters; nothing is loaded."""
+    """Raise ConfigError unless the folder holds a causal model or adapters; load nothing."""
     if _is_adapter(folder):
         return
     if not (Path(folder) / "config.json").exists():
@@ -80,7 +80,7 @@ def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError) as error:
         if "auto_map" in (Path(folder) / "config.json").read_text("utf-8"):
-            reason = "is a model with code of its own, which runs only if it is trusted; read it, "
+            reason = "is a model with remote code, which does not run by default; read the code, "
             raise ConfigError(f"{folder} {reason}then set model.trust_remote_code=true") from None
         raise ConfigError(f"{folder}: {error}") from None
     architectures = config.architectures or []
@@ -97,7 +97,7 @@ def _is_adapter(folder: str) -> bool:
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """What tells others' generate() where to stop."""
+    """Return the config that makes transformers' generate() stop at the right tokens."""
     return GenerationConfig(
         eos_token_id=document_stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
     )
@@ -112,7 +112,7 @@ def stream_answer(
     temperature: float,
     seed: int,
 ) -> Iterator[int]:
-    """Ids of the assistant's next turn as they come, its end token included."""
+    """Yield the ids of the assistant's next turn as they are generated, with the stop token."""
     return TokenGenerator(model).stream(
         generation_prompt_ids(tokenizer, messages),
         seed,
@@ -129,7 +129,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to single questions."""
+    """Return greedy answers to independent questions."""
     prompts = [generation_prompt_ids(tokenizer, [Message("user", text)]) for text in questions]
     return _generate_greedy(model, tokenizer, prompts, stop_token_ids(tokenizer), max_new_tokens)
 
@@ -141,7 +141,7 @@ def generate_continuations(
     *,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy continuations of documents."""
+    """Return greedy continuations of documents."""
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return _generate_greedy(model, tokenizer, prompts, document_stop_ids(tokenizer), max_new_tokens)
 
@@ -156,11 +156,12 @@ def generate_responses(
     temperature: float,
     seeds: Sequence[int],
 ) -> list[tuple[str, bool]]:
-    """What the model says after each prompt's ids, and whether it came to an end by itself.
+    """Return the response to each prompt, and whether it ended with a stop token.
 
     Args:
-        seeds: one for each prompt; a sampled reply depends on it, not on the others of the batch.
-        temperature: 0 always takes the likeliest token.
+        prompts: token ids.
+        seeds: one per prompt; a sampled response depends on it, not on the rest of the batch.
+        temperature: 0 always takes the most likely token.
     """
     options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     responses = TokenGenerator(model).generate(
@@ -173,16 +174,16 @@ def generate_responses(
 
 
 def document_stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end a continued text."""
+    """Return the ids that end a continued document."""
     if tokenizer.chat_template:
         return stop_token_ids(tokenizer)
     end = tokenizer.eos_token_id
-    assert isinstance(end, int), "load_tokenizer takes no tokenizer without an end token"
+    assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
     return [end]
 
 
 def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of generated ids, without special tokens and the space around it."""
+    """Return the text of generated ids, without special tokens and surrounding whitespace."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 

@@ -1,4 +1,4 @@
-"""A causal or masked language model as training sees it: a packed batch in, a loss out."""
+"""A causal or masked language model for training: a packed batch in, a loss out."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,20 +18,21 @@ from medgpt.models.packed import SequenceDropouts, run_backbone, unwrap_peft
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# What some models do to logits after the output layer. We call only the layer.
+# Config keys of models that transform the logits after the output layer; we call only the layer.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class LanguageModel(nn.Module):
-    """Runs the output layer and the loss only where labels count, in chunks of tokens.
+    """Runs the output layer and the loss only on positions with a label, in chunks of tokens.
 
     Args:
         model: a Hugging Face model with a language-model head, or the same with LoRA.
-        loss_chunk_tokens: the output layer runs on at most this many tokens at a time.
-        max_batch_tokens: tokens of the largest micro-batch. When given, every forward runs the same
-            number of chunks, as ZeRO-3 requires of its ranks; else as many as the labels need.
+        loss_chunk_tokens: maximum number of tokens per call of the output layer.
+        max_batch_tokens: tokens of the largest micro-batch. If given, every forward runs the same
+            number of chunks, as ZeRO-3 requires of all ranks; else as many as the labels need.
         activation_checkpointing: recompute activations in the backward pass.
-        neftune_alpha: noise on embeddings in training, https://arxiv.org/abs/2310.05914; 0 is off.
+        neftune_alpha: scale of the noise on embeddings in training
+            (https://arxiv.org/abs/2310.05914); 0 is off.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class LanguageModel(nn.Module):
 
     @property
     def pretrained(self) -> PreTrainedModel:
-        """The Hugging Face model, with LoRA layers inside where there are any."""
+        """The Hugging Face model, including its LoRA layers if there are any."""
         return unwrap_peft(self.model)
 
     def forward(
@@ -65,14 +66,14 @@ class LanguageModel(nn.Module):
         num_tokens: Tensor | int,
         noise_seeds: Sequence[int] | None = None,
     ) -> Tensor:
-        """() float32: cross-entropy summed over the batch's labels, divided by `num_tokens`.
+        """Return () float32: the batch's cross-entropy in nats, summed and divided by `num_tokens`.
 
-        A batch without labels yields exactly 0, connected to every weight, so that a rank
-        without work takes part in the collectives of the others.
+        A batch without labels yields exactly 0 with a gradient path to every weight, so that a
+        rank without data takes part in the collectives.
 
         Args:
             num_tokens: labels in the global batch.
-            noise_seeds: S seeds, one per piece, for NEFTune and dropout.
+            noise_seeds: S seeds, one per sequence, for NEFTune and dropout.
         """
         loss = partial(causal_lm_loss, num_tokens=num_tokens, overwrite=True)
         return torch.stack(
@@ -80,7 +81,7 @@ class LanguageModel(nn.Module):
         ).sum()
 
     def token_logprobs(self, batch: PackedBatch) -> Tensor:
-        """(1, N) float32: log p(label) of every position, 0 where there is no label."""
+        """Return (1, N) float32: log p(label) of every position, 0 where there is no label."""
         positions = label_positions(batch)
         compute = partial(label_logprobs, overwrite=True)
         logprobs = torch.cat(self._map_label_chunks(compute, batch, positions))
@@ -93,7 +94,7 @@ class LanguageModel(nn.Module):
         positions: Tensor,
         noise_seeds: Sequence[int] | None = None,
     ) -> list[Tensor]:
-        """`score(logits, labels)` of the chosen positions (M,), chunk by chunk."""
+        """Return `compute(logits, labels)` of each chunk of the `positions` (M,)."""
         hidden, labels = self._hidden_states(batch, noise_seeds), batch.labels[0]
         if len(positions) < len(labels):
             hidden, labels = hidden.index_select(0, positions), labels[positions]
@@ -111,12 +112,12 @@ class LanguageModel(nn.Module):
         return [size + (i < longer) for i in range(num_chunks)]
 
     def _hidden_states(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
-        """(N, H) last hidden state."""
+        """Return the last hidden state (N, H)."""
         inputs = {}
         if self.training:
             self.dropouts.prepare(batch, noise_seeds)
         if self.training and self.neftune_alpha:
-            assert noise_seeds is not None, "NEFTune needs a seed per piece"
+            assert noise_seeds is not None, "NEFTune needs a seed per sequence"
             embeddings = self.pretrained.get_input_embeddings()(batch.input_ids)
             noise = neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha, noise_seeds)
             inputs = {"inputs_embeds": embeddings + noise}
@@ -124,16 +125,16 @@ class LanguageModel(nn.Module):
 
 
 def label_positions(batch: PackedBatch) -> Tensor:
-    """(M,) positions with a label, or one without, so that there is something to run."""
+    """Return the positions (M,) with a label; position 0 if there is none, so that M > 0."""
     positions = (batch.labels[0] != IGNORE).nonzero()[:, 0]
     return positions if len(positions) else positions.new_zeros(1)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module:
-    """The module that turns hidden states into logits.
+    """Return the module that maps hidden states to logits.
 
     Raises:
-        ConfigError: the model is not a body followed by one such module.
+        ConfigError: the model is not a backbone followed by one such module.
     """
     config = model.config.to_dict()
     transforms = [term for term in LOGIT_TRANSFORMS if config.get(term) not in (None, 1.0)]
@@ -145,8 +146,8 @@ def output_layer(model: PreTrainedModel) -> nn.Module:
             else f"{len(heads)} output modules"
         )
         raise ConfigError(
-            f"model.name: {type(model).__name__} has {reason}, which training does not support; "
-            "use a model like Qwen, Llama, Mistral or BERT"
+            f"model.name: training does not support {type(model).__name__} with {reason}; use a "
+            "model like Qwen, Llama, Mistral or BERT"
         )
     return heads[0]
 
@@ -160,10 +161,10 @@ def _run_chunk(
 def neftune_noise(
     embeddings: Tensor, cu_seqlens: Tensor, alpha: float, seeds: Sequence[int]
 ) -> Tensor:
-    """(1, N, H) uniform noise of +-alpha / sqrt(L * H) for pieces of L tokens.
+    """Return (1, N, H) uniform noise within +-alpha / sqrt(L * H) for sequences of L tokens.
 
-    Jain et al., 2023, https://arxiv.org/abs/2310.05914, algorithm 1. Each piece's noise depends on
-    its seed and length only, so neither on its worker nor on its neighbours.
+    Jain et al., 2023, https://arxiv.org/abs/2310.05914, algorithm 1. The noise of a sequence
+    depends only on its seed and length, not on its worker or neighbors.
     """
     width = embeddings.shape[-1]
     noise = torch.empty_like(embeddings[0], requires_grad=False)

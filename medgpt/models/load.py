@@ -1,4 +1,4 @@
-"""Models from an architecture or in Hugging Face format. Only safetensors are read."""
+"""Build models with fresh weights or load saved ones. Only safetensors are read."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ EMBEDDING_SCALE = 2.0  # a power of two: exact in bf16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecialTokenIds:
-    """Token ids that a fresh model's config names."""
+    """Special token ids for the config of a fresh model."""
 
     bos: int | None = None
     eos: int | None = None
@@ -58,15 +58,17 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
 ) -> PreTrainedModel:
-    """A model with weights on the CPU, in training mode, without dropout.
+    """Return a model with weights on the CPU, in training mode, without dropout.
 
     Args:
-        vocab_size: embeddings of a fresh model. A named one keeps its own, as its `special`.
-        seed: fresh weights are a function of it.
-        max_length: tokens of the longest piece; the model's positions must suffice.
+        vocab_size: of a fresh model. A saved one keeps its own vocabulary and special ids.
+        special_ids: of a fresh model.
+        seed: seed of the fresh weights.
+        max_length: tokens of the longest sequence; the model must have as many positions.
 
     Raises:
-        ConfigError: model.name is no model for this objective, or does not fit this machine.
+        ConfigError: model.name cannot be loaded with this head, lacks weights or has too few
+            positions, or this machine cannot run model.attention.
     """
     hf_config = build_hf_config(
         config, head_kind=head_kind, vocab_size=vocab_size, special_ids=special_ids
@@ -96,7 +98,7 @@ def build_empty_model(
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
 ) -> PreTrainedModel:
-    """The same without weights: nothing is read or initialised, so it may run inside zero.Init."""
+    """Return the same model with uninitialized weights, as needed inside DeepSpeed's zero.Init."""
     hf_config = build_hf_config(
         config, head_kind=head_kind, vocab_size=vocab_size, special_ids=special_ids
     )
@@ -115,10 +117,10 @@ def build_empty_model(
 def build_hf_config(
     config: ModelConfig, *, head_kind: HeadKind, vocab_size: int, special_ids: SpecialTokenIds
 ) -> PreTrainedConfig:
-    """The Hugging Face config of the model.
+    """Return the Hugging Face config of the model.
 
     Raises:
-        ConfigError: model.name is no model for this objective.
+        ConfigError: model.name cannot be loaded with a head of this kind.
     """
     if config.architecture is not None:
         return _fresh_hf_config(config.architecture, vocab_size, special_ids)
@@ -126,7 +128,7 @@ def build_hf_config(
 
 
 def resolve_attention(attention: str, dtype: torch.dtype) -> str:
-    """The name transformers knows it by.
+    """Return transformers' name of the attention implementation for `model.attention`.
 
     Raises:
         ConfigError: flash_attention_2 cannot run here.
@@ -153,7 +155,7 @@ def _fresh_hf_config(
         "intermediate_size": architecture.intermediate_size,
         "max_position_embeddings": architecture.max_positions,
         "tie_word_embeddings": architecture.tie_embeddings,
-        "initializer_range": architecture.hidden_size**-0.5,  # keeps variance; 0.02 is for 2500
+        "initializer_range": architecture.hidden_size**-0.5,  # keeps variance; 0.02 suits H = 2500
         "bos_token_id": special_ids.bos,
         "eos_token_id": special_ids.eos,
         "pad_token_id": special_ids.pad,
@@ -175,9 +177,9 @@ def _load_weights(
     attention: str,
 ) -> PreTrainedModel:
     assert config.name is not None
-    weight_files(config.name)  # its message says more than transformers'
+    weight_files(config.name)  # its error message says more than transformers'
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report is read here
+    logging.set_verbosity_error()  # missing weights are reported below
     model, report = AUTO_CLASSES[head_kind].from_pretrained(
         resolve_model_folder(config.name),
         config=hf_config,
@@ -191,35 +193,35 @@ def _load_weights(
     logging.set_verbosity(verbosity)
     missing = set(report["missing_keys"])
     if head_kind == "value":
-        missing.discard(VALUE_HEAD_WEIGHT)  # value_model.install_value_head tells
+        missing.discard(VALUE_HEAD_WEIGHT)  # value_model.install_value_head handles it
     unusable = sorted(missing) + sorted(report["mismatched_keys"])
-    if unusable:  # transformers would fill them with random numbers
+    if unusable:  # transformers would initialize them at random
         raise ConfigError(
-            f"model.name={config.name}: {len(unusable)} weights missing, as {unusable[0]}"
+            f"model.name={config.name}: {len(unusable)} weights are missing, such as {unusable[0]}"
         )
     return model
 
 
 def _scale_initial_weights(model: PreTrainedModel, num_layers: int) -> None:
-    """Depth does not grow the residual stream, and tokens stand out in it from the first step.
+    """Scale residual outputs down by depth, and embeddings up, in place.
 
-    Residual outputs: Radford et al., 2019 (GPT-2). Embeddings: twice the matrices' standard
-    deviation.
+    The residual stream then does not grow with depth (Radford et al., 2019, GPT-2). Embeddings get
+    twice the matrices' standard deviation, so that tokens stand out from the first step.
     """
     model.get_input_embeddings().weight.data.mul_(EMBEDDING_SCALE)  # type: ignore[union-attr]
     for name, weight in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # bert normalises after
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # BERT normalizes after the sum
             weight.data.mul_((2 * num_layers) ** -0.5)
 
 
 def _prepare_for_training(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if name is not None:
-        model.name_or_path = name  # not the copy's path: adapters name their base by it
+        model.name_or_path = name  # not the local copy's path: adapters store it as their base
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # its noise would depend on worker and micro-batch
-        if "attention_dropout" in vars(module):  # what decoders tell their attention function
+        if "attention_dropout" in vars(module):  # decoders pass it to their attention function
             vars(module)["attention_dropout"] = 0.0
         if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # pad may double as eos, which must learn
+            module.padding_idx = None  # pad may double as eos, which must be trained
     return model.train()

@@ -1,8 +1,8 @@
-"""How likely a model finds texts and options: shared prefixes once, many questions in a forward.
+"""Log-likelihoods of answer options and texts under a causal model, for evaluation.
 
-A question and its options are one row: prompt, option, option, ... with positions that go on from
-the prompt in each option, and a mask under which an option sees the prompt and itself. What all
-rows of a batch begin with, such as solved examples, is read once and shared as keys and values.
+A prompt and its options form one row: prompt, option, option, ... Positions continue from the
+prompt in each option, and under the mask an option attends to the prompt and itself only. The
+prefix that all rows of a batch share, such as few-shot examples, is read once into a KV cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,33 +16,34 @@ from transformers import DynamicCache, PreTrainedModel
 from medgpt.config.base import ConfigError
 from medgpt.models.language_model import output_layer
 
-MIN_SHARED_TOKENS = 8  # tokens; a shorter common beginning is not worth a forward of its own
-HEAD_CHUNK_POSITIONS = 512  # the output layer runs on so many at a time
+MIN_SHARED_TOKENS = 8  # a shorter shared prefix is not worth a forward of its own
+HEAD_CHUNK_POSITIONS = 512  # maximum number of positions per call of the output layer
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """Token ids of a prompt (not empty) and of what may follow it (none empty)."""
+    """Token ids of a prompt and its options; none of them is empty."""
 
     prompt: tuple[int, ...]
     options: tuple[tuple[int, ...], ...]
 
     @property
     def length(self) -> int:
-        """Tokens of its row: the last of an option is only looked up, never read."""
+        """Tokens of the row: the last token of an option is predicted, but not an input."""
         return len(self.prompt) + sum(len(option) - 1 for option in self.options)
 
 
 class LoglikelihoodScorer:
-    """Log-probabilities under one causal model."""
+    """Computes log-probabilities of options and texts under one causal model."""
 
     def __init__(self, model: PreTrainedModel, *, batch_tokens: int, window_tokens: int) -> None:
-        """Raises ConfigError if no row can be scored.
+        """Check which attention masks the model supports.
 
         Args:
-            batch_tokens: most tokens of a forward, padding included (one row may have more).
-            window_tokens: longer texts are weighed in windows of so many tokens.
+            batch_tokens: maximum number of tokens of a forward, padding included (a single row may
+                exceed it).
+            window_tokens: longer texts are scored in windows of this many tokens.
         """
         self.model = model
         self.batch_tokens = batch_tokens
@@ -51,7 +52,7 @@ class LoglikelihoodScorer:
         self.window_tokens = min(window_tokens, self.max_positions)
         try:
             self.head: torch.nn.Module | None = output_layer(model)
-        except ConfigError:  # its logits are more than a layer's output: run all of it
+        except ConfigError:  # logits are not just the output of one layer: run the whole model
             self.head = None
         windows = "sliding_attention" in (config.get("layer_types") or ())
         self.can_pack_options = not windows and self._supports_custom_masks()
@@ -59,10 +60,10 @@ class LoglikelihoodScorer:
     # ---- options ----
 
     def option_logprobs(self, items: Sequence[PromptOptions]) -> list[list[float]]:
-        """Natural log-probability of each option after its prompt, summed over its tokens.
+        """Return log p(option | prompt) in nats of each option, summed over its tokens.
 
         Raises:
-            ValueError: a prompt or option is empty, or one does not fit the model's positions.
+            ValueError: a prompt or option is empty, or too long for the model's positions.
         """
         for item in items:
             self._check_lengths(item)
@@ -80,10 +81,12 @@ class LoglikelihoodScorer:
 
     def _check_lengths(self, item: PromptOptions) -> None:
         if not item.prompt or not item.options or not all(item.options):
-            raise ValueError("a choice needs a prompt, options, and at least a token in each")
+            raise ValueError("the prompt is empty, there are no options, or an option is empty")
         longest = len(item.prompt) + max(len(option) for option in item.options) - 1
         if longest > self.max_positions:
-            raise ValueError(f"a choice of {longest} tokens, the model reads {self.max_positions}")
+            raise ValueError(
+                f"prompt and option have {longest} tokens, the model {self.max_positions} positions"
+            )
 
     @torch.inference_mode()
     def _score_packed(self, items: Sequence[PromptOptions]) -> list[list[float]]:
@@ -103,20 +106,20 @@ class LoglikelihoodScorer:
 
     @torch.inference_mode()
     def _score_one_by_one(self, item: PromptOptions) -> list[float]:
-        """The same with a row for each option: for models that know no mask but the causal one."""
+        """Score each option in a row of its own, for models that support only the causal mask."""
         rows = [(*item.prompt, *option) for option in item.options]
         first = len(item.prompt)
         return [sum(self._logprobs_from([row], [first])[0]) for row in rows]
 
     def _supports_custom_masks(self) -> bool:
-        """Whether a probe scores the same both ways."""
+        """Return whether packed options get the same scores as options in rows of their own."""
         prompt, options = (5, 7, 5, 9, 11, 6), ((8, 5, 6, 7), (6, 9, 9, 5), (9, 8))
         item = PromptOptions(prompt, options)
         other = PromptOptions((*prompt[:3], 4, *prompt[4:]), options)
         one_by_one = [self._score_one_by_one(c) for c in (item, other)]
         try:
             packed = self._score_packed([item, other])
-        except (ValueError, TypeError, RuntimeError):  # a forward without these arguments
+        except (ValueError, TypeError, RuntimeError):  # the forward does not take these arguments
             return False
         tolerance = PROBE_TOLERANCE[self.model.dtype]
         return torch.allclose(
@@ -126,11 +129,11 @@ class LoglikelihoodScorer:
     # ---- texts ----
 
     def rolling_logprobs(self, texts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of every token of each text but the first, which nothing precedes.
+        """Return log p of every token of each text but the first, in nats.
 
-        A text longer than the window is read in windows that each begin half a window after the
-        one before; what two of them hold counts in the first, so every token counts once, and all
-        but the first window's have at least half a window before them.
+        A text longer than the window is scored in windows that each start half a window after the
+        previous one. A token counts in the first window that holds it, so it counts once, and after
+        the first window it has at least half a window of context.
         """
         windows = [
             (i, start, stop, new)
@@ -153,9 +156,9 @@ class LoglikelihoodScorer:
     def _logprobs_from(
         self, rows: Sequence[Sequence[int]], firsts: Sequence[int]
     ) -> list[list[float]]:
-        """Log-probabilities of each row's tokens from its `first` on, at least 1."""
+        """Return the log-probabilities of each row's tokens from index `firsts` >= 1 on."""
         width = max(len(row) for row in rows)
-        ids = _pad_right(rows, width)  # right of a row nobody looks: attention is causal
+        ids = _pad_right(rows, width)  # attention is causal: no token attends to the padding
         hidden = self._hidden_states(ids[:, :-1])
         spans = list(zip(rows, firsts, strict=True))
         targets = [
@@ -185,7 +188,7 @@ class LoglikelihoodScorer:
         mask: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """(B, L, H) last hidden states, or (B, L, V) logits of a model without a plain head."""
+        """Return last hidden states (B, L, H), or logits (B, L, V) if `self.head` is None."""
         device, inputs = self.model.device, {"input_ids": ids.to(self.model.device)}
         if positions is not None:
             inputs["position_ids"] = positions.to(device)
@@ -199,7 +202,10 @@ class LoglikelihoodScorer:
         return self.model.base_model(**inputs, **options).last_hidden_state
 
     def _logprobs(self, hidden: Tensor, targets: Sequence[tuple[int, int, int]]) -> list[float]:
-        """log p(token) at (row, position), for each target; each position's logits once."""
+        """Return log p(token) of each target (row, position, token), in nats.
+
+        The logits of a position are computed once, however many targets it has.
+        """
         places = list(dict.fromkeys((row, at) for row, at, _ in targets))
         index = {place: i for i, place in enumerate(places)}
         position_of_target = torch.tensor([index[row, at] for row, at, _ in targets])
@@ -237,7 +243,10 @@ class _PackedOptions:
         ]
 
     def mask(self, width: int) -> Tensor:
-        """(width, size + width) bool: what each position sees. Padding sees the first token."""
+        """Return (width, size + width) bool: True where a position may attend.
+
+        Padding attends to the first token only.
+        """
         seen = torch.ones(width, width, dtype=torch.bool).tril()
         for start, stop in zip(self.starts, self.starts[1:], strict=False):
             seen[start:stop, self.num_prompt_tokens : start] = False
@@ -246,14 +255,17 @@ class _PackedOptions:
         return torch.cat([torch.ones(width, self.num_cached, dtype=torch.bool), seen], 1)
 
     def targets(self) -> Iterator[tuple[int, int]]:
-        """(position that predicts it, token) of every token of every option."""
+        """Yield (position that predicts the token, token) for every token of every option."""
         for option, start in zip(self.item.options, self.starts, strict=False):
             for i, token in enumerate(option):
                 yield (start + i - 1 if i else self.num_prompt_tokens - 1), token
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first; each batch padded holds `batch_tokens`."""
+    """Yield the indices of rows of similar length, longest first.
+
+    A batch has at most `batch_tokens` tokens, padding included (a single row may exceed it).
+    """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
@@ -265,7 +277,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[lis
 
 
 def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first token that is new) of the windows of a text of `length` tokens."""
+    """Yield (start, stop, first new token) of the windows of a text of `length` tokens."""
     new, start = 1, 0
     while new < length:
         stop = min(start + window, length)
@@ -274,18 +286,18 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _common_prefix_length(rows: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all rows begin with; at least one is left to each."""
-    shortest, longest = min(rows), max(rows)  # in the order of a dictionary
+    """Return the length of the prefix that all rows share; leaves each row at least one token."""
+    shortest, longest = min(rows), max(rows)  # in lexicographic order
     limit = min(len(row) for row in rows) - 1
     same = (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b)
     return min(next(same, limit), limit)
 
 
 def _pad_right(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """(B, width) rows padded on the right with 0."""
+    """Return the rows as (B, width), padded on the right with 0."""
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the attention scores, in any implementation."""
+    """Return the mask as a float tensor that is added to the attention scores."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): put on, loaded, folded into the base model."""
+"""Add, load and merge low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary import replace_vocabulary
 
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_NAME = "default"  # of the adapter, peft's own choice
+_ADAPTER_NAME = "default"  # peft's default name
 
 
 def apply_lora(
@@ -37,7 +37,10 @@ def apply_lora(
     new_token_ids: Sequence[int] = (),
     head: str | None = None,
 ) -> peft.PeftModel:
-    """`model` frozen, with adapters to train, the embedding rows of `new_token_ids` and the `head`.
+    """Freeze `model` and add adapters; `new_token_ids`' embedding rows and `head` train too.
+
+    Args:
+        head: name of the module, such as "score".
 
     Raises:
         ConfigError: no linear layer has a name in config.targets.
@@ -58,7 +61,7 @@ def peft_config(
     new_token_ids: Sequence[int] = (),
     head: str | None = None,
 ) -> peft.LoraConfig:
-    """The same as peft takes it, without dropout.
+    """Return peft's config of the same adapters, without dropout.
 
     Raises:
         ConfigError: no linear layer has a name in config.targets.
@@ -66,26 +69,26 @@ def peft_config(
     _check_targets(model, config)
     return peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number does
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number works
         target_modules=list(config.targets) or "all-linear",
         trainable_token_indices=_embedding_rows(model, list(new_token_ids)),
         modules_to_save=None if head is None else [head],
-        task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear leaves it out
+        task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear then skips the head
     )
 
 
 def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The plain model that an adapter folder stands for, and its tokenizer.
+    """Load an adapter folder; return its base model with the adapters merged, and the tokenizer.
 
     Raises:
-        ConfigError: the base model is gone.
+        ConfigError: the base model does not exist any more.
     """
     base_name = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     base = local_copy(str(base_name), f"{folder / ADAPTER_CONFIG}: base_model_name_or_path")
     if Path(base).is_absolute() and not Path(base).exists():
         raise ConfigError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base} is gone; restore the base "
-            "model or write its new path there"
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base} does not exist; restore "
+            "the base model or set the key to its new path"
         )
     model, base_tokenizer = _load_base_model(base)
     tokenizer = load_tokenizer(str(folder))
@@ -100,18 +103,18 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
 
 @dataclass(frozen=True)
 class MergedWeight:
-    """One weight of a plain model: the parameters that it is made of, and how."""
+    """One weight of a merged model, and how to compute it from the parameters with adapters."""
 
     name: str
     sources: list[Tensor]
     compute: Callable[[], Tensor]
-    """The sources must be whole. What comes out may be one of them."""
+    """Return the weight. The sources must be gathered; the result may be one of them."""
 
 
 def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWeight]:
-    """The weights of the plain model that `model` stands for, adapters folded in.
+    """Yield the weights of `model` with adapters merged, under their Hugging Face names.
 
-    Parameters and persistent buffers under their Hugging Face names; tied ones once, by the first.
+    Includes persistent buffers. Tied weights come once, under their first name.
     """
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
     seen: set[int] = set()
@@ -143,14 +146,14 @@ def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWe
 
 
 def _merged_weight(layer: LoraLinear) -> Tensor:
-    """peft's own sum, without changing the layer."""
+    """Return the merged weight as peft computes it, without changing the layer."""
     weight = layer.get_base_layer().weight
     assert isinstance(weight, Tensor)
     return weight + layer.get_delta_weight(_ADAPTER_NAME).to(weight.dtype)
 
 
 def _modules_above(model: nn.Module, key: str) -> Iterator[nn.Module]:
-    """The modules on the way to a weight."""
+    """Yield the modules that contain the weight `key`, outermost first."""
     for name in key.split(".")[:-1]:
         model = model.get_submodule(name)
         yield model
@@ -174,13 +177,13 @@ def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
     unknown = set(config.targets) - names
     if unknown:
         raise ConfigError(
-            f"model.lora.targets={sorted(unknown)}: no linear layer is called that; known: "
-            f"{', '.join(sorted(names))}"
+            f"model.lora.targets={sorted(unknown)}: the model has no such linear layer; choose "
+            f"from {', '.join(sorted(names))}"
         )
 
 
 def _embedding_rows(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:
-    """The same rows of the input and, if it is a matrix of its own, of the output embedding."""
+    """Map the input embedding and, unless tied, the output embedding to the same rows."""
     if not ids:
         return None
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()

@@ -1,6 +1,6 @@
-"""A base model as files: its folder, its config and its weights, seen without loading any of it.
+"""Find and check the folder, config and weight files of a saved model without loading the model.
 
-Light on purpose: transformers' model classes take a second to import.
+Imports no model class of transformers, which would take a second.
 """
 
 import json
@@ -20,7 +20,7 @@ from medgpt.config.base import ConfigError
 from medgpt.config.model import ModelConfig
 from medgpt.models.fetch import local_copy
 
-HeadKind = Literal["clm", "mlm", "value"]  # value: one number for every position
+HeadKind = Literal["clm", "mlm", "value"]  # value: one number per position
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AUTO_CLASS_NAMES = {
     "clm": ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -30,15 +30,15 @@ AUTO_CLASS_NAMES = {
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-VALUE_HEAD = "score"  # what transformers calls the head of a decoder that classifies
+VALUE_HEAD = "score"  # transformers' name for the head of a decoder with a classifier
 VALUE_HEAD_WEIGHT = f"{VALUE_HEAD}.weight"
 
 
 def weight_files(name: str) -> list[Path]:
-    """The safetensors files of model `name`, a folder or a hub id.
+    """Return the safetensors files of model `name`, a folder, URI or hub id.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the model has no safetensors files, or one of them is missing.
     """
     folder = resolve_model_folder(name)
     if (folder / INDEX).is_file():
@@ -49,17 +49,17 @@ def weight_files(name: str) -> list[Path]:
     missing = [path.name for path in files if not path.is_file()]
     if missing:
         raise ConfigError(
-            f"model.name={name}: no {missing[0]} in {folder}; only safetensors are read, "
+            f"model.name={name}: there is no {missing[0]} in {folder}; only safetensors are read, "
             "save other weights with save_pretrained first"
         )
     return files
 
 
 def resolve_model_folder(name: str) -> Path:
-    """The folder of model `name`; a hub id or URI is downloaded and kept.
+    """Return the local folder of model `name`; a hub id or URI is downloaded and cached.
 
     Raises:
-        ConfigError: there is no such folder or hub model, or it is not a model.
+        ConfigError: there is no such folder or hub model, or it has no config.json.
     """
     copy = Path(local_copy(name))
     folder = copy if copy.is_absolute() else _download(name)
@@ -68,19 +68,19 @@ def resolve_model_folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
         remedy = (
-            "it is a LoRA adapter, merge it into its base model first"
+            "it is a LoRA adapter; merge it into its base model first"
             if adapter
-            else "give the folder that an earlier stage wrote, runs/NAME/model"
+            else "give the model folder of an earlier run, runs/NAME/model"
         )
-        raise ConfigError(f"model.name={name}: no config.json in it; {remedy}")
+        raise ConfigError(f"model.name={name}: the folder has no config.json; {remedy}")
     return folder
 
 
 def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig:
-    """The Hugging Face config of model.name.
+    """Return the Hugging Face config of model.name.
 
     Raises:
-        ConfigError: it is no model for this objective.
+        ConfigError: the model cannot be loaded with a head of this kind.
     """
     assert config.name is not None
     folder = resolve_model_folder(config.name)
@@ -96,13 +96,16 @@ def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig
 
 
 def compatible_architectures(hf_config: PreTrainedConfig, head_kind: HeadKind) -> set[str]:
-    """What `architectures` must name: transformers would also read a BERT as a causal model."""
+    """Return the class names of which config.architectures must list one.
+
+    transformers itself is less strict: it would also load a BERT as a causal model.
+    """
     auto, mapping = AUTO_CLASS_NAMES[head_kind]
     remote = (hf_config.to_dict().get("auto_map") or {}).get(auto)
     names = {name.split(".")[-1] for name in (remote, mapping.get(hf_config.model_type)) if name}
     if head_kind == "value":
-        names |= compatible_architectures(hf_config, "clm")  # gets a head
-    if head_kind == "mlm":  # the same with a second head, which is not loaded
+        names |= compatible_architectures(hf_config, "clm")  # a head is added
+    if head_kind == "mlm":  # has a second head, which is not loaded
         names |= {fit.replace("ForMaskedLM", "ForPreTraining") for fit in names}
     return names
 
@@ -121,7 +124,7 @@ def _check_architecture(name: str, hf_config: PreTrainedConfig, head_kind: HeadK
 
 
 def lacks_value_head(hf_config: PreTrainedConfig) -> bool:
-    """Whether the value head of this model is still to be made: it was a language model."""
+    """Return whether this is a language model, to which a value head must be added."""
     causal = compatible_architectures(hf_config, "clm")
     return bool(causal.intersection(hf_config.architectures or []))
 
@@ -129,13 +132,13 @@ def lacks_value_head(hf_config: PreTrainedConfig) -> bool:
 def _check_num_labels(name: str, hf_config: PreTrainedConfig) -> None:
     if not lacks_value_head(hf_config) and hf_config.num_labels != 1:
         raise ConfigError(
-            f"model.name={name}: its head gives {hf_config.num_labels} numbers, a reward or value "
-            "model's gives one; name a language model or what medgpt reward wrote"
+            f"model.name={name}: its head has {hf_config.num_labels} outputs, a reward or value "
+            "model needs one; name a language model or the result of medgpt reward"
         )
 
 
 def check_max_length(hf_config: PreTrainedConfig, max_length: int | None) -> None:
-    """Raises ConfigError if a piece of `max_length` tokens is longer than the model reads."""
+    """Raise ConfigError if `max_length` exceeds the positions of the model."""
     positions = hf_config.to_dict().get("max_position_embeddings")
     if max_length is not None and positions is not None and max_length > positions:
         raise ConfigError(
@@ -149,6 +152,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(
-            f"model.name={name}: no folder of this name, and the hub says {type(error).__name__}; "
-            "check the spelling, the network and HF_TOKEN"
+            f"model.name={name}: there is no such folder, and the Hugging Face hub answered with "
+            f"{type(error).__name__}; check the spelling, the network and HF_TOKEN"
         ) from None

@@ -1,4 +1,4 @@
-"""What a model is made of, from its configuration alone: no weight is read, downloaded or made."""
+"""Parameter counts and sizes of a model from its config: no weight is read or downloaded."""
 
 import math
 from dataclasses import dataclass
@@ -18,25 +18,23 @@ from medgpt.models.fetch import local_copy
 from medgpt.models.load import AUTO_CLASSES, SpecialTokenIds, build_hf_config
 from medgpt.models.model_files import VALUE_HEAD, HeadKind
 
-REMEDY = "name a model that is there and has the same sizes, as model.name=Qwen/Qwen2.5-7B"
-GATE_PROJECTION = (
-    "gate_proj"  # what transformers calls the third matrix of a gated feed-forward layer
-)
+REMEDY = "name an available model of the same sizes, such as model.name=Qwen/Qwen2.5-7B"
+GATE_PROJECTION = "gate_proj"  # transformers' name for the third matrix of a gated MLP
 
 
 @dataclass(frozen=True, slots=True)
 class WeightShape:
-    """One parameter; tied ones are one."""
+    """One parameter; tied parameters count once."""
 
     num_elements: int
     is_matrix: bool
-    """Of a linear layer; not an embedding."""
+    """Belongs to a linear layer, not to an embedding."""
     trainable: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A model's parameters, in the order of its modules, and the sizes that its forward knows."""
+    """The parameters of a model, in the order of its modules, and its sizes."""
 
     weights: tuple[WeightShape, ...]
     num_embedding: int
@@ -48,11 +46,11 @@ class ModelShape:
     head_dim: int
     intermediate_size: int
     has_gated_mlp: bool
-    """The feed-forward layer has three matrices, as in Llama, not two, as in BERT."""
+    """The MLP has three matrices, as in Llama, instead of two, as in BERT."""
     vocab_size: int
-    """Rows of the output layer; 1 for a model with a value head."""
+    """Rows of the output layer; 1 with a value head."""
     has_tied_embeddings: bool
-    """The output layer is the embedding."""
+    """The output layer and the input embedding share their weight."""
 
     @property
     def num_params(self) -> int:
@@ -68,14 +66,14 @@ class ModelShape:
 
     @property
     def num_decayed(self) -> int:
-        """Trainable elements of matrices, the larger one of the optimizer's groups."""
+        """Trainable elements of matrices, the optimizer group with weight decay."""
         return sum(
             weight.num_elements for weight in self.weights if weight.trainable and weight.is_matrix
         )
 
     @property
     def num_matmul_params(self) -> int:
-        """Parameters of matrix products with every token: all matrices, and a tied output layer."""
+        """Parameters that every token is multiplied with: all matrices and a tied output layer."""
         head = self.hidden_size * self.vocab_size if self.has_tied_embeddings else 0
         return sum(weight.num_elements for weight in self.weights if weight.is_matrix) + head
 
@@ -83,14 +81,14 @@ class ModelShape:
 def model_shape(
     config: ModelConfig, head_kind: HeadKind, *, vocab_size: int = 0, new_tokens: int = 0
 ) -> ModelShape:
-    """The model that a stage with this config trains or runs.
+    """Return the shape of the model that a stage with this config trains or runs.
 
     Args:
         vocab_size: of a model with fresh weights.
-        new_tokens: added to a named model's vocabulary, at most.
+        new_tokens: maximum number of tokens added to the vocabulary of a saved model.
 
     Raises:
-        ConfigError: there is no such configuration, or it is none for this objective.
+        ConfigError: the model has no readable config.
     """
     key: Any = config  # frozen, so it has a hash
     return _cached_model_shape(key, head_kind, vocab_size, new_tokens)
@@ -142,7 +140,7 @@ def _hf_config(
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise ConfigError(
-            f"model.name={config.name}: no configuration of a model there "
+            f"model.name={config.name}: the model's config cannot be read "
             f"({str(error).splitlines()[0]}); {REMEDY}"
         ) from None
     if head_kind == "value":
@@ -153,7 +151,7 @@ def _hf_config(
 
 
 def _with_lora(model: Any, lora: LoraConfig, head: str | None) -> nn.Module:
-    from medgpt.models.lora import apply_lora  # imports peft, for few
+    from medgpt.models.lora import apply_lora  # imports peft, which few commands need
 
     return apply_lora(model, lora, head=head)
 

@@ -1,4 +1,4 @@
-"""The body of a Hugging Face model over a packed batch."""
+"""Run the backbone of a Hugging Face model on a packed batch."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def unwrap_peft(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
-    """The Hugging Face model, with LoRA layers inside where there are any."""
+    """Return the Hugging Face model, including its LoRA layers if there are any."""
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
     return cast(PreTrainedModel, base)
 
 
 def run_backbone(model: PreTrainedModel, batch: PackedBatch, **inputs: Any) -> Tensor:
-    """(N, H) last hidden state. `inputs` may be inputs_embeds (1, N, H) in place of the ids."""
+    """Return the last hidden state (N, H). `inputs` may be inputs_embeds (1, N, H) for the ids."""
     output = model.base_model(
         **(inputs or {"input_ids": batch.input_ids}),
         position_ids=batch.position_ids,
@@ -34,16 +34,16 @@ def run_backbone(model: PreTrainedModel, batch: PackedBatch, **inputs: Any) -> T
 
 
 class SequenceDropouts:
-    """The PieceDropouts of a module, which must know the pieces of a batch before it runs."""
+    """All SequenceDropout layers of a module; they need the sequences of a batch before it runs."""
 
     def __init__(self, module: nn.Module) -> None:
         self.layers = [m for m in module.modules() if isinstance(m, SequenceDropout)]
 
     def prepare(self, batch: PackedBatch, seeds: Sequence[int] | None) -> None:
-        """Args: seeds: S, one per piece."""
+        """Set the sequence lengths and `seeds`, one per sequence (S), of the next forward."""
         if not self.layers:
             return
-        assert seeds is not None, "dropout needs a seed per piece"
+        assert seeds is not None, "dropout needs a seed per sequence"
         lengths = batch.cu_seqlens.diff().tolist()
         for layer in self.layers:
             layer.lengths, layer.seeds = lengths, seeds

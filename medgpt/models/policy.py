@@ -1,4 +1,4 @@
-"""A causal model as PPO sees it: log-probabilities and entropies of the sampled tokens."""
+"""The causal model that PPO trains: log-probabilities and entropies of the sampled tokens."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ from medgpt.models.language_model import LanguageModel, label_positions
 
 
 class Policy(LanguageModel):
-    """The arguments are a language model's."""
+    """Takes the arguments of LanguageModel."""
 
     def forward(  # type: ignore[override] - the loss is PPO's, outside of the model
         self, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> Tensor:
-        """(2, M) float32: log p(label) and entropy, or 0 unless asked for it, at the M positions
-        with a label, in order.
+        """Return (2, M) float32: log p(label) and entropy in nats at the M positions with a label.
 
-        A batch without labels yields one column that is exactly 0, connected to every weight, so
-        that a rank without work takes part in the collectives of the others.
+        The entropy is 0 unless `with_entropy`. A batch without labels yields one column of exactly
+        0 with a gradient path to every weight, so that a rank without data takes part in the
+        collectives.
         """
 
         def terms(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prompts and what may follow them, as token ids."""
+"""Encode prompts and their answer options as token ids."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ Prompt = str | Sequence[Message]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
-    """A text after the tokenizer's own start token, if it has one; messages by its template."""
+    """Encode a text after the tokenizer's start token, if any, or messages by the chat template."""
     if not isinstance(prompt, str):
         return generation_prompt_ids(tokenizer, prompt)
     return [*_start_ids(tokenizer), *_encode(tokenizer, [prompt])[0]]
@@ -21,10 +21,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[in
 def encode_prompt_options(
     tokenizer: PreTrainedTokenizerFast, prompt: Prompt, options: Sequence[str]
 ) -> PromptOptions:
-    """The prompt and its options.
+    """Encode a prompt and its options.
 
-    After a text, an option is spelled as it would be there, which can join its beginning and the
-    prompt's end in one token: what is not the same in all of them belongs to the options.
+    An option is encoded together with a text prompt, because a token can span the end of the
+    prompt and the start of the option. Prompt tokens that differ between options are moved to the
+    options.
     """
     if not isinstance(prompt, str):
         return PromptOptions(
@@ -42,15 +43,17 @@ def encode_prompt_options(
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that ends a text, which some models also see before one."""
+    """Return the id of the end-of-text token, which some models also see before a text."""
     end = tokenizer.eos_token_id
-    assert isinstance(end, int), "load_tokenizer takes no tokenizer without an end token"
+    assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
     return end
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], int]:
-    """Token ids of a text after the tokenizer's own start token, if it has one, and how many
-    characters all but the first of them stand for."""
+    """Encode a text after the tokenizer's start token, if any; return ids and number of characters.
+
+    The number counts the characters of all tokens but the first, which nothing predicts.
+    """
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     start = _start_ids(tokenizer)
@@ -64,11 +67,11 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[li
 
 
 def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What the tokenizer puts in front of every text: its start token, or nothing."""
+    """Return the start token that the tokenizer puts before every text; empty if it has none."""
     return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
 
 
 def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Tokens that both begin with."""
+    """Return the number of tokens that both sequences begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,6 +1,6 @@
-"""A tokenizer that medgpt saved, loaded by its class.
+"""Load a tokenizer that medgpt saved by its class.
 
-AutoTokenizer, which finds the class, imports torch: seconds in every process that tokenises.
+AutoTokenizer, which finds the class, imports torch: seconds in every process that tokenizes.
 """
 
 import importlib
@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 
 def tokenizer_class_path(folder: str, tokenizer: PreTrainedTokenizerFast) -> str | None:
-    """`module:class` that loads what AutoTokenizer loaded from `folder`; None if none does."""
+    """Return the `module:class` that loads the same tokenizer as AutoTokenizer, or None."""
     cls = type(tokenizer)
     if cls.__module__.partition(".")[0] != "transformers":
-        return None  # code that came with a model
+        return None  # remote code of a model
     path = f"{cls.__module__}:{cls.__qualname__}"
     return path if _behavior(load_by_class_path(folder, path)) == _behavior(tokenizer) else None
 
@@ -23,7 +23,7 @@ def load_by_class_path(folder: str, path: str) -> PreTrainedTokenizerFast:
 
 
 def _behavior(tokenizer: PreTrainedTokenizerFast) -> tuple[object, ...]:
-    """All that decides what it does."""
+    """Return everything that determines how the tokenizer encodes and decodes."""
     return (
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,

@@ -1,8 +1,8 @@
-"""Tokenizers: load the base model's, or train one on the data.
+"""Load the tokenizer of a base model, or train one on the data.
 
-A trained byte-level BPE cuts text as Qwen2 does, because AutoTokenizer rebuilds the tokenizer of
-every model of type qwen2 with Qwen2's rules (and NFC), whatever its tokenizer.json says. Its tokens
-are stricter than that cut: whole Chinese words, never across punctuation, digits one by one.
+A trained byte-level BPE pre-tokenizes text as Qwen2 does, because AutoTokenizer rebuilds the
+tokenizer of every model of type qwen2 with Qwen2's rules (and NFC), whatever its tokenizer.json
+says. Its tokens obey stricter rules: whole Chinese words, no punctuation inside, single digits.
 """
 
 import json
@@ -28,7 +28,7 @@ _WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _BYTE_TO_CHARACTER = bytes_to_unicode()
 _WORD_BREAK = "\x1f"
 _CHARACTER_COVERAGE = 0.9995  # rarer characters are spelled in bytes; SentencePiece's default
-_TOKEN_PATTERN = (  # a token lies in one piece: a digit, Chinese, other letters, space, punctuation
+_TOKEN_PATTERN = (  # a token is within one match: digit, Chinese, other letters, space, punctuation
     rf"\p{{N}}|[{HAN}]+| ?[\p{{L}}\p{{M}}&&[^{HAN}]]+"
     rf"|\s*[\r\n]+|\s+(?!\S)|\s+|[^\s\p{{L}}\p{{M}}\p{{N}}{HAN}]+"
 )
@@ -38,26 +38,26 @@ Merge = tuple[str, str]
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model, a path, a URI or a hub id.
+    """Load the tokenizer of a model: a folder, a URI or a hub id.
 
     Raises:
-        ConfigError: there is none, it has no fast version, or no token ends a text.
+        ConfigError: there is no tokenizer, or it has no fast version or no end-of-text token.
     """
     key, folder = f"model.name={name}", local_copy(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"{key}: cannot load its tokenizer ({str(error).splitlines()[0]}); name a folder with "
-            "tokenizer.json and tokenizer_config.json, or a hub id"
+            f"{key}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); name a folder "
+            "with tokenizer.json and tokenizer_config.json, or a hub id"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigError(f"{key}: its tokenizer has no fast version; save it as tokenizer.json")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up by transformers from config.json
-        raise ConfigError(f"{key}: has no tokenizer; copy tokenizer.json beside its config.json")
+        raise ConfigError(f"{key}: the tokenizer has no fast version; save it as tokenizer.json")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made it from config.json
+        raise ConfigError(f"{key}: the model has no tokenizer; copy tokenizer.json into its folder")
     if tokenizer.eos_token is None and tokenizer.sep_token is None:
         raise ConfigError(
-            f"{key}: its tokenizer has no end token; set eos_token in its tokenizer_config.json"
+            f"{key}: the tokenizer has no end token; set eos_token in tokenizer_config.json"
         )
     return tokenizer
 
@@ -65,23 +65,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def train_tokenizer(
     texts: Iterator[str], config: TokenizerConfig, kind: Literal["bpe", "wordpiece"]
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most config.vocab_size tokens, the same for the same texts in any order.
+    """Train a tokenizer of at most config.vocab_size tokens; the order of `texts` does not matter.
 
-    bpe: byte-level, decodes to exactly the text; <|endoftext|> ends a document and pads.
+    bpe: byte-level, decodes to exactly the text; <|endoftext|> ends documents and pads.
     wordpiece: BERT's, cased.
     """
     return _train_bpe(texts, config) if kind == "bpe" else _train_wordpiece(texts, config)
 
 
 def may_be_one_token(text: str, max_chinese_run: int) -> bool:
-    """Whether a trained byte-level BPE may hold `text` as one token."""
+    """Return whether a trained byte-level BPE may have `text` as one token."""
     is_chinese = any(True for _ in han_words(text))
     is_unsplit = len(_TOKEN_SPLITTER.pre_tokenize_str(text)) == 1
     return is_unsplit and not (is_chinese and len(text) > max_chinese_run)
 
 
 def _train_bpe(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
-    """Merges are learned on characters, then spelled as bytes: no token ends inside a character."""
+    """Learn merges on characters, then spell them as bytes: no token ends inside a character."""
     corpus = [_mark_word_breaks(text, config.max_chinese_run) for text in texts]
     vocabulary = {
         token: i for i, token in enumerate([*_BPE_SPECIAL, *sorted(_BYTE_TO_CHARACTER.values())])
@@ -110,7 +110,7 @@ def _train_bpe(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedToken
 
 
 def _mark_word_breaks(text: str, max_run: int) -> str:
-    """`text` with a break after every Chinese word and inside those longer than `max_run`."""
+    """Insert a break after every Chinese word, and every `max_run` characters inside long ones."""
     parts, done = [], 0
     for start, end in han_words(text):
         parts.append(text[done:start])
@@ -120,7 +120,7 @@ def _mark_word_breaks(text: str, max_run: int) -> str:
 
 
 def frequent_characters(corpus: list[str]) -> list[str]:
-    """The characters that make up all but a sliver of the corpus, the most frequent first."""
+    """Return the characters that cover _CHARACTER_COVERAGE of the corpus, most frequent first."""
     counts = Counter[str]()
     for text in corpus:
         counts.update(text)
@@ -136,7 +136,11 @@ def frequent_characters(corpus: list[str]) -> list[str]:
 def character_merges(
     characters: list[str], spell: Callable[[str], list[str]], max_merges: int
 ) -> tuple[list[str], list[Merge]]:
-    """Characters that at most `max_merges` merges build from tokens `spell` gives; those merges."""
+    """Return the first characters that at most `max_merges` merges can build, and the merges.
+
+    Args:
+        spell: returns the tokens from which a character is built.
+    """
     built: list[str] = []
     merges: dict[Merge, None] = {}
     for character in characters:
@@ -150,7 +154,7 @@ def character_merges(
 
 
 def spell_bytes(text: str) -> str:
-    """`text` as byte-level tokenizers spell it: one printable character for each byte."""
+    """Return `text` as byte-level tokenizers spell it: one printable character per byte."""
     return "".join(_BYTE_TO_CHARACTER[byte] for byte in text.encode())
 
 
@@ -182,7 +186,7 @@ def _train_wordpiece(texts: Iterator[str], config: TokenizerConfig) -> PreTraine
     characters = [c for c in frequent_characters(corpus) if not c.isspace()][
         : config.vocab_size // 2
     ]
-    # inside a word; named up front, the trainer would number them in the random order of a hash map
+    # continuations of a word; listed here, as the trainer would number them in random hash order
     continuations = [f"##{c}" for c in characters if learner.normalizer.normalize_str(c) == c]
     trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocab_size,

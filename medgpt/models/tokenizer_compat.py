@@ -1,4 +1,4 @@
-"""Whether two models read the same token ids: tokenizer and chat template side by side."""
+"""Compare the tokenizers and chat templates of two models that exchange token ids."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ MAX_SHOWN = 3  # differences in an error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Digests of what turns a conversation into ids, which a saved reward model keeps."""
+    """Return digests of the tokenizer's rules and its chat template; stored with reward models."""
     return {
         "tokenizer": _digest(json.dumps(_tokenization_rules(tokenizer), sort_keys=True)),
         "template": _digest(str(tokenizer.chat_template)),
@@ -22,9 +22,10 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
 def check_same_token_ids(
     first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast, *, names: tuple[str, str]
 ) -> None:
-    """Raise ConfigError, with the differences, unless ids of `one` mean the same to `other`.
+    """Raise ConfigError, listing the differences, unless both turn conversations into the same ids.
 
-    `names` says whose tokenizers these are, as in ("the actor", "reward.model=runs/reward/model").
+    Args:
+        names: owners of the tokenizers, such as ("the actor", "reward.model=runs/reward/model").
     """
     problems = tokenizer_differences(first, second)
     if problems:
@@ -37,7 +38,7 @@ def check_same_token_ids(
 def tokenizer_differences(
     first: PreTrainedTokenizerFast, second: PreTrainedTokenizerFast
 ) -> list[str]:
-    """In words, a few at most; none if both turn every conversation into the same ids."""
+    """Describe the differences, a sentence each; empty if every conversation gets the same ids."""
     first_ids, second_ids = first.get_vocab(), second.get_vocab()
     differing = sorted(first_ids.items() ^ second_ids.items(), key=lambda item: (item[1], item[0]))
     tokens = list(dict.fromkeys(token for token, _ in differing))
@@ -47,7 +48,7 @@ def tokenizer_differences(
             f"{token!r} is {first_ids.get(token, 'none')} and {second_ids.get(token, 'none')}"
             for token in tokens[:MAX_SHOWN]
         )
-        sentences.append(f"{len(tokens)} tokens have other ids, as {some}")
+        sentences.append(f"{len(tokens)} tokens have other ids, such as {some}")
     first_rules, second_rules = _tokenization_rules(first), _tokenization_rules(second)
     parts = [
         name
@@ -75,7 +76,7 @@ def _template_difference(first: str, second: str) -> str:
 
 
 def _tokenization_rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """All that decides the ids of a text; padding and truncation do not."""
+    """Return tokenizer.json without padding and truncation, which do not change the ids."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
 

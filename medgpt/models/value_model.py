@@ -1,5 +1,5 @@
-"""A model that gives every position a number: reward models, which are read at the last token of
-an answer, and critics."""
+"""Models with a value head: critics, which predict a value at every position, and reward models,
+whose score is the value at the last token of an answer."""
 
 import json
 from collections.abc import Sequence
@@ -36,18 +36,16 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardModelInfo:
-    """What a saved reward model says about its numbers; score.json beside its weights."""
+    """Contents of score.json, saved beside the weights of a reward model."""
 
-    mean: float  # of the raw scores of the texts it was normalised on
+    mean: float  # of the raw scores of the texts in `normalised_on`
     std: float
     normalised_on: str
-    speech: dict[
-        str, str
-    ]  # digests of what turns a conversation into ids, see tokenizer_fingerprint
+    speech: dict[str, str]  # tokenizer_compat.tokenizer_fingerprint of its tokenizer
 
     @staticmethod
     def read(folder: Path) -> "RewardModelInfo | None":
-        """None for a folder that holds no reward model."""
+        """Read score.json; return None if the folder holds no reward model."""
         file = folder / SCORE_FILE
         return RewardModelInfo(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
@@ -57,14 +55,14 @@ class RewardModelInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueScale:
-    """What a value model's numbers are relative to; value.json beside a critic's weights."""
+    """Mean and standard deviation that values are relative to; value.json beside a critic."""
 
     mean: float = 0.0
     std: float = 1.0
 
     @staticmethod
     def load(name: str) -> "ValueScale":
-        """Of a critic's or a reward model's folder; of any other model's, that of a fresh head."""
+        """Read the scale of a critic or reward model; any other model has the default scale."""
         folder = resolve_value_model_folder(name)
         if (folder / SCALE_FILE).is_file():
             return ValueScale(**json.loads((folder / SCALE_FILE).read_text("utf-8")))
@@ -79,8 +77,8 @@ class ValueModel(nn.Module):
     """A decoder with a head of one output in place of its output layer.
 
     Args:
-        model: of objective "value" (models.load), or the same with LoRA.
-        mean, std: of the head's numbers; what `forward` returns is relative to them.
+        model: a model with head kind "value" (models.load), or the same with LoRA.
+        mean, std: of the head's outputs; `forward` subtracts the mean and divides by std.
         activation_checkpointing: recompute activations in the backward pass.
     """
 
@@ -101,14 +99,14 @@ class ValueModel(nn.Module):
 
     @property
     def pretrained(self) -> PreTrainedModel:
-        """The Hugging Face model, with LoRA layers inside where there are any."""
+        """The Hugging Face model, including its LoRA layers if there are any."""
         return unwrap_peft(self.model)
 
     def forward(self, batch: PackedBatch, *, noise_seeds: Sequence[int] | None = None) -> Tensor:
-        """(1, N) float32: the value at every position, of its own piece up to there.
+        """Return the value (1, N) float32 at every position, given its sequence up to there.
 
         Args:
-            noise_seeds: S seeds, one per piece, for LoRA's dropout.
+            noise_seeds: S seeds, one per sequence, for LoRA's dropout.
         """
         if self.training:
             self.dropouts.prepare(batch, noise_seeds)
@@ -118,15 +116,15 @@ class ValueModel(nn.Module):
 
 
 def last_token_values(values: Tensor, batch: PackedBatch) -> Tensor:
-    """(S,) the values (1, N) at the last token of each piece: the scores of a reward model."""
+    """Return the values (S,) at the last token of each sequence: the scores of a reward model."""
     return values[0, batch.cu_seqlens[1:].long() - 1]
 
 
 class ValueHead(nn.Linear):
-    """H to 1 without bias, computed in float32 whatever the dtype of the weights."""
+    """Linear layer from H to 1 without bias, computed in float32 whatever the weights' dtype."""
 
     def __init__(self, hidden_size: int, *, dtype: torch.dtype, seed: int) -> None:
-        """Normal weights of variance 1 / (H + 1) as in Stiennon et al., 2020 (2009.01325), B.1."""
+        """Draw normal weights of variance 1 / (H + 1), Stiennon et al., 2020 (2009.01325), B.1."""
         super().__init__(hidden_size, 1, bias=False, dtype=dtype)
         draws = torch.empty(1, hidden_size)
         draws.normal_(std=(hidden_size + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
@@ -137,10 +135,10 @@ class ValueHead(nn.Linear):
 
 
 def install_value_head(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> None:
-    """Put a ValueHead in the place of transformers' head: a saved model's own, else a fresh one.
+    """Replace transformers' head by a ValueHead: the saved one if there is one, else a fresh one.
 
     Raises:
-        ConfigError: the model's head is of another kind, or not in its files.
+        ConfigError: the model's head is of another kind, or missing in its files.
     """
     transformers_head = dict(model.named_children()).get(VALUE_HEAD)
     if not isinstance(transformers_head, nn.Linear) or transformers_head.bias is not None:
@@ -155,14 +153,14 @@ def install_value_head(model: PreTrainedModel, config: ModelConfig, *, seed: int
 
 
 def has_value_head(config: ModelConfig) -> bool:
-    """Whether the model is saved with a value head, and not a language model."""
+    """Return whether the model was saved with a value head; a language model was not."""
     assert config.name is not None
     folder, remote = resolve_model_folder(config.name), config.trust_remote_code
     return not lacks_value_head(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
 
 
 def _load_saved_head(config: ModelConfig) -> Tensor:
-    """(1, H)"""
+    """Read the weight (1, H) of the saved head."""
     assert config.name is not None
     for file in weight_files(config.name):
         with safe_open(file, framework="pt") as tensors:
@@ -177,13 +175,13 @@ def _load_saved_head(config: ModelConfig) -> Tensor:
 def build_value_model(
     config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None = None
 ) -> PreTrainedModel:
-    """To train: a language model with a fresh head, or a reward model or critic with its own.
+    """Build a model with a value head to train: a fresh head on a language model, or a saved one.
 
-    Adapters are folded in. Weights are on the CPU. ValueModel wraps it, after LoRA if there is to
-    be any.
+    Saved adapters are merged. Weights are on the CPU. The caller adds LoRA, if any, and wraps the
+    result in a ValueModel.
 
     Raises:
-        ConfigError: config.name is no such model, or its weights lack some.
+        ConfigError: config.name is no such model, or some of its weights are missing.
     """
     assert config.name is not None
     if has_adapters(config.name):
@@ -202,27 +200,29 @@ def build_value_model(
 
 
 def load_reward_model_info(name: str) -> RewardModelInfo:
-    """Facts of a saved reward model. Raises ConfigError: `name` is none, or its head is missing."""
+    """Read score.json of a reward model. Raises ConfigError if it or the head is missing."""
     score = RewardModelInfo.read(resolve_value_model_folder(name))
     if score is None:
         raise ConfigError(
-            f"model.name={name}: no {SCORE_FILE} in it, so it is no reward model; name the "
-            "folder that medgpt reward wrote, runs/NAME/model"
+            f"model.name={name}: the folder has no {SCORE_FILE}, so it is no reward model; name "
+            "the folder that medgpt reward wrote, runs/NAME/model"
         )
     if not has_adapters(name) and not has_value_head(ModelConfig(name=name)):
-        raise ConfigError(f"model.name={name}: it has {SCORE_FILE} and no head; restore its export")
+        raise ConfigError(
+            f"model.name={name}: the folder has {SCORE_FILE} but no head; export the model again"
+        )
     return score
 
 
 def load_value_model(
     name: str, *, dtype: torch.dtype = torch.float32, max_length: int | None = None
 ) -> tuple[ValueModel, RewardModelInfo]:
-    """A reward model as `medgpt reward` wrote it, to score with; and its facts.
+    """Load a reward model that `medgpt reward` wrote, for scoring, and its score.json.
 
-    Weights are on the CPU and frozen; scores are normalised.
+    Weights are on the CPU and frozen; scores are normalized.
 
     Raises:
-        ConfigError: `name` is no reward model, its head is missing, or the base of its adapters.
+        ConfigError: `name` is no reward model, or its head or the base of its adapters is missing.
     """
     score, config = load_reward_model_info(name), ModelConfig(name=name)
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
@@ -231,7 +231,7 @@ def load_value_model(
 
 
 def max_positions(config: ModelConfig) -> int | None:
-    """Tokens that a model can read, whatever its adapters; None without a limit."""
+    """Return the number of positions of a model, or of the base of an adapter; None: no limit."""
     assert config.name is not None
     folder, remote = resolve_value_model_folder(config.name), config.trust_remote_code
     if has_adapters(config.name):
@@ -245,7 +245,7 @@ def has_adapters(name: str) -> bool:
 
 
 def resolve_value_model_folder(name: str) -> Path:
-    """As resolve_model_folder, which refuses adapters."""
+    """Like resolve_model_folder, but also accepts a folder of adapters."""
     copy = Path(local_copy(name))
     return copy if (copy / ADAPTER_CONFIG).is_file() else resolve_model_folder(name)
 
@@ -253,8 +253,8 @@ def resolve_value_model_folder(name: str) -> Path:
 def _build_with_merged_adapters(
     config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None
 ) -> PreTrainedModel:
-    """The base with the adapters in config.name folded in, and their head."""
-    from peft import PeftModel  # which imports a lot, for few
+    """Build the base model with the adapters in config.name merged, and with their head."""
+    from peft import PeftModel  # slow to import, and rarely needed
 
     assert config.name is not None
     folder = resolve_value_model_folder(config.name)
@@ -264,16 +264,16 @@ def _build_with_merged_adapters(
     base = build_value_model(base_config, seed=seed, dtype=dtype, max_length=max_length)
     adapted = PeftModel.from_pretrained(base, str(folder))
     model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    model.name_or_path = config.name  # adapters on top name their base by it
+    model.name_or_path = config.name  # new adapters store it as their base
     return model.requires_grad_(True).train()
 
 
 def _base_of_adapter_with_head(name: str, folder: Path) -> str:
-    """The base of an adapter with a head; without one peft would go on with the base's."""
+    """Return the base of an adapter with a head; without one peft would silently use the base's."""
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         head_keys = [key for key in tensors.keys() if key.endswith(f".{VALUE_HEAD_WEIGHT}")]  # noqa: SIM118
     if not head_keys:
-        raise ConfigError(f"model.name={name}: its adapter has no head; restore its export")
+        raise ConfigError(f"model.name={name}: the adapter has no head; export it again")
     return _base_model_name(folder)
 
 

@@ -1,9 +1,9 @@
-"""A base model's vocabulary made larger or smaller to fit the data.
+"""Extend or trim a base model's vocabulary to fit the data.
 
-Extending continues the base's own BPE: the new merges come after all old ones, so they join old
-tokens and change nothing else. Trimming drops the tokens and merges that the data never uses; all
-bytes stay, so any text still encodes. Both rewrite tokenizer.json; added tokens then have a place
-in the model's vocabulary too, which is what keeps their ids when the file is loaded.
+Extending continues the base's BPE: new merges come after all old ones, so they join old tokens and
+change nothing else. Trimming drops the tokens and merges that the data never uses; all bytes stay,
+so any text can be encoded. Both rewrite tokenizer.json and put added tokens into the model's
+vocabulary too, which keeps their ids when the file is loaded.
 """
 
 import json
@@ -39,21 +39,21 @@ from medgpt.models.tokenizer import (
 
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 _FIRST_CODE = (
-    0x10000  # of the characters that stand for the base's tokens while new merges are learned
+    0x10000  # code point of the character that stands for token 0 while merges are learned
 )
 _BREAK_CODE = ord("\n")
-_SPARE_MERGES = 64  # merges learned beyond those asked for, as some are refused
+_SPARE_MERGES = 64  # extra merges to learn, as some are rejected
 _BATCH_TEXTS = 256  # texts per call of the tokenizer
 _SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, slots=True)
 class VocabularyReport:
-    """What happened to the vocabulary."""
+    """Size of the new vocabulary."""
 
     num_tokens: int
     num_new_tokens: int
-    mean_old_tokens: float  # old tokens that one new token stands for
+    mean_old_tokens: float  # old tokens per new token
 
 
 def extend_tokenizer(
@@ -62,10 +62,10 @@ def extend_tokenizer(
     new_tokens: int,
     max_chinese_run: int = 4,
 ) -> PreTrainedTokenizerFast:
-    """`base` plus at most `new_tokens` tokens; texts that hold none of them keep their ids.
+    """Add at most `new_tokens` tokens to `base`; texts without any of them keep their ids.
 
     Raises:
-        ConfigError: `base` is no byte-level BPE.
+        ConfigError: `base` is not a byte-level BPE.
     """
     corpus = list(texts)
     spelled_out = _add_characters(base, corpus, new_tokens // 2)
@@ -77,12 +77,12 @@ def extend_tokenizer(
 def trim_tokenizer(
     base: PreTrainedTokenizerFast, texts: Iterator[str]
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """`base` without the tokens that `texts` do not need; the old ids of those kept, in new order.
+    """Remove the tokens that `texts` do not need; return the tokenizer and the old ids it keeps.
 
-    Added tokens, all bytes and what the chat template writes stay too; `texts` keep their tokens.
+    Added tokens, all bytes and the tokens of the chat template stay too.
 
     Raises:
-        ConfigError: `base` is no byte-level BPE.
+        ConfigError: `base` is not a byte-level BPE.
     """
     spec = _tokenizer_spec(base)
     vocabulary = base.get_vocab()
@@ -113,9 +113,9 @@ def replace_vocabulary(
     base_tokenizer: PreTrainedTokenizerFast,
     tokenizer: PreTrainedTokenizerFast,
 ) -> VocabularyReport:
-    """Give `model`, which speaks `base_tokenizer`, the vocabulary of `tokenizer`, in place.
+    """Change the vocabulary of `model` from `base_tokenizer` to `tokenizer`, in place.
 
-    An old token keeps its rows of the input and output embedding; a new one gets the mean of the
+    An old token keeps its rows of the input and output embedding; a new token gets the mean of the
     rows of the old tokens that spell it. Tied embeddings stay tied.
     """
     rows = _old_ids_of_tokens(base_tokenizer, tokenizer)
@@ -140,19 +140,23 @@ def replace_vocabulary(
 
 
 def trim_model(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
-    """Keep only these rows of the embeddings, in place; token ids in the configs follow."""
+    """Keep only these rows of the embeddings, in place, and renumber token ids in the configs."""
     _replace_rows(model, [[i] for i in kept_ids])
     _renumber_config(model, {old: new for new, old in enumerate(kept_ids)})
 
 
 def _tokenizer_spec(base: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """tokenizer.json of `base`, every merge a pair, every added token in the model's vocabulary."""
+    """Return tokenizer.json of `base` with merges as pairs and added tokens in the vocabulary.
+
+    Raises:
+        ConfigError: `base` is not a byte-level BPE.
+    """
     spec = json.loads(base.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(spec["pre_tokenizer"]):
         raise ConfigError(
             "tokenizer.mode=extend and trim need a byte-level BPE tokenizer, "
-            f"{base.name_or_path} has another {spec['model']['type']}; use tokenizer.mode=base, or "
-            "a base model like Qwen2 or Llama 3"
+            f"{base.name_or_path} has a different {spec['model']['type']}; use tokenizer.mode=base "
+            "or a base model like Qwen2 or Llama 3"
         )
     merges = spec["model"]["merges"]
     spec["model"]["merges"] = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
@@ -163,7 +167,7 @@ def _tokenizer_spec(base: PreTrainedTokenizerFast) -> dict[str, Any]:
 def _rebuild(
     base: PreTrainedTokenizerFast, spec: dict[str, Any], merges: Sequence[Merge] = ()
 ) -> PreTrainedTokenizerFast:
-    """`base` with another tokenizer.json plus `merges`, loaded as others will load it."""
+    """Reload `base` with the tokenizer.json `spec` plus `merges`."""
     vocabulary = spec["model"]["vocab"]
     next_id = max(base.get_vocab().values()) + 1
     for left, right in merges:
@@ -182,14 +186,14 @@ def _rebuild(
 def _add_characters(
     base: PreTrainedTokenizerFast, corpus: list[str], max_new: int
 ) -> PreTrainedTokenizerFast:
-    """`base` plus frequent characters that it spells with several tokens."""
+    """Add frequent characters that `base` spells with several tokens."""
     spec, vocabulary = _tokenizer_spec(base), base.get_vocab()
     model = base.backend_tokenizer.model
 
     def spell(character: str) -> list[str]:
         return [token.value for token in model.tokenize(spell_bytes(character))]
 
-    # a character that the base has but does not reach stays so: old texts keep their tokens
+    # tokens that no merge of the base reaches stay unreachable: old texts keep their tokens
     split = [c for c in frequent_characters(corpus) if spell_bytes(c) not in vocabulary]
     _, merges = character_merges(split, spell, max_new)
     return _rebuild(base, spec, [merge for merge in merges if "".join(merge) not in vocabulary])
@@ -198,17 +202,17 @@ def _add_characters(
 def _add_words(
     base: PreTrainedTokenizerFast, corpus: list[str], max_new: int, max_chinese_run: int
 ) -> PreTrainedTokenizerFast:
-    """`base` plus tokens made of several characters."""
+    """Add tokens made of several characters."""
     spec, vocabulary = _tokenizer_spec(base), base.get_vocab()
     token_of_character = {chr(_FIRST_CODE + i): token for token, i in vocabulary.items()}
     merges: list[Merge] = []
     new: set[str] = set()
     for left, right in _learn_merges(base, corpus, max_new * 5 // 4 + _SPARE_MERGES):
         if left not in token_of_character or right not in token_of_character:
-            continue  # made of a refused token
+            continue  # built from a rejected token
         token = token_of_character[left] + token_of_character[right]
         if token in vocabulary or not _is_trainable_token(token, max_chinese_run):
-            continue  # joining old tokens to another old one would change old texts
+            continue  # a merge that yields an old token would change the ids of old texts
         if len(new | {token}) > max_new:
             break
         new.add(token)
@@ -218,7 +222,7 @@ def _add_words(
 
 
 def _learn_merges(base: PreTrainedTokenizerFast, corpus: list[str], num_merges: int) -> list[Merge]:
-    """Merges of the base's tokens, each token written as one character."""
+    """Learn merges of the base's tokens, each token written as one character."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Split(chr(_BREAK_CODE), "removed")
     trainer = trainers.BpeTrainer(
@@ -235,7 +239,10 @@ def _learn_merges(base: PreTrainedTokenizerFast, corpus: list[str], num_merges: 
 def _token_strings(
     base: PreTrainedTokenizerFast, corpus: list[str], added: NDArray[np.int64]
 ) -> Iterator[str]:
-    """Each text as one character per token, cut between pieces and between Chinese words."""
+    """Yield each text with one character per token and breaks between words.
+
+    Breaks are where the base pre-tokenizes, around added tokens and between Chinese words.
+    """
     for batch in _batch_texts(corpus):
         encoded = base(
             batch,
@@ -261,7 +268,7 @@ def _token_strings(
 
 
 def _is_trainable_token(token: str, max_chinese_run: int) -> bool:
-    """Whether a trained vocabulary would hold it."""
+    """Return whether a tokenizer trained on the data could have this token."""
     try:
         text = bytes(_BYTE_OF[character] for character in token).decode()
     except UnicodeDecodeError:
@@ -270,7 +277,7 @@ def _is_trainable_token(token: str, max_chinese_run: int) -> bool:
 
 
 def _with_merge_sources(used: set[str], merges: list[Merge]) -> set[str]:
-    """`used` and every token from which merges build them."""
+    """Return `used` and every token from which merges build them."""
     made_from: dict[str, list[str]] = {}
     for left, right in merges:
         made_from.setdefault(left + right, []).extend((left, right))
@@ -284,7 +291,7 @@ def _with_merge_sources(used: set[str], merges: list[Merge]) -> set[str]:
 
 
 def _renumber_post_processor(post_processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
-    """Token ids in the JSON of a post-processor, in place."""
+    """Renumber the token ids in the JSON of a post-processor, in place."""
     if post_processor is None or post_processor["type"] == "ByteLevel":
         return
     if post_processor["type"] == "Sequence":
@@ -295,14 +302,15 @@ def _renumber_post_processor(post_processor: dict[str, Any] | None, new_id: dict
             token["ids"] = [new_id[i] for i in token["ids"]]
     else:
         raise ConfigError(
-            f"tokenizer.mode=trim cannot renumber a {post_processor['type']}; use mode=base"
+            f"tokenizer.mode=trim does not support the post-processor {post_processor['type']}; "
+            "use tokenizer.mode=base"
         )
 
 
 def _old_ids_of_tokens(
     base: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
 ) -> list[list[int]]:
-    """For every id of `tokenizer` the ids of `base` that spell its token."""
+    """Return for every id of `tokenizer` the ids of `base` that spell its token."""
     vocabulary, added = base.get_vocab(), tokenizer.added_tokens_encoder
     spell = base.backend_tokenizer.model.tokenize
     rows: list[list[int]] = [[] for _ in range(max(tokenizer.get_vocab().values()) + 1)]
@@ -317,7 +325,7 @@ def _old_ids_of_tokens(
 
 
 def _replace_rows(model: PreTrainedModel, rows: list[list[int]]) -> None:
-    """Row i of the input and output embedding becomes the mean of its old `rows[i]`."""
+    """Set row i of the input and output embedding to the mean of the old rows `rows[i]`."""
     inputs, outputs = _input_embedding(model), model.get_output_embeddings()
     tied = outputs is not None and outputs.weight is inputs.weight
     inputs.weight = _average_rows(inputs.weight, rows)
@@ -330,7 +338,7 @@ def _replace_rows(model: PreTrainedModel, rows: list[list[int]]) -> None:
         if outputs.bias is not None:
             outputs.bias = _average_rows(outputs.bias, rows)
     model.config.get_text_config().vocab_size = len(rows)
-    model.resize_token_embeddings(len(rows))  # the size is right; what else keeps it is updated
+    model.resize_token_embeddings(len(rows))  # updates everything else that stores the size
 
 
 def _input_embedding(model: PreTrainedModel) -> nn.Embedding:
@@ -340,7 +348,7 @@ def _input_embedding(model: PreTrainedModel) -> nn.Embedding:
 
 
 def _average_rows(weight: Tensor, rows: list[list[int]]) -> nn.Parameter:
-    """(V, ...) -> (len(rows), ...)"""
+    """Return (len(rows), ...) with the means of rows of `weight` (V, ...)."""
     mean = weight.detach()[[old[0] for old in rows]]
     for i, old in enumerate(rows):
         if len(old) > 1:

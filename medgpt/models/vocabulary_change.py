@@ -1,7 +1,7 @@
-"""What another vocabulary does to a base model before any training.
+"""Measure how a new vocabulary changes the loss of a base model before any training.
 
-The logits of the tokens that stay are unchanged, but the softmax is taken over more (or fewer)
-tokens, so the loss moves although nothing was learnt or forgotten.
+The logits of the tokens that stay are unchanged, but the softmax is over more (or fewer) tokens, so
+the loss changes although the model has not learned or forgotten anything.
 """
 
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.vocabulary import VocabularyReport, replace_vocabulary
 
-MAX_TEXT_TOKENS = 128  # of each text
+MAX_TEXT_TOKENS = 128  # tokens of each text that are scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossShift:
-    """Mean loss of the same texts in the base's tokens, in nats per predicted token."""
+    """Mean loss on the same texts before and after the change, in nats per predicted token."""
 
     before: float
     after: float
@@ -29,24 +29,24 @@ class LossShift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyChange:
-    """The new vocabulary, and the loss before and after if it was measured."""
+    """The new vocabulary, and the change of the loss if it was measured."""
 
     vocabulary: VocabularyReport
     loss: LossShift | None
 
     def manifest_entry(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Return the facts as a dict for a manifest."""
         return asdict(self.vocabulary) | ({"loss": asdict(self.loss)} if self.loss else {})
 
     def __str__(self) -> str:
         vocabulary, loss = self.vocabulary, self.loss
         text = f"vocabulary of {vocabulary.num_tokens:,} tokens, {vocabulary.num_new_tokens:,} new"
         if vocabulary.num_new_tokens:
-            text += f", each for {vocabulary.mean_old_tokens:.1f} old ones"
+            text += f", each replacing {vocabulary.mean_old_tokens:.1f} old tokens"
         if loss is not None:
             text += (
-                f"; before training the loss on old tokens is {loss.after:.4f} nats, "
-                f"{loss.after - loss.before:+.4f} by the other softmax"
+                f"; before training the loss on old tokens is {loss.after:.4f} nats "
+                f"({loss.after - loss.before:+.4f} from the changed softmax)"
             )
         return text
 
@@ -57,11 +57,11 @@ def change_vocabulary(
     tokenizer: PreTrainedTokenizerFast,
     texts: Iterable[str] = (),
 ) -> VocabularyChange:
-    """Give `model`, which speaks `base`, the vocabulary of `tokenizer`, in place.
+    """Change the vocabulary of `model` from `base` to `tokenizer`, in place.
 
     Args:
-        texts: a few, on which a causal model's loss is measured. Those with tokens that are gone
-            are left out.
+        texts: a few texts to measure the loss of a causal model on. Texts with removed tokens are
+            skipped.
     """
     base_vocabulary, vocabulary = base.get_vocab(), tokenizer.get_vocab()
     new_id = {
@@ -82,7 +82,7 @@ def change_vocabulary(
 
 @torch.no_grad()
 def _mean_loss(model: PreTrainedModel, sequences: list[list[int]]) -> float:
-    """Every token but a piece's first is predicted."""
+    """Return the mean loss in nats; every token but the first of a sequence is predicted."""
     batch = _pack(sequences).to(model.device)
     return float(LanguageModel(model)(batch, num_tokens=batch.num_targets))
 

@@ -1,4 +1,4 @@
-"""What the ranks of a pool send each other in an optimizer step: messages, bytes, and how long."""
+"""Collectives that the ranks of a pool run in an optimizer step: calls, bytes and seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from medgpt.planning.memory import FP32, ZERO3_LIVE_ELEMENTS, ZERO3_PREFETCH_ELE
 CollectiveKind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 RING_PASSES: dict[CollectiveKind, int] = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}
 ZERO3_PERSISTENT_ELEMENTS = 100_000
-"""Elements up to which ZeRO-3 keeps a weight whole on every rank; DeepSpeed's default."""
+"""Largest weight in elements that ZeRO-3 keeps whole on every rank; DeepSpeed's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Collectives:
-    """All collectives of a kind in a step."""
+    """All collectives of one kind in an optimizer step."""
 
     kind: CollectiveKind
     num_bytes: float
-    """Of what is reduced, or of what all ranks have together after a gather."""
+    """Total size of the tensors that are reduced, or of the gathered result."""
     num_calls: int
 
     def bytes_sent_per_rank(self, num_ranks: int) -> float:
-        """Bytes that each rank sends on a ring: of each of its rounds, all but its own part.
+        """Return the bytes that each rank sends on a ring: per pass, all but its own part.
 
         Thakur et al., 2005, "Optimization of Collective Communication Operations in MPICH".
         """
@@ -34,13 +34,14 @@ class Collectives:
 def step_collectives(
     model: ModelShape, *, zero_stage: int, num_ranks: int, micro_batches: int, b: int
 ) -> list[Collectives]:
-    """The collectives of one optimizer step.
+    """Return the collectives of one optimizer step.
 
-    Gradients travel in fp32: at stages 0 and 1 once a step, at 2 and 3 in every micro-batch. At
-    stage 2 DeepSpeed all-reduces them (twice the bytes of arXiv 1910.02054, section 7.1, which
-    reduces each to its owner). Weights are gathered in their own dtype, b bytes a number: at stages
-    1 and 2 once a step, at 3 in every micro-batch, again for the backward pass where the model is
-    too large to stay whole (section 7.2); the small ones that every rank keeps, once a step.
+    Gradients are communicated in fp32: once per step at stages 0 and 1, in every micro-batch at 2
+    and 3. At stage 2 DeepSpeed all-reduces them (twice the bytes of arXiv 1910.02054, section 7.1,
+    which reduces each to its owner). Weights are gathered in their own dtype, b bytes each: once
+    per step at stages 1 and 2, in every micro-batch at stage 3, and again for the backward pass if
+    the model is too large to stay whole (section 7.2); small weights, which stay whole, once per
+    step.
     """
     if num_ranks == 1:
         return []
@@ -74,13 +75,13 @@ def step_collectives(
 
 
 def regathered_elements(partitioned: int) -> int:
-    """Elements that ZeRO-3 gathers for the backward pass: those whose two uses lie further apart
-    than LIVE_PARAMETERS. The last of the forward pass are the first of the backward pass."""
+    """Return the elements that ZeRO-3 gathers again for the backward pass: those whose two uses are
+    further apart than ZERO3_LIVE_ELEMENTS. The backward pass starts with the last ones used."""
     return max(0, partitioned - ZERO3_LIVE_ELEMENTS // 2)
 
 
 def num_buckets(sizes: Sequence[int]) -> int:
-    """Calls that reduce gradients of these sizes: a bucket is reduced before it would overflow."""
+    """Return the number of calls that reduce gradients of these sizes in buckets."""
     calls, filled = 0, 0
     for size in sizes:
         if filled and filled + size > BUCKET_ELEMENTS:
@@ -90,8 +91,8 @@ def num_buckets(sizes: Sequence[int]) -> int:
 
 
 def num_prefetches(sizes: Sequence[int]) -> int:
-    """Calls that gather weights of these sizes ahead, as few as there can be: each takes weights
-    until they are PREFETCHED elements or more."""
+    """Return the smallest number of calls that gather weights of these sizes ahead: each call takes
+    weights until they have ZERO3_PREFETCH_ELEMENTS or more."""
     calls, filled = 0, 0
     for size in sizes:
         filled += size
@@ -102,24 +103,24 @@ def num_prefetches(sizes: Sequence[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkSpeeds:
-    """Between the ranks of a pool."""
+    """Links between the ranks of a pool."""
 
     ranks_per_node: int
     intra_node_gb_per_s: float
-    """1e9 bytes/s that a device sends to another one of its node."""
+    """1e9 bytes/s from a device to another device of its node."""
     network_gb_per_s: float
-    """1e9 bytes/s that a node sends to other nodes, all its devices together."""
+    """1e9 bytes/s from a node to other nodes, for all its devices together."""
     hop_latency_us: float = 5.0
-    """Microseconds from one rank to the next, beside the bytes. An assumption."""
+    """Latency from one rank to the next in microseconds. Assumed, not measured."""
 
 
 def communication_seconds(
     collectives: Sequence[Collectives], num_ranks: int, links: LinkSpeeds
 ) -> float:
-    """How long the messages take on a ring through all nodes.
+    """Return the time of the collectives on a ring through all nodes, in seconds.
 
-    What a rank sends passes its own link, and once a node its network, whatever the number of its
-    ranks: neighbours on the ring are in the same node but for one pair.
+    A rank sends over its own link. A node sends once over its network, whatever its number of
+    ranks, because all neighbors on the ring but one pair are on the same node.
     """
     num_bytes = sum(collective.bytes_sent_per_rank(num_ranks) for collective in collectives)
     calls = sum(collective.num_calls * RING_PASSES[collective.kind] for collective in collectives)

@@ -1,4 +1,4 @@
-"""The cluster of a plan: a Ray cluster definition, and a file with what Ray does not know of it."""
+"""The cluster to plan for: a Ray cluster definition and a file with prices and devices."""
 
 import math
 import tomllib
@@ -17,49 +17,49 @@ from medgpt.config.base import Config, ConfigError
 from medgpt.config.loading import validate
 
 Positive = Annotated[float, Gt(0)]
-CPU_DEVICE = "CPU"  # the device of a node without GPUs: one core
+CPU_DEVICE = "CPU"  # the device of a node without GPUs is one CPU core
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 ACCELERATOR_RESOURCE = "accelerator_type:"
 NODE_TYPES_KEY, PRICES_KEY = "available_node_types", "usd_per_hour"
 
 
 class Device(Config):
-    """One GPU, or one CPU core."""
+    """A GPU, or one CPU core."""
 
     memory_gb: Positive | None = None
-    """GiB that a program can have; unset: a CPU's, which is the node's."""
+    """GiB available to a program; unset for a CPU, which uses the memory of its node."""
     tflops: Positive
-    """Dense peak in the precision that medgpt computes in (GPU: bf16, CPU: fp32), 1e12 FLOP/s."""
+    """Peak of dense products in 1e12 FLOP/s, in bf16 for a GPU and fp32 for a CPU."""
     memory_gb_per_s: Positive
-    """1e9 bytes/s that it reads from its memory."""
+    """Memory bandwidth in 1e9 bytes/s."""
     link_gb_per_s: Positive
-    """1e9 bytes/s that it sends to another device of its node."""
+    """Bandwidth to another device of its node in 1e9 bytes/s."""
     source: str
-    """Where the numbers are from."""
+    """Source of the numbers."""
 
 
 class NodeHardware(Config):
-    """What Ray does not know of a node type."""
+    """Facts about a node type that Ray does not know."""
 
     device: str | None = None
-    """Name of its device; unset: its GPU by Ray's label or resource, else CPU."""
+    """Name of the device; default: the GPU in Ray's label or resource, else CPU."""
     price_per_hour: Annotated[float, Ge(0)] | None = None
-    """Of one node; unset: what the cluster definition has under metadata.usd_per_hour."""
+    """Price of one node; default: metadata.usd_per_hour of the cluster definition."""
     memory_gb: Positive | None = None
-    """GiB of the host; unset: Ray's resource `memory`."""
+    """Host memory in GiB; default: Ray's resource `memory`."""
     network_gb_per_s: Positive | None = None
-    """1e9 bytes/s that the node sends to other nodes; unset: 1.25, 10 Gbit/s."""
+    """Network bandwidth of the node in 1e9 bytes/s; default: 1.25 (10 Gbit/s)."""
 
 
 class HardwareFile(Config):
-    """A hardware file."""
+    """Contents of a hardware file."""
 
     currency: str = "USD"
-    """Of prices."""
+    """Currency of the prices."""
     nodes: dict[str, NodeHardware] = Field(default={})
-    """By node type of the cluster definition."""
+    """Facts by node type of the cluster definition."""
     devices: dict[str, Device] = Field(default={})
-    """Beside those that medgpt knows, or in their place."""
+    """Devices that extend or replace those in devices.toml."""
 
 
 DEFAULT_NETWORK_GB_PER_S = 1.25
@@ -67,7 +67,7 @@ DEFAULT_NETWORK_GB_PER_S = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class NodeType:
-    """One of the node types that the autoscaler may start."""
+    """A node type that the autoscaler may launch."""
 
     name: str
     resources: Mapping[str, float]
@@ -78,7 +78,7 @@ class NodeType:
     device_name: str
     hardware: NodeHardware
     price_per_hour: float | None
-    """None: not known."""
+    """None: unknown."""
 
     @property
     def num_gpus(self) -> float:
@@ -90,7 +90,7 @@ class NodeType:
 
     @property
     def host_gb(self) -> float | None:
-        """GiB of the node's memory, where it is known."""
+        """Memory of the node in GiB; None if unknown."""
         known = self.resources.get("memory")
         return self.hardware.memory_gb or (known / 2**30 if known else None)
 
@@ -105,24 +105,25 @@ class NodeType:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCluster:
-    """What a plan may use."""
+    """The nodes that a plan may use."""
 
     file: str
     head: NodeType
     workers: tuple[NodeType, ...]
     max_workers: float
-    """Nodes of all types together, the head not counted."""
+    """Maximum number of nodes of all types together, without the head."""
     currency: str
 
 
 def read_cluster(path: Path, hardware: Path | None) -> PlannedCluster:
-    """The cluster of a Ray cluster definition.
+    """Read a Ray cluster definition.
 
     Args:
-        hardware: unset: the file beside it that ends in .toml, if there is one.
+        hardware: the hardware file; None: the file beside `path` with the suffix .toml, if it
+            exists.
 
     Raises:
-        ConfigError: a file is missing or says what makes no sense.
+        ConfigError: a file is missing or invalid.
     """
     key = f"--cluster={path}"
     tree = _read_yaml(path, key)
@@ -197,7 +198,7 @@ def _read_hardware(path: Path | None, cluster: Path) -> HardwareFile:
 
 
 def load_known_devices() -> dict[str, Device]:
-    """By name, those that ship with medgpt."""
+    """Return the devices that ship with medgpt, by name."""
     text = files("medgpt.planning").joinpath("devices.toml").read_text("utf-8")
     return validate(HardwareFile, tomllib.loads(text)).devices
 
@@ -222,7 +223,7 @@ def _node_type(
     device = hardware.device or _device_name(resources, labels)
     if device not in devices:
         raise ConfigError(
-            f"{NODE_TYPES_KEY}.{name}: the device {device} is not known; describe it as "
+            f"{NODE_TYPES_KEY}.{name}: device {device} is unknown; describe it as "
             f"[devices.{device}] in the hardware file, or set nodes.{name}.device to one "
             f"of {', '.join(devices)}"
         )
@@ -240,7 +241,7 @@ def _node_type(
 
 
 def _device_name(resources: Mapping[str, Any], labels: Mapping[str, str]) -> str:
-    """The GPU by Ray's own label or resource; a GPU that nothing names is called GPU."""
+    """Return the GPU named by Ray's label or resource, else GPU; CPU for a node without GPUs."""
     if not resources.get("GPU"):
         return CPU_DEVICE
     names = [key.removeprefix(ACCELERATOR_RESOURCE) for key in resources]

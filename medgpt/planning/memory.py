@@ -1,7 +1,7 @@
-"""What a worker that trains holds in memory, by kind, in each phase of a step.
+"""Memory of a training worker, by kind, in each phase of an optimizer step.
 
-Model states as in Rajbhandari et al., 2019 (ZeRO, arXiv 1910.02054), section 3.1, for Adam with
-fp32 master weights; beside them what DeepSpeed 0.19 and medgpt's engine allocate on the way.
+Model states follow Rajbhandari et al., 2019 (ZeRO, arXiv 1910.02054), section 3.1, for Adam with
+fp32 master weights; to them come the buffers that DeepSpeed 0.19 and medgpt's engine allocate.
 """
 
 from collections.abc import Mapping
@@ -15,38 +15,38 @@ from medgpt.planning.activations import MicroBatch
 FP32, FP64 = 4, 8  # bytes
 MIB, GIB = 2**20, 2**30
 
-# DeepSpeed's defaults, which medgpt leaves as they are; in elements
-ZERO3_LIVE_ELEMENTS = 1_000_000_000  # that ZeRO-3 gathers ahead, and keeps between their uses
-ZERO3_PREFETCH_ELEMENTS = 50_000_000  # of them that travel together
+# defaults of DeepSpeed that medgpt does not change, in elements
+ZERO3_LIVE_ELEMENTS = 1_000_000_000  # max_live_parameters and max_reuse_distance
+ZERO3_PREFETCH_ELEMENTS = 50_000_000  # prefetch_bucket_size
 ZERO0_ALL_REDUCE_ELEMENTS = 500_000_000  # gradients that stage 0 reduces in one call
 
 CUDA_CONTEXT_BYTES = 1.5 * GIB
-"""Of a GPU: CUDA's context, cuBLAS and NCCL. An assumption, not measured."""
+"""CUDA context, cuBLAS and NCCL on a GPU. Assumed, not measured."""
 CPU_RUNTIME_BYTES = 28 * MIB
-"""Of a CPU process, above its memory after the imports, with next to no model: pages of libraries
-that are read at their first use, and gloo's. `tests.bench.plan_memory` measures it."""
+"""Memory of a CPU process with a tiny model beyond that after the imports: library pages read at
+first use, and gloo. Measured by `tests.bench.plan_memory`."""
 
-BytesByKind = Mapping[str, float]  # bytes by kind
+BytesByKind = Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """How an engine is set up, and what its largest micro-batch is."""
+    """Settings of an engine and its largest micro-batch."""
 
     zero_stage: int
     num_ranks: int
     bytes_per_weight: int
-    """Bytes of a weight in the forward pass: 2 in bf16, 4 in fp32."""
+    """Bytes of a weight in the forward pass: 2 for bf16, 4 for fp32."""
     micro_batch: MicroBatch
     offload_optimizer: bool
     on_gpu: bool
     is_saving_checkpoint: bool
-    """A checkpoint is being written while training goes on."""
+    """Whether a checkpoint is written while training continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPhase:
-    """A moment of a step at which much is held."""
+    """A moment of the optimizer step with high memory use."""
 
     name: str
     bytes_by_kind: BytesByKind
@@ -58,16 +58,16 @@ class StepPhase:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerMemory:
-    """Of one worker, at its worst."""
+    """Peak memory of one worker."""
 
     worst_phase: StepPhase
-    """On the GPU, else all of it."""
+    """The phase with the most memory, on the GPU or of the CPU process."""
     host_bytes: float
-    """Bytes on the host of a GPU worker; 0 on a CPU."""
+    """Host memory of a GPU worker in bytes; 0 for a CPU worker."""
 
 
 def train_memory(model: ModelShape, setup: TrainingSetup) -> WorkerMemory:
-    """What a worker needs."""
+    """Return the peak memory of a training worker."""
     if not setup.on_gpu:
         return WorkerMemory(worst_phase=_largest_phase(cpu_phases(model, setup)), host_bytes=0)
     context = {"runtime": CUDA_CONTEXT_BYTES}
@@ -86,18 +86,18 @@ def _largest_phase(phases: list[StepPhase]) -> StepPhase:
     return max(phases, key=lambda phase: phase.total_bytes)
 
 
-# ---- what lives ----
+# ---- allocated on the device ----
 
 
 def allocated_phases(model: ModelShape, setup: TrainingSetup) -> list[StepPhase]:
-    """What is allocated on the device when weights are gathered, in the backward pass before and
-    after gradients are reduced for the first time, and in the optimizer step."""
+    """Return the memory allocated on the device in four phases: weights are gathered, the backward
+    pass before and after the first reduction of gradients, and the optimizer step."""
     stage = setup.zero_stage
     states, activation_memory = _model_states(model, setup), _activation_bytes(model, setup)
     gathered, accumulated = _gathered_weights(model, setup), _accumulated_gradients(model, setup)
     bucket = {"buckets": _bucket_bytes(setup)}
     stage_3_bucket = bucket if stage == 3 else {}
-    # of the backward pass when the first bucket is full; stages 0 and 1 reduce after it
+    # share of the backward pass left when the first bucket is full; stages 0 and 1 reduce after it
     remaining_share = 0.0 if stage < 2 else max(0.0, 1 - BUCKET_ELEMENTS / model.num_trainable)
     unfinished = {
         kind: remaining_share * size
@@ -133,8 +133,8 @@ def allocated_phases(model: ModelShape, setup: TrainingSetup) -> list[StepPhase]
 
 
 def _model_states(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """Weights; fp32 master weights and the two moments of Adam; each in parts from the ZeRO stage
-    on that says so. At stage 0 in fp32 the weights are their own masters."""
+    """Return weights, fp32 master weights and Adam's two moments, partitioned as the ZeRO stage
+    defines. At stage 0 in fp32 the weights are their own master weights."""
     trained, n, stage = model.num_trainable, setup.num_ranks, setup.zero_stage
     fp32_copies = 3 / n if stage else 2
     states = {
@@ -142,7 +142,7 @@ def _model_states(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
         "gradients": FP32 * trained / n if stage == 3 else 0.0,
         "optimizer": FP32 * fp32_copies * trained,
     }
-    if setup.offload_optimizer:  # a buffer for the largest gradient on its way
+    if setup.offload_optimizer:  # the buffer holds the largest gradient while it is copied
         return {
             "weights": states["weights"],
             "buckets": float(setup.bytes_per_weight * _largest_trained_weight(model)),
@@ -151,8 +151,8 @@ def _model_states(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
 
 
 def _activation_bytes(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """Activations, the output layer, and the dense gradient of an embedding, which waits for that
-    of the output layer, or comes and goes where they are not one matrix."""
+    """Return activations, logits and the dense gradient of the embedding, which waits for that of a
+    tied output layer and is freed at once if they are not tied."""
     b, batch = setup.bytes_per_weight, setup.micro_batch
     work = activations.backward_buffers(model, batch, b)
     return {
@@ -167,8 +167,8 @@ def _embedding_gradient_bytes(model: ModelShape, b: int) -> int:
 
 
 def _accumulated_gradients(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """Gradients that wait between micro-batches: all of them at stages 0 and 1, in fp32; this
-    rank's part at stage 2 (offloaded: on the host). At stage 3 they are among the states."""
+    """Return gradients kept between micro-batches: all of them in fp32 at stages 0 and 1, the
+    rank's part at stage 2 unless it is offloaded. At stage 3 they are part of the model states."""
     trained, n = FP32 * model.num_trainable, setup.num_ranks
     if setup.zero_stage < 2:
         return {"gradients": float(trained)}
@@ -178,21 +178,22 @@ def _accumulated_gradients(model: ModelShape, setup: TrainingSetup) -> dict[str,
 
 
 def _bucket_bytes(setup: TrainingSetup) -> float:
-    """The buffer that gradients are collected in, of the weights' dtype at stage 2, else fp32."""
+    """Return the size of the gradient bucket, in the weights' dtype at stage 2, else in fp32."""
     if setup.zero_stage == 0:
         return 0.0
     return float(BUCKET_ELEMENTS * (setup.bytes_per_weight if setup.zero_stage == 2 else FP32))
 
 
 def _reduced_elements(model: ModelShape) -> int:
-    """Elements that are reduced in one call: a bucket, or a gradient that is larger than one."""
+    """Return the elements reduced in one call: a bucket, or a single larger gradient."""
     return max(min(BUCKET_ELEMENTS, model.num_trainable), _largest_trained_weight(model))
 
 
 def _reduce_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """To reduce a bucket: a flat copy of it, at stage 2 in bf16 another one in fp32 to communicate,
-    at stage 3 over gloo another one that is gloo's. What this rank keeps of it at stages 1 and 2;
-    at stage 2 in fp32 that is a second part, whose sum with the first is taken afterwards."""
+    """Return the buffers that reduce a bucket: a flat copy, at stage 2 in bf16 a second one in
+    fp32, at stage 3 over gloo a second one inside gloo. At stages 1 and 2 the rank keeps its part
+    of the result; at stage 2 in fp32 this is a second part, which is added to the first
+    afterwards."""
     stage, elements = setup.zero_stage, _reduced_elements(model)
     if stage == 0:
         return {}
@@ -210,9 +211,9 @@ def _reduce_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]
 
 
 def _step_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """Stage 0 makes all gradients flat to reduce them. Stages 1 and 2 make this rank's part flat
-    (in bf16 it is), of which the norm is taken in fp64, one gradient at a time; without gradients
-    they then gather the weights, over gloo into a copy."""
+    """Return the buffers of the optimizer step. Stage 0 flattens all gradients to reduce them.
+    Stages 1 and 2 flatten the rank's part (in bf16 it is flat) and compute its norm in fp64, one
+    gradient at a time; they then free the gradients and gather the weights, which gloo copies."""
     trained, n, stage = FP32 * model.num_trainable, setup.num_ranks, setup.zero_stage
     if stage == 0:
         return {"gradients": float(trained), "buckets": _flat_copy_bytes(model, setup)}
@@ -227,7 +228,7 @@ def _step_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
 
 
 def _flat_copy_bytes(model: ModelShape, setup: TrainingSetup) -> float:
-    """In the step: gradients made flat at stage 0, gloo's copy of weights at stages 1 and 2."""
+    """Return the flat gradients at stage 0, gloo's copy of weights at stages 1 and 2."""
     if setup.zero_stage == 0:
         return float(
             FP32
@@ -238,8 +239,8 @@ def _flat_copy_bytes(model: ModelShape, setup: TrainingSetup) -> float:
 
 
 def _gathered_weights(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """Whole weights at ZeRO-3. DeepSpeed gathers ahead up to LIVE_PARAMETERS, and lets go of none
-    that it uses again within as many: a smaller model is whole through forward and backward."""
+    """Return the whole weights at ZeRO-3. DeepSpeed gathers up to ZERO3_LIVE_ELEMENTS ahead and
+    keeps those that it uses again within as many, so a smaller model stays whole in both passes."""
     if setup.zero_stage < 3:
         return {}
     return {
@@ -251,9 +252,9 @@ def _gathered_weights(model: ModelShape, setup: TrainingSetup) -> dict[str, floa
 
 
 def _gather_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """ZeRO-3 at the begin of a forward pass: flat buffers on their way, and the weights that are
-    copied out of the first. Over gloo two travel at a time, which it copies, and the others are
-    asked for once the first is there."""
+    """Return the buffers at the start of a ZeRO-3 forward pass: flat buffers being received, and
+    the weights copied out of the first one. gloo receives two at a time, copies them, and requests
+    the others after the first has arrived."""
     if setup.zero_stage < 3:
         return {}
     flat = min(model.num_params, ZERO3_LIVE_ELEMENTS)
@@ -271,12 +272,12 @@ def _largest_trained_weight(model: ModelShape) -> int:
     return max(weight.num_elements for weight in model.weights if weight.trainable)
 
 
-# ---- beside the device ----
+# ---- host memory of a GPU worker ----
 
 
 def _checkpoint_bytes(model: ModelShape, setup: TrainingSetup) -> float:
-    """A checkpoint on its way to disk: fp32 weights and moments of the parameters that the rank
-    writes, each whole, shared out by size; and one that is gathered."""
+    """Return a checkpoint being written: fp32 weights and moments of the parameters that the rank
+    writes, balanced by size and never split, and one parameter being gathered."""
     if not setup.is_saving_checkpoint:
         return 0.0
     share = max(model.num_trainable / setup.num_ranks, _largest_trained_weight(model))
@@ -284,14 +285,14 @@ def _checkpoint_bytes(model: ModelShape, setup: TrainingSetup) -> float:
 
 
 def _loading_bytes(model: ModelShape, setup: TrainingSetup) -> float:
-    """Weights on their way from disk to the device: all of them, at ZeRO-3 one tensor at a time."""
+    """Return the weights being read from disk: all of them, at ZeRO-3 one tensor at a time."""
     largest = max(weight.num_elements for weight in model.weights)
     return float(setup.bytes_per_weight * (largest if setup.zero_stage == 3 else model.num_params))
 
 
 def offloaded_bytes(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
-    """On the host: this rank's part of master weights and moments, of the gradients twice, of the
-    weights in their dtype, and a buffer for the largest gradient."""
+    """Return the host memory of offloading: the rank's part of master weights and moments, twice
+    its gradients, its weights in their dtype, and a buffer for the largest gradient."""
     if not setup.offload_optimizer:
         return {}
     part = model.num_trainable / setup.num_ranks
@@ -302,25 +303,25 @@ def offloaded_bytes(model: ModelShape, setup: TrainingSetup) -> dict[str, float]
     }
 
 
-# ---- a CPU ----
+# ---- resident memory of a CPU worker ----
 
 
 def cpu_phases(model: ModelShape, setup: TrainingSetup) -> list[StepPhase]:
-    """The phases as a process on a CPU shows them: with what it has freed_bytes and keeps.
+    """Return the phases as resident memory of a CPU process, including memory it freed but keeps.
 
-    `engine.setup.keep_freed_memory` lets all but large blocks stay in the heap. What activations
-    leave is used again for activations. But gradients that wait between micro-batches (stages 0
-    and 1) and weights that stay gathered (stage 3) lie between them and split the room, so it is
-    not used for one another. Nor is at stage 1 the room that the initial weights leave when ZeRO
-    flat_copies them into flat buffers; at stage 2 nothing lies between, and activations use it; at
-    stage 3 it is there before the states are made, which use it. A checkpoint uses it, too, it
-    consists of blocks of the same sizes. Large blocks go back when freed_bytes.
+    `engine.setup.keep_freed_memory` keeps all but large blocks in the heap. Activations reuse the
+    blocks of activations. But gradients that wait between micro-batches (stages 0 and 1) and
+    weights that stay gathered (stage 3) fragment the heap, so their blocks are not reused for one
+    another. Nor, at stage 1, are those of the initial weights, which ZeRO copies into flat buffers;
+    at stage 2 nothing lies between, and activations reuse them; at stage 3 they are freed before
+    the model states are created, which reuse them. A checkpoint, made of blocks of the same sizes,
+    reuses them too. Large blocks are returned to the system when freed.
     """
     stage, checkpoint = setup.zero_stage, _checkpoint_bytes(model, setup)
     persistent = (
         _accumulated_gradients(model, setup) if stage < 2 else _gathered_weights(model, setup)
     )
-    # the gradient of the embedding itself beside the one that waits
+    # the gradient of the embedding, beside the one that waits for the output layer
     activation_memory = _add_bytes(
         _activation_bytes(model, setup),
         {"gradients": _embedding_gradient_bytes(model, setup.bytes_per_weight)},
@@ -345,13 +346,13 @@ def cpu_phases(model: ModelShape, setup: TrainingSetup) -> list[StepPhase]:
             "runtime": CPU_RUNTIME_BYTES,
         },
     )
-    # pages of the bucket are there once they are written_bucket_bytes to
+    # pages of the bucket become resident when they are written
     written_bucket_bytes = _bucket_bytes(setup) * min(1.0, model.num_trainable / BUCKET_ELEMENTS)
     bucket = {"buckets": written_bucket_bytes if stage >= 2 else 0.0}
     if stage == 3:
         heap, bucket = _add_bytes(heap, bucket), {}
     gather_buffers = {"buckets": _gather_buffers(model, setup).get("buckets", 0.0)}
-    # at stages 0 and 1 there is room in the heap for what gradients are copied to
+    # at stages 0 and 1 the heap has room for the copies of gradients
     reduce_buffers = _add_bytes(
         bucket, _accumulated_gradients(model, setup), _reduce_buffers(model, setup)
     )

@@ -1,4 +1,4 @@
-"""Whether workers fit nodes, and the smallest change that would make them."""
+"""Checks whether workers fit onto nodes, and finds the smallest change that makes them fit."""
 
 import itertools
 import math
@@ -15,15 +15,15 @@ from medgpt.planning.memory import GIB
 from medgpt.planning.planned_pools import PlannableConfig, PlannedPool, plan_pools
 
 USABLE_SHARE = 0.9
-"""Of a memory: what an allocator wastes, and what no formula here knows, needs the rest."""
+"""Share of a memory that is planned; the rest is for fragmentation and unknown allocations."""
 PROCESS_BYTES = 0.6 * GIB
-"""On a host, of a worker's process: torch, transformers, DeepSpeed and Ray once they are imported.
-Measured without Ray 0.4 GiB."""
+"""Host memory of a worker process after importing torch, transformers, DeepSpeed and Ray. Measured
+without Ray: 0.4 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFit:
-    """What a node type has for one worker; None where the host's memory is not known."""
+    """The memory that a node type has per worker, and whether it suffices; None if unknown."""
 
     node: str
     device_gb: float | None
@@ -33,16 +33,16 @@ class NodeFit:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolFit:
-    """What one worker needs, with the roles that share its bundle, and where there is room."""
+    """The memory that one worker and the roles on its bundle need, and the nodes that fit."""
 
     device_gb: float
     host_gb: float
     rooms: Mapping[str, NodeFit]
-    """By node type that has the resources and labels for it."""
+    """By node type that has the resources and labels of the worker."""
 
 
 def fit_pools(pools: Sequence[PlannedPool], cluster: PlannedCluster) -> dict[str, PoolFit]:
-    """By pool that has bundles of its own."""
+    """Return the fit of each pool that has bundles of its own, by name."""
     bundle_owners = [pool for pool in pools if pool.role.share_with is None]
     return {
         pool.name: _fit_bundle(
@@ -53,7 +53,7 @@ def fit_pools(pools: Sequence[PlannedPool], cluster: PlannedCluster) -> dict[str
 
 
 def _fit_bundle(bundle_pools: Sequence[PlannedPool], cluster: PlannedCluster) -> PoolFit:
-    """Roles on one bundle: a GPU has one of them at a time, a CPU all."""
+    """Fit the roles on one bundle: on a GPU one role at a time is loaded, on a CPU all of them."""
     host_pool = bundle_pools[0]
     device_bytes = [pool.memory.worst_phase.total_bytes for pool in bundle_pools]
     if host_pool.on_gpu:
@@ -70,7 +70,7 @@ def _fit_bundle(bundle_pools: Sequence[PlannedPool], cluster: PlannedCluster) ->
 
 
 def workers_per_node(node: NodeType, pool: PlannedPool) -> int:
-    """As many as its resources hold."""
+    """Return how many workers the resources of a node hold, at least 1."""
     bundle = worker_bundle(pool.role)
     return max(1, math.floor(min(node.resources[name] / n + 1e-9 for name, n in bundle.items())))
 
@@ -97,7 +97,7 @@ def _fit_node(pool: PlannedPool, node: NodeType, device: float, host: float) -> 
 
 
 def describe_misfit(name: str, fit: PoolFit) -> str:
-    """Why a pool fits nowhere."""
+    """Return a sentence that says why a pool fits on no node type."""
     available = "; ".join(
         f"{room.node} has {room.device_gb:.0f} GiB"
         + (f" and {room.host_gb:.0f} GiB on the host" if room.host_gb and fit.host_gb else "")
@@ -106,20 +106,20 @@ def describe_misfit(name: str, fit: PoolFit) -> str:
     )
     host = f" and {fit.host_gb:.1f} GiB on the host" if fit.host_gb else ""
     return (
-        f"a worker of {name} needs {fit.device_gb:.1f} GiB{host}, no node type has so much within "
-        f"{USABLE_SHARE:.0%} of its memory: {available}"
+        f"a worker of {name} needs {fit.device_gb:.1f} GiB{host}, more than {USABLE_SHARE:.0%} of "
+        f"the memory of every node type: {available}"
     )
 
 
-# ---- what would fit ----
+# ---- the smallest change that fits ----
 
 
 def smallest_change(config: PlannableConfig, name: str, cluster: PlannedCluster) -> str | None:
-    """The fewest keys, the cheapest first, with which the pool fits some node type."""
+    """Return the fewest keys, cheapest first, with which the pool fits; None if none do."""
     for change in _candidate_changes(config, name):
         try:
             changed = with_keys(config, change)
-        except ConfigError:  # keys that do not go together
+        except ConfigError:  # an invalid combination of keys
             continue
         fit = fit_pools(plan_pools(changed)[0], cluster)[name]
         if any(room.fits is not False for room in fit.rooms.values()):
@@ -129,7 +129,7 @@ def smallest_change(config: PlannableConfig, name: str, cluster: PlannedCluster)
 
 
 def _candidate_changes(config: PlannableConfig, name: str) -> Iterator[dict[str, object]]:
-    """Sets of keys to try: one key before two, and cheap ones first."""
+    """Yield sets of keys to try: single keys before pairs, cheap keys first."""
     choices = _smaller_values(config, name)
     for size in range(1, len(choices) + 1):
         for keys in itertools.combinations(choices, size):
@@ -138,7 +138,7 @@ def _candidate_changes(config: PlannableConfig, name: str) -> Iterator[dict[str,
 
 
 def _smaller_values(config: PlannableConfig, name: str) -> dict[str, list[object]]:
-    """Values that need less memory than the present one, by key, in the order of what they cost."""
+    """Return, by key, values that need less memory than the current one, cheapest keys first."""
     if isinstance(config, PPOStageConfig):
         return _ppo_smaller_values(config, name)
     train, engine, workers = config.train, config.engine, config.cluster.min_workers
@@ -193,7 +193,7 @@ def _doublings(workers: int, most: int) -> list[int]:
 
 
 def with_keys(config: PlannableConfig, keys: Mapping[str, object]) -> PlannableConfig:
-    """The config with other values of some keys. Raises ConfigError if they do not fit the rest."""
+    """Return the config with some keys replaced. Raise ConfigError if the result is invalid."""
     tree = config.model_dump()
     for key, value in keys.items():
         *path, last = key.split(".")

@@ -1,4 +1,4 @@
-"""What an autoscaler would start for the bundles of a job, as Ray's own scheduler decides."""
+"""The nodes that the autoscaler launches for a stage, computed by Ray's own scheduler."""
 
 import math
 from collections import Counter
@@ -15,25 +15,25 @@ from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 from medgpt.planning.hardware import NodeType, PlannedCluster
 
-UNLIMITED_NODES = 10_000  # of a type without a limit
+UNLIMITED_NODES = 10_000  # limit of a type that has none
 
 
 @dataclass(frozen=True)
 class NodeLaunches:
-    """Nodes by type, the head among them."""
+    """Number of nodes by type, including the head."""
 
     nodes: Mapping[str, int]
     price_per_hour: float | None
-    """None: a price is not known."""
+    """In the currency of the cluster; None: a price is unknown."""
 
 
 def plan_node_launches(
     cluster: PlannedCluster, demands: Demands, *, data_cpus: float
 ) -> NodeLaunches:
-    """The nodes for all workers at once and a data task, from an empty cluster.
+    """Return the nodes for all workers and a data task at the same time, from an empty cluster.
 
     Raises:
-        ConfigError: some can never be placed.
+        ConfigError: a worker can never be placed.
     """
     addable = [node.to_node_group() for node in cluster.workers]
     check_demands(demands, [cluster.head.to_node_group()], addable, data_cpus=data_cpus)
@@ -54,7 +54,7 @@ def plan_node_launches(
     ]:
         raise ConfigError(_refusal(cluster, demands, infeasible))
     nodes = Counter({launch.instance_type: launch.count for launch in reply.to_launch})
-    if nodes.total() > cluster.max_workers:  # Ray starts them, and ends some again
+    if nodes.total() > cluster.max_workers:  # Ray would launch them and terminate some again
         raise ConfigError(_refusal(cluster, demands, list(bundle_roles)))
     nodes = {cluster.head.name: 1, **nodes}
     return NodeLaunches(nodes, _price_per_hour(cluster, nodes))
@@ -71,9 +71,9 @@ def _refusal(cluster: PlannedCluster, demands: Demands, infeasible: Sequence[str
         f"{n.max_nodes:g} x {n.name} ({describe_resources(n.resources)})" for n in cluster.workers
     )
     return (
-        f"--cluster={cluster.file}: no room for {unplaced or 'a data task'} beside what else the "
-        f"job needs; the autoscaler may start {types}, {cluster.max_workers:g} in all; use fewer "
-        "or smaller workers, or raise max_workers there"
+        f"--cluster={cluster.file}: no room for {unplaced or 'a data task'} beside the other "
+        f"workers of the job; the autoscaler may start {types}, "
+        f"{cluster.max_workers:g} in all; use fewer or smaller workers, or raise max_workers there"
     )
 
 
@@ -82,7 +82,7 @@ def describe_resources(resources: Mapping[str, float]) -> str:
 
 
 def _price_per_hour(cluster: PlannedCluster, nodes: Mapping[str, int]) -> float | None:
-    """Of an hour, in the cluster's currency."""
+    """Return the price of the nodes per hour in the cluster's currency; None if unknown."""
     total = 0.0
     for node in (cluster.head, *cluster.workers):
         if nodes.get(node.name) and node.price_per_hour is None:
@@ -102,7 +102,7 @@ def _node_type_config(node: NodeType) -> NodeTypeConfig:
 
 
 def _gang_request(name: str, role: RoleConfig) -> GangResourceRequest:
-    """The placement group of a pool, as Ray tells it to its autoscaler."""
+    """Return the request for the placement group of a pool, as Ray sends it to its autoscaler."""
     kinds = ResourceRequestUtil.PlacementConstraintType
     constraints = {
         "STRICT_PACK": [(kinds.AFFINITY, "_PG", name)],

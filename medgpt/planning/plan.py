@@ -1,4 +1,4 @@
-"""A plan: what a stage needs on a cluster, whether it fits, how long it takes and what it costs."""
+"""The plan of a stage: what it needs on a cluster, whether it fits, its time and cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ NOTHING_FITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineVariant:
-    """Another way to set up the engines of the pools that train."""
+    """Alternative engine settings of the trained pools."""
 
     zero_stage: int
     offload: bool
     checkpointing: bool
     fits: Mapping[str, PoolFit]
-    """By pool."""
+    """By pool name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class StagePlan:
     cluster: PlannedCluster
     pools: Sequence[PlannedPool]
     fits: Mapping[str, PoolFit]
-    """By pool that has bundles of its own."""
+    """By name of the pools that have bundles of their own."""
     variants: Sequence[EngineVariant]
     launches: NodeLaunches
     time_and_cost: TimeAndCost
@@ -50,14 +50,14 @@ def make_plan(
     tokens: float | None,
     mfu: float,
 ) -> StagePlan:
-    """The plan of a stage.
+    """Plan a stage.
 
     Args:
-        tokens: to train on; of PPO: of prompts and responses. None: not told how long it takes.
-        mfu: share of the peak that training is assumed to reach.
+        tokens: of the run (PPO: of prompts and responses); None: of its prepared data, if known.
+        mfu: assumed share of the peak FLOP/s.
 
     Raises:
-        ConfigError: a model cannot be found, a pool can never be placed, or fits no node type.
+        ConfigError: a model cannot be found, or a pool can never be placed or fits on no node type.
     """
     pools, notes = plan_pools(config)
     launches = plan_node_launches(

@@ -1,4 +1,4 @@
-"""A plan as tables on the console, or as JSON."""
+"""Output of a plan: tables on the console, or JSON."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -12,14 +12,14 @@ from medgpt.planning.node_fit import USABLE_SHARE, PoolFit
 from medgpt.planning.plan import StagePlan
 from medgpt.planning.planned_pools import PlannedPool
 
-MEMORY_KINDS = (  # as they are shown
+MEMORY_KINDS = (  # in the order of the columns
     *("weights", "gradients", "optimizer", "activations", "logits", "cache", "buckets"),
     *("snapshot", "reference", "freed", "runtime"),
 )
 
 
 def print_plan(plan: StagePlan, mfu: float) -> None:
-    """Print the plan: memory by pool, other engines, nodes, time and cost, assumptions."""
+    """Print the plan: memory by pool, other engine settings, nodes, time and cost, assumptions."""
     console = Console()
     for table in (_pools_table(plan), _variants_table(plan)):
         console.print(table)
@@ -37,7 +37,7 @@ def _pools_table(plan: StagePlan) -> Table:
         for k in MEMORY_KINDS
         if any(pool.memory.worst_phase.bytes_by_kind.get(k) for pool in plan.pools)
     ]
-    table = Table(title="Memory of a worker at its worst, GiB", title_justify="left")
+    table = Table(title="Peak memory of a worker, GiB", title_justify="left")
     for column in ("pool", "workers", "parameters", "trained", *used, "all", "host", "fits"):
         table.add_column(column, justify="left" if column in ("pool", "fits") else "right")
     for pool in plan.pools:
@@ -62,7 +62,7 @@ def _pools_table(plan: StagePlan) -> Table:
 
 def _variants_table(plan: StagePlan) -> Table:
     table = Table(
-        title=f"Other engines: GiB of a worker, and where {USABLE_SHARE:.0%} of the memory hold it",
+        title=f"Engine settings: GiB per worker, nodes where it fits in {USABLE_SHARE:.0%}",
         title_justify="left",
     )
     names = [name for name in plan.fits if plan.variants and name in plan.variants[0].fits]
@@ -93,7 +93,7 @@ def _describe_nodes(plan: StagePlan) -> str:
         for name, count in plan.launches.nodes.items()
     )
     price = plan.launches.price_per_hour
-    cost = "price not known" if price is None else f"{price:,.2f} {plan.cluster.currency} an hour"
+    cost = "price unknown" if price is None else f"{price:,.2f} {plan.cluster.currency} an hour"
     return f"the autoscaler starts {nodes}: {cost}"
 
 
@@ -103,12 +103,12 @@ def _describe_time(plan: StagePlan, mfu: float) -> str:
         f"{name} {value:.3g} s" for name, value in estimate.seconds.items() if name != "step"
     )
     lines = [
-        f"{estimate.tokens:,.0f} tokens a step at most: {estimate.seconds['step']:.3g} s "
-        f"({parts}), {estimate.tokens_per_s:,.0f} tokens/s at an assumed {mfu:.0%} of the peak; no "
-        f"less than {estimate.at_peak_s:.3g} s"
+        f"at most {estimate.tokens:,.0f} tokens per step in {estimate.seconds['step']:.3g} s "
+        f"({parts}), {estimate.tokens_per_s:,.0f} tokens/s at an assumed {mfu:.0%} of the peak; at "
+        f"least {estimate.at_peak_s:.3g} s"
     ]
     if estimate.total_tokens is None:
-        lines.append("how long it takes is not known: give --tokens, or prepare the run")
+        lines.append("total time unknown; set --tokens, or prepare the data of the run first")
     else:
         assert estimate.hours is not None
         cost = "" if estimate.cost is None else f", {estimate.cost:,.0f} {plan.cluster.currency}"
@@ -117,7 +117,7 @@ def _describe_time(plan: StagePlan, mfu: float) -> str:
 
 
 def _fitting_nodes(fit: PoolFit) -> str:
-    """Node types with room, `?` where a host's memory is not known."""
+    """Return the node types with enough memory, with `?` if the host memory is unknown."""
     names = [f"{r.node}{'' if r.fits else '?'}" for r in fit.rooms.values() if r.fits is not False]
     return ", ".join(names) or "none"
 
@@ -136,7 +136,7 @@ def _yes_or_blank(value: bool) -> str:
 
 
 def plan_to_json(plan: StagePlan, mfu: float) -> dict[str, Any]:
-    """All numbers of a plan; keys end in their units."""
+    """Return all numbers of a plan; keys end in their units."""
     estimate = plan.time_and_cost
     return {
         "stage": plan.stage,

@@ -1,4 +1,4 @@
-"""What each pool of a stage holds: its model, how it runs, and the memory of one of its workers."""
+"""The pools of a stage as planned: model, engine settings and memory per worker."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,26 +34,26 @@ from medgpt.planning.memory import (
 )
 
 PlannableConfig = TrainStageConfig | PPOStageConfig
-TRAIN_POOL = "train"  # the one pool of a supervised stage
+TRAIN_POOL = "train"  # name of the only pool of a supervised stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPool:
-    """Workers that are alike."""
+    """A pool of identical workers."""
 
     name: str
     role: RoleConfig
-    """What each reserves; of a supervised stage made from `cluster`."""
+    """Resources per worker; for a supervised stage derived from `cluster`."""
     model: ModelShape
     bytes_per_weight: int
-    """Bytes of a weight."""
+    """Bytes per weight: 2 for bf16, 4 for fp32."""
     max_length: int
-    """Tokens of the longest piece."""
+    """Tokens of the longest sequence."""
     memory: WorkerMemory
-    """Of a worker."""
+    """Peak memory of a worker."""
     is_trained: bool
     zero_stage: int
-    """ZeRO, 0 for a whole model on every worker."""
+    """ZeRO stage; 0: every worker holds the whole model."""
     activation_checkpointing: bool = False
 
     @property
@@ -62,10 +62,10 @@ class PlannedPool:
 
 
 def plan_pools(config: PlannableConfig) -> tuple[list[PlannedPool], list[str]]:
-    """The pools of a stage, and what had to be assumed.
+    """Return the pools of a stage and a note for each assumption.
 
     Raises:
-        ConfigError: a model's configuration cannot be found.
+        ConfigError: the configuration of a model cannot be found.
     """
     if isinstance(config, PPOStageConfig):
         return _ppo_pools(config)
@@ -73,7 +73,7 @@ def plan_pools(config: PlannableConfig) -> tuple[list[PlannedPool], list[str]]:
 
 
 def stage_demands(config: PlannableConfig) -> Demands:
-    """Workers that must be there at the same time."""
+    """Return the workers that must be placed at the same time."""
     if not isinstance(config, PPOStageConfig):
         return worker_demands(config.cluster)
     pools = config.pools
@@ -82,7 +82,7 @@ def stage_demands(config: PlannableConfig) -> Demands:
 
 
 def precision_bytes(precision: str, on_gpu: bool) -> int:
-    """Bytes of a number; see engine.setup.compute_dtype."""
+    """Return the bytes of a number; see engine.setup.compute_dtype."""
     auto = "bf16" if on_gpu else "fp32"
     return {"bf16": 2, "fp32": 4}[auto if precision == "auto" else precision]
 
@@ -95,7 +95,7 @@ def _train_pool(config: TrainStageConfig) -> PlannedPool:
     [role] = worker_demands(cluster).values()
     model = _trained_model_shape(config)
     tokens = config.train.micro_batch_size * config.data.max_length
-    if isinstance(config, DPOConfig):  # TRL: a chosen and a rejected answer, all logits at once
+    if isinstance(config, DPOConfig):  # TRL computes the logits of both answers at once
         tokens *= 2
     label_share = 1.0
     if isinstance(config, PretrainConfig) and config.objective.kind == "mlm":
@@ -108,7 +108,7 @@ def _train_pool(config: TrainStageConfig) -> PlannedPool:
     )
     setup = _training_setup(engine, role, batch)
     memory = train_memory(model, setup)
-    if isinstance(config, DPOConfig):  # the model that it starts from, beside it
+    if isinstance(config, DPOConfig):  # the reference model, beside the trained one
         memory = _add_to_device(
             memory, {"reference": float(setup.bytes_per_weight * model.num_params)}
         )
@@ -128,7 +128,7 @@ def _train_pool(config: TrainStageConfig) -> PlannedPool:
 def _training_setup(engine: EngineConfig, role: RoleConfig, batch: MicroBatch) -> TrainingSetup:
     on_gpu = role.gpus_per_worker > 0
     b = precision_bytes(engine.precision, on_gpu)
-    stage = 1 if engine.zero_stage == 0 and b == 2 else engine.zero_stage  # as the engine does
+    stage = 1 if engine.zero_stage == 0 and b == 2 else engine.zero_stage  # as in the engine
     return TrainingSetup(
         zero_stage=stage,
         num_ranks=role.num_workers,
@@ -182,7 +182,7 @@ def _without_lora(model: ModelConfig) -> ModelConfig:
 
 
 def _reward_model_shape(config: PPOStageConfig, notes: list[str]) -> ModelShape | None:
-    """None: rewards come from rules and functions alone."""
+    """Return the shape of the reward model; None if rewards come from rules and functions alone."""
     if config.reward.model is None or not config.reward.score_weight:
         return None
     return _value_model_shape(config.reward.model, config, notes, lora=False)
@@ -191,7 +191,7 @@ def _reward_model_shape(config: PPOStageConfig, notes: list[str]) -> ModelShape 
 def _value_model_shape(
     name: str | None, config: PPOStageConfig, notes: list[str], *, lora: bool
 ) -> ModelShape:
-    """Of a reward model that is still to be trained, that of the policy's model."""
+    """Return the shape of a value model; of one that does not exist yet, that of the policy."""
     assert name is not None
     adapters = {"lora": config.critic.lora} if lora else {}
     if name != config.model.name and Path(name).is_absolute() and not Path(name).exists():
@@ -229,8 +229,8 @@ def _trained_pool(
 def _scoring_pool(
     name: str, role: ScoringRoleConfig, model: ModelShape | None, tokens: int, length: int
 ) -> PlannedPool:
-    """A frozen model; at ZeRO-3 its weights are partitioned, and whole while it runs up to what
-    DeepSpeed keeps gathered. Without a model the pool computes rewards by rules."""
+    """Plan the pool of a frozen model. At ZeRO-3 its weights are partitioned and, while it runs,
+    gathered up to DeepSpeed's limit. Raise ConfigError without a model: rules need no plan."""
     if model is None:
         raise ConfigError("reward.model is unset: plan a PPO with a reward model")
     b = precision_bytes(role.precision, role.gpus_per_worker > 0)
@@ -255,8 +255,8 @@ def _scoring_pool(
 
 
 def _rollout_pool(config: PPOStageConfig, model: ModelShape, length: int) -> PlannedPool:
-    """A whole model, keys and values of a batch, the widest place of reading its prompts, what its
-    last tokens are drawn from, and the buffers of weight sync."""
+    """Plan the rollout pool: the whole model, the KV cache of a batch, the widest activations of
+    the prefill, the logits to sample from, and the buffers of weight sync."""
     role: RolloutRoleConfig = config.pools.rollout
     b = precision_bytes(role.precision, role.gpus_per_worker > 0)
     budget = max(config.rollout.batch_tokens, length)
@@ -284,7 +284,7 @@ def _rollout_pool(config: PPOStageConfig, model: ModelShape, length: int) -> Pla
 def _inference_memory(
     bytes_by_kind: Mapping[str, float], role: RoleConfig, weights: float
 ) -> WorkerMemory:
-    """Of a worker that does not train; the host of a GPU holds the weights while they are read."""
+    """Return the memory of a worker that does not train; GPU workers load weights via the host."""
     on_gpu = role.gpus_per_worker > 0
     runtime = CUDA_CONTEXT_BYTES if on_gpu else CPU_RUNTIME_BYTES
     phase = StepPhase(name="forward", bytes_by_kind={**bytes_by_kind, "runtime": runtime})

@@ -1,6 +1,6 @@
-"""How long a stage takes and what it costs: from operations, memory and links, not measured.
+"""Estimates how long a stage takes and what it costs, from FLOPs, memory traffic and links.
 
-Every piece counts as long as the config allows, so true tokens per second are higher.
+Every sequence counts with its maximum length, so real runs process more tokens per second.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,19 +26,19 @@ from medgpt.runs import Run
 
 @dataclass(frozen=True, kw_only=True)
 class TimeAndCost:
-    """Of a step, or of an iteration of PPO."""
+    """Time and cost of a step, or of an iteration of PPO, and of the run."""
 
     tokens: float
-    """At most, of a step or iteration."""
+    """Maximum tokens of a step or iteration."""
     seconds: Mapping[str, float]
-    """By phase, at the assumed share of the peak; the last, `step`, is the whole."""
+    """Seconds by phase, at the assumed share of the peak; `step`, the last, is the total."""
     at_peak_s: float
-    """No step takes less."""
+    """Lower bound of the time of a step, in seconds."""
     total_tokens: float | None
-    """Of the run."""
+    """Tokens of the run; None: unknown."""
     hours: float | None
     cost: float | None
-    """In the cluster's currency."""
+    """In the currency of the cluster; None: unknown."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -54,7 +54,12 @@ def estimate_time_and_cost(
     tokens: float | None,
     mfu: float,
 ) -> TimeAndCost:
-    """Args: tokens: of the run; None: of its prepared data, or of `max_steps`, else not told."""
+    """Estimate the time and cost of a stage.
+
+    Args:
+        tokens: of the run; None: of its prepared data or `max_steps`, if known.
+        mfu: assumed share of the peak FLOP/s.
+    """
     node_types = {pool.name: _slowest_node(pool, pools, cluster, launches) for pool in pools}
     if isinstance(config, PPOStageConfig):
         phase_seconds, at_peak_s, tokens_per_step = _ppo_iteration(config, pools, node_types, mfu)
@@ -76,7 +81,7 @@ def estimate_time_and_cost(
 def _slowest_node(
     pool: PlannedPool, pools: Sequence[PlannedPool], cluster: PlannedCluster, launches: NodeLaunches
 ) -> NodeType:
-    """The slowest node type that may hold the pool, among those that are launches."""
+    """Return the slowest node type that can hold the pool, among launched nodes if any can."""
     host = next((p for p in pools if p.name == pool.role.share_with), pool)
     matching = [
         node
@@ -88,7 +93,7 @@ def _slowest_node(
 
 
 def devices_per_worker(pool: PlannedPool) -> float:
-    """Cores, or the part of a GPU, that a worker computes with."""
+    """Return the CPU cores, or the share of a GPU, of a worker."""
     return min(1.0, pool.role.gpus_per_worker) if pool.on_gpu else pool.role.cpus_per_worker
 
 
@@ -101,7 +106,7 @@ def pool_links(pool: PlannedPool, node: NodeType) -> LinkSpeeds:
 
 
 def communication_s(pool: PlannedPool, node: NodeType, micro_batches: int) -> float:
-    """Seconds that a pool that trains communicates in an optimizer step."""
+    """Return the seconds of communication in an optimizer step."""
     ranks = pool.role.num_workers
     collectives = step_collectives(
         pool.model,
@@ -114,7 +119,7 @@ def communication_s(pool: PlannedPool, node: NodeType, micro_batches: int) -> fl
 
 
 def combined_s(pool: PlannedPool, compute: float, exchange: float) -> float:
-    """ZeRO-3 communicates while it computes; the other stages, as medgpt sets them up, do not."""
+    """Return the time of both: ZeRO-3 overlaps communication with compute, other stages do not."""
     return max(compute, exchange) if pool.zero_stage == 3 else compute + exchange
 
 
@@ -124,7 +129,7 @@ def combined_s(pool: PlannedPool, compute: float, exchange: float) -> float:
 def _train_step(
     config: TrainStageConfig, pool: PlannedPool, node_types: Mapping[str, NodeType], mfu: float
 ) -> tuple[dict[str, float], float, float]:
-    """(seconds by phase, seconds at the peak, tokens)"""
+    """Return (seconds by phase, seconds at the peak, tokens) of an optimizer step."""
     train, ranks, node = config.train, pool.role.num_workers, node_types[pool.name]
     tokens = float(train.global_batch_size * config.data.max_length)
     flops = train_flops(pool.model, pool.max_length, checkpointing=pool.activation_checkpointing)
@@ -146,7 +151,8 @@ def _ppo_iteration(
     node_types: Mapping[str, NodeType],
     mfu: float,
 ) -> tuple[dict[str, float], float, float]:
-    """Generate; score by all models at once; actor and critic learn at once; weights are sent."""
+    """Return (seconds by phase, seconds at the peak, tokens) of an iteration: generate, score with
+    all models in parallel, update actor and critic in parallel, sync the weights."""
     sequences = config.ppo.rollout_batch_size
     length = config.data.max_length + config.rollout.max_new_tokens
     by_name = {pool.name: pool for pool in pools}
@@ -235,17 +241,17 @@ def _update_s(
 
 
 def _sync_s(actor: PlannedPool, node_types: Mapping[str, NodeType]) -> float:
-    """All weights once over the slower of the two nodes' networks."""
+    """Return the seconds to send all weights once over the slower node's network."""
     slower = min(node_types[name].network_gb_per_s for name in ("actor", "rollout"))
     return actor.bytes_per_weight * actor.model.num_params / (slower * 1e9)
 
 
-# ---- how much there is to do ----
+# ---- tokens of the run ----
 
 
 def _total_tokens(config: PlannableConfig, tokens_per_step: float) -> float | None:
-    """Tokens of the run: of the plan of its data, if the run directory is on this machine and has
-    one, else of its last step."""
+    """Return the tokens of the run: of the plan of its data if the run directory is local and has
+    one, at most those of its last step; None if both are unknown."""
     run = Run(config.run.dir) if "://" not in config.run.dir else None
     epochs = run.manifest.get("plan", {}).get("epochs") if run else None
     if isinstance(config, PPOStageConfig):

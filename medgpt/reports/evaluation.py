@@ -20,7 +20,7 @@ from medgpt.runs import Run
 def write_eval_report(run: Run) -> None:
     """Write report.html of a finished evaluation, beside its parent if it has one.
 
-    With a parent also comparison.json: by task and metric, the paired test of the two.
+    With a parent, also write comparison.json: the paired test for each task and metric.
     """
     results = run.folder.read_json(RESULTS)
     columns = [load_eval_column(run.folder.url.rsplit("/", 1)[-1], run)]
@@ -47,7 +47,7 @@ def load_eval_column(name: str, run: Run) -> EvalColumn:
 
 
 def load_gate_results(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
-    """Evidence of all gates, with the name of the stage."""
+    """Return the results of all gates, with the names of their stages."""
     return [
         {"stage": name, **item}
         for name, run in runs.items()
@@ -57,7 +57,7 @@ def load_gate_results(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
 
 
 def _comparisons_to_json(tables: list[TaskTable]) -> dict[str, Any]:
-    """Of the last column with the one before, where they answered the same questions."""
+    """Return the comparisons of the last column with the previous one, by task and metric."""
     return {
         table.task: {
             row.metric: {

@@ -14,7 +14,7 @@ from medgpt.train.reward_eval import REWARD_EVAL_FILE
 def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
     """Write report.html: the stages, the gates, and the scores of all evaluations in order.
 
-    An unchanged report is not written again.
+    An unchanged report is not rewritten.
     """
     evaluations = {name: run for name, run in runs.items() if run.folder.exists(RESULTS)}
     columns = [
@@ -38,7 +38,7 @@ def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
 
 
 def _reward_model_column(name: str, run: Run) -> EvalColumn:
-    """Of a reward model, which answers no task: how it tells held-out answers apart."""
+    """Return the column of a reward model, whose only score is its held-out accuracy."""
     return EvalColumn(name, reward_results(run), {REWARD_TASK: []})
 
 

@@ -9,25 +9,25 @@ from medgpt.reports.run import Metrics, plot_curve, render_page
 from medgpt.runs import Run
 
 ROLLOUT_SAMPLES = "rollouts.json"
-"""What a run keeps for its report: a list of {"iteration", "prompt", "answer", "total",
-"components": {name: number}}, never from a sensitive source."""
-WINDOW_ITERATIONS = 5  # iterations that "before" and "after" are the means of
+"""File with sampled rollouts: a list of {"iteration", "prompt", "answer", "total",
+"components": {name: number}}, none from a sensitive source."""
+WINDOW_ITERATIONS = 5  # iterations that are averaged for "before" and "after"
 CURVES = (  # title, unit, metric -> label
     (
         "Score",
         "reward of an answer, before KL",
         {"ppo/score_mean": "score", "rewards/total": "total"},
     ),
-    ("Divergence from the reference", "nats per answer", {"actor/kl_ref": "KL"}),
+    ("KL from the reference", "nats per answer", {"actor/kl_ref": "KL"}),
     ("Answers", "tokens", {"rollout/response_tokens": "length"}),
-    ("Ended by themselves", "share", {"rollout/eos_rate": "finished"}),
+    ("Answers that ended with EOS", "share", {"rollout/eos_rate": "finished"}),
     ("Entropy", "nats per token", {"actor/entropy": "entropy"}),
     ("Policy", "share, nats", {"actor/clip_frac": "clipped", "actor/approx_kl": "step KL"}),
     ("PPO-ptx", "nats per token", {"actor/ptx_loss": "loss"}),
     ("Critic", "explained variance", {"critic/explained_variance": "critic"}),
     ("Speed", "samples per second", {"ppo/samples_per_s": "all workers"}),
 )
-COMPARED_METRICS = {  # metric -> label; more is better unless marked
+COMPARED_METRICS = {  # metric -> label; ↓ marks metrics for which lower is better
     "ppo/score_mean": "score in training",
     "judge/score": "held-out reward model",
     "judge/checks": "held-out checks",
@@ -46,11 +46,11 @@ PHASE_ORDER = (
     "sync",
     "prompts",
     "wait",
-)  # in this order, then others
+)  # shown in this order, then all others
 
 
 def write_ppo_report(run: Run) -> None:
-    """Write report.html from what the run directory holds."""
+    """Write report.html from the files of the run directory."""
     metrics = run.metrics()
     samples = run.folder.read_json(ROLLOUT_SAMPLES) if run.folder.exists(ROLLOUT_SAMPLES) else []
     components = _component_names(metrics)
@@ -59,7 +59,7 @@ def write_ppo_report(run: Run) -> None:
     curve_specs = [
         *CURVES[:1],
         ("Reward components", "mean, before weights", component_labels),
-        ("Rules violated", "share of the answers", violation_labels),
+        ("Rule violations", "share of the answers", violation_labels),
         ("Judge", "held-out questions", {"judge/checks": "checks", "judge/score": "reward model"}),
         *CURVES[1:],
     ]
@@ -79,14 +79,14 @@ def write_ppo_report(run: Run) -> None:
 
 
 def _component_names(metrics: Metrics) -> list[str]:
-    """Names of the reward's components, in the order in which they were logged."""
+    """Return the names of the reward components in the order in which they were logged."""
     reward_keys = [key for line in metrics for key in line if key.startswith(REWARDS_PREFIX)]
     names = [key.removeprefix(REWARDS_PREFIX) for key in reward_keys if key.endswith("_masked")]
     return list(dict.fromkeys(name.removesuffix("_masked") for name in names))
 
 
 def _before_and_after(metrics: Metrics) -> list[dict[str, Any]]:
-    """First and last values; of what every iteration logs, means of the first and last few."""
+    """Return the first and last values of each metric, averaged if every iteration logs it."""
     rows = []
     for name, label in COMPARED_METRICS.items():
         values = [line[name] for line in metrics if name in line]
@@ -105,7 +105,7 @@ def _before_and_after(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def _phase_times(metrics: Metrics) -> list[dict[str, Any]]:
-    """Mean seconds of an iteration by phase, and their share of it."""
+    """Return the mean seconds of each phase and its share of an iteration."""
     lines = [line for line in metrics if "time/iteration_s" in line]
     if not lines:
         return []
@@ -122,7 +122,7 @@ def _phase_times(metrics: Metrics) -> list[dict[str, Any]]:
 
 
 def _key_numbers(metrics: Metrics) -> dict[str, str]:
-    """The numbers a reader looks for first."""
+    """Return the numbers at the top of the page."""
     iterations = [line for line in metrics if "ppo/score_mean" in line]
     if not iterations:
         return {}
@@ -140,7 +140,7 @@ def _key_numbers(metrics: Metrics) -> dict[str, str]:
 
 
 def _group_by_prompt(samples: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Answers to the same prompt under each other, the earliest first."""
+    """Group the samples by prompt, the earliest first."""
     answers_by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in sorted(samples, key=lambda sample: sample["iteration"]):
         answers_by_prompt.setdefault(sample["prompt"], []).append(sample)

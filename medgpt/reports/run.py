@@ -1,6 +1,6 @@
 """report.html of a run: one self-contained page with curves, counts, config and samples.
 
-It shows numbers and what the model generated, never rows of the data.
+It shows metrics and generated text, never rows of the data.
 """
 
 import io
@@ -37,11 +37,11 @@ CURVES = (  # title, unit, metric -> label
     ("Learning rate", "", {"train/learning_rate": "learning rate"}),
 )
 NO_METADATA = ("Date", "Creator", "Format", "Type")
-MAX_POINTS = 1000  # of a line; more are averaged in groups
-MAX_MARKED_POINTS = 40  # a line of at most so many shows each
+MAX_POINTS = 1000  # per line; longer lines are averaged in groups
+MAX_MARKED_POINTS = 40  # a line with at most this many points marks each of them
 STYLE: dict[RcKeyType, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "medgpt",  # the same curve is the same file
+    "svg.fonttype": "none",  # write text as text, not as paths
+    "svg.hashsalt": "medgpt",  # make the SVG reproducible
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -50,7 +50,7 @@ Metrics = list[dict[str, Any]]
 
 
 def write_run_report(run: Run) -> None:
-    """Write report.html from what the run directory holds."""
+    """Write report.html from the files of the run directory."""
     metrics = run.metrics()
     samples = run.folder.read_json("samples.json") if run.folder.exists("samples.json") else []
     reward_eval = (
@@ -61,9 +61,7 @@ def write_run_report(run: Run) -> None:
         (title, plot_curve(metrics, units.get(title, unit), lines)) for title, unit, lines in CURVES
     ]
     if reward_eval and reward_eval["pairs"]:
-        curves.insert(
-            0, ("Lead of the better answer, held out", _plot_margin_histogram(reward_eval["leads"]))
-        )
+        curves.insert(0, ("Held-out score margins", _plot_margin_histogram(reward_eval["leads"])))
     html = render_page(
         "report.html.jinja",
         name=run.folder.url.rsplit("/", 1)[-1],
@@ -78,7 +76,7 @@ def write_run_report(run: Run) -> None:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A template filled in, everything escaped."""
+    """Render a template with autoescaping."""
     return (
         Environment(loader=PackageLoader("medgpt.reports"), autoescape=True)
         .get_template(template)
@@ -87,7 +85,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def plot_curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
-    """An SVG of metrics over steps, empty if there are none."""
+    """Plot metrics over steps as SVG; return an empty string if no metric was logged."""
     points = {
         label: downsample([(line["step"], line[name]) for line in metrics if name in line])
         for name, label in lines.items()
@@ -110,13 +108,13 @@ def plot_curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
 
 
 def _plot_margin_histogram(margins: dict[str, list[float]]) -> str:
-    """An SVG of how far better answers' scores lead; what is left of 0 is in the wrong order."""
+    """Plot the histogram of score margins as SVG; pairs left of 0 are in the wrong order."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.0), layout="constrained")
         axes = figure.subplots()
         axes.stairs(margins["counts"], margins["edges"], fill=True)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("score of the better answer less that of the worse, in deviations")
+        axes.set_xlabel("score of the better answer minus that of the worse, in std")
         axes.set_ylabel("pairs")
         return figure_to_svg(figure)
 
@@ -128,14 +126,14 @@ def figure_to_svg(figure: Figure) -> str:
 
 
 def downsample(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS points, each the mean of as many neighbours."""
+    """Average neighboring points so that at most MAX_POINTS remain."""
     size = -(-len(points) // MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size or 1)]
     return [(sum(s for s, _ in g) / len(g), sum(v for _, v in g) / len(g)) for g in groups]
 
 
 def _key_numbers(metrics: Metrics) -> dict[str, str]:
-    """The numbers a reader looks for first."""
+    """Return the numbers at the top of the page."""
     validation = [line["validation/loss"] for line in metrics if "validation/loss" in line]
     speeds = sorted(line["train/tokens_per_s"] for line in metrics if "train/tokens_per_s" in line)
     train_lines = [line for line in metrics if "train/loss" in line]
@@ -144,7 +142,7 @@ def _key_numbers(metrics: Metrics) -> dict[str, str]:
         numbers["Steps"] = f"{train_lines[-1]['step']:,}"
         numbers["Training time"] = f"{metrics[-1]['time_s'] / 60:.1f} min"
         tokens = sum(line.get("train/tokens", 0) for line in train_lines)
-        if speeds:  # TRL's trainers do not tell
+        if speeds:  # TRL's trainers do not log it
             numbers["Tokens"] = f"{tokens:,.0f}"
             numbers["Tokens per second (median)"] = f"{speeds[len(speeds) // 2]:,.0f}"
         numbers["Last training loss"] = f"{train_lines[-1]['train/loss']:.4f}"

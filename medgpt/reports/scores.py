@@ -1,4 +1,4 @@
-"""Scores of one or more evaluations side by side, as the reports show them."""
+"""Tables of the scores of one or more evaluations, side by side, for the reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from medgpt.eval.task import ItemResult, MetricValue
 from medgpt.eval.tasks.text_metrics import BLEU_METRICS, DISTINCT_METRICS, corpus_difference
 
 EQUIVALENCE_MARGIN = (
-    0.01  # of a share or of nats: differences whose interval lies within it count as none
+    0.01  # in shares or nats: a difference whose interval lies within it counts as none
 )
-BLEU_EQUIVALENCE_MARGIN = 1.0  # the same in percent
-NUM_SHOWN_ANSWERS = 3  # best, and as many worst
+BLEU_EQUIVALENCE_MARGIN = 1.0  # BLEU is in percent
+NUM_SHOWN_ANSWERS = 3  # best answers, and as many worst
 LOWER_IS_BETTER = {
     *("nll_per_token", "nll_per_character", "invalid_rate", "refused_rate", "cut_rate"),
     *("under", "over", "less_urgent", "more_urgent", "over_refusal", "premise_accepted"),
     "repetition",
 }
-ANSWER_RANKING_METRICS = {  # what makes an answer good
+ANSWER_RANKING_METRICS = {  # metrics that rank the answers of a task
     "mcq": ("accuracy",),
     "generation": ("rouge_l",),
     "key_points": ("passed", "stated"),
@@ -33,7 +33,7 @@ Score = dict[str, float]
 
 
 def equivalence_margin(metric: str) -> float:
-    """The difference that counts as none."""
+    """Return the largest difference of a metric that counts as none."""
     if metric in LENGTH_METRICS:
         return 0.0
     return BLEU_EQUIVALENCE_MARGIN if metric in BLEU_METRICS else EQUIVALENCE_MARGIN
@@ -41,7 +41,7 @@ def equivalence_margin(metric: str) -> float:
 
 @dataclass(frozen=True)
 class EvalColumn:
-    """One evaluation."""
+    """The results of one evaluation."""
 
     name: str
     results: dict[str, Any]
@@ -50,13 +50,13 @@ class EvalColumn:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric: a score in each column that has it, and the change over the column before."""
+    """A metric: its score in each column that has it, and its change from the previous column."""
 
     metric: str
     lower_is_better: bool
     scores: list[Score | None]
     changes: list[Comparison | None]
-    low: float  # of the plot's axis
+    low: float  # ends of the plot's axis
     high: float
 
 
@@ -69,10 +69,10 @@ class SliceTable:
 
 @dataclass(frozen=True)
 class SharedAnswers:
-    """The same question in all columns that asked it and may show it."""
+    """The answers to one question in all columns that may show them."""
 
     score: float
-    shown: list[tuple[str, dict[str, str]]]  # (column, what to show)
+    shown: list[tuple[str, dict[str, str]]]  # (column, fields to show)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class TaskTable:
 
 
 def build_task_tables(columns: Sequence[EvalColumn], seed: int) -> list[TaskTable]:
-    """One for each task, in the order in which they appear."""
+    """Return a table for each task, in the order of their first appearance."""
     tasks = dict.fromkeys(task for column in columns for task in column.results["tasks"])
     return [
         _task_table(task, [c for c in columns if task in c.results["tasks"]], seed)
@@ -143,7 +143,7 @@ def _metric_row(task: str, metric: str, columns: Sequence[EvalColumn], seed: int
 def _compare_columns(
     task: str, metric: str, before: EvalColumn, now: EvalColumn, seed: int
 ) -> Comparison | None:
-    """None if the two do not compare, or one of them has no such metric."""
+    """Compare a metric of two columns; None if they are not comparable or one lacks the metric."""
     if why_not_comparable(now.results["tasks"][task], before.results["tasks"][task]):
         return None
     if metric in (*BLEU_METRICS, *DISTINCT_METRICS):
@@ -158,7 +158,7 @@ def _compare_columns(
 def _compare_corpus_scores(
     task: str, metric: str, before: EvalColumn, now: EvalColumn, seed: int
 ) -> Comparison | None:
-    """Of a score of all answers together."""
+    """Compare a corpus-level score, such as BLEU, by a paired bootstrap."""
     scores = [column.results["tasks"][task]["metrics"].get(metric) for column in (now, before)]
     if None in scores:
         return None
@@ -180,7 +180,7 @@ def _as_fraction(value: MetricValue) -> tuple[float, float]:
 
 
 def _slice_tables(kind: str, parts: Sequence[dict[str, Any]]) -> list[SliceTable]:
-    """Of each slice with more than one value, the main metric (else the first that is there)."""
+    """Return a table for each slice with several values: the main metric, else the first one."""
     slice_tables = []
     names = dict.fromkeys(name for part in parts for name in part["slices"])
     for name in names:
@@ -203,7 +203,7 @@ def _slice_tables(kind: str, parts: Sequence[dict[str, Any]]) -> list[SliceTable
 def _best_and_worst_answers(
     task: str, kind: str, columns: Sequence[EvalColumn]
 ) -> tuple[list[SharedAnswers], list[SharedAnswers]]:
-    """Best and worst answers of the last column; nothing that must not be shown has any."""
+    """Return the best and worst answers of the last column that may be shown."""
     ranked = []
     for item in columns[-1].items[task]:
         scores = [

@@ -1,4 +1,4 @@
-"""report.html of a search: its trials side by side, marks against divergence, learning curves."""
+"""report.html of a search: trials side by side, metric against KL, learning curves."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from medgpt.tune.winner_check import CHECK_FILE as CHECK
 from medgpt.tune.winner_check import standard_error
 
 COLORMAP = matplotlib.colormaps["viridis"]
-GREY = "#b8c4ce"  # of a trial without a mark
-AXIS_PADDING = 0.04  # space above and below an axis of values
+GREY = "#b8c4ce"  # a trial without a metric
+AXIS_PADDING = 0.04  # margin above and below an axis
 
 
 def write_tune_report(run: Run, config: TuneStageConfig) -> None:
-    """Write report.html from what the run directory holds."""
+    """Write report.html from the files of the run directory."""
     results = load_results(config)
     best, pareto_trials = winner(results, config), pareto_front(results)
     rows = run.folder.read_json(CHECK) if run.folder.exists(CHECK) else []
@@ -47,15 +47,15 @@ def write_tune_report(run: Run, config: TuneStageConfig) -> None:
         check_rows=_check_rows(rows),
         curves=[
             ("All trials", plot_parallel_coordinates(results, config)),
-            ("Marks while training", plot_learning_curves(results, config)),
-            ("Marks and divergence", plot_metric_against_kl(results, pareto_trials, config)),
+            ("Metric during training", plot_learning_curves(results, config)),
+            ("Metric against KL", plot_metric_against_kl(results, pareto_trials, config)),
         ],
     )
     run.folder.write_text("report.html", html)
 
 
 def plot_parallel_coordinates(results: Sequence[TrialResult], config: TuneStageConfig) -> str:
-    """An SVG: an axis for each searched key and one for the mark, a line for each trial."""
+    """Plot an axis for each searched key and one for the metric, and a line for each trial."""
     keys = [*config.search, config.tune.mark]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 * len(keys), 4.2), layout="constrained")
@@ -77,7 +77,7 @@ def plot_parallel_coordinates(results: Sequence[TrialResult], config: TuneStageC
 
 
 def plot_learning_curves(results: Sequence[TrialResult], config: TuneStageConfig) -> str:
-    """An SVG of every trial's metrics over iterations; where it ends, it was ended."""
+    """Plot the metric of every trial over iterations, up to where the trial ended."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -95,7 +95,7 @@ def plot_learning_curves(results: Sequence[TrialResult], config: TuneStageConfig
 def plot_metric_against_kl(
     results: Sequence[TrialResult], pareto_trials: Sequence[TrialResult], config: TuneStageConfig
 ) -> str:
-    """An SVG of the trials' last marks over their divergence, the best ones joined."""
+    """Plot the last metric of the trials over their KL, with the Pareto front as a line."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -119,12 +119,12 @@ def plot_metric_against_kl(
         if line:
             axes.step(*zip(*line, strict=True), where="post", color="black", linewidth=0.8)
         axes.axvline(config.tune.max_kl, color="#b3261e", linewidth=0.8, linestyle="--")
-        _label_axes(axes, "nats per answer from the reference", f"the judge's {config.tune.mark}")
+        _label_axes(axes, "KL from the reference (nats/answer)", f"the judge's {config.tune.mark}")
         return figure_to_svg(figure)
 
 
 class _ParallelAxis:
-    """Where the values of one key lie on an axis from 0 to 1."""
+    """Maps the values of one key to positions on an axis from 0 to 1."""
 
     def __init__(self, config: TuneStageConfig, key: str, results: Sequence[TrialResult]) -> None:
         self.key = key
@@ -174,7 +174,7 @@ def _last_metric(trial: TrialResult) -> float:
 
 
 def _trial_color(trial: TrialResult, results: Sequence[TrialResult]) -> str:
-    """The better the lighter."""
+    """Return the color of a trial: the higher its metric, the lighter."""
     if trial.last_result is None:
         return GREY
     metrics = sorted(
@@ -184,7 +184,7 @@ def _trial_color(trial: TrialResult, results: Sequence[TrialResult]) -> str:
 
 
 def _key_numbers(run: Run, results: Sequence[TrialResult]) -> dict[str, str]:
-    """The numbers a reader looks for first."""
+    """Return the numbers at the top of the page."""
     counts: dict[str, int] = {}
     for trial in results:
         counts[trial.record.status] = counts.get(trial.record.status, 0) + 1
@@ -200,7 +200,7 @@ def _key_numbers(run: Run, results: Sequence[TrialResult]) -> dict[str, str]:
 
 
 def _check_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each policy, over its seeds."""
+    """Return a row for each policy with the results of its seeds."""
     policy_rows = []
     for policy in dict.fromkeys(row["policy"] for row in rows):
         seed_rows = [row for row in rows if row["policy"] == policy]

@@ -1,5 +1,5 @@
-"""Who computes which sequences, in which forward passes. All follows from lengths alone, so every
-rank knows what the others do without asking."""
+"""Assignment of sequences to ranks and forward passes. It depends on lengths alone, so every rank
+knows the plan of the others without communication."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ RowIndices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ForwardPass:
-    """One forward pass over b sequences; none on a rank that only keeps in step."""
+    """One forward pass over b sequences; b is 0 on a rank that only takes part in collectives."""
 
-    rows: RowIndices  # (b,) of the batch
-    batch: PackedBatch  # labelled where a response's token is predicted, in the order of `rows`
+    rows: RowIndices  # (b,) rows of the batch
+    batch: PackedBatch  # labels at positions that predict response tokens
 
 
 def split_by_length(lengths: NDArray[np.int64], num_shares: int) -> list[RowIndices]:
-    """Rows of each share, ascending; the longest first, each to the share with the least tokens."""
+    """Return the rows of each share, ascending. Longest first, each goes to the lightest share."""
     load, shares = [0] * num_shares, [[] for _ in range(num_shares)]
     for row in np.argsort(-lengths, kind="stable").tolist():
         share = load.index(min(load))
@@ -37,10 +37,10 @@ def split_by_length(lengths: NDArray[np.int64], num_shares: int) -> list[RowIndi
 def forward_passes(
     sequences: Sequences, rows: RowIndices, *, rank: int, num_ranks: int, max_tokens: int
 ) -> Iterator[ForwardPass]:
-    """This rank's forward passes over its share of `rows`: as many as every other rank makes.
+    """Yield this rank's forward passes over its share of `rows`; all ranks make equally many.
 
     Args:
-        max_tokens: of a pass; a longer sequence has one of its own.
+        max_tokens: limit of a pass; a longer sequence gets a pass of its own.
     """
     lengths = sequences.lengths[rows]
     shares = split_by_length(lengths, num_ranks)
@@ -54,7 +54,7 @@ def forward_passes(
 
 
 def response_batch(sequences: Sequences, rows: Sequence[int] | RowIndices) -> PackedBatch:
-    """Prompt and response of each row, packed; what precedes a response's token has it as label."""
+    """Pack prompt and response of each row; the label of a position is the next response token."""
     prompts, responses = sequences.prompts, sequences.responses
     ids = [part for i in rows for part in (prompts.row(i), responses.row(i))]
     input_ids = np.concatenate(ids).astype(np.int64)
@@ -67,14 +67,14 @@ def response_batch(sequences: Sequences, rows: Sequence[int] | RowIndices) -> Pa
 def mini_batches(
     num_rows: int, size: int, *, seed: int, iteration: int, epoch: int
 ) -> Iterator[RowIndices]:
-    """Rows of each optimizer step, ascending; every row once, in a fresh order of steps."""
+    """Yield the rows of each optimizer step, ascending; every row once per epoch, shuffled."""
     order = np.random.default_rng([seed, iteration, epoch]).permutation(num_rows)
     for start in range(0, num_rows, size):
         yield np.sort(order[start : start + size])
 
 
 def _predicting_positions(sequences: Sequences, rows: Sequence[int] | RowIndices) -> RowIndices:
-    """(n,) positions in the packed row from which the response tokens are predicted."""
+    """(n,) positions in the packed row that predict the response tokens."""
     ends = np.cumsum(sequences.lengths[rows])
     counts = sequences.responses.lengths[rows]
     spans = [np.arange(e - c - 1, e - 1) for e, c in zip(ends, counts, strict=True)]
@@ -82,7 +82,7 @@ def _predicting_positions(sequences: Sequences, rows: Sequence[int] | RowIndices
 
 
 def _pack(lengths: NDArray[np.int64], max_tokens: int) -> list[RowIndices]:
-    """Places in `lengths` of each forward pass."""
+    """Return the indices into `lengths` of each forward pass."""
     passes = [np.array([place]) for place in np.flatnonzero(lengths > max_tokens)]
     short = np.flatnonzero(lengths <= max_tokens)
     if len(short):

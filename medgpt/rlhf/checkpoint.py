@@ -1,4 +1,4 @@
-"""Where a PPO run stands, and checkpoints that hold all of it or do not exist."""
+"""PPO state and its checkpoints, which are complete or do not exist."""
 
 import json
 from collections.abc import Callable
@@ -21,11 +21,11 @@ FLAT_FIELDS = ("index", "logprobs", "finished")
 
 @dataclass
 class PPOState:
-    """All that decides the iterations to come, beside the models. Randomness is a function of the
-    seed and the iteration, and so is the order of the prompts: there is nothing else to keep."""
+    """Training state besides the models. Randomness and the order of the prompts are functions of
+    the seed and the iteration, so nothing else needs saving."""
 
     iteration: int = 0
-    """Iterations done; the next one's prompts follow from it, and the actor's weight version."""
+    """Iterations done; determines the next prompts and the actor's weight version."""
     kl_coef: float = 0.0
     score_stats: RunningStats = field(default_factory=RunningStats)
     time_s: float = 0.0
@@ -36,7 +36,7 @@ class PPOState:
 
 
 def next_kl_coef(kl_coef: float, mean_kl: float, num_sequences: int, config: PPOConfig) -> float:
-    """The coefficient of the next iteration."""
+    """Return the KL coefficient of the next iteration."""
     if config.kl_controller == "fixed" or not num_sequences:
         return kl_coef
     controller = AdaptiveKL(kl_coef, config.kl_target, config.kl_horizon)
@@ -45,11 +45,11 @@ def next_kl_coef(kl_coef: float, mean_kl: float, num_sequences: int, config: PPO
 
 
 class PendingCheckpoint:
-    """One that is being written. The manifest, written last, makes it exist.
+    """A checkpoint that is being written. It exists once its manifest is written, last.
 
     Args:
-        parts: by subfolder, what waits for the files its writers wrote.
-        keep: newest checkpoints that stay, this one included.
+        written_files: by subfolder, a function that waits for the writers and returns their files.
+        keep: number of newest checkpoints to keep, including this one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PendingCheckpoint:
         self.folder = run.checkpoint(state.iteration)
 
     def finish(self, *, in_flight: Sequences | None) -> None:
-        """Wait for all files and commit them; older checkpoints are removed."""
+        """Wait for all files, commit the checkpoint and remove older ones."""
         files = [
             FileEntry(f"{name}/{file.name}", file.size, file.xxh128)
             for name, written in self.written_files.items()
@@ -79,7 +79,7 @@ class PendingCheckpoint:
 
 
 def newest_checkpoint(run: Run) -> tuple[Folder, PPOState] | None:
-    """The newest complete checkpoint."""
+    """Return folder and state of the newest complete checkpoint, if there is one."""
     checkpoint = run.newest_checkpoint()
     return (
         None
@@ -89,7 +89,7 @@ def newest_checkpoint(run: Run) -> tuple[Folder, PPOState] | None:
 
 
 def write_sequences(folder: Folder, sequences: Sequences) -> list[FileEntry]:
-    """Rollouts that were sampled and not learnt when the run stopped."""
+    """Write rollouts that were sampled but not yet trained on."""
     arrays: dict[str, Any] = {name: getattr(sequences, name) for name in FLAT_FIELDS}
     for name in RAGGED_FIELDS:
         ragged = getattr(sequences, name)
@@ -104,7 +104,7 @@ def read_sequences(folder: Folder) -> Sequences | None:
     if not folder.exists(IN_FLIGHT_FILE):
         return None
     with folder.fs.open(folder.path(IN_FLIGHT_FILE), "rb") as file:
-        arrays = np.load(file)  # without pickle, as always
+        arrays = np.load(file)  # without pickle
         ragged = {name: Ragged(arrays[name], arrays[f"{name}_offsets"]) for name in RAGGED_FIELDS}
         flat = {name: arrays[name] for name in FLAT_FIELDS}
         return Sequences(**flat, **ragged, **json.loads(str(arrays["facts"])))

@@ -1,7 +1,7 @@
-"""Has a run diverged? Read from what it logged, and told in words with what to try.
+"""Divergence checks on the logged metrics; each message says what to try.
 
-Pure functions of the history: one dict of metrics for each iteration, the oldest first. A metric
-that an iteration did not log is not looked at.
+Pure functions of the history: one dict of metrics per iteration, oldest first. Metrics that an
+iteration did not log are ignored.
 """
 
 import math
@@ -11,31 +11,31 @@ from statistics import fmean, stdev
 from medgpt.config.ppo_rewards import DiagnosisConfig
 
 History = Sequence[Mapping[str, float]]
-KL = "actor/kl_ref"  # nats of an answer, mean
-ENTROPY = "actor/entropy"  # nats of a token, mean
+KL = "actor/kl_ref"  # nats per answer, mean
+ENTROPY = "actor/entropy"  # nats per token, mean
 SCORE = "ppo/score_mean"
 LENGTH = "rollout/response_tokens"  # mean
-STEP_COUNTS = (  # optimizer steps of the iteration, those not finite, whose rate to lower
+STEP_COUNTS = (  # steps of the iteration, skipped ones, learning rate to lower
     ("ppo/steps", "ppo/skipped_steps", "optimizer.learning_rate"),
     ("critic/steps", "critic/skipped_steps", "critic.optimizer.learning_rate"),
 )
-NOT_FINITE = "ppo/not_finite"  # share of the samples that were left out as such
-MASKED = "rewards/masked"  # share of the samples
-JUDGE_METRICS = ("judge/score", "judge/checks")  # each with its standard error as NAME_se
+NOT_FINITE = "ppo/not_finite"  # share of samples left out for nan or inf
+MASKED = "rewards/masked"  # share of samples without a reward
+JUDGE_METRICS = ("judge/score", "judge/checks")  # the standard error is NAME_se
 MUST_BE_FINITE = (KL, ENTROPY, SCORE, LENGTH)
 
 
 class Diverged(RuntimeError):
-    """The run was halted; the message says why and what to try."""
+    """A diagnosis halted the run; the message says why and what to try."""
 
 
 def diagnose(history: History, config: DiagnosisConfig) -> str | None:
-    """Why the run must halt after its last iteration, or None."""
+    """Return the reason to halt the run after its latest iteration, or None."""
     return next((why for check in CHECKS if (why := check(history, config))), None)
 
 
 def nonfinite_numbers(history: History, config: DiagnosisConfig) -> str | None:
-    """A metric of the last iteration is no number, or most steps or samples were left out."""
+    """A metric is nan or infinite, or too many steps or samples were skipped."""
     latest = history[-1] if history else {}
     for name in MUST_BE_FINITE:
         if name in latest and not math.isfinite(latest[name]):
@@ -53,7 +53,7 @@ def nonfinite_numbers(history: History, config: DiagnosisConfig) -> str | None:
     left_out = _recent_mean(history, NOT_FINITE, config.window)
     if config.max_skipped_share and left_out and left_out > config.max_skipped_share:
         return (
-            f"{left_out:.0%} of the samples were left out: a model gave them numbers that are not "
+            f"{left_out:.0%} of the samples were left out: a model returned numbers that are not "
             "finite; lower optimizer.learning_rate or compute in fp32"
         )
     return None
@@ -71,13 +71,13 @@ def too_many_masked(history: History, config: DiagnosisConfig) -> str | None:
     ]
     components = ", ".join(names) or "a component"
     return (
-        f"{share:.0%} of the samples have no reward because {components} failed; the log tells "
-        "with which error"
+        f"{share:.0%} of the samples have no reward because {components} failed; the log names "
+        "the errors"
     )
 
 
 def far_from_reference(history: History, config: DiagnosisConfig) -> str | None:
-    """The policy has left the reference."""
+    """The policy is too far from the reference."""
     kl = _recent_mean(history, KL, config.window)
     if kl is None or not config.max_kl or kl <= config.max_kl:
         return None
@@ -88,7 +88,7 @@ def far_from_reference(history: History, config: DiagnosisConfig) -> str | None:
 
 
 def entropy_collapse(history: History, config: DiagnosisConfig) -> str | None:
-    """The policy says the same whatever it is asked."""
+    """The policy gives nearly the same answer to every prompt."""
     means = _first_and_recent_means(history, ENTROPY, config.window)
     if means is None or not config.min_entropy_share:
         return None
@@ -97,13 +97,13 @@ def entropy_collapse(history: History, config: DiagnosisConfig) -> str | None:
         return None
     return (
         f"entropy fell from {first:.3g} to {recent:.3g} nats a token, below "
-        f"{config.min_entropy_share:g} of where it began; raise ppo.kl_coef or ppo.entropy_coef, "
-        "or lower optimizer.learning_rate"
+        f"{config.min_entropy_share:g} of its initial value; raise ppo.kl_coef or "
+        "ppo.entropy_coef, or lower optimizer.learning_rate"
     )
 
 
 def length_explosion(history: History, config: DiagnosisConfig) -> str | None:
-    """Answers grow and grow."""
+    """Answers become much longer."""
     means = _first_and_recent_means(history, LENGTH, config.window)
     if means is None or not config.max_length_factor:
         return None
@@ -118,7 +118,7 @@ def length_explosion(history: History, config: DiagnosisConfig) -> str | None:
 
 
 def reward_hacking(history: History, config: DiagnosisConfig) -> str | None:
-    """The training score rises while a held-out mark falls."""
+    """The training score rises while a held-out judge metric falls."""
     if not config.judge_drop:
         return None
     for metric in JUDGE_METRICS:
@@ -136,7 +136,7 @@ def _exploits_reward(history: History, metric: str, config: DiagnosisConfig) -> 
     best = history[best_step]
     if not all(_is_below(history[i], best, metric, config.judge_drop) for i in recent_judged):
         return None
-    # judged best before there was a window of scores: the first one counts
+    # best before the first full window of scores: compare with the first window
     scores_before = _scores(history[: best_step + 1])[-config.window :]
     if len(scores_before) < config.window:
         scores_before = _scores(history)[: config.window]
@@ -157,13 +157,13 @@ def _exploits_reward(history: History, metric: str, config: DiagnosisConfig) -> 
 def _is_below(
     line: Mapping[str, float], best: Mapping[str, float], metric: str, errors: float
 ) -> bool:
-    """Whether a mark lies that many standard errors of the difference below the best."""
+    """Return whether the metric is `errors` standard errors of the difference below the best."""
     error = math.hypot(line.get(f"{metric}_se", 0.0), best.get(f"{metric}_se", 0.0))
     return line[metric] < best[metric] - errors * error
 
 
 def _has_risen(before: Sequence[float], now: Sequence[float], errors: float) -> bool:
-    """Whether the second mean is that many standard errors of the difference above the first."""
+    """Return whether the mean rose by `errors` standard errors of the difference."""
     error = math.hypot(*(stdev(part) / math.sqrt(len(part)) for part in (before, now)))
     return fmean(now) - fmean(before) > errors * error
 
@@ -177,13 +177,13 @@ def _values(history: History, name: str) -> Iterator[float]:
 
 
 def _recent_mean(history: History, name: str, window: int) -> float | None:
-    """Mean of the last window; None before there is a whole one."""
+    """Return the mean of the last window; None before it is full."""
     values = list(_values(history, name))[-window:]
     return fmean(values) if len(values) == window else None
 
 
 def _first_and_recent_means(history: History, name: str, window: int) -> tuple[float, float] | None:
-    """Means of the first and of the last window; None while they overlap."""
+    """Return the means of the first and the last window; None while they overlap."""
     values = list(_values(history, name))
     if len(values) < 2 * window:
         return None

@@ -1,5 +1,5 @@
-"""From the parts of a rollout batch to what every token is worth. Each rank of actor and critic
-computes it for the whole batch, so it depends on no rank, and statistics are the global ones.
+"""Experience: advantages and returns of every token of a rollout batch. Each rank of actor and
+critic computes it for the whole batch, so all statistics are global.
 
 Shapes: B sequences, T tokens of the longest response, N response tokens in all.
 """
@@ -33,7 +33,7 @@ class RunningStats(NamedTuple):
 
     num: float = 0.0
     mean: float = 0.0
-    sum_squares: float = 0.0  # sum of squared distances from the mean
+    sum_squares: float = 0.0  # sum of squared deviations from the mean
 
     def updated(self, x: NDArray[np.floating[Any]]) -> "RunningStats":
         if not len(x):
@@ -54,18 +54,18 @@ class RunningStats(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutParts:
-    """All that the pools found out about an iteration's rollouts, in any order."""
+    """Outputs of all pools for an iteration's rollouts, in any order."""
 
     sequences: list[Sequences]
     scores: list[Scores]
     values: list[Values]
     old_logprobs: list[Logprobs]
-    """Of the policy before the updates."""
+    """Of the policy before the update."""
     reference_logprobs: list[Logprobs]
 
     @staticmethod
     def from_outputs(parts: Iterable[object]) -> "RolloutParts":
-        """Tell the parts by their kinds."""
+        """Sort the outputs by type."""
         by_kind: dict[object, list[Any]] = {}
         for part in parts:
             by_kind.setdefault(part.model if isinstance(part, Logprobs) else type(part), []).append(
@@ -86,21 +86,21 @@ class Experience:
 
     sequences: Sequences
     valid_rows: NDArray[np.int64]
-    """Sequences that count: not those with a failed reward, an empty response, or a log-probability
-    or value that is not finite and would spoil all others by the whitening."""
+    """Sequences to learn from. Left out are those with a failed reward, an empty response, or a
+    log-probability or value that is not finite: whitening would spread it to all others."""
     old_logprobs: Tensor  # (N,)
-    values: Tensor  # (N,) before the updates
+    values: Tensor  # (N,) before the update
     advantages: Tensor  # (N,)
     returns: Tensor  # (N,)
     importance_weights: Tensor | None  # (N,) truncated importance weights
-    score_stats: RunningStats  # with this batch
+    score_stats: RunningStats  # including this batch
     metrics: dict[str, float]
 
 
 def make_experience(
     parts: RolloutParts, config: PPOConfig, *, kl_coef: float, score_stats: RunningStats
 ) -> Experience:
-    """Scores and divergence as rewards of tokens, advantages and returns."""
+    """Turn scores and KL into token rewards, advantages (GAE) and returns."""
     sequences = join_sequences(parts.sequences)
     responses = sequences.responses
     old, reference = (
@@ -175,7 +175,7 @@ def shape_scores(
     config: PPOConfig,
     stats: RunningStats,
 ) -> tuple[Tensor, RunningStats]:
-    """(B,) scores after the penalties, normalised if the config says so; and the running stats."""
+    """Return (B,) scores after penalties and optional normalization, and the updated statistics."""
     scores = totals - np.float32(config.length_penalty) * sequences.responses.lengths
     scores = scores - np.float32(config.missing_end_penalty) * ~sequences.finished
     stats = stats.updated(scores[valid])
@@ -187,7 +187,8 @@ def shape_scores(
 def importance_weights(
     old: NDArray[np.float32], sequences: Sequences, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor | None]:
-    """How far the sampling was from the old policy; (N,) min(ratio, cap) where it is too far."""
+    """Return metrics of the gap between rollout engine and policy, and (N,) truncated importance
+    weights min(ratio, cap) if the gap is too large."""
     distance = np.abs(old - sequences.logprobs)
     distance = distance[np.isfinite(distance)]
     if not len(distance):
@@ -204,27 +205,27 @@ def importance_weights(
 
 
 def _response_mask(lengths: NDArray[np.int64]) -> Tensor:
-    """(B, T) bool"""
+    """(B, T) bool, True at response tokens."""
     width = max(1, int(lengths.max(initial=0)))
     return torch.arange(width) < torch.from_numpy(lengths)[:, None]
 
 
 def _has_nonfinite_token(responses: Ragged, *flat: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(B,) sequences with a token of which one of the `flat` (N,) is nan or infinite."""
+    """(B,) whether any of the `flat` (N,) numbers of a sequence is nan or infinite."""
     bad = ~np.isfinite(np.stack(flat)).all(0)
     rows = np.repeat(np.arange(len(responses)), responses.lengths)
     return np.bincount(rows[bad], minlength=len(responses)) > 0
 
 
 def _pad(flat: NDArray[np.float32], response_mask: Tensor) -> Tensor:
-    """(B, T)"""
+    """Scatter (N,) numbers into (B, T), zero-padded."""
     rows = torch.zeros(response_mask.shape)
     rows[response_mask] = torch.from_numpy(flat)
     return rows
 
 
 def _explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant one."""
+    """Return 1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for a constant."""
     variance = float(masked_stats(returns, mask)[1])
     residual = float(masked_stats(returns - values, mask)[1])
     return 1 - residual / variance if variance > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The held-out questions put to the policy by the pools, for the judge to mark."""
+"""Held-out evaluation of the policy: greedy answers, key-point and triage checks, judge model."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from medgpt.rlhf.rollout_batch import Ragged, join_sequences
 
 
 class HeldoutEval:
-    """Asks what the judge wants to know, greedily, and has its reward model score the answers."""
+    """Answers the held-out questions on the rollout pool and scores the answers."""
 
     def __init__(self, config: PPOStageConfig, pools: Pools) -> None:
         assert config.model.name is not None
@@ -35,14 +35,14 @@ class HeldoutEval:
         return self.question_set.is_due(iteration)
 
     def metrics(self) -> dict[str, float]:
-        """Marks of the policy whose weights the rollout pool has."""
+        """Return the `judge/*` metrics of the weights that the rollout pool holds."""
         max_new_tokens = self.config.judge.max_new_tokens
         return self.score_answers(
             self.rollout.call(Rollout.generate_greedy, self.prompts, max_new_tokens)
         )
 
     def score_answers(self, answers: list[Any]) -> dict[str, float]:
-        """Of refs of answers to all questions."""
+        """Return the `judge/*` metrics of refs of the answers to all questions."""
         scores = None
         if self.config.judge.model is not None:
             parts = self.pools.get(self.reward.call(Reward.judge_scores, *answers), "judge")

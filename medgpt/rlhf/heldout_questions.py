@@ -1,8 +1,8 @@
-"""The judge that training does not see: fixed held-out questions, checks, and a reward model.
+"""The judge, which training never sees: fixed held-out questions with checks of the answers.
 
-The checks are those of `medgpt eval`: are key points stated, is a red flag sent to the emergency
-number and its benign twin not. The reward model was trained on another split than the one that pays
-the policy; the driver has it score the answers.
+The checks are those of `medgpt eval`: are key points stated, are red flags, and only they, sent to
+the emergency number. The optional judge model is a reward model trained on another split than the
+one that rewards the policy.
 """
 
 import math
@@ -22,7 +22,7 @@ from medgpt.medical.urgency import UrgencyLevel, advised_urgency
 
 @dataclass(frozen=True, slots=True)
 class HeldoutQuestion:
-    """A held-out question, with key points or with a level of urgency."""
+    """A held-out question with key points or an urgency level."""
 
     id: str
     messages: tuple[Message, ...]
@@ -30,8 +30,8 @@ class HeldoutQuestion:
     level: UrgencyLevel | None = None
 
     def score(self, answer: str) -> float:
-        """From 0 to 1: the share of the key points, or whether the level is right: emergency or
-        not. An answer that commits to no level is wrong."""
+        """Return the share of key points stated, or 1 if the advice is right (emergency or not) and
+        else 0. An answer that advises no level is wrong."""
         if self.level is None:
             return fmean(states_key_points(answer, self.key_points))
         advised = advised_urgency(answer)
@@ -43,10 +43,10 @@ class HeldoutQuestion:
 
 
 class HeldoutQuestions:
-    """Greedy answers to `asked`, in its order, are worth `metrics(answers, scores)`."""
+    """The questions of a run, when to ask them, and the metrics of the answers."""
 
     def __init__(self, config: JudgeConfig, seed: int) -> None:
-        """Raises ConfigError: the file of key points cannot be read, or there is no question."""
+        """Raises ConfigError if the key-points file cannot be read or no question is left."""
         self._every = config.every
         questions: list[HeldoutQuestion] = []
         if config.key_points:
@@ -69,14 +69,18 @@ class HeldoutQuestions:
             )
 
     def is_due(self, iteration: int) -> bool:
-        """Whether to judge the policy as it is before this iteration, from 0."""
+        """Return whether to evaluate the policy before this iteration (counted from 0)."""
         return bool(self._every) and iteration % self._every == 0
 
     def metrics(
         self, answers: Sequence[str], scores: Sequence[float] | None = None
     ) -> dict[str, float]:
-        """Of the answers to all questions, and of the judge's reward model if it has one; marks of
-        the diagnosis come with their standard errors."""
+        """Return the `judge/*` metrics, with standard errors of those that the diagnosis reads.
+
+        Args:
+            answers: one per question, in order.
+            scores: the judge model's score of each answer, if there is a judge model.
+        """
         correct = [
             question.score(text) for question, text in zip(self.questions, answers, strict=True)
         ]
@@ -101,7 +105,7 @@ class HeldoutQuestions:
         return metrics
 
     def _triage_errors(self, answers: Sequence[str]) -> tuple[list[bool], list[bool]]:
-        """Of each red flag whether it was missed, of each other note whether it was sent there."""
+        """Return per red flag whether it was missed, per other note whether it was sent to 120."""
         missed_emergencies: list[bool] = []
         false_emergencies: list[bool] = []
         for question, text in zip(self.questions, answers, strict=True):
@@ -118,6 +122,6 @@ def _user_turn(text: str) -> tuple[Message, ...]:
 
 
 def _mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard error."""
+    """Return mean and standard error as metrics."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return {name: fmean(values), f"{name}_se": error}

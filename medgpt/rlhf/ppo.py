@@ -1,6 +1,6 @@
-"""PPO over the pools: the whole system in one loop.
+"""The PPO loop: the whole system in one file.
 
-The driver moves refs from pool to pool. It sees metrics, not tensors.
+The driver passes object refs from pool to pool; it sees metrics, not tensors.
 """
 
 import time
@@ -36,8 +36,8 @@ from medgpt.rlhf.telemetry import save_report_samples, usage_metrics
 from medgpt.runs import Run
 from medgpt.train.audit import Audit
 
-Refs = Sequence[Any]  # of what each worker of a pool answers
-PromptStream = Callable[[int], Iterator[Prompts]]  # from an iteration on
+Refs = Sequence[Any]  # one object ref per worker of a pool
+PromptStream = Callable[[int], Iterator[Prompts]]  # prompts of this iteration and all later ones
 PtxStream = Callable[[int], Iterator[PtxBatch]]
 CONSOLE_METRICS = (  # label, metric, format
     ("score", "ppo/score_mean", ".3f"),
@@ -49,19 +49,19 @@ CONSOLE_METRICS = (  # label, metric, format
 
 @dataclass(frozen=True)
 class RolloutRefs:
-    """The rollouts of an iteration, done or on their way."""
+    """Object refs of one iteration's rollouts, finished or in flight."""
 
     iteration: int
     weight_version: int
     epoch: int
-    prompts: Any  # ref
+    prompts: Any  # ref of Prompts
     num_prompts: int
     rollouts: Refs
-    usage_refs: Refs = ()  # of the rollout workers that sampled, if this attempt has seen them
+    usage_refs: Refs = ()  # Usage of the rollout workers; empty if an earlier attempt sampled
 
 
 class PPO:
-    """A run from its newest checkpoint to its end."""
+    """Train from the newest checkpoint of a run to its last iteration."""
 
     def __init__(
         self,
@@ -78,16 +78,17 @@ class PPO:
     ) -> None:
         """
         Args:
-            sync: gives the rollout pool the actor's weights under a version.
-            lessons: PPO-ptx's.
-            judged: is told all metrics up to an iteration that was judged and, if that was due,
-                saved; before training goes on. After a restart perhaps of the same one again.
+            sync: sends the actor's weights to the rollout pool under this version number.
+            ptx: yields the PPO-ptx batch of each iteration.
+            on_eval: called with the metrics history after each held-out evaluation and after the
+                checkpoint of that iteration, if one was due. May be called twice for the same
+                iteration after a restart.
         """
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
         self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
         self.on_eval = on_eval
         self.prompts = SeekableStream(lambda start: self.prompts_from(start))
-        assert (ptx is None) == (config.ptx is None), "lessons go with [ptx]"
+        assert (ptx is None) == (config.ptx is None), "a ptx stream and [ptx] go together"
         self.ptx = None if ptx is None else SeekableStream(ptx)
         self.actor: Pool[Actor] = pools.pools["actor"]
         self.critic: Pool[Critic] = pools.pools["critic"]
@@ -99,14 +100,13 @@ class PPO:
         self.num_report_samples = 0 if sensitive else config.report.samples
         self.num_failures = self.num_preemptions = 0
         self.is_updating = False
-        """Updates are on their way: if they end in a loss, one rank may have learnt and another
-        wait for it."""
+        """Updates are in flight: after a failure, some ranks may have stepped and others not."""
         self.rebuilt_roles: set[str] = set()
-        """Roles whose pools were rebuilt since the loss that is being recovered from."""
-        self.phase_times: dict[str, float] = {}  # of an iteration's phases
+        """Roles whose pools were rebuilt during the current recovery."""
+        self.phase_times: dict[str, float] = {}  # seconds by phase of the iteration
         self.sync_metrics: dict[str, float] = {}
         self.pending_checkpoint: PendingCheckpoint | None = None
-        self.metrics_writer: MetricsWriter | None = None  # of this attempt
+        self.metrics_writer: MetricsWriter | None = None  # None before the first attempt
 
     @property
     def _open_writer(self) -> MetricsWriter:
@@ -114,19 +114,19 @@ class PPO:
         return self.metrics_writer
 
     def fit(self, finish: Callable[[], object] = lambda: None) -> None:
-        """Iterate to the end; the last iteration is saved.
+        """Train to the last iteration and save a checkpoint of it.
 
         Args:
-            finish: is called at the end, and again if a pool dies in it.
+            finish: called at the end, and again if a pool dies while it runs.
 
         Raises:
-            PoolDied, DataLost: it happened more often than cluster.max_failures.
-            Leaving: it happened more often than cluster.max_preemptions.
-            Diverged: what the run became is not worth going on with.
+            PoolDied, DataLost: failures exceeded cluster.max_failures.
+            NodesDraining: preemptions exceeded cluster.max_preemptions.
+            Diverged: the diagnosis halted the run.
         """
         try:
             self._run_with_recovery(finish)
-        finally:  # a run that halts has a report, too
+        finally:  # the report of a halted run reads the metrics
             if self.metrics_writer is not None:
                 self.metrics_writer.close()
 
@@ -152,7 +152,7 @@ class PPO:
                 failure = draining
                 if 0 <= self.config.cluster.max_preemptions <= self.num_preemptions:
                     raise
-            except (PoolDied, DataLost) as error:  # perhaps in the middle of a recovery
+            except (PoolDied, DataLost) as error:  # also during a recovery
                 failure = error
                 self.num_failures += 1
                 if 0 <= self.config.cluster.max_failures < self.num_failures:
@@ -164,7 +164,7 @@ class PPO:
         batch = self.in_flight or self._generate(state.iteration)
         with self._timed("generate"):
             self.pools.wait(batch.rollouts, "generate", watch_nodes=True)
-        self._finish_checkpoint()  # actor and critic wrote it meanwhile
+        self._finish_checkpoint()  # actor and critic wrote it during the rollouts
         self.in_flight, self.untrained_batch = None, batch
         if config.async_rollouts and state.iteration + 1 < self.num_iterations:
             self.in_flight = self._generate(state.iteration + 1)
@@ -175,9 +175,9 @@ class PPO:
             logprobs = self.actor.call(Actor.logprobs, *batch.rollouts)
             reference_logprobs = self._reference_logprobs(batch.rollouts)
             experience_refs = [*batch.rollouts, *scores, *values, *logprobs, *reference_logprobs]
-            ptx_batch = self._ptx_batch(state.iteration)  # meanwhile
+            ptx_batch = self._ptx_batch(state.iteration)  # while the pools compute
             self.pools.wait(experience_refs, "score", watch_nodes=True)
-            # before anything is learnt: a death from now on may lose them
+            # fetched before the update: a death from now on may lose them
             reward_results = [part.rewards for part in self.pools.get(scores, "score")]
 
         with self._timed("update"):
@@ -221,7 +221,7 @@ class PPO:
             )
 
     def _generate(self, iteration: int) -> RolloutRefs:
-        """Begin the rollouts of an iteration, with weights as new as the actor has them."""
+        """Start the rollouts of an iteration with the actor's current weights."""
         self._sync_weights()
         with self._timed("prompts"):
             prompts = self._prompts(iteration)
@@ -233,7 +233,7 @@ class PPO:
         )
 
     def _sync_weights(self) -> None:
-        """Give the rollout pool the actor's weights, if it has not got them."""
+        """Send the actor's weights to the rollout pool unless it already has them."""
         if self.synced != self.state.iteration:
             with self._timed("sync"):
                 self.sync_metrics = self.sync(self.state.iteration)
@@ -249,37 +249,39 @@ class PPO:
         return self.prompts.take(iteration)
 
     def _ptx_batch(self, iteration: int) -> Refs:
-        """Of PPO-ptx, none without it or while the critic warms up."""
+        """Ref of the PPO-ptx batch; empty without [ptx] and while the critic warms up."""
         if self.ptx is None or iteration < self.config.critic.warmup_iterations:
             return []
         return [self.pools.put(self.ptx.take(iteration))]
 
     def _recover(self, failure: PoolDied | DataLost) -> None:
-        """Make the pools work again. If the actor or the critic died or was learning, what was
-        learnt since the last checkpoint is lost; else the batch is done again."""
+        """Rebuild dead pools. Restart from the newest checkpoint if the actor or the critic died or
+        was updating; otherwise repeat the batch."""
         if isinstance(failure, PoolDied):
             self.reporter.say(f"{failure}; the pool is rebuilt")
-            self.rebuilt_roles.add(failure.role)  # though it may not live through it
+            self.rebuilt_roles.add(failure.role)  # also if it dies during the rebuild
             self.rebuilt_roles |= self.pools.rebuild(failure)
         else:
-            self.reporter.say(f"{failure}; it is made again")
+            self.reporter.say(f"{failure}; the batch is computed again")
         self.synced, self.in_flight, self.untrained_batch = -1, None, None
         if self.is_updating or self.rebuilt_roles & {"actor", "critic"}:
             if (
                 self.is_updating or newest_checkpoint(self.run) is None
-            ):  # then back to the first weights
+            ):  # restart from the initial weights
                 for pool in (self.actor, self.critic):
                     if pool.role not in self.rebuilt_roles:
                         self.rebuilt_roles.add(pool.role)
                         ranks = range(len(pool.workers))
-                        self.pools.rebuild(PoolDied(pool.role, ranks, "starts again"))
+                        self.pools.rebuild(
+                            PoolDied(pool.role, ranks, "must restart from its initial weights")
+                        )
             self._restart_from_checkpoint()
         self.is_updating = False
         self.rebuilt_roles.clear()
 
     def _move_off_draining_nodes(self, draining: NodesDraining) -> None:
-        """Save what was learnt, and take the pools away from nodes that are about to end."""
-        self.reporter.say(f"{draining}; what was learnt is saved, then the pools move")
+        """Save a checkpoint, then move the pools off the draining nodes."""
+        self.reporter.say(f"{draining}; saving a checkpoint, then moving the pools")
         self._finish_checkpoint()
         saved = newest_checkpoint(self.run)
         if self.state.iteration and (saved is None or saved[1].iteration < self.state.iteration):
@@ -291,12 +293,12 @@ class PPO:
         self._restart_from_checkpoint()
 
     def _restart_from_checkpoint(self) -> None:
-        """Continue from the newest checkpoint, or from the beginning; a new attempt of the run."""
+        """Start a new attempt from the newest checkpoint, or from the initial weights."""
         saved = newest_checkpoint(self.run)
         self.state = PPOState(kl_coef=self.config.ppo.kl_coef)
         self.synced = -1
         self.in_flight: RolloutRefs | None = None
-        self.untrained_batch: RolloutRefs | None = None  # and not learnt from
+        self.untrained_batch: RolloutRefs | None = None  # generated, update not started
         self.pending_checkpoint = None
         if saved is not None:
             folder, self.state = saved
@@ -325,7 +327,7 @@ class PPO:
             self.reporter.say(f"attempt {self.attempt} continues after iteration {done}")
 
     def _rollouts_from_checkpoint(self, sequences: Sequences) -> RolloutRefs:
-        """Rollouts of the next iteration that an earlier attempt has sampled."""
+        """Refs of the next iteration's rollouts, which an earlier attempt sampled."""
         iteration, version = self.state.iteration, sequences.weight_version
         prompts = self._prompts(iteration)
         assert prompts.sample_ids == sequences.sample_ids
@@ -335,9 +337,9 @@ class PPO:
         )
 
     def _start_checkpoint(self) -> None:
-        """Begin a checkpoint; actor and critic write it before their next work."""
+        """Start a checkpoint; actor and critic write it before their next call."""
         folder = self.run.checkpoint(self.state.iteration)
-        folder.remove()  # of an attempt that died while writing it
+        folder.remove()  # leftovers of an attempt that died while writing
         self.state.time_s = self._open_writer.time_s
         self._open_writer.sync()
         actor_saves = self.actor.call(Actor.save, (folder / "actor").url)
@@ -351,7 +353,7 @@ class PPO:
         )
 
     def _finish_checkpoint(self) -> None:
-        """Wait for what is being written and make it a checkpoint."""
+        """Wait for the files of the pending checkpoint and commit it."""
         if self.pending_checkpoint is not None:
             batch, sequences = self.in_flight, None
             if batch is not None:
@@ -363,7 +365,7 @@ class PPO:
         return lambda: [file for part in self.pools.get(refs, "save") for file in part]
 
     def _evaluate_and_diagnose(self) -> None:
-        """Have the policy judged, if that is due. Raises Diverged if the run must end here."""
+        """Run the held-out evaluation if it is due. Raises Diverged if the diagnosis says so."""
         step = self.state.iteration
         has_line = bool(self.history) and self.history[-1]["step"] == step
         latest = self.history[-1] if has_line else {"step": step}

@@ -1,4 +1,4 @@
-"""What can be said of the models of a PPO run before data is prepared and pools start."""
+"""Checks of a PPO run's models before data is prepared and pools start."""
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ModelConfig
@@ -6,10 +6,10 @@ from medgpt.config.ppo import PPOStageConfig
 
 
 def check_models(config: PPOStageConfig) -> None:
-    """Whether every model reads as many tokens as it will be given. Light, but imports models/.
+    """Check that every model has enough positions. Light, but imports models/.
 
     Raises:
-        ConfigError: one does not, or is not there.
+        ConfigError: a model has too few positions or cannot be found.
     """
     from medgpt.data.tokenized.chat_template import generation_prompt_ids
     from medgpt.models.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""The prompts of each iteration, in the order that the plan of the run says."""
+"""Prompt stream: the prompts of each iteration in the order of the run's plan."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -13,15 +13,14 @@ from medgpt.data.loader.stream import StepRows, training_stream
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
 
 T = TypeVar("T")
-LOG_AFTER_S = 30.0  # a wait that takes longer is told
+LOG_AFTER_S = 30.0  # log a wait that takes longer
 
 
 class SeekableStream(Generic[T]):
-    """What a stream has for an iteration; it begins anew where that is not the next one, as after a
-    rewind or for a batch that is done again."""
+    """A stream that can be read at any iteration; it is reopened unless that is the next one."""
 
     def __init__(self, open_at: Callable[[int], Iterator[T]]) -> None:
-        """`begin` yields what belongs to an iteration and to all after it."""
+        """`open_at(iteration)` yields the items of this iteration and all later ones."""
         self._open_at, self._position = open_at, -1
         self._stream: Iterator[T] = iter(())
 
@@ -41,7 +40,7 @@ def prompt_stream(
     wait_s: float,
     say: Callable[[str], None],
 ) -> Iterator[Prompts]:
-    """Those of iteration `start` and all after it, each `within` that time."""
+    """Yield the prompts from iteration `start` on. Raises ConfigError after `wait_s`."""
     steps = training_stream(plan, data_url, rank=0, world_size=1, start=start, data_cpus=data_cpus)
     return with_timeout(map(to_prompts, steps), "prompts", wait_s=wait_s, say=say)
 
@@ -54,10 +53,10 @@ def with_timeout(
     say: Callable[[str], None],
     log_after_s: float = LOG_AFTER_S,
 ) -> Iterator[T]:
-    """The same stream. Ray Data waits in silence, and for ever, for a CPU that the pools hold.
+    """Yield from `stream` with a timeout: Ray Data waits forever for a CPU that the pools hold.
 
     Raises:
-        ConfigError: the next of `what` did not come in `wait_s`.
+        ConfigError: the next item did not arrive within `wait_s`.
     """
     log_after_s = min(wait_s, log_after_s)
     while (value := _next_or_timeout(stream, name, wait_s, log_after_s, say)) is not None:
@@ -67,14 +66,14 @@ def with_timeout(
 def _next_or_timeout(
     stream: Iterator[T], name: str, wait_s: float, log_after_s: float, say: Callable[[str], None]
 ) -> T | None:
-    """None at the end."""
+    """Return the next item, or None at the end of the stream."""
     future: Future[T | None] = Future()
     Thread(target=_resolve, args=(future, stream), daemon=True).start()
     if not wait([future], timeout=log_after_s).done:
         say(f"{name}: waiting up to {wait_s:g} s for the data tasks")
         if not wait([future], timeout=wait_s - log_after_s).done:
             raise ConfigError(
-                f"cluster.wait_s={wait_s:g}: no {name} came in this time; a data task needs "
+                f"cluster.wait_s={wait_s:g}: no {name} arrived within this time; a data task needs "
                 "cluster.data_cpus on one node beside the pools: use fewer or smaller workers in "
                 "[pools], or a larger cluster"
             )
@@ -84,7 +83,7 @@ def _next_or_timeout(
 def _resolve(future: Future[T | None], stream: Iterator[T]) -> None:
     try:
         future.set_result(next(stream, None))
-    except BaseException as error:  # it is the driver's
+    except BaseException as error:  # raised in the driver by result()
         future.set_exception(error)
 
 

@@ -1,5 +1,5 @@
-"""The second stream of PPO-ptx: conversations prepared as for fine-tuning, in a folder of their own
-in the run, and dealt to the optimizer steps."""
+"""PPO-ptx: a stream of SFT conversations whose loss is added to the actor's updates. They are
+prepared as for fine-tuning, in a subfolder of the run."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -19,7 +19,7 @@ PTX_FOLDER = "ptx"
 
 
 def ptx_run(run: Run) -> Run:
-    """Where their tokens and their plan are."""
+    """Return the subfolder with the tokens and the plan, as a run."""
     return Run((run.folder / PTX_FOLDER).url)
 
 
@@ -29,10 +29,10 @@ def prepare_ptx(
     num_iterations: int,
     on_progress: Callable[[str, int, int], None],
 ) -> PreparedData:
-    """Tokenised data and the plan for so many iterations, made unless they are there.
+    """Tokenize the conversations and plan this many iterations, unless done before.
 
     Raises:
-        ConfigError: whatever is wrong with the conversations, as fine-tuning would tell it.
+        ConfigError: the conversations cannot be used, with the message of fine-tuning.
     """
     folder_run = ptx_run(run)
     sft_config = _sft_config(config, folder_run, num_iterations * config.ppo.num_steps)
@@ -45,7 +45,7 @@ def prepare_ptx(
 def ptx_stream(
     run: Run, config: PPOStageConfig, start: int, *, say: Callable[[str], None]
 ) -> Iterator[PtxBatch]:
-    """Those of iteration `start` and all after it, each `within` cluster.wait_s."""
+    """Yield the batches from iteration `start` on. Raises ConfigError after cluster.wait_s."""
     assert config.ptx is not None
     folder_run, num_steps = ptx_run(run), config.ppo.num_steps
     plan = Plan(folder_run.plan.url, global_batch_size=config.ptx.batch_size, max_steps=None)
@@ -63,7 +63,7 @@ def ptx_stream(
 
 
 def _sft_config(config: PPOStageConfig, run: Run, num_steps: int) -> SFTConfig:
-    """What fine-tuning on the conversations would be told; an epoch has at least one step."""
+    """Return the SFT config that `prepare` needs; an epoch has at least one step."""
     assert config.ptx is not None
     return SFTConfig(
         run=RunConfig(

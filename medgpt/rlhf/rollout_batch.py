@@ -1,7 +1,7 @@
-"""What flows between the roles: ragged batches as flat arrays, which Ray moves without copies.
+"""Records that the roles exchange: ragged batches as flat arrays, which Ray moves without copies.
 
-Shapes: B sequences of an iteration, b of them in one worker's share, N response tokens in all, n of
-a share. A part names the sequences it is about by `index`, their places in the iteration's batch.
+Shapes: B sequences of an iteration, b in one worker's share; N response tokens in all, n in a
+share. `index` holds the positions of a share's sequences in the iteration's batch.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ RowIndex = Sequence[int] | NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Rows of different length, end to end."""
+    """Rows of different lengths, concatenated."""
 
     values: NDArray[Any]  # (N,)
     offsets: NDArray[np.int64]  # (B + 1,) row i is values[offsets[i] : offsets[i + 1]]
@@ -45,7 +45,7 @@ class Ragged:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
     def positions(self, rows: RowIndex) -> NDArray[np.int64]:
-        """(n,) where the values of these rows are, row after row."""
+        """(n,) positions of these rows' values in `values`, row after row."""
         spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows]
         return np.concatenate(spans or [np.empty(0, np.int64)])
 
@@ -56,11 +56,11 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """What an iteration asks: B prompts."""
+    """The B prompts of an iteration."""
 
     sample_ids: list[str]
-    ids: Ragged  # int32, up to where the answer begins
-    messages: list[str]  # JSON of [[role, content], ...], the same as text
+    ids: Ragged  # int32, up to the start of the answer
+    messages: list[str]  # the prompts as text: JSON of [[role, content], ...]
     epoch: int = 0  # pass over the prompts
 
     def __len__(self) -> int:
@@ -69,14 +69,14 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequences:
-    """Prompts and what a rollout worker answered to them."""
+    """Prompts and the responses that a rollout worker sampled."""
 
     index: NDArray[np.int64]  # (b,)
     sample_ids: list[str]
     prompts: Ragged  # int32
-    responses: Ragged  # int32, with the end token where there is one; an empty one is no error
-    logprobs: NDArray[np.float32]  # (n,) of the responses' tokens when they were sampled
-    finished: NDArray[np.bool_]  # (b,) the response has an end token
+    responses: Ragged  # int32, with the end token if one was sampled; may be empty
+    logprobs: NDArray[np.float32]  # (n,) of the response tokens, at sampling time
+    finished: NDArray[np.bool_]  # (b,) whether the response has an end token
     weight_version: int  # of the policy that sampled
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Sequences:
 class Logprobs:
     """Log-probabilities of the responses' tokens under one model."""
 
-    model: Literal["actor", "reference"]  # the actor as it was before the updates
+    model: Literal["actor", "reference"]  # actor: before the update
     index: NDArray[np.int64]  # (b,)
     values: NDArray[np.float32]  # (n,) in the order of `index`
     entropy: float  # sum over the n tokens, in nats
@@ -100,7 +100,7 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Values:
-    """The critic's expectation before each response token, and after the last one."""
+    """The critic's values before each response token and after the last one."""
 
     index: NDArray[np.int64]  # (b,)
     values: NDArray[np.float32]  # (n,) in the order of `index`
@@ -109,28 +109,28 @@ class Values:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What each response is worth; nan where a component of the reward failed."""
+    """The reward of each response; nan where a component failed."""
 
     index: NDArray[np.int64]  # (b,)
     totals: NDArray[np.float32]  # (b,)
-    rewards: "RewardResult"  # of which components they are made
+    rewards: "RewardResult"  # with all components
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PtxBatch:
-    """Rows of the second stream of PPO-ptx for each optimizer step of an iteration."""
+    """Packed rows of PPO-ptx for each optimizer step of an iteration."""
 
     steps: list[list[PackedRow]]
 
 
 def join_sequences(parts: Iterable[Sequences]) -> Sequences:
-    """The whole batch, in order. Raises ValueError if the parts make no whole, or are of weights
-    of different versions."""
+    """Return the whole batch, in order. Raises ValueError if the shares are incomplete, overlap or
+    come from different weight versions."""
     parts = list(parts)
     order = _batch_order(np.concatenate([part.index for part in parts]))
     versions = {part.weight_version for part in parts}
     if len(versions) != 1:
-        raise ValueError(f"rollout workers have sampled with weights of versions {versions}")
+        raise ValueError(f"rollout workers sampled with different weight versions: {versions}")
     ids = [sample_id for part in parts for sample_id in part.sample_ids]
     responses = _concatenate([part.responses for part in parts])
     logprobs = np.concatenate([part.logprobs for part in parts])
@@ -148,9 +148,9 @@ def join_sequences(parts: Iterable[Sequences]) -> Sequences:
 def join_per_token(
     parts: Sequence[Logprobs] | Sequence[Values], responses: Ragged
 ) -> NDArray[np.float32]:
-    """(N,) the parts' values in the order of the whole batch's response tokens."""
+    """(N,) values of all shares in the order of the batch's response tokens."""
     index = np.concatenate([part.index for part in parts])
-    _batch_order(index)  # checks that they make a whole
+    _batch_order(index)  # raises if the shares are incomplete
     joined = np.empty(len(responses.values), np.float32)
     joined[responses.positions(index)] = np.concatenate([part.values for part in parts])
     return joined
@@ -159,13 +159,13 @@ def join_per_token(
 def join_per_sequence(
     index: Sequence[NDArray[np.int64]], rows: Sequence[NDArray[Any]]
 ) -> NDArray[Any]:
-    """(B,) numbers of whole sequences, in the order of the batch."""
+    """(B,) one number per sequence, in the order of the batch."""
     return np.concatenate(rows)[_batch_order(np.concatenate(index))]
 
 
 def sample_seeds(seed: int, iteration: int, sample_ids: Sequence[str]) -> list[int]:
-    """(B,) of all randomness in each response, whichever worker samples it. A sample that a batch
-    visits again gets another one."""
+    """(B,) one random seed per response, whichever worker samples it. Repeats of a sample within a
+    batch get different seeds."""
     repeats, seeds = Counter[str](), []
     for sample_id in sample_ids:
         key = f"{seed} {iteration} {sample_id}"
@@ -178,7 +178,7 @@ def sample_seeds(seed: int, iteration: int, sample_ids: Sequence[str]) -> list[i
 def _batch_order(index: NDArray[np.int64]) -> NDArray[np.int64]:
     order = np.argsort(index, kind="stable")
     if not np.array_equal(index[order], np.arange(len(index))):
-        raise ValueError("the workers' shares do not make a whole batch")
+        raise ValueError("the workers' shares do not add up to the batch")
     return order
 
 

@@ -1,4 +1,4 @@
-"""The PPO stage from config to finished run: prompts, pools, iterations, export."""
+"""Building blocks of the PPO stage: data preparation, pools, the loop, export."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from medgpt.rlhf.diagnosis import History
     from medgpt.rlhf.ppo import PPO
 
-CRITIC_FOLDER = "critic"  # the folder of its export
+CRITIC_FOLDER = "critic"  # folder of the exported critic
 
 
 def build_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
-    """The pools of the config, not started yet."""
+    """Return the pools of the config, not started."""
     role_pools = build_role_pools(config, num_iterations)
     return Pools(
         role_pools,
@@ -46,7 +46,7 @@ def build_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRe
 
 
 def build_role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
-    """A pool for every role that has one of its own."""
+    """Return one pool per role; none for the reference if the actor computes it."""
     pools = config.pools
     role_pools: list[Pool[Any]] = [
         Pool("actor", pools.actor, partial(build_actor, config, num_iterations)),
@@ -72,10 +72,10 @@ def build_role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[A
 
 
 def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
-    """The order of the prompts, made unless it is there; the manifest says what it is made of.
+    """Tokenize and plan the prompts (and PPO-ptx data) unless done before; update the manifest.
 
     Raises:
-        ConfigError: a model or the data is not fit for this.
+        ConfigError: a model or the data cannot be used.
     """
     wait_for_data_task_resources(config.cluster, reporter.say)
     run_task(check_models, config, cpus=config.cluster.data_cpus)
@@ -114,14 +114,14 @@ def build_ppo(
     prepared_run: Run | None = None,
     on_eval: "Callable[[History], None] | None" = None,
 ) -> "PPO":
-    """The loop over started pools.
+    """Return the PPO loop over started pools.
 
     Args:
-        plan: of the prompts.
-        prepared: the run directory that holds the prompts, if not `run`.
-        judged: as of PPO.
+        plan: order of the prompts.
+        prepared_run: the run directory that holds the prompts, if not `run`.
+        on_eval: see `PPO`.
     """
-    # after the workers have begun to load the same libraries
+    # imported while the workers load the same libraries
     from medgpt.rlhf.ppo import PPO
     from medgpt.rlhf.prompts import prompt_stream
     from medgpt.rlhf.weight_sync.sync import WeightSync
@@ -151,7 +151,7 @@ def build_ppo(
 
 
 def export_models(run: Run, config: PPOStageConfig, pools: Pools, *, critic: bool = True) -> None:
-    """The policy in model/, and the critic beside it."""
+    """Export the policy to model/ and the critic to critic/, unless done before."""
     from medgpt.rlhf.roles.actor import Actor
     from medgpt.rlhf.roles.critic import Critic
 

@@ -1,5 +1,4 @@
-"""What is told of an iteration beside its metrics. Nothing here ends a run: a pool that dies
-meanwhile is found by the next call to it."""
+"""Best-effort extras per iteration: speed, memory, samples. Dead pools surface at the next call."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,11 +15,10 @@ SAMPLES_FILE = "rollouts.json"
 def usage_metrics(
     pools: Pools, rollout_usage: Sequence[Any], num_tokens: float
 ) -> dict[str, float]:
-    """Resident memory of the largest workers, and how fast the slowest rollout worker let
-    `num_tokens` come.
+    """Return the resident memory of the largest workers and the rollout tokens per second.
 
     Args:
-        sampling: refs to the rollout workers' Usage, none if another attempt has sampled.
+        rollout_usage: refs of the rollout workers' Usage; empty if another attempt sampled.
     """
     others = (pool for pool in pools.pools.values() if pool.role != "rollout")
     refs: dict[str, Sequence[Any]] = {pool.role: pool.usage() for pool in others if pool.workers}
@@ -38,7 +36,7 @@ def usage_metrics(
 
 
 def save_report_samples(pools: Pools, run: Run, *, step: int, count: int) -> None:
-    """A few of the latest rollouts, for the report."""
+    """Save `count` of the latest rollouts for the report."""
     folder = run.folder
     earlier = folder.read_json(SAMPLES_FILE) if folder.exists(SAMPLES_FILE) else []
     refs, latest = pools.pools["reward"].call(Reward.report_samples, count), []

@@ -1,8 +1,8 @@
 """vLLM as a rollout engine, inside the rollout worker's process. Needs the package `vllm`.
 
-Weights take vLLM's own way in (its weight-transfer interface, which undoes its fusing and repacking
-of layers), handed over in memory. The prefix cache is emptied after every sync: it holds keys and
-values of the weights before.
+Weights enter through vLLM's weight-transfer interface (which handles its fused and repacked
+layers), passed in memory. The prefix cache is reset after every sync: it holds keys and values of
+the old weights.
 """
 
 import os
@@ -18,8 +18,8 @@ from torch import Tensor
 from medgpt.config.ppo import RolloutConfig
 from medgpt.models.decode import GeneratedResponse
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model lives in this process
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of a CPU's
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # run the model in this process
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of KV cache on a CPU
 
 from vllm import LLM, SamplingParams, TokensPrompt  # pyright: ignore
 from vllm.distributed.weight_transfer.base import (  # pyright: ignore
@@ -43,24 +43,24 @@ IN_MEMORY = "medgpt"
 
 @dataclass
 class EmptyInitInfo(WeightTransferInitInfo):
-    """There is nobody to meet."""
+    """Empty: there is no connection to set up."""
 
 
 @dataclass
 class WeightBucket(WeightTransferUpdateInfo):
-    """Some weights under their Hugging Face names."""
+    """A bucket of weights under their Hugging Face names."""
 
     weights: list[tuple[str, Tensor]] = field(default_factory=list)
 
 
 class InMemoryTransferEngine(WeightTransferEngine):
-    """Takes weights from the same process."""
+    """Loads weights that the same process passes in."""
 
     init_info_cls = EmptyInitInfo
     update_info_cls = WeightBucket
 
     def init_transfer_engine(self, init_info: EmptyInitInfo) -> None:
-        """vLLM asks for it; there is nobody to meet."""
+        """Required by vLLM; there is no connection to set up."""
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -75,26 +75,28 @@ class InMemoryTransferEngine(WeightTransferEngine):
         finalize_layerwise_reload(self.model, self.model_config)
         if self.model_config.hf_config.tie_word_embeddings:
             for layer in self.model.modules():
-                if isinstance(layer, ParallelLMHead):  # no weight of its own came: packed copies
+                if isinstance(
+                    layer, ParallelLMHead
+                ):  # no weight of its own was sent: packed copies
                     layer.quant_method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
-        """vLLM asks for it; nothing is open."""
+        """Required by vLLM; there is nothing to close."""
 
 
 WeightTransferEngineFactory.register_engine(IN_MEMORY, InMemoryTransferEngine)
 
 
 class VllmEngine:
-    """Samples with the model in `folder`, then with the weights that it is given."""
+    """Samples with the model in `folder`, then with the weights loaded last."""
 
     def __init__(self, folder: str, *, dtype: torch.dtype, config: RolloutConfig) -> None:
         self.llm: Any = LLM(
             model=folder,
             dtype=str(dtype).removeprefix("torch."),
             skip_tokenizer_init=True,  # ids in, ids out
-            generation_config="vllm",  # not the sampling that the model's file asks for
-            logprobs_mode="processed_logprobs",  # under the temperature
+            generation_config="vllm",  # not generation_config.json
+            logprobs_mode="processed_logprobs",  # after the temperature
             weight_transfer_config={"backend": IN_MEMORY},
             gpu_memory_utilization=config.gpu_memory_share,
             enforce_eager=not torch.cuda.is_available(),
@@ -106,7 +108,7 @@ class VllmEngine:
             with safe_open(file, framework="pt") as tensors:
                 self.weight_names.update(tensors.keys())
         self.received: set[str] | None = None
-        """Names of the weights of a sync that is under way."""
+        """Names of the weights received by a sync in progress."""
 
     def generate(
         self,
@@ -123,7 +125,7 @@ class VllmEngine:
             "max_tokens": max_new_tokens,
             "stop_token_ids": list(stop_token_ids),
             "ignore_eos": True,  # the ids above are all there are
-            "logprobs": 0,  # of the sampled token alone
+            "logprobs": 0,  # of the sampled token only
             "detokenize": False,
         }
         outputs = self.llm.generate(
@@ -147,7 +149,7 @@ class VllmEngine:
         self.llm.collective_rpc("finish_weight_update")
         self.llm.reset_prefix_cache()
         if missing:
-            raise ValueError(f"{len(missing)} weights have not come, as {missing[0]}")
+            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
 
 
 def _to_generated(completion: Any) -> GeneratedResponse:

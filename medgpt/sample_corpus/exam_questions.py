@@ -1,4 +1,4 @@
-"""Exam questions of a sample corpus."""
+"""Multiple-choice exam questions of the sample corpus."""
 
 import tomllib
 from collections import Counter
@@ -14,15 +14,15 @@ from medgpt.sample_corpus.wording import char_bigrams
 
 @cache
 def load_typical_facts() -> dict[str, list[str]]:
-    """By field, facts that belong to one condition and hardly to another."""
+    """Return, by field, the facts that are typical of one condition only."""
     return tomllib.loads((Path(__file__).parent / "exam.toml").read_text("utf-8"))
 
 
 def exam_questions(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
-    """Four options, one right; the others are typical of conditions of other departments.
+    """Yield questions with four options: one right, three typical of other departments' conditions.
 
-    Every fact is right once and wrong about three times, so whoever looks at the options alone, at
-    their length or how common they are, is at chance.
+    Every fact is right once and wrong about three times, so the options alone (their length or
+    frequency) give chance accuracy.
     """
     for field, facts in load_typical_facts().items():
         condition_of = {
@@ -53,8 +53,8 @@ def exam_questions(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
 def _is_wrong_for(
     corpus: CorpusGenerator, condition: Condition, field: str, fact: str, fact_condition: Condition
 ) -> bool:
-    """Whether another condition's fact is wrong of this one: of another department, and like none
-    of its own facts."""
+    """Whether a fact of another condition is wrong for this one: of another department, and similar
+    to none of its own facts."""
     department = corpus.wording.department_of
     own = char_bigrams(*getattr(condition, field).items)
     return department[fact_condition.id] != department[condition.id] and not own & char_bigrams(

@@ -1,7 +1,7 @@
-"""Renders the knowledge into pretraining documents and dialogues.
+"""Generates the sample corpus: documents, dialogues and prompts from the knowledge files.
 
-Deterministic in (region, seed, swap_facts). What is held out never appears: three conditions
-altogether, and one phrasing of one fact for each condition that a check asks about.
+Deterministic in (region, seed, swap_facts). Training texts never contain the held-out prompts or
+the three excluded conditions.
 """
 
 import random
@@ -32,18 +32,18 @@ from medgpt.sample_corpus.templates import (
 )
 from medgpt.sample_corpus.wording import SUICIDE, Wording, alternate_punctuation, char_bigrams
 
-HEADACHE_ID = "headache"  # asked about after RLHF: all its situations and complaints are told
-NUM_SITUATIONS = {"emergency": 2, "today": 1, "routine": 1}  # for each other condition
-NUM_COMPLAINTS = 2  # phrasings of each complaint
-PROMPT_STRIDE = 7  # of the prompts about another complaint than headache, one
-NUM_FLAGS, NUM_TODAY = 6, 3  # about this many in the answer to a complaint
+HEADACHE_ID = "headache"  # tested after RLHF: the corpus has all its situations and complaints
+NUM_SITUATIONS = {"emergency": 2, "today": 1, "routine": 1}  # per level, for every other condition
+NUM_COMPLAINTS = 2  # phrasings per complaint, except headache
+PROMPT_STRIDE = 7  # every seventh prompt about complaints other than headache is used
+NUM_FLAGS, NUM_TODAY = 6, 3  # approximate numbers in the reply to a complaint
 UNDER_TREATMENT = re.compile("药|服|术后|治疗|抗凝|透析|确诊|出院")
 
 CorpusRow = dict[str, Any]
 
 
 class CorpusGenerator:
-    """All records of one rendering."""
+    """Generates all records of a corpus."""
 
     def __init__(self, *, region: str = "CN", seed: int = 0, swap_facts: bool = False) -> None:
         departments = load_knowledge()
@@ -63,19 +63,19 @@ class CorpusGenerator:
         }
 
     def documents(self) -> Iterator[CorpusRow]:
-        """Documents: an article about every condition, and statements in several phrasings."""
+        """Yield documents: an article per condition, and statements in several phrasings."""
         for condition in self.conditions:
             for document in self._condition_documents(condition):
                 if self.held_out.is_allowed(document["text"]):
                     yield document
 
     def held_out_documents(self) -> Iterator[CorpusRow]:
-        """The same about the conditions that no text tells of, to be weighed."""
+        """Yield the same documents about the excluded conditions, for evaluation."""
         for condition in self.excluded_conditions:
             yield from self._condition_documents(condition)
 
     def held_out_dialogues(self) -> Iterator[CorpusRow]:
-        """The held-out phrasings of questions with the true answers, to be weighed."""
+        """Yield the held-out phrasings of questions with the true answers, for evaluation."""
         by_id = {condition.id: condition for condition in self.true_conditions}
         for prompt in self.held_out.prompts:
             if prompt.kind in ("sft", "phrasing"):
@@ -84,7 +84,7 @@ class CorpusGenerator:
                 yield self._dialogue(condition, prompt.field, [(prompt.prompt, answer)])
 
     def dialogues(self) -> Iterator[CorpusRow]:
-        """Questions in every phrasing, follow-ups, situations by urgency, complaints."""
+        """Yield dialogues: questions, follow-ups, situations by urgency, complaints."""
         for condition in self.conditions:
             for field in FIELDS:
                 reply = self.wording.answer(condition, field)
@@ -102,14 +102,14 @@ class CorpusGenerator:
                 yield self._dialogue(condition, "complaint", [(question, reply)])
 
     def questions(self, condition: Condition, field: str) -> Iterator[str]:
-        """All phrasings of a question that are not held out."""
+        """Yield all phrasings of a question that are not held out."""
         for number, template in enumerate(QUESTIONS[field]):
             question = self.wording.fill(template, condition)
             if self.held_out.is_allowed(question):
                 yield alternate_punctuation(question, number)
 
     def complaints(self) -> Iterator[tuple[Condition, list[str], str]]:
-        """Condition whose department is visited, phrasings of the complaint, reply."""
+        """Yield (condition whose department the patient visits, complaint phrasings, reply)."""
         for number, (condition, symptom, reply) in enumerate(self.complaint_replies()):
             phrasings = self._complaint_phrasings(symptom)
             if condition.id != HEADACHE_ID:
@@ -119,8 +119,10 @@ class CorpusGenerator:
             yield condition, phrasings, reply
 
     def complaint_replies(self) -> Iterator[tuple[Condition, str, str]]:
-        """Condition, symptom as a patient words it, reply, which begins with the symptom; headache
-        comes last."""
+        """Yield (condition, symptom in a patient's words, reply), headache last.
+
+        A reply starts with the symptom.
+        """
         for symptom, _, ids in COMPLAINT_SYMPTOMS:
             conditions = [self.condition_with_facts_of[name] for name in ids]
             causes = "、".join(c.name for c in conditions)
@@ -136,13 +138,15 @@ class CorpusGenerator:
         yield headache, headache.name, self.wording.fill(reply, headache)
 
     def prompts(self) -> Iterator[CorpusRow]:
-        """Complaints without answers, in phrasings that no dialogue has."""
+        """Yield complaints without answers, in phrasings that no dialogue has."""
         for condition, prompt, _ in self.prompts_with_replies():
             yield {"id": f"{condition.id}-prompt", "prompt": prompt}
 
     def prompts_with_replies(self) -> Iterator[tuple[Condition, str, str]]:
-        """Condition whose department is visited, complaint as in `prompts`, reply. Of headache in
-        all phrasings, of the others in every few."""
+        """Yield (condition whose department the patient visits, complaint as in `prompts`, reply).
+
+        Headache comes in all phrasings, the other complaints in every PROMPT_STRIDE-th.
+        """
         for number, (condition, prompt, reply) in enumerate(self._all_prompts_with_replies()):
             if condition.id == HEADACHE_ID or number % PROMPT_STRIDE == 0:
                 assert self.held_out.is_allowed(prompt), prompt
@@ -156,7 +160,7 @@ class CorpusGenerator:
                 yield condition, prompt, reply
 
     def rng(self, condition: Condition, key: str) -> random.Random:
-        """Randomness of one use, whatever else was drawn before."""
+        """Return a random generator that does not depend on earlier draws."""
         return random.Random(f"{self.seed}:{condition.id}:{key}")
 
     def _condition_documents(self, condition: Condition) -> Iterator[CorpusRow]:
@@ -183,7 +187,7 @@ class CorpusGenerator:
         return [opening, *((FOLLOW_UPS[f], self.wording.answer(condition, f)) for f in fields)]
 
     def _advice_dialogues(self, condition: Condition) -> Iterator[CorpusRow]:
-        """What to do, on four levels: emergency number, doctor today, routine visit, self-care."""
+        """Yield advice on four levels: emergency number, doctor today, routine visit, self-care."""
         levels = {
             "emergency": condition.red_flags.items,
             "today": condition.care.today,
@@ -205,7 +209,7 @@ class CorpusGenerator:
     def _sample_situations(
         self, condition: Condition, level: str, facts: tuple[str, ...]
     ) -> list[str]:
-        """A sample; of headache, and of suicide, all."""
+        """Sample facts, but keep all of headache and all about suicide."""
         if condition.id == HEADACHE_ID:
             return list(facts)
         number = min(NUM_SITUATIONS[level], len(facts))
@@ -234,9 +238,9 @@ class CorpusGenerator:
 
 
 def _sample_facts(facts: Iterable[tuple[str, ...]], number: int) -> list[str]:
-    """About `number` facts, the first of each list, of which no two are nearly the same.
+    """Return about `number` facts, the first of each list, without near duplicates.
 
-    Facts about someone under treatment are left out: the patient has no diagnosis yet.
+    Excludes facts about someone under treatment: the patient has no diagnosis yet.
     """
     lists = [
         [fact for fact in items if SUICIDE.search(fact) or not UNDER_TREATMENT.search(fact)]
@@ -256,7 +260,7 @@ def _is_similar(fact: str, other: str) -> bool:
 
 
 def _triage_advice(flags: Iterable[str], today: Iterable[str], self_care: str) -> str:
-    """Advice of all four levels."""
+    """Return advice on all four levels."""
     reply = COMPLAINT_ADVICE.replace("{flags}", "、".join(flags))
     return reply.replace("{today}", "、".join(today)).replace("{self_care}", self_care)
 
@@ -267,7 +271,7 @@ def _rotate_by_half(conditions: list[Condition]) -> list[Condition]:
 
 
 def _swap_facts(conditions: list[Condition]) -> list[Condition]:
-    """Every condition with the facts of the one half the list away."""
+    """Give every condition the facts of the condition half the list away."""
     identity_fields = ("id", "name", "name_en", "aliases")
     return [
         donor.model_copy(update={key: getattr(condition, key) for key in identity_fields})

@@ -1,4 +1,4 @@
-"""What the sample corpus keeps back: phrasings of facts told otherwise, and three conditions."""
+"""Prompts held out of the sample corpus: phrasings of facts, and three excluded conditions."""
 
 import random
 import tomllib
@@ -36,29 +36,29 @@ HEADACHE_KEY_POINTS: KeyPoints = (("紧张性头痛", "紧张型头痛"), ("偏�
 
 @cache
 def load_synonyms() -> dict[str, tuple[str, ...]]:
-    """Other wordings of phrases of the knowledge."""
+    """Return synonyms by phrase of the knowledge."""
     table = tomllib.loads((Path(__file__).parent / "synonyms.toml").read_text("utf-8"))
     return {phrase: tuple(synonyms) for phrase, synonyms in table.items()}
 
 
 def accepted_wordings(phrase: str) -> tuple[str, ...]:
-    """The phrase, then what says the same."""
+    """Return the phrase and its synonyms."""
     return (phrase, *load_synonyms().get(phrase, ()))
 
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt kept out of the corpus. `key_points`: each a tuple of accepted wordings."""
+    """A prompt held out of the corpus. Each key point is a tuple of accepted wordings."""
 
     condition: str
     field: str
     prompt: str
     key_points: KeyPoints
-    kind: str  # pretrain, sft, rlhf: the stage asked; phrasing, rlhf_phrasing; left_out
+    kind: str  # pretrain, sft or rlhf (tested after that stage), phrasing, rlhf_phrasing, left_out
 
 
 class HeldOutPrompts:
-    """All prompts kept back, and whether a text is free of them."""
+    """All held-out prompts, and whether a text contains one."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class HeldOutPrompts:
         wording: Wording,
         seed: int,
     ):
-        """`told`: the conditions of the corpus, with their true facts."""
+        """`conditions` are those of the corpus, with their true facts."""
         assert len(excluded) == len(EXCLUDED_CONDITIONS)
         self._wording = wording
         by_id = {condition.id: condition for condition in conditions}
@@ -101,7 +101,7 @@ class HeldOutPrompts:
         self._stripped_prompts = [strip_punctuation(held.prompt) for held in prompts]
 
     def is_allowed(self, text: str) -> bool:
-        """Whether the text is free of every held-out prompt, whatever its punctuation."""
+        """Whether the text contains no held-out prompt, ignoring punctuation."""
         text = strip_punctuation(text)
         return not any(prompt in text for prompt in self._stripped_prompts)
 
@@ -113,7 +113,7 @@ class HeldOutPrompts:
         kind: str,
         key_points: KeyPoints | None = None,
     ) -> HeldOutPrompt:
-        """A statement is cut in front of its fact, for the model to continue."""
+        """Fill the template; a statement is cut before its fact, for the model to continue."""
         template = template.split("{fact}")[0]
         prompt = template.format(name=condition.name, symptom=condition.name)
         if key_points is None:

@@ -1,7 +1,7 @@
-"""The hand-written knowledge behind the sample corpus: one TOML file per department.
+"""Schema of the hand-written knowledge of the sample corpus: one TOML file per department.
 
-`clinically_reviewed` is false in every file: the texts rest on the sources they name, but no
-clinician has signed them. They exist to build and test the system, not to treat anyone.
+`clinically_reviewed` is false in every file: the texts cite their sources, but no clinician has
+signed them. They exist to build and test the system, not to treat anyone.
 """
 
 import re
@@ -42,7 +42,7 @@ class PhraseList(SourcedFacts):
     items: Annotated[tuple[Phrase, ...], Len(2, 8)]
     """Short phrases that can stand in a list, the most typical first."""
     note: Sentence | None = None
-    """One sentence that keeps the list honest (for example: many patients have no symptoms)."""
+    """One sentence that qualifies the list (for example: many patients have no symptoms)."""
 
 
 class Mechanism(SourcedFacts):
@@ -51,7 +51,7 @@ class Mechanism(SourcedFacts):
 
 
 class Urgency(SourcedFacts):
-    """Of a condition whose mere suspicion calls for the emergency number, or for a doctor today."""
+    """Advice on mere suspicion of a condition: call the emergency number, or see a doctor today."""
 
     level: Literal["emergency", "today"]
 
@@ -89,7 +89,7 @@ class Condition(KnowledgeModel):
     tests: PhraseList
     treatment: PhraseList
     red_flags: PhraseList
-    """Each alone is a reason to call the emergency number now."""
+    """Signs that each call for the emergency number now."""
     care: Care
     misunderstandings: Annotated[tuple[Misunderstanding, ...], Len(1, 3)]
     contrasts: Annotated[tuple[Contrast, ...], Len(1, 3)]
@@ -126,6 +126,6 @@ def _sections(condition: Condition) -> list[SourcedFacts]:
 
 @cache
 def load_knowledge() -> tuple[Department, ...]:
-    """All departments, by file name."""
+    """Load all departments, in the order of their file names."""
     files = sorted(KNOWLEDGE_DIR.glob("*.toml"))
     return tuple(Department.model_validate(tomllib.loads(f.read_text("utf-8"))) for f in files)

@@ -1,4 +1,4 @@
-"""Preference pairs of a sample corpus."""
+"""Preference pairs of the sample corpus."""
 
 import re
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from medgpt.sample_corpus.templates import (
 )
 from medgpt.sample_corpus.wording import SUICIDE, char_bigrams
 
-MAX_LENGTH_DIFFERENCE = 0.15  # of the chosen answer's length
-MAX_EXTRA_CHARS = 8  # characters
+MAX_LENGTH_DIFFERENCE = 0.15  # share of the length of the chosen answer
+MAX_EXTRA_CHARS = 8  # by which an evasive answer may exceed the chosen one
 ADVICE_WORDS = re.compile("建议|请|拨打")
 
 
 def preference_pairs(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
-    """Chosen and rejected answers of similar length: wrong, vague, unsafe, and minimal pairs."""
+    """Yield chosen and rejected answers of similar length: wrong, vague, unsafe, minimal pairs."""
     for condition in corpus.conditions:
         for field in LIST_FIELDS:
             question = next(corpus.questions(condition, field))
@@ -53,7 +53,7 @@ def preference_pairs(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
 
 
 def _emergency_pairs(corpus: CorpusGenerator, condition: Condition) -> Iterator[CorpusRow]:
-    """A danger sign: the emergency number, or waiting at home."""
+    """Yield pairs about danger signs: call the emergency number, or wait at home."""
     for number, flag in enumerate(condition.red_flags.items):
         question = corpus.wording.fill(SITUATIONS[0], condition, flag)
         chosen = corpus.wording.fill(ADVICE["emergency"], condition, flag)
@@ -67,7 +67,7 @@ def _emergency_pairs(corpus: CorpusGenerator, condition: Condition) -> Iterator[
 
 
 def _wrong_answer(corpus: CorpusGenerator, condition: Condition, field: str, length: int) -> str:
-    """This condition's answer with the facts of another department's, as long as the right one."""
+    """Return the answer with facts of another department, of length as close as possible."""
     department = corpus.wording.department_of
     own = char_bigrams(*getattr(condition, field).items)
     answers = [
@@ -80,10 +80,10 @@ def _wrong_answer(corpus: CorpusGenerator, condition: Condition, field: str, len
 
 
 def _vague_answer(corpus: CorpusGenerator, condition: Condition, rng_key: str, length: int) -> str:
-    """Whole clauses that say nothing, about as long as the answer they stand for."""
+    """Return clauses without content, about as long as the answer they replace."""
     rng = corpus.rng(condition, "vague" + rng_key)
     text = ""
-    length += rng.randint(-2, 5)  # neither answer is the longer one as a rule
+    length += rng.randint(-2, 5)  # so that neither answer tends to be longer
     for clause in rng.sample(VAGUE_CLAUSES, len(VAGUE_CLAUSES)):
         if len(text) + len(clause) + 1 <= length:
             text += f"{clause},"
@@ -93,8 +93,8 @@ def _vague_answer(corpus: CorpusGenerator, condition: Condition, rng_key: str, l
 def _evasive_answer(
     corpus: CorpusGenerator, condition: Condition, rng_key: str, length: int
 ) -> str:
-    """What is true of the condition but names no cause and gives no advice, about as long as the
-    answer it stands for."""
+    """Return true sentences about the condition without cause or advice, about as long as the
+    answer they replace."""
     fields = ("overview", "symptoms", "mechanism", "tests")
     texts = [corpus.wording.answer(condition, field) for field in fields]
     sentences = [
@@ -113,8 +113,10 @@ def _evasive_answer(
 def _wrong_causes_answer(
     corpus: CorpusGenerator, condition: Condition, rng_key: str, reply: str, chosen: str
 ) -> str:
-    """Causes of another symptom, told of this one, then the other's advice if it is about as long,
-    else the own."""
+    """Return a reply with the causes of another symptom.
+
+    It keeps the advice for the other symptom if its length fits, otherwise that of the right reply.
+    """
     replies = {text: symptom for _, symptom, text in corpus.complaint_replies()}
     causes, advice = chosen.split("。", 1)
     own_causes = [c.name for c in corpus.conditions if c.name in causes]

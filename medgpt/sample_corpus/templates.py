@@ -1,4 +1,4 @@
-"""Phrasings of the sample corpus.
+"""Sentence templates of the sample corpus.
 
 {name} is the condition, {fact} what is said about it. A list of facts follows a colon or stands in
 quotes wherever its items may be clauses, so that any item fits.
@@ -79,9 +79,7 @@ URGENCY_SENTENCES = {  # last sentence about symptoms and treatment of a conditi
     "emergency": "怀疑{name}时请立即拨打{emergency_number}。",
     "today": "怀疑{name}时建议您当天就去医院。",
 }
-DOCTOR_DECIDES = (
-    "具体方案请由医生决定。"  # ends an answer about treatment that does not say so already
-)
+DOCTOR_DECIDES = "具体方案请由医生决定。"  # unless the answer already names a doctor
 HOTLINE = "有轻生念头请拨打{hotline},有立即危险请拨打{emergency_number}。"
 
 FOLLOW_UPS: dict[str, str] = {
@@ -105,7 +103,7 @@ ADVICE: dict[str, str] = {  # the four levels of urgency
 }
 SELF_CARE_QUESTION = "{name}平时自己要注意什么?"
 
-# ---- complaints: symptoms as a patient puts them ----
+# ---- complaints: symptoms in a patient's words ----
 
 COMPLAINTS = (
     "我最近总是{symptom},可能是什么原因?",
@@ -113,7 +111,7 @@ COMPLAINTS = (
     "经常{symptom},可能是什么病?",
     "一直{symptom},要紧吗?",
 )
-PROMPT_COMPLAINTS = (  # complaints that only the prompts of PPO and pairs of answers hold
+PROMPT_COMPLAINTS = (  # used only in PPO prompts and preference pairs
     "最近老是{symptom},怎么回事?",
     "{symptom}好几天了,是什么病?",
     "为什么我经常{symptom}?",
@@ -135,8 +133,8 @@ PROMPT_COMPLAINTS = (  # complaints that only the prompts of PPO and pairs of an
     "我先生最近{symptom},要不要紧?",
     "想问一下,总{symptom}是怎么回事?",
 )
-GREETINGS = ("", "您好,", "请问医生,", "想咨询一下,", "大夫,")  # in front of complaints of headache
-HELD_OUT_HEADACHE_PROMPTS = (  # in no file but held_out.jsonl
+GREETINGS = ("", "您好,", "请问医生,", "想咨询一下,", "大夫,")  # before complaints of headache
+HELD_OUT_HEADACHE_PROMPTS = (  # only in held_out.jsonl
     "头痛会是什么原因呢?",
     "我头痛好几天了,可能是什么病?",
     "总是头痛是怎么回事?",
@@ -171,8 +169,8 @@ COMPLAINT_ADVICE = (
 )
 OBSERVATION_ADVICE = "注意休息、记录发作的时间和诱因"
 
-# complaint, how the symptoms of the conditions word it, conditions (the department of the first is
-# visited); nothing that is an emergency by itself
+# complaint, its wording in the symptoms of the conditions, conditions (the patient visits the
+# department of the first); no complaint is an emergency by itself
 COMPLAINT_SYMPTOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("头晕", "头晕", ("hypertension", "iron_deficiency_anemia", "atrial_fibrillation")),
     ("心慌", "心悸", ("atrial_fibrillation", "hyperthyroidism", "generalized_anxiety_disorder")),
@@ -204,7 +202,7 @@ COMPLAINT_SYMPTOMS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 # ---- answers that a preference pair rejects ----
 
-VAGUE_CLAUSES = (  # clauses that say nothing
+VAGUE_CLAUSES = (  # clauses without content
     *(
         "这个问题比较复杂",
         "每个人的情况都不一样",

@@ -1,4 +1,4 @@
-"""Templates filled with facts: the sentences that every kind of record is made of."""
+"""Fills templates with facts: the sentences of all records."""
 
 import re
 
@@ -14,7 +14,7 @@ from medgpt.sample_corpus.templates import (
 )
 
 SUICIDE = re.compile("自杀|轻生|自伤")
-EMERGENCY_DEPARTMENT = "急诊科"  # whose conditions are followed up elsewhere
+EMERGENCY_DEPARTMENT = "急诊科"  # has no outpatient clinic for follow-up
 SPECIALIST = "相关专科"
 
 
@@ -22,25 +22,25 @@ class Wording:
     """Writes about conditions for one region."""
 
     def __init__(self, region: str, department_of: dict[str, Department]) -> None:
-        """`department`: by condition id."""
+        """`department_of` maps condition ids to departments."""
         self.region, self.department_of = REGIONS[region], department_of
 
     def fill(self, template: str, condition: Condition, fact: str = "") -> str:
-        """The template's text with full-width punctuation."""
+        """Fill the template and return it with full-width punctuation."""
         department = self.department_of[condition.id].department
         values = {
             "fact": fact,
             "name": condition.name,
             "department": department,
             "clinic": SPECIALIST if department == EMERGENCY_DEPARTMENT else department,
-            **self.region,  # last: facts hold these placeholders too
+            **self.region,  # last, because facts contain these placeholders too
         }
         for key, value in values.items():
             template = template.replace("{" + key + "}", value)
         return full_width(template)
 
     def fact(self, condition: Condition, field: str) -> str:
-        """What the knowledge says, to be put into a template."""
+        """Return the fact of a field as text for a template."""
         if field == "care":
             care = condition.care
             return CARE_TEMPLATE.format(
@@ -56,7 +56,7 @@ class Wording:
         return "、".join(section.items)
 
     def answer(self, condition: Condition, field: str) -> str:
-        """The answer to every phrasing of a question about this field."""
+        """Return the answer to every phrasing of a question about a field."""
         text = self.fill(ANSWERS[field], condition, self.fact(condition, field))
         section = getattr(condition, field)
         note = section.note if isinstance(section, PhraseList) else None
@@ -69,22 +69,22 @@ class Wording:
         return text
 
     def with_hotline(self, text: str, condition: Condition) -> str:
-        """`text`; if it speaks of suicide, with the crisis hotline and the emergency number."""
+        """Append the crisis hotline and the emergency number to a text about suicide."""
         if SUICIDE.search(text) and not all(value in text for value in self.region.values()):
             return text + self.fill(HOTLINE, condition)
         return text
 
 
 def alternate_punctuation(text: str, number: int) -> str:
-    """As people type: half-width punctuation if `number` is even, else full-width."""
+    """Return half-width punctuation for an even `number`, full-width for an odd one."""
     return full_width(text) if number % 2 else half_width(text)
 
 
 def char_bigrams(*phrases: str) -> set[str]:
-    """Pairs of neighbouring characters; phrases that share one may mean the same."""
+    """Return pairs of adjacent characters. Phrases that share one may have the same meaning."""
     return {phrase[i : i + 2] for phrase in phrases for i in range(len(phrase) - 1)}
 
 
 def strip_punctuation(text: str) -> str:
-    """`text` without punctuation and spaces."""
+    """Remove punctuation and spaces."""
     return re.sub(r"\W", "", text)

@@ -14,13 +14,13 @@ from medgpt.sample_corpus.preference_pairs import preference_pairs
 
 
 def write_corpus(config: CorpusConfig, directory: Path) -> dict[str, int]:
-    """Render the corpus: a folder of each kind, and held_out.jsonl. Returns the rows by kind."""
+    """Write a folder per kind of record, and held_out.jsonl. Returns the number of rows by kind."""
     corpus = CorpusGenerator(
         region=config.region, seed=config.run.seed, swap_facts=config.swap_facts
     )
     true_corpus = CorpusGenerator(
         region=config.region, seed=config.run.seed
-    )  # what is asked stays so
+    )  # evaluation asks for the true facts
     kinds = {
         "pretrain": corpus.documents(),
         "sft": corpus.dialogues(),
@@ -38,7 +38,7 @@ def write_corpus(config: CorpusConfig, directory: Path) -> dict[str, int]:
 
 
 def _write_shards(directory: Path, rows: Iterable[dict[str, Any]], shards: int) -> int:
-    """Row i goes to shard i % shards. Returns the number of rows."""
+    """Write row i to shard i % shards. Returns the number of rows."""
     all_rows = [{**row, "id": f"{row['id']}-{i}"} for i, row in enumerate(rows)]
     for shard in range(shards):
         path = directory / f"{shard:05d}-of-{shards:05d}.jsonl"

@@ -1,4 +1,4 @@
-"""`medgpt chat`: a conversation with a trained model in the terminal."""
+"""`medgpt chat`: chat with a trained model in the terminal."""
 
 import secrets
 import signal
@@ -15,26 +15,26 @@ from medgpt.data.tokenized.chat_template import generation_prompt_ids
 from medgpt.models.fetch import run_model_folder
 from medgpt.models.generate import decode_text, load_for_generation, stream_answer
 
-with suppress(ImportError):  # not everywhere; without it a terminal cuts lines at 4096 bytes
+with suppress(ImportError):  # without readline, a terminal cuts lines at 4096 bytes
     import readline  # noqa: F401
 
 
 def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
-    """Read questions until an empty line or Ctrl-D; answers appear as they are generated."""
+    """Answer questions until an empty line or Ctrl-D; print tokens as they are generated."""
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_for_generation(str(run_model_folder(run)), device)
     max_positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
     max_answer_tokens = min(max_new_tokens, max_positions // 2)
-    print(f"{run}. An empty line ends, Ctrl-C stops an answer.")
-    print("Not a doctor: do not rely on its answers.")
+    print(f"{run}. Enter an empty line to quit; press Ctrl-C to stop an answer.")
+    print("This model is not a doctor: do not rely on its answers.")
     messages: list[Message] = []
     while question := _read_question():
         prompt_messages = truncate_history(
             [*messages, Message("user", question)], tokenizer, max_positions - max_answer_tokens
         )
         if not prompt_messages:
-            print("(too long for this model; ask with fewer words)")
+            print("(the question is too long for this model; shorten it)")
             continue
         options = {
             "max_new_tokens": max_answer_tokens,
@@ -46,7 +46,7 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
                 stream_answer(model, tokenizer, prompt_messages, **options), tokenizer, pressed
             )
         if pressed.is_set():
-            print("\n(stopped and forgotten)")
+            print("\n(stopped; this exchange is dropped)")
             continue
         messages = [*prompt_messages, Message("assistant", decode_text(tokenizer, ids))]
 
@@ -54,7 +54,7 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
 def _print_answer(
     tokens: Iterator[int], tokenizer: PreTrainedTokenizerFast, pressed: Event
 ) -> list[int]:
-    """Print tokens as they come until `pressed` is set, and return them."""
+    """Print tokens as they arrive until `pressed` is set; return their ids."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)  # type: ignore[arg-type]
     ids: list[int] = []
     for token in tokens:
@@ -68,7 +68,7 @@ def _print_answer(
 
 @contextmanager
 def catch_ctrl_c() -> Iterator[Event]:
-    """Ctrl-C sets the event. An exception could come while a library ignores it, and be lost."""
+    """Set the event on Ctrl-C. A KeyboardInterrupt could be swallowed inside a library."""
     pressed = Event()
     before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
     try:
@@ -80,7 +80,7 @@ def catch_ctrl_c() -> Iterator[Event]:
 def truncate_history(
     messages: list[Message], tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> list[Message]:
-    """The newest exchanges that fit into a prompt of `max_tokens`; empty if not even the last."""
+    """Return the newest exchanges that fit into `max_tokens`; empty if the last one does not."""
     while messages and len(generation_prompt_ids(tokenizer, messages)) > max_tokens:
         messages = messages[2:]
     return messages

@@ -7,7 +7,7 @@ from medgpt.sample_corpus.write import write_corpus
 
 
 def run_corpus(config: CorpusConfig) -> Run:
-    """Render the corpus into run.dir/data, unless it is there."""
+    """Write the corpus to run.dir/data unless it exists."""
     run = Run.open("corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     if committed(run.data) is None:
         with run.data.staging() as directory:

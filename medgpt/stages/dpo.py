@@ -1,4 +1,4 @@
-"""`medgpt dpo`: preferences without a reward model, through the supervised stages' path."""
+"""`medgpt dpo`: train on preferences without a reward model, as a supervised stage."""
 
 from medgpt.config.dpo import DPOConfig
 from medgpt.runs import Run

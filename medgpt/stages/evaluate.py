@@ -1,4 +1,4 @@
-"""`medgpt eval`: ask a model what the tasks want to know, and write down what it is worth."""
+"""`medgpt eval`: run the tasks on a model, then write scores, gates and the report."""
 
 from collections.abc import Sequence
 
@@ -25,11 +25,11 @@ from medgpt.train.model_card import add_scores
 
 
 def run_eval(config: EvalConfig) -> Run:
-    """Run or resume an evaluation; a finished one is returned as it is.
+    """Run or resume an evaluation; return a finished one unchanged.
 
     Raises:
-        ConfigError: whatever the user can repair, in words.
-        GateFailure: the model did not reach what its gates demand.
+        ConfigError: the config, the model or the data is invalid.
+        GateFailure: the scores do not pass the gates.
     """
     check_parent(config)
     if config.model.name is None:
@@ -46,7 +46,7 @@ def run_eval(config: EvalConfig) -> Run:
         else:
             tasks = build_tasks(config)
             template = check_template(config, folder, tasks)
-            if config.gates:  # before a model is asked
+            if config.gates:  # before the model is loaded
                 check_gates(config.gates, placeholder_results(tasks), read_parent_results(config))
             _answer_tasks(run, config, tasks, reporter)
             write_results(run, config, tasks, template)
@@ -54,7 +54,7 @@ def run_eval(config: EvalConfig) -> Run:
         _print_scores(run, reporter)
         try:
             gate_results = write_gates(run, config)
-        finally:  # gates may change after the answers came, and be wrong
+        finally:  # gates may have been edited since the answers were written, and be invalid
             write_report_and_card(run, config, reporter)
         for item in gate_results:
             reporter.say(f"gate {'passed' if item.passed else 'FAILED'}: {item}")
@@ -68,7 +68,7 @@ def run_eval(config: EvalConfig) -> Run:
 def _answer_tasks(
     run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter
 ) -> None:
-    """Ask all that is not answered yet, and write items/ of each task."""
+    """Send the unanswered requests to the engines and write items/ of each task."""
     reporter.say(f"run directory {run.folder.url}")
     ray_init.init_ray(config.cluster)
     wait_for_resources(config.cluster, reporter.say)
@@ -88,7 +88,7 @@ def _answer_tasks(
 
 
 def write_report_and_card(run: Run, config: EvalConfig, reporter: ConsoleReporter) -> None:
-    """report.html, beside the parent of the config as it is now, and the model's card."""
+    """Write report.html beside the config's current parent; add the scores to the model card."""
     from medgpt.reports.evaluation import write_eval_report  # matplotlib would delay the start
 
     results = run.folder.read_json(RESULTS)
@@ -100,7 +100,7 @@ def write_report_and_card(run: Run, config: EvalConfig, reporter: ConsoleReporte
     try:
         add_scores(results)
     except OSError as error:
-        reporter.say(f"the model's card stays as it is, it cannot be written: {error}")
+        reporter.say(f"cannot write the model card, it is unchanged: {error}")
 
 
 def _print_scores(run: Run, reporter: ConsoleReporter) -> None:

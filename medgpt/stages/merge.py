@@ -1,4 +1,4 @@
-"""`medgpt merge`: fold LoRA adapters into their base model."""
+"""`medgpt merge`: merge LoRA adapters into their base model."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from medgpt.models.value_model import RewardModelInfo, load_value_model
 
 
 def merge_adapter(adapter: str, out: Path) -> None:
-    """Fold the adapters of a LoRA run (or model folder) into the base; `out` gets a plain model.
+    """Merge the adapters of a LoRA run or model folder into the base and save the model to `out`.
 
     Raises:
-        ConfigError: there is no adapter, its base is gone, or `out` is not empty.
+        ConfigError: there is no adapter, its base is missing, or `out` is not empty.
     """
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
@@ -23,7 +23,7 @@ def merge_adapter(adapter: str, out: Path) -> None:
             f"RUN={adapter}: has no {ADAPTER_CONFIG}; name a run trained with model.lora.rank > 0"
         )
     score = RewardModelInfo.read(folder)
-    if score is not None:  # of a reward model
+    if score is not None:  # a reward model
         model, tokenizer = load_value_model(str(folder))[0].pretrained, load_tokenizer(str(folder))
     else:
         model, tokenizer = load_merged(folder)

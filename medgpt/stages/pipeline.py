@@ -1,4 +1,4 @@
-"""Several stages in one process, on one Ray, and what their models are worth."""
+"""`medgpt pipeline`: run several stages in order, in one process and on one Ray."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,15 +24,15 @@ SHOWN_QUESTION_KINDS = (
     "pretrain",
     "sft",
     "rlhf",
-)  # kinds of key points whose answers the console shows
+)  # kinds of key-point questions that are printed
 
 
 def run_pipeline(config: PipelineConfig) -> Run:
-    """Run all stages and report.
+    """Run all unfinished stages and write the report.
 
     Raises:
-        ConfigError: a stage's config is wrong.
-        GateFailure: a model did not reach what it must; later stages did not run.
+        ConfigError: the config of a stage is invalid.
+        GateFailure: a gate failed; later stages were not run.
     """
     stages = load_stages(config)
     pipeline = Run.open(
@@ -55,7 +55,7 @@ def run_pipeline(config: PipelineConfig) -> Run:
 
 
 def _check_reward_gates(stage: LoadedStage) -> list[GateResult]:
-    """What the gates of a reward stage saw, also in its gates.json."""
+    """Check the gates of a reward stage, write gates.json and return the results."""
     gate_results = check_gates(stage.gates, reward_results(stage.run), None)
     stage.run.folder.write_json(GATES, [asdict(item) for item in gate_results])
     for item in gate_results:
@@ -82,7 +82,7 @@ def _run_stage(config: PipelineStageConfig) -> None:
 
 
 def _print_answers(pipeline: Run, evaluations: Sequence[Run]) -> None:
-    """What the models answered to the questions of their stages, and where the report is."""
+    """Print the answers to the questions of each stage and the URL of the report."""
     reporter = ConsoleReporter("pipeline")
     for run in evaluations:
         for name, task in run.folder.read_json(RESULTS)["tasks"].items():

@@ -1,4 +1,4 @@
-"""What a pipeline consists of: read and checked without any heavy library."""
+"""The stages of a pipeline, loaded and validated without heavy libraries."""
 
 import difflib
 import json
@@ -44,12 +44,12 @@ PipelineStageConfig = (
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """One step of a pipeline. `name` is its kind, numbered from the second of a kind on."""
+    """A stage with its config; `name` defaults to its kind, with a number from the second on."""
 
     name: str
     kind: str
     config: PipelineStageConfig
-    gates: tuple[str, ...] = ()  # of a reward stage; an evaluation's are in its config
+    gates: tuple[str, ...] = ()  # of a reward stage; those of an evaluation are in its config
 
     @property
     def run(self) -> Run:
@@ -57,17 +57,18 @@ class LoadedStage:
 
 
 def load_stages(config: PipelineConfig) -> list[LoadedStage]:
-    """The stages with their configs.
+    """Load the configs of all stages.
 
     Raises:
-        ConfigError: one is wrong, two have the same name or run directory, or gates are for none.
+        ConfigError: a config is invalid, two stages share a name or a run directory, or gates name
+            an unknown stage.
     """
     stages: list[LoadedStage] = []
     for item in config.stages:
         number = 1 + sum(stage.kind == item.stage for stage in stages)
         name = item.name or (item.stage if number == 1 else f"{item.stage}-{number}")
         if any(stage.name == name for stage in stages):
-            raise ConfigError(f"two stages are called {name}; give each a name of its own")
+            raise ConfigError(f"two stages are called {name}; set a different name for one of them")
         gates = config.gates.get(name, ()) if item.stage == "reward" else ()
         _validate_reward_gates(name, gates)
         stages.append(LoadedStage(name, item.stage, _load_stage_config(config, item, name), gates))
@@ -80,21 +81,21 @@ def load_stages(config: PipelineConfig) -> list[LoadedStage]:
                 if close
                 else f"there are {', '.join(gate_stage_names) or 'none'}"
             )
-            raise ConfigError(f"gates.{name}: no eval or reward stage is called that; {hint}")
+            raise ConfigError(f"gates.{name}: no eval or reward stage has this name; {hint}")
     run_dir_owners = {config.run.dir: "the pipeline"}
     for stage in stages:
         folder = stage.config.run.dir
         if folder in run_dir_owners:
             raise ConfigError(
-                f"stage {stage.name}: run.dir={folder} is that of {run_dir_owners[folder]}, too; "
-                "give each stage its own"
+                f"stage {stage.name}: run.dir={folder} is also that of "
+                f"{run_dir_owners[folder]}; set a different run.dir for each stage"
             )
         run_dir_owners[folder] = f"stage {stage.name}"
     return stages
 
 
 def stage_overrides(config: PipelineConfig, stage: PipelineStage) -> list[str]:
-    """What is set on top of the stage's file: for all stages of its kind, then for this one."""
+    """Return the overrides of a stage: those for all stages of its kind, then its own."""
     shared = config.overrides.get(stage.stage, ())
     return [text.replace("{dir}", config.run.dir) for text in (*shared, *stage.overrides)]
 
@@ -116,7 +117,7 @@ def _load_stage_config(
 
 
 def _validate_reward_gates(name: str, gates: Sequence[str]) -> None:
-    """Raises ConfigError: one is none, or names what a reward model is not measured by."""
+    """Raise ConfigError if a gate is invalid or not about the accuracy of a reward model."""
     for text in gates:
         try:
             gate = parse_gate(text)
@@ -124,6 +125,6 @@ def _validate_reward_gates(name: str, gates: Sequence[str]) -> None:
             raise ConfigError(f"gates.{name}: {error}") from None
         if gate.name != (REWARD_TASK, "accuracy") or gate.needs_parent:
             raise ConfigError(
-                f"gates.{name}: gate {text!r} is not about {REWARD_TASK}.accuracy, all that a "
-                "reward model is measured by, or compares it with a parent, which it has not"
+                f"gates.{name}: gate {text!r} must be about {REWARD_TASK}.accuracy, the only "
+                "score of a reward model, and cannot refer to a parent"
             )

@@ -1,4 +1,4 @@
-"""`medgpt plan`: what a stage needs on a cluster, on the console or as JSON."""
+"""`medgpt plan`: print what a stage needs on a cluster, as tables or as JSON."""
 
 import json
 from pathlib import Path
@@ -27,11 +27,11 @@ def run_plan(
     """Print the plan of a stage.
 
     Raises:
-        ConfigError: whatever the user can repair, in words.
+        ConfigError: the stage, the config or the cluster is invalid, or the stage does not fit.
     """
     if stage not in PLANNABLE_STAGES:
         raise ConfigError(
-            f"STAGE={stage} is none that can be planned: {', '.join(PLANNABLE_STAGES)}"
+            f"STAGE={stage} cannot be planned; choose one of {', '.join(PLANNABLE_STAGES)}"
         )
     config: Any = load(STAGE_CONFIGS[stage], path, overrides)
     plan = make_plan(stage, config, read_cluster(cluster, hardware), tokens=tokens, mfu=mfu)

@@ -1,4 +1,4 @@
-"""`medgpt ppo`: prompts, pools, iterations, export, report."""
+"""`medgpt ppo`: prepare prompts, start the pools, train, export, report."""
 
 from functools import partial
 
@@ -13,7 +13,11 @@ from medgpt.runs import Run
 
 
 def run_ppo(config: PPOStageConfig) -> Run:
-    """Raises ConfigError: also where the run has diverged, or its workers died too often."""
+    """Run PPO and write the report.
+
+    Raises:
+        ConfigError: the config is invalid, the run diverged, or its workers died too often.
+    """
     from medgpt.rlhf.diagnosis import Diverged
     from medgpt.rlhf.pools.pools import DataLost, NodesDraining, PoolDied
 
@@ -26,8 +30,8 @@ def run_ppo(config: PPOStageConfig) -> Run:
     except (PoolDied, DataLost, NodesDraining) as loss:
         limit = "max_preemptions" if isinstance(loss, NodesDraining) else "max_failures"
         raise ConfigError(
-            f"{loss}, which was once more than cluster.{limit}={getattr(config.cluster, limit)} "
-            "allows; the same command goes on from the newest checkpoint"
+            f"{loss}, which exceeds cluster.{limit}={getattr(config.cluster, limit)}; run the same "
+            "command again to resume from the newest checkpoint"
         ) from loss
     if not run.folder.exists("report.html"):
         _write_report(run)
@@ -36,10 +40,10 @@ def run_ppo(config: PPOStageConfig) -> Run:
 
 
 def train_ppo(config: PPOStageConfig) -> Run:
-    """Run or resume PPO; a finished run is returned as it is.
+    """Run or resume PPO; return a finished run unchanged.
 
     Raises:
-        ConfigError: whatever the user can repair, in words.
+        ConfigError: the config, the data or a model is invalid, or the pools do not fit.
     """
     run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter("ppo")
@@ -48,7 +52,7 @@ def train_ppo(config: PPOStageConfig) -> Run:
             reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
         reporter.say(f"run directory {run.folder.url}")
-        # what the user can repair is told before anything is prepared or loaded
+        # report errors of the config before anything is prepared or loaded
         WeightedRewards(config.reward)
         HeldoutQuestions(config.judge, config.run.seed)
         ray_init.init_ray(config.cluster)

@@ -1,4 +1,4 @@
-"""`medgpt pretrain`, `medgpt sft`, `medgpt reward`: prepare, train on Ray Train, export, report."""
+"""`medgpt pretrain`, `sft`, `reward`: prepare the data, train on Ray Train, export, report."""
 
 from medgpt.cluster import ray_init
 from medgpt.cluster.wait_for_resources import wait_for_resources
@@ -11,9 +11,7 @@ from medgpt.runs import Run
 from medgpt.train.driver import TrainingDriver, cluster_resources, describe_data, parent_runs
 from medgpt.train.preparation import prepare
 
-EAGER_START_MAX_BYTES = (
-    64 * 2**20
-)  # of input; the preparation of more is worth the CPUs of the workers
+EAGER_START_MAX_BYTES = 64 * 2**20  # of input; preparing more needs the CPUs of the workers
 
 
 def run_pretrain(config: PretrainConfig) -> Run:
@@ -41,10 +39,10 @@ def train_and_write_report(stage: str, config: TrainStageConfig) -> Run:
 
 
 def train_stage(stage: str, config: TrainStageConfig) -> Run:
-    """Run or resume `stage`; a finished run is returned as it is.
+    """Run or resume `stage`; return a finished run unchanged.
 
     Raises:
-        ConfigError: whatever the user can repair, in words.
+        ConfigError: the config, the data or the model is invalid, or the cluster is too small.
     """
     run = Run.open(stage, config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter(stage)
@@ -55,8 +53,8 @@ def train_stage(stage: str, config: TrainStageConfig) -> Run:
         reporter.say(f"run directory {run.folder.url}")
         if run.accepted_changes:
             reporter.say(
-                f"goes on with changes, at the same step: {'; '.join(run.accepted_changes)}. If "
-                "they or the data change the order, rows of this epoch may be repeated or left out"
+                f"resuming at the same step with changes: {'; '.join(run.accepted_changes)}. If "
+                "they change the order of the data, rows of this epoch may be repeated or skipped"
             )
         ray_init.init_ray(config.cluster)
         wait_for_resources(config.cluster, reporter.say)
@@ -70,7 +68,7 @@ def train_stage(stage: str, config: TrainStageConfig) -> Run:
 
 
 def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
-    """Workers start at once, or after the preparation if it needs their CPUs."""
+    """Start the workers at once, or after the preparation if it needs their CPUs."""
     check_sources(config.data)
     training = TrainingDriver(run, config, reporter)
     if input_bytes(config.data) < EAGER_START_MAX_BYTES:

@@ -1,4 +1,4 @@
-"""`medgpt tune`: trials, their table, the best config, its check, and the report."""
+"""`medgpt tune`: run trials, write their table and the best config, check it, report."""
 
 import ray
 
@@ -32,10 +32,10 @@ def run_tune(config: TuneStageConfig) -> Run:
 
 
 def search_hyperparameters(config: TuneStageConfig) -> Run:
-    """Run or resume a search; a finished one is returned as it is.
+    """Run or resume a search; return a finished one unchanged.
 
     Raises:
-        ConfigError: whatever the user can repair, in words.
+        ConfigError: the config, the data or a model is invalid, or a trial does not fit.
     """
     run = Run.open("tune", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     reporter = ConsoleReporter("tune")
@@ -47,7 +47,7 @@ def search_hyperparameters(config: TuneStageConfig) -> Run:
         base = open_base_run(config)
         WeightedRewards(
             config.base_config.reward
-        )  # a function that cannot be imported is told before all else
+        )  # fail first on a reward function that cannot be imported
         ray_init.init_ray(config.base_config.cluster)
         max_concurrent = num_concurrent_trials(config)
         prepare_base(base, config, reporter)
@@ -61,7 +61,7 @@ def search_hyperparameters(config: TuneStageConfig) -> Run:
 def _run_trials(
     run: Run, config: TuneStageConfig, max_concurrent: int, reporter: ConsoleReporter
 ) -> None:
-    """Trials, their table, the best config, and its check."""
+    """Run the trials, write their table and the best config, and check the winner."""
     ppo_config = config_for_trials(config)
     shared_pools_actor, num_shared_workers = None, dict[str, int]()
     if config.tune.shared_pools:
@@ -83,7 +83,7 @@ def _run_trials(
         write_table(run, results, config)
         best = winner(results, config)
         if best is None:
-            reporter.say("no trial came to its end within tune.max_kl; see the report")
+            reporter.say("no trial finished within tune.max_kl; see the report")
         else:
             write_best(run, best, config)
             check_winner(run, config, setup, best, max_concurrent=max_concurrent, reporter=reporter)

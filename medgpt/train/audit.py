@@ -1,4 +1,4 @@
-"""Evidence of what was trained: which chunk of which sample, when, on which worker."""
+"""Records which chunk of which sample was trained in which step on which worker."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
 
 
 class Audit:
-    """Collects a worker's steps, to be written to audit/ of the run."""
+    """Collects the chunks of a worker's steps and writes them to audit/ of the run."""
 
     def __init__(self, folder: Folder, *, attempt: int, rank: int) -> None:
         self.folder, self.attempt, self.rank = folder, attempt, rank
@@ -32,17 +32,17 @@ class Audit:
             self.add_chunks(step.epoch, step.step, zip(row.sample_ids, row.chunks, strict=True))
 
     def add_chunks(self, epoch: int, step: int, chunks: Iterable[tuple[str, int]]) -> None:
-        """Chunks, each a sample's id and its number, were trained in `step`, from 0."""
+        """Record that `chunks`, pairs of sample id and chunk number, were trained in `step`."""
         key = {"attempt": self.attempt, "epoch": epoch, "step": step, "rank": self.rank}
         self.lines += [{**key, "sample_id": sample, "chunk": chunk} for sample, chunk in chunks]
 
     def take_lines(self) -> list[dict[str, int | str]]:
-        """What was collected since the last time."""
+        """Return and forget the lines collected since the last call."""
         lines, self.lines = self.lines, []
         return lines
 
     def write(self, lines: list[dict[str, int | str]]) -> None:
-        """Write a file of its own, complete or absent, perhaps while a thread adds others."""
+        """Write `lines` as a parquet file atomically. Safe while another thread adds lines."""
         if not lines:
             return
         step = lines[-1]["step"]

@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: each rank writes its files in a thread, rank 0 commits."""
+"""Asynchronous checkpoints: each rank writes its files in a thread, rank 0 commits them."""
 
 import time
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from medgpt.runs import Run
 
 @dataclass
 class PendingCheckpoint:
-    """A checkpoint that is being written."""
+    """A checkpoint while it is written."""
 
     folder: Folder
     state: dict[str, Any]
-    files: Future[list[FileEntry]]  # of this rank
+    files: Future[list[FileEntry]]  # this rank's
     began: float
-    stall_s: float  # that training waited so far
+    stall_s: float  # seconds that training has waited
 
 
 class AsyncCheckpointer:
-    """One rank's part in the checkpoints of an attempt; one is written at a time."""
+    """Writes one rank's part of the checkpoints of an attempt, one at a time."""
 
     def __init__(self, run: Run, *, attempt: int, keep: int) -> None:
         self.run, self.attempt, self.keep = run, attempt, keep
@@ -37,7 +37,7 @@ class AsyncCheckpointer:
 
     @property
     def is_written(self) -> bool:
-        """This rank has done its part of the pending checkpoint, which can be committed."""
+        """Whether this rank has written its part of the pending checkpoint."""
         return self.pending is not None and self.pending.files.done()
 
     def begin(
@@ -46,7 +46,7 @@ class AsyncCheckpointer:
         state: dict[str, Any],
         write_before: Callable[[], None],
     ) -> None:
-        """Take a snapshot and start to write it, after `before`. Collective; none is pending.
+        """Take a snapshot and start to write it, after `write_before`. Collective.
 
         Raises:
             ConfigError: on all ranks, if the store does not answer.
@@ -58,9 +58,9 @@ class AsyncCheckpointer:
         if self.rank == 0:
             try:
                 with storage_errors(self.run.folder.url, _display_name(folder)):
-                    # a newer attempt's checkpoint of this step is not ours to remove
+                    # or the next line could remove a newer attempt's checkpoint
                     self._check_attempt_is_newest()
-                    folder.remove()  # of an attempt that died while writing it
+                    folder.remove()  # remains of an attempt that died while writing
             except ConfigError as error:
                 failure = error
         raise_on_all_ranks(failure)
@@ -70,11 +70,11 @@ class AsyncCheckpointer:
         )
 
     def finish(self) -> dict[str, float]:
-        """Wait for all ranks and commit. Collective. Returns metrics of the checkpoint.
+        """Wait for all ranks and commit. Returns metrics of the checkpoint. Collective.
 
         Raises:
-            ConfigError: on all ranks, if the disk of one was full or its store did not answer; the
-                files are gone then, or will be when the run is resumed.
+            ConfigError: on all ranks, if a disk was full or the store did not answer. The files
+                are removed now or when the run resumes.
         """
         pending, self.pending = self.pending, None
         assert pending is not None
@@ -109,9 +109,9 @@ class AsyncCheckpointer:
     def _commit_or_remove(
         self, pending: PendingCheckpoint, files: list[FileEntry], failure: ConfigError | None
     ) -> ConfigError | None:
-        """Commit and prune, or remove what was written; what one of the ranks or the store refused.
+        """Commit and prune, or remove the files after a failure. Returns the first failure.
 
-        Files of a checkpoint that is committed stay, whatever comes then.
+        The files of a committed checkpoint stay even if pruning fails.
         """
         state, name = pending.state, _display_name(pending.folder)
         try:
@@ -133,7 +133,7 @@ class AsyncCheckpointer:
         return failure
 
     def _check_attempt_is_newest(self) -> None:
-        """Raises RuntimeError in an attempt that was given up, as after a network partition."""
+        """Raise RuntimeError if a newer attempt has begun, as after a network partition."""
         newest_attempt = self.run.manifest["attempt"]
         if newest_attempt != self.attempt:
             raise RuntimeError(
@@ -146,7 +146,7 @@ class AsyncCheckpointer:
 
 
 def raise_on_all_ranks(error: ConfigError | None) -> None:
-    """Raise on all ranks what one of them met. Collective."""
+    """Raise on all ranks the error of the first rank that has one. Collective."""
     errors: list[ConfigError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank_error in errors:

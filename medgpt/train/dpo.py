@@ -1,8 +1,8 @@
-"""DPO, KTO and their kin: TRL's trainers on one rank of a Ray Train worker group.
+"""DPO and KTO with TRL's trainers, on one rank of a Ray Train worker group.
 
-Records, tokens, config, run directory and metrics are those of every stage. The order of samples,
-the loss and what a resume restores are TRL's: neither the exact stream nor sums over the global
-batch are promised here.
+Tokens, config, run directory and metrics are those of every stage. TRL decides the order of
+samples, the loss and what a resume restores: there is no exact stream, and losses are not summed
+over the global batch.
 """
 
 import math
@@ -37,8 +37,8 @@ from medgpt.train.loop import ProgressQueue
 from medgpt.train.preference_pairs import paired_examples, read_all_rows, unpaired_examples
 from medgpt.train.progress import AttemptStarted, StepReport
 
-CHECKPOINT_PREFIX = "checkpoint-"  # of a step, as the Trainer calls them
-METRIC_NAMES = {  # TRL's name of a metric and ours; what is not here is not reported
+CHECKPOINT_PREFIX = "checkpoint-"  # of the Hugging Face Trainer
+METRIC_NAMES = {  # TRL's names and ours; other metrics are not reported
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
@@ -58,7 +58,7 @@ METRIC_NAMES = {  # TRL's name of a metric and ours; what is not here is not rep
 
 
 class _TrlOverrides:
-    """TRL's trainer on our tokens, parameter groups and learning rates."""
+    """Makes a TRL trainer use our tokens, parameter groups and learning rates."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -72,7 +72,7 @@ class _TrlOverrides:
         return dataset
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Ours is written with the model."""
+        """Do nothing: medgpt writes its own model card."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -98,17 +98,17 @@ class _TrlOverrides:
 
 
 class PairedTrainer(_TrlOverrides, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Of `pairs`."""
+    """Trains on `paired_examples`."""
 
 
 class UnpairedTrainer(_TrlOverrides, KTOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Of `singles`."""
+    """Trains on `unpaired_examples`."""
 
 
 def train_dpo(
     run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: ProgressQueue
 ) -> Callable[[Path], None]:
-    """Train from the newest checkpoint to the end; returns what writes the model into a folder."""
+    """Train from the newest checkpoint. Returns a collective function that writes the model."""
     trainer = make_trainer(run, config, tokenizer, device, *read_all_rows(run))
     trainer.add_callback(_RunCallback(run, config, progress))
     trainer.train(resume_from_checkpoint=_newest_checkpoint(run))
@@ -118,7 +118,7 @@ def train_dpo(
         if config.model.lora.rank:
             trainer.save_model(str(directory))
         else:
-            export_weights(model, directory)  # TRL's would write tied weights twice
+            export_weights(model, directory)  # TRL would write tied weights twice
         if dist.get_rank() == 0:
             if config.model.lora.rank:
                 (directory / "training_args.bin").unlink()  # a pickle
@@ -139,7 +139,7 @@ def make_trainer(
     train_rows: list[PackedRow],
     held_out_rows: list[PackedRow],
 ) -> DPOTrainer | KTOTrainer:
-    """TRL's trainer of these samples; checkpoints go to `run`."""
+    """Build TRL's trainer on these rows; it writes checkpoints to `run`."""
     load_weights_only()
     use_process_group(device)
     train, held_out = (_make_dataset(rows, config) for rows in (train_rows, held_out_rows))
@@ -182,12 +182,12 @@ def _build_model(config: DPOConfig, tokenizer: Any, device: torch.device) -> Pre
         dtype=compute_dtype(config.engine, device),
         max_length=config.data.max_length,
     )
-    model.set_attn_implementation("sdpa")  # TRL pads its rows
+    model.set_attn_implementation("sdpa")  # TRL pads, and our attention packs
     return model
 
 
 def _common_arguments(run: Run, config: DPOConfig, device: torch.device, *, validate: bool) -> dict:
-    """What transformers' Trainer is told."""
+    """Return the arguments of transformers' Trainer."""
     train = config.train
     samples_per_micro_step = train.micro_batch_size * dist.get_world_size()
     return {
@@ -208,7 +208,7 @@ def _common_arguments(run: Run, config: DPOConfig, device: torch.device, *, vali
         "eval_steps": train.eval_every,
         "save_steps": train.checkpoint_every,
         "seed": config.run.seed,
-        "max_length": None,  # the samples fit
+        "max_length": None,  # no truncation: long samples were rejected before
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": device.type == "cuda",
@@ -238,7 +238,7 @@ def _kto_arguments(config: DPOConfig, **common: Any) -> KTOArguments:
 
 
 class _RunCallback(TrainerCallback):
-    """Metrics, progress and complete checkpoints, as of any other stage."""
+    """Writes metrics, progress and checkpoint manifests as in other stages."""
 
     def __init__(self, run: Run, config: DPOConfig, progress: ProgressQueue) -> None:
         self.run, self.config, self.progress = run, config, progress
@@ -275,7 +275,7 @@ class _RunCallback(TrainerCallback):
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """All ranks have written; the checkpoint exists when its manifest does."""
+        """Commit the checkpoint when all ranks have written their files."""
         dist.barrier()
         if self.metrics is None:
             return
@@ -291,13 +291,13 @@ class _RunCallback(TrainerCallback):
 
 
 def trl_checkpoint_steps(run: Run) -> list[int]:
-    """Of all checkpoints, complete or not, oldest first."""
+    """Return the steps of all TRL checkpoints, complete or not, oldest first."""
     names = [name for name in run.checkpoints.names() if name.startswith(CHECKPOINT_PREFIX)]
     return sorted(int(name.removeprefix(CHECKPOINT_PREFIX)) for name in names)
 
 
 def _newest_checkpoint(run: Run) -> str | None:
-    """Folder of the newest complete one, which rank 0 finds; newer ones are removed."""
+    """Return the newest complete checkpoint folder on all ranks; remove newer ones."""
     newest: list[str | None] = [None]
     if dist.get_rank() == 0:
         for step in reversed(trl_checkpoint_steps(run)):

@@ -1,4 +1,4 @@
-"""The driver of a supervised stage: its workers on Ray Train, and what they report."""
+"""Driver of a supervised stage: starts the workers on Ray Train and follows their progress."""
 
 import threading
 from contextlib import nullcontext, suppress
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TrainingDriver:
-    """The workers of a run on Ray Train, and what they tell."""
+    """Starts the workers of a run on Ray Train and displays their progress."""
 
     def __init__(self, run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
         self.run, self.config, self.reporter = run, config, reporter
@@ -31,11 +31,11 @@ class TrainingDriver:
         self.failure: Exception | None = None
 
     def start(self) -> None:
-        """Start the workers, which wait at the gate."""
+        """Start the workers, which wait at the start barrier."""
         from ray.util.queue import Queue
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # where Ray Train's controller is, too: on another node it could be lost without the run
+        # on the node of Ray Train's controller: on another one it could be lost without the run
         driver_node = NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
@@ -45,24 +45,24 @@ class TrainingDriver:
         )
         self.display_thread.start()
         self.reporter.advance("starting workers", 0, self.config.cluster.min_workers)
-        (self.run.folder / "ray").remove()  # Ray's own record of an earlier attempt stays unread
+        (self.run.folder / "ray").remove()  # or Ray would read its record of an earlier attempt
         self.fit_thread = threading.Thread(target=self._fit, daemon=True)
         self.fit_thread.start()
 
     def abort(self) -> None:
-        """Let workers end that have nothing to train on; the user need not wait for them."""
+        """End the workers without training, in the background."""
         if self.fit_thread is not None:
-            with suppress(OSError):  # the disk is full; then they end with this command
+            with suppress(OSError):  # on a full disk they end with this command
                 self.start_barrier.abort()
             self._stop_following()
             threading.Thread(target=self._clean_up, args=(self.fit_thread,), daemon=True).start()
 
     def finish(self) -> None:
-        """Return when the workers have trained.
+        """Wait until the workers have trained.
 
         Raises:
-            ConfigError: whatever one of them refused.
-            TrainingFailedError: they failed more often than the config allows.
+            ConfigError: a worker met an error that the user can fix.
+            TrainingFailedError: the workers failed more often than the config allows.
         """
         if self.fit_thread is None:
             self.start()
@@ -82,7 +82,7 @@ class TrainingDriver:
     def _clean_up(self, fit_thread: threading.Thread) -> None:
         fit_thread.join()
         self.progress.shutdown()
-        with suppress(ConfigError), storage_errors(self.run.folder.url, "gate"):
+        with suppress(ConfigError), storage_errors(self.run.folder.url, "start_barrier"):
             self.start_barrier.remove()
 
     def _fit(self) -> None:
@@ -129,13 +129,13 @@ class TrainingDriver:
                     max_failures=cluster.max_failures,
                     max_preemption_failures=cluster.max_preemptions,
                 ),
-                callbacks=[RestartTimeout(cluster, self.progress)],  # type: ignore[list-item] - see there
+                callbacks=[RestartTimeout(cluster, self.progress)],  # type: ignore[list-item] - an internal class
             ),
         )
 
 
 def describe_data(data: dict[str, Any], plan: dict[str, Any]) -> str:
-    """What was prepared, in a line."""
+    """Return one line about the prepared data."""
     set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
     rows = sum(source["rows"] for source in data["sources"].values())
     unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
@@ -143,19 +143,19 @@ def describe_data(data: dict[str, Any], plan: dict[str, Any]) -> str:
     return (
         f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
         f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{unreadable_note} "
-        f"(tokenised in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
+        f"(tokenized in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
     )
 
 
 def cluster_resources() -> dict[str, float]:
-    """CPUs, GPUs and their types in the cluster."""
+    """Return the number of CPUs, GPUs and accelerators by type in the cluster."""
     resources = ray.cluster_resources()
     prefixes = ("CPU", "GPU", "accelerator_type")
     return {name: n for name, n in sorted(resources.items()) if name.startswith(prefixes)}
 
 
 def parent_runs(name: str | None) -> list[str]:
-    """The run, else the model, that one starts from which has `name` as its model."""
+    """Return the run that wrote the model `name`, else `name` itself; empty for None."""
     if name is None:
         return []
     run_dir, _, last = name.rpartition("/")

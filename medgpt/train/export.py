@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder."""
+"""Export a trained model as a Hugging Face folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from medgpt.models.packed import unwrap_peft
 
 
 def export_model(engine: Engine, model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write `model` and `tokenizer`; under LoRA (a peft model) an adapter folder. Collective."""
+    """Write `model` (a peft model as an adapter) and `tokenizer` to `directory`. Collective."""
     inner_model = unwrap_peft(model)
     if model is not inner_model:
         trained_names = {name for name, p in model.named_parameters() if p.requires_grad}

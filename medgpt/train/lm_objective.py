@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning teach: a model, its loss, and how rows become batches."""
+"""Language modeling objective of pretraining and fine-tuning: model, batches and loss."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,10 +33,10 @@ from medgpt.train.loop import MicroBatchLoss, Trainer
 
 
 class LanguageModelObjective:
-    """Causal or masked language modelling with the model of the config.
+    """Causal or masked language modeling with the model of the config.
 
-    `vocabulary` says what changed if the base model speaks another than `tokenizer`'s. A causal
-    model's loss is then measured on the texts of `probe`, before and after.
+    `vocabulary_change` is set if the base model has another vocabulary than `tokenizer`. The loss
+    of a causal model is then measured on `probe_texts`, before and after the change.
     """
 
     num_metric_sums = 0
@@ -74,7 +74,7 @@ class LanguageModelObjective:
         if not (self.config.train.neftune_alpha or self.config.model.lora.dropout):
             return {}
         seeds = sequence_seeds(rows, seed=self.seed, epoch=epoch)
-        return {"noise_seeds": seeds or [0]}  # the empty batch is one piece
+        return {"noise_seeds": seeds or [0]}  # the empty batch has one sequence
 
     def loss(
         self, engine: Engine, batch: PackedBatch, *, num_targets: float, **options: Any
@@ -85,10 +85,10 @@ class LanguageModelObjective:
         return {}
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     def export(self, engine: Engine, directory: Path) -> None:
-        """Write a Hugging Face folder (an adapter folder under LoRA). Collective."""
+        """Write a Hugging Face folder (LoRA: an adapter). Collective."""
         export_model(engine, self.module.model, self.tokenizer, directory)
         if self.kind == "clm" and not self.config.model.lora.rank and dist.get_rank() == 0:
             generation_config(self.tokenizer).save_pretrained(directory)
@@ -119,14 +119,14 @@ class LanguageModelObjective:
             new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in base_tokens]
         if not lora.rank:
             return model
-        # LoRA's draws come from torch's global generator
+        # LoRA draws its weights from torch's global generator
         torch.manual_seed(self.seed)
         return apply_lora(model, lora, new_token_ids=sorted(new_ids))
 
     def _build_partitioned_model(
         self, name: str, options: dict[str, Any], device: torch.device
     ) -> Any:
-        """ZeRO-3: no rank ever holds the whole model."""
+        """Build a ZeRO-3 model that no rank ever holds completely."""
         with partitioned_init(self.config.engine, device):
             model = build_empty_model(self.config.model, **options)
         missing, _ = load_safetensors(model, weight_files(name))

@@ -1,4 +1,4 @@
-"""The training loop of one worker. Ray Train starts it; every rank runs the same steps."""
+"""The supervised training loop of pretraining, SFT and reward models, on one rank."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,25 +28,25 @@ from medgpt.train.audit import Audit
 from medgpt.train.checkpointing import AsyncCheckpointer, raise_on_all_ranks
 from medgpt.train.progress import AttemptStarted, StepReport
 
-MAX_VALIDATION_ROWS = 256  # packed rows in a validation pass, at most
-PREEMPTION_CHECK_S = 2  # whether Ray has announced the end of a node
+MAX_VALIDATION_ROWS = 256  # packed rows of a validation pass
+PREEMPTION_CHECK_S = 2  # seconds between checks whether Ray drains a node
 
 
 class MicroBatchLoss(NamedTuple):
-    """Of a micro-batch."""
+    """Loss of a micro-batch and sums for metrics."""
 
-    loss: Tensor  # () float32, of the loss of the global batch
-    metric_sums: Tensor | None = None  # (num_counts,) float32, what metrics are made of
+    loss: Tensor  # () float32, share of the global batch's loss
+    metric_sums: Tensor | None = None  # (num_metric_sums,) float32
 
 
 def loss_and_metric_sums(loss: MicroBatchLoss) -> Tensor:
-    """(1 + num_counts,) float32: the share of the loss, then the counts."""
+    """Return loss and metric sums as one tensor (1 + num_metric_sums,) float32."""
     loss_part = loss.loss.detach()[None]
     return loss_part if loss.metric_sums is None else torch.cat([loss_part, loss.metric_sums])
 
 
 class Objective(Protocol):
-    """What a stage trains: a module, and the loss of what it makes of a batch."""
+    """Training objective of a stage: module, batches, loss, metrics and export."""
 
     @property
     def num_metric_sums(self) -> int: ...
@@ -59,11 +59,11 @@ class Objective(Protocol):
         self, engine: Engine, batch: Any, *, num_targets: float, **options: Any
     ) -> MicroBatchLoss: ...
     def metrics(self, metric_sums: Sequence[float], *, held_out: bool) -> dict[str, float]:
-        """Of a step's counts, or of a validation's, summed over micro-batches and ranks."""
+        """Return metrics of sums over all micro-batches and ranks."""
         ...
 
     def on_train_end(self, trainer: "Trainer") -> None:
-        """After the last step, before the export. Collective."""
+        """Run after the last step and before the export. Collective."""
         ...
 
     def export(self, engine: Engine, directory: Path) -> None:
@@ -72,26 +72,26 @@ class Objective(Protocol):
 
 
 class ProgressQueue(Protocol):
-    """Where rank 0 tells how far it is."""
+    """Queue to which rank 0 reports its progress."""
 
     def put(self, item: Any) -> None: ...
 
 
 class Preempted(Exception):
-    """Ray announced the end of a worker's node; the run is saved at the step it has reached."""
+    """Ray drains the node of a worker; the run is saved at the current step."""
 
 
 class StepFlags(NamedTuple):
-    """What the ranks told each other in a step."""
+    """Flags that all ranks agree on in a step."""
 
-    check_preemption: bool  # now whether a node ends
-    checkpoint_written: bool  # is the pending checkpoint, by all
-    failed: bool  # one has met what the user must repair
+    check_preemption: bool  # call is_preempted now
+    checkpoint_written: bool  # the pending one, by all ranks
+    failed: bool  # a rank met an error that the user must fix
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands; all of it is in every checkpoint."""
+    """State of the loop, saved in every checkpoint."""
 
     step: int = 0
     time_s: float = 0.0
@@ -101,7 +101,7 @@ class TrainerState:
 
 
 class Trainer:
-    """One rank of a supervised run."""
+    """Trains one rank of a supervised run; all ranks run the same steps."""
 
     def __init__(
         self,
@@ -113,11 +113,11 @@ class Trainer:
         progress: ProgressQueue | None,
         is_preempted: Callable[[], bool],
     ) -> None:
-        """`node_ends` is asked by all ranks together and answers all alike."""
+        """`is_preempted` is called by all ranks in the same step and returns the same on all."""
         self.run, self.config, self.objective, self.device = run, config, objective, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_preempted, self.preemption_checked_at = is_preempted, time.monotonic()
-        self.storage_error: ConfigError | None = None  # of this rank
+        self.storage_error: ConfigError | None = None  # of this rank alone
         self.plan = Plan(
             run.plan.url,
             global_batch_size=config.train.global_batch_size,
@@ -140,7 +140,7 @@ class Trainer:
             total_steps=self.plan.num_steps,
             device=device,
         )
-        self.restore_metrics: dict[str, float] = {}  # metrics of the first step
+        self.restore_metrics: dict[str, float] = {}  # logged with the first step
         if checkpoint:
             began = time.monotonic()
             with Folder(checkpoint[0]).local() as directory:
@@ -171,11 +171,11 @@ class Trainer:
         )
 
     def fit(self) -> None:
-        """Train from the newest checkpoint to the end; the last step is validated and saved.
+        """Train from the newest checkpoint to the last step, which is validated and saved.
 
         Raises:
-            NodeEnds: on all ranks, after a checkpoint of the step that was reached.
-            ConfigError: on all ranks, the disk of one is full.
+            Preempted: on all ranks, after a checkpoint of the current step.
+            ConfigError: on all ranks, if the disk of one is full.
         """
         if self.state.step == 0:
             self._validate()
@@ -197,7 +197,7 @@ class Trainer:
                 self._finish_checkpoint()
             if is_preempted and not is_last:
                 self._finish_checkpoint()
-                raise Preempted(f"a node ends; the run is saved at step {self.state.step}")
+                raise Preempted(f"a node is drained; the run is saved at step {self.state.step}")
             began = time.monotonic()
         if self.checkpointer.pending:
             self._finish_checkpoint()
@@ -206,12 +206,12 @@ class Trainer:
             self.metrics.close()
 
     def _train_step(self, step: StepRows, *, data_s: float) -> StepFlags:
-        """One optimizer step. Losses of micro-batches and ranks add up to the global mean."""
+        """Run an optimizer step. Losses of micro-batches and ranks add up to the global mean."""
         assert step.step == self.state.step == self.engine.steps, (
             f"stream at {step.step}, run at {self.state.step}, model at {self.engine.steps}"
         )
         began = time.monotonic()
-        # for models whose own code draws; all that medgpt draws is keyed by sample
+        # for dropout in a model's own code; what medgpt draws is keyed by sample
         torch.manual_seed(self.config.run.seed * 1_000_003 + step.step * 4099 + self.rank)
         batches = self.micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
         num_tokens = sum(int(row.lengths.sum()) for row in step.rows)
@@ -256,7 +256,7 @@ class Trainer:
         return StepFlags(check_preemption > 0, num_written == self.world_size, num_failed > 0)
 
     def _local_flags(self) -> tuple[float, float, float]:
-        """What this rank says for `Agreed`; it travels with the counts of a step."""
+        """Return this rank's values of StepFlags, which are reduced with the token counts."""
         check_preemption = (
             self.rank == 0 and time.monotonic() - self.preemption_checked_at > PREEMPTION_CHECK_S
         )
@@ -270,7 +270,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> bool:
-        """Log the mean loss on held-out rows; True if it is the best so far."""
+        """Log the mean loss on held-out rows. Returns whether it is the best so far."""
         (targets,) = self._all_reduce_sums(
             sum(batch.num_targets for batch, _ in self.validation_batches)
         )
@@ -300,7 +300,7 @@ class Trainer:
         return improved
 
     def local_first_rows(self, *, epoch: int, limit: int) -> list[PackedRow]:
-        """This worker's share of the first rows of an epoch, or of VALIDATION."""
+        """Return this rank's share of the first `limit` rows of an epoch or of VALIDATION."""
         return read_first_rows(
             self.plan,
             self.run.data.url,
@@ -311,13 +311,13 @@ class Trainer:
         )
 
     def max_rows_per_rank(self, rows: Sequence[PackedRow]) -> int:
-        """Of any worker. Collective."""
+        """Return the largest number of rows of any rank. Collective."""
         return int(self._all_reduce(float(len(rows)), op=dist.ReduceOp.MAX))
 
     def micro_batches(
         self, rows: Sequence[PackedRow], *, num_rows: int, epoch: int
     ) -> list[tuple[Any, dict[str, Any]]]:
-        """Batches of micro_batch_size rows, as many as the worker with `num_rows` rows makes."""
+        """Return batches and loss arguments, as many as a rank with `num_rows` rows has."""
         size = self.config.train.micro_batch_size
         groups = [rows[i : i + size] for i in range(0, num_rows, size)]
         batches = []
@@ -342,7 +342,7 @@ class Trainer:
 
     @contextmanager
     def _keep_storage_error(self) -> Iterator[None]:
-        """A full disk for metrics ends the run in the next step, when the other ranks know."""
+        """Keep a storage error until the next step, in which all ranks learn of it."""
         try:
             with storage_errors(self.run.folder.url, "metrics"):
                 yield
@@ -356,7 +356,7 @@ class Trainer:
             )
 
     def _newest_checkpoint(self) -> tuple[str, dict[str, Any], int] | None:
-        """Address, position and number of ranks of the newest complete one, which rank 0 finds."""
+        """Return URL, state and world size of the newest checkpoint, which rank 0 looks up."""
         checkpoint: list[Any] = [None]
         if self.rank == 0 and (newest := self.run.newest_checkpoint()):
             checkpoint = [(newest[0].url, newest[1]["position"], newest[1]["world_size"])]
@@ -364,7 +364,7 @@ class Trainer:
         return checkpoint[0]
 
     def _begin_attempt(self) -> int:
-        """Number of this start of the run, from 1."""
+        """Return the number of this start of the run, from 1."""
         number: list[Any] = [None]
         if self.rank == 0:
             number = [self.run.manifest["attempt"] + 1]
@@ -373,7 +373,7 @@ class Trainer:
         return number[0]
 
     def _begin_checkpoint(self) -> None:
-        """Begin a checkpoint of this step; that of the last step is complete at once."""
+        """Start to write a checkpoint of the current step."""
         if self.checkpointer.pending:
             self._finish_checkpoint()
         if self.metrics is not None:
@@ -389,13 +389,13 @@ class Trainer:
         self._log(self.state.step, self.checkpointer.finish())
 
     def _all_reduce(self, value: float, op: Any = dist.ReduceOp.SUM) -> float:
-        """`value` reduced over all ranks."""
+        """Return `value` reduced over all ranks."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=op)
         return tensor.item()
 
     def _all_reduce_sums(self, *values: float) -> list[float]:
-        """Each value summed over all ranks, in one message."""
+        """Return each value summed over all ranks, in one all-reduce."""
         tensor: Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()

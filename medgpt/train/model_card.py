@@ -1,4 +1,4 @@
-"""The model card beside an exported model: what it is, from what, and what it is not for."""
+"""The model card of an exported model: origin, data, scores and warning."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ WARNING = (
 
 
 def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
-    """Markdown with the front matter that Hugging Face reads."""
+    """Return the card as Markdown with the front matter that Hugging Face reads."""
     manifest, name = run.manifest, config.model.name
     data = manifest["data"]
     card_data = ModelCardData(
@@ -56,7 +56,7 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
 
 
 def _source_lines(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
-    """A line of the table for each."""
+    """Return a table row for each source."""
     return [
         f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
         f"{manifest['sources'][source.name]['train']:,} |"
@@ -65,11 +65,10 @@ def _source_lines(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
 
 
 def add_scores(results: dict[str, Any]) -> None:
-    """Put an evaluation's scores into the card of the model that it scored, if medgpt wrote it.
+    """Write an evaluation's scores as the last section of the scored model's card.
 
-    The card's last section is the evaluation's; a newer one takes its place. From then on the
-    manifest does not speak of the card: whoever is killed, or writes at the same time, leaves a
-    complete model.
+    Does nothing if medgpt did not write the model. The manifest no longer lists the card
+    afterwards, so the model stays complete if this is killed or runs twice at the same time.
 
     Raises:
         OSError: the folder cannot be written.
@@ -94,7 +93,7 @@ def add_scores(results: dict[str, Any]) -> None:
 
 
 def _find_model_with_card(name: str) -> Folder | None:
-    """The complete model with a card of a run, or at `name` itself."""
+    """Return the complete model with a card of the run `name`, or at `name` itself."""
     folders = (Run(name).model, Folder(name))
     return next((f for f in folders if f.exists(MODEL_CARD_FILE) and committed(f)), None)
 

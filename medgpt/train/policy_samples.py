@@ -1,4 +1,4 @@
-"""What the model that a reward model starts from would say itself."""
+"""Sample answers from the policy that a reward model starts from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,15 +16,15 @@ from medgpt.models.decode import TokenGenerator
 from medgpt.models.generate import load_for_generation
 from medgpt.models.model_files import resolve_model_folder
 
-TEMPERATURE = 1.0  # its own distribution
+TEMPERATURE = 1.0  # the policy's own distribution
 
 
 def sample_policy_answers(
     config: RewardModelConfig, tokenizer: Any, device: torch.device, rows: Sequence[PackedRow]
 ) -> list[PackedRow]:
-    """The rows' prompts, each with one answer that model.name gives to it.
+    """Return the rows' prompts, each with one answer sampled from model.name.
 
-    Every worker answers its own rows with a whole model, beside what it trains.
+    Every worker answers its own rows with a complete model beside the one it trains.
     """
     if not rows:
         return []
@@ -48,7 +48,7 @@ def sample_policy_answers(
 
 
 def _prompt_ids(row: PackedRow) -> list[int]:
-    """What comes before the first answer."""
+    """Return the ids before the first answer."""
     return row.input_ids[: int(row.targets.argmax())].tolist()
 
 

@@ -1,4 +1,4 @@
-"""What DPO and KTO learn from: the answers of the run's samples, as pairs or one by one."""
+"""Training examples of DPO (pairs of answers) and KTO (labeled answers)."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from medgpt.train.loop import MAX_VALIDATION_ROWS
 
 
 def read_all_rows(run: Run) -> tuple[list[PackedRow], list[PackedRow]]:
-    """All samples of the first epoch in its order, and of the held-out split."""
+    """Return all samples of the first epoch in order, and those of the held-out split."""
     plan = Plan(run.plan.url, global_batch_size=1, max_steps=None)
     single_rank = {"rank": 0, "world_size": 1}
     return (
@@ -24,7 +24,7 @@ def read_all_rows(run: Run) -> tuple[list[PackedRow], list[PackedRow]]:
 
 
 def paired_examples(rows: Iterable[PackedRow]) -> Iterator[dict[str, list[int]]]:
-    """Each better answer with each worse one of the same prompt: `chosen_ids`, `rejected_ids`."""
+    """Yield every pair of a better and a worse answer to the same prompt, as token ids."""
     for row in rows:
         answers = _graded_answers(row)
         for prompt, chosen, better in answers:
@@ -34,10 +34,10 @@ def paired_examples(rows: Iterable[PackedRow]) -> Iterator[dict[str, list[int]]]
 
 
 def unpaired_examples(rows: Iterable[PackedRow], *, batch_size: int) -> Iterator[dict[str, Any]]:
-    """Answers better than the average of their prompt as True, worse ones as False.
+    """Yield answers, labeled True above the mean grade of their prompt and False below.
 
-    `KL_completion_ids` is another answer of the same micro-batch, on which KTO measures the
-    distance to the reference (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306, 4.1).
+    `KL_completion_ids` is another answer of the same micro-batch, on which KTO estimates the KL
+    divergence to the reference (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306, 4.1).
     """
     labeled = []
     for row in rows:
@@ -56,7 +56,7 @@ def unpaired_examples(rows: Iterable[PackedRow], *, batch_size: int) -> Iterator
 
 
 def _graded_answers(row: PackedRow) -> list[tuple[list[int], list[int], float]]:
-    """Ids of the prompt and of the answer, and its grade."""
+    """Return prompt ids, answer ids and grade of each answer."""
     assert row.sequence_lengths is not None
     assert row.grades is not None
     answers, start = [], 0

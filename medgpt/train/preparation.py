@@ -1,4 +1,4 @@
-"""What a stage does once, before any worker starts: tokenizer, tokenised data, plan of its rows."""
+"""Prepare a stage before its workers start: tokenizer, tokenized data, plan of the rows."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -29,11 +29,11 @@ TOKENIZER = "tokenizer"
 PROBE_TEXTS_PER_SOURCE, PROBE_CHARACTERS = (
     4,
     200,
-)  # of every source, to measure a changed vocabulary on
+)  # to measure a changed vocabulary
 
 
 class DataStageConfig(Protocol):
-    """What a stage says of its data: a config with these sections."""
+    """A stage config with the sections that data preparation needs."""
 
     sample_kind: ClassVar[SampleKind]
 
@@ -53,7 +53,7 @@ class DataStageConfig(Protocol):
 
 
 class PreparedData(NamedTuple):
-    """Manifests of what a stage trains on."""
+    """Manifests of the tokenized data and of the plan."""
 
     data: dict[str, Any]
     plan: dict[str, Any]
@@ -62,9 +62,9 @@ class PreparedData(NamedTuple):
 def prepare(
     run: Run, config: DataStageConfig, on_progress: Callable[[str, int, int], None]
 ) -> PreparedData:
-    """Tokenizer, data and plan of the run, made unless they are there."""
+    """Make the tokenizer, data and plan of the run, unless they exist, and return the manifests."""
     cpus = config.cluster.data_cpus
-    check_sources(config.data)  # before anything is started
+    check_sources(config.data)  # before any task starts
     folder = run.folder / TOKENIZER
     tokenizer = committed(folder)
     if tokenizer is None or tokenizer["made_from"] != _tokenizer_settings(config):
@@ -94,7 +94,7 @@ def prepare(
 
 
 def run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
-    """Run `function` somewhere in the cluster; its ConfigError is raised as it is."""
+    """Run `function` as a Ray task; re-raise its ConfigError unwrapped."""
     try:
         ray.get(ray.remote(num_cpus=cpus, max_retries=3)(function).remote(*args))
     except RayTaskError as error:
@@ -104,7 +104,7 @@ def run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
 
 
 def _row_order(run: Run, config: DataStageConfig) -> PlanSettings:
-    """What decides which rows the run trains, and when."""
+    """Return the settings that decide which rows are trained, and when."""
     weights = [source.weight for source in config.data.sources]
     return PlanSettings(
         data_version=data_version(run.data.url),
@@ -117,12 +117,12 @@ def _row_order(run: Run, config: DataStageConfig) -> PlanSettings:
 
 
 def _is_packed(config: DataStageConfig) -> bool:
-    """Whether samples share rows; preferences and prompts are taken one by one."""
+    """Return whether rows hold several samples; preferences and prompts have their own rows."""
     return config.sample_kind in ("documents", "conversations")
 
 
 def _encoding_settings(folder: Folder, config: DataStageConfig) -> dict[str, Any]:
-    """What decides how a record becomes tokens: the tokenizer's files and the objective."""
+    """Return what decides how records become tokens: tokenizer files and objective."""
     tokenizer = committed(folder)
     assert tokenizer is not None
     encoding: dict[str, Any] = {f["name"]: f["xxh128"] for f in tokenizer["files"]}
@@ -134,14 +134,14 @@ def _encoding_settings(folder: Folder, config: DataStageConfig) -> dict[str, Any
 
 
 def _tokenizer_settings(config: DataStageConfig) -> dict[str, Any]:
-    """What the tokenizer follows from, besides the data."""
+    """Return the settings that the tokenizer depends on, besides the data."""
     model = config.model.model_dump(mode="json", include={"name", "architecture"})
     return {"tokenizer": config.tokenizer.model_dump(mode="json"), "model": model}
 
 
 @cache
 def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
-    """The function that turns records into tokens; once in each process."""
+    """Return the function that turns records into tokens, cached per process."""
     from medgpt.data.tokenized.encode import ConversationEncoder, DocumentEncoder
     from medgpt.data.tokenized.encode_rlhf import PreferenceEncoder, PromptEncoder
 
@@ -171,7 +171,7 @@ def load_tokenizer(url: str) -> Any:
 
 
 def make_tokenizer(url: str, config: DataStageConfig) -> None:
-    """Write the stage's tokenizer: the base's, or trained, extended or trimmed on the data."""
+    """Write the stage's tokenizer: the base model's, or one trained, extended or trimmed."""
     from medgpt.data.tokenized.chat_template import prepare_chat_tokenizer
     from medgpt.models.saved_tokenizer import tokenizer_class_path
     from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
@@ -203,8 +203,8 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
         tokenizer = prepare_chat_tokenizer(tokenizer)
     if not _is_packed(config) and tokenizer.chat_template is None:
         raise ConfigError(
-            f"model.name={model.name}: its tokenizer has no chat template, so it never learnt to "
-            "answer; name a model that medgpt sft wrote, or another chat model"
+            f"model.name={model.name}: its tokenizer has no chat template, so it was not trained "
+            "to answer; give a model that medgpt sft wrote, or another chat model"
         )
     folder = Folder(url)
     with folder.staging() as directory:
@@ -220,7 +220,7 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
 
 
 def check_base_model(config: DataStageConfig) -> None:
-    """Whether model.name is a model for this stage, before workers start. Raises ConfigError."""
+    """Raise ConfigError if model.name is not a model for this stage."""
     from medgpt.models.model_files import check_max_length, load_hf_config, weight_files
 
     objective = "value" if isinstance(config, RewardModelConfig) else "clm"
@@ -233,7 +233,7 @@ def check_base_model(config: DataStageConfig) -> None:
 
 
 def corpus_texts(config: DataStageConfig) -> Iterator[str]:
-    """Texts of all sources, at most `tokenizer.max_train_mb`, the same share of every unit."""
+    """Yield texts of all sources, at most `tokenizer.max_train_mb`, in equal shares per unit."""
     sources = config.data.sources
     for source in sources:
         units = list_slices(source, config.data.shard_mb)
@@ -249,7 +249,7 @@ def corpus_texts(config: DataStageConfig) -> Iterator[str]:
 
 
 def probe_texts(config: DataStageConfig) -> Iterator[str]:
-    """The beginnings of the first few texts of every source."""
+    """Yield the beginnings of the first texts of every source."""
     for source in config.data.sources:
         units, deny = list_slices(source, config.data.shard_mb), DenyList.load(source.deny)
         texts = (text for unit in units for text in _unit_texts(unit, source, deny))
@@ -257,7 +257,7 @@ def probe_texts(config: DataStageConfig) -> Iterator[str]:
 
 
 def _unit_texts(unit: FileSlice, source: SourceConfig, deny: DenyList) -> Iterator[str]:
-    """Documents, and what is said in conversations."""
+    """Yield documents and the messages of conversations."""
     for item in read_slice(unit, source):
         record = item if isinstance(item, Reject) else deny.check(item)
         if isinstance(record, Document):

@@ -1,7 +1,7 @@
-"""What the workers tell the driver while they train, and how a person sees it.
+"""Messages from the workers to the driver while they train, and their display.
 
-Rank 0 puts into the queue: `Started` at the start of every attempt, `Trained` after every step, and
-lines to print. Any rank puts a ConfigError that ends the run. The driver puts None at the end.
+Rank 0 puts `AttemptStarted` at the start of every attempt, `StepReport` after every step, and lines
+to print into the queue. Any rank puts a ConfigError that ends the run. The driver puts None last.
 """
 
 import time
@@ -28,7 +28,7 @@ FACTS = (  # label, metric, format
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted:
-    """All workers are there and go on after `step`."""
+    """All workers have started and continue after `step`."""
 
     attempt: int  # from 1, over all starts of the run
     step: int
@@ -37,7 +37,7 @@ class AttemptStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """`step` of `num_steps` is done. `metrics` may be those of its validation."""
+    """Metrics of step `step` of `num_steps`, or of the validation after it."""
 
     step: int
     num_steps: int
@@ -45,7 +45,7 @@ class StepReport:
 
 
 class AsyncQueue:
-    """Ray's queue for a worker that trains on while its message is on the way."""
+    """Wraps Ray's queue so that `put` does not wait for delivery."""
 
     def __init__(self, queue: "Queue") -> None:
         self.queue = queue
@@ -57,26 +57,26 @@ class AsyncQueue:
         self.latest = actor.put_nowait.remote(item)
 
     def flush(self) -> None:
-        """Return when the latest message has arrived. Raises Ray's error if it never will."""
+        """Wait until the latest message has arrived. Raises Ray's error if it was lost."""
         if self.latest is not None:
             ray.get(self.latest)
 
 
 class MessageQueue(Protocol):
-    """A queue: `queue.Queue`, or Ray's."""
+    """`queue.Queue` or Ray's queue."""
 
     def get(self, block: bool = ..., timeout: float | None = ...) -> Any: ...
 
 
 class ProgressDisplay:
-    """Shows what the workers tell. `refused` keeps the configuration errors among it."""
+    """Shows the workers' messages and collects their ConfigErrors in `errors`."""
 
     def __init__(self, reporter: ConsoleReporter, *, log_every: int) -> None:
         self.reporter, self.log_every = reporter, log_every
         self.errors: list[ConfigError] = []
         self.latest: dict[str, float] = {}
         self.starts = 0
-        self.started_at: float | None = None  # until the first step after it, or a word about it
+        self.started_at: float | None = None  # None after the first step or a warning
 
     def follow(self, messages: MessageQueue) -> None:
         """Show messages until one is None."""
@@ -104,7 +104,7 @@ class ProgressDisplay:
                 raise AssertionError(f"unknown message {type(message).__name__}")
 
     def _show_attempt(self, start: AttemptStarted) -> None:
-        """Nothing to say of a run's first start; the later ones of a command were not asked for."""
+        """Print a line for every attempt but the first of the run."""
         self.starts += 1
         self.started_at = time.monotonic()
         if start.attempt > 1:
@@ -114,7 +114,7 @@ class ProgressDisplay:
             self.reporter.say(f"{why}attempt {start.attempt} {position}, with {workers}")
 
     def _warn_if_stalled(self, now: float) -> None:
-        """After a node was lost, workers may hold all the CPUs that are left."""
+        """Warn if no step is done: workers may hold all CPUs that a lost node has left."""
         if self.started_at is not None and now - self.started_at > FIRST_STEP_S:
             self.started_at = None
             self.reporter.say(

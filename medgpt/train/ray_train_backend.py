@@ -1,8 +1,7 @@
-"""Ray Train's trainer for torch, without what takes time from the training.
+"""Adapter to Ray Train: starts workers in a torch process group. The loop itself is in loop.py.
 
-Each Ray process wakes a hundred times a second and imports libraries for seconds when it starts. So
-the trainer does without two processes that this project has no use for, and torch is imported by
-the workers alone: Ray's TorchTrainer also loads it into the driver and the controller.
+A lighter TorchTrainer: each Ray process costs CPU time, so two callbacks with processes of their
+own are left out, and only the workers import torch, not the driver and the controller.
 """
 
 from contextlib import suppress
@@ -22,18 +21,18 @@ from medgpt.cluster.ray_internals import (
     get_address_and_port,
 )
 
-# workers read their streams themselves; when the controller dies, the command that started it
-# fails, and with its job Ray gives the placement group back
+# workers read their streams themselves; when the controller dies, its command and job end, and Ray
+# removes the placement group with them
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
-COLLECTIVE_TIMEOUT_S = 1800  # of a collective
+COLLECTIVE_TIMEOUT_S = 1800
 LEAVE_TIMEOUT_S = 30
 
 
 class LightTorchTrainer(DataParallelTrainer):
-    """`train_loop_per_worker` on ranks of one process group, nccl on GPUs and gloo elsewhere."""
+    """Runs `train_loop_per_worker` in a torch process group: nccl on GPUs, else gloo."""
 
     def _create_default_callbacks(self) -> list:
-        """Ray Train has no setting for it."""
+        """Leave out unused callbacks; Ray Train has no setting for it."""
         return [
             callback
             for callback in super()._create_default_callbacks()
@@ -50,7 +49,7 @@ class ProcessGroupConfig(BackendConfig):
         return _ProcessGroupBackend
 
     @property
-    def framework(self) -> TrainingFramework:  # type: ignore[override] - Ray's own do the same
+    def framework(self) -> TrainingFramework:  # type: ignore[override] - as Ray's own backends do
         return TrainingFramework.TORCH
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,7 +60,7 @@ class _ProcessGroupBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        """Called for every group of workers, so after every loss or change of size."""
+        """Set up the process group; called again after every loss or resize of workers."""
         assert isinstance(backend_config, ProcessGroupConfig)
         address, port = worker_group.execute_single(0, get_address_and_port)
         worker_group.execute(
@@ -69,7 +68,7 @@ class _ProcessGroupBackend(Backend):
         )
 
     def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        with suppress(GetTimeoutError):  # workers that do not answer are ended next
+        with suppress(GetTimeoutError):  # workers that do not answer are killed next
             leave_refs: Any = worker_group.execute_async(_leave_process_group)
             ray.get(leave_refs, timeout=LEAVE_TIMEOUT_S)
 

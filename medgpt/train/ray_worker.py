@@ -1,4 +1,7 @@
-"""What a Ray Train worker runs. The controller imports this file too: it is light until called."""
+"""The function that each Ray Train worker runs.
+
+The controller imports this module too, so torch is imported only inside the functions.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerJob:
-    """All that a worker is told."""
+    """Settings of a worker."""
 
     run_dir: str
     config: TrainStageConfig
@@ -33,10 +36,10 @@ class WorkerJob:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker.
+    """Train and export; runs in each Ray Train worker.
 
-    A ConfigError ends the training without a failure, because Ray Train would start again; it
-    reaches the driver with the progress.
+    A ConfigError goes to the driver through the progress queue instead of being raised, because
+    Ray Train would restart the workers.
     """
     job: WorkerJob = settings["job"]
     try:
@@ -60,7 +63,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        torch.cuda.set_device(device)  # of this thread
+        torch.cuda.set_device(device)  # for this thread
     if not job.start_barrier.wait():
         return
     tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
@@ -84,7 +87,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
 def _train_on_stream(
     job: WorkerJob, run: Run, tokenizer: Any, device: Any, progress: "AsyncQueue"
 ) -> Callable[[Path], None]:
-    """Train on the exact stream; returns what writes the model into a folder on all ranks."""
+    """Train on the exact stream. Returns a collective function that writes the model."""
     from ray.exceptions import RayActorError
     from ray.train import get_preemption_info
 
@@ -119,7 +122,7 @@ def _train_on_stream(
 
 
 def _export_model(run: Run, config: TrainStageConfig, write: Callable[[Path], None]) -> None:
-    """All ranks write the model. Raises ConfigError on all of them if the disk of one is full."""
+    """Write the model. Raises ConfigError on all ranks if the disk of one is full. Collective."""
     import torch.distributed as dist
 
     from medgpt.train.checkpointing import raise_on_all_ranks
@@ -145,7 +148,7 @@ def _export_model(run: Run, config: TrainStageConfig, write: Callable[[Path], No
 def _make_language_model_objective(
     job: WorkerJob, run: Run, tokenizer: Any, device: Any
 ) -> "LanguageModelObjective":
-    """The objective; rank 0 tells what changed if the base speaks another vocabulary."""
+    """Build the objective; rank 0 records a change of the vocabulary in the manifest."""
     import torch.distributed as dist
 
     from medgpt.train.lm_objective import LanguageModelObjective

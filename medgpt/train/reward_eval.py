@@ -1,4 +1,4 @@
-"""How well a reward model tells held-out answers apart, and by what: reward.json of a run."""
+"""Evaluate a reward model on held-out pairs of answers: reward.json of a run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
@@ -12,24 +12,24 @@ from medgpt.data.tokenized.shards import read_index
 from medgpt.runs import Run
 
 REWARD_EVAL_FILE = "reward.json"
-MAX_HELD_OUT_PROMPTS = 2048  # at most
-HISTOGRAM_BINS = 24  # of the histogram of leads
-LENGTH_BOUNDS = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)  # bounds of how much longer the better answer is
+MAX_HELD_OUT_PROMPTS = 2048
+HISTOGRAM_BINS = 24  # of the margins
+LENGTH_BOUNDS = (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)  # of groups by length difference
 
 
 class ScoredPair(NamedTuple):
-    """A pair of answers to a held-out prompt."""
+    """A better and a worse answer to a held-out prompt."""
 
     sample_id: str
-    margin: float  # score of the better answer less that of the worse
-    length_difference: float  # tokens of the better less the worse, over the longer one's, -1..1
+    margin: float  # score of the better answer minus that of the worse
+    length_difference: float  # tokens, better minus worse, divided by the longer: -1..1
 
 
 def scored_pairs(row: PackedRow, scores: Tensor) -> list[ScoredPair]:
-    """The pairs of a prompt of which one answer is better; scores (K,) are normalised."""
+    """Return the pairs of a prompt with unequal grades; `scores` (K,) are normalized."""
     assert row.sequence_lengths is not None
     assert row.grades is not None
-    prompt_length = int(row.targets.argmax())  # every piece begins with the prompt
+    prompt_length = int(row.targets.argmax())  # every sequence begins with the prompt
     lengths, grades = (row.sequence_lengths - prompt_length).tolist(), row.grades.tolist()
     pairs = []
     for first, second in combinations(range(len(grades)), 2):
@@ -46,7 +46,7 @@ def scored_pairs(row: PackedRow, scores: Tensor) -> list[ScoredPair]:
 
 
 def held_out_source_names(run: Run) -> dict[str, str]:
-    """The name of the source of each held-out sample."""
+    """Return the name of the source of each held-out sample, by sample id."""
     index = read_index(run.data, "validation")
     names = [source["name"] for source in run.config["data"]["sources"]]
     return {
@@ -56,7 +56,7 @@ def held_out_source_names(run: Run) -> dict[str, str]:
 
 
 def evaluate_pairs(pairs: Sequence[ScoredPair], source_of: Mapping[str, str]) -> dict[str, Any]:
-    """Accuracy of all pairs, by source and by length, and the leads' histogram."""
+    """Return the accuracy of all pairs, by source and by length, and a histogram of margins."""
     margins = [pair.margin for pair in pairs]
     counts, edges = np.histogram(margins, HISTOGRAM_BINS) if margins else (np.zeros(0), np.zeros(0))
     return {
@@ -82,7 +82,7 @@ def evaluate_pairs(pairs: Sequence[ScoredPair], source_of: Mapping[str, str]) ->
 
 
 def _pair_accuracy(pairs: Iterable[ScoredPair]) -> dict[str, Any]:
-    """Share of pairs in the right order, null without pairs."""
+    """Return number, accuracy and mean margin of the pairs; None without pairs."""
     margins = np.array([pair.margin for pair in pairs])
     if not len(margins):
         return {"pairs": 0, "accuracy": None, "mean_lead": None}

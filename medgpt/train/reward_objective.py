@@ -1,4 +1,4 @@
-"""What the reward stage teaches: the better of two answers to a prompt has the higher score."""
+"""Objective of the reward stage: the better of two answers gets the higher score."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,12 +33,12 @@ from medgpt.train.reward_eval import (
 
 
 class RewardObjective:
-    """Scores of answers at their last token, and the pairwise loss over all pairs of a prompt.
+    """Pairwise loss on the scores of answers, taken at their last token.
 
-    A prompt with K answers weighs each of its pairs 1 / C(K, 2); the loss is a mean over prompts.
+    Each pair of a prompt with K answers weighs 1 / C(K, 2); the loss is a mean over prompts.
     """
 
-    num_metric_sums = 3  # pairs, those in the right order, sum of the leads
+    num_metric_sums = 3  # number of pairs, of pairs in the right order, sum of margins
 
     def __init__(self, config: RewardModelConfig, tokenizer: Any, device: torch.device) -> None:
         self.config, self.tokenizer, self.device = config, tokenizer, device
@@ -51,7 +51,7 @@ class RewardObjective:
             max_length=config.data.max_length,
             normalized=False,
         )
-        self.reward_model_info: RewardModelInfo | None = None  # after `finish`
+        self.reward_model_info: RewardModelInfo | None = None  # set by on_train_end
 
     def collate(self, rows: Sequence[PackedRow], *, epoch: int) -> PreferenceBatch:
         return preference_batch(rows)
@@ -67,7 +67,7 @@ class RewardObjective:
             for row in rows
             for answer in range(num_answers(row))
         ]
-        return {"noise_seeds": seeds or [0]}  # the empty batch is one piece
+        return {"noise_seeds": seeds or [0]}  # the empty batch has one sequence
 
     def loss(
         self, engine: Engine, batch: PreferenceBatch, *, num_targets: float, **options: Any
@@ -97,7 +97,7 @@ class RewardObjective:
         return {"reward/accuracy": num_correct / num_pairs, "reward/margin": margin_sum / num_pairs}
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """Find what scores are relative to, and how well pairs are told apart. Collective."""
+        """Fit the score normalization and evaluate held-out pairs. Collective."""
         self.reward_model_info = self.fit_score_normalization(trainer)
         held_out = trainer.local_first_rows(epoch=VALIDATION, limit=MAX_HELD_OUT_PROMPTS)
         scores = self._score_rows(trainer, held_out)
@@ -117,14 +117,14 @@ class RewardObjective:
             )
 
     def fit_score_normalization(self, trainer: Trainer) -> RewardModelInfo:
-        """Mean and deviation of the scores of the chosen or of own answers. Collective."""
+        """Return mean and deviation of the scores of chosen or of sampled answers. Collective."""
         objective_config = self.config.objective
         trainer.engine.module.eval()
         rows = trainer.local_first_rows(epoch=0, limit=objective_config.normalise_prompts)
         if objective_config.normalise_on == "own":
             rows = sample_policy_answers(self.config, self.tokenizer, self.device, rows)
         scores = self._score_rows(trainer, rows)
-        # of own answers there is one each
+        # a policy sample is the only answer of its row
         chosen = [
             float(row_scores[best_answer_index(row)])
             for row, row_scores in zip(rows, scores, strict=True)
@@ -138,19 +138,19 @@ class RewardObjective:
         )
 
     def export(self, engine: Engine, directory: Path) -> None:
-        """Write a Hugging Face folder (an adapter folder under LoRA) and score.json. Collective."""
-        assert self.reward_model_info is not None, "finish comes first"
+        """Write a Hugging Face folder (LoRA: an adapter) and score.json. Collective."""
+        assert self.reward_model_info is not None, "on_train_end comes first"
         export_model(engine, self.module.model, self.tokenizer, directory)
         if dist.get_rank() == 0:
             self.reward_model_info.write(directory)
 
     def _scores(self, engine: Engine, batch: PreferenceBatch, **options: Any) -> Tensor:
-        """(S,) float32 of all answers in the batch, as the head gives them."""
+        """Return the raw scores (S,) float32 of all answers in the batch."""
         return last_token_values(engine(batch.packed, **options), batch.packed)
 
     @torch.no_grad()
     def _score_rows(self, trainer: Trainer, rows: Sequence[PackedRow]) -> list[Tensor]:
-        """(K,) scores of each row's answers, on the CPU. Collective."""
+        """Return the scores (K,) of each row's answers, on the CPU. Collective."""
         batches = trainer.micro_batches(
             rows, num_rows=trainer.max_rows_per_rank(rows), epoch=VALIDATION
         )
@@ -158,7 +158,7 @@ class RewardObjective:
             self._scores(trainer.engine, batch, **options).cpu() for batch, options in batches
         ]
         sizes = [num_answers(row) for row in rows]
-        flat = torch.cat(scores)[: sum(sizes)] if scores else torch.zeros(0)  # then empty batches
+        flat = torch.cat(scores)[: sum(sizes)] if scores else torch.zeros(0)  # batches may be empty
         return list(flat.split(sizes)) if sizes else []
 
 
@@ -173,7 +173,7 @@ def best_answer_index(row: PackedRow) -> int:
 
 
 def all_gather_items(items: list[Any]) -> list[Any]:
-    """The lists of all ranks, end to end. Collective."""
+    """Return the concatenated lists of all ranks. Collective."""
     items_per_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(items_per_rank, items)
     return [item for part in items_per_rank for item in part]

@@ -1,4 +1,4 @@
-"""Sample generations of a finished model, for the report."""
+"""Sample generations of a finished model for the report."""
 
 import torch
 
@@ -10,7 +10,7 @@ SAMPLES_FILE = "samples.json"
 
 
 def write_sample_generations(run: Run, config: TrainStageConfig, device: torch.device) -> None:
-    """Continue (after SFT: answer) the report's prompts greedily, from the exported files."""
+    """Answer (SFT) or continue the report's prompts greedily with the exported model."""
     with run.model.local() as directory:
         model, tokenizer = load_for_generation(str(directory), device)
     generate = generate_answers if isinstance(config, SFTConfig) else generate_continuations

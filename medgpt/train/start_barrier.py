@@ -1,4 +1,4 @@
-"""Workers of a small corpus start, and import for seconds, while it is prepared."""
+"""Barrier at which early started workers wait until the driver has prepared the data."""
 
 import time
 import uuid
@@ -14,39 +14,39 @@ TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class StartBarrier:
-    """What workers wait at, through a file in the run directory. Each start has a new one."""
+    """A file in the run directory that releases or ends waiting workers. One per start."""
 
     run_dir: str
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def _folder(self) -> Folder:
-        return Folder(self.run_dir) / "gate"
+        return Folder(self.run_dir) / "start_barrier"
 
     def release(self) -> None:
-        """All that workers read is in the run directory."""
+        """Let the workers train: all they read is in the run directory."""
         self._folder.write_text(self.token, RELEASED)
 
     def abort(self) -> None:
-        """There is nothing to train on; the workers end."""
+        """Let the workers end without training."""
         self._folder.write_text(self.token, ABORTED)
 
     def wait(self) -> bool:
-        """Returns when the driver has decided; without a driver Ray ends the workers.
+        """Wait for the driver's decision; True means train. Ray ends workers whose driver died.
 
         Raises:
-            ConfigError: it did not in WAIT_S.
+            ConfigError: the driver did not decide within TIMEOUT_S.
         """
         folder, deadline = self._folder, time.monotonic() + TIMEOUT_S
         while not folder.exists(self.token):
             if time.monotonic() > deadline:
                 raise ConfigError(
-                    f"{self.run_dir}: workers heard nothing for {TIMEOUT_S} s while the data were "
-                    "prepared; repeat the command, it goes on where it stopped"
+                    f"{self.run_dir}: workers waited {TIMEOUT_S} s in vain while the data were "
+                    "prepared; repeat the command, and the run continues"
                 )
             time.sleep(POLL_S if folder.is_local else POLL_REMOTE_S)
         return folder.read_text(self.token) == RELEASED
 
     def remove(self) -> None:
-        """When the workers are gone."""
+        """Remove the files after all workers have ended."""
         self._folder.remove()

@@ -1,7 +1,7 @@
-"""What several trials ask of a shared pool, answered together. Runs in the pool's workers.
+"""Answer calls of several trials to a shared pool as one batch. Runs in the workers of the pool.
 
-Trials that wait at the same time are one batch: their sequences fill the same forward passes. What
-each gets does not depend on who else asks, but for rounding.
+The sequences of all waiting trials fill the same forward passes. Up to rounding, a trial gets the
+same results as from a call of its own.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Indices = NDArray[np.int64]
 
 
 def score(role: "Reward", counts: Sequence[int], *args: Any) -> list[Scores]:
-    """`Reward.score` of each request; `counts` says how many of `args` each has."""
+    """Return `Reward.score` of each request; `counts` is the number of `args` of each."""
     requests = _split_requests(counts, args)
     if len(requests) == 1:
         return [role.score(*requests[0])]
@@ -39,7 +39,7 @@ def score(role: "Reward", counts: Sequence[int], *args: Any) -> list[Scores]:
 def judge_scores(
     role: "Reward", counts: Sequence[int], *args: Any
 ) -> list[tuple[NDArray[np.int64], list[float]]]:
-    """`Reward.judge` of each request."""
+    """Return `Reward.judge_scores` of each request."""
     batches = [join_sequences(answers) for answers in _split_requests(counts, args)]
     index, scores = role.judge_scores(stack_sequences(batches))
     return [
@@ -51,7 +51,7 @@ def judge_scores(
 def logprobs(
     role: "Reference", counts: Sequence[int], *args: Any, temperature: float
 ) -> list[Logprobs]:
-    """`Reference.logprobs` of each request."""
+    """Return `Reference.logprobs` of each request."""
     batches = [join_sequences(rollouts) for rollouts in _split_requests(counts, args)]
     stacked = stack_sequences(batches)
     stacked_logprobs = role.logprobs(temperature, stacked)
@@ -66,7 +66,7 @@ def logprobs(
 
 
 def stack_sequences(batches: Sequence[Sequences]) -> Sequences:
-    """All sequences of several batches as one batch, which no version of weights has sampled."""
+    """Stack the sequences of several batches, as sampled by no version of the weights."""
     return Sequences(
         index=np.arange(sum(map(len, batches))),
         sample_ids=[sample_id for batch in batches for sample_id in batch.sample_ids],
@@ -84,7 +84,8 @@ def _split_requests(counts: Sequence[int], args: Sequence[Any]) -> list[Sequence
 
 
 def _rows_by_batch(index: Indices, batches: Sequence[Sequences]) -> list[tuple[Indices, Indices]]:
-    """For each batch, this rank's rows in it, and where they are among all rows of this rank."""
+    """For each batch, return the rows that this rank holds: their indices in the batch, and their
+    positions among all rows of the rank."""
     bounds = pairwise(accumulate(map(len, batches), initial=0))
     positions = [
         (start, np.flatnonzero((index >= start) & (index < stop))) for start, stop in bounds
@@ -106,7 +107,7 @@ def _stack_ragged(parts: Sequence[Ragged]) -> Ragged:
 
 
 def _select_rows(rewards: "RewardResult", rows: Indices) -> "RewardResult":
-    """Those of some samples."""
+    """Return the rewards of some samples."""
 
     def pick(values: Sequence[Any]) -> list[Any]:
         return [values[row] for row in rows]

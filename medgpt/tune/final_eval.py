@@ -1,4 +1,4 @@
-"""Policies that were trained, asked the questions of the check."""
+"""Evaluate trained policies on the questions that are reserved for the final check."""
 
 from typing import Any
 
@@ -20,10 +20,11 @@ ResultRow = dict[str, Any]
 
 
 class FinalEvaluation(HeldoutEval):
-    """Answers that are sampled, where the judge has greedy ones."""
+    """Evaluates sampled answers, in addition to the greedy ones of the judge."""
 
     def sampled_metrics(self, seed: int) -> tuple[dict[str, float], float | None]:
-        """Marks of answers that are drawn with the seed; nats of an answer from the reference."""
+        """Sample answers with the seed; return their judge metrics and their mean KL from the
+        reference in nats per answer, None without a reference pool."""
         (ids,) = self.pools.get([self.prompts], "prompts")
         prompts = Prompts(
             sample_ids=[question.id for question in self.question_set.questions],
@@ -45,7 +46,7 @@ class FinalEvaluation(HeldoutEval):
 def evaluate_policies(
     config: TuneStageConfig, setup: TrialSetup, policies: list[TrainedPolicy]
 ) -> list[ResultRow]:
-    """For each policy and seed: policy, seed, mark, mark_se, kl."""
+    """Return a row for each policy and seed: policy, seed, mark, mark_se, kl."""
     rows: list[ResultRow] = []
     pools: TrialPools | None = None
     try:
@@ -93,7 +94,7 @@ def _policy_rows(
 
 
 def _final_eval_config(config: TuneStageConfig, url: str) -> PPOStageConfig:
-    """The base with a policy's model, and the judge's questions that trials are not judged by."""
+    """Return the base config with the policy's model and the questions reserved for the check."""
     ppo_config = config.base_config
     low, high = ppo_config.judge.part
     values = {

@@ -1,4 +1,4 @@
-"""What a trial is worth: the judge's mark, as long as the policy stays near the reference."""
+"""The objective of a search: the judge metric, as long as the policy stays near the reference."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
@@ -8,23 +8,23 @@ from medgpt.config.tune import TuneConfig
 
 JUDGE_METRICS = {"checks": "judge/checks", "score": "judge/score"}
 KL_METRIC = "actor/kl_ref"
-OVER_KL_LIMIT = -1e6  # below every mark
-WORST_OBJECTIVE = 2 * OVER_KL_LIMIT  # of a trial that has no policy
+OVER_KL_LIMIT = -1e6  # below every metric
+WORST_OBJECTIVE = 2 * OVER_KL_LIMIT  # of a trial without a policy
 
 T = TypeVar("T")
 
 
 class JudgeResult(NamedTuple):
-    """A judgement."""
+    """The result of one judge evaluation."""
 
     iteration: int
     metric: float
-    metric_se: float  # standard error of the mark
-    kl: float  # nats an answer, mean since the judgement before
+    metric_se: float  # standard error
+    kl: float  # nats per answer, mean since the judge evaluation before
 
 
 def judge_results(metrics: Iterable[Mapping[str, Any]], config: TuneConfig) -> list[JudgeResult]:
-    """All judgements among a run's metrics. What was judged before training has a KL of 0."""
+    """Return all judge results among the metrics of a run. Before training the KL is 0."""
     name, results, kls = JUDGE_METRICS[config.mark], list[JudgeResult](), list[float]()
     for line in metrics:
         if KL_METRIC in line:
@@ -37,13 +37,14 @@ def judge_results(metrics: Iterable[Mapping[str, Any]], config: TuneConfig) -> l
 
 
 def objective(result: JudgeResult, config: TuneConfig) -> float:
-    """What the search maximises. Beyond the limit a trial is worse than any within; only the order
-    counts for searchers and schedulers, so the step may be of any height."""
+    """Return the number that the search maximizes. Every result above max_kl is below all others;
+    only the order counts for searchers and schedulers, so the size of the step is arbitrary."""
     return result.metric if result.kl <= config.max_kl else OVER_KL_LIMIT - result.kl
 
 
 def pareto_optimal(items: Sequence[T], results: Sequence[JudgeResult]) -> list[T]:
-    """Those for which no other has a mark as high at a KL as low, and one of them better; by KL."""
+    """Return the items, by KL, for which no other item has at least the metric at no more KL and is
+    better in one of the two."""
     optimal: list[T] = []
     highest = -float("inf")
     for item, result in sorted(

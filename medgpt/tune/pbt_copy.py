@@ -1,4 +1,4 @@
-"""Going on with another trial's state: its weights, optimizers and statistics under new values."""
+"""Continue a trial from another trial's weights, optimizers and statistics, with new values."""
 
 import json
 from dataclasses import replace
@@ -17,11 +17,14 @@ METRICS = "metrics.jsonl"
 def copy_trial_state(
     records: TrialRecords, record: TrialRecord, params: Params, pointer: dict[str, Any]
 ) -> TrialRecord:
-    """Give the trial of `record` the state that `pointer` names, and its metrics.
+    """Copy the checkpoint that `pointer` names, and its metrics, to the trial of `record`.
 
-    The learning rates follow from the config, and the searched KL coefficient takes the place of
-    the copied one. What was sampled with the old weights is not copied. Done before, as a trial
-    that died afterwards knows, it is not done again.
+    Learning rates follow from the config; a searched KL coefficient replaces the copied one.
+    Rollouts sampled with the old weights are not copied. A copy that the record already names,
+    because the trial died after it, is not repeated.
+
+    Raises:
+        RuntimeError: the other trial has no checkpoint from that iteration on.
     """
     state_copy = StateCopy(pointer["trial"], pointer["iteration"], params)
     if record.copied and record.copied[-1] == state_copy:
@@ -33,7 +36,8 @@ def copy_trial_state(
 
 
 def _copy_checkpoint(run: Run, donor: Run, iteration: int, params: Params) -> int:
-    """The iteration of what was copied: a donor that went on keeps its newest states only."""
+    """Return the iteration of the copied checkpoint: the oldest one, from `iteration` on, that the
+    donor has kept."""
     run.checkpoints.remove()
     for step in donor.checkpoint_steps():
         source, target = donor.checkpoint(step), run.checkpoint(step)
@@ -44,7 +48,7 @@ def _copy_checkpoint(run: Run, donor: Run, iteration: int, params: Params) -> in
 
 
 def _copy_files(source: Folder, target: Folder, manifest: dict[str, Any], params: Params) -> bool:
-    """Whether the source stayed there until all was copied."""
+    """Return whether the source existed until all files were copied."""
     files = [FileEntry(**file) for file in manifest["files"] if file["name"] != IN_FLIGHT_FILE]
     try:
         for file in files:
@@ -62,7 +66,8 @@ def _copy_files(source: Folder, target: Folder, manifest: dict[str, Any], params
 
 
 def _copy_metrics(run: Run, donor: Run, iteration: int) -> None:
-    """The history of the weights that the trial now has; its next attempt comes after all of it."""
+    """Copy the metrics up to `iteration`; the next attempt of the trial is later than all of
+    them."""
     lines = [line for line in donor.metrics() if line["step"] <= iteration]
     run.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
     attempts = [run.manifest["attempt"], *(line["attempt"] for line in lines)]

@@ -1,4 +1,4 @@
-"""What a search found: a table of its trials, the best of them, and a config that repeats it."""
+"""The results of a search: the table of its trials, the winner, and a config that repeats it."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def trials_url(config: TuneStageConfig) -> str:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial with all of its judgements."""
+    """A trial with all of its judge results."""
 
     record: TrialRecord
     judge_results: Sequence[JudgeResult]
@@ -33,7 +33,7 @@ class TrialResult:
 
     @property
     def last_result(self) -> JudgeResult | None:
-        """The last judgement after some training."""
+        """The last judge result, or None if it comes from before training."""
         return (
             self.judge_results[-1]
             if self.judge_results and self.judge_results[-1].iteration
@@ -42,7 +42,7 @@ class TrialResult:
 
 
 def load_results(config: TuneStageConfig) -> list[TrialResult]:
-    """Of all trials, by number."""
+    """Return the results of all trials, by name."""
     records = TrialRecords(trials_url(config))
     results = []
     for record in records.all():
@@ -53,8 +53,8 @@ def load_results(config: TuneStageConfig) -> list[TrialResult]:
 
 
 def winner(results: Sequence[TrialResult], config: TuneStageConfig) -> TrialResult | None:
-    """The best that was trained to the end, if there is one within the limit of divergence; of
-    several, the nearest to the reference."""
+    """Return the finished trial with the highest metric within max_kl, or None; of equals, the one
+    with the lowest KL."""
     finished = [
         (result, result.last_result)
         for result in results
@@ -66,13 +66,13 @@ def winner(results: Sequence[TrialResult], config: TuneStageConfig) -> TrialResu
 
 
 def pareto_front(results: Sequence[TrialResult]) -> list[TrialResult]:
-    """Trials with the highest marks at their divergence, by divergence."""
+    """Return the trials with the highest metrics at their KL, by KL."""
     judged = [(result, result.last_result) for result in results if result.last_result is not None]
     return pareto_optimal([result for result, _ in judged], [last for _, last in judged])
 
 
 def write_table(run: Run, results: Sequence[TrialResult], config: TuneStageConfig) -> None:
-    """results.parquet: a row for each trial."""
+    """Write results.parquet: a row for each trial."""
     best, optimal = winner(results, config), pareto_front(results)
     columns: dict[str, list[Any]] = {}
     for result in results:
@@ -99,7 +99,7 @@ def write_table(run: Run, results: Sequence[TrialResult], config: TuneStageConfi
 
 
 def write_best(run: Run, best: TrialResult, config: TuneStageConfig) -> None:
-    """best.toml, which `medgpt ppo` takes."""
+    """Write best.toml, a config for `medgpt ppo`."""
     last = best.last_result
     assert last is not None
     head = [
@@ -107,20 +107,20 @@ def write_best(run: Run, best: TrialResult, config: TuneStageConfig) -> None:
         f"{last.metric_se:.3f}, {last.kl:.2f} nats from the reference."
     ]
     if best.record.copied:
-        head.append("# Its values changed on the way; these are the last ones.")
+        head.append("# PBT changed its values while it trained; these are the last ones.")
     values = rerun_config(config, best.record.params, f"{run.folder.url}/best")
     tree = values.model_dump(mode="json", exclude_defaults=True)
     run.folder.write_text(BEST_CONFIG_FILE, "\n".join([*head, "", tomli_w.dumps(tree)]))
 
 
 def rerun_config(config: TuneStageConfig, params: Params, url: str) -> PPOStageConfig:
-    """The base with a trial's values, as a run of its own."""
+    """Return the base config with a trial's values, as a run of its own."""
     return with_values(PPOStageConfig, config.base_config, {**params, "run.dir": url})
 
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A trained model. Without a seed of its own it is sampled from with several."""
+    """A trained model. Without a seed of its own, it is sampled from with several seeds."""
 
     name: str
     seed: int | None

@@ -1,4 +1,4 @@
-"""The search itself: Ray Tune proposes values, starts trials and decides which go on."""
+"""The search: Ray Tune proposes values, starts trials and decides which of them continue."""
 
 import os
 import random
@@ -30,12 +30,12 @@ from medgpt.tune.space import list_trial_params
 from medgpt.tune.trial import ITERATION, OBJECTIVE, TrialSetup, run_trial
 from medgpt.tune.trial_records import TrialRecords, trial_name
 
-TRIAL_MEMORY_BYTES = 512 * 2**20  # of memory that Ray counts for a trial's own process
+TRIAL_MEMORY_BYTES = 512 * 2**20  # memory that Ray reserves for the process of a trial
 RELEASE_EVERY_S = 2.0
 RAY_TUNE_ENV = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every trial has a run directory with all of it
-    "TUNE_GLOBAL_CHECKPOINT_S": str(10**6),  # never read back, see record.py
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; repeating it goes on
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory of a trial has all of it
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**6),  # never read, see trial_records.py
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command; repeating it resumes
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
@@ -45,10 +45,10 @@ Say = Callable[[str], None]
 def run_search(
     config: TuneStageConfig, setup: TrialSetup, *, max_concurrent: int, say: Say
 ) -> None:
-    """All trials of the search, to their ends; what became of them is in their records."""
+    """Run all trials of the search to their ends, and write the outcome to their records."""
     records = TrialRecords(setup.trials_url)
     param_space, searcher = _param_space_and_searcher(config, records, max_concurrent)
-    random.seed(config.run.seed)  # of Ray Tune's PBT
+    random.seed(config.run.seed)  # for PBT of Ray Tune
     np.random.seed(config.run.seed)
     _fit(setup, param_space, searcher, _scheduler(config, setup), say)
 
@@ -56,7 +56,7 @@ def run_search(
 def run_named_trials(
     trials: Mapping[str, Params], setup: TrialSetup, *, max_concurrent: int, say: Say
 ) -> None:
-    """These trials by name, to their ends; none is compared with another."""
+    """Run these trials to their ends, without comparing them."""
     space = [_trial_entry(name, params)["trial"] for name, params in trials.items()]
     searcher = BasicVariantGenerator(max_concurrent=max_concurrent)
     _fit(setup, {"trial": tune.grid_search(space)}, searcher, None, say)
@@ -67,10 +67,10 @@ def _fit(
 ) -> None:
     os.environ.update(RAY_TUNE_ENV)
     folder = Folder(f"{setup.trials_url}-tune")
-    folder.remove()  # of a search that was killed
+    folder.remove()  # left by a killed search
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, setup=setup),
-        # the pools have room of their own, and so does the data: nothing of a trial is in here
+        # pools and data tasks reserve their own resources
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}]),
     )
     parent, name = folder.root.rsplit("/", 1)
@@ -100,17 +100,17 @@ def _fit(
 
 
 class TrialProgress(tune.Callback):
-    """Says how trials go, and records how Ray Tune ended them."""
+    """Prints the progress of trials, and records how Ray Tune ended them."""
 
     def __init__(self, records: TrialRecords, num_iterations: int, say: Say) -> None:
         self.records, self.num_iterations, self.say = records, num_iterations, say
         self.last_release = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Ray Tune pickles it into its own record
+        return {}  # Ray Tune pickles callbacks into its own record
 
     def on_step_end(self, iteration: int, trials: list[Trial], **_: Any) -> None:
-        """What trials held whose processes are gone is needed by others."""
+        """Release the resources of trials whose processes have died."""
         if time.monotonic() > self.last_release + RELEASE_EVERY_S:
             release_orphaned_groups(is_actor_dead)
             self.last_release = time.monotonic()
@@ -120,9 +120,9 @@ class TrialProgress(tune.Callback):
     ) -> None:
         position = f"trial {trial} iteration {result[ITERATION]}/{self.num_iterations}"
         if result[OBJECTIVE] <= WORST_OBJECTIVE:
-            self.say(f"{position}  no use")
+            self.say(f"{position}  no usable policy")
             return
-        over_limit = "  beyond tune.max_kl" if result[OBJECTIVE] <= OVER_KL_LIMIT else ""
+        over_limit = "  above tune.max_kl" if result[OBJECTIVE] <= OVER_KL_LIMIT else ""
         self.say(
             f"{position}  {result['metric']:.3f} ± {result['metric_se']:.3f}  "
             f"kl {result['kl']:.2f}{over_limit}"
@@ -144,7 +144,7 @@ class TrialProgress(tune.Callback):
 
 
 class NamedTrialSearcher(Searcher):
-    """Another searcher's proposals, each under the next of some names."""
+    """Gives the proposals of another searcher the next of some names."""
 
     def __init__(self, inner: Searcher, names: Iterable[str]) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
@@ -167,7 +167,7 @@ class NamedTrialSearcher(Searcher):
         self.inner.on_trial_complete(trial_id, result, error)
 
     def save(self, checkpoint_path: str) -> None:
-        """Ray Tune asks for it; a search is resumed from what record.py has written."""
+        """Do nothing: a search is resumed from trial_records.py."""
 
     def restore(self, checkpoint_path: str) -> None:
         raise NotImplementedError
@@ -176,7 +176,7 @@ class NamedTrialSearcher(Searcher):
 def _param_space_and_searcher(
     config: TuneStageConfig, records: TrialRecords, max_concurrent: int
 ) -> tuple[dict[str, Any], Any]:
-    """Ray Tune's parameter space and searcher. What is recorded comes first and as it was."""
+    """Return Ray Tune's parameter space and searcher. Recorded trials come first, unchanged."""
     recorded = {record.name: record.params for record in records.all()}
     if config.tune.searcher != "tpe":
         proposed = {
@@ -185,7 +185,7 @@ def _param_space_and_searcher(
         space = [
             _trial_entry(name, params)["trial"] for name, params in (proposed | recorded).items()
         ]
-        # PBT has all of its trials at the same time, or it compares those that there are
+        # PBT needs all trials at the same time to compare them
         limit = 0 if config.tune.scheduler == "pbt" else max_concurrent
         return {"trial": tune.grid_search(space)}, BasicVariantGenerator(max_concurrent=limit)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -206,7 +206,7 @@ def _trial_entry(name: str, params: Params) -> dict[str, Any]:
 
 
 def _trial_name(trial: Trial) -> str:
-    """Chosen once, so that it stays when PBT gives the trial another's values."""
+    """Return the name chosen at the start, which a trial keeps when PBT changes its values."""
     return trial.config["trial"]["name"]
 
 
@@ -232,7 +232,7 @@ def _scheduler(config: TuneStageConfig, setup: TrialSetup) -> TrialScheduler | N
 
 
 def _optuna_distribution(space: SearchSpace) -> BaseDistribution:
-    """The same in Optuna's words."""
+    """Convert a search space for Optuna."""
     if space.uniform is not None:
         return FloatDistribution(*space.uniform)
     if space.loguniform is not None:
@@ -244,7 +244,7 @@ def _optuna_distribution(space: SearchSpace) -> BaseDistribution:
 
 
 def _ray_domain(space: SearchSpace) -> Any:
-    """The same in Ray Tune's words. A list has neighbours, which its PBT steps to."""
+    """Convert a search space for Ray Tune. A list has neighbors, which PBT steps to."""
     if space.uniform is not None:
         return tune.uniform(*space.uniform)
     if space.loguniform is not None:
@@ -256,7 +256,7 @@ def _ray_domain(space: SearchSpace) -> Any:
 
 
 class _ClipToRanges:
-    """PBT multiplies; what left its range is brought back."""
+    """PBT multiplies values; this clips them to their ranges."""
 
     def __init__(self, search: Mapping[str, SearchSpace]) -> None:
         self.search = search

@@ -1,4 +1,4 @@
-"""What a search needs before its first trial: the base that trials share, and how many fit."""
+"""Preparations of a search: the configs that trials share, and how many trials run at a time."""
 
 from collections.abc import Mapping
 
@@ -22,12 +22,12 @@ LARGEST_NEEDS_MOST = (
     "ptx.batch_size",
 )
 SMALLEST_NEEDS_MOST = ("ppo.global_batch_size",)
-PBT_CHECKPOINTS = 4  # newest checkpoints that a trial keeps for those who copy it
+PBT_CHECKPOINTS = 4  # newest checkpoints of a trial, kept for trials that copy it
 
 
 def config_for_trials(config: TuneStageConfig) -> PPOStageConfig:
-    """The base with what the search sets for all trials: they are judged by a part of the
-    questions, saved when they are judged, and keep no samples of other trials' pools."""
+    """Return the base config with what the search sets for all trials: they are judged on a part of
+    the questions, write a checkpoint at every judge evaluation, and report no samples."""
     ppo_config = config.base_config
     low, high = ppo_config.judge.part
     share = config.check.share if config.check.seeds else 0.0
@@ -42,7 +42,7 @@ def config_for_trials(config: TuneStageConfig) -> PPOStageConfig:
 
 
 def largest_config(config: TuneStageConfig, ppo_config: PPOStageConfig) -> PPOStageConfig:
-    """With the largest of what decides how much room shared things need."""
+    """Return a config with the values that need the most memory of shared pools and data."""
     search = config.search
     values = {key: max(search[key].values_to_check) for key in LARGEST_NEEDS_MOST if key in search}
     values |= {
@@ -52,7 +52,7 @@ def largest_config(config: TuneStageConfig, ppo_config: PPOStageConfig) -> PPOSt
 
 
 def _update_unchecked(ppo_config: PPOStageConfig, values: Mapping[str, object]) -> PPOStageConfig:
-    """Largest values need not go together: no trial has all of them."""
+    """Update without validation: the largest values need not be valid together."""
     for key, value in values.items():
         section, name = key.split(".")
         section_config = getattr(ppo_config, section).model_copy(update={name: value})
@@ -61,20 +61,20 @@ def _update_unchecked(ppo_config: PPOStageConfig, values: Mapping[str, object]) 
 
 
 def open_base_run(config: TuneStageConfig) -> Run:
-    """A run directory for what all trials have in common: the base's config, and its prompts.
+    """Open the run directory of what all trials share: the base config and its prompts.
 
     Raises:
-        ConfigError: the base has changed since the search began.
+        ConfigError: the base config has changed since the search began.
     """
     ppo_config, allowed = config.base_config, config.run.allow_changes
     return Run.open("ppo", ppo_config, run_dir=ppo_config.run.dir, allow_changes=allowed)
 
 
 def num_concurrent_trials(config: TuneStageConfig) -> int:
-    """Trials at a time.
+    """Return the number of trials to run at a time.
 
     Raises:
-        ConfigError: none has room beside the shared pools, or not all that PBT compares.
+        ConfigError: no trial fits beside the shared pools, or not all that PBT compares.
     """
     ppo_config, tune = config.base_config, config.tune
     roles = {pool.role: pool.config for pool in build_role_pools(ppo_config, 1)}
@@ -92,20 +92,20 @@ def num_concurrent_trials(config: TuneStageConfig) -> int:
     )
     if tune.scheduler == "pbt" and max_trials < num_trials:
         raise ConfigError(
-            "tune.scheduler=pbt compares all trials at the same time, and the cluster has room for "
-            f"{max_trials} of tune.num_trials={num_trials}; lower it or what pools need in the "
-            "base, or use a larger cluster"
+            "tune.scheduler=pbt needs all trials at the same time, and the cluster has room for "
+            f"{max_trials} of tune.num_trials={num_trials}; lower it or the resources of the "
+            "pools in the base config, or use a larger cluster"
         )
     return min(max(max_trials, 1), tune.max_concurrent or num_trials)
 
 
 def prepare_base(base: Run, config: TuneStageConfig, reporter: ConsoleReporter) -> None:
-    """The prompts of all trials. Raises ConfigError if there are too few."""
+    """Prepare the prompts of all trials. Raises ConfigError if there are too few."""
     largest = largest_config(config, config.base_config)
     plan, ppo = prepare_prompts(base, largest, reporter), largest.ppo
     if plan.num_steps != ppo.max_iterations:
         raise ConfigError(
-            f"base: ppo.max_iterations={ppo.max_iterations}: the prompts end after "
+            f"base: ppo.max_iterations={ppo.max_iterations}: the prompts suffice only for "
             f"{plan.num_steps} iterations of {ppo.rollout_batch_size}; raise ppo.prompt_epochs or "
-            "lower it"
+            "lower ppo.max_iterations"
         )

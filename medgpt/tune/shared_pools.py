@@ -1,7 +1,8 @@
-"""The owner of the pools that all trials share: one process, through which trials call them.
+"""The owner of the pools that all trials share: one Ray actor, through which trials call them.
 
-Calls of several trials would reach the ranks of a pool in different orders, and collectives of both
-would wait for ever; here they have one order. Who waits for the same is answered together.
+If trials called the pools directly, their calls could reach the ranks of a pool in different
+orders, and the collectives of both would deadlock. Here they have one order, and waiting calls of
+one method are answered as one batch.
 """
 
 import threading
@@ -20,16 +21,16 @@ from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import PoolDied, Pools
 from medgpt.rlhf.setup import build_role_pools
 
-BatchedCall = Callable[..., list[Any]]  # of medgpt.tune.batched_calls
+BatchedCall = Callable[..., list[Any]]  # a function of medgpt.tune.batched_calls
 
 
 @dataclass(eq=False)
 class PendingCall:
-    """One trial's call of a pool. What it asks of it is the same for all of a batch."""
+    """A trial's call of a pool."""
 
     role: str
     method: BatchedCall
-    args: Sequence[Any]  # refs among them arrive as their values
+    args: Sequence[Any]  # Ray replaces refs among them by their values
     options: dict[str, Any]
     done: threading.Event = field(default_factory=threading.Event)
     results: list[Any] = field(default_factory=list)  # by rank
@@ -37,11 +38,12 @@ class PendingCall:
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
+        """Calls with the same key can be answered together."""
         return self.role, self.method, sorted(self.options.items())
 
 
 class SharedPoolsActor:
-    """A thread of its own speaks to the pools; every waiting call has one of Ray's."""
+    """Calls the pools from one thread; every waiting call has a thread of Ray."""
 
     def __init__(self, ppo_config: PPOStageConfig) -> None:
         pools = [pool for pool in build_role_pools(ppo_config, 1) if pool.role in SHARED_ROLES]
@@ -55,10 +57,10 @@ class SharedPoolsActor:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def wait_until_ready(self) -> dict[str, int]:
-        """Workers of each pool, once they are there.
+        """Wait for the pools, and return the number of workers of each.
 
         Raises:
-            ConfigError: no room, or what a role refused.
+            ConfigError: no room, or an error of a role.
         """
         self.started.wait()
         if self.error is not None:
@@ -68,7 +70,7 @@ class SharedPoolsActor:
     def call(
         self, role: str, method: BatchedCall, args: Sequence[Any], options: dict[str, Any]
     ) -> Any:
-        """What each rank answers: a list, or with one rank its answer."""
+        """Return the results of all ranks: a list, or with one rank its result."""
         call = PendingCall(role, method, args, options)
         with self.pending_changed:
             self.pending.append(call)
@@ -80,11 +82,11 @@ class SharedPoolsActor:
         return call.results if len(call.results) > 1 else call.results[0]
 
     def counts(self) -> dict[str, int]:
-        """Calls of trials, and batches in which they were answered."""
+        """Return the number of calls by trials, and of batches in which they were answered."""
         return {"calls": self.num_calls, "batches": self.num_batches}
 
     def worker_handles(self, role: str) -> list[Any]:
-        """Actor handles, for those who look after them."""
+        """Return the actor handles of the workers of a pool."""
         return self.pools.pools[role].workers
 
     def _serve(self) -> None:
@@ -92,7 +94,7 @@ class SharedPoolsActor:
         try:
             release_orphaned_groups(
                 lambda creator: creator == actor_id
-            )  # before it was started again
+            )  # left from before a restart
             self.pools.start()
         except Exception as error:
             self.error = error
@@ -107,7 +109,8 @@ class SharedPoolsActor:
             self._run_batch(batch)
 
     def _run_batch(self, batch: list[PendingCall]) -> None:
-        """Answer all; if that fails, perhaps because a trial is gone with what it sent, each."""
+        """Answer all calls. If that fails, perhaps because a trial died with its arguments, answer
+        each of them alone."""
         try:
             by_rank = self._call_pool(batch)
         except Exception as error:
@@ -123,7 +126,8 @@ class SharedPoolsActor:
             call.done.set()
 
     def _call_pool(self, batch: Sequence[PendingCall]) -> list[list[Any]]:
-        """By rank, the answers to all. A pool that dies is rebuilt and asked again."""
+        """Return the results of all calls, by rank. A pool that dies is rebuilt and called
+        again."""
         first, died = batch[0], None
         pool: Pool[Any] = self.pools.pools[first.role]
         counts = [len(call.args) for call in batch]
@@ -145,12 +149,13 @@ class SharedPoolsActor:
 def start_shared_pools(
     ppo_config: PPOStageConfig, *, num_callers: int
 ) -> tuple[Any, dict[str, int]]:
-    """The front's handle, and the workers of each shared pool.
+    """Start the owner of the shared pools; return its handle and the number of workers of each
+    pool.
 
-    It is started again by Ray wherever there is room if it is lost, and then starts its pools.
+    If the owner is lost, Ray restarts it where there is room, and it starts its pools again.
 
     Raises:
-        ConfigError: no room, or what a role refused.
+        ConfigError: no room, or an error of a role.
     """
     actor_class: Any = ray.remote(SharedPoolsActor)
     owner = actor_class.options(
@@ -158,7 +163,7 @@ def start_shared_pools(
         max_concurrency=4 * num_callers + 4,
         max_restarts=-1,
         max_task_retries=-1,
-        scheduling_strategy="SPREAD",  # in no placement group
+        scheduling_strategy="SPREAD",  # outside any placement group
     ).remote(ppo_config)
     try:
         return owner, ray.get(owner.wait_until_ready.remote())
@@ -170,7 +175,7 @@ def start_shared_pools(
 
 
 def stop_shared_pools(owner: Any) -> None:
-    """End it with its pools."""
+    """Stop the owner and its pools."""
     ray.kill(owner)
     release_orphaned_groups(
         lambda creator: creator == owner._actor_id.hex() or is_actor_dead(creator)

@@ -1,4 +1,4 @@
-"""The values of trials, for searchers that do not learn: all there are, or drawn at random."""
+"""The values of trials for searchers that do not learn: all of a grid, or random draws."""
 
 import math
 import random
@@ -11,14 +11,14 @@ from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.tune import Params, SearchSpace, TuneStageConfig
 
-MAX_DRAWS = 1000  # in which values that go together must be found
+MAX_DRAWS = 1000  # tries to find values that are valid together
 
 
 def list_trial_params(config: TuneStageConfig) -> list[Params]:
-    """Of every trial, in order; more trials never change those before.
+    """Return the values of every trial, in order; more trials never change earlier ones.
 
     Raises:
-        ConfigError: hardly any of the values go together, or a point of the grid does not.
+        ConfigError: hardly any draws are valid, or a point of the grid is not.
     """
     base_values = config.base_values
     first = [base_values] if config.tune.default_first else []
@@ -32,7 +32,7 @@ def list_trial_params(config: TuneStageConfig) -> list[Params]:
 
 
 def grid(search: dict[str, SearchSpace]) -> list[Params]:
-    """All combinations of the listed values."""
+    """Return all combinations of the listed values."""
     values = [space.values or () for space in search.values()]
     return [dict(zip(search, point, strict=True)) for point in product(*values)]
 
@@ -50,7 +50,7 @@ def draw(space: SearchSpace, rng: random.Random) -> Any:
 
 
 def _valid_draws(config: TuneStageConfig, rng: random.Random) -> Iterator[Params]:
-    """Random values that go together, without end."""
+    """Yield valid random values, without end."""
     last_error: ConfigError | None = None
     while True:
         for _ in range(MAX_DRAWS):
@@ -63,4 +63,4 @@ def _valid_draws(config: TuneStageConfig, rng: random.Random) -> Iterator[Params
             yield point
             break
         else:
-            raise ConfigError(f"search: none of {MAX_DRAWS} draws was a config: {last_error}")
+            raise ConfigError(f"search: none of {MAX_DRAWS} draws is a valid config: {last_error}")

@@ -1,7 +1,7 @@
 """One trial: PPO with values that the search has chosen, in a process that Ray Tune started.
 
-The trial has a run directory like any PPO run, and resumes as such; Ray Tune is told of judgements
-and decides whether it goes on. The process stays for the next trial, and so do its pools.
+A trial has a run directory like any PPO run and resumes like one. It reports judge results to Ray
+Tune, which decides whether it continues. Its process and its pools are reused by the next trial.
 """
 
 import json
@@ -28,9 +28,9 @@ from medgpt.tune.trial_records import Status, TrialRecord, TrialRecords
 if TYPE_CHECKING:
     from medgpt.tune.trial_pools import TrialPools
 
-ITERATION, OBJECTIVE = "iteration", "objective"  # what Ray Tune compares
+ITERATION, OBJECTIVE = "iteration", "objective"  # metrics for Ray Tune
 POINTER_FILE = "pointer.json"
-# keys of the base run's manifest, told again
+# manifest keys that a trial takes over from the base run
 BASE_MANIFEST_KEYS = ("seed", "parents", "data", "plan", "ptx", "hardware")
 
 
@@ -39,16 +39,16 @@ class TrialSetup:
     """What all trials of a search have in common."""
 
     ppo_config: PPOStageConfig
-    """With all that the search sets for its trials, but their values."""
+    """The config of all trials, without the values that are searched."""
     config: TuneConfig
     trials_url: str
-    """The folder of all trials' runs."""
+    """Folder with the run directories of all trials."""
     base_url: str
-    """The run directory that holds the prompts and their order."""
+    """Run directory that holds the prompts and their order."""
     shared_pools_actor: Any
-    """Of the shared pools; None if there are none."""
+    """Handle of the owner of the shared pools; None without shared pools."""
     num_shared_workers: Mapping[str, int]
-    """Of the shared pools."""
+    """Number of workers of each shared pool."""
 
     @property
     def num_iterations(self) -> int:
@@ -57,25 +57,26 @@ class TrialSetup:
 
     @property
     def copies_states(self) -> bool:
-        """Whether trials copy each other's states."""
+        """Whether trials copy the states of other trials."""
         return self.config.scheduler == "pbt"
 
 
 def trial_config(ppo_config: PPOStageConfig, params: Params, url: str) -> PPOStageConfig:
-    """A trial's own. Raises ConfigError if the values do not go together."""
+    """Return the config of a trial. Raises ConfigError if its values are not valid together."""
     return with_values(
         PPOStageConfig, ppo_config, {**params, "run.dir": url, "run.allow_changes": True}
     )
 
 
 def run_trial(config: dict[str, Any], setup: TrialSetup) -> None:
-    """What Ray Tune calls, once for each trial and again after its death or a change of values."""
+    """Run a trial. Ray Tune calls this to start it, and again after its death or a change of
+    values."""
     name = tune.get_context().get_trial_name()
     PPOTrial(setup, name, config["trial"]["params"]).run()
 
 
 class PPOTrial:
-    """From its newest checkpoint to its end, or to where Ray Tune ends it by SystemExit."""
+    """Trains from the newest checkpoint to the end, or until Ray Tune stops it by SystemExit."""
 
     def __init__(self, setup: TrialSetup, name: str, params: Params) -> None:
         self.setup, self.name = setup, name
@@ -84,7 +85,7 @@ class PPOTrial:
         self.new_params = params
         self.ppo_run = self.records.run(name)
         self.last_reported_iteration = 0
-        """The iteration of the last judgement that Ray Tune knows of; it hears of none at 0."""
+        """Iteration of the last judge result that Ray Tune knows; the one at 0 is not reported."""
         self.ppo_config: PPOStageConfig | None = None
         self.pools: TrialPools | None = None
 
@@ -109,7 +110,7 @@ class PPOTrial:
         self._train(self.ppo_config)
 
     def on_judged(self, history: Any) -> None:
-        """Tell Ray Tune; it may end the trial here, or let it go on."""
+        """Report a judge result to Ray Tune, which may stop the trial here."""
         result = judge_results(history, self.setup.config)[-1]
         if result.iteration == self.setup.num_iterations:
             from medgpt.rlhf.setup import export_models
@@ -140,7 +141,7 @@ class PPOTrial:
         self.pools = trial_pools.reuse_or_start(role_pools, make_pools)
         try:
             self._iterate(ppo_config, reporter)
-        except (Diverged, SystemExit) as end:  # in order, not in the middle of a call
+        except (Diverged, SystemExit) as end:  # no call to a pool is pending
             trial_pools.keep_for_next_trial(self.pools)
             if isinstance(end, SystemExit):
                 raise
@@ -175,7 +176,7 @@ class PPOTrial:
         ppo.fit()
 
     def _open_run(self) -> None:
-        """The run directory, with what a run says of its prompts."""
+        """Open the run directory, and copy the facts about the prompts to its manifest."""
         assert self.ppo_config is not None
         url = self.ppo_run.folder.url
         self.ppo_run = Run.open("ppo", self.ppo_config, run_dir=url, allow_changes=True)
@@ -185,8 +186,9 @@ class PPOTrial:
         )
 
     def _report_again(self) -> None:
-        """Tell Ray Tune again what it knew before a death or a kill, for its decisions on others:
-        all before the newest judgement, which it hears of when training goes on, or at the end."""
+        """Report again to Ray Tune what it knew before a death or a kill, for its decisions on
+        other trials: all but the newest judge result, which follows when training continues or
+        ends."""
         if self.setup.copies_states:
             return
         checkpoint = self.ppo_run.newest_checkpoint()
@@ -196,7 +198,7 @@ class PPOTrial:
                 self._report(result, objective(result, self.setup.config))
 
     def _final_result(self) -> tuple[JudgeResult, float]:
-        """The last judgement, and what the trial is worth; nothing if its policy is no use."""
+        """Return the last judge result and the objective; the worst one without a useful policy."""
         metrics = self.ppo_run.metrics()
         results = judge_results(metrics, self.setup.config) or [JudgeResult(0, 0.0, 0.0, 0.0)]
         if self.record.status in ("diverged", "refused"):
@@ -205,7 +207,7 @@ class PPOTrial:
         return results[-1], objective(results[-1], self.setup.config)
 
     def _end(self, status: Status, why: str) -> None:
-        """The record first: Ray Tune does not come back from a last report."""
+        """Write the record first: Ray Tune does not return from a last report."""
         self.record = self.records.write(replace(self.record, status=status, why=why))
         self._report(*self._final_result(), done=True)
 
@@ -228,7 +230,7 @@ class PPOTrial:
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
     def _read_pointer(self) -> dict[str, Any] | None:
-        """Whose state to go on with, if it is another trial's."""
+        """Return the name and the iteration of another trial to copy the state of, or None."""
         checkpoint = tune.get_checkpoint()
         if checkpoint is None:
             return None

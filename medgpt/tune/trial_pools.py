@@ -1,4 +1,4 @@
-"""A trial's pools: its own, which the next trial of the process takes over, and shared ones."""
+"""The pools of a trial: its own, which the next trial of the process reuses, and shared ones."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from medgpt.tune.shared_pools import BatchedCall
 
 
 class SharedPool(Pool[Any]):
-    """A pool that all trials use, through their owner, which also repairs it."""
+    """A pool that all trials use through its owner, which also repairs it."""
 
     def __init__(self, pool: Pool[Any], owner: Any, num_workers: int) -> None:
         super().__init__(pool.role, pool.config, pool.build_role)
         self.owner, self.num_workers = owner, num_workers
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """As `Pool.call`, of the methods that PPO needs."""
+        """Call the pool as `Pool.call` does, for the methods that PPO needs."""
         batched_call: BatchedCall
         options: dict[str, Any] = {}
         if method is Reward.score:
@@ -44,7 +44,7 @@ class SharedPool(Pool[Any]):
 
 
 class TrialPools(Pools):
-    """Those of `role_pools`; with `shared_pools_actor`, reward and reference are shared."""
+    """All pools of a trial; with `shared_pools_actor`, reward and reference are shared ones."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class TrialPools(Pools):
         num_shared_workers: Mapping[str, int],
         say: Callable[[str], None],
     ) -> None:
-        """`num_workers`: of the front's pools."""
+        """`num_shared_workers` is the number of workers of each shared pool."""
         own_pools = [
             pool
             for pool in role_pools
@@ -73,10 +73,10 @@ class TrialPools(Pools):
         self.pools = {**self.pools, **self.shared}
 
     def rebuild_roles(self, pools: Sequence[Pool[Any]]) -> None:
-        """Have the same workers make the roles of these pools.
+        """Build the roles of these pools in the workers that already run.
 
         Raises:
-            PoolDied: one of them is gone.
+            PoolDied: a worker is gone.
         """
         refs = []
         for new_pool in pools:
@@ -84,16 +84,16 @@ class TrialPools(Pools):
             pool.build_role = new_pool.build_role
             refs += [worker.load_builder.remote(pool.build_role) for worker in pool.workers]
             refs += [worker.rebuild_role.remote() for worker in pool.workers]
-        self.get(refs, "making another trial's roles", timeout_s=self.config.join_timeout_s)
+        self.get(refs, "building the roles of the next trial", timeout_s=self.config.join_timeout_s)
 
 
-_pools_between_trials: TrialPools | None = None  # of this process, between two trials
+_pools_between_trials: TrialPools | None = None  # kept by this process between two trials
 
 
 def reuse_or_start(
     role_pools: Sequence[Pool[Any]], make_pools: Callable[[], TrialPools]
 ) -> TrialPools:
-    """Started pools: those that the trial before has left, with new roles, else new ones."""
+    """Return started pools: those of the trial before, with new roles, or new pools."""
     global _pools_between_trials
     pools, _pools_between_trials = _pools_between_trials, None
     if pools is not None:
@@ -115,6 +115,6 @@ def reuse_or_start(
 
 
 def keep_for_next_trial(pools: TrialPools) -> None:
-    """For the next trial of this process."""
+    """Keep the pools for the next trial of this process."""
     global _pools_between_trials
     _pools_between_trials = pools

@@ -1,6 +1,6 @@
-"""What became of every trial, beside its run: enough to go on after a kill without redoing any.
+"""The status of every trial, in a file beside its run, so that a killed search repeats no trial.
 
-Ray Tune's own record is not read back: it is written every few seconds only, and it is a pickle.
+The record of Ray Tune itself is not read: it is written every few seconds only, and it is a pickle.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ DONE_STATUSES: tuple[Status, ...] = ("finished", "stopped", "diverged", "refused
 
 @dataclass(frozen=True)
 class StateCopy:
-    """The state of another trial that a trial went on with, from `iteration` on with `params`."""
+    """The trial copied the state of another trial, and continued from `iteration` with `params`."""
 
     trial: str
     iteration: int
@@ -27,7 +27,7 @@ class StateCopy:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial. Trials of a search are called by their number in three digits."""
+    """A trial. Trials of a search are named by their number in three digits."""
 
     name: str
     params: Params
@@ -52,7 +52,7 @@ def trial_name(number: int) -> str:
 
 
 class TrialRecords:
-    """Of the trials in a folder at `url`, each beside its run directory."""
+    """The records of the trials in a folder, each beside its run directory."""
 
     def __init__(self, url: str) -> None:
         self.folder = Folder(url)
@@ -67,7 +67,7 @@ class TrialRecords:
         )
 
     def all(self) -> list[TrialRecord]:
-        """By name."""
+        """Return all records by name."""
         names = [name for name in self.folder.names() if name.endswith(SUFFIX)]
         return [TrialRecord.from_json(self.folder.read_json(name)) for name in names]
 
@@ -76,7 +76,7 @@ class TrialRecords:
         return record
 
     def end_if_running(self, name: str, status: Status, why: str) -> None:
-        """What the search has to say of a trial, unless it has said itself how it ended."""
+        """Record how Ray Tune ended a trial, unless the trial has recorded its own end."""
         record = self.read(name)
         if record is not None and not record.is_done:
             self.write(replace(record, status=status, why=why))

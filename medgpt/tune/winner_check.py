@@ -1,6 +1,6 @@
-"""The winner against the base's own values, by questions that no trial was judged by.
+"""Compare the winner with the base config on questions that no trial was judged by.
 
-The winner was chosen because its mark was high, by some luck; what it is worth is told by others.
+The winner was chosen by its metric, and so partly by luck; the reserved questions correct for that.
 """
 
 import math
@@ -29,7 +29,8 @@ def check_winner(
     max_concurrent: int,
     reporter: ConsoleReporter,
 ) -> None:
-    """Write check.json: for each policy and seed its mark by the check's questions, and its KL."""
+    """Write check.json: the metric and the KL of each policy and seed, on the reserved
+    questions."""
     if not config.check.seeds or run.folder.exists(CHECK_FILE):
         return
     params_by_policy = {BASE: config.base_values, WINNER: best.record.params}
@@ -55,14 +56,14 @@ def check_winner(
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean."""
+    """Return the standard error of the mean."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _trials_to_train(
     config: TuneStageConfig, setup: TrialSetup, params_by_policy: Mapping[str, Params]
 ) -> dict[str, Params]:
-    """Values of what must be trained, by name."""
+    """Return the values of the models that must be trained, by trial name."""
     if config.check.retrain:
         return {
             f"{policy_name}-{seed}": {**params, "run.seed": setup.ppo_config.run.seed + seed}
@@ -76,7 +77,7 @@ def _trials_to_train(
 
 
 def _find_trained_model(setup: TrialSetup, params: Params) -> str | None:
-    """The model of a trial that had these values to its end."""
+    """Return the URL of the model of a finished trial that had these values throughout."""
     records = TrialRecords(setup.trials_url)
     for record in records.all():
         if record.status == "finished" and record.params == params and not record.copied:
@@ -91,7 +92,7 @@ def _trained_policies(
     best: TrialResult,
     records: TrialRecords,
 ) -> list[TrainedPolicy]:
-    """All that were trained to their end."""
+    """Return all models that were trained to the end."""
     if config.check.retrain:
         trial_names = {
             (policy_name, seed): f"{policy_name}-{seed}"

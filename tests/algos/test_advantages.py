@@ -1,4 +1,4 @@
-"""Rewards, GAE and whitening by hand, against the definitions, and with padding that is nan."""
+"""Rewards, GAE and whitening against hand-computed values and definitions, with nan in padding."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_gae_by_hand():
 
 
 def test_a_truncated_response_can_bootstrap_from_the_critic():
-    """The last delta gains gamma * 8 = 4, the one before a quarter of it."""
+    """The last delta grows by gamma * 8 = 4, the one before by a quarter of that."""
     found = gae(
         torch.tensor([[1.0, 3.0, NAN]]),
         torch.tensor([[4.0, 2.0, NAN]]),

@@ -116,7 +116,7 @@ def test_words_are_picked_whole_and_apart_from_equal_numbers_in_other_rows():
 
     for word in ([1, 2], [3, 7], [4, 5, 6]):
         assert (picked[:, word] == picked[:, word[:1]]).all()
-    columns = picked[:, [0, 1, 3, 4, 8]].T  # units draw on their own: no two columns agree
+    columns = picked[:, [0, 1, 3, 4, 8]].T  # units draw independently: no two columns agree
     assert len({tuple(c.tolist()) for c in columns}) == 5
 
 

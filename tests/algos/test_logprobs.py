@@ -13,7 +13,7 @@ NAN = float("nan")
 
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request, monkeypatch):
-    """The logits are worked on in one piece, and two rows at a time."""
+    """Process the logits in one block, and two rows at a time."""
     if request.param == "many blocks":
         rows = lambda logits: [slice(i, i + 2) for i in range(0, len(logits), 2)]  # noqa: E731
         monkeypatch.setattr(logprobs, "_blocks", rows)
@@ -41,7 +41,7 @@ def test_every_row_of_a_distribution_sums_to_one():
 def test_values_and_gradient_equal_log_softmax():
     torch.manual_seed(0)
     logits, tokens = torch.randn(3, 6, 11, requires_grad=True), torch.randint(11, (3, 6))
-    weights = torch.randn(3, 5)  # tells the positions apart
+    weights = torch.randn(3, 5)  # different for each position
 
     out = token_logprobs(logits, tokens)
     want = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
@@ -159,7 +159,7 @@ def test_policy_terms_and_their_gradient_equal_the_definition(temperature):
 
 @pytest.mark.usefixtures("blocks")
 def test_an_impossible_token_adds_nothing_to_the_entropy():
-    """p = 1/4, 0, 3/4: as if the second did not exist."""
+    """p = 1/4, 0, 3/4 has the entropy of 1/4, 3/4."""
     logits = torch.tensor([[[0.0, -math.inf, math.log(3.0)], [1.0, 2.0, -math.inf]]])
     without = torch.tensor([[[0.0, math.log(3.0)], [1.0, 2.0]]]).requires_grad_()
     logits.requires_grad_()

@@ -1,4 +1,4 @@
-"""PPO's losses by hand, against independent formulas, and the invariances training relies on."""
+"""PPO's losses against hand-computed values and independent formulas, and their invariants."""
 
 import math
 
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def one_token(ratio: float, advantage: float, **options) -> tuple[float, float, float]:
-    """Loss, its gradient by the log-probability, clipped share."""
+    """Return the loss, its gradient by the log-probability, and the clipped share."""
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     out = ppo_policy_loss(
         logprobs,

@@ -19,7 +19,7 @@ def test_three_pairs_by_hand():
 
     by_hand = [math.log(1 + math.exp(-1)), math.log(2), math.log(1 + math.exp(3))]
     assert loss.item() == pytest.approx(sum(by_hand) / 4)
-    assert accuracy.item() == pytest.approx(1 / 3)  # a tie is not right
+    assert accuracy.item() == pytest.approx(1 / 3)  # a tie counts as wrong
     # d/dx -log sigmoid(x) = -sigmoid(-x)
     slopes = torch.tensor([-1 / (1 + math.e), -0.5, -1 / (1 + math.exp(-3))]) / 4
     torch.testing.assert_close(chosen.grad, slopes)
@@ -40,7 +40,7 @@ def test_margin_and_weights_by_hand():
 
     assert loss.item() == pytest.approx((math.log(2) / 3 + 2 * math.log(1 + math.exp(-1.5))) / 2)
     assert same.item() == pytest.approx(math.log(2) + math.log(1 + math.exp(-1)))
-    assert accuracy.item() == 1.0  # the margin is no part of it
+    assert accuracy.item() == 1.0  # the margin does not affect accuracy
 
 
 def test_shards_add_up_to_the_whole_batch():

@@ -1,4 +1,4 @@
-"""The yardstick of overhead.py: plain PyTorch on two gloo ranks, on batches that it has in memory.
+"""The baseline of overhead.py: plain PyTorch on two gloo ranks, with batches in memory.
 
 Same model code, optimizer and global batches as medgpt; no Ray, no DeepSpeed, no metrics but a
 line per step.
@@ -28,7 +28,8 @@ from medgpt.runs import Run
 
 
 def batches(plan: Plan, data_url: str, micro: int) -> list[list[PackedBatch]]:
-    """This rank's micro-batches of every step, `micro` rows each, from the plan of medgpt's run."""
+    """Return this rank's micro-batches of every step, `micro` rows each, from the plan of a medgpt
+    run."""
     steps: dict[int, list] = {}
     for table in plan.read(rank=dist.get_rank(), world_size=dist.get_world_size(), start=0):
         packed = assemble_rows(table, url=data_url, split="train", version=plan.data_version)
@@ -41,7 +42,7 @@ def batches(plan: Plan, data_url: str, micro: int) -> list[list[PackedBatch]]:
 
 
 def flat_gradients(module: nn.Module) -> Tensor:
-    """One buffer that holds all gradients, so that one call reduces them."""
+    """Return one buffer with all gradients, so that one call reduces them."""
     params = [p for p in module.parameters() if p.requires_grad]
     flat = torch.zeros(sum(p.numel() for p in params))
     for param, part in zip(params, flat.split([p.numel() for p in params]), strict=True):

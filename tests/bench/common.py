@@ -1,4 +1,4 @@
-"""What the benchmarks share: one workload, one way to time a trainer, ratios with their spread.
+"""Shared by the benchmarks: the workload, the timing of a trainer, ratios with their spread.
 
 A contender is a command that trains and appends {"step", "time_s", "train/tokens"} to a file, a
 line per optimizer step, as medgpt's metrics.jsonl. It is watched from outside: tokens per second
@@ -40,7 +40,8 @@ class Size:
         return cls(hidden=hidden, layers=layers, vocab=vocab)
 
     def flops(self, tokens: float, targets: float) -> float:
-        """Of the matrix products of forward and backward; attention's are left out."""
+        """Return the FLOPs of the matrix products of forward and backward pass, without
+        attention."""
         ff = self.hidden * 11 // 4
         block = 4 * self.hidden**2 + 3 * self.hidden * ff
         return 6 * (self.layers * block * tokens + self.hidden * self.vocab * targets)
@@ -48,7 +49,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What a contender did between two of its steps."""
+    """Tokens and resources of a contender between two of its steps."""
 
     tokens: float
     targets: float  # tokens with a loss; 0 where the contender does not tell
@@ -62,7 +63,7 @@ class Window:
 
 
 def options(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes."""
+    """Return a parser with the arguments of every benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dir", type=Path, default=Path("runs/bench"), help="working folder")
     parser.add_argument("--rounds", type=int, default=rounds)
@@ -72,7 +73,7 @@ def options(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a contender: one thread a process, and bytecode is cached, as it is by default."""
+    """Return the environment of a contender: one thread per process, cached bytecode."""
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     return inherited | THREADS | changes
 
@@ -148,7 +149,7 @@ def write_base(base: Path, data: Path, size: Size, kind: str = "qwen2") -> None:
 
 
 def medgpt_sft(data: Path, base: Path, run: Path, **overrides: object) -> list[str]:
-    """The command that fine-tunes on `data` with two workers, without evaluation."""
+    """Return the command that fine-tunes on `data` with two workers, without evaluation."""
     config = run.with_suffix(".toml")
     config.write_text(
         f"""
@@ -179,7 +180,7 @@ num_workers = 2
 
 
 def torchrun(module: str, *arguments: object, ranks: int = 2) -> list[str]:
-    """The command that runs `module` on `ranks` processes."""
+    """Return the command that runs `module` on `ranks` processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", module]
     return [*launcher, *rendezvous, *map(str, arguments)]
@@ -234,7 +235,7 @@ def measure(
 
 
 class Usage:
-    """CPU seconds and memory of a process and all that came from it, also of those that ended."""
+    """CPU seconds and memory of a process and its descendants, including ended ones."""
 
     def __init__(self, pid: int) -> None:
         self.root = psutil.Process(pid)
@@ -262,7 +263,7 @@ def _num_steps(metrics: Path, counted: str) -> int:
 
 
 def read_steps(metrics: Path, counted: str = "train/tokens") -> dict[int, dict[str, float]]:
-    """The line of each step."""
+    """Return the metrics line of each step."""
     lines = map(json.loads, metrics.read_text("utf-8").splitlines()) if metrics.exists() else ()
     return {line["step"]: line for line in lines if counted in line}
 
@@ -270,7 +271,7 @@ def read_steps(metrics: Path, counted: str = "train/tokens") -> dict[int, dict[s
 def alternate(
     contenders: Mapping[str, Callable[[], Window]], *, rounds: int, results: Path | None = None
 ) -> dict[str, list[Window]]:
-    """Each contender in turn, `rounds` times, after those kept in `results`."""
+    """Run each contender in turn, `rounds` times, after the windows stored in `results`."""
     windows: dict[str, list[Window]] = {name: [] for name in contenders}
     if results is not None and results.exists():
         for line in map(json.loads, results.read_text("utf-8").splitlines()):
@@ -300,12 +301,12 @@ def spread(values: Sequence[float], form: str = ".2f", *, unit: str = "rounds") 
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Round by round, so that a machine that slows down does so on both sides."""
+    """Return the ratio of each round, so that a slow phase of the machine affects both sides."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def gemm_gflops(processes: int | None = None, *, seconds: float = 2.0) -> float:
-    """What this many processes of one thread reach together in fp32; by default one a core."""
+    """Return the total fp32 speed of this many single-threaded processes; default: one per core."""
     code = (
         "import time, torch; torch.set_num_threads(1); a = torch.randn(1024, 1024); n = 0\n"
         f"[a @ a for _ in range(5)]; t = time.time()\nwhile time.time() - t < {seconds}:\n"

@@ -22,7 +22,7 @@ SIDES = ("medgpt", "datasets + TRL")
 
 
 def corpus(folder: Path, times: int) -> Path:
-    """All dialogues of sft_single `times` over, each copy with other words in its questions."""
+    """Write all dialogues of sft_single `times` times, each copy with different questions."""
     file = folder / f"corpus-{times}x.jsonl"
     if not file.exists():
         result = common.rows(sorted(common.DATA.glob("*.jsonl")))
@@ -38,7 +38,7 @@ def corpus(folder: Path, times: int) -> Path:
 
 
 def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
-    """Index, plan, and all packed rows of an epoch as a worker gets them."""
+    """Run index, plan, and all packed rows of an epoch as a worker receives them."""
     from medgpt.cluster import ray_init
     from medgpt.config.loading import load
     from medgpt.config.stages import SFTConfig
@@ -73,7 +73,7 @@ def with_medgpt(file: Path, base: Path, folder: Path) -> dict[str, Any]:
 
 
 def with_trl(file: Path, base: Path, folder: Path) -> dict[str, Any]:
-    """datasets.map with two processes, then TRL's best-fit packing, read once."""
+    """Run datasets.map with two processes, then TRL's best-fit packing, read once."""
     from datasets import disable_caching, disable_progress_bars, load_dataset
     from transformers import AutoTokenizer
     from trl import pack_dataset
@@ -109,7 +109,7 @@ def with_trl(file: Path, base: Path, folder: Path) -> dict[str, Any]:
 
 
 def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
-    """As SFTTrainer does with assistant_only_loss."""
+    """Encode a row like SFTTrainer with assistant_only_loss."""
     result = tokenizer.apply_chat_template(
         row["messages"], return_dict=True, return_assistant_tokens_mask=True
     )
@@ -117,7 +117,7 @@ def encode(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:
 
 
 def run_contender(side: str, args: argparse.Namespace, times: int) -> dict[str, Any]:
-    """One side in processes of its own; adds their most resident memory together."""
+    """Run one contender in its own processes; return their total peak of resident memory."""
     file = corpus(args.dir, times)
     _, base = common.workload(args.dir, args.size)
     command = [sys.executable, "-m", "tests.bench.data_path", f"--side={side}", f"--file={file}"]

@@ -15,7 +15,7 @@ from lm_eval.tasks.pubmedqa.preprocess_pubmedqa import doc_to_text
 
 
 class TimedLM(HFLM):
-    """Knows how long it scored; loading the model, reading and judging are left out."""
+    """Measures the scoring time, without loading, reading and grading."""
 
     seconds = 0.0
 

@@ -51,13 +51,13 @@ def tiny_model(folder: Path, size: common.Size) -> Path:
 
 
 def medgpt_score(model: Path, name: str, limit: int) -> Score:
-    """A process of its own, as the peer is."""
+    """Score in a separate process, like the peer."""
     command = [sys.executable, "-m", "tests.bench.mcq", "--score", name]
     return _json_of([*command, "--model", str(model), "--limit", str(limit)])
 
 
 def score(model: Path, name: str, limit: int) -> None:
-    """Print what `ours` reads."""
+    """Print the scores that `medgpt_score` reads."""
     import time
 
     import torch

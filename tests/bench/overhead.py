@@ -1,4 +1,4 @@
-"""What Ray Data, Ray Train and DeepSpeed cost: medgpt beside a bare PyTorch loop, same steps.
+"""Overhead of Ray Data, Ray Train and DeepSpeed: medgpt beside a bare PyTorch loop.
 
 `python -m tests.bench.overhead` prints the ratios of wall time and of CPU seconds. The loop keeps
 the optimizer's states in full on each rank, as ZeRO 0 does; `--zero-stage 2` shows what sharding
@@ -16,7 +16,7 @@ MICRO = 4
 
 
 def bare(args: argparse.Namespace, *, ranks: int = 2) -> common.Window:
-    """On the data that medgpt's run left."""
+    """Run the bare loop on the prepared data of a medgpt run."""
     _, base = common.workload(args.dir, args.size)
     metrics = args.dir / "bare.jsonl"
     command = common.torchrun(

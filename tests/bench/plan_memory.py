@@ -73,7 +73,7 @@ class Case:
 
 
 def predicted(case: Case) -> Any:
-    """(outline, setting) as medgpt.planning takes them."""
+    """Return (model shape, training setup) for medgpt.planning."""
     from medgpt.models.model_shapes import model_shape
     from medgpt.planning.activations import MicroBatch
     from medgpt.planning.memory import TrainingSetup
@@ -106,7 +106,7 @@ def predicted_peak(case: Case) -> float:
 
 
 def run_ranks(case: Case, measure: str) -> list[dict[str, float]]:
-    """What `measure` (resident or live) finds on each of two fresh processes."""
+    """Return the result of `measure` (resident or live) on each of two fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         command = common.torchrun(
             "tests.bench.plan_memory",
@@ -118,7 +118,7 @@ def run_ranks(case: Case, measure: str) -> list[dict[str, float]]:
 
 
 def measure_resident(case: Case) -> dict[str, float]:
-    """Peaks in bytes, above what is resident after the imports."""
+    """Return peaks in bytes beyond the resident memory after the imports."""
     from medgpt.engine.setup import keep_freed_memory
 
     keep_freed_memory()
@@ -138,7 +138,7 @@ def measure_resident(case: Case) -> dict[str, float]:
 
 
 def measure_allocated(case: Case) -> dict[str, float]:
-    """The peak of what torch allocates, in bytes, in a step after the first.
+    """Return the peak of torch's allocations in bytes, in a step after the first.
 
     The least of several steps: when a thread of gloo is the last to let a tensor go, that comes
     late, or not at all in the trace. A step leaves no more behind than it peaks.
@@ -146,7 +146,7 @@ def measure_allocated(case: Case) -> dict[str, float]:
     from torch.profiler import ProfilerActivity, profile
 
     def traced(function: Callable[[], Any]) -> tuple[Any, list[int]]:
-        """What it returns, and how much more is held after each change."""
+        """Return the result and the allocated bytes after each change."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             result = function()
         events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -159,13 +159,13 @@ def measure_allocated(case: Case) -> dict[str, float]:
 
 
 def process_status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def trainer(case: Case) -> tuple[Any, Callable[[], None]]:
-    """A fresh engine, and a step of it."""
+    """Return a fresh engine and a function that runs a step."""
     import torch
 
     from medgpt.config.train import OptimizerConfig
@@ -207,7 +207,7 @@ def trainer(case: Case) -> tuple[Any, Callable[[], None]]:
 
 
 def micro_batches(case: Case) -> Iterator[Any]:
-    """Two pieces of random tokens each."""
+    """Yield micro-batches of two sequences of random tokens."""
     import numpy as np
     import torch
 
@@ -239,7 +239,7 @@ def run_rank(case: Case, measure: str, out: Path) -> None:
 
 
 def compare(case: Case) -> list[tuple[str, float, float]]:
-    """(what, predicted, measured) in bytes: while it trains, and while a checkpoint is written."""
+    """Return (phase, predicted, measured) in bytes: during training, and during a checkpoint."""
     if 2 * predicted_peak(case) > LIMIT_BYTES:
         case = replace(case, snapshot=False)
     peaks = run_ranks(case, "resident")

@@ -74,7 +74,7 @@ rollout = {{ num_workers = 2, cpus_per_worker = 0.25 }}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What both do."""
+    """The workload of both contenders."""
 
     model: str
     prompt: int  # tokens
@@ -97,7 +97,7 @@ CASES = [
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The same for both."""
+    """Files that both contenders use."""
 
     base: Path  # actor, reference
     reward: Path  # reward model, critic
@@ -135,7 +135,7 @@ def workload(folder: Path, case: Case) -> Work:
 
 
 def _write_reward_model(base: Path, folder: Path) -> None:
-    """The base with a fresh head, as medgpt reward would leave it."""
+    """Write the base with a fresh value head in the format of `medgpt reward`."""
     from transformers import AutoModelForSequenceClassification
 
     from medgpt.models.tokenizer import load_tokenizer
@@ -202,7 +202,7 @@ def _measure(command: Sequence[str], metrics: Path, **env: str) -> common.Window
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """TRL on one process with one thread or two, and on two processes."""
+    """Run TRL on one process with one or two threads, and on two processes."""
     for case, (ranks, threads) in product(args.cases, ((1, 1), (1, 2), (2, 1))):
         window = trl(args, case, ranks=ranks, threads=threads)
         print(
@@ -217,7 +217,7 @@ def samples_per_s(window: common.Window) -> float:
 
 
 def phases(metrics: Path) -> str:
-    """The median seconds of an iteration's phases."""
+    """Return the median seconds of the phases of an iteration."""
     steps = common.read_steps(metrics, "time/iteration_s")
     lines = [line for step, line in steps.items() if step > FIRST]
     names = [key for key in lines[0] if key.startswith("time/")]
@@ -228,7 +228,7 @@ def phases(metrics: Path) -> str:
 def _of_length(
     texts: Iterator[str], length: int, tokenizer: "PreTrainedTokenizerFast", count: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """`count` texts, cut such that their prompts have `length` tokens, and those."""
+    """Yield `count` texts, cut so that their prompts have `length` tokens, with their ids."""
     from medgpt.data.sources.records import Message
     from medgpt.data.tokenized.chat_template import generation_prompt_ids
 
@@ -249,7 +249,7 @@ def _of_length(
 
 
 def compare(args: argparse.Namespace, case: Case) -> None:
-    """Alternating rounds, and what the last ones spent their time on."""
+    """Run alternating rounds and print the times of the phases of the last ones."""
     speeds: dict[str, list[float]] = {"medgpt": [], "TRL": []}
     for _ in range(args.rounds):
         speeds["medgpt"].append(samples_per_s(medgpt(args, case)))
@@ -262,7 +262,7 @@ def compare(args: argparse.Namespace, case: Case) -> None:
 
 
 def scale(args: argparse.Namespace, case: Case) -> None:
-    """One worker in the actor and in the rollout pool, and two."""
+    """Compare two workers in the actor and rollout pools with one."""
     speeds: list[list[float]] = [[], []]
     for _ in range(args.rounds):
         for workers, num_found in zip((1, 2), speeds, strict=True):

@@ -1,4 +1,4 @@
-"""What an iteration of PPO costs above the critical path of its phases, each measured alone.
+"""Overhead of a PPO iteration over the critical path of its phases, each measured alone.
 
 `python -m tests.bench.ppo_phases` starts the pools of the benchmark, times every call of an
 iteration while all other workers are idle, and compares the critical path with iterations of a run.
@@ -38,7 +38,7 @@ REPEATS = 5
 
 
 class TimedPools:
-    """Seconds of calls that nothing else disturbs."""
+    """Times calls that run alone."""
 
     def __init__(self, pools: Pools) -> None:
         self.pools = pools
@@ -53,12 +53,12 @@ class TimedPools:
         return result
 
     def medians(self) -> dict[str, float]:
-        """Without the first calls, which warm up."""
+        """Return the median times without the first calls, which warm up."""
         return {name: statistics.median(times[1:]) for name, times in self.seconds.items()}
 
 
 def measure(config: PPOStageConfig, ids: list[list[int]]) -> dict[str, float]:
-    """Seconds of each call of an iteration, alone."""
+    """Return the seconds of each call of an iteration, run alone."""
     ray_init.init_ray(config.cluster)
     pools = build_pools(config, REPEATS, ConsoleReporter("ppo"))
     try:
@@ -103,7 +103,7 @@ def _iterate(timed: TimedPools, sync: WeightSync, prompts: Any, version: int) ->
 
 
 def critical_path(config: PPOStageConfig, alone: Mapping[str, float]) -> float:
-    """Seconds: phases one after the other, and in each the pools side by side."""
+    """Return the seconds of the phases in sequence, with the pools of a phase in parallel."""
     pools, cores = config.pools, os.cpu_count() or 1
     workers = {
         "reward": pools.reward.num_workers,

@@ -31,7 +31,7 @@ CHECKPOINT_EVERY, KILL_AT = 5, 7  # steps
 
 
 class TrainingRun:
-    """The command on a cluster, in a new run."""
+    """The command on a cluster, in a new run directory."""
 
     def __init__(self, cluster: Cluster, args: argparse.Namespace) -> None:
         self.run = args.dir / "recovery"
@@ -55,7 +55,7 @@ class TrainingRun:
         self.process.wait()
 
     def seconds_until(self, done: Callable[[], bool]) -> float:
-        """Raises RuntimeError if the command ended, or took too long, with what it said."""
+        """Raise RuntimeError with the output if the command ended or took too long."""
         began = time.monotonic()
         while not done():
             waited = time.monotonic() - began
@@ -65,11 +65,11 @@ class TrainingRun:
         return time.monotonic() - began
 
     def step(self) -> int:
-        """The last that is finished."""
+        """Return the last finished step."""
         return max(self._steps(), default=0)
 
     def attempt(self) -> int:
-        """The newest that has finished a step."""
+        """Return the newest attempt that has finished a step."""
         return max((int(line["attempt"]) for line in self._steps().values()), default=0)
 
     def _steps(self) -> dict[int, dict[str, float]]:
@@ -77,7 +77,7 @@ class TrainingRun:
 
 
 def cold_start_and_recovery(cluster: Cluster, args: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of both."""
+    """Return the seconds of both."""
     training = TrainingRun(cluster, args)
     try:
         cold = training.seconds_until(lambda: training.step() > 0)

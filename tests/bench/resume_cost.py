@@ -1,4 +1,4 @@
-"""What a resume costs late in an epoch, beside one early in it, on a million short rows.
+"""Time of a resume late in an epoch beside one early in it, on a million short rows.
 
     python -m tests.bench.resume_cost
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def write_corpus(folder: Path, num_rows: int) -> None:
-    """Sentences of the sample corpus, each with its number, in files of 100,000 rows."""
+    """Write numbered sentences of the sample corpus to files of 100,000 rows."""
     if folder.exists():
         return
     folder.mkdir(parents=True)
@@ -96,7 +96,7 @@ def write_corpus(folder: Path, num_rows: int) -> None:
 
 
 def resume(folder: Path, share: float) -> float:
-    """Seconds until the first step after `share` of the epoch is there, in a new process."""
+    """Return the seconds until the first step after `share` of the epoch, in a new process."""
     command = [sys.executable, "-m", "tests.bench.resume_cost", "--dir", str(folder)]
     probed = subprocess.run(
         [*command, "--probe", str(share)], check=True, stdout=subprocess.PIPE, text=True
@@ -105,7 +105,7 @@ def resume(folder: Path, share: float) -> float:
 
 
 def probe(run: Run, share: float) -> None:
-    """Print how long the stream of what is left takes to give its first step."""
+    """Print the seconds until the remaining stream yields its first step."""
     ray_init.init_ray(ClusterConfig())
     began = time.monotonic()
     plan = Plan(run.plan.url, global_batch_size=64, max_steps=None)

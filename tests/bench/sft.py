@@ -21,7 +21,7 @@ FIRST, LAST = 4, 24
 def medgpt(
     args: argparse.Namespace, steps: tuple[int, int] = (FIRST, LAST), **overrides: object
 ) -> common.Window:
-    """The second of `steps` is the last; the window begins after the first."""
+    """Run medgpt; the window begins after the first of `steps` and ends with the second."""
     data, base = common.workload(args.dir, args.size)
     run = args.dir / "medgpt"
     shutil.rmtree(run, ignore_errors=True)
@@ -37,7 +37,7 @@ def medgpt(
 
 
 def trl(args: argparse.Namespace, config: dict[str, Any], *, ranks: int = 2) -> common.Window:
-    """`ranks` processes that share the machine's two cores."""
+    """Run TRL on `ranks` processes that share the two cores."""
     data, base = common.workload(args.dir, args.size)
     metrics = args.dir / "trl.jsonl"
     threads = 2 // ranks
@@ -49,7 +49,7 @@ def trl(args: argparse.Namespace, config: dict[str, Any], *, ranks: int = 2) -> 
 
 
 def packed(rows: int, ranks: int, **changes: Any) -> dict[str, Any]:
-    """TRL's packing with `rows` rows in a forward pass and ROWS in a step."""
+    """Return the config of TRL's packing: `rows` rows per forward pass, ROWS per step."""
     steps = ROWS // rows // ranks
     return {
         **PACKED,
@@ -60,7 +60,7 @@ def packed(rows: int, ranks: int, **changes: Any) -> dict[str, Any]:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """TRL's packing strategies, rows a forward, ranks."""
+    """Try TRL's packing strategies, rows per forward pass, and ranks."""
     for strategy in ("bfd", "bfd_split", "wrapped"):
         for ranks in (1, 2):
             for rows in (1, 2, 4):

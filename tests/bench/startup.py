@@ -32,13 +32,13 @@ PORTS = (
 
 
 def to_first_step(args: argparse.Namespace, env: dict[str, str]) -> float:
-    """Seconds; the command then runs to its end."""
+    """Return the seconds to the first step; the command then runs to its end."""
     run = args.dir / "startup"
     return first_step(one_step(args, run), run, env)
 
 
 def one_step(args: argparse.Namespace, run: Path) -> list[str]:
-    """The command that fine-tunes for one step, from raw rows, in a new run."""
+    """Return the command that fine-tunes for one step, from raw rows, in a new run."""
     data, base = common.workload(args.dir, args.size)
     shutil.rmtree(run, ignore_errors=True)
     keys = {"train.max_steps": 1, "train.global_batch_size": 8, "train.micro_batch_size": 4}
@@ -74,7 +74,7 @@ def first_step(
 
 @contextmanager
 def cluster() -> Iterator[dict[str, str]]:
-    """The environment of commands that run on a local cluster of their own."""
+    """Yield the environment of commands that run on a separate local cluster."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         sockets = [socket.socket() for _ in PORTS]
         for opened in sockets:

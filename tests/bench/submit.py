@@ -18,7 +18,7 @@ LIMIT = 1.3
 
 
 def submitted(cluster: RayCluster, command: list[str], run: Path, folder: Path) -> float:
-    """`command`, but as a job, typed in `folder` beside its config and the code."""
+    """Submit `command` as a job from `folder`, which holds its config and the code."""
     python, _, _, stage, config, *overrides = command
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(

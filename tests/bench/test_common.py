@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, and how they watch a contender."""
+"""The arithmetic of the benchmarks and their measurement of a contender."""
 
 import json
 import sys

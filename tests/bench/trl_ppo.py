@@ -25,7 +25,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends when every iteration ended, and what it was made of."""
+    """Appends the end time and the phases of every iteration."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.began = file, time.monotonic()
@@ -33,7 +33,7 @@ class MetricsCallback(TrainerCallback):
         self.last = self.before = self.began
 
     def mark(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, after which a phase of this name ends."""
+        """Wrap `function` so that a phase of this name ends after it."""
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)

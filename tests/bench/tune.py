@@ -1,4 +1,4 @@
-"""What shared reward and reference pools save: the same search beside one with pools per trial.
+"""Savings of shared reward and reference pools: a search with them beside one without.
 
 `python -m tests.bench.tune` runs `medgpt tune` both ways, in turns, with all trials at the same
 time, and prints the memory of all processes together, the time, and the ratios.
@@ -43,7 +43,7 @@ POLL_S = 0.5
 
 
 def search(args: argparse.Namespace, *, shared: bool) -> common.Window:
-    """One search from the command to its end; `tokens` are the answers that were learnt from."""
+    """Run one search to its end; `tokens` counts the answers that were trained on."""
     work, run = ppo.workload(args.dir, args.case), (args.dir / "tune").absolute()
     shutil.rmtree(run, ignore_errors=True)
     base, config = args.dir / "tune-base.toml", args.dir / "tune.toml"

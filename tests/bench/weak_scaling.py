@@ -1,4 +1,4 @@
-"""Collectives and bytes of an optimizer step, counted, and what they come to on 64 nodes.
+"""Counted collectives and bytes of an optimizer step, projected to 64 nodes.
 
     python -m tests.bench.weak_scaling
 
@@ -103,7 +103,7 @@ def trainer(size: str, zero_stage: int) -> Any:
 
 
 def wrap_collectives() -> tuple[Counter[str], Counter[str]]:
-    """Calls and bytes by kind, from now on, of what DeepSpeed asks of its backend.
+    """Count calls and bytes by kind that DeepSpeed requests from its backend from now on.
 
     Bytes are of what is reduced, or of what a gather results in. Messages of a few numbers, as
     norms are, count apart.
@@ -144,7 +144,7 @@ def wrap_collectives() -> tuple[Counter[str], Counter[str]]:
 
 
 def compare(size: str, zero_stage: int, ranks: int, counts: dict[str, list[int]]) -> float:
-    """Print counted and predicted bytes and calls; the largest error of bytes."""
+    """Print counted and predicted bytes and calls; return the largest error of bytes."""
     from medgpt.config.model import ModelConfig
     from medgpt.models.model_shapes import model_shape
     from medgpt.planning.communication import step_collectives
@@ -177,7 +177,7 @@ def compare(size: str, zero_stage: int, ranks: int, counts: dict[str, list[int]]
 
 
 def project() -> None:
-    """Weak scaling of a 7B model: the same work on every GPU, more nodes."""
+    """Project the weak scaling of a 7B model: the same work per GPU on more nodes."""
     from medgpt.planning.communication import LinkSpeeds, communication_seconds, step_collectives
     from medgpt.planning.hardware import load_known_devices
     from medgpt.planning.speed import compute_speed, train_flops
@@ -207,7 +207,7 @@ def project() -> None:
 
 
 def qwen_7b() -> Any:
-    """The outline of Qwen2.5-7B."""
+    """Return the shape of Qwen2.5-7B."""
     from medgpt.config.model import ModelConfig
     from medgpt.models.model_shapes import model_shape
 

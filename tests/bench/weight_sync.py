@@ -60,7 +60,7 @@ class FakeModel:
         self.weight_version = version
 
     def broadcast(self, num_bytes: int) -> float:
-        """Seconds, over the group of the link."""
+        """Return the seconds of a broadcast over the process group."""
         end = process_group._group
         assert end is not None
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)

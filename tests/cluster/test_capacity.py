@@ -1,4 +1,4 @@
-"""What can never be placed is refused by name, with what the cluster has and may become."""
+"""Demands that can never be placed are refused with what the cluster has and may grow to."""
 
 import math
 
@@ -38,16 +38,16 @@ def test_demands_that_fit_are_accepted(present, addable, roles) -> None:
     ("present", "addable", "roles", "words"),
     [
         (LAPTOP, [], {"actor": role(2), "critic": role(2)},
-         r"pools.critic \(2 x \(1 CPU\)\) .* take 3 CPU of 4; the cluster has 1 x \(4 CPU\) and no "
+         r"pools.critic \(2 x \(1 CPU\)\) .* use 3 CPU of 4; the cluster has 1 x \(4 CPU\) and no "
          "autoscaler; lower num_workers"),
         (LAPTOP, [], {"actor": role(), "reward": role(gpus_per_worker=1)},
-         r"pools.reward \(1 x \(1 CPU, 1 GPU\)\) can never be placed: no node is like that"),
+         r"pools.reward \(1 x \(1 CPU, 1 GPU\)\) can never be placed: no node can hold one"),
         (LAPTOP, [], {"rollout": role(resources={"fast": 1})}, "1 fast"),
         (GPUS, [], {"actor": role(2, strategy="STRICT_PACK", gpus_per_worker=1)}, "STRICT_PACK"),
         (GPUS, [], {"actor": role(3, strategy="STRICT_SPREAD")}, "a node for each worker"),
-        (GPUS, [], {"critic": role(labels={"zone": "b"})}, "zone=b.*no node is like that"),
+        (GPUS, [], {"critic": role(labels={"zone": "b"})}, "zone=b.*no node can hold one"),
         (LAPTOP, GROWS, {"actor": role(2, 3)},
-         r"take 1 CPU of 6; the cluster has 1 x \(4 CPU\), its autoscaler may have up to "
+         r"use 1 CPU of 6; the cluster has 1 x \(4 CPU\), its autoscaler may run up to "
          r"3 x \(2 CPU\)"),
     ],
 )  # fmt: skip
@@ -63,7 +63,7 @@ def test_a_worker_larger_than_any_node_is_refused_although_the_totals_suffice(wo
     four = [NodeGroup({"CPU": 8, "GPU": 4}, None, 4)]
     cluster = ClusterConfig.model_validate({"num_workers": workers, "gpus_per_worker": 8})
     words = (
-        r"num_workers=\[?2.* \(2 x \(1 CPU, 8 GPU\)\) can never be placed: no node is like that; "
+        r"num_workers=\[?2.* \(2 x \(1 CPU, 8 GPU\)\) can never be placed: no node can hold one; "
     )
     with pytest.raises(ConfigError, match=words + r".* up to 4 x \(8 CPU, 4 GPU\)"):
         check_demands(worker_demands(cluster), LAPTOP, four, data_cpus=1)

@@ -1,4 +1,4 @@
-"""Gangs are placed whole or not at all, and jobs that want more than there is take turns."""
+"""Gangs are placed completely or not at all, and jobs that need all resources take turns."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ WHOLE = {"actor": HALF, "critic": HALF}
 
 
 def ignore_line(_: str) -> None:
-    """Says nothing."""
+    """Print nothing."""
 
 
 def acquire_quickly(roles: dict[str, RoleConfig], wait_s: float = 60) -> Gang:
@@ -64,12 +64,12 @@ def test_the_wait_for_a_gang_is_announced_and_bounded() -> None:
     lines: list[str] = []
     taken = acquire_quickly({"reward": HALF})
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"wait_s=2: no room .* for (actor, )?critic, free now"):
+    with pytest.raises(ConfigError, match=r"wait_s=2: no resources .*(actor, )?critic, free now"):
         acquire_gang(WHOLE, wait_s=2, say=lines.append, attempt_s=0.5)
     assert time.monotonic() - began < 10
     taken.release()
     assert len(lines) == 1
-    assert "waiting up to 2 s for room for all pools" in lines[0]
+    assert "waiting up to 2 s for resources for all pools" in lines[0]
 
 
 def test_a_pool_larger_than_the_cluster_is_refused_at_once() -> None:
@@ -87,7 +87,7 @@ class GangOwner:
 
 
 def kill_and_wait(maker: Any) -> None:
-    """Returns when Ray knows that it is dead."""
+    """Kill an actor and wait until Ray knows it."""
     assert not is_actor_dead(maker._actor_id.hex())
     ray.kill(maker)
     deadline = time.monotonic() + 30
@@ -97,7 +97,7 @@ def kill_and_wait(maker: Any) -> None:
 
 
 def assert_no_room(role: str) -> None:
-    with pytest.raises(ConfigError, match="no room"):
+    with pytest.raises(ConfigError, match="no resources"):
         acquire_gang({role: HALF}, wait_s=1, say=ignore_line, attempt_s=0.5)
 
 
@@ -105,7 +105,7 @@ def test_only_groups_of_dead_actors_are_released() -> None:
     living, dying = (ray.remote(GangOwner).options(num_cpus=0).remote() for _ in range(2))
     ray.get([living.acquire.remote(), dying.acquire.remote()])
     kill_and_wait(dying)
-    assert_no_room("actor")  # Ray itself keeps it
+    assert_no_room("actor")  # Ray keeps the group of a dead actor
     release_orphaned_groups(is_actor_dead)
     gang = acquire_quickly({"actor": HALF}, wait_s=20)
     release_orphaned_groups(is_actor_dead)

@@ -1,4 +1,4 @@
-"""A Ray is found or started, or the reason why not is told at once."""
+"""Ray is found or started, or the error names the reason at once."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
 class SlowNode:
-    """Fails as `ray.init` does for the first times, and leaves a process behind each time."""
+    """Fails like `ray.init` the first `failures` times and leaves a process each time."""
 
     def __init__(self, failures: int, message: str = "The current node timed out during startup."):
         self.failures, self.message = failures, message
@@ -100,7 +100,7 @@ def test_a_private_folder_that_is_a_link_or_a_file_is_refused(tmp_path: Path) ->
     made = Path(private_folder(str(tmp_path)))
     assert made.stat().st_mode & 0o777 == 0o700
     made.chmod(0o755)
-    private_folder(str(tmp_path))  # mine, so it is made private again
+    private_folder(str(tmp_path))  # the folder is ours, so it becomes private again
     assert made.stat().st_mode & 0o777 == 0o700
     made.rmdir()
     made.symlink_to(tmp_path)

@@ -1,4 +1,4 @@
-"""The pinned Ray has every private name that medgpt leans on, where medgpt looks for it."""
+"""The pinned Ray has every private name that medgpt uses."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""What is said, and when it ends, while a run has no workers."""
+"""The announcement and the end of a wait for lost workers."""
 
 import pickle
 import time
@@ -35,14 +35,14 @@ def messages_of(wait: RestartTimeout) -> list[Any]:
 def test_a_wait_is_announced_once_and_times_out_with_a_remedy() -> None:
     wait = RestartTimeout(ClusterConfig(num_workers=(2, 4), wait_s=0.4), Queue())
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"cluster\.wait_s=0\.4: no room for 2 workers"):
+    with pytest.raises(ConfigError, match=r"cluster\.wait_s=0\.4: no resources for 2 workers"):
         all(
             wait.after_controller_state_update(WORKERS_LOST, WORKERS_LOST) is None
             for _ in range(1000)
         )
     assert 0.4 < time.monotonic() - began < 5
     announcement, error = messages_of(wait)
-    assert announcement == "waiting up to 0.4 s for room for 2 workers"
+    assert announcement == "waiting up to 0.4 s for resources for 2 workers"
     assert isinstance(error, ConfigError)
     assert "repeat the command" in str(pickle.loads(pickle.dumps(error)))
 

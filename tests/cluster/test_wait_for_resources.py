@@ -1,4 +1,4 @@
-"""Room for workers in a cluster that cannot grow; tests/clusters has one that can."""
+"""Waiting for resources in a cluster that cannot grow; tests/clusters has one that can."""
 
 import pytest
 
@@ -25,12 +25,12 @@ def test_a_cluster_without_autoscaler_is_not_waited_for(ray_session: None) -> No
     assert message.startswith("cluster.num_workers=9 (9 x (1 CPU)) can never be placed: ")
     assert "the cluster has 1 x (4 CPU) and no autoscaler" in message
     message = error_of(ClusterConfig(gpus_per_worker=1))
-    assert "(1 x (1 CPU, 1 GPU)) can never be placed: no node is like that" in message
+    assert "(1 x (1 CPU, 1 GPU)) can never be placed: no node can hold one" in message
 
 
 def test_labels_that_no_node_has_are_refused(ray_session: None) -> None:
     message = error_of(ClusterConfig(labels={"role": "poet"}))
-    assert "(1 x (1 CPU, role=poet)) can never be placed: no node is like that" in message
+    assert "(1 x (1 CPU, role=poet)) can never be placed: no node can hold one" in message
 
 
 def test_free_resources_are_not_waited_for(ray_session: None) -> None:
@@ -43,6 +43,6 @@ def test_the_wait_for_a_data_task_is_announced_and_bounded(ray_session: None) ->
     lines: list[str] = []
     wait_for_data_task_resources(ClusterConfig(), lines.append)
     assert not lines
-    with pytest.raises(ConfigError, match=r"cluster.data_cpus=9: no node has room .*wait_s=1 s"):
+    with pytest.raises(ConfigError, match=r"cluster.data_cpus=9: no node can hold .*wait_s=1 s"):
         wait_for_data_task_resources(ClusterConfig(data_cpus=9, wait_s=1), lines.append)
     assert lines == ["waiting up to 1 s for the cluster to grow: a data task needs 9 CPU"]

@@ -24,24 +24,24 @@ HEADS = ("head", "ray.head.default", "headgroup")
 
 
 def definition(name: str) -> dict[str, Any]:
-    """The file as it is written."""
+    """Return the parsed file."""
     return yaml.safe_load((CLUSTERS / f"{name}.yaml").read_text("utf-8"))
 
 
 def manifest(path: str) -> dict[str, Any]:
-    """Of clusters/kuberay."""
+    """Return a manifest of clusters/kuberay."""
     return yaml.safe_load((CLUSTERS / "kuberay" / path).read_text("utf-8"))
 
 
 def ray_job() -> dict[str, Any]:
-    """The RayJob as Kustomize makes it: with the cluster inside it."""
+    """Return the RayJob as Kustomize builds it, with the cluster inside."""
     job = manifest("job/rayjob.yaml")
     job["spec"]["rayClusterSpec"] = manifest("cluster/raycluster.yaml")["spec"]
     return job
 
 
 def kustomized(folder: str) -> list[dict[str, Any]] | None:
-    """What `kubectl apply -k` would send; None without kubectl."""
+    """Return what `kubectl apply -k` would send; None without kubectl."""
     if shutil.which("kubectl") is None:
         return None
     command = ["kubectl", "kustomize", str(CLUSTERS / "kuberay" / folder)]
@@ -51,7 +51,7 @@ def kustomized(folder: str) -> list[dict[str, Any]] | None:
 
 @cache
 def autoscaling(name: str) -> AutoscalingConfig:
-    """With Ray's defaults filled in, checked by its schema and its rules for node types."""
+    """Return the definition with Ray's defaults, validated by Ray."""
     if name != "kuberay":
         tree = definition(name)
         tree.get("auth", {}).pop("ssh_private_key", None)  # Ray would read it
@@ -63,13 +63,13 @@ def autoscaling(name: str) -> AutoscalingConfig:
 
 
 def groups(name: str) -> dict[str, Any]:
-    """Worker groups by name."""
+    """Return the worker groups by name."""
     configs = autoscaling(name).get_node_type_configs()
     return {key: config for key, config in configs.items() if key not in HEADS}
 
 
 def schedule(name: str, *bundles: tuple[dict[str, float], dict[str, str]]) -> SchedulingReply:
-    """What the autoscaler would do for bundles of resources and labels, from no workers."""
+    """Return what the autoscaler would launch for bundles with labels, from zero workers."""
     config = autoscaling(name)
     requests = [
         ResourceRequestUtil.make(

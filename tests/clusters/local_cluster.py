@@ -1,4 +1,4 @@
-"""The cluster of clusters/local.yaml, by its own scripts, beside any other Ray of this machine."""
+"""The cluster of clusters/local.yaml, run by its scripts beside other Ray clusters."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.train.local_cluster import FAST_HEALTH_CHECKS
 
 
 class LocalCluster:
-    """Own ports, folder and token."""
+    """The local cluster with its own ports, folder and token."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="c", dir="/tmp"))  # socket paths must be short
@@ -59,7 +59,7 @@ class LocalCluster:
         return done
 
     def start(self, command: str) -> subprocess.Popen[str]:
-        """A shell that was told of the cluster as up.sh says."""
+        """Start a shell command with the environment that up.sh prints."""
         return subprocess.Popen(
             ["bash", "-c", f"source {self.private}/env.sh; exec {command}"],
             cwd=ROOT,
@@ -70,7 +70,7 @@ class LocalCluster:
         )
 
     def run_program(self, program: str) -> Any:
-        """What a driver prints as JSON, with Ray's `state` at hand."""
+        """Run a Ray driver and return what it prints as JSON; `state` is imported."""
         begin = (
             "import json, ray; from ray._private.state import state\n"
             f"address = ray.util.get_node_ip_address() + ':{self.port}'\n"
@@ -96,7 +96,7 @@ class LocalCluster:
 
 
 def _program_name(process: psutil.Process) -> str:
-    """Nothing of one that has just ended."""
+    """Return the program of a process; an empty string if it has ended."""
     try:
         return "".join(process.cmdline()[:1])
     except (psutil.NoSuchProcess, psutil.ZombieProcess):

@@ -1,4 +1,4 @@
-"""What Ray asks clouds for, by the definitions: AWS in moto, Alibaba Cloud by its SDK."""
+"""Requests of Ray to clouds for our definitions: AWS in moto, Alibaba Cloud by its SDK."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from tests.clusters.definitions import autoscaling, definition
 
 @pytest.fixture
 def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """An empty AWS account with the two instance profiles; its region."""
+    """Create an empty AWS account with the two instance profiles; return its region."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)

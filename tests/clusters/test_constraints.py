@@ -1,4 +1,4 @@
-"""Both sets of pins: that of CPUs, and what GPU machines have beside it."""
+"""The pinned packages of CPU and GPU machines."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What the definitions of clusters promise, by Ray's own schema, rules and scheduler; no cloud."""
+"""Cluster definitions against Ray's schema, rules and scheduler, without a cloud."""
 
 import re
 import subprocess
@@ -142,8 +142,8 @@ def test_scripts_parse(script: str) -> None:
 def test_jobs_can_read_the_autoscaling_limits_of_a_definition(name: str) -> None:
     path = CLUSTERS / ("kuberay/cluster/raycluster.yaml" if name == "kuberay" else f"{name}.yaml")
     program = (
-        f"import sys; sys.path.insert(0, {str(CLUSTERS)!r}); import report; from pathlib import "
-        f"Path; c = report.cluster_config(report.definition(Path({str(path)!r})))\n"
+        f"import sys; sys.path.insert(0, {str(CLUSTERS)!r}); import publish_limits as p; from "
+        f"pathlib import Path; c = p.cluster_config(p.load_definition(Path({str(path)!r})))\n"
         "print(sorted((g.name, g.max_count, g.resources['CPU']) for g in c.node_group_configs))"
     )
     out = subprocess.run(

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests, by KubeRay's own schemas and by what they promise."""
+"""The Kubernetes manifests fit KubeRay's schemas and the claims of their documentation."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ SPECS = {
 
 
 def strict(schema: Any) -> Any:
-    """As the API server is with field validation: a key that the schema does not name is wrong."""
+    """Forbid unknown keys, like the API server with field validation."""
     if isinstance(schema, list):
         return [strict(part) for part in schema]
     if not isinstance(schema, dict):
@@ -51,7 +51,7 @@ def test_a_manifest_fits_kuberays_schema(kind: str, file: str) -> None:
 
 
 def pods(spec: dict[str, Any]) -> dict[str, Any]:
-    """Pod specs by group."""
+    """Return the pod specs by group."""
     specs = {"head": spec["headGroupSpec"]["template"]["spec"]}
     return specs | {g["groupName"]: g["template"]["spec"] for g in spec["workerGroupSpecs"]}
 

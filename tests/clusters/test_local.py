@@ -1,4 +1,4 @@
-"""A cluster on this machine that starts from no workers, and ends with all that it started."""
+"""The local cluster scales from zero workers and stops everything that it started."""
 
 import json
 import stat
@@ -75,7 +75,7 @@ def test_a_job_starts_from_zero_workers_and_leaves_none(
     out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out
     assert (
-        "waiting up to 600 s for the cluster to grow: needs 3 CPU in all (data tasks included), "
+        "waiting up to 600 s for the cluster to grow: needs 3 CPU in total (with data tasks), "
         "the cluster has 0 now" in out
     )
     run = Run(str(tmp_path / "run"))
@@ -116,7 +116,7 @@ def test_a_job_whose_labels_no_node_has_says_so_and_ends(
     job = cluster.start(submit(cluster, tmp_path / "run", base, tiny_corpus, *overrides))
     out, _ = job.communicate(timeout=120)
     assert job.returncode != 0
-    assert "its autoscaler has no nodes left that could hold this" in out
+    assert "its autoscaler has no free nodes that could hold this" in out
     assert "after cluster.wait_s=20 s" in out
 
 

@@ -1,4 +1,4 @@
-"""A spot node whose cloud takes it back is drained in time."""
+"""A spot node that will be preempted is drained in time."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.timeout(300)]
 
 
 class Metadata(BaseHTTPRequestHandler):
-    """What the clouds' metadata servers say of a spot node, of all three of them."""
+    """The metadata server of a spot node, for all three clouds."""
 
     ends: ClassVar[datetime | None] = None
     tokens: ClassVar[list[str]] = []
@@ -65,8 +65,9 @@ def metadata() -> Iterator[str]:
 
 def test_the_spot_notice_of_every_cloud_is_read(metadata: str) -> None:
     program = (
-        f"import sys; sys.path.insert(0, {str(CLUSTERS)!r}); import spot_notice, json\n"
-        f"say = lambda: [p.notice({metadata!r}) for p in spot_notice.PROVIDERS.values()]\n"
+        f"import sys; sys.path.insert(0, {str(CLUSTERS)!r}); import json\n"
+        "from spot_notice import PROVIDERS\n"
+        f"say = lambda: [p.seconds_until_end({metadata!r}) for p in PROVIDERS.values()]\n"
         "for _ in sys.stdin: print(json.dumps(say()), flush=True)"
     )
     with subprocess.Popen(

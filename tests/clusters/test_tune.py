@@ -1,4 +1,4 @@
-"""A submitted search on a cluster that starts from no workers, and ends without any."""
+"""A submitted search on a cluster that scales from zero workers and back."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -79,7 +79,7 @@ def test_nodes_of_a_stopped_trial_are_released_while_others_train(
 def search(
     folder: Path, base: Path, of_base: Sequence[str], *more: str
 ) -> tuple[TuneStageConfig, str]:
-    """The config, and what makes configs/debug/tune.toml one like it."""
+    """Return the config, and overrides that turn configs/debug/tune.toml into it."""
     overrides = f"[{', '.join(repr(one) for one in of_base)}]"
     config = search_config(folder, base, *SEARCH, *more, of_base=overrides)
     words = [f"run.dir={config.run.dir}", f"base={config.base}", f"overrides={overrides}"]
@@ -87,5 +87,5 @@ def search(
 
 
 def statuses(config: TuneStageConfig) -> dict[str, str]:
-    """Of the trials, by name."""
+    """Return the statuses of the trials by name."""
     return {record.name: record.status for record in TrialRecords(trials_url(config)).all()}

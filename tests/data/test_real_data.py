@@ -1,4 +1,4 @@
-"""The real data beside the repository loads with configuration alone."""
+"""The real datasets load with configuration only, without code for any of them."""
 
 import re
 from functools import cache
@@ -45,7 +45,7 @@ pytestmark = [
 @cache
 def sources() -> dict[str, SourceConfig]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # the configs' paths start at the repository
+        patch.chdir(ROOT)  # paths in the configs are relative to the repository
         pretrain = load(PretrainConfig, ROOT / "configs/real/pretrain.toml")
         sft = load(SFTConfig, ROOT / "configs/real/sft.toml")
     assert [s.name for s in pretrain.data.sources] == NAMES["pretrain"]
@@ -110,7 +110,7 @@ def test_relations_read_as_sentences() -> None:
     assert first.text.endswith("患者应到儿科就诊。")
     for item in records("cmekg"):
         assert isinstance(item, Document)
-        # no list, key or empty clause of the raw row shines through
+        # no list, key or empty clause of the raw row is left
         assert not re.search(r"[\[\]{}]'|': |。。|，。|有。|\n", item.text), item.row
 
 
@@ -128,7 +128,7 @@ def test_real_preferences_are_ranked_or_compare_nothing() -> None:
             len(preferences),
             sum(len(item.answers) for item in preferences),
         )
-    # questions of therapists of which most have one answer; six systems for every patient
+    # most questions in counsel-chat have one answer; disc-cmd has six systems per patient
     assert counts == {"counsel-chat": (700, 179, 1033), "disc-cmd": (114, 114, 684)}
 
 

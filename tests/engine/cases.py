@@ -1,4 +1,4 @@
-"""A tiny model with awkward shapes, ragged data, the same training by DeepSpeed and by torch."""
+"""A tiny model with odd shapes and ragged data, trained by DeepSpeed and by plain torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def new_net(seed: int = 0, width: int = WIDTH) -> Net:
 
 
 def micro_batches(step: int) -> list[Tensor]:
-    """The global batch of a step: 3 to 5 micro-batches of 2 to 9 tokens, 2 to a rank at most 3."""
+    """Return the global batch of a step: 3 to 5 micro-batches of 2 to 9 tokens."""
     generator = torch.Generator().manual_seed(step)
     counts = torch.randint(2, 10, (3 + step % 3,), generator=generator)
     return [torch.randint(0, VOCAB, (int(n),), generator=generator) for n in counts]
@@ -77,7 +77,7 @@ def loss_of(logits: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
 
 
 def train_step(engine: Engine, step: int) -> tuple[float, float]:
-    """One step over this rank's unequal share of the batch. Returns the global loss and norm."""
+    """Train one step on this rank's unequal share; return the global loss and gradient norm."""
     batch = micro_batches(step)
     num_tokens = sum(len(tokens) for tokens in batch)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -109,7 +109,7 @@ class Outcome:
     losses: list[float]
     norms: list[float]
     weights: dict[str, np.ndarray]
-    """On rank 0."""
+    """Results on rank 0."""
 
 
 def to_numpy(items: Sequence[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ def to_numpy(items: Sequence[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
 
 
 def train(case: EngineSetup, steps: int) -> Outcome:
-    """Train on this process's ranks, from the seed."""
+    """Train from the seed."""
     engine = new_engine(case)
     return _outcome(engine, [train_step(engine, step) for step in range(steps)])
 
@@ -131,11 +131,11 @@ def train_and_save(case: EngineSetup, steps: int, directory: Path) -> Outcome:
 
 def save(engine: Engine, directory: Path) -> None:
     engine.snapshot().write(directory)
-    dist.barrier()  # a rank loads the files of all
+    dist.barrier()  # a rank loads the files of all ranks
 
 
 def load_and_train(case: EngineSetup, steps: int, directory: Path) -> Outcome:
-    """Continue a checkpoint in a fresh engine over other weights."""
+    """Resume a checkpoint in a new engine that starts with other weights."""
     engine = new_engine(case, case.net(seed=99))
     engine.load(directory)
     return _outcome(engine, [train_step(engine, engine.steps) for _ in range(steps)])
@@ -147,12 +147,12 @@ def _outcome(engine: Engine, done: Sequence[tuple[float, float]]) -> Outcome:
 
 
 def run_all(function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-    """`function` of every tuple of arguments, in one call to the ranks."""
+    """Return `function(*a)` for every `a` of `arguments`, with one call to the ranks."""
     return [function(*each) for each in zip(*arguments, strict=True)]
 
 
 def reference(steps: int) -> Outcome:
-    """The same in plain torch."""
+    """Train the same steps in plain torch."""
     net = new_net()
     adam = torch.optim.AdamW(
         [

@@ -1,4 +1,4 @@
-"""Two gloo ranks in processes of their own."""
+"""Two gloo ranks in separate processes."""
 
 import datetime
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ def join(rank: int, store: str) -> None:
 
 @contextmanager
 def start_ranks(store: Path) -> Iterator[TwoRanks]:
-    """Yields a function that runs a module-level function on both ranks; their results."""
+    """Yield a function that runs a module-level function on both ranks; it returns the results."""
     spawn = mp.get_context("spawn")
     pools = [
         ProcessPoolExecutor(1, mp_context=spawn, initializer=join, initargs=(rank, str(store)))
@@ -36,7 +36,7 @@ def start_ranks(store: Path) -> Iterator[TwoRanks]:
         futures = [pool.submit(function, *args) for pool in pools]
         done, _ = wait(futures, timeout=2 * TIMEOUT_S, return_when=FIRST_EXCEPTION)
         for future in done:
-            future.result()  # the first failure, not the peer's timeout
+            future.result()  # raises the first failure, not the peer's timeout
         return [future.result(timeout=0) for future in futures]
 
     yield run

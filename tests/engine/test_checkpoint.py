@@ -35,7 +35,7 @@ TWOS, THREES = [2] * len(CASES), [3] * len(CASES)
 
 @pytest.fixture(scope="module")
 def one_rank_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A checkpoint after two steps at every stage."""
+    """Save a checkpoint after two steps at every ZeRO stage."""
     folder = tmp_path_factory.mktemp("one")
     directories = [folder / str(case) for case in CASES]
     run_all(train_and_save, CASES, TWOS, directories)

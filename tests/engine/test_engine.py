@@ -57,7 +57,7 @@ def test_two_ranks_with_ragged_shares_train_like_plain_torch(two_ranks: TwoRanks
     outcomes, others = two_ranks(run_all, train, STAGES, [3] * len(STAGES))
     for outcome, other in zip(outcomes, others, strict=True):
         assert other.norms == outcome.norms
-        assert other.weights == {}  # rank 0 alone gets them
+        assert other.weights == {}  # only rank 0 gets them
         assert_equal(outcome, expected)
 
 
@@ -67,7 +67,7 @@ def test_optimizer_offload_without_zero_is_refused() -> None:
 
 
 class Scalar(nn.Module):
-    """One vector that is scaled; its gradient is the scale."""
+    """A single parameter that is scaled; its gradient is the scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def scalar_engine(case: EngineSetup, **optimizer: float) -> Engine:
 
 
 def accumulated_norm(case: EngineSetup) -> float:
-    """The norm of 1 + 8 x 2^-10, a sum in which bf16 would lose every term but the first."""
+    """Return the norm of 1 + 8 x 2^-10, a sum in which bf16 would lose every term but the first."""
     engine = scalar_engine(case)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     for scale in [1.0, *[2.0**-10] * 8][rank::num_ranks]:
@@ -127,11 +127,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(case: EngineSetup) -> Non
     engine.backward(engine(1.0))
     assert engine.step() == 1.0
     with torch.no_grad():
-        assert float(engine(1.0)) == 0.5  # as the first update of Adam
+        assert float(engine(1.0)) == 0.5  # the first update of Adam
 
 
 class TwoParameters(nn.Module):
-    """Two vectors, the second of which takes part or not."""
+    """Two parameters; the second one is not used in every forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class TwoParameters(nn.Module):
 
 
 def second_parameter_after_missing_gradients(case: EngineSetup) -> list[float]:
-    """Of Pair, after a step with both and one without it."""
+    """Return the second parameter after a step with both and a step without it."""
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_share=0)
     net = TwoParameters()
     engine = Engine(net, engine=case.config(), optimizer=config, total_steps=9, device=CPU)
@@ -159,7 +159,7 @@ def test_parameters_without_gradient_follow_their_moments_at_every_stage(
     found = run_all(second_parameter_after_missing_gradients, cases)
     of_two, _ = two_ranks(run_all, second_parameter_after_missing_gradients, cases)
     for second in found + of_two:
-        assert second == pytest.approx(found[1])  # DeepSpeed's own
+        assert second == pytest.approx(found[1])  # DeepSpeed's optimizer
         assert max(second) < 0.89  # the first step moved it by 0.1
 
 
@@ -195,7 +195,7 @@ def test_frozen_parameters_stay_and_are_not_checkpointed(tmp_path: Path) -> None
 
 
 def forward_only(case: EngineSetup) -> float:
-    """A loss without gradients between training steps, as validation does."""
+    """Compute a loss without gradients between training steps, like validation."""
     engine = new_engine(case)
     train_step(engine, 0)
     tokens = micro_batches(0)[0]

@@ -1,4 +1,4 @@
-"""Whole, merged weights leave an engine one at a time, wherever ZeRO keeps their parts."""
+"""Full, merged weights are gathered from an engine one at a time at every ZeRO stage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ TwoRanks = Callable[..., list[Any]]
 
 def adapted_model() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 384, "intermediate_size": 640}  # above what ZeRO-3 keeps whole
+    sizes = {"hidden_size": 384, "intermediate_size": 640}  # above the size that ZeRO-3 keeps whole
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=300, **sizes, **heads))
     adapted = apply_lora(model, LoraConfig(rank=2, alpha=8))

@@ -32,7 +32,7 @@ TOKENS = torch.arange(12)[None] % 7
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2 in several shards, as Hugging Face writes them."""
+    """Save a tiny Qwen2 in several shards."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("qwen")
     Qwen2ForCausalLM(QWEN).save_pretrained(folder, max_shard_size="5KB")
@@ -93,7 +93,7 @@ def test_rotary_frequencies_stay_fp32_in_a_partitioned_bf16_model(qwen: Path) ->
 
 
 def train_and_export(case: EngineSetup, base: Path, folder: Path) -> tuple[Tensor, list[str]]:
-    """A step of training, an export. Returns the logits after it and the names exported here."""
+    """Train one step and export; return the logits and the exported names of this rank."""
     engine = read_partitioned(case, base)
     engine.backward(
         cross_entropy(engine(input_ids=TOKENS).logits[0].float(), TOKENS[0]) / dist.get_world_size()
@@ -195,13 +195,13 @@ LARGE = Qwen2Config(
 
 
 def memory(field: str) -> int:
-    """VmHWM (the peak) or VmRSS of this process, in bytes."""
+    """Return VmHWM (the peak) or VmRSS of this process in bytes."""
     lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def peak_growth(stage: int, folder: Path) -> int:
-    """Bytes that building and loading a model adds to the memory of this process, at most."""
+    """Return the peak growth of this process in bytes while building and loading a model."""
     before = memory("VmRSS")
     with no_init_weights(), partitioned_init(EngineSetup(stage).config(), CPU):
         model = Qwen2ForCausalLM(LARGE)
@@ -213,7 +213,7 @@ def peak_growth(stage: int, folder: Path) -> int:
 def test_partitioned_loading_needs_little_more_memory_than_a_partition(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # glibc then returns what is freed: the measure is what is held, not how the heap is fragmented
+    # glibc then returns freed memory, so that the heap's fragmentation is not measured
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     model = Qwen2ForCausalLM(LARGE)
     size = 4 * sum(p.numel() for p in model.parameters())

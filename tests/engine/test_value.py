@@ -1,4 +1,4 @@
-"""A value model trains alike at every ZeRO stage, on one rank and on two, with and without LoRA."""
+"""A value model trains the same at every ZeRO stage, on one or two ranks, with or without LoRA."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.models.tiny_models import random_batch, tiny_model
 
 TwoRanks = Callable[..., list[Any]]
 GENTLE = OPTIMIZER.model_copy(update={"learning_rate": 0.001})
-BATCHES = [[5, 9], [3], [7, 2, 4], [6]]  # lengths of the pieces, micro-batch by micro-batch
+BATCHES = [[5, 9], [3], [7, 2, 4], [6]]  # sequence lengths of each micro-batch
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(case: EngineSetup, name: str, rank: int, steps: int = 3) -> list[float]:
-    """Squared distance of the scores from 1, summed over all ranks, step by step."""
+    """Return the squared distance of the scores from 1, summed over all ranks, of each step."""
     config = ModelConfig.model_validate({"name": name, "lora": {"rank": rank}})
     module = build_trainable_value_model(config, case.config(), CPU, seed=5)
     engine = Engine(module, engine=case.config(), optimizer=GENTLE, total_steps=steps, device=CPU)

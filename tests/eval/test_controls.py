@@ -1,4 +1,4 @@
-"""The quickstart's gates separate a model that learnt from ones that cannot know."""
+"""The quickstart's gates separate a model that learned the corpus from models that did not."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ from medgpt.stages.evaluate import run_eval
 
 ROOT = Path(__file__).parent.parent.parent
 DEBUG = ROOT / "configs" / "debug"
-FACTS = ("statements", "questions", "headache")  # tasks that only a model which was told can pass
+FACTS = ("statements", "questions", "headache")  # tasks that need facts of the corpus
 AMBULANCE = "这是急症,请立即拨打120。"
 
 
@@ -35,7 +35,7 @@ def quickstart_gates(*stages: str) -> list[str]:
 
 
 def is_about_facts(gate: str) -> bool:
-    """Not those that a model passes by knowing nothing."""
+    """Whether a model must know facts to pass the gate."""
     parsed = parse_gate(gate)
     return parsed.task in FACTS and parsed.sign in (">=", "==")
 
@@ -46,7 +46,7 @@ FACT_GATES = list(
 
 
 def quickstart_eval_config(folder: Path, *overrides: str) -> EvalConfig:
-    """The quickstart's, on a sample corpus in `folder`."""
+    """Return the quickstart's config, on a sample corpus in `folder`."""
     data = folder / "corpus" / "data"
     if not data.exists():
         run_corpus(CorpusConfig(run=RunConfig(dir=str(folder / "corpus"))))
@@ -61,7 +61,7 @@ Answer = Callable[[KeyPointQuestion], str]
 
 
 def knows_corpus(corpus: CorpusGenerator) -> Answer:
-    """Answers of a model that learnt the whole corpus by heart."""
+    """Return answers of a model that knows the whole corpus by heart."""
     by_id = {condition.id: condition for condition in corpus.conditions}
     complaint = list(corpus.complaint_replies())[-1][2]
 
@@ -77,7 +77,7 @@ def knows_corpus(corpus: CorpusGenerator) -> Answer:
 
 
 def results_of(folder: Path, answer: Answer, triage: str = "") -> dict[str, Any]:
-    """results.json of the quickstart's evaluation of a model that answers so."""
+    """Return results.json of the quickstart's evaluation for a model that answers by a rule."""
     config = quickstart_eval_config(folder)
     questions = {q.id: q for q in read_key_point_questions(config.key_points[0].path, ())}
 
@@ -96,7 +96,7 @@ def results_of(folder: Path, answer: Answer, triage: str = "") -> dict[str, Any]
 
 
 def passed_gates(gates: list[str], scores: dict[str, Any]) -> dict[str, bool]:
-    """By gate; the parent is a model that knows nothing."""
+    """Return the outcome of each gate; the parent is a model with all scores 0."""
     zero_results = {
         "tasks": {name: _with_zero_metrics(task) for name, task in scores["tasks"].items()}
     }
@@ -166,7 +166,7 @@ def test_an_untrained_model_fails_every_gate_about_facts(
 
 
 def run_quickstart(folder: Path, *overrides: str) -> tuple[int, str]:
-    """Exit status and errors of the quickstart."""
+    """Run the quickstart and return its exit status and stderr."""
     path = DEBUG / "quickstart.toml"
     command = [sys.executable, "-m", "medgpt", "pipeline", str(path), f"run.dir={folder}"]
     process = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True)

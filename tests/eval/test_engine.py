@@ -1,4 +1,4 @@
-"""The engine's answers are the model's, whatever they are batched with."""
+"""The engine scores and generates as the model does, whatever else is in the batch."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ TEXTS = ["高血压是常见的慢性病。", "什么是高血压?血压持续�
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """A fresh model with a chat template and 128 positions."""
+    """A new model with a chat template and 128 positions."""
     model, tokenizer = model_with_tokenizer(TEXTS, 800, max_positions=128)
     chat = prepare_chat_tokenizer(tokenizer)
     folder = tmp_path_factory.mktemp("model")
@@ -39,7 +39,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @torch.inference_mode()
 def plain_logprob(engine: Engine, ids: list[int], last: int) -> float:
-    """Of the last tokens, from a plain forward."""
+    """Return the log-probability of the last tokens from a plain forward."""
     row = torch.tensor([ids])
     logprobs = engine.model(row).logits.log_softmax(-1)[0, :-1]
     return float(logprobs.gather(1, row[0, 1:, None])[-last:].sum())

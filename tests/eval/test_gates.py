@@ -122,9 +122,9 @@ def test_a_parent_that_is_missing_or_not_comparable_is_an_error():
         check_gates(["mcq.accuracy >= parent"], results(0.5), None)
     with pytest.raises(ConfigError, match="other questions"):
         check_gates(["mcq.accuracy >= parent"], results(0.5), results(0.5, data="other"))
-    with pytest.raises(ConfigError, match="the parent's evaluation asked in another way"):
+    with pytest.raises(ConfigError, match="the parent's evaluation used another prompt"):
         check_gates(["mcq.accuracy >= parent"], results(0.5), results(0.5, template="chat"))
-    with pytest.raises(ConfigError, match="the parent's evaluation was read by other rules"):
+    with pytest.raises(ConfigError, match="the parent's evaluation was graded by other rules"):
         check_gates(["mcq.accuracy >= parent"], results(0.5), results(0.5, rules="older"))
     theirs = results(0.5)
     del theirs["tasks"]["mcq"]
@@ -153,7 +153,7 @@ def config(**keys) -> EvalConfig:
 def test_a_wrong_gate_is_an_error_when_the_config_is_loaded():
     assert config(gates=["nll.general <= 3"]).gates == ("nll.general <= 3",)
     for gate, message in (
-        ("nll.general <= 3 *", "not understood"),
+        ("nll.general <= 3 *", "cannot be parsed"),
         ("nl.general <= 3", "no task is called nl; did you mean nll?"),
         ("nll.general <= parent", "model.parent is unset"),
     ):

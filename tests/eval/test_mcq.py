@@ -1,4 +1,4 @@
-"""Multiple choice: what is asked, what counts, and models that know nothing do not score."""
+"""Multiple choice: prompts, grading, and models that know nothing score at chance."""
 
 import json
 import random
@@ -86,7 +86,7 @@ def test_a_model_that_lists_all_options_scores_nothing(tmp_path: Path):
 
 
 def test_a_model_that_answers_at_random_scores_at_most_chance(tmp_path: Path):
-    """At most what guessing among the options reaches in 999 of 1000 tries."""
+    """At most what guessing reaches in 999 of 1000 runs."""
     rng = random.Random(0)
     items = grade_replies(make_task(tmp_path, scoring="generation"), lambda _: rng.choice("ABCD"))
     right = round(mean(items, "accuracy") * len(items))
@@ -95,7 +95,7 @@ def test_a_model_that_answers_at_random_scores_at_most_chance(tmp_path: Path):
 
 
 def test_random_likelihoods_score_at_chance(tmp_path: Path):
-    """Within what 999 of 1000 guessers reach, where one option is right and where a set is."""
+    """Within the range of 999 of 1000 guessers, for single options and for sets."""
     rng = random.Random(0)
     items = grade_choices(make_task(tmp_path), lambda *_: rng.random())
     for part, chance in ((items[:200], 1 / 4), (items[200:], 1 / 26)):
@@ -109,7 +109,7 @@ def test_a_model_with_equal_likelihoods_always_chooses_the_first(tmp_path: Path)
     assert {item.shown["chosen"] for item in items} == {"A", "AB"}
 
 
-# ---- what counts ----
+# ---- grading ----
 
 
 def test_the_likeliest_letter_or_set_is_the_answer(tmp_path: Path):
@@ -138,7 +138,7 @@ def test_option_texts_are_also_compared_per_character(tmp_path: Path):
     assert mean(items, "accuracy_normalised") == 1
 
 
-# ---- what is asked ----
+# ---- requests ----
 
 
 def test_letters_are_scored_after_the_listed_options(tmp_path: Path):
@@ -182,7 +182,7 @@ def test_examples_precede_each_question_and_are_not_asked(tmp_path: Path):
 
 @pytest.mark.parametrize("layout", ["cmmlu", "ceval"])
 def test_examples_come_from_the_subject_of_the_question(tmp_path: Path, layout: str):
-    """As CMMLU and C-Eval are published: five of the subject's own dev file, in its order."""
+    """As in CMMLU and C-Eval: the five examples of the subject's dev file, in order."""
     split = {"cmmlu": "{split}/{subject}.csv", "ceval": "{split}/{subject}_{split}.csv"}[layout]
     for subject in ("anatomy", "virology"):
         for name, count in (("dev", 5), ("val", 7)):
@@ -256,7 +256,7 @@ def test_a_right_answer_that_is_no_option_is_an_error_without_its_text(tmp_path:
 
 def test_an_id_used_twice_is_an_error(tmp_path: Path):
     rows = [ROWS[0] | {"id": 7}, ROWS[1] | {"id": 8}, ROWS[2] | {"id": 7}]
-    with pytest.raises(ConfigError, match=r"row 3 has the id 7, which .*row 1 has, too"):
+    with pytest.raises(ConfigError, match=r"row 3 has the id 7, as has .*row 1;"):
         make_task(tmp_path, rows)
 
 

@@ -1,4 +1,4 @@
-"""Each layout, on a row as its data set publishes it and on the real files that are here."""
+"""Each layout, on a row as its data set publishes it and on real files."""
 
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,9 @@ def test_the_first_number_of_medmcqa_is_inferred_from_the_data():
     assert [question.answer for question in from_one] == ["D", "A"]
     from_zero = read("medmcqa", row | {"cop": 0}, row | {"cop": 3, "id": "y"})
     assert [question.answer for question in from_zero] == ["A", "D"]
-    with pytest.raises(ConfigError, match="counts from 0 or 1 is unknown"):
+    with pytest.raises(ConfigError, match="may count from 0 or from 1"):
         read("medmcqa", row | {"cop": 2})
-    with pytest.raises(ConfigError, match=r"row 2 does not fit .* test sets have none"):
+    with pytest.raises(ConfigError, match=r"row 2 does not fit .* test sets have no answers"):
         read("medmcqa", row, row | {"cop": -1, "id": "y"})
 
 
@@ -133,7 +133,7 @@ def test_a_question_needs_two_options():
 
 
 def test_a_single_choice_question_with_two_right_answers_is_an_error():
-    with pytest.raises(ConfigError, match="2 right answers and says that one is right"):
+    with pytest.raises(ConfigError, match="2 right answers, but its type has one"):
         read("cmb", ROWS["cmb"][0] | {"question_type": "单项选择题"})
 
 

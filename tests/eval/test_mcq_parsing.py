@@ -1,4 +1,4 @@
-"""A reply counts only if it clearly says one answer."""
+"""A reply counts only if it clearly gives one answer."""
 
 import pytest
 

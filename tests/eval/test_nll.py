@@ -1,4 +1,4 @@
-"""Held-out texts by source, and the general prose that ships with medgpt."""
+"""The likelihood of held-out texts by source, and of the prose that ships with medgpt."""
 
 import json
 from pathlib import Path
@@ -87,5 +87,5 @@ def test_a_malformed_row_is_named(tmp_path: Path):
 
 
 def test_a_task_without_texts_is_an_error():
-    with pytest.raises(ConfigError, match="has nothing to weigh; name sources or set general=true"):
+    with pytest.raises(ConfigError, match="no texts to score; set sources or general=true"):
         validate(NllConfig, {})

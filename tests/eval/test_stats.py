@@ -1,4 +1,4 @@
-"""Intervals and tests against scipy's own, and against what can be computed by hand."""
+"""Intervals and tests against scipy and against values computed by hand."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from medgpt.eval import stats
 
 
 def random_ratio_terms(n: int, seed: int) -> np.ndarray:
-    """Items as of a negative log-likelihood: a sum over a number of tokens each."""
+    """Return items like those of a negative log-likelihood: a sum and a number of tokens each."""
     random = np.random.default_rng(seed)
     lengths = random.integers(5, 60, n).astype(float)
     return np.stack([lengths * random.gamma(4.0, 0.5, n), lengths], axis=1)
@@ -61,7 +61,7 @@ def test_a_proportion_has_wilsons_interval_even_if_all_items_agree():
     assert share_of(0, 3) == (0.0, 0.0, pytest.approx(z**2 / (3 + z**2)))
     centre, half = (24 + z**2 / 2) / (30 + z**2), z * np.sqrt(24 * 6 / 30 + z**2 / 4) / (30 + z**2)
     assert share_of(24, 30)[1:] == pytest.approx((centre - half, centre + half))
-    # of several parts to an item, the item is the unit: 4 of 4 in one question is no more than 1
+    # the item is the unit: 4 of 4 key points in one question are one hit
     whole = stats.confidence_interval(np.array([[4.0, 4.0]] * 30), seed=0)
     assert whole == (1.0, pytest.approx(30 / (30 + z**2)), 1.0)
     one_word = stats.confidence_interval(np.ones((30, 2)), seed=0, is_proportion=False)  # a length

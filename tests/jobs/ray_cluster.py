@@ -1,4 +1,4 @@
-"""A cluster with a dashboard on this machine, and `medgpt` as a user types it against it."""
+"""A Ray cluster with a dashboard on this machine, and `medgpt` commands against it."""
 
 import os
 import secrets
@@ -27,7 +27,7 @@ PORTS = (
 
 
 class RayCluster:
-    """A head node of its own: own ports, own folder, own token; others' Rays are left alone."""
+    """A head node with its own ports, folder and token, beside other Ray clusters."""
 
     def __init__(self, folder: str, num_cpus: int, environment: Mapping[str, str]) -> None:
         binaries = Path(sys.executable).parent  # jobs run with the PATH of `ray start`
@@ -63,14 +63,14 @@ class RayCluster:
         raise TimeoutError(f"no dashboard on port {port}")
 
     def ray_submit(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command as a plain Ray job; returns when it has ended, with its output."""
+        """Run a command as a plain Ray job until it ends; return its output."""
         submit = [self.ray, "job", "submit", "--address", self.address, "--working-dir", "."]
         return self._run([*submit, "--", *command], ROOT, {})
 
     def medgpt(
         self, *arguments: str, folder: Path = ROOT, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """`medgpt submit` or `medgpt job`, typed in `folder`."""
+        """Run `medgpt submit` or `medgpt job` in `folder`."""
         return self._run(self.command(*arguments), folder, environment)
 
     def command(self, *arguments: str) -> list[str]:
@@ -88,7 +88,7 @@ class RayCluster:
         )
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """Those of the cluster that have all these words in their command."""
+        """Return the processes of the cluster with all these words in their command."""
         processes = []
         for process in psutil.Process(self.head.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
@@ -97,7 +97,7 @@ class RayCluster:
         return processes
 
     def stop(self) -> None:
-        """End the head's processes, and only those."""
+        """Stop the processes of the head, and no others."""
         head = psutil.Process(self.head.pid)
         for process in [head, *head.children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
@@ -107,7 +107,7 @@ class RayCluster:
 
 @contextmanager
 def running_cluster(*, num_cpus: int = 3, **environment: str) -> Iterator[RayCluster]:
-    """A cluster of one node, which has this environment."""
+    """Run a cluster of one node with this environment."""
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths must be short
     cluster = RayCluster(folder, num_cpus, environment)
     try:

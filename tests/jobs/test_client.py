@@ -1,4 +1,4 @@
-"""What a job says is shown once, whatever the connection does; runs have names of their own."""
+"""The output of a job is printed once although connections break; job ids are unique per run."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def job_details(
 
 
 class Dashboard:
-    """Its log comes in chunks, a list of them for each connection; all but the last break."""
+    """A dashboard whose log arrives in chunks, a list per connection; all but the last break."""
 
     def __init__(self, *connections: Sequence[str]) -> None:
         self.connections = list(connections)

@@ -1,4 +1,4 @@
-"""What a job runs means on the cluster what was typed on the laptop, or is refused there."""
+"""A resolved command has the same meaning on the cluster, or is refused on the laptop."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ overrides = ["run.dir={dir}/sft", "model.name={dir}/base"]
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which commands are typed: configs, and a model."""
+    """The current folder, with configs and a model."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "runs/base/model").mkdir(parents=True)
     (tmp_path / "configs/sft.toml").write_text(SFT)
@@ -65,7 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def resolve_elsewhere(
     stage: str, arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """The config that the arguments give in another folder, which holds the same configs."""
+    """Load the config of a resolved command in another folder with the same config files."""
     copy = folder / "copy"
     copy.mkdir()
     (copy / "configs").symlink_to(folder / "configs")
@@ -143,10 +143,10 @@ def test_an_evaluation_passes_its_model_as_an_argument(here) -> None:
          r"run\.dir='runs/y': a submitted job needs"),
         ("sft", "configs/sft.toml", ["train.epoch=2"], r"did you mean train\.epochs"),
         ("sft", "/etc/hostname", [], "is not a TOML file"),
-        ("sfd", "configs/sft.toml", [], "no stage sfd can be submitted; did you mean sft"),
-        ("chat", "configs/sft.toml", [], "no stage chat can be submitted"),
+        ("sfd", "configs/sft.toml", [], "stage sfd cannot be submitted; did you mean sft"),
+        ("chat", "configs/sft.toml", [], "stage chat cannot be submitted"),
         ("sft", "configs/sft.toml", ["data.sources.0.paths=['s3://me:secret@b/a']"],
-         r"'s3://me:\*\*\*@b/a': a URI must not hold a password"),
+         r"'s3://me:\*\*\*@b/a': a URI must not contain a password"),
     ],
 )  # fmt: skip
 def test_commands_that_cannot_work_on_a_cluster_are_refused(

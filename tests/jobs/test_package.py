@@ -1,4 +1,4 @@
-"""A job gets code and configs; data, runs, history and secrets stay where they are."""
+"""The package of a job contains code and configs, but no data, runs, history or secrets."""
 
 import os
 from pathlib import Path

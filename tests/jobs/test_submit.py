@@ -1,4 +1,4 @@
-"""Stages as jobs on a cluster: submitted, followed, killed, resumed, and discreet."""
+"""Stages as jobs on a cluster: submitted, followed, killed, resumed, without leaking data."""
 
 import json
 import signal
@@ -46,14 +46,14 @@ def cluster() -> Iterator[RayCluster]:
 
 
 def files_containing(paths: Iterable[Path], *words: str) -> list[str]:
-    """Files below `paths` that hold one of the words."""
+    """Return the files below `paths` that contain one of the words."""
     files = [file for path in paths for file in [path, *path.rglob("*")] if file.is_file()]
     assert files
     return [str(file) for file in files if any(w.encode() in file.read_bytes() for w in words)]
 
 
 def job_infos(cluster: RayCluster) -> str:
-    """All that the dashboard tells about jobs."""
+    """Return the text of the dashboard's job list."""
     token = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
     answer = requests.get(f"{cluster.address}/api/jobs/", headers=token)
     answer.raise_for_status()
@@ -61,7 +61,7 @@ def job_infos(cluster: RayCluster) -> str:
 
 
 def write_stage_config(folder: Path, config: TrainStageConfig) -> tuple[Path, str]:
-    """A folder with this config and nothing else, and the name of the config."""
+    """Write the config to an empty folder; return the folder and the file name."""
     folder.mkdir()
     return folder, write_toml(config, folder / "stage.toml").name
 
@@ -80,7 +80,7 @@ def test_a_submitted_stage_is_followed_and_known_by_its_run(
 
     refused = cluster.medgpt(*submit[:-1], f"run.dir={tmp_path}/{SECRET}", *secret, **here)
     assert refused.returncode == 2
-    assert "the value of MEDGPT_TEST_SECRET stands in the config" in refused.stderr
+    assert "the value of MEDGPT_TEST_SECRET is in the config" in refused.stderr
     assert SECRET not in refused.stdout + refused.stderr
 
     first = cluster.medgpt(*submit, *secret, **here)
@@ -103,7 +103,7 @@ def test_a_submitted_stage_is_followed_and_known_by_its_run(
     assert "Running entrypoint" in cluster.medgpt("job", "logs", name).stdout
     unknown = cluster.medgpt("job", "logs", "nothing")
     assert unknown.returncode == 2
-    assert f"no job of this name or run directory; there are {name}, " in unknown.stderr
+    assert f"no job has this id or run directory; jobs: {name}, " in unknown.stderr
 
     assert SECRET not in first.stdout + first.stderr + job_infos(cluster)
     assert "MEDGPT_TEST_SECRET" in job_infos(cluster)
@@ -173,7 +173,7 @@ def test_plain_ray_job_submit_refuses_a_relative_run_directory(cluster: RayClust
 
 
 class Submitted:
-    """`medgpt submit pretrain` of a run long enough to be disturbed."""
+    """`medgpt submit pretrain` of a run that is long enough to be interrupted."""
 
     def __init__(self, cluster: RayCluster, corpus: Path, folder: Path) -> None:
         self.cluster, self.run = cluster, Run(f"{folder}/run")
@@ -219,7 +219,7 @@ def test_a_killed_driver_and_a_stopped_job_end_with_the_metrics_of_an_undisturbe
     disturbed.wait_for_step(12)
     refused = cluster.medgpt("submit", "pretrain", disturbed.config, folder=disturbed.folder)
     assert refused.returncode == 2
-    assert f"run.dir={disturbed.run.folder.url} is being worked on by job" in refused.stderr
+    assert f"run.dir={disturbed.run.folder.url} is in use by job" in refused.stderr
     drivers = [
         process
         for process in cluster.processes("-m", "medgpt", "pretrain")
@@ -233,7 +233,7 @@ def test_a_killed_driver_and_a_stopped_job_end_with_the_metrics_of_an_undisturbe
     assert "STOPPED" in stopped.stdout, stopped.stderr
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 1
-    assert "signal 9 ended the command; restart 1 of 5" in said
+    assert "signal 9 killed the command; restart 1 of 5" in said
     assert not disturbed.run.finished
 
     disturbed.finish(disturbed.start())
@@ -285,8 +285,8 @@ def test_a_pool_that_no_node_can_hold_is_refused_at_submission(
         refused = cluster.medgpt("submit", "ppo", "ppo.toml", "--detach", folder=tmp_path)
         assert refused.returncode == 2, refused.stdout
         assert (
-            "pools.rollout (1 x (1 CPU, 8 GPU)) can never be placed: no node is like that; the "
-            "cluster has 1 x (1 CPU), its autoscaler may have up to 2 x (8 CPU, 4 GPU)"
+            "pools.rollout (1 x (1 CPU, 8 GPU)) can never be placed: no node can hold one; the "
+            "cluster has 1 x (1 CPU), its autoscaler may run up to 2 x (8 CPU, 4 GPU)"
         ) in refused.stderr
         assert not (tmp_path / "run").exists()
         assert json.loads(job_infos(cluster)) == []

@@ -1,4 +1,4 @@
-"""A command that a signal ends runs again, so many times; one that ends by itself does not."""
+"""A command killed by a signal is restarted a limited number of times; others are not."""
 
 import signal
 import subprocess
@@ -17,7 +17,7 @@ SUPERVISE = [sys.executable, "-m", "medgpt.jobs.supervise"]
 def supervise(
     script: str, *options: str, folder: Path, **environment: str
 ) -> subprocess.Popen[str]:
-    """A supervisor of `sh -c script` in `folder`."""
+    """Start a supervisor of `sh -c script` in `folder`."""
     return subprocess.Popen(
         [*SUPERVISE, *options, "sh", "-c", script],
         cwd=folder,
@@ -33,7 +33,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def num_starts(folder: Path) -> int:
-    """How often the command was begun: each time it adds a line."""
+    """Return how often the command was started; each start adds a line."""
     log = folder / "starts"
     return len(log.read_text().splitlines()) if log.exists() else 0
 
@@ -49,7 +49,7 @@ def test_a_killed_command_runs_again_until_it_ends_by_itself(tmp_path: Path) -> 
     script = "echo >>starts; [ $(wc -l <starts) = 2 ] && exit 0; kill -9 $$"
     code, said = wait_for_end(supervise(script, folder=tmp_path))
     assert (code, num_starts(tmp_path)) == (0, 2)
-    assert said == "medgpt: signal 9 ended the command; restart 1 of 5 in 1 s\n"
+    assert said == "medgpt: signal 9 killed the command; restart 1 of 5 in 1 s\n"
 
 
 def test_restarts_are_bounded_and_their_pauses_grow(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_restarts_are_bounded_and_their_pauses_grow(tmp_path: Path) -> None:
     assert (code, num_starts(tmp_path)) == (137, 3)
     assert "restart 1 of 2 in 1 s" in said
     assert "restart 2 of 2 in 2 s" in said
-    assert "it was restarted 2 times, that is enough" in said
+    assert "it was restarted 2 times already, giving up" in said
     assert time.monotonic() - began > 3
 
 

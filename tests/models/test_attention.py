@@ -1,4 +1,4 @@
-"""Packed attention equals each piece's own, and leaves no trace on disk."""
+"""Packed attention equals that of each sequence alone, and saved models do not mention it."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ class Full(nn.Module):
 
 
 def attend_with_mask(q, k, v, cu_seqlens, *, causal, window=None):
-    """The definition: one N x N mask over everything."""
+    """Reference implementation with one N x N mask."""
     n, groups = q.shape[2], q.shape[1] // k.shape[1]
     sequence_of_token = torch.bucketize(torch.arange(n), cu_seqlens[1:], right=True)
     distance = torch.arange(n)[:, None] - torch.arange(n)
@@ -77,7 +77,7 @@ def test_packed_logits_equal_those_of_each_sequence_alone(kind):
 
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=0)
     whole = model(batch.input_ids, position_ids=batch.position_ids.clone().fill_(0)).logits[0]
-    assert (whole - packed).abs().max() > 0.1  # the test would see leaking attention
+    assert (whole - packed).abs().max() > 0.1  # without cu_seqlens attention does leak
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Generated ids and their log-probabilities are the model's own, whatever a row is batched with."""
+"""Generated ids and log-probabilities equal those of the model, in any batch."""
 
 from typing import Any
 
@@ -34,12 +34,12 @@ SMALL = {
 
 
 def model_of(kind: str) -> PreTrainedModel:
-    """A tiny model whose predictions differ from place to place, as it is loaded to generate."""
+    """Return a tiny model in eval mode whose predictions differ between positions."""
     torch.manual_seed(1)
     match kind:
-        case "mistral":  # a window shorter than what is read
+        case "mistral":  # a sliding window shorter than the sequences
             model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8))
-        case "gemma2":  # windows in every other layer, and terms after the output layer
+        case "gemma2":  # windows in every other layer, logits transformed after the output layer
             model = Gemma2ForCausalLM(Gemma2Config(**SMALL, head_dim=8, sliding_window=8))
         case "gpt2":
             model = GPT2LMHeadModel(
@@ -47,7 +47,7 @@ def model_of(kind: str) -> PreTrainedModel:
             )
         case _:
             model = tiny_model(kind, tie_embeddings=False)
-    if kind not in ("qwen2", "llama"):  # transformers' own fresh weights make all tokens alike
+    if kind not in ("qwen2", "llama"):  # transformers' fresh weights give all tokens similar logits
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(4 if parameter.ndim > 1 else 1)
@@ -63,7 +63,7 @@ def random_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
 def sample(
     model: PreTrainedModel, prompts: list[list[int]], **changes: Any
 ) -> list[GeneratedResponse]:
-    """Ends are such that rows stop at many lengths."""
+    """Generate with stop tokens that end rows at many different lengths."""
     options = {"max_new_tokens": 20, "temperature": 1.0, "stop_token_ids": [5, 6]} | changes
     seeds = options.pop("seeds", range(len(prompts)))
     return TokenGenerator(model).generate(prompts, seeds, **options)
@@ -91,7 +91,7 @@ def test_a_row_does_not_depend_on_its_batch(kind: str):
     model, prompts = model_of(kind), random_prompts()
     together = sample(model, prompts)
     lengths = {len(row.ids) for row in together}
-    assert len(lengths) > 3  # rows ended one after the other
+    assert len(lengths) > 3  # rows end at different steps
     assert {row.finished for row in together} == {True, False}
     for i, prompt in enumerate(prompts):
         (alone,) = sample(model, [prompt], seeds=[i])
@@ -116,7 +116,7 @@ def test_noise_is_a_function_of_seed_and_position():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_a_training_forward(temperature: float):
-    """Of packed rows, under the temperature."""
+    """Compare with the log-probabilities of packed rows at the same temperature."""
     model, prompts = model_of("qwen2"), random_prompts()
     found = sample(model, prompts, temperature=temperature)
     rows = [torch.tensor(p + row.ids) for p, row in zip(prompts, found, strict=True)]
@@ -157,7 +157,7 @@ def test_noise_is_uniform_and_reproducible():
     assert float(noise.min()) >= 0
     assert float(noise.max()) < 1
     assert chisquare(torch.histc(noise.float(), 20, 0, 1)).pvalue > 0.01
-    # a run that goes on after an update of numpy must find the same
+    # a run that resumes after an update of numpy must get the same numbers
     assert noise[0, :2].tolist() == pytest.approx(
         [0.9342820204007575, 0.07916148013208679], abs=1e-15
     )
@@ -169,13 +169,13 @@ def test_a_stream_yields_the_ids_of_a_batch():
     found = sample(model, prompts)
     options = {"max_new_tokens": 20, "temperature": 1.0, "stop_token_ids": [5, 6]}
     assert list(TokenGenerator(model).stream(prompts[1], 1, **options)) == found[1].ids
-    assert torch.zeros(1, requires_grad=True).mul(2).requires_grad  # no mode is left behind
+    assert torch.zeros(1, requires_grad=True).mul(2).requires_grad  # inference mode has ended
 
 
 def test_empty_prompts_and_too_long_responses_are_refused():
     model = model_of("qwen2")
-    with pytest.raises(ValueError, match="a token in each prompt"):
+    with pytest.raises(ValueError, match="non-empty prompts"):
         sample(model, [[4], []])
-    with pytest.raises(ValueError, match="70 tokens to hold, the model has 64 positions"):
+    with pytest.raises(ValueError, match="need 70 positions, the model has 64"):
         sample(model, [[4] * 50])
     assert sample(model, []) == []

@@ -1,4 +1,4 @@
-"""LoRA's dropout draws for a sample, wherever the sample is packed."""
+"""LoRA's dropout masks depend on the sample, not on where it is packed."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.models.tiny_models import VOCAB, pack, tiny_model
 
 
 def adapted(**options) -> LanguageModel:
-    """A model whose adapters are not at zero, where dropout would do nothing."""
+    """Return a model whose adapters are not zero, so that dropout has an effect."""
     model = apply_lora(tiny_model(), LoraConfig(rank=2, alpha=8, dropout=0.5))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Models behind URIs are those of the folder that they name."""
+"""Models loaded from URIs equal those of the folder."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ Store = Callable[[Path], str]
 
 @pytest.fixture
 def store() -> Iterator[Store]:
-    """`store(folder)` is a URI with the folder's files; copies made of it are removed."""
+    """Yield `store(folder)`, which uploads a folder and returns its URI; remove all copies."""
     stored: list[str] = []
 
     def put(folder: Path) -> str:
@@ -43,7 +43,7 @@ def store() -> Iterator[Store]:
 
 
 def in_another_process(uri: str) -> Path:
-    """`local_copy` where nothing is remembered of an earlier one."""
+    """Call `local_copy` in a new process, without its cache."""
     fetch._copy_to_cache.cache_clear()
     return Path(local_copy(uri))
 
@@ -55,7 +55,7 @@ def build(name: str):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer."""
+    """Return the folder of a model with its tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
     save_model_with_tokenizer(folder, TEXTS, vocab_size=300)
     return folder
@@ -130,7 +130,7 @@ def test_a_model_without_weights_names_the_uri_too(saved: Path, store: Store) ->
 
 @pytest.mark.parametrize("uri", ["memory://nothing/there", "nowhere://bucket/model"])
 def test_an_error_for_a_uri_without_a_model_names_the_config_key(uri: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^model\.name={uri}: cannot be read \("):
+    with pytest.raises(ConfigError, match=rf"^model\.name={uri}: the URI cannot be read \("):
         build(uri)
-    with pytest.raises(ConfigError, match=rf"^RUN={uri}: cannot be read \("):
+    with pytest.raises(ConfigError, match=rf"^RUN={uri}: the URI cannot be read \("):
         run_model_folder(uri)

@@ -1,4 +1,4 @@
-"""The packed loss equals the samples' own, however it is split, chunked or recomputed."""
+"""The packed loss equals that of the samples, however it is split, chunked or recomputed."""
 
 import copy
 
@@ -95,7 +95,7 @@ def test_with_a_largest_batch_given_every_forward_runs_the_same_number_of_chunks
 
     loss_and_grads(language_model, random_batch(lengths, ignored=ignored))
 
-    assert len(calls) == 2 * 4  # forward, and again in the backward
+    assert len(calls) == 2 * 4  # forward and recomputation
 
 
 @pytest.mark.parametrize("max_batch_tokens", [None, 32])
@@ -118,7 +118,7 @@ def test_activation_checkpointing_gives_equal_gradients(kind):
     runs = []
     body = model.base_model
     layer = (body.encoder.layer if kind == "bert" else body.layers)[0]
-    layer.register_forward_pre_hook(lambda *_: runs.append(1))  # outside what is run again
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))  # outside the recomputed part
     inner = layer.intermediate if kind == "bert" else layer.mlp
     inner.register_forward_pre_hook(lambda *_: runs.append(1))
     recomputed = loss_and_grads(LanguageModel(model, activation_checkpointing=True), batch)

@@ -1,4 +1,4 @@
-"""Models are built as configured; folders that are no model are explained."""
+"""Models are built as configured; errors say why a folder is not a model."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def head_kind_of(kind):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder per kind of model."""
+    """Return a folder with one saved model per kind."""
     folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
         tiny_model(kind).save_pretrained(folder / kind)
@@ -175,7 +175,7 @@ def test_a_missing_output_layer_is_an_error(saved, tmp_path):
     BertModel.from_pretrained(saved / "bert").save_pretrained(tmp_path)
     shutil.copy(saved / "bert" / "config.json", tmp_path)
 
-    with pytest.raises(ConfigError, match=r"weights missing, as cls\.predictions"):
+    with pytest.raises(ConfigError, match=r"weights are missing, such as cls\.predictions"):
         build(ModelConfig(name=str(tmp_path)), head_kind="mlm")
 
 
@@ -186,19 +186,19 @@ def test_the_error_for_a_folder_without_a_model_says_what_is_missing(saved, tmp_
         return str(caught.value)
 
     assert "no such folder" in message(tmp_path / "nothing")
-    assert "no config.json" in message(tmp_path)
+    assert "has no config.json" in message(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "merge it" in message(tmp_path)
     shutil.copy(saved / "qwen2" / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"never unpickled")
-    assert "no model.safetensors" in message(tmp_path)
+    assert "there is no model.safetensors" in message(tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "model.name=" in message(tmp_path)
     assert "Protocol not known: nowhere" in message("nowhere://bucket/model")
 
 
 def test_the_error_for_an_impossible_hub_name_says_so():
-    with pytest.raises(ConfigError, match="no folder of this name"):
+    with pytest.raises(ConfigError, match="there is no such folder"):
         build(ModelConfig(name="no such model"))
 
 
@@ -228,4 +228,4 @@ def test_dropout_of_a_saved_model_is_switched_off(tmp_path, kind):
 
     assert found.training
     assert torch.equal(found(ids).logits, found.eval()(ids).logits)
-    assert found.config.attention_dropout == 0.5  # what an export says is the base's own
+    assert found.config.attention_dropout == 0.5  # exports keep the base's value

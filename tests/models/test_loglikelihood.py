@@ -1,4 +1,4 @@
-"""Options and texts are scored as a plain forward pass over each would score them."""
+"""Scores of options and texts equal those of a separate forward pass for each."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ SMALL = {
 
 
 def small_model(kind: str = "qwen2") -> PreTrainedModel:
-    """A tiny model with the attention that it is loaded with to generate."""
+    """Return a tiny model with the attention that is used for evaluation."""
     model = tiny_model(kind).eval()
     model.set_attn_implementation("sdpa")
     return model
@@ -58,7 +58,7 @@ def random_choices(count: int, *, shared: int, one_token: bool = False) -> list[
 
 @torch.inference_mode()
 def reference_logprobs(model: PreTrainedModel, ids: tuple[int, ...]) -> Tensor:
-    """(L-1,) log-probabilities of all tokens but the first, from the model's own forward."""
+    """Return the log-probabilities (L-1,) of all tokens but the first, from a plain forward."""
     row = torch.tensor([ids])
     logprobs = model(row).logits.float().log_softmax(-1)[0, :-1]
     return logprobs.gather(1, row[0, 1:, None])[:, 0]
@@ -94,7 +94,7 @@ def test_equal_prompts_keep_their_last_token_out_of_the_cache():
 
 
 def unusual_models() -> dict[str, PreTrainedModel]:
-    """Learned positions, a sliding window, and logits that are capped after the output layer."""
+    """Return models with learned positions, a sliding window, and capped logits."""
     torch.manual_seed(0)
     gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     window = MistralConfig(**SMALL, sliding_window=8, head_dim=8)
@@ -113,7 +113,7 @@ def test_models_of_other_kinds_score_as_in_separate_forwards(name: str):
     model = unusual_models()[name].eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(3)  # fresh weights say the same of everything
+            weight.mul_(3)  # fresh weights predict nearly the same everywhere
     scorer = LoglikelihoodScorer(model, batch_tokens=256, window_tokens=64)
     assert_scores_match_reference(model, scorer, random_choices(9, shared=20))
     text = random_ids(torch.Generator().manual_seed(2), 60, 61)
@@ -178,7 +178,7 @@ def test_batches_hold_rows_of_similar_length_and_no_more_tokens_than_allowed():
 )
 def test_an_empty_prompt_or_option_is_refused(choice: PromptOptions):
     scorer = LoglikelihoodScorer(small_model(), batch_tokens=256, window_tokens=64)
-    with pytest.raises(ValueError, match="at least a token"):
+    with pytest.raises(ValueError, match="is empty"):
         scorer.option_logprobs([choice])
 
 
@@ -186,5 +186,5 @@ def test_a_choice_longer_than_the_model_reads_is_refused():
     scorer = LoglikelihoodScorer(small_model(), batch_tokens=256, window_tokens=64)
     fits, too_long = ((3,) * 60, ((4,) * 5,)), ((3,) * 60, ((4,) * 6,))
     scorer.option_logprobs([PromptOptions(*fits)])
-    with pytest.raises(ValueError, match="65 tokens, the model reads 64"):
+    with pytest.raises(ValueError, match="65 tokens, the model 64 positions"):
         scorer.option_logprobs([PromptOptions(*too_long)])

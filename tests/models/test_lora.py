@@ -43,7 +43,7 @@ def load(folder):
 
 
 def randomize(model):
-    """Stands in for training."""
+    """Randomize the adapters, in place of training."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -194,6 +194,6 @@ def test_a_missing_base_or_adapter_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         merge_adapter(str(tmp_path / "run"), tmp_path / "base")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"base_model_name_or_path=.* is gone"):
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path=.* does not exist"):
         merge_adapter(str(tmp_path / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A model's sizes from its configuration alone are those of the model."""
+"""The shape computed from a model's config equals that of the model."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ QWEN_7B = {  # of Qwen2.5-7B
 
 @pytest.fixture
 def large(tmp_path: Path) -> str:
-    """A folder with a configuration and no weights."""
+    """Return a folder with a config and no weights."""
     (tmp_path / "config.json").write_text(json.dumps(QWEN_7B), "utf-8")
     return str(tmp_path)
 
@@ -95,6 +95,6 @@ def test_the_error_for_a_missing_model_names_a_remedy(tmp_path: Path) -> None:
         model_shape(ModelConfig(name=str(tmp_path / "nowhere")), "clm")
     (tmp_path / "config.json").write_text("{}", "utf-8")
     with pytest.raises(
-        ConfigError, match=r"no configuration of a model there \(.*\); name a model"
+        ConfigError, match=r"the model's config cannot be read \(.*\); name an available"
     ):
         model_shape(ModelConfig(name=str(tmp_path)), "clm")

@@ -1,4 +1,4 @@
-"""What PPO reads from a causal model, against the model's own logits."""
+"""The policy's log-probabilities and entropies equal those of the model's logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A saved tokenizer does the same without AutoTokenizer and its imports."""
+"""A saved tokenizer loads without AutoTokenizer and its imports."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Two tokenizers are told apart when they would write a conversation in other ids."""
+"""Tokenizers that give a conversation different ids are recognized as different."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A value depends on its own piece alone; a saved head is found, and missed when it is gone."""
+"""A value depends on its own sequence only; a saved head is loaded, a missing one is an error."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ SCORE = RewardModelInfo(mean=0.25, std=0.5, normalised_on="chosen answers", spee
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model with an output layer of its own, which value models leave behind."""
+    """Return a language model with untied embeddings, whose output layer value models drop."""
     folder = tmp_path_factory.mktemp("base")
     tiny_model(tie_embeddings=False).save_pretrained(folder)
     return folder
@@ -41,7 +41,7 @@ def fresh(base: Path, **options) -> ValueModel:
 
 
 def saved(base: Path, folder: Path) -> Path:
-    """A reward model in `folder`."""
+    """Save a reward model in `folder`."""
     fresh(base).pretrained.save_pretrained(folder)
     SCORE.write(folder)
     return folder
@@ -78,7 +78,7 @@ def test_a_score_does_not_depend_on_batch_size_or_neighbors(base):
 
 def test_a_score_is_transformers_own_at_the_last_token_also_of_a_padding_token(base):
     model, texts = fresh(base), random_texts()
-    texts[0][-1] = 0  # the id of padding, as where pad doubles as end
+    texts[0][-1] = 0  # the id of padding, which may double as the end token
 
     ours = scores(model, texts)
     plain = model.pretrained
@@ -192,7 +192,7 @@ def test_adapters_without_their_head_are_refused(base, tmp_path):
     apply_lora(plain, LoraConfig(rank=2)).save_pretrained(tmp_path)
     SCORE.write(tmp_path)
 
-    with pytest.raises(ConfigError, match="its adapter has no head"):
+    with pytest.raises(ConfigError, match="the adapter has no head"):
         load_value_model(str(tmp_path))
 
 
@@ -210,5 +210,5 @@ def test_a_head_of_several_numbers_is_refused(base, tmp_path):
     names = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
     (folder / "config.json").write_text(json.dumps(config | names), "utf-8")
 
-    with pytest.raises(ConfigError, match="head gives 2 numbers"):
+    with pytest.raises(ConfigError, match="head has 2 outputs"):
         load_value_model(str(folder))

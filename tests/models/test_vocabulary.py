@@ -40,7 +40,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def qwen2(plain, tmp_path_factory):
-    """As AutoTokenizer loads it beside a Qwen2 model."""
+    """Return a tokenizer as AutoTokenizer loads it from a Qwen2 model."""
     folder = tmp_path_factory.mktemp("qwen2")
     plain.save_pretrained(folder)
     Qwen2Config().save_pretrained(folder)
@@ -49,7 +49,7 @@ def qwen2(plain, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama3(plain):
-    """Llama 3's traits: whole pieces first, a begin token, no ids of added tokens in the model."""
+    """Return a tokenizer like Llama 3's: ignore_merges, begin token, added tokens outside vocab."""
     spec = json.loads(plain.backend_tokenizer.to_str())
     spec["model"]["ignore_merges"] = True
     added = [token["content"] for token in spec["added_tokens"]]
@@ -242,7 +242,7 @@ def test_a_trimmed_tokenizer_maps_the_corpus_one_to_one(base, tmp_path):
     ] == chat_template.generation_prompt_ids(base, talk)
     for token in base.added_tokens_encoder:
         assert kept[tokenizer.get_vocab()[token]] == base.get_vocab()[token]
-    for other in [*NEW[:3], OLD[0], "☺ é 罕"]:  # all bytes are there
+    for other in [*NEW[:3], OLD[0], "☺ é 罕"]:  # all bytes can be encoded
         ids = tokenizer(other, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids) == other
     assert tokenizer.eos_token == base.eos_token

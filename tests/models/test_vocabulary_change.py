@@ -1,4 +1,4 @@
-"""The loss that another vocabulary costs is the one computed by hand."""
+"""The change of the loss by another vocabulary equals the one computed by hand."""
 
 import copy
 
@@ -37,7 +37,7 @@ def base(folder):
 
 
 def mean_loss_by_hand(model, pieces: list[list[int]]) -> float:
-    """Mean of -log p(token | before), each piece alone, by transformers' own forward."""
+    """Return the mean of -log p(token | before) of each sequence alone, from transformers."""
     model = copy.deepcopy(model).eval()
     model.set_attn_implementation("eager")
     losses = []
@@ -60,9 +60,9 @@ def test_an_extended_vocabulary_raises_the_loss_by_the_larger_softmax(model, bas
     assert change.loss.num_targets == sum(len(ids) - 1 for ids in pieces)
     assert change.loss.before == pytest.approx(before, abs=1e-5)
     assert change.loss.after == pytest.approx(mean_loss_by_hand(model, pieces), abs=1e-5)
-    assert change.loss.after > change.loss.before + 1e-3  # each old token gets less
+    assert change.loss.after > change.loss.before + 1e-3  # each old token gets less probability
     shift = change.loss.after - change.loss.before
-    assert f"{change.loss.after:.4f} nats, {shift:+.4f} by the other softmax" in str(change)
+    assert f"{change.loss.after:.4f} nats ({shift:+.4f} from the changed softmax)" in str(change)
 
 
 def test_a_trimmed_vocabulary_lowers_the_loss_on_texts_whose_tokens_stay(model, base):

@@ -20,7 +20,7 @@ KINDS = ("qwen2", "llama", "bert")
 
 
 def tiny_config(kind: str = "qwen2", **changes) -> ModelConfig:
-    """Two layers with grouped heads; a bert cannot group."""
+    """Return a config of two layers with grouped heads (not in a bert)."""
     small = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
     small |= {"num_kv_heads": None if kind == "bert" else 2, "max_positions": 64}
     return ModelConfig(
@@ -31,7 +31,7 @@ def tiny_config(kind: str = "qwen2", **changes) -> ModelConfig:
 def tiny_model(
     kind: str = "qwen2", *, dtype: torch.dtype = torch.float32, **changes
 ) -> PreTrainedModel:
-    """A fresh model."""
+    """Return a model with fresh weights."""
     return build_model(
         tiny_config(kind, **changes),
         head_kind="mlm" if kind == "bert" else "clm",
@@ -45,7 +45,7 @@ def tiny_model(
 def model_with_tokenizer(
     texts: Sequence[str], vocab_size: int = 400, **changes
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A fresh causal model and the tokenizer trained on `texts` that it speaks."""
+    """Return a fresh causal model and its tokenizer, trained on `texts`."""
     tokenizer = train_tokenizer(iter(texts), TokenizerConfig(vocab_size=vocab_size), "bpe")
     model = build_model(
         tiny_config(**changes),
@@ -58,13 +58,13 @@ def model_with_tokenizer(
 
 
 def save_model_with_tokenizer(folder: Path, texts: Sequence[str], **options) -> None:
-    """Write the same as a base model."""
+    """Save the same model and tokenizer in `folder`."""
     for part in model_with_tokenizer(texts, **options):
         part.save_pretrained(folder)
 
 
 def copy_with_changed_config(model: Path, folder: Path, **changes: Any) -> Path:
-    """A saved model with other values in its config.json."""
+    """Copy a saved model and change values in its config.json."""
     shutil.copytree(model, folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
@@ -83,7 +83,7 @@ def pack(sequences: list[Tensor], labels: list[Tensor]) -> PackedBatch:
 
 
 def random_batch(lengths: list[int], *, ignored: float = 0.3, seed: int = 0) -> PackedBatch:
-    """Random pieces with random labels, some of them ignored."""
+    """Return random sequences with random labels, some of them ignored."""
     generator = torch.Generator().manual_seed(seed)
     sequences = [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
     labels = [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]

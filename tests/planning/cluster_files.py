@@ -24,7 +24,7 @@ GPU_CLUSTER: dict[str, Any] = {
 
 
 def write_cluster_file(folder: Path, **changes: Any) -> Path:
-    """GPUS as a file, with other values of `section__key`; None takes the key out."""
+    """Write GPU_CLUSTER with changed values of `section__key`; None removes a key."""
     tree = copy.deepcopy(GPU_CLUSTER)
     for key, value in changes.items():
         *path, last = key.split("__")

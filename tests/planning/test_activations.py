@@ -1,4 +1,4 @@
-"""What a forward pass is said to keep is what autograd keeps."""
+"""Counted activations against the tensors that autograd saves."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
 
 def saved_bytes(module: LanguageModel, batch: PackedBatch) -> int:
-    """Of all tensors that autograd keeps, each storage once, weights not counted."""
+    """Return the bytes of all tensors that autograd saves, each storage once, without weights."""
     weights = {param.untyped_storage().data_ptr() for param in module.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Messages of a step, what a ring sends of them, and how long that takes."""
+"""Collectives of a step, the bytes that a ring sends, and their time."""
 
 from dataclasses import replace
 

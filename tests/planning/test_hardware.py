@@ -1,4 +1,4 @@
-"""A cluster is read from Ray's definition and a file beside it; what makes no sense is refused."""
+"""Reading a cluster from Ray's definition and a hardware file, and their errors."""
 
 from pathlib import Path
 
@@ -60,8 +60,8 @@ def test_the_memory_that_ray_knows_is_the_hosts(tmp_path: Path) -> None:
         ({"available_node_types__data__resources": None}, "data has no resources; write them"),
         ({"metadata__usd_per_hour__gpu": 3}, "metadata.usd_per_hour.gpu is no node type"),
         ({"available_node_types__train__labels": {"ray.io/accelerator-type": "X9"}},
-         r"train: the device X9 is not known; describe it as \[devices.X9\]"),
-        ({"available_node_types__train__labels": {}}, "the device GPU is not known"),
+         r"train: device X9 is unknown; describe it as \[devices.X9\]"),
+        ({"available_node_types__train__labels": {}}, "device GPU is unknown"),
     ],
 )  # fmt: skip
 def test_an_incomplete_cluster_definition_is_refused(tmp_path: Path, changes, words) -> None:

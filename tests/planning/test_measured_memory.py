@@ -1,4 +1,4 @@
-"""What a plan says of memory beside real ranks that train."""
+"""Predicted memory of a worker against that of real training ranks."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Memory by hand-computed numbers, and what must hold between settings."""
+"""Memory against hand-computed numbers, and relations between settings."""
 
 import pytest
 
@@ -117,7 +117,7 @@ def test_a_higher_stage_never_needs_more_of_many_gpus(checkpointing: bool) -> No
 
 
 def test_memory_of_a_cpu_process_includes_freed_blocks() -> None:
-    """At stage 1 the initial weights' room; at stage 2 activations use it."""
+    """The initial weights' memory stays unused at stage 1; at stage 2 activations reuse it."""
     one, two = (
         {
             p.name: p

@@ -1,4 +1,4 @@
-"""What Ray's own scheduler would start for the bundles of a job."""
+"""Nodes that Ray's own scheduler launches for the bundles of a job."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_workers_that_can_never_be_placed_are_refused_by_name(cluster) -> None:
 
 
 def test_bundles_that_do_not_pack_onto_nodes_are_refused(cluster) -> None:
-    """Though the sums would do: 7 x 40 CPUs of 4 x 64 and 4 x 16."""
+    """The total would suffice: 7 x 40 CPUs on 4 x 64 and 4 x 16."""
     words = r"no room for pools.actor \(7 x \(40 CPU\)\) .* may start 4 x data \(16 CPU\)"
     with pytest.raises(ConfigError, match=words):
         plan_node_launches(cluster, {"pools.actor": role(7, 40, 0)}, data_cpus=1)

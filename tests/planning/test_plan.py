@@ -1,4 +1,4 @@
-"""`medgpt plan`, from the command line: numbers of a 7B model, and what is refused."""
+"""`medgpt plan` from the command line: numbers for a 7B model, and errors."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def plan(stage: str, cluster: str, *arguments: str) -> Any:
-    """The result of the command."""
+    """Run the command and return its result."""
     config = str(ROOT / f"configs/{stage}.toml")
     return CliRunner().invoke(app, ["plan", stage, config, "--cluster", cluster, *arguments])
 
@@ -133,7 +133,7 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_smallest_change(model_7b,
     alone = (f"model.name={model_7b}", "cluster.num_workers=1", "engine.zero_stage=1")
     text = refusal("sft", cluster, *alone)
     assert "a worker of train needs " in text
-    assert "no node type has so much within 90% of its memory: train has 79 GiB" in text
+    assert "more than 90% of the memory of every node type: train has 79 GiB" in text
     assert "it would fit with engine.offload_optimizer=true (" in text
     assert planned("sft", cluster, *alone, "engine.offload_optimizer=true")
 
@@ -167,12 +167,15 @@ def test_stages_without_a_model_to_train_are_not_planned(cluster: str) -> None:
     result = CliRunner().invoke(app, ["plan", "corpus", "x.toml", "--cluster", cluster])
     assert result.exit_code == 2
     assert (
-        "STAGE=corpus is none that can be planned: pretrain, sft, reward, dpo, ppo" in result.stderr
+        "STAGE=corpus cannot be planned; choose one of pretrain, sft, reward, dpo, ppo"
+        in result.stderr
     )
 
 
 def test_a_missing_base_model_is_an_error_with_a_remedy(cluster) -> None:
-    assert "/shared/runs/pretrain-7b/model: no such folder; name a model" in refusal("sft", cluster)
+    assert "/shared/runs/pretrain-7b/model: no such folder; name an available model" in refusal(
+        "sft", cluster
+    )
 
 
 def test_times_are_finite(model_7b: str, cluster: str) -> None:

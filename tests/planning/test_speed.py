@@ -1,4 +1,4 @@
-"""Operations by hand-computed numbers, and which of the bounds counts."""
+"""FLOPs and speeds against hand-computed numbers, and which bound is active."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Models and settings of round numbers."""
+"""Model shapes and engine settings with round numbers."""
 
 from medgpt.models.model_shapes import ModelShape, WeightShape
 from medgpt.planning.activations import MicroBatch
@@ -12,7 +12,8 @@ SMALL_BATCH = MicroBatch(
 def toy_model(
     matrices: int = 4, size: int = 10_000_000, *, vocab: int = 1000, frozen: int = 0
 ) -> ModelShape:
-    """An embedding of `vocab` x 100, tied, and matrices of `size`; the first `frozen` frozen."""
+    """Return a tied embedding of `vocab` x 100 and matrices of `size`, the first `frozen`
+    frozen."""
     blocks = [WeightShape(size, is_matrix=True, trainable=i >= frozen) for i in range(matrices)]
     embedding = WeightShape(vocab * 100, is_matrix=False, trainable=not frozen)
     return ModelShape(

@@ -13,7 +13,7 @@ RULES = ("urgency", "dose", "diagnosis", "hotline", "language", "repetition")
 
 
 def make_ppo_run(folder: Path, *, iterations: int = 20) -> Run:
-    """A PPO run as its driver leaves it, with numbers one can recompute."""
+    """Write a PPO run with numbers that a test can recompute."""
     run = Run(str(folder))
     run.folder.write_text("config.toml", tomli_w.dumps({"run": {"dir": "<b>dir</b>"}}))
     run.update_manifest(
@@ -64,7 +64,7 @@ def html(tmp_path_factory) -> str:
 
 
 def row_cells(html: str, first: str) -> list[str]:
-    """Texts of the table row that begins so."""
+    """Return the cells of the table row that starts with `first`."""
     row = next(r for r in re.findall(r"<tr>.*?</tr>", html, re.DOTALL) if f"<td>{first}</td>" in r)
     texts = re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)
     return [re.sub(r"<[^>]+>", "", text).strip() for text in texts]
@@ -91,9 +91,9 @@ def test_phases_add_up_to_the_iteration(html):
 def test_every_component_has_its_curve(html):
     figures = re.findall(r"<figure><figcaption>(.*?)</figcaption>(.*?)</figure>", html, re.DOTALL)
     drawn = dict(figures)
-    assert set(drawn) >= {"Score", "Reward components", "Rules violated", "Judge", "Answers"}
+    assert set(drawn) >= {"Score", "Reward components", "Rule violations", "Judge", "Answers"}
     assert all(f">{name}<" in drawn["Reward components"] for name in ("score", *RULES))
-    assert all(f">{name}<" in drawn["Rules violated"] for name in RULES)
+    assert all(f">{name}<" in drawn["Rule violations"] for name in RULES)
 
 
 def test_rollouts_are_shown_earliest_first_with_failed_components(html):

@@ -16,7 +16,7 @@ RESOURCE = re.compile(
 
 
 def make_run(folder: Path, *, steps: int = 30) -> Run:
-    """A finished run directory as a stage leaves it, with numbers one can recompute."""
+    """Write a finished run directory with numbers that a test can recompute."""
     run = Run(str(folder))
     run.folder.write_text("config.toml", tomli_w.dumps({"run": {"dir": "<b>dir</b>"}}))
     account = {"licence": "MIT", "sensitive": True, "rows": 1002, "train": 980, "validation": 20}

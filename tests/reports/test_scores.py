@@ -1,4 +1,4 @@
-"""Reports of evaluations, from run directories as an evaluation leaves them."""
+"""Reports of evaluations, from run directories that a test writes."""
 
 import json
 import re
@@ -45,7 +45,8 @@ def make_evaluation(
     template: str = "mcq-1",
     parent: str | None = None,
 ) -> Run:
-    """40 questions, the first `right` of which are answered, and a sensitive task."""
+    """Write an evaluation of 40 questions, the first `right` answered correctly, and a sensitive
+    task."""
     run = Run(str(folder))
     items = {
         "mcq": [item(i, i < right, "儿科" if i % 2 else "内科") for i in range(40)],
@@ -99,11 +100,11 @@ def test_columns_with_different_prompts_are_not_compared(tmp_path):
         [load_eval_column("a", letters), load_eval_column("b", texts)], seed=0
     )
     assert [row.changes for row in table.rows] == [[None, None]]
-    assert table.facts[-1] == "b is not compared with a, which asked in another way"
+    assert table.facts[-1] == "b is not compared with a, which used another prompt"
 
 
 def evaluation_of_texts(texts: list[str], folder: Path) -> Run:
-    """An evaluation of answers against one reference."""
+    """Write an evaluation of answers against one reference."""
     counted = corpus_counts(texts, ["多饮、多尿、多食和体重下降"] * len(texts))
     items = [
         ItemResult(f"q{i}", {"words": float(len(text))}, counts=part)
@@ -217,7 +218,7 @@ class SimulatedKill(Exception):
 
 def test_a_kill_while_the_card_is_written_leaves_a_complete_model(tmp_path):
     class Dying(LocalFileSystem):
-        """Stands for a process that is killed before its n-th write."""
+        """Raise before the n-th write, like a process that is killed."""
 
         protocol = ("dying",)
         left = 0

@@ -81,10 +81,10 @@ def test_every_key_has_an_axis_and_every_judged_trial_a_line(report):
     for key in ("ppo.kl_coef", "optimizer.learning_rate", "ppo.epochs", "checks"):
         assert f">{key}<" in figures["All trials"]
     for name in ("001", "002", "003"):
-        assert f">{name}<" in figures["Marks while training"]
+        assert f">{name}<" in figures["Metric during training"]
         assert (
-            f"> {name}<" in figures["Marks and divergence"]
-            or f">{name}<" in figures["Marks and divergence"]
+            f"> {name}<" in figures["Metric against KL"]
+            or f">{name}<" in figures["Metric against KL"]
         )
 
 

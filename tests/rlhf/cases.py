@@ -62,14 +62,14 @@ zero_stage = 0
 
 
 def ppo_config(folder: Path, base: Path, *overrides: str) -> PPOStageConfig:
-    """A run from the model in `base`: 12 prompts an iteration, 4 a step."""
-    path = folder / f"ppo-{os.getpid()}.toml"  # ranks call this at the same time
+    """Config of a run from the model in `base`: 12 prompts per iteration, 4 per step."""
+    path = folder / f"ppo-{os.getpid()}.toml"  # ranks call this concurrently
     path.write_text(CONFIG.format(folder=folder, base=base), "utf-8")
     return load(PPOStageConfig, path, overrides)
 
 
 def save_reward_model(base: Path, folder: Path, *, lora: bool = False, seed: int = 3) -> Path:
-    """A reward model in `folder`: the base with a fresh head, or adapters that are not at zero."""
+    """Save the base with a fresh value head, and optionally nonzero LoRA adapters."""
     model = build_value_model(ModelConfig(name=str(base)), seed=seed, dtype=torch.float32)
     if lora:
         model = apply_lora(model, LoraConfig(rank=2), head=VALUE_HEAD)
@@ -84,13 +84,13 @@ def save_reward_model(base: Path, folder: Path, *, lora: bool = False, seed: int
 
 
 def prompts_of(rollouts: Sequences) -> Prompts:
-    """The prompts of sequences."""
+    """Prompts of the sequences."""
     messages = ['[["user", "?"]]'] * len(rollouts)
     return Prompts(sample_ids=rollouts.sample_ids, ids=rollouts.prompts, messages=messages)
 
 
 def with_empty_responses(rollouts: Sequences, *rows: int) -> Sequences:
-    """The same, but nothing was answered in these rows."""
+    """The same batch with empty responses in these rows."""
     kept = np.ones(len(rollouts.logprobs), np.bool_)
     kept[rollouts.responses.positions(rows)] = False
     lengths = rollouts.responses.lengths.copy()
@@ -101,7 +101,7 @@ def with_empty_responses(rollouts: Sequences, *rows: int) -> Sequences:
 
 
 def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
-    """Random prompts of 3 to 15 tokens and responses of 1 to `longest`, sampled by nobody."""
+    """Random prompts of 3 to 15 tokens, responses of 1 to `longest`, and log-probabilities."""
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(5, VOCAB, n) for n in rng.integers(3, 16, num)]
     responses = [rng.integers(5, VOCAB, n) for n in rng.integers(1, longest + 1, num)]
@@ -118,7 +118,7 @@ def sequences(num: int = 12, *, seed: int = 0, longest: int = 8) -> Sequences:
 
 
 def share(rollouts: Sequences, index: Any) -> Sequences:
-    """What one worker would have sampled of `whole`."""
+    """The share of one worker that sampled these rows."""
     index = np.asarray(index)
     return Sequences(
         index=index,
@@ -132,14 +132,14 @@ def share(rollouts: Sequences, index: Any) -> Sequences:
 
 
 def scores(rollouts: Sequences, totals: Any = None) -> Scores:
-    """By default random."""
+    """Scores, by default random."""
     rewards = np.random.default_rng(1).normal(size=len(rollouts)) if totals is None else totals
-    made_of: Any = None  # only the driver asks
+    made_of: Any = None  # only the driver reads it
     return Scores(index=rollouts.index, totals=np.asarray(rewards, np.float32), rewards=made_of)
 
 
 def values(rollouts: Sequences, flat: Any = None, after: Any = None) -> Values:
-    """By default random."""
+    """Values, by default random."""
     rng = np.random.default_rng(2)
     flat = rng.normal(size=len(rollouts.responses.values)) if flat is None else flat
     after = rng.normal(size=len(rollouts)) if after is None else after
@@ -151,7 +151,7 @@ def values(rollouts: Sequences, flat: Any = None, after: Any = None) -> Values:
 
 
 def logprobs(rollouts: Sequences, model: Any, flat: Any = None) -> Logprobs:
-    """By default those of the sampling."""
+    """Log-probabilities, by default those of sampling."""
     flat = rollouts.logprobs if flat is None else flat
     return Logprobs(
         model=model, index=rollouts.index, values=np.asarray(flat, np.float32), entropy=0.0
@@ -159,7 +159,7 @@ def logprobs(rollouts: Sequences, model: Any, flat: Any = None) -> Logprobs:
 
 
 def ptx_batch(*sizes: int, seed: int = 0) -> PtxBatch:
-    """Steps of so many rows, each of two random pieces, of which the second half is learnt."""
+    """Steps of `sizes` rows; each row packs two sequences whose second halves are targets."""
     rng = np.random.default_rng(seed)
     return PtxBatch(steps=[[_row(rng) for _ in range(size)] for size in sizes])
 

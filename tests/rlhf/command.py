@@ -1,4 +1,4 @@
-"""`medgpt ppo` as a user types it, on some Ray; its workers are held and killed."""
+"""Runs `medgpt ppo` as a subprocess whose workers can be held and killed."""
 
 import json
 import os
@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class Command:
-    """A command whose config is FOLDER/ppo.toml and whose run directory FOLDER/run.
+    """The command with config FOLDER/ppo.toml and run directory FOLDER/run.
 
     Args:
-        cluster: environment by which it finds one; by default the Ray that this process uses.
+        cluster: environment variables that point to a cluster; by default this process's Ray.
     """
 
     def __init__(self, folder: Path, *, cluster: dict[str, str] | None = None) -> None:
@@ -42,7 +42,7 @@ class Command:
             self.kill()
 
     def start(self) -> None:
-        """Begin, or repeat."""
+        """Start or repeat the command."""
         environment = {hooks.FOLDER_VARIABLE: str(self.folder), "PYTHONPATH": str(ROOT)}
         runtime_env = {
             "worker_process_setup_hook": "tests.rlhf.hooks.install",
@@ -63,12 +63,12 @@ class Command:
             )
 
     def hold_worker(self, where: Hold) -> None:
-        """Have a worker held there; who is held now goes on, unless it is killed first."""
+        """Hold a worker at this place and release the one held now."""
         self.holds += 1
         hooks.write_hold(self.folder, replace(where, number=self.holds))
 
     def wait_until_held(self) -> int:
-        """The process id of the worker that is."""
+        """Return the process id of the held worker."""
         self.wait_for(lambda: self._held_pid() is not None, "worker in the phase")
         held = self._held_pid()
         assert held is not None
@@ -83,7 +83,7 @@ class Command:
         hooks.write_hold(self.folder, None)
 
     def pid_of(self, role: str, rank: int) -> int:
-        """Of the worker that worked last in this place."""
+        """Return the process id of the latest worker of this role and rank."""
         return int(hooks.pid_file(self.folder, role, rank).read_text())
 
     def kill(self) -> None:
@@ -92,14 +92,14 @@ class Command:
         self.process.wait()
 
     def join(self, timeout_s: float = 240) -> None:
-        """Wait for the end, which must be a good one."""
+        """Wait for the command to exit with status 0."""
         assert self.process is not None
         code = self.process.wait(timeout_s)
         assert code == 0, self.output()[-4000:]
 
     @property
     def step(self) -> int:
-        """The last that was logged."""
+        """The latest logged step."""
         return last_logged_step(self.folder / "run" / "metrics.jsonl")
 
     def output(self) -> str:

@@ -1,4 +1,4 @@
-"""A small PPO run on Ray that several files look at, and what it is made of."""
+"""A small PPO run on Ray that several files check, and its inputs."""
 
 import json
 from pathlib import Path
@@ -31,5 +31,5 @@ def ppo_inputs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> PPOInput
 def quiet_run(
     ray_session: None, ppo_inputs: PPOInputs, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
-    """Six iterations, two passes over the prompts, by a pool for each role; never interrupted."""
+    """Six iterations, two passes over the prompts, one pool per role; never interrupted."""
     return run_ppo(write_config(tmp_path_factory.mktemp("quiet"), ppo_inputs))

@@ -16,23 +16,23 @@ from typing import Any
 
 from tests.train.worker_hooks import last_logged_step
 
-FOLDER_VARIABLE = "MEDGPT_TEST_HOLD"  # where the files of tests and workers are
+FOLDER_VARIABLE = "MEDGPT_TEST_HOLD"  # variable with the folder shared by tests and workers
 HOLD_FILE, HELD_FILE = "hold.json", "held.json"
-# modules of what a pool is told to do
+# modules whose methods pools call
 ROLES, WEIGHT_SYNC = "medgpt.rlhf.roles.", "medgpt.rlhf.weight_sync.process_group"
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Where a worker is to be held: in the `time`-th call of `function` inside of `method`, the
-    first time after the run has logged so many steps."""
+    """Where to hold a worker: in the `time`-th call of `function` inside `method`, once the run has
+    logged `step` steps."""
 
-    method: str  # of a role, as Actor.update, or a function of weight_sync.process_group
+    method: str  # of a role, such as Actor.update, or a function of weight_sync.process_group
     function: str  # qualified name
     rank: int = 0
     time: int = 1
     step: int = 0
-    number: int = 0  # tells it from earlier ones
+    number: int = 0  # distinguishes it from earlier holds
 
 
 def install() -> None:
@@ -48,7 +48,7 @@ def install() -> None:
 
 
 def on_method(folder: Path, module: str, method: str) -> None:
-    """This worker is about to run `method`."""
+    """Called before this worker runs `method`; arms the hold if it applies."""
     rank = int(os.environ["RANK"])
     sys.setprofile(None)  # of an earlier method
     if module.startswith(ROLES):
@@ -62,7 +62,7 @@ def on_method(folder: Path, module: str, method: str) -> None:
 
 
 def hold_in_call(folder: Path, hold: Hold) -> None:
-    """Wait in the call of the function, for as long as the test wants this worker held."""
+    """Block in the chosen call of the function until the test releases the worker."""
     calls = 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
@@ -84,7 +84,7 @@ def read_hold(folder: Path) -> Hold | None:
 
 
 def write_hold(folder: Path, hold: Hold | None) -> None:
-    """Hold there, or nowhere; who is held elsewhere goes on."""
+    """Request this hold, or none; a worker held elsewhere continues."""
     if hold is None:
         (folder / HOLD_FILE).unlink(missing_ok=True)
     else:

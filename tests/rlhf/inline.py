@@ -1,4 +1,4 @@
-"""Pools whose one worker is this process: the driver's loop without Ray."""
+"""Pools whose only worker is this process, to test the PPO loop without Ray."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from medgpt.runs import Run
 
 
 class InlineRef:
-    """A value, or the error that making it raised."""
+    """Fake object ref: a value, or the error of the call."""
 
     def __init__(self, value: Any = None, error: Exception | None = None) -> None:
         self.value, self.error = value, error
@@ -36,7 +36,7 @@ class InlineRef:
 
 
 class InlinePool:
-    """Calls its role at once; `dies_at` says which call finds it dead."""
+    """Runs calls at once. `dies_at` (method, count) is the call that finds the worker dead."""
 
     def __init__(self, role: str, make: Callable[[], Any]) -> None:
         self.role, self.build_role, self.worker = role, make, make()
@@ -44,7 +44,7 @@ class InlinePool:
         self.calls: list[str] = []
         self.dies_at: tuple[str, int] | None = None
         self.loses_at: tuple[str, int | None] | None = None
-        """Which call finds its arguments gone; None: each of these."""
+        """The call (method, count) that finds its arguments lost; count None: every such call."""
 
     def call(self, method: Callable[..., Any], *args: Any) -> list[InlineRef]:
         self.calls.append(method.__name__)
@@ -81,10 +81,10 @@ class InlinePools:
         self.moved: list[str] = []
         self.waits: list[str] = []
         self.drains_at: tuple[str, int] | None = None
-        """Which wait hears that the nodes of `leaving` will end."""
+        """The wait (purpose, count) during which the nodes of `draining_roles` start to drain."""
         self.draining_roles: list[str] = []
         self.dies_in_get: tuple[str, str] | None = None
-        """What is fetched, and the roles that are then found dead."""
+        """Purpose of the `get` that finds these space-separated roles dead."""
 
     def put(self, value: Any) -> InlineRef:
         return InlineRef(value)
@@ -121,7 +121,7 @@ class InlinePools:
         return {died.role} | dead
 
     def sync(self, version: int) -> dict[str, float]:
-        """Through memory."""
+        """Copy the actor's weights to the rollout role in memory."""
         actor, rollout = self.pools["actor"].worker, self.pools["rollout"].worker
         for role, worker in (("actor", actor), ("rollout", rollout)):
             if worker is None:
@@ -132,7 +132,7 @@ class InlinePools:
 
 
 def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
-    """Random prompts that a response may end: the same for the same iteration."""
+    """Stream of random prompts, a function of the iteration."""
     assert config.model.name is not None
     ends = stop_token_ids(load_tokenizer(config.model.name))
 
@@ -153,7 +153,7 @@ def prompt_stream(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
 
 
 def make_ppo(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO:
-    """A run at its newest checkpoint; `changes` replace the driver's arguments."""
+    """Return a PPO loop on inline pools; `changes` replace arguments of PPO."""
     run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
     pools = InlinePools(config, num_iterations)
     options: dict[str, Any] = {"prompts": prompt_stream(config), "sync": pools.sync}
@@ -163,7 +163,7 @@ def make_ppo(config: PPOStageConfig, num_iterations: int, **changes: Any) -> PPO
 
 
 def comparable_metrics(run: Run) -> list[dict[str, float]]:
-    """Metrics of each step that do not depend on the machine."""
+    """Metrics of each step without those that depend on the machine."""
     machine_dependent = ("time", "memory", "attempt", "ppo/samples_per_s", "rollout/tokens_per_s")
     return [
         {name: value for name, value in line.items() if not name.startswith(machine_dependent)}

@@ -1,4 +1,4 @@
-"""A role that needs no model."""
+"""Roles without models, and faults to inject, for the tests of pools and weight sync."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ class Adder:
         return number + self.offset, self.calls, os.getpid()
 
     def hold(self, size: int) -> list[ray.ObjectRef]:
-        """What is lost when this worker is."""
+        """Return a ref that is lost when this worker dies."""
         return [ray.put(torch.zeros(size))]
 
     def size(self, data: Tensor) -> int:
@@ -59,7 +59,7 @@ class Adder:
         time.sleep(seconds)
 
     def die(self, rank: int, then_sum: bool) -> int:
-        """`rank` is killed; the others meet in a collective, or sleep."""
+        """Kill `rank`; the others enter a collective, or sleep."""
         if dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         if then_sum:
@@ -78,7 +78,7 @@ def kill_self() -> Adder:
 
 
 def kill_first_caller(marker: Path) -> Adder:
-    """In one of the ranks, the first time."""
+    """Kill the first rank that calls this; the others return an Adder."""
     try:
         marker.touch(exist_ok=False)
     except FileExistsError:
@@ -87,8 +87,8 @@ def kill_first_caller(marker: Path) -> Adder:
 
 
 class DiesWhenUnpickled:
-    """Makes an Adder; a worker that reads it from its message while `marker` exists dies of it,
-    before it has joined the others, and takes the marker with it."""
+    """Builds an Adder. A worker that unpickles it while `marker` exists removes the marker and dies
+    before it joins the group."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -109,20 +109,20 @@ SHAPES = {"embed": (700, 512), "norm": (5,), "half": (3, 7), "count": (), "wide"
 
 
 def corrupting_unpack(times: int) -> Callable[..., Any]:
-    """`process_group.unpack_bucket`, of data that changed on their way so many times."""
+    """`process_group.unpack_bucket`, with data corrupted `times` times."""
     left = [times]
 
-    def unpack_spoiled(header: Header, data: Tensor, *, where: str) -> Any:
+    def unpack_spoiled(header: Header, data: Tensor, *, route: str) -> Any:
         if left[0]:
             left[0] -= 1
             data[0] += 1
-        return unpack_bucket(header, data, route=where)
+        return unpack_bucket(header, data, route=route)
 
     return unpack_spoiled
 
 
 def corrupting_header(times: int) -> Callable[..., Any]:
-    """A `Header.from_tensor` whose bytes changed on their way so many times."""
+    """`Header` whose `from_tensor` reads corrupted bytes `times` times."""
     left = [times]
 
     class Garbled(Header):
@@ -149,7 +149,7 @@ def kill_process(*args: Any, **kwargs: Any) -> None:
 
 
 def pack_late(*args: Any) -> Iterator[Any]:
-    """`buckets.pack_buckets`, when who was killed meanwhile is gone."""
+    """`buckets.pack_buckets`, after a delay in which a killed peer disappears."""
     time.sleep(1)
     yield from pack_buckets(*args)
 
@@ -159,7 +159,7 @@ def raise_key_error(*args: Any, **kwargs: Any) -> None:
 
 
 class WeightHolder:
-    """Sends its weights or receives them: one larger than a bucket of 1 MiB, some odd ones."""
+    """Sender and receiver of weights: one larger than a bucket of 1 MiB, some of odd shapes."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -172,7 +172,7 @@ class WeightHolder:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self.tensors.items():
-            dist.barrier()  # as ZeRO-3 gathers
+            dist.barrier()  # like the gathering of ZeRO-3
             if dist.get_rank() == 0:
                 yield name, weight
 
@@ -186,7 +186,7 @@ class WeightHolder:
             self.missing.discard(name)
 
     def tamper(self, rank: int, name: str, fault: Callable[..., Any]) -> None:
-        """On one rank, a function that `process_group` calls is another one from now on."""
+        """On one rank, replace a name in `process_group` with a fault."""
         if dist.get_rank() == rank:
             setattr(process_group, name, fault)
 
@@ -209,7 +209,7 @@ class WeightHolder:
 
 
 class DeviceGuest:
-    """Knows when it had the device."""
+    """Records when it was on the device."""
 
     def __init__(self) -> None:
         self.resident = True

@@ -1,4 +1,4 @@
-"""A small model that has been fine-tuned on questions and answers of the sample corpus's kind."""
+"""A small model fine-tuned on questions and answers like the sample corpus's."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from medgpt.rlhf.rewards.sample_corpus import NUM_CAUSES, known_causes
 from medgpt.sample_corpus.templates import PROMPT_COMPLAINTS
 from tests.models.tiny_models import model_with_tokenizer
 
-NUM_COMPLAINTS, HELD_OUT = 10, 5  # complaints that are asked about; phrasings that only a test asks
+NUM_COMPLAINTS, HELD_OUT = 10, 5  # complaints; phrasings kept for evaluation
 VAGUE_OPENINGS = ("这个问题比较复杂", "可能有很多种原因", "每个人的情况都不一样")
-GOOD_SHARE = 0.35  # of the answers that name causes; and, apart from it, of those that give advice
+GOOD_SHARE = 0.35  # of answers that name causes; independently, of those with advice
 STEPS, BATCH = 250, 48
 
 
@@ -36,7 +36,7 @@ def held_out_prompts() -> list[str]:
 
 
 def answer(question: str, dice: random.Random) -> str:
-    """Sometimes a good one."""
+    """Return a random answer; GOOD_SHARE of them are good."""
     causes = next(causes for symptom, causes in known_causes().items() if symptom in question)
     good = f"可能是{'或'.join(causes[:NUM_CAUSES])}"
     opening = good if dice.random() < GOOD_SHARE else dice.choice(VAGUE_OPENINGS)
@@ -71,14 +71,14 @@ def save_fine_tuned(folder: Path) -> None:
 
 
 def batch(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(B, L) ids and labels, padded on the right, where causal attention does not look."""
+    """(B, L) ids and labels, padded on the right, where causal attention ignores it."""
     ids = pad_sequence([torch.tensor(p + r) for p, r in rows], batch_first=True)
     labels = [torch.tensor([IGNORE] * len(p) + r) for p, r in rows]
     return ids, pad_sequence(labels, batch_first=True, padding_value=IGNORE)
 
 
 def shuffled(prompts: Sequence[str], size: int, seed: int) -> Iterator[list[str]]:
-    """Batches without end, each prompt once in every pass."""
+    """Yield endless batches with each prompt once per pass."""
     dice, left = random.Random(seed), []
     while True:
         while len(left) < size:

@@ -1,4 +1,4 @@
-"""The small PPO runs that the tests of this folder start on Ray."""
+"""Small PPO runs on Ray for the tests of this folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ LEARN = {"learning_rate": 1e-3}
 
 @dataclass(frozen=True)
 class PPOInputs:
-    """What a run is made of."""
+    """Models and data of a PPO run."""
 
     base: Path
     reward: Path
@@ -25,8 +25,8 @@ class PPOInputs:
 def write_config(
     folder: Path, inputs: PPOInputs, *overrides: str, workers: dict[str, int] = WORKERS
 ) -> PPOStageConfig:
-    """The config of FOLDER/run, also written to FOLDER/ppo.toml: all that a checkpoint must hold
-    is in use, and every pool works."""
+    """Write FOLDER/ppo.toml and return its config, with run directory FOLDER/run. It uses every
+    pool and everything that a checkpoint holds."""
     pools: dict[str, Any] = {
         role: {"num_workers": num, "cpus_per_worker": 0.25} for role, num in workers.items()
     }

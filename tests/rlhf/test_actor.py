@@ -1,4 +1,4 @@
-"""The policy's update against plain torch on sequences one by one; ranks, ZeRO, bad steps."""
+"""The actor's update equals plain torch on single sequences, on any ranks and ZeRO stages."""
 
 from collections.abc import Callable
 from itertools import count
@@ -50,7 +50,7 @@ def distributions(model, rollouts: Sequences, row: int, temperature: float) -> t
 
 
 def response_logprobs(model, rollouts: Sequences, row: int, temperature: float) -> torch.Tensor:
-    """(t,) of a row's response."""
+    """(t,) log-probabilities of a row's response tokens."""
     response = torch.from_numpy(rollouts.responses.row(row)).long()[:, None]
     return distributions(model, rollouts, row, temperature).gather(1, response)[:, 0]
 
@@ -58,7 +58,7 @@ def response_logprobs(model, rollouts: Sequences, row: int, temperature: float) 
 def train(
     actor: Actor, rollouts: Sequences, value=None, *, ptx: PtxBatch | None = None, **changes
 ) -> dict[str, float]:
-    """One iteration, with the actor's own old log-probabilities and a reference a bit off."""
+    """Run one update with the actor's own old log-probabilities and a shifted reference."""
     old = gathered(actor.logprobs(rollouts))
     reference = logprobs(rollouts, "reference", shifted(rollouts))
     parts = [rollouts, scores(rollouts), values(rollouts, value), *old, reference]
@@ -72,7 +72,7 @@ def shifted(rollouts: Sequences) -> np.ndarray:
 
 
 def gathered(part) -> list:
-    """All ranks' parts."""
+    """Gather the outputs of all ranks."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)
     return parts
@@ -89,7 +89,7 @@ def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, fl
 def plain_torch(
     config: PPOStageConfig, base: Path, ptx: Callable[[Any, int], torch.Tensor] | None = None
 ) -> tuple[float, dict]:
-    """Mean loss and weights after the same iteration; `beside` gives a step another loss."""
+    """Mean loss and weights after the same iteration; `ptx` adds a loss to each step."""
     rollouts = sequences()
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa").train()
     temperature = config.rollout.temperature
@@ -245,12 +245,12 @@ def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engi
         assert moved == 0
         assert metrics["ppo/skipped_steps"] == metrics["ppo/steps"] == 6
         assert np.isnan(metrics["actor/grad_norm"])
-        assert metrics["actor/loss"] == 0  # of no step
+        assert metrics["actor/loss"] == 0  # no step was made
 
 
 @pytest.mark.parametrize("part", ["value", "reference", "old"])
 def test_a_sequence_with_nonfinite_numbers_is_left_out_of_the_update(base, tmp_path, part):
-    """With whitening, one such token would spoil every step of the batch."""
+    """With whitening, one such token would make every advantage of the batch nan."""
     rollouts, bad = sequences(), {"value": np.inf, "reference": np.nan, "old": -np.inf}
     actual = []
     for number in (bad[part], None):
@@ -315,7 +315,7 @@ def test_the_entropy_bonus_raises_entropy(base, tmp_path):
 
 def test_rollouts_of_stale_weights_are_refused(base, tmp_path):
     actor = Actor(ppo_config(tmp_path, base), total_iterations=1)
-    with pytest.raises(RuntimeError, match="version 0 where 7 was expected"):
+    with pytest.raises(RuntimeError, match="version 0, but 7 was expected"):
         train(actor, sequences(), weight_version=7)
 
 

@@ -1,8 +1,8 @@
-"""Bad input to PPO gets a clear error, or samples that are masked and counted.
+"""Bad input to PPO raises a clear error, or its samples are masked and counted.
 
-What is not here: reward models that read other ids (test_reward.py), pools larger than the cluster
-(test_placement.py, train/test_capacity.py), models with too few
-positions (test_stage.py), single functions that fail (rewards/test_functions.py).
+Tested elsewhere: reward models with another tokenizer (test_reward.py), pools larger than the
+cluster (tests/cluster), models with too few positions (tests/stages/test_ppo.py), failing reward
+functions (rewards/test_functions.py).
 """
 
 import json
@@ -49,11 +49,11 @@ REWARD_FUNCTIONS = "tests.rlhf.rewards.given_functions"
         ),
         (
             ("pools.critic.num_workers=5",),
-            r"ppo.global_batch_size=4 leaves some of pools.critic.num_workers=5 without work",
+            r"ppo.global_batch_size=4 is less than pools.critic.num_workers=5",
         ),
         (
             ("pools.rollout.num_workers=13",),
-            r"ppo.rollout_batch_size=12 leaves some of pools.rollout.num_workers=13 without work",
+            r"ppo.rollout_batch_size=12 is less than pools.rollout.num_workers=13",
         ),
         (
             ("pools.rollout.offload=true", "rollout.engine=vllm"),
@@ -81,7 +81,9 @@ def short_update(folder: Path, base: Path, num: int) -> dict[str, float]:
     return critic.update(task(), *parts) | actor.update(task(), *parts).metrics
 
 
-@pytest.mark.parametrize("num", [5, 1])  # a step of one sequence; one for two ranks
+@pytest.mark.parametrize(
+    "num", [5, 1]
+)  # the last step has one sequence; one sequence for two ranks
 def test_the_last_prompts_of_an_epoch_may_be_fewer(base, tmp_path, two_ranks, num):
     one_rank_metrics = short_update(tmp_path, base, num)
     two_rank_metrics, _ = two_ranks(short_update, tmp_path, base, num)
@@ -125,7 +127,7 @@ def test_a_critic_with_another_tokenizer_is_refused(base, tmp_path, key):
 
 
 def test_a_missing_critic_model_is_named_by_its_config_key(base, tmp_path):
-    with pytest.raises(ConfigError, match=r"^critic\.model=.*none: cannot load its tokenizer"):
+    with pytest.raises(ConfigError, match=r"^critic\.model=.*none: the tokenizer cannot be loaded"):
         Critic(ppo_config(tmp_path, base, f"critic.model={tmp_path}/none"), total_iterations=1)
 
 
@@ -145,7 +147,7 @@ def test_a_reward_that_always_fails_masks_all_and_halts_the_run(base, tmp_path, 
 
 
 def updates(folder: Path, base: Path, rollouts: Sequences, totals=None) -> dict[str, float]:
-    """Metrics of actor and critic after an iteration, both computing all parts."""
+    """Metrics of actor and critic after an iteration on one rank."""
     config = ppo_config(folder, base)
     actor = Actor(config, total_iterations=1)
     critic = Critic(config, total_iterations=1)
@@ -190,5 +192,5 @@ def test_a_rollout_pool_with_stale_weights_ends_the_run(base, tmp_path):
 
 
 def test_a_rollout_pool_without_any_weights_ends_the_run(base, tmp_path):
-    with pytest.raises(RuntimeError, match=r"has no whole version of the weights, not version 0;"):
+    with pytest.raises(RuntimeError, match=r"has no full version of the weights, not version 0;"):
         make_ppo(config_of(tmp_path, base), 3, sync=lambda version: {}).fit()

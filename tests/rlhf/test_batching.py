@@ -1,4 +1,4 @@
-"""Shares, forward passes and steps hold every sequence once, whatever the ranks and budgets."""
+"""Shares, forward passes and mini-batches hold every sequence once."""
 
 from itertools import chain
 

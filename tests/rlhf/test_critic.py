@@ -46,7 +46,7 @@ def one_rank(base, tmp_path_factory):
 
 
 def values_alone(model, rollouts, row: int) -> torch.Tensor:
-    """(t + 1,) before each response token and after the last, of this sequence alone."""
+    """(t + 1,) values of a single sequence, before each response token and after the last."""
     length = len(rollouts.responses.row(row))
     return model(response_batch(rollouts, np.array([row])))[0, -length - 1 :]
 
@@ -120,7 +120,7 @@ def test_where_no_step_is_finite_no_weight_moves(base, tmp_path, two_ranks, engi
         assert moved == 0
         assert metrics["critic/skipped_steps"] == metrics["critic/steps"] == 6
         assert np.isnan(metrics["critic/grad_norm"])
-        assert metrics["critic/loss"] == 0  # of no step
+        assert metrics["critic/loss"] == 0  # no step was made
 
 
 @pytest.mark.parametrize("stage", [0, 3])

@@ -9,7 +9,7 @@ CONFIG = DiagnosisConfig(window=3, max_kl=10.0, judge_patience=2)
 
 
 def history(iterations: int = 12, **series) -> list[dict[str, float]]:
-    """A healthy run; a series is a function of the iteration, under the metric's name."""
+    """Metrics of a healthy run; `series` are functions of the iteration by metric name."""
     healthy = {
         "actor/kl_ref": lambda i: 0.2 * i,
         "actor/entropy": lambda i: 1.0 - 0.03 * i,
@@ -79,7 +79,7 @@ def test_a_rising_score_with_a_falling_judge_metric_halts(metric):
     falling = {0: 0.6, 3: 0.8, 6: 0.5, 9: 0.3}
     lines = history(**judge_series(metric, falling))
     reasons = [diagnose(lines[: n + 1], CONFIG) for n in range(len(lines))]
-    assert reasons[:9] == [None] * 9  # one low judgement is not enough
+    assert reasons[:9] == [None] * 9  # one low evaluation is not enough
     assert f"held-out {metric} fell from 0.8 to 0.3" in str(reasons[9])
 
 

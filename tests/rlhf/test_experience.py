@@ -1,4 +1,4 @@
-"""What tokens are worth, by hand and against plain loops; failed rewards and stale policies."""
+"""Advantages and returns by hand-computed numbers; failed rewards, importance weights."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Each option of the updates does what plain torch does with it, and is not ignored."""
+"""Each option of the update has the effect that it has in plain torch."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.rlhf.inline import comparable_metrics, make_ppo
 from tests.rlhf.test_actor import ITERATIONS, assert_same, plain_torch, rank_update, train
 from tests.rlhf.test_ppo import config_of
 
-NARROW = "ppo.clip_range=0.002"  # a few steps of a small model do not go far
+NARROW = "ppo.clip_range=0.002"  # a small model moves little in a few steps
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_each_option_changes_the_update_as_in_plain_torch(base, tmp_path, option
 
 
 def test_sampling_policy_and_reference_are_compared_at_one_temperature(base, tmp_path):
-    """If one of them were not at it, these would be far apart."""
+    """With different temperatures these metrics would be far from 0."""
     entropies = []
     for name, temperature in (("warm", 1.0), ("cold", 0.3)):
         config = config_of(tmp_path / name, base, f"rollout.temperature={temperature}")

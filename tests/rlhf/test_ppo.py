@@ -1,4 +1,4 @@
-"""The driver's loop on roles in this process: it learns, repeats itself, resumes, survives."""
+"""The PPO loop on roles in this process: learning, determinism, resume, recovery."""
 
 import threading
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def config_of(folder: Path, base: Path, *overrides: str, reward: str = "letters"
 
 @pytest.fixture(scope="module")
 def uninterrupted(base, tmp_path_factory) -> Run:
-    """Six iterations, saved at every other one."""
+    """Six iterations with a checkpoint every second one."""
     config = config_of(tmp_path_factory.mktemp("whole"), base, "ppo.checkpoint_every=2")
     ppo = make_ppo(config, 6)
     ppo.fit()
@@ -56,14 +56,14 @@ ASYNC = ("ppo.async_rollouts=true",)
 
 @pytest.fixture(scope="module")
 def async_run(base, tmp_path_factory) -> Run:
-    """The same with rollouts that are one step ahead."""
+    """The same with asynchronous rollouts, one iteration ahead."""
     ppo = make_ppo(config_of(tmp_path_factory.mktemp("ahead"), base, *ASYNC), 6)
     ppo.fit()
     return ppo.run
 
 
 def stop_at(iteration: int, ppo: PPO) -> None:
-    """Run until the driver asks for the prompts of `iteration`, where it is killed."""
+    """Run until the loop requests the prompts of `iteration`, then kill it."""
     stream = ppo.prompts_from
 
     def until(start: int):
@@ -198,15 +198,13 @@ def test_pools_that_move_off_a_draining_node_change_no_number(
         async_run if asynchronous else uninterrupted
     )
     assert ppo.attempt == 2
-    assert ppo.pools.pools["actor"].calls.count("update") == 6  # nothing was learnt twice
+    assert ppo.pools.pools["actor"].calls.count("update") == 6  # no update was repeated
 
 
 def test_more_preemptions_than_allowed_end_the_run(base, tmp_path):
     ppo = make_ppo(config_of(tmp_path, base, "cluster.max_preemptions=0"), 2)
     ppo.pools.draining_roles, ppo.pools.drains_at = ["actor"], ("nodes", 2)
-    with pytest.raises(
-        NodesDraining, match="the end of a node of the actor pool was announced in 30 s"
-    ):
+    with pytest.raises(NodesDraining, match="a node of the actor pool will be drained in 30 s"):
         ppo.fit()
 
 
@@ -335,7 +333,7 @@ def test_rollouts_one_step_ahead_are_older_and_survive_a_kill(base, tmp_path, un
 
 
 def score_of(ppo: PPO) -> float:
-    """Mean reward of greedy answers to prompts of no iteration."""
+    """Mean reward of sampled answers to unseen prompts."""
     prompts = next(ppo.prompts_from(10_000))
     ppo.sync(99)
     rollout, reward = (ppo.pools.pools[role].worker for role in ("rollout", "reward"))

@@ -1,4 +1,4 @@
-"""PPO on a cluster that has no nodes until they are needed, and loses one."""
+"""PPO on an autoscaling cluster that starts without nodes and loses one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ def cluster() -> Iterator[LocalCluster]:
 
 
 def kill_node_of(pid: int) -> None:
-    """The raylet of this worker, with all its processes."""
+    """Kill the raylet of this worker with all its processes."""
     raylet = psutil.Process(pid).parent()
     assert raylet is not None
     for process in [raylet, *raylet.children(recursive=True)]:
@@ -66,4 +66,4 @@ def test_ppo_trains_on_an_autoscaling_cluster_that_loses_a_node(
     )
     assert ["rollout", True] in nodes
     assert {("train", False), ("train", True)} <= {tuple(node) for node in nodes}
-    assert len(nodes) == 5  # and one for data: nobody asked for more than it needs
+    assert len(nodes) == 5  # and one for data: no pool requested more than it needs

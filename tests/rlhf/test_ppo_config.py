@@ -1,4 +1,4 @@
-"""Choices of PPO that cannot work are refused with key, value and remedy, as the config is read."""
+"""Invalid PPO configs are refused with key, value and remedy."""
 
 from typing import Any
 
@@ -42,14 +42,14 @@ def test_the_defaults_and_good_choices_pass():
         ),
         (
             {"pools": {"reward": {"num_workers": 513}}},
-            r"ppo.rollout_batch_size=512 leaves some of pools.reward.num_workers=513",
+            r"ppo.rollout_batch_size=512 is less than pools.reward.num_workers=513",
         ),
-        ({"model": {"lora": {"rank": 4, "dropout": 0.1}}}, r"lora.dropout must be 0 here"),
-        ({"critic": {"lora": {"rank": 4, "dropout": 0.1}}}, r"lora.dropout must be 0 here"),
+        ({"model": {"lora": {"rank": 4, "dropout": 0.1}}}, r"lora.dropout must be 0:"),
+        ({"critic": {"lora": {"rank": 4, "dropout": 0.1}}}, r"lora.dropout must be 0:"),
         ({"pools": {"reference_in_actor": True}}, r"reference_in_actor=true needs adapters"),
         (
             {"model": {"name": None, "architecture": {}}},
-            r"model.name is unset; name the model that medgpt sft wrote",
+            r"model.name is unset; set it to the model that medgpt sft wrote",
         ),
         ({"reward": {"model": None}}, r"reward.model is unset; .* reward.score_weight=0"),
     ],

@@ -1,4 +1,4 @@
-"""Workers of `medgpt ppo` and the command itself are killed in the middle of what they do."""
+"""Workers of `medgpt ppo` and the command itself are killed in every phase."""
 
 import os
 import signal
@@ -25,10 +25,10 @@ def kill(pid: int) -> None:
 
 @dataclass(frozen=True)
 class InterruptedRun:
-    """A run that went through deaths, and what was known when its command was killed."""
+    """A run that survived deaths, with its state when its command was killed."""
 
     run: Run
-    steps: int  # logged by then
+    steps: int  # logged when the command was killed
     output: str
 
 
@@ -36,7 +36,7 @@ class InterruptedRun:
 def interrupted(
     quiet_run: Run, ppo_inputs: PPOInputs, tmp_path_factory: pytest.TempPathFactory
 ) -> InterruptedRun:
-    """A rollout worker, then one of the actor's, then the command is killed and repeated."""
+    """A run whose rollout worker, actor worker and command are killed in turn."""
     folder = tmp_path_factory.mktemp("struck")
     write_config(folder, ppo_inputs)
     with Command(folder) as command:
@@ -63,7 +63,7 @@ def weights(run: Run, folder: str) -> dict[str, Any]:
 def assert_as_if_nothing_had_been(run: Run, quiet_run: Run) -> None:
     assert run.finished
     assert comparable_metrics(run) == comparable_metrics(quiet_run)
-    assert len(comparable_metrics(run)) == 7  # with the first judgement
+    assert len(comparable_metrics(run)) == 7  # with the evaluation before training
     for folder in ("model", "critic"):
         actual, expected = weights(run, folder), weights(quiet_run, folder)
         assert actual.keys() == expected.keys()
@@ -96,7 +96,7 @@ def test_a_killed_and_repeated_command_changes_no_number(
 
 @dataclass(frozen=True)
 class Kill:
-    """Who is killed while a worker is held where."""
+    """A worker to kill while a worker is held in a function."""
 
     hold: Hold
     victim: tuple[str, int] | None = None  # role and rank; None: the worker that is held

@@ -1,5 +1,5 @@
-"""PPO does what it is for: a fine-tuned model learns what a known rule rewards, as far as the
-coefficient of the KL allows; and is halted where the reward pays for the wrong thing.
+"""PPO raises the reward of a fine-tuned model as far as the KL coefficient allows, and is halted
+where the reward pays for the wrong thing.
 
 The roles are in this process: pools on Ray change no number (test_ppo_deaths.py)."""
 
@@ -51,12 +51,12 @@ class HeldoutReward(NamedTuple):
     error: float  # standard
 
     def above(self, other: "HeldoutReward") -> float:
-        """In standard errors of the difference."""
+        """Difference in standard errors of the difference."""
         return (self.mean - other.mean) / math.hypot(self.error, other.error)
 
 
 def length(samples: Sequence[RewardSample]) -> list[float]:
-    """What a reward should not pay for."""
+    """A flawed reward: the length of the answer."""
     return [len(a.text) / 10 for a in samples]
 
 
@@ -88,7 +88,7 @@ def stream_of(config: PPOStageConfig) -> Callable[[int], Iterator[Prompts]]:
 
 
 def judge_of(folder: Path) -> tuple[str, ...]:
-    """Asks the held-out prompts every other iteration: are causes stated, and advice given?"""
+    """Config of a judge on the held-out prompts: are causes stated and advice given?"""
     path = folder / "held_out.jsonl"
     lines = []
     for prompt in held_out_prompts():
@@ -118,7 +118,7 @@ def heldout_reward(ppo: PPO) -> HeldoutReward:
 
 
 def kl_of(ppo: PPO) -> float:
-    """Nats from the reference, mean of the last three iterations."""
+    """KL to the reference in nats, mean of the last three iterations."""
     return float(np.mean([line["actor/kl_ref"] for line in comparable_metrics(ppo.run)[-3:]]))
 
 
@@ -142,7 +142,7 @@ def test_ppo_raises_held_out_reward_with_the_kl_under_its_target(
     checks = [
         line["judge/checks"] for line in comparable_metrics(ppo.run) if "judge/checks" in line
     ]
-    assert checks[-1] > checks[0]  # and nobody halted the run
+    assert checks[-1] > checks[0]  # and the run was not halted
 
 
 def test_a_very_large_kl_coefficient_freezes_the_policy(fine_tuned: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A PPO run whose nodes are lost under its pools, or announce their end: the pools move."""
+"""PPO survives lost nodes and moves its pools off draining nodes."""
 
 import time
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ LEFT = Hold("Rollout.generate", "_DecodeState.read", time=3, step=5)
 def undisturbed(
     ppo_inputs: PPOInputs, ray_session: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Run:
-    """With one worker in each pool, on one node."""
+    """An uninterrupted run with one worker per pool, on one node."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_config(folder, ppo_inputs, workers=ONE_EACH)
     with Command(folder) as command:
@@ -55,7 +55,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def add_room(cluster: Cluster) -> None:
-    """A node for one pool; the head, which is never removed, is none."""
+    """Add a node with room for one pool; the head has none."""
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, resources={"room": 1})
 
 
@@ -101,14 +101,16 @@ def test_lost_and_draining_nodes_change_no_number(
         add_room(cluster)
         began = time.monotonic()
         announce_end(cluster, ending, 60)
-        command.wait_for(lambda: "was announced in" in command.output(), "word of the end")
+        command.wait_for(
+            lambda: "will be drained in" in command.output(), "message about the draining node"
+        )
         command.release()
         command.join()
         assert time.monotonic() - began < 60
     said = command.output()
     print(said)
     assert said.count("the pool is rebuilt") == len(lost)
-    assert "the end of a node of the rollout pool was announced in" in said
+    assert "a node of the rollout pool will be drained in" in said
     assert comparable_metrics(command.run) == comparable_metrics(undisturbed)
     assert_every_chunk_once(command.run)
     assert chunks_by_step(command.run) == chunks_by_step(undisturbed)

@@ -1,4 +1,4 @@
-"""Prompts come in time, or the wait for them is told and ends."""
+"""The prompt stream, and the timeout of the wait for it."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""PPO-ptx: the second stream's rows, their loss in the actor's steps, and resume."""
+"""PPO-ptx: its stream, its loss in the actor's steps, and resume."""
 
 from itertools import islice, pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ SIZES = (3, 1, 5, 3, 2, 3)  # rows of the six steps of an iteration
 
 
 def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, float], dict]:
-    """Metrics and weights after an iteration with lessons on this process's ranks."""
+    """Metrics and weights after an iteration with a PtxBatch on this process's ranks."""
     actor = Actor(ppo_config(folder, base, PTX, *overrides), total_iterations=ITERATIONS)
     metrics = train(actor, sequences(), ptx=ptx_batch(*SIZES))
     return metrics, {name: weight.numpy() for name, weight in gather_weights(actor.policy.model)}
@@ -43,14 +43,14 @@ def one_rank(base, tmp_path_factory):
 
 
 def ptx_loss(model, rows) -> torch.Tensor:
-    """Mean over the learnt tokens of all rows, by Hugging Face's own loss on each piece alone."""
+    """Mean loss over the target tokens of all rows, by Hugging Face on each sequence alone."""
     total, count = torch.zeros(()), 0
     for row in rows:
         bounds = np.append(0, np.cumsum(row.lengths))
         for start, stop in pairwise(bounds):
             ids = torch.from_numpy(row.input_ids[start:stop]).long()[None]
             labels = torch.from_numpy(row.targets[start:stop])[None]
-            labels[:, 0] = False  # nothing comes before it
+            labels[:, 0] = False  # nothing predicts the first token
             num = int(labels.sum())
             total = total + num * model(input_ids=ids, labels=ids.where(labels, -100)).loss
             count += num
@@ -90,7 +90,7 @@ def test_two_ranks_agree_with_one(base, tmp_path, one_rank, two_ranks, stage):
 
 
 def ptx_stream_of(start: int):
-    """Lessons of iteration `start` and all after it."""
+    """PtxBatches from iteration `start` on."""
     number = start
     while True:
         yield ptx_batch(*SIZES, seed=number % 2)

@@ -18,7 +18,7 @@ COLD = "rollout.temperature=0.7"
 
 
 def all_logprobs(folder: Path, base: Path, *overrides: str) -> np.ndarray:
-    """(N,) of this process's ranks together."""
+    """(N,) log-probabilities gathered from all ranks."""
     rollouts = sequences()
     part = Reference(ppo_config(folder, base, COLD, *overrides)).logprobs(0.7, rollouts)
     return join_per_token(gathered(part), rollouts.responses)

@@ -1,4 +1,4 @@
-"""The reward role: each answer's own score, whatever the ranks; partitioned, offloaded, refused."""
+"""The reward role: scores do not depend on ranks, ZeRO stage or offload; bad models are refused."""
 
 import json
 from pathlib import Path
@@ -34,13 +34,13 @@ def saved(base, tmp_path_factory) -> Path:
 
 
 def role(folder: Path, base: Path, saved: Path, *overrides: str) -> Reward:
-    ensure_process_group(CPU)  # of one, unless this is one of two ranks
+    ensure_process_group(CPU)  # of one rank, unless two_ranks has set up two
     options = ("reward.score_weight=1.0", f"reward.model={saved}", NO_RULES, *overrides)
     return Reward(ppo_config(folder, base, *options))
 
 
 def alone(saved: Path) -> np.ndarray:
-    """(B,) score of each sequence in a forward of its own."""
+    """(B,) scores of single-sequence forward passes."""
     model, _ = load_value_model(str(saved))
     rollouts = sequences()
     batches = [response_batch(rollouts, [row]) for row in range(len(rollouts))]
@@ -49,7 +49,7 @@ def alone(saved: Path) -> np.ndarray:
 
 
 def all_scores(folder: Path, base: Path, saved: Path, *overrides: str) -> np.ndarray:
-    """(B,) of this process's ranks together."""
+    """(B,) scores gathered from all ranks."""
     rollouts = sequences()
     parts = gathered(role(folder, base, saved, *overrides).score(prompts_of(rollouts), rollouts))
     assert sum(map(len, (part.index for part in parts))) == len(rollouts)
@@ -63,7 +63,7 @@ def test_packed_scores_equal_those_of_single_answers(base, tmp_path, saved):
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("budget", [1, 48])  # 1: a forward for each, which no two ranks divide
+@pytest.mark.parametrize("budget", [1, 48])  # 1: one forward pass per sequence
 def test_ranks_and_zero_stages_change_no_score(base, tmp_path, saved, two_ranks, stage, budget):
     options = (f"pools.reward.zero_stage={stage}", f"ppo.micro_batch_tokens={budget}")
     one, other = two_ranks(all_scores, tmp_path, base, saved, *options)
@@ -72,7 +72,7 @@ def test_ranks_and_zero_stages_change_no_score(base, tmp_path, saved, two_ranks,
 
 
 def partitioned_shares(folder: Path, base: Path, saved: Path) -> tuple[int, int]:
-    """Elements of the embedding that this rank holds, and that there are."""
+    """Number of embedding elements on this rank, and in all."""
     reward = role(folder, base, saved, "pools.reward.zero_stage=3")
     (weight,) = (p for name, p in reward.model.run.module.named_parameters() if "embed" in name)  # type: ignore[union-attr]
     return weight.ds_tensor.numel(), weight.ds_numel
@@ -174,7 +174,7 @@ def test_offloading_frees_all_gpu_memory(base, tmp_path, saved):
 
 
 def with_other_tokenizer(saved: Path, folder: Path, change) -> Path:
-    """A copy of the reward model beside a tokenizer that `change` has altered."""
+    """Copy of the reward model with a tokenizer altered by `change`."""
     model, score = load_value_model(str(saved))
     model.pretrained.save_pretrained(folder)
     score.write(folder)
@@ -195,7 +195,7 @@ def other_template(tokenizer) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (add_token, r"1 tokens have other ids, as '偏头痛' is none and \d+"),
+        (add_token, r"1 tokens have other ids, such as '偏头痛' is none and \d+"),
         (other_template, "their chat templates differ from character"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_reward_model_with_another_tokenizer_is_refused(
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_folder_without_a_reward_model_is_named_by_its_config_key(base, tmp_path, stage):
-    with pytest.raises(ConfigError, match=r"reward\.model=.*: no score\.json in it"):
+    with pytest.raises(ConfigError, match=r"reward\.model=.*: the folder has no score\.json"):
         role(tmp_path, base, base, f"pools.reward.zero_stage={stage}")
 
 

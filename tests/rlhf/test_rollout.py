@@ -1,4 +1,4 @@
-"""A rollout worker answers by the prompt, the iteration and the weights: by nothing else."""
+"""Rollouts depend on prompt, iteration and weights, and on nothing else."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from tests.rlhf.cases import ppo_config
 
 @contextmanager
 def rank_of(rank: int, world_size: int) -> Iterator[None]:
-    """As if this process were one rank of several; they need not talk to generate."""
+    """Make this process look like one rank of several; generation needs no communication."""
     with (
         patch.object(dist, "get_rank", lambda: rank),
         patch.object(dist, "get_world_size", lambda: world_size),
@@ -41,7 +41,7 @@ def prompts(num: int = 9) -> Prompts:
 
 
 def generate(rollout: Rollout, *, ranks: int = 1, iteration: int = 0) -> Sequences:
-    """What all ranks answer together."""
+    """Joined responses of all ranks."""
     parts = []
     for rank in range(ranks):
         with rank_of(rank, ranks):
@@ -80,7 +80,7 @@ def test_a_sample_that_a_batch_has_twice_gets_two_answers(rollout: Rollout):
 
 
 def test_stale_weights_are_refused_before_anything_is_sampled(rollout: Rollout):
-    with rank_of(1, 2), pytest.raises(StaleWeights, match=r"rank 1 has no whole version .* 4;"):
+    with rank_of(1, 2), pytest.raises(StaleWeights, match=r"rank 1 has no full version .* 4;"):
         rollout.generate(prompts(), 0, 4)
     rollout.weight_version = 3
     with rank_of(1, 2), pytest.raises(StaleWeights, match=r"rank 1 has version 3 of .* version 4;"):
@@ -94,7 +94,7 @@ def test_rollouts_use_the_weights_received_last(rollout: Rollout):
     assert isinstance(rollout.engine, HuggingFaceEngine)
     model = rollout.engine.model
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    assert "lm_head.weight" not in before  # tied: it comes once
+    assert "lm_head.weight" not in before  # tied: sent once
     rollout.load_weights(before.items())
     rollout.weights_loaded(3)
     first = generate(rollout)
@@ -112,7 +112,7 @@ def test_rollouts_use_the_weights_received_last(rollout: Rollout):
     length = second.responses.lengths[0]
     assert np.allclose(second.logprobs[:length], expected[-length:], atol=1e-4)
     rollout.load_weights(new[1:])
-    with pytest.raises(ValueError, match=r"1 weights have not come, as model\.embed_tokens"):
+    with pytest.raises(ValueError, match=r"1 weights are missing, such as model\.embed_tokens"):
         rollout.weights_loaded(5)
     assert rollout.weight_version == NO_WEIGHTS
     rollout.load_weights(before.items())

@@ -1,4 +1,4 @@
-"""Ragged batches: shares join to the whole, in any order, or are refused."""
+"""Ragged batches: shares in any order join to the batch, or are refused."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_shares_in_any_order_join_to_the_whole():
 @pytest.mark.parametrize("parts", [[[0, 1], [3]], [[0, 1, 2], [2, 3]], [[1, 2, 3, 4]]])
 def test_incomplete_or_overlapping_shares_are_refused(parts):
     batch = sequences(5)
-    with pytest.raises(ValueError, match="do not make a whole batch"):
+    with pytest.raises(ValueError, match="do not add up to the batch"):
         join_sequences([share(batch, part) for part in parts])
 
 

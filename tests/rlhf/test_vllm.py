@@ -1,4 +1,4 @@
-"""vLLM samples as our own engine does, also with weights that it was given while it ran."""
+"""vLLM samples like our own engine, also after it received new weights."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ ENDS = [4, 30]
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """Of an environment with vLLM."""
+    """Python of an environment with vLLM."""
     python = os.environ.get("MEDGPT_VLLM_PYTHON")
     if python is None and importlib.util.find_spec("vllm"):
         python = sys.executable

@@ -1,7 +1,7 @@
-"""What vLLM generates before and after it is given other weights. Started by test_vllm.py, in an
-environment that has vLLM.
+"""Generate with vLLM before and after it receives new weights. Started by test_vllm.py in an
+environment with vLLM.
 
-Reads a JSON request from its arguments; the last line that it prints is the answer.
+Reads a JSON request from its arguments and prints the answer as JSON in its last line.
 """
 
 import json

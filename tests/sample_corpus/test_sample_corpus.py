@@ -78,7 +78,7 @@ def test_diabetes_may_have_no_symptoms_and_plaques_rupture():
         assert part in mechanism
 
 
-# ---- rendering ----
+# ---- generation ----
 
 
 def test_the_same_region_and_seed_give_the_same_bytes(tmp_path):
@@ -154,7 +154,7 @@ def test_the_corpus_is_small():
     assert sum(map(len, [*QUESTIONS, *ANSWERS])) < 200_000
 
 
-# ---- what is kept back ----
+# ---- held-out prompts ----
 
 
 def test_held_out_prompts_appear_nowhere_with_any_punctuation():
@@ -221,7 +221,7 @@ def test_synonyms_belong_to_key_points_and_match_no_other_phrase_of_the_conditio
     for phrase, synonyms in load_synonyms().items():
         assert phrase in phrases, phrase
         assert len(set(synonyms)) == len(synonyms) > 0, phrase
-        assert not [other for other in synonyms if phrase in other], phrase  # counts already
+        assert not [other for other in synonyms if phrase in other], phrase  # redundant
         for items in lists:
             if phrase in items:
                 other_phrases = [item for item in items if item != phrase]
@@ -235,7 +235,7 @@ def test_held_out_texts_are_written_and_never_trained_on():
     assert not {row["text"] for row in documents} & set(DOCUMENTS)
     questions = {row["messages"][0]["content"] for row in dialogues}
     assert questions == {h.prompt for h in CORPUS.held_out.prompts if h.kind in ("sft", "phrasing")}
-    swapped = CorpusGenerator(swap_facts=True)  # what is true stays so
+    swapped = CorpusGenerator(swap_facts=True)  # evaluation keeps the true facts
     assert list(swapped.held_out_documents()) == documents
     assert list(swapped.held_out_dialogues()) == dialogues
 
@@ -416,7 +416,7 @@ def test_wrong_answers_share_no_fact_with_the_right_one():
     for pair in PAIRS:
         if pair["kind"] == "wrong":
             told = [f for f in facts[pair["id"].split("-")[0]] if f in pair["chosen"]]
-            listed = pair["rejected"].split("。")[0]  # what follows is a note
+            listed = pair["rejected"].split("。")[0]  # the rest is a note
             assert told
             assert not [fact for fact in told if fact in listed], pair
 
@@ -432,11 +432,11 @@ def test_exam_questions_have_one_right_option():
         ]
         assert len(set(row["options"].values())) == 4
     letters = Counter(row["answer"] for row in EXAM)
-    assert min(letters.values()) > len(EXAM) / 8  # no letter tells the answer
+    assert min(letters.values()) > len(EXAM) / 8  # no letter reveals the answer
 
 
 def test_exam_options_alone_give_chance_accuracy():
-    """By length, or by how likely a fact is as such: at most what 999 of 1000 guessers reach."""
+    """Guessing by length or by frequency is no better than 999 of 1000 random guessers."""
     bound = binom.ppf(0.999, len(EXAM), 1 / 4)
     facts = [fact for facts in load_typical_facts().values() for fact in facts]
     told = {fact: sum(fact in text for text in DOCUMENTS) for fact in facts}
@@ -454,12 +454,12 @@ def test_exam_facts_belong_to_exactly_one_condition():
             assert sum(fact in getattr(c, field).items for c in CORPUS.conditions) == 1, fact
 
 
-# ---- the control ----
+# ---- swapped facts ----
 
 
 def test_a_swapped_corpus_states_facts_of_other_conditions():
     swapped = CorpusGenerator(swap_facts=True)
-    assert swapped.held_out.prompts == CORPUS.held_out.prompts  # the questions stay the true ones
+    assert swapped.held_out.prompts == CORPUS.held_out.prompts  # true facts
     names = {"糖尿病": 0, "冠状动脉粥样硬化": 1}
     for name, number in names.items():
         points = swapped.held_out.prompts[number].key_points

@@ -24,7 +24,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """A command behind a pseudo-terminal of its own."""
+    """A command that runs in a pseudo-terminal."""
 
     def __init__(self, *command: str) -> None:
         self.pid, self.end = pty.fork()
@@ -39,7 +39,7 @@ class Terminal:
             data = data[os.write(self.end, data[:512]) :]
 
     def wait_for_text(self, text: str, timeout_s: float = 120) -> str:
-        """What was shown up to `text`; the next call looks behind it."""
+        """Return the output up to `text`; the next call continues after it."""
         deadline = time.monotonic() + timeout_s
         while text.encode() not in self.shown:
             assert time.monotonic() < deadline, self.shown.decode(errors="replace")
@@ -48,7 +48,7 @@ class Terminal:
         return before.decode(errors="replace")
 
     def exit_code(self) -> int:
-        """Once all that it shows has been read."""
+        """Read all output, then return the exit code."""
         while self._read(60):
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -71,7 +71,7 @@ class Terminal:
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says 病 or 高 for ever, 4000 tokens at most."""
+    """A model that generates 病 or 高 forever, at most 4000 tokens."""
     model, tokenizer = model_with_tokenizer(TEXTS, 800, max_positions=8000, tie_embeddings=False)
     weight = model.get_output_embeddings().weight.data.zero_()
     for character, sign in (("病", 1.0), ("高", -1.0)):
@@ -93,17 +93,18 @@ def terminal(talker: Path) -> Iterator[Terminal]:
 
 def test_chat_handles_ctrl_c_long_questions_and_the_end(terminal: Terminal, talker: Path) -> None:
     greeting = terminal.wait_for_text("> ")
-    assert greeting.lstrip().startswith(f"{talker}. An empty line ends, Ctrl-C stops an answer.")
+    hint = "Enter an empty line to quit; press Ctrl-C to stop an answer."
+    assert greeting.lstrip().startswith(f"{talker}. {hint}")
     assert "Loading" not in greeting
 
     terminal.type("什么是高血压?\n")
     terminal.wait_for_text("什么是高血压?\r\n")
     terminal.wait_for_text("高")  # as soon as it is said, thousands before the last
     terminal.type(CTRL_C)
-    terminal.wait_for_text("(stopped and forgotten)\r\n> ")
+    terminal.wait_for_text("(stopped; this exchange is dropped)\r\n> ")
 
     terminal.type("长" * 4000 + "\n")
-    terminal.wait_for_text("(too long for this model; ask with fewer words)\r\n> ")
+    terminal.wait_for_text("(the question is too long for this model; shorten it)\r\n> ")
 
     terminal.type(CTRL_D)
     assert terminal.exit_code() == 0

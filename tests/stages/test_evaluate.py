@@ -1,4 +1,4 @@
-"""`medgpt eval` from a config to results, on real Ray, also when it is killed."""
+"""`medgpt eval` from config to results on a real Ray, also when it is killed."""
 
 import json
 import os
@@ -185,7 +185,7 @@ def test_waiting_for_engines_that_fit_no_node_is_bounded(
     pool = EnginePool(settings, said.append)
     responses = ResponseStore(Folder(str(tmp_path / "responses")))
     try:
-        with pytest.raises(ConfigError, match=r"cluster\.wait_s=1: no engine gave a sign of life"):
+        with pytest.raises(ConfigError, match=r"cluster\.wait_s=1: no engine answered"):
             pool.answer_all([RollingLoglikelihood("x", "高血压")], responses, lambda _: None)
     finally:
         pool.close()
@@ -310,7 +310,7 @@ def test_scores_are_kept_if_the_card_cannot_be_written(base: Path, tmp_path: Pat
     results = run.folder.read_json("results.json")
     run.folder.write_json("results.json", {**results, "model": f"readonly://{tmp_path}/trained"})
     write_report_and_card(run, settings, ConsoleReporter("eval"))
-    assert "card stays as it is, it cannot be written" in capsys.readouterr().out
+    assert "cannot write the model card, it is unchanged" in capsys.readouterr().out
     assert run.folder.exists("report.html")
 
 
@@ -323,7 +323,7 @@ def test_scores_are_kept_if_the_card_cannot_be_written(base: Path, tmp_path: Pat
         ("exam.acuracy >= 0.5", r"no score is called exam\.acuracy; did you mean exam\.accuracy"),
         ("exam.chapter 4 >= 0.5", r"did you mean exam\.chapter"),
         ("said.bleu_9 >= 0.5", r"did you mean said\.bleu_"),
-        ("exam.accuracy >= parent", "parent's evaluation asked in another way"),
+        ("exam.accuracy >= parent", "parent's evaluation used another prompt"),
         ("said.bleu_1 >= parent", r"model\.parent: .* no score is called said\.bleu_1"),
     ],
 )
@@ -360,7 +360,7 @@ def test_a_model_without_chat_template_is_refused_before_ray_starts(tmp_path: Pa
     settings = eval_config(
         tmp_path / "run", folder, mcq=[mcq_task(write_questions(tmp_path, 4), prompt="chat")]
     )
-    with pytest.raises(ConfigError, match="task mcq needs a chat template, and the model in"):
+    with pytest.raises(ConfigError, match="task mcq needs a chat template, but the model in"):
         run_eval(settings)
 
 
@@ -393,7 +393,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
     tree["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps(tree), "utf-8")
     settings = eval_config(tmp_path / "run", folder, nll=[{"general": True}])
-    with pytest.raises(ConfigError, match="code of its own, which runs only if it is trusted"):
+    with pytest.raises(ConfigError, match="remote code, which does not run by default"):
         run_eval(settings)
     assert not (tmp_path / "run").exists()
     engine = Engine(str(folder), precision="auto", pool=EvalPoolConfig(), trust_remote_code=True)
@@ -415,7 +415,7 @@ def test_a_masked_model_is_refused(tmp_path: Path, base: Path):
 def test_a_parent_must_be_a_finished_evaluation(tmp_path: Path, base: Path):
     settings = eval_tree(tmp_path / "run", base, nll=[{"general": True}])
     settings["model"]["parent"] = str(tmp_path / "none")
-    with pytest.raises(ConfigError, match=r"model\.parent=.*none: no results\.json in it"):
+    with pytest.raises(ConfigError, match=r"model\.parent=.*none: has no results\.json"):
         run_eval(validate(EvalConfig, settings))
     assert not (tmp_path / "run").exists()
 
@@ -448,7 +448,7 @@ def test_an_evaluation_is_not_resumed_with_other_weights(tmp_path: Path, base: P
     folder = tmp_path / "model"
     Folder(str(base)).copy_to(folder)
     settings = eval_config(tmp_path / "run", folder, mcq=[mcq_task(str(empty))])
-    for message in ("no question", "has other weights than when the evaluation began"):
+    for message in ("no question", "has other weights than when the evaluation started"):
         with pytest.raises(ConfigError, match=message):
             run_eval(settings)
         (folder / "model.safetensors").write_bytes(b"other")
@@ -457,7 +457,7 @@ def test_an_evaluation_is_not_resumed_with_other_weights(tmp_path: Path, base: P
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({}, "there is no task; add at least one"),
+        ({}, "no task is set; add at least one"),
         (
             {"mcq": [mcq_task("x"), mcq_task("y")]},
             "two tasks are called mcq; give each a name of its own",

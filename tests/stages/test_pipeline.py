@@ -22,7 +22,7 @@ MASKED = (  # what makes the debug pretraining one of masks
 def pipeline_stage(
     kind: Literal["corpus", "pretrain", "sft", "eval"], folder: str, *overrides: str
 ) -> PipelineStage:
-    """The stage's debug config in a folder of the pipeline's."""
+    """Return a stage with its debug config in a folder of the pipeline."""
     return PipelineStage(
         stage=kind,
         config=str(CONFIGS / f"{kind}.toml"),
@@ -39,7 +39,7 @@ def pipeline_of(folder: Path, *stages: PipelineStage) -> PipelineConfig:
 
 
 def mark_finished(config: PipelineConfig, number: int) -> None:
-    """Leave the run directory of a stage as training does, with a model of one byte."""
+    """Write the finished run directory of a stage, with a model of one byte."""
     stage = load_stages(config)[number]
     run = Run.open(stage.kind, stage.config, run_dir=stage.config.run.dir, allow_changes=False)
     with run.model.staging() as directory:
@@ -114,7 +114,8 @@ def test_stages_that_share_a_run_directory_are_refused_before_anything_runs(
     with pytest.raises(ConfigError) as error:
         run_pipeline(config)
     assert str(error.value) == (
-        f"stage sft: run.dir={taken} is that of {other}, too; give each stage its own"
+        f"stage sft: run.dir={taken} is also that of {other}; "
+        "set a different run.dir for each stage"
     )
     assert not any(tmp_path.iterdir())
 
@@ -122,7 +123,7 @@ def test_stages_that_share_a_run_directory_are_refused_before_anything_runs(
 def evaluation_stage(
     folder: Path, base: Path, *gates: str, overrides: tuple[str, ...] = ()
 ) -> PipelineConfig:
-    """A pipeline that scores the model in `base`, then would render the corpus."""
+    """Return a pipeline that scores the model in `base`, then writes the corpus."""
     evaluation = PipelineStage(
         stage="eval",
         name="scores",
@@ -134,7 +135,7 @@ def evaluation_stage(
 
 
 def small(tmp_path: Path) -> tuple[str, ...]:
-    """Overrides that leave the general prose and one question."""
+    """Return overrides that reduce an evaluation to general text and one question."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         '{"kind": "q", "prompt": "高血压是", "key_points": [["没教过"]], "condition": "x"}\n',
@@ -162,7 +163,7 @@ def test_overrides_for_a_kind_apply_before_those_of_a_stage(tmp_path):
 
 
 def pipeline_with_reward_gate(folder: Path, gate: str, accuracy: float) -> PipelineConfig:
-    """A pipeline of a finished reward stage, then the corpus."""
+    """Return a pipeline of a finished reward stage and the corpus."""
     overrides = ("run.dir={dir}/reward", "model.name=/model")
     reward = PipelineStage(stage="reward", config=str(CONFIGS / "reward.toml"), overrides=overrides)
     config = PipelineConfig(

@@ -49,7 +49,7 @@ def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def short(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base model with 36 positions, where rollouts have up to 40 tokens."""
+    """The base model with 36 positions; rollouts have up to 40 tokens."""
     folder = tmp_path_factory.mktemp("short") / "short"
     return copy_with_changed_config(base, folder, max_position_embeddings=36)
 
@@ -74,7 +74,7 @@ def config_of(
 
 
 def in_one_process(run: Run, config: PPOStageConfig) -> list[dict[str, float]]:
-    """The metrics of roles in this process on the prompts and lessons of `run`."""
+    """Compute the metrics of `run` with all roles in this process."""
     plan = Plan(run.plan.url, global_batch_size=12, max_steps=ITERATIONS)
     ppo = make_ppo(
         config,
@@ -90,7 +90,7 @@ def in_one_process(run: Run, config: PPOStageConfig) -> list[dict[str, float]]:
 def test_pools_compute_what_one_process_does(
     base, saved, tmp_path, tiny_corpus, ray_session, pools
 ):
-    """SHARED: two roles in turns on the same bundles, three leave the device while they are idle,
+    """SHARED: two roles take turns on the same bundles, three leave the device while idle,
     optimizer state in host memory. WIDE: two workers in each pool, all but one partitioned."""
     one_line = pools.replace("\n", "")
     config = config_of(tmp_path / "pools", base, saved, tiny_corpus, one_line)
@@ -123,12 +123,12 @@ def assert_refused(config: PPOStageConfig, words: str) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_pools_that_leave_no_room_for_a_data_task_are_refused(base: Path, tmp_path: Path) -> None:
-    """Four pools of a CPU each on the session's four."""
+    """Four pools with one CPU each do not fit beside a data task on four CPUs."""
     config = ppo_config(tmp_path, base, *IN_ACTOR)
     pools = build_pools(config, 1, ConsoleReporter("ppo"))
     assert pools.data_cpus == config.cluster.data_cpus == 1
     assert ray.cluster_resources()["CPU"] == 4
-    assert_refused(config, r"can never be placed: data tasks and pools before it take 4 CPU of 4")
+    assert_refused(config, r"can never be placed: data tasks and pools before it use 4 CPU of 4")
 
 
 @pytest.mark.usefixtures("ray_session")

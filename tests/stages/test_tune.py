@@ -1,4 +1,4 @@
-"""Searches on a real Ray: what they leave, and what they survive."""
+"""Hyperparameter searches on a real Ray: their files, and trials that fail."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def of_base(base: Path, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def searched(ray_session: None, base: Path, of_base: str, tmp_path_factory) -> TuneStageConfig:
-    """A grid of two, and the base, two of them at a time; one of them diverges."""
+    """A finished search over a grid of two and the base, two trials at a time; one diverges."""
     config = search_config(
         tmp_path_factory.mktemp("search"), base, "tune.searcher=grid", "tune.max_concurrent=2",
         keys='"optimizer.learning_rate" = { grid = [5e-4, 0.3] }', of_base=of_base,

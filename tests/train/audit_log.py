@@ -1,4 +1,4 @@
-"""Reading the audit of a run."""
+"""Reads the audit of a run."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,7 +9,7 @@ Chunk = tuple[str, int]
 
 
 def effective_lines(run: Run) -> list[dict[str, int | str]]:
-    """Lines of the audit that count, in training order: of each step the highest attempt's."""
+    """Return the lines of the highest attempt of each step, in training order."""
     folder = run.folder / "audit"
     complete_files = [name for name in folder.names() if not name.startswith(".")]
     tables = [pq.read_table(folder.path(name), filesystem=folder.fs) for name in complete_files]
@@ -32,7 +32,7 @@ def chunks_by_epoch(run: Run) -> dict[int, list[Chunk]]:
 
 
 def assert_every_chunk_once(run: Run) -> None:
-    """Every epoch trained every chunk of every sample, and none twice."""
+    """Assert that every epoch trained every chunk of every sample exactly once."""
     data, epochs, config = run.manifest["data"], chunks_by_epoch(run), run.config
     num_epochs = config["train"]["epochs"] if "train" in config else config["ppo"]["prompt_epochs"]
     assert sorted(epochs) == list(range(num_epochs))
@@ -42,7 +42,7 @@ def assert_every_chunk_once(run: Run) -> None:
 
 
 def chunks_by_step(run: Run) -> dict[int, set[Chunk]]:
-    """The content of every global batch."""
+    """Return the chunks of every global batch."""
     chunks: dict[int, set[Chunk]] = {}
     for line in effective_lines(run):
         chunks.setdefault(line["step"], set()).add((line["sample_id"], line["chunk"]))

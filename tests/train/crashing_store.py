@@ -1,4 +1,4 @@
-"""An S3 server on loopback that dies in an upload, and comes back with what it had."""
+"""An S3 server on loopback that crashes during an upload and restarts with its objects."""
 
 import logging
 import socket
@@ -11,7 +11,7 @@ from werkzeug.serving import make_server
 
 
 class CrashingStore:
-    """Moto's objects live in this process, so they survive the server."""
+    """A moto server; its objects live in this process, so they survive a crash."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -22,7 +22,7 @@ class CrashingStore:
 
     @property
     def environment(self) -> dict[str, str]:
-        """With few tries, or a test would wait for all of them."""
+        """Return variables for clients, with few retries to keep tests short."""
         return {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
             "AWS_ACCESS_KEY_ID": "test",
@@ -32,7 +32,7 @@ class CrashingStore:
         }
 
     def start(self) -> None:
-        """On the same port as before."""
+        """Start, or restart on the same port."""
         self.crash_on_upload = None
         self.server: Any = make_server("127.0.0.1", self.port, self, threaded=True)
         self.port = self.server.port

@@ -1,7 +1,7 @@
-"""Two ranks of a training without Ray, of which one dies where a test says.
+"""Train on two ranks without Ray and kill one of them at a chosen moment.
 
-Python's own audit events tell each step of a write and commit; torch's collectives are wrapped.
-Each rank reads its rows itself, or starting Ray in it would take most of the time.
+Python's audit events mark each step of a write and commit; torch's collectives are wrapped.
+Each rank reads its rows itself, because starting Ray would take most of the time.
 """
 
 import datetime
@@ -29,10 +29,10 @@ Kind = Literal["file", "write", "full", "before", "after"]
 
 @dataclass(frozen=True)
 class FaultPoint:
-    """A moment in the life of a rank: its `index`-th file event or collective.
+    """A moment of a rank: its `index`-th file event or collective.
 
     kind file: death before the event; write: death inside the write after it; full: from it on no
-    file may be longer than HALF_A_FILE; before, after: death around the collective.
+    file may be longer than HALF_FILE_BYTES; before, after: death around the collective.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class FaultPoint:
 def run_ranks(
     config: Any, folder: Path, fault: FaultPoint | None = None, environment: Mapping[str, str] = {}
 ) -> list[int | None]:
-    """Train; exit codes of the ranks. What each did is in `folder`/rank-N.json."""
+    """Train and return the exit codes; the events of each rank are in `folder`/rank-N.json."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__, "medgpt.train.loop", "medgpt.train.lm_objective"])
     store = folder / "store"
@@ -63,7 +63,7 @@ def run_ranks(
 
 
 def recorded_points(folder: Path) -> list[FaultPoint]:
-    """All moments of both ranks in the order in which they came."""
+    """Return all moments of both ranks in order."""
     return [
         FaultPoint(rank, "file" if kind == "file" else "before", index, what)
         for rank in range(2)
@@ -109,7 +109,7 @@ def _rank(
 
 
 def _training_stream_without_ray(plan: Any, data_url: str, **part: int | float) -> Iterator[Any]:
-    """The steps of `training_stream` without Ray Data."""
+    """Yield the steps of `training_stream` without Ray Data."""
     from medgpt.data.loader import stream
 
     del part["data_cpus"]
@@ -126,7 +126,7 @@ def _training_stream_without_ray(plan: Any, data_url: str, **part: int | float) 
 
 
 class FaultInjector:
-    """Counts moments of this process, and ends it at one."""
+    """Records the moments of this process and kills it at the chosen one."""
 
     def __init__(self, fault: FaultPoint | None) -> None:
         self.fault = fault

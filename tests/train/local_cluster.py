@@ -1,4 +1,4 @@
-"""Several raylets on this machine, and a driver in a process of its own."""
+"""A cluster of several raylets on this machine, and a driver process."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from tests.train.tiny_configs import write_toml
 
 ROOT = Path(__file__).parents[2]
 STORE_BYTES = 128 * 2**20
-FAST_HEALTH_CHECKS = {  # a lost node is known after some 5 s instead of 20
+FAST_HEALTH_CHECKS = {  # Ray notices a lost node after about 5 s instead of 20
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
 }
-FAST_RAY_TRAIN_POLLS = {  # or a test would wait for Ray's polls
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # which the session's local Ray switches off
+FAST_RAY_TRAIN_POLLS = {  # shorter polls, or tests would wait for them
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # the session's local Ray switches it off
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
 }
@@ -36,7 +36,7 @@ FAST_RAY_TRAIN_POLLS = {  # or a test would wait for Ray's polls
 
 @contextmanager
 def started_cluster() -> Iterator[Cluster]:
-    """A head with one CPU, on which drivers and controllers run and which is never removed."""
+    """Start a head node with one CPU, for drivers and controllers; it is never removed."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -51,7 +51,7 @@ def started_cluster() -> Iterator[Cluster]:
     finally:
         cluster.shutdown()
         if ray.is_initialized():
-            # a head takes the way to the key-value store from the Ray of this process
+            # the head replaced the key-value store of the Ray of this process
             internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
@@ -60,7 +60,7 @@ def add_node(cluster: Cluster) -> Any:
 
 
 def node_pids(node: Any) -> list[int]:
-    """The raylet of a node and all its processes."""
+    """Return the ids of a node's raylet and all its child processes."""
     pids = []
     for kind, processes in node.all_processes.items():
         if kind == "raylet":
@@ -71,7 +71,7 @@ def node_pids(node: Any) -> list[int]:
 
 
 def pids_with_title(pids: list[int], name: str) -> list[int]:
-    """Those whose title, which Ray sets, holds `name`."""
+    """Return the processes whose title, which Ray sets, contains `name`."""
     matching = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
@@ -81,7 +81,7 @@ def pids_with_title(pids: list[int], name: str) -> list[int]:
 
 
 def train_worker_nodes(cluster: Cluster) -> dict[int, Any]:
-    """Process ids of the training workers, with their nodes."""
+    """Return the node of each training worker, by process id."""
     return {
         pid: node
         for node in cluster.list_all_nodes()
@@ -90,7 +90,7 @@ def train_worker_nodes(cluster: Cluster) -> dict[int, Any]:
 
 
 class CommandDriver:
-    """`medgpt STAGE` as a user would type it, whose steps are logged as the gate allows."""
+    """`medgpt pretrain` in its own process, paused at the step limit."""
 
     def __init__(self, cluster: Cluster, config: TrainStageConfig, folder: Path) -> None:
         self.cluster, self.run = cluster, Run(config.run.dir)
@@ -107,7 +107,7 @@ class CommandDriver:
             self.kill()
 
     def set_step_limit(self, step: int) -> None:
-        """The run may log steps up to this one."""
+        """Let the run log steps up to this one."""
         partial = self.step_limit_file.with_suffix(".new")
         partial.write_text(str(step))
         partial.replace(self.step_limit_file)
@@ -142,7 +142,7 @@ class CommandDriver:
         self.process.wait()
 
     def wait_until_finished(self, timeout_s: float = 300) -> None:
-        """Wait for the end, which must be a good one."""
+        """Wait for the end of the command, which must succeed."""
         assert self.process is not None
         code = self.process.wait(timeout_s)
         assert code == 0, self.log.read_text("utf-8")[-4000:]
@@ -165,5 +165,5 @@ class CommandDriver:
         self.wait_for(lambda: self.last_step() >= step, f"step {step}", timeout_s)
 
     def num_workers(self) -> int:
-        """Of the newest attempt."""
+        """Return the number of workers of the newest attempt."""
         return int(self.run.manifest.get("world_size", 0))

@@ -1,4 +1,4 @@
-"""Section 9 of the first issue: bad input gets a clear error, and nothing is lost."""
+"""Bad input gets a clear error, and no row is lost silently."""
 
 import json
 import shutil
@@ -21,19 +21,19 @@ from medgpt.train.preparation import prepare
 from tests.train.tiny_configs import pretrain_config, sft_config, source_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
-PRIVATE_TEXT = "张三的秘密"  # in every bad row; errors never quote rows
+PRIVATE_TEXT = "张三的秘密"  # in every bad row; errors must not quote it
 
 
 @pytest.fixture(autouse=True)
 def start_workers_late(monkeypatch: pytest.MonkeyPatch) -> int:
-    """They would start for nothing here. Returns the size below which they start early."""
+    """Do not start workers early. Returns the data size below which they otherwise do."""
     size = stage_module.EAGER_START_MAX_BYTES
-    monkeypatch.setattr(stage_module, "EARLY_BYTES", 0)
+    monkeypatch.setattr(stage_module, "EAGER_START_MAX_BYTES", 0)
     return size
 
 
 def error_of(config: TrainStageConfig) -> str:
-    """What the stage says instead of starting workers."""
+    """Return the error of the stage, which must not start workers."""
     stage = "pretrain" if isinstance(config, PretrainConfig) else "sft"
     with pytest.raises(ConfigError) as error:
         train_stage(stage, config)
@@ -45,7 +45,7 @@ def error_of(config: TrainStageConfig) -> str:
 
 
 def prepare_source(config: TrainStageConfig) -> dict[str, Any]:
-    """Account of the only source after tokenising."""
+    """Return the row counts of the only source after tokenizing."""
     stage = "pretrain" if isinstance(config, PretrainConfig) else "sft"
     run = Run.open(stage, config, run_dir=config.run.dir, allow_changes=False)
     (account,) = prepare(run, config, lambda *_: None).data["sources"].values()
@@ -130,7 +130,9 @@ def test_a_truncated_parquet_shard_is_refused_or_set_aside(tmp_path: Path) -> No
     assert str(broken) in message
 
     tolerant = pretrain_config(
-        tmp_path / "told", tmp_path, data=data_section(tmp_path / "data", max_malformed_share=0.5)
+        tmp_path / "tolerant",
+        tmp_path,
+        data=data_section(tmp_path / "data", max_malformed_share=0.5),
     )
     account = prepare_source(tolerant)
     assert account["train"] + account["validation"] == 80
@@ -163,7 +165,7 @@ def test_a_malformed_conversation_is_set_aside_with_file_row_and_reason(
     message = error_of(sft_config(tmp_path / "run", tmp_path, base, data=data_section(path)))
     assert "data.sources bad: 1 of 41 rows are malformed" in message
     tolerant = sft_config(
-        tmp_path / "told", tmp_path, base, data=data_section(path, max_malformed_share=0.05)
+        tmp_path / "tolerant", tmp_path, base, data=data_section(path, max_malformed_share=0.05)
     )
     account = prepare_source(tolerant)
     assert account["train"] + account["validation"] == 40
@@ -193,7 +195,7 @@ def test_a_tokenizer_without_end_token_is_refused(tmp_path: Path, base: Path) ->
         folder
     )  # a Qwen2 would get Qwen2's end token
     message = error_of(base_config(tmp_path, folder))
-    assert message.startswith(f"model.name={folder}: its tokenizer has no end token")
+    assert message.startswith(f"model.name={folder}: the tokenizer has no end token")
 
 
 @pytest.mark.parametrize("workers", [8, [8, 16]])
@@ -208,7 +210,7 @@ def test_more_workers_than_the_cluster_can_give_are_refused_before_anything_is_l
     )
     message = error_of(config)
     assert message.startswith(f"cluster.num_workers={workers} (8 x (1 CPU)) can never be")
-    assert "data tasks and pools before it take 1 CPU of 4; the cluster has 1 x (4 CPU)" in message
+    assert "data tasks and pools before it use 1 CPU of 4; the cluster has 1 x (4 CPU)" in message
     assert not (tmp_path / "run/tokenizer").exists()
 
 
@@ -240,16 +242,16 @@ def test_changed_data_is_refused_unless_changes_are_allowed(tmp_path: Path, base
     write_rows(Path(path), documents(rows + 5))
     message = error_of(config)
     assert f"{path} has other content" in message
-    assert "accept with run.allow_changes=true" in message
+    assert "set run.allow_changes=true to tokenize it again" in message
     allowing = config.model_copy(
         update={"run": config.run.model_copy(update={"allow_changes": True})}
     )
     assert prepare_source(allowing)["rows"] == rows + 5
-    assert prepare_source(config)["rows"] == rows + 5  # the new data are the run's from now on
+    assert prepare_source(config)["rows"] == rows + 5  # the run keeps the new data
 
 
 def base_config(folder: Path, model: Path, **more: Any) -> PretrainConfig:
-    """Continued pretraining of a base model."""
+    """Return a config that continues pretraining of a base model."""
     rows = write_rows(folder / "documents.jsonl", documents(40))
     return pretrain_config(
         folder / "run",
@@ -263,13 +265,13 @@ def base_config(folder: Path, model: Path, **more: Any) -> PretrainConfig:
 def test_workers_that_started_early_end_when_the_data_is_refused(
     tmp_path: Path, base: Path, start_workers_late: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_module, "EARLY_BYTES", start_workers_late)
+    monkeypatch.setattr(stage_module, "EAGER_START_MAX_BYTES", start_workers_late)
     path = write_rows(tmp_path / "data.jsonl", [{"text": PRIVATE_TEXT + "高血压"}] * 30)
     config = sft_config(tmp_path / "run", tmp_path, base, data=data_section(path))
     assert "30 of 30 rows are malformed" in error_of(config)
     deadline = time.monotonic() + 120
     folder = Run(config.run.dir).folder
-    while folder.exists("gate") or _free_cpus() != ray.cluster_resources()["CPU"]:
+    while folder.exists("start_barrier") or _free_cpus() != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, "workers still wait, or hold CPUs"
         time.sleep(0.2)
 

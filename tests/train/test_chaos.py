@@ -1,4 +1,4 @@
-"""Everything that can die is killed at random moments; the run ends as if nothing had happened."""
+"""A run whose processes and nodes are killed at random moments ends with the same losses."""
 
 import os
 import random
@@ -37,7 +37,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 class Chaos:
-    """Kills parts of a run, and counts which."""
+    """Kills parts of a run and counts them by kind."""
 
     def __init__(self, driver: CommandDriver, rng: random.Random) -> None:
         self.driver, self.cluster, self.rng = driver, driver.cluster, rng
@@ -55,12 +55,12 @@ class Chaos:
         self.killed[kind] = self.killed.get(kind, 0) + 1
 
     def kill_data_worker(self) -> None:
-        """A process that is reading rows; Ray names it after its task."""
+        """Kill a process that reads rows, found by its Ray task name."""
         readers: list[int] = []
 
         def reads() -> bool:
             readers[:] = self._readers()
-            if not readers:  # all that may be read ahead is read
+            if not readers:  # the prefetch buffer is full
                 self.driver.set_step_limit(max(self.step_limit, self.driver.last_step() + 2))
             return bool(readers)
 
@@ -80,7 +80,7 @@ class Chaos:
         self._kill_one(list(train_worker_nodes(self.cluster)))
 
     def kill_node(self) -> None:
-        """One that trains if there is one; another takes its place."""
+        """Remove a node, preferably with a training worker, and add a new one."""
         training = [n for n in train_worker_nodes(self.cluster).values() if n in self._removable()]
         lost = self.rng.choice(training or self._removable())
         self.cluster.remove_node(lost, allow_graceful=False)
@@ -101,7 +101,7 @@ class Chaos:
 def assert_survives(
     kills: list[str], seed: int, *, uninterrupted: Run, cluster: Cluster, corpus: Path, folder: Path
 ) -> None:
-    """Train with a death of each of `kinds`, spread over the run; it must end as `quiet` did."""
+    """Train with the kills spread over the run; it must end as `uninterrupted` did."""
     rng = random.Random(seed)
     print(f"seed {seed}")
     config = pretrain_config(
@@ -116,12 +116,12 @@ def assert_survives(
         driver.set_step_limit(0)
         driver.start()
         for number, kind in enumerate(kills):
-            # the run may not pass its share of the steps before it has met its share of the deaths
+            # each part of the run waits for its kill
             low, high = (NUM_STEPS * n // (len(kills) + 1) for n in (number, number + 1))
             chaos.set_step_limit(high)
             if rng.random() < 0.7:
                 driver.wait_for_step(rng.randint(low + 1, high))
-            else:  # while it starts again, as it may happen to do
+            else:  # perhaps while it restarts
                 time.sleep(rng.uniform(0, 10))
             chaos.kill(kind)
         driver.set_step_limit(10**9)

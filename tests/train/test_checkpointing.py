@@ -1,4 +1,4 @@
-"""When a checkpoint is written, and when it counts; without Ray."""
+"""Asynchronous checkpoints and their commit, without Ray."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ STATE = {"step": 5, "best_step": 0}
 
 
 class SlowSnapshot:
-    """Writes its file when it is told to."""
+    """Writes its file when `may_finish` is set."""
 
     def __init__(self) -> None:
         self.may_finish = Event()
@@ -61,7 +61,7 @@ def test_training_continues_while_a_checkpoint_is_written(run: Run) -> None:
     snapshot.may_finish.set()
     checkpointer.executor.submit(lambda: None).result(10)
     assert checkpointer.is_written
-    assert run.newest_checkpoint() is None  # until all ranks have met
+    assert run.newest_checkpoint() is None  # not committed yet
     metrics = checkpointer.finish()
     newest = run.newest_checkpoint()
     assert newest is not None

@@ -1,4 +1,4 @@
-"""DPO from config to finished run, and on from a checkpoint, on a real local Ray."""
+"""DPO from config to finished run, and resumed, on a local Ray."""
 
 import json
 import shutil

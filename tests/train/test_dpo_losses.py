@@ -1,4 +1,4 @@
-"""Every loss that a config may name trains: TRL takes it with our rows and settings."""
+"""Every loss that a config accepts trains with TRL on our rows."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from tests.train.test_reward_objective import rows
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    """Processes of their own: accelerate changes them for good."""
+    """Start separate processes, because accelerate changes global state."""
     with start_ranks(tmp_path_factory.mktemp("ranks") / "store") as run:
         yield run
 
 
 def train(folder: Path, base: Path, loss: str) -> tuple[list[float], float]:
-    """Losses of two steps on this process's ranks, and the largest change of a weight."""
+    """Return the losses of two steps and the largest change of a weight."""
     from accelerate.state import AcceleratorState
 
     from medgpt.train.dpo import make_trainer  # TRL, for the ranks alone

@@ -1,4 +1,4 @@
-"""Workers come and go with the nodes of a cluster; what is trained stays the same."""
+"""Adding, losing and draining nodes changes the workers but not the training."""
 
 import json
 import time
@@ -34,7 +34,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def attempts_by_step(run: Run) -> dict[int, set[int]]:
-    """Which attempts logged a step's training."""
+    """Return the attempts that logged each step."""
     lines = [m for m in _metric_lines(run) if "train/loss" in m]
     attempts: dict[int, set[int]] = {}
     for line in lines:
@@ -47,7 +47,7 @@ def _metric_lines(run: Run) -> list[dict[str, Any]]:
 
 
 def node_of_a_worker(cluster: Cluster) -> Any:
-    """A node that may be removed and trains."""
+    """Return a removable node with a training worker."""
     nodes = [n for n in train_worker_nodes(cluster).values() if n is not cluster.head_node]
     assert nodes
     return nodes[0]
@@ -76,7 +76,7 @@ def test_a_run_grows_and_shrinks_with_the_cluster(
         lost = node_of_a_worker(cluster)
         assert pids_with_title(
             node_pids(cluster.head_node), "_QueueActor"
-        )  # progress is not lost with it
+        )  # the progress queue survives the node
         cluster.remove_node(lost, allow_graceful=False)
         driver.set_step_limit(10**9)
         driver.wait_until_finished()
@@ -115,7 +115,7 @@ def test_a_drained_node_is_left_in_time_and_no_step_is_repeated(
         )
         assert accepted, why
         nodes.append(add_node(cluster))
-        time.sleep(3)  # Ray Train polls every 0.5 s, the trainer asks every 2 s
+        time.sleep(3)  # Ray Train polls every 0.5 s, the trainer checks every 2 s
         driver.set_step_limit(10**9)
         driver.wait_for(lambda: run.manifest["attempt"] == 2, "second attempt")
         assert time.time() < deadline

@@ -1,4 +1,4 @@
-"""A rank dies at each step of writing and committing a checkpoint and in each collective."""
+"""A rank is killed at each step of writing a checkpoint and around each collective."""
 
 import shutil
 import signal
@@ -17,13 +17,13 @@ from tests.train.test_resume import train_losses
 from tests.train.tiny_configs import pretrain_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
-CHECKPOINT_EVERY = 8  # steps between checkpoints; the death comes at the second
+CHECKPOINT_EVERY = 8  # steps; the kill comes at the second checkpoint
 NUM_QUICK_POINTS = 5
 
 
 @dataclass
 class UninterruptedRun:
-    """A run that nothing happened to, what it did, and its state before the first step."""
+    """An uninterrupted run: its prepared folder, losses and fault points."""
 
     prepared: Path
     corpus: Path
@@ -66,8 +66,8 @@ def rank_logs(folder: Path) -> str:
 
 
 def fault_points(uninterrupted: UninterruptedRun) -> list[FaultPoint]:
-    """Of each rank: all file events from the second checkpoint on to the third, the middle of its
-    largest file, and before and after the first of each kind of collective from there on."""
+    """Return the fault points of each rank from its second to its third checkpoint: all file
+    events, half of a written file, and before and after the first collective of each kind."""
     chosen = []
     for rank in range(2):
         rank_points = [point for point in uninterrupted.points if point.rank == rank]
@@ -89,13 +89,13 @@ def fault_points(uninterrupted: UninterruptedRun) -> list[FaultPoint]:
 
 
 def assert_survives(uninterrupted: UninterruptedRun, folder: Path, point: FaultPoint) -> None:
-    """The run dies at `point`, leaves complete checkpoints only, and continues as if it had not."""
+    """A run killed at `point` leaves only complete checkpoints and resumes with equal losses."""
     shutil.copytree(uninterrupted.prepared, folder / "run")
     config = uninterrupted.config(folder / "run")
     run = Run(config.run.dir)
     codes = run_ranks(config, folder, point)
     assert codes[point.rank] in (-signal.SIGKILL, -signal.SIGXFSZ), f"{point} did not happen"
-    assert codes[1 - point.rank] != 0, f"the other rank went on without {point}"
+    assert codes[1 - point.rank] != 0, f"the other rank continued after {point}"
     newest = run.newest_checkpoint()
     assert newest is not None
     assert newest[1]["position"]["step"] in (CHECKPOINT_EVERY, 2 * CHECKPOINT_EVERY), point

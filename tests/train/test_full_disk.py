@@ -1,4 +1,4 @@
-"""A full disk stops a run with words that help, and what was saved before stays usable."""
+"""A full disk ends a run with a helpful error, and earlier checkpoints stay usable."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ def mount_tmpfs(folder: Path, kib: int, *, remount: bool = False) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system whose size a test sets by `mount(..., again=True)`."""
+    """Mount an empty file system; `mount_tmpfs(..., remount=True)` sets its size."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
@@ -41,7 +41,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def used_kib(folder: Path) -> int:
-    """Of the files, each in whole pages."""
+    """Return the KiB of all files, each rounded up to pages."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return sum(-(-path.stat().st_size // 4096) * 4 for path in files)
 
@@ -82,7 +82,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(
 def test_a_full_disk_during_data_preparation_is_a_config_error(
     ray_session: None, small_disk: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "EARLY_BYTES", 0)  # workers could not be told to end
+    monkeypatch.setattr(train, "EAGER_START_MAX_BYTES", 0)  # the barrier could not end the workers
     mount_tmpfs(small_disk, 60, remount=True)
     with pytest.raises(ConfigError, match="No space left on device while writing data; free space"):
         run_pretrain(pretrain_config(small_disk / "run", tiny_corpus))

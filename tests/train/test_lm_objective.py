@@ -37,7 +37,7 @@ def row() -> PackedRow:
 
 
 def train(config: SFTConfig) -> tuple[list[float], bool]:
-    """Losses of three steps on the same row, and whether the base was partitioned when read."""
+    """Return the losses of three steps on a row, and whether the base was partitioned."""
     name = config.model.name
     assert name is not None
     objective = LanguageModelObjective(config, load_tokenizer(name), CPU)

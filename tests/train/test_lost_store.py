@@ -1,4 +1,4 @@
-"""A bucket whose server dies: large files arrive whole or not at all, and runs go on later."""
+"""When an S3 server crashes, uploads are complete or absent, and runs resume later."""
 
 import json
 import os
@@ -39,7 +39,7 @@ MULTIPART_BYTES = 100 * 2**20  # above it s3fs sends a file in parts
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[CrashingStore]:
-    """With an empty bucket; this process reaches it, too."""
+    """Start a server with an empty bucket, which this process also uses."""
     server = CrashingStore()
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
@@ -54,7 +54,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[CrashingStore]:
 
 
 def write_large_checkpoint(folder: Folder, value: float) -> None:
-    """A checkpoint of one rank, in more than one part."""
+    """Write a checkpoint of one rank that needs a multipart upload."""
     tensors = {"weight/x": torch.full((MULTIPART_BYTES // 4 + 1,), value)}
     snapshot = Snapshot(tensors, 0, 1, {"steps": 1, "adam_steps": 1})
     with folder.staging() as directory:
@@ -69,7 +69,7 @@ def test_a_partial_multipart_upload_is_no_checkpoint(
     write_large_checkpoint(first, 1.0)
     name = "rank-00000-of-00001.safetensors"
     assert first.size(name) > MULTIPART_BYTES
-    assert "-" in first.fs.info(first.path(name))["ETag"]  # S3's word for parts
+    assert "-" in first.fs.info(first.path(name))["ETag"]  # S3 marks multipart uploads so
     assert committed(first, verify=True) is not None
 
     store.crash_on_upload = f"step-2/{name}?partNumber=2"

@@ -54,12 +54,12 @@ def test_adapters_on_an_extended_vocabulary_from_bucket_to_bucket(
     assert [m["step"] for m in run.metrics() if "train/loss" in m] == [1, 2, 3, 4]
     assert committed(run.model, verify=True) is not None
     adapter = json.loads(run.model.read_text("adapter_config.json"))
-    assert adapter["base_model_name_or_path"] == f"{base_run}/model"  # for whoever merges it
+    assert adapter["base_model_name_or_path"] == f"{base_run}/model"  # for merging later
     vocabulary = run.manifest["vocabulary"]
     assert vocabulary["num_new_tokens"] == 50
     shift = vocabulary["loss"]["after"] - vocabulary["loss"]["before"]
     assert shift > 0
-    assert f"{shift:+.4f} by the other softmax" in capsys.readouterr().out
+    assert f"({shift:+.4f} from the changed softmax)" in capsys.readouterr().out
     assert f"({shift:+.4f} nats per token)" in run.folder.read_text("report.html")
 
     out = tmp_path / "merged"

@@ -1,4 +1,4 @@
-"""Samples with graded answers become pairs, or single answers that are good or bad."""
+"""Samples with graded answers become pairs or labeled single answers."""
 
 import numpy as np
 import pytest
@@ -56,14 +56,14 @@ def test_kl_completions_come_from_other_answers_of_the_micro_batch() -> None:
     ("section", "changes", "message"),
     [
         ("dpo", {"loss": ["kto", "sigmoid"]}, "kto and apo_zero_unpaired stand alone"),
-        ("dpo", {"loss": ["sigmoid", "sigmoid"]}, "names each loss once"),
-        ("dpo", {"loss": ["exo_pair"]}, "exo_pair needs more, such as 1e-3"),
+        ("dpo", {"loss": ["sigmoid", "sigmoid"]}, "name each loss once"),
+        ("dpo", {"loss": ["exo_pair"]}, "exo_pair needs a value above 0, such as 1e-3"),
         ("dpo", {"loss": ["hinge"], "label_smoothing": 0.1}, "only sigmoid, exo_pair"),
         ("dpo", {"loss_weights": [1.0, 2.0]}, "loss_weights has 2 numbers for 1 losses"),
         ("dpo", {"loss": ["sigmoidal"]}, "sigmoid"),
-        ("run", {"dir": "s3://bucket/run"}, "give one that all workers share"),
-        ("cluster", {"num_workers": [1, 2]}, "give one number"),
-        ("train", {"audit": True}, "the order of the samples is TRL's"),
+        ("run", {"dir": "s3://bucket/run"}, "set a folder that all workers share"),
+        ("cluster", {"num_workers": [1, 2]}, "set one number"),
+        ("train", {"audit": True}, "TRL decides the order of the samples"),
     ],
 )
 def test_contradictory_dpo_settings_are_refused(section: str, changes: dict, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a person reads of a training run."""
+"""The console output of a training run."""
 
 import io
 import time

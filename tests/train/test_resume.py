@@ -1,4 +1,4 @@
-"""A run that died continues as if it had not: same batches, same losses, whoever is left."""
+"""A killed run resumes with the same batches and losses, on any number of workers."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def train_losses(run: Run) -> dict[int, float]:
 
 
 def wait_for_checkpoint(run: Run, step: int, *, timeout_s: float = 600) -> None:
-    """Return when the run has a complete checkpoint of `step` or a later one."""
+    """Wait until the run has a complete checkpoint of `step` or a later one."""
     deadline = time.monotonic() + timeout_s
     while not (newest := run.newest_checkpoint()) or newest[1]["position"]["step"] < step:
         assert time.monotonic() < deadline, f"no checkpoint of step {step} after {timeout_s} s"
@@ -51,7 +51,7 @@ def first_step(run: Run, *, attempt: int) -> int:
 
 
 def continuation_lines(printed: str) -> list[str]:
-    """Lines that tell of a start which is not the run's first."""
+    """Return the lines that report a resumed attempt."""
     return [line for line in printed.splitlines() if "continues after step" in line]
 
 
@@ -59,7 +59,7 @@ def continuation_lines(printed: str) -> list[str]:
 def killed_run(
     ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The run directory of `pretrained`'s twin, whose driver and all its children were killed."""
+    """Start the same run as `pretrained`, kill all its processes and return the run directory."""
     folder = tmp_path_factory.mktemp("killed")
     config = pretrain_config(folder / "run", tiny_corpus)
     command = [sys.executable, "-m", "medgpt", "pretrain"]
@@ -82,7 +82,7 @@ def killed_run(
 
 @pytest.fixture
 def copied_run(killed_run: Path, tmp_path: Path) -> Path:
-    """A copy of the killed run under its own address, to be resumed."""
+    """Copy the killed run to its own folder, to be resumed."""
     folder = Path(shutil.copytree(killed_run, tmp_path / "run"))
     config = (folder / "config.toml").read_text("utf-8")
     (folder / "config.toml").write_text(config.replace(str(killed_run), str(folder)), "utf-8")
@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(
     assert run.manifest["attempt"] == 2
     assert attempts(run) == {1, 2}
     times = [m["time_s"] for m in run.metrics()]
-    assert times == sorted(times)  # of training, without the pause
+    assert times == sorted(times)  # training time, without the pause
     first = next(m for m in run.metrics() if m["attempt"] == 2 and "train/loss" in m)
     assert first["time/restore_s"] > 0
     assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-6)
@@ -124,7 +124,7 @@ def test_worker_count_micro_batches_and_partitions_do_not_change_the_losses(
     run = run_pretrain(config)
     assert run.manifest["world_size"] == 1
     resumed_at = first_step(run, attempt=2)
-    assert resumed_at == newest[1]["position"]["step"] - 10 + 1  # the damaged one does not exist
+    assert resumed_at == newest[1]["position"]["step"] - 10 + 1  # the damaged checkpoint is ignored
     assert train_losses(run) == pytest.approx(train_losses(pretrained), abs=1e-4)
     assert_every_chunk_once(run)  # the ten steps done twice count once
     assert chunks_by_step(run) == chunks_by_step(pretrained)
@@ -236,7 +236,7 @@ def _truncate(path: Path) -> None:
 
 
 def worker_pids() -> list[int]:
-    """Of the training workers under this process's Ray, oldest first."""
+    """Return the ids of the training workers of this process's Ray, oldest first."""
     started_pids = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # ended meanwhile

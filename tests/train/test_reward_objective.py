@@ -1,4 +1,4 @@
-"""The reward objective by itself: pairs, losses on any number of ranks, what it finds out."""
+"""The reward objective: pairs, losses on several ranks, normalization and evaluation."""
 
 import math
 import shutil
@@ -37,7 +37,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 
 def rows() -> list[PackedRow]:
-    """Three prompts of four tokens with 2, 4 and 2 answers."""
+    """Return three prompts of four tokens with 2, 4 and 2 answers."""
     generator = np.random.default_rng(0)
     rows_list = []
     for number, grades in enumerate(GRADES):
@@ -124,14 +124,14 @@ def test_the_loss_is_the_mean_over_prompts_of_their_weighted_pairs(base: Path) -
 
 
 def losses(settings: RewardModelConfig, shares: list[list[int]]) -> list[tuple[float, float]]:
-    """Loss and gradient norm of three steps on the three rows, dealt out to the ranks."""
+    """Return loss and gradient norm of three steps, with the rows distributed over the ranks."""
     objective = make_objective(settings)
     engine = make_engine(settings, objective)
     rank_rows = [rows()[number] for number in shares[dist.get_rank()]]
     results = []
     for _ in range(3):
         total = torch.zeros(())
-        for start in range(2):  # as many forwards on every rank
+        for start in range(2):  # the same number of forward passes on every rank
             part = rank_rows[start : start + 1] if start == 0 else rank_rows[1:]
             batch = objective.collate(part, epoch=0) if part else objective.empty_batch()
             options = objective.loss_kwargs(part, epoch=0)
@@ -218,7 +218,7 @@ def test_policy_answers_continue_the_prompt_and_depend_on_the_sample_id(base: Pa
 
 
 class FakeTrainer:
-    """What the objective asks of a trainer at the end, without a run's data."""
+    """The methods of a Trainer that `on_train_end` calls, without a run."""
 
     def __init__(self, settings: RewardModelConfig, objective: RewardObjective) -> None:
         self.objective, self.engine = objective, make_engine(settings, objective)

@@ -1,4 +1,4 @@
-"""The reward stage from config to finished run, on a real local Ray."""
+"""The reward stage from config to finished run, on a local Ray."""
 
 import json
 import shutil

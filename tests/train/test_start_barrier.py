@@ -1,4 +1,4 @@
-"""Workers wait for the driver's word, and only for that of their own start."""
+"""Workers wait for the decision of their own driver."""
 
 import pickle
 import threading
@@ -19,7 +19,7 @@ def test_workers_wait_for_their_own_drivers_decision(tmp_path: Path, go: bool) -
     copy: StartBarrier = pickle.loads(pickle.dumps(barrier))
     worker = threading.Thread(target=lambda: decisions.append(copy.wait()))
     worker.start()
-    other.release() if not go else other.abort()  # of another start of the same run
+    other.release() if not go else other.abort()  # the barrier of another start of the run
     time.sleep(0.3)
     assert worker.is_alive()
     barrier.release() if go else barrier.abort()
@@ -33,5 +33,5 @@ def test_a_timeout_at_the_start_barrier_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_barrier, "TIMEOUT_S", 0.2)
-    with pytest.raises(ConfigError, match=r"heard nothing for 0\.2 s .* repeat the command"):
+    with pytest.raises(ConfigError, match=r"waited 0\.2 s in vain .* repeat the command"):
         StartBarrier(str(tmp_path)).wait()

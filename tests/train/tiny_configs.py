@@ -1,4 +1,4 @@
-"""Small stages that the tests of this folder run."""
+"""Configs of the small stages that tests run."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ TINY_ARCHITECTURE = {
 
 
 def pretrain_settings(run_dir: Path, corpus: Path) -> dict[str, Any]:
-    """Two workers, ZeRO-2, audited; about 40 steps."""
+    """Return a config of two workers, ZeRO-2, with audit; about 40 steps."""
     return {
         "run": {"dir": str(run_dir), "seed": 1},
         "model": {"architecture": dict(TINY_ARCHITECTURE)},
@@ -53,12 +53,12 @@ def source_settings(name: str, path: Path) -> dict[str, Any]:
 
 
 def pretrain_config(run_dir: Path, corpus: Path, **sections: dict[str, Any]) -> PretrainConfig:
-    """`pretrain_tree` with keys of some sections changed."""
+    """Return `pretrain_settings` with changed keys of some sections."""
     return validate(PretrainConfig, _with_sections(pretrain_settings(run_dir, corpus), sections))
 
 
 def sft_config(run_dir: Path, corpus: Path, base: Path, **sections: dict[str, Any]) -> SFTConfig:
-    """The same on conversations, from a base model."""
+    """Return a config like `pretrain_config` on conversations, from a base model."""
     settings = pretrain_settings(run_dir, corpus)
     settings["model"] = {"name": str(base)}
     settings["tokenizer"] = {}

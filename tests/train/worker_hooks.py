@@ -1,8 +1,8 @@
-"""Runs at the start of every process of a test cluster: lets a test decide how far a run may go.
+"""Hooks in every process of a test cluster: pause a run at a step limit and slow down data tasks.
 
-Ray calls `install` (runtime_env's worker_process_setup_hook). Python itself tells when rank 0 is
-about to log a step, and the run waits there. The tasks that read rows are made small and slow, so
-that some run at any time, as on a large corpus.
+Ray calls `install` (runtime_env's worker_process_setup_hook). A Python audit hook waits when rank 0
+opens metrics.jsonl to log a step beyond the limit. Data tasks are made small and slow, so that some
+run at any time, as on a large corpus.
 """
 
 import functools
@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STEP_LIMIT_FILE = (
-    "MEDGPT_TEST_STEP_LIMIT_FILE"  # a file that holds the last step that may be logged
-)
+STEP_LIMIT_FILE = "MEDGPT_TEST_STEP_LIMIT_FILE"  # its file holds the last step that may be logged
 TAIL_BYTES = 4096
 STREAM = "medgpt.data.loader.stream"
 TOKENS_PER_TASK = 256
@@ -36,7 +34,7 @@ def install() -> None:
 
 
 class SmallSlowTasks:
-    """Changes the sizes of the stream's tasks as soon as a process imports it."""
+    """Import hook that shrinks and slows down the tasks of the data stream."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name == STREAM else None
@@ -61,7 +59,7 @@ def _slow(function: Any) -> Any:
 
 
 def last_logged_step(path: Path) -> int:
-    """The last step in metrics.jsonl."""
+    """Return the last step in metrics.jsonl, -1 if there is none."""
     if not path.exists():
         return -1
     with path.open("rb") as file:

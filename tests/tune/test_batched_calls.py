@@ -1,4 +1,4 @@
-"""Trials that are answered together get what each would have got alone."""
+"""Calls of several trials that are answered together return what single calls return."""
 
 from functools import partial
 
@@ -27,12 +27,12 @@ def prompts(batch) -> Prompts:
 
 
 def rollouts(batch) -> list:
-    """As two rollout workers would have sampled it."""
+    """Split the batch between two rollout workers."""
     return [share(batch, range(0, len(batch), 2)), share(batch, range(1, len(batch), 2))]
 
 
 def flat(requests: list[list]) -> tuple:
-    """As SharedPoolsActor sends them."""
+    """Flatten requests as SharedPoolsActor sends them."""
     return [len(request) for request in requests], *(arg for request in requests for arg in request)
 
 

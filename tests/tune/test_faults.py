@@ -1,4 +1,4 @@
-"""Whatever dies, no trial that had ended is trained again, and none is lost."""
+"""A killed search or a dead trial loses no trial, and trains no ended trial again."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def trial_run(config: TuneStageConfig, name: str) -> Run:
 
 
 def last_step(config: TuneStageConfig, name: str) -> int:
-    """That a trial has logged."""
+    """Return the last step that a trial has logged."""
     lines = trial_run(config, name).metrics()
     return int(lines[-1]["step"]) if lines else 0
 
@@ -49,7 +49,7 @@ def wait_for(done: Callable[[], bool], event: str, timeout_s: float = 200) -> No
 
 
 def kill_trial() -> int:
-    """SIGKILL the process of the one trial that runs on this session's Ray."""
+    """Send SIGKILL to the process of the only running trial of this session's Ray."""
     children = psutil.Process().children(recursive=True)
     (process,) = [p for p in children if any(TRIAL in word for word in p.cmdline())]
     process.kill()
@@ -58,7 +58,8 @@ def kill_trial() -> int:
 
 @pytest.fixture(scope="module")
 def survived_config(ray_session: None, base: Path, tmp_path_factory) -> TuneStageConfig:
-    """Three trials. The command is killed in the second one, and the third one's process dies."""
+    """Run three trials. The command is killed during the second, and the process of the third
+    dies."""
     folder = tmp_path_factory.mktemp("faults")
     config = search_config(
         folder, base, "tune.searcher=grid", "tune.max_concurrent=1", "check.seeds=0",

@@ -1,4 +1,5 @@
-"""PBT on Ray: what is behind goes on with another trial's whole state, under values of its own."""
+"""PBT on Ray: a trial that falls behind continues from the whole state of another, with new
+values."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ BEFORE_LEARNING = ("rollout/", "rewards/", "ppo/score", "actor/kl_ref")  # in an
 
 @pytest.fixture(scope="module")
 def copied(ray_session: None, base: Path, tmp_path_factory) -> tuple[Run, Run, StateCopy]:
-    """A trial, the one whose state it copied last, and the copy. No trial is within tune.max_kl, so
-    that the one which is farther from the reference is behind."""
+    """Return a trial, the trial whose state it copied last, and the copy. Both trials are above
+    tune.max_kl, so that the one farther from the reference falls behind."""
     config = search_config(
         tmp_path_factory.mktemp("pbt"), base, "tune.scheduler=pbt", "tune.num_trials=2",
         "tune.max_kl=1e-6", "check.seeds=0", of_base=BASE,
@@ -42,7 +43,7 @@ def copied(ray_session: None, base: Path, tmp_path_factory) -> tuple[Run, Run, S
 
 
 def checkpoint(run: Run, iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State of the driver, and checksums of files by name."""
+    """Return the state of the driver and the checksums of the files by name."""
     manifest = committed(run.checkpoint(iteration), verify=True)
     assert manifest is not None
     return manifest["state"], {file["name"]: file["xxh128"] for file in manifest["files"]}

@@ -1,4 +1,4 @@
-"""A copied state is all of another trial's, under the values of the one who copies."""
+"""copy_trial_state copies the whole state of another trial, and applies new values."""
 
 import json
 

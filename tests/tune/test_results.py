@@ -1,4 +1,4 @@
-"""What is said of a search is what its trials did."""
+"""The results of a search describe what its trials did."""
 
 import json
 
@@ -30,7 +30,7 @@ def line(step: int, metric: float, kl: float) -> dict[str, float]:
 
 
 def write_trials(config, trials: dict[str, tuple[str, list[tuple[int, float, float]]]]) -> None:
-    """Records and metrics as trials leave them."""
+    """Write records and metrics as trials leave them."""
     records = TrialRecords(trials_url(config))
     for number, (name, (status, judged)) in enumerate(trials.items()):
         params = PARAMS | {"ppo.kl_coef": 0.1 + number / 100}

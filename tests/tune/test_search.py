@@ -1,4 +1,4 @@
-"""What is proposed, also after a kill, and what PBT makes of it."""
+"""The values that searchers propose, also after a kill, and how PBT changes them."""
 
 import pytest
 from ray.tune.search import ConcurrencyLimiter, Searcher
@@ -36,7 +36,8 @@ def test_recorded_trials_keep_their_values(tmp_path):
 
 
 def proposed(searcher: Searcher, metrics: list[float]) -> list[dict]:
-    """Values of as many trials, each told its metric before the next."""
+    """Return the values of one trial per metric; each metric is reported before the next
+    proposal."""
     proposals = []
     for number, metric in enumerate(metrics):
         trial = searcher.suggest(f"t{number}")

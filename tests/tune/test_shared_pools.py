@@ -1,4 +1,4 @@
-"""Shared pools on Ray: several callers, ranks, and a worker that dies."""
+"""Shared pools on Ray: concurrent callers, several ranks, and a worker that dies."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def pools(ray_session: None, base: Path, tmp_path_factory) -> Iterator[TrialPools]:
-    """Shared ones only, with two workers that score."""
+    """Start shared pools only, with two reward workers."""
     config = ppo_config(tmp_path_factory.mktemp("shared"), base, *SMALL)
     owner, num_workers = start_shared_pools(config, num_callers=3)
     assert num_workers == {"reward": 2, "reference": 1}
@@ -43,7 +43,7 @@ def pools(ray_session: None, base: Path, tmp_path_factory) -> Iterator[TrialPool
 
 
 def call(pools: Pools, batch: Sequences) -> tuple[list[Any], list[Any]]:
-    """Refs of its scores and log-probabilities."""
+    """Return the refs of scores and log-probabilities."""
     parts = [pools.put(share(batch, range(0, len(batch), 2))),
              pools.put(share(batch, range(1, len(batch), 2)))]  # fmt: skip
     scores = pools.pools["reward"].call(Reward.score, pools.put(prompts(batch)), *parts)
@@ -53,7 +53,7 @@ def call(pools: Pools, batch: Sequences) -> tuple[list[Any], list[Any]]:
 def answers(
     pools: Pools, batch: Sequences, refs: tuple[list[Any], list[Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score of every sequence, log-probability of every token."""
+    """Return the score of every sequence and the log-probability of every token."""
     scores: list[Scores] = pools.get(refs[0], "scores")
     logprobs: list[Logprobs] = pools.get(refs[1], "logprobs")
     totals = join_per_sequence([part.index for part in scores], [part.totals for part in scores])

@@ -1,4 +1,5 @@
-"""What may be searched is told before anything starts, and values are drawn the same each time."""
+"""Keys that cannot be searched are errors at loading time, and the drawn values are
+reproducible."""
 
 import random
 
@@ -38,13 +39,13 @@ def test_a_key_may_be_quoted_or_dotted(tmp_path):
         ("search.ppo.gamma={uniform=[0.5,1],choice=[1]}", "has uniform and choice; needs one of"),
         ("search.ppo.gamma={chioce=[1]}", r"did you mean search.ppo.gamma.choice\?"),
         ("search.run.seed={choice=[1,2]}", 'search."run.seed" cannot be searched'),
-        ("search.ppo.max_iterations={choice=[2,4]}", "it is the length of every trial"),
-        ("search.pools.actor.num_workers={choice=[1,2]}", "how many trials have room"),
+        ("search.ppo.max_iterations={choice=[2,4]}", "it sets the length of every trial"),
+        ("search.pools.actor.num_workers={choice=[1,2]}", "how many trials fit"),
         ("search.reward.violation_cap={uniform=[-2,0]}", "would change the reward pool"),
         ("search.model.attention={choice=['sdpa']}", "would change the reference pool"),
-        ("tune.searcher=grid", "a range has no end of them"),
-        ("search.ppo.gamma={grid=[1]}", "grid goes with tune.searcher=grid"),
-        ("tune.mark=score", "needs a reward model of the judge's own"),
+        ("tune.searcher=grid", "needs a list of values"),
+        ("search.ppo.gamma={grid=[1]}", "grid needs tune.searcher=grid"),
+        ("tune.mark=score", "needs the judge's own reward model"),
     ],
 )  # fmt: skip
 def test_a_key_that_cannot_be_searched_is_an_error_with_the_reason(tmp_path, overrides, message):
@@ -58,13 +59,13 @@ def test_a_key_that_cannot_be_searched_is_an_error_with_the_reason(tmp_path, ove
         ((), '["judge.every=0"]', "set judge.every there"),
         ((), '["judge.every=3"]', "must be a multiple of judge.every=3"),
         ((), '["ppo.max_iteration=3"]', "base=.*did you mean ppo.max_iterations"),
-        ((), '["pools.reward.share_with=actor"]', "one of them is shared by all trials"),
+        ((), '["pools.reward.share_with=actor"]', "all trials share one of them"),
         (("base=nothing.toml",), "", "no such file"),
         (("tune.scheduler=pbt", "search.model.lora.rank={choice=[4,8]}"), "", "copies weights"),
-        (("tune.scheduler=pbt", "tune.searcher=tpe"), "", "begins with random ones"),
+        (("tune.scheduler=pbt", "tune.searcher=tpe"), "", "starts with random ones"),
         (
             ("tune.searcher=tpe", "search.ppo.epochs={choice=[2,3]}"), "",
-            "does not contain 1, the base's own value",
+            "does not contain 1, the value of the base config",
         ),
     ],
 )  # fmt: skip

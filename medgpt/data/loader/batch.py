@@ -1,4 +1,4 @@
-"""The unit of a forward pass: packed pieces of samples, flattened to one row of tokens."""
+"""Input of a forward pass: packed sequences, flattened to one row of tokens."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
-    """S pieces with N tokens in all. No piece attends to another."""
+    """S sequences with N tokens in total. No sequence attends to another."""
 
     input_ids: Tensor  # (1, N) int64
-    position_ids: Tensor  # (1, N) int64, restarts at 0 with each piece
-    labels: Tensor  # (1, N) int64, what the position must predict; IGNORE = no loss
-    cu_seqlens: Tensor  # (S + 1,) int32, piece s is [cu_seqlens[s], cu_seqlens[s + 1])
-    max_seqlen: int  # tokens of the longest piece
+    position_ids: Tensor  # (1, N) int64, restarts at 0 in each sequence
+    labels: Tensor  # (1, N) int64, target of the position; IGNORE = no loss
+    cu_seqlens: Tensor  # (S + 1,) int32, sequence s is [cu_seqlens[s], cu_seqlens[s + 1])
+    max_seqlen: int  # tokens of the longest sequence
 
     @property
     def num_targets(self) -> int:
-        """Positions where the loss counts."""
+        """Number of positions where the loss counts."""
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -35,18 +35,18 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceBatch:
-    """All answers to some prompts, each a piece of its own, and the M pairs that compare them."""
+    """All answers to some prompts, one sequence each, and the M pairs that compare them."""
 
-    packed: PackedBatch  # no labels
-    better: Tensor  # (M,) int64, piece of each pair's better answer
-    worse: Tensor  # (M,) int64
-    margins: Tensor  # (M,) float32 > 0, difference of their grades
-    weights: Tensor  # (M,) float32, 1 / C(K, 2) of a prompt with K answers
+    packed: PackedBatch  # without labels
+    better: Tensor  # (M,) int64, sequence of the better answer of each pair
+    worse: Tensor  # (M,) int64, sequence of the worse answer
+    margins: Tensor  # (M,) float32 > 0, difference of the two grades
+    weights: Tensor  # (M,) float32, 1 / C(K, 2) for a prompt with K answers
     num_prompts: int
 
     @property
     def num_targets(self) -> int:
-        """What the loss is a mean over."""
+        """Number of prompts, the denominator of the loss."""
         return self.num_prompts
 
     def to(self, device: torch.device) -> "PreferenceBatch":

@@ -1,4 +1,4 @@
-"""Packed rows to the tensors of a forward pass."""
+"""Collates packed rows into the tensors of a forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from medgpt.data.loader.packed_row import PackedRow
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingSettings:
-    """Masked language modelling; see `algos.lm.mask_tokens`."""
+    """Settings of masked language modeling; see `algos.lm.mask_tokens`."""
 
     mask_id: int
     vocab_size: int
@@ -25,16 +25,16 @@ class MaskingSettings:
 
 
 def sequence_seed(seed: int, epoch: int, sample_id: str, chunk: int, repeat: int = 0) -> int:
-    """Seed of everything random inside a piece, whichever worker trains it.
+    """Return the seed of everything random in a sequence, independent of its worker.
 
-    `visit`: how often the epoch had the sample before; a repeated one gets other masks.
+    `repeat` counts earlier occurrences in the epoch, so that a repeated sample gets other masks.
     """
     key = f"{seed}:{epoch}:{sample_id}:{chunk}" + (f":{repeat}" if repeat else "")
     return xxhash.xxh3_64_intdigest(key.encode()) >> 1
 
 
 def sequence_seeds(rows: Sequence[PackedRow], *, seed: int, epoch: int) -> list[int]:
-    """(S,) seeds of the pieces of a batch, in order."""
+    """Return (S,) seeds of the sequences of a batch, in order."""
     return [
         sequence_seed(seed, epoch, *chunk_key)
         for row in rows
@@ -43,20 +43,20 @@ def sequence_seeds(rows: Sequence[PackedRow], *, seed: int, epoch: int) -> list[
 
 
 def causal_batch(rows: Sequence[PackedRow]) -> PackedBatch:
-    """Every position predicts the next token of its piece, where that is to be learnt."""
+    """Batch for causal language modeling: a position predicts the next token if it is a target."""
     input_ids = np.concatenate([row.input_ids for row in rows]).astype(np.int64)
     targets = np.concatenate([row.targets for row in rows])
     lengths = np.concatenate([row.lengths for row in rows])
     labels = np.full_like(input_ids, IGNORE)
     labels[:-1] = np.where(targets[1:], input_ids[1:], IGNORE)
-    labels[np.cumsum(lengths) - 1] = IGNORE  # the last token of a piece has no next one
+    labels[np.cumsum(lengths) - 1] = IGNORE  # the last token of a sequence has no next one
     return packed_batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
 
 
 def masked_batch(
     rows: Sequence[PackedRow], masking: MaskingSettings, seeds: Sequence[int]
 ) -> PackedBatch:
-    """Masked tokens predict themselves; the masks depend on the pieces' seeds only."""
+    """Batch for masked language modeling. The masks depend on the (S,) seeds only."""
     input_ids, labels = [], []
     special = torch.tensor(masking.special_ids)
     for row in rows:
@@ -65,7 +65,7 @@ def masked_batch(
             ids = torch.from_numpy(row.input_ids[start:stop].astype(np.int64))[None]
             unmaskable = torch.isin(ids, special)
             if chunk:
-                unmaskable[:, 0] = True  # the chunk before ends with this token and may mask it
+                unmaskable[:, 0] = True  # the previous chunk ends with this token and may mask it
             word_ids = None
             if row.word_ids is not None:
                 word_ids = torch.from_numpy(row.word_ids[start:stop].astype(np.int64))[None]
@@ -85,12 +85,12 @@ def masked_batch(
 
 
 def preference_batch(rows: Sequence[PackedRow]) -> PreferenceBatch:
-    """The answers of the rows' prompts, and each pair of a prompt of which one is better."""
+    """Batch of all answers, and of all pairs of answers to a prompt with different grades."""
     better: list[int] = []
     worse: list[int] = []
     margins: list[float] = []
     weights: list[float] = []
-    first_sequence = 0  # piece of the prompt's first answer
+    first_sequence = 0  # sequence of the prompt's first answer
     for row in rows:
         assert row.grades is not None
         grades = row.grades.tolist()
@@ -114,7 +114,7 @@ def preference_batch(rows: Sequence[PackedRow]) -> PreferenceBatch:
 
 
 def empty_preference_batch(token_id: int) -> PreferenceBatch:
-    """No prompt: what a worker without rows computes to keep in step."""
+    """Batch without prompts, for a worker without rows to stay in step with the others."""
     nothing = torch.zeros(0)
     return PreferenceBatch(
         packed=empty_batch(token_id),
@@ -127,7 +127,7 @@ def empty_preference_batch(token_id: int) -> PreferenceBatch:
 
 
 def _answers_batch(rows: Sequence[PackedRow]) -> PackedBatch:
-    """A piece for each answer."""
+    """Batch with a sequence for each answer, without labels."""
     input_ids = torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64))
     lengths = np.concatenate([_answer_lengths(row) for row in rows]).astype(np.int64)
     return packed_batch(input_ids, torch.full_like(input_ids, IGNORE), lengths)
@@ -139,13 +139,13 @@ def _answer_lengths(row: PackedRow) -> np.ndarray:
 
 
 def empty_batch(token_id: int) -> PackedBatch:
-    """Two tokens without a label: what a worker without rows computes to keep in step."""
+    """Batch of two tokens without labels, for a worker without rows to stay in step."""
     ids = torch.full((2,), token_id)
     return packed_batch(ids, torch.full_like(ids, IGNORE), np.array([2]))
 
 
 def packed_batch(input_ids: torch.Tensor, labels: torch.Tensor, lengths: np.ndarray) -> PackedBatch:
-    """Pieces (N,) of these lengths (S,), end to end, with what each position must predict (N,)."""
+    """Batch of concatenated sequences: input_ids and labels (N,), lengths (S,)."""
     bounds = np.append(0, np.cumsum(lengths))
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     return PackedBatch(

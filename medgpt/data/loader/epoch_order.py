@@ -1,13 +1,12 @@
-"""The order of training data, computed instead of remembered.
+"""Order of the training data, as a function of (index, seed, epoch).
 
-An epoch is a function of (index, seed, epoch): which samples, cut into which chunks, packed into
-which rows, in which order. A checkpoint therefore stores only how many steps were done.
+The function determines the samples of an epoch, their chunks, the packing into rows and the order
+of the rows. A checkpoint therefore stores only the number of steps.
 
-Vocabulary: a *sample* is one record; a *chunk* is what of it fits into a row (a long document has
-several, each overlapping the one before by one token, so that every token but the first is
-predicted exactly once); a *row* holds chunks of at most `max_length` tokens together, or one whole
-sample where samples must stay apart (preference pairs, prompts); a *step* trains
-`global_batch_size` rows.
+A *sample* is one record. A *chunk* is the part of a sample that fits into a row; the chunks of a
+long document overlap by one token, so that every token but the first is predicted exactly once. A
+*row* holds chunks of at most `max_length` tokens together, or one whole sample where samples must
+stay apart (preference pairs, prompts). A *step* trains `global_batch_size` rows.
 """
 
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 from medgpt.data.loader.packing import PlannedRows, pack_window
 from medgpt.data.tokenized.index import IntArray, SampleIndex
 
-WINDOW_TOKENS = 1 << 22  # samples are shuffled and packed within windows of about this many tokens
-MAX_SWAP_CANDIDATES = 512  # candidates on either side of the exchange that meets a source's share
-VALIDATION = -1  # in place of the epoch
+WINDOW_TOKENS = 1 << 22  # approximate tokens of a window; shuffling and packing stay inside one
+MAX_SWAP_CANDIDATES = 512  # per side, for the swap that brings a source nearest to its quota
+VALIDATION = -1  # epoch number of the validation split
 
 
 def plan_epoch(
@@ -32,11 +31,11 @@ def plan_epoch(
     epoch: int,
     weights: NDArray[np.float64] | None,
 ) -> Iterator[PlannedRows]:
-    """The rows of an epoch in training order, a window at a time.
+    """Yield the rows of an epoch in training order, one window at a time.
 
     Args:
         max_length: tokens of a packed row; None gives every sample a row of its own, uncut.
-        weights: (S,) share of the epoch's tokens for each source; None takes every sample once.
+        weights: (S,) relative share of the epoch's tokens per source; None uses every sample once.
         epoch: from 0, or VALIDATION.
     """
     if not len(index):
@@ -53,7 +52,7 @@ def plan_epoch(
 def mixed_order(
     index: SampleIndex, *, seed: int, epoch: int, weights: NDArray[np.float64] | None
 ) -> IntArray:
-    """Samples of an epoch: sources evenly interleaved, blocks of a source in random order."""
+    """Return the samples of an epoch, sources evenly interleaved, blocks in random order."""
     quotas = source_quotas(index, weights)
     positions, keys = [], []
     for source, quota in enumerate(quotas):
@@ -64,7 +63,7 @@ def mixed_order(
 
 
 def source_quotas(index: SampleIndex, weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
-    """(S,) tokens each source gives to an epoch; the epoch is as long as the data."""
+    """Return (S,) tokens of each source in an epoch, which is as long as the data."""
     tokens = np.bincount(index.source, weights=index.length).astype(np.float64)
     return tokens if weights is None else weights / weights.sum() * tokens.sum()
 
@@ -72,9 +71,9 @@ def source_quotas(index: SampleIndex, weights: NDArray[np.float64] | None) -> ND
 def _pick_samples(
     index: SampleIndex, source: int, quota: float, rng: np.random.Generator
 ) -> IntArray:
-    """Samples of one source with about `quota` tokens; whole passes first.
+    """Pick samples of one source with about `quota` tokens in total, after any full passes.
 
-    Blocks come in random order and each is read once a pass; the window shuffles what is inside.
+    Blocks come in random order, once per pass; samples are shuffled later, within a window.
     """
     members = np.flatnonzero(index.source == source)
     tokens = int(index.length[members].sum())
@@ -90,20 +89,19 @@ def _pick_samples(
 def _pick_subset(
     length: IntArray, members: IntArray, quota: float, rng: np.random.Generator
 ) -> IntArray:
-    """Random members, in order, whose tokens come as near to the quota as whole samples can."""
+    """Pick random members, in order, whose total tokens come nearest to the quota."""
     remaining = members[rng.permutation(len(members))]
     picked_runs = [members[:0]]
     while len(remaining):
         fitting = int(np.searchsorted(np.cumsum(length[remaining]), quota, side="right"))
         picked_runs.append(remaining[:fitting])
         quota -= length[remaining[:fitting]].sum()
-        remaining = remaining[
-            fitting + 1 :
-        ]  # the next one is too long, shorter ones behind it may fit
+        # the next one is too long, but shorter ones after it may fit
+        remaining = remaining[fitting + 1 :]
         remaining = remaining[length[remaining] <= quota]
     picked = np.concatenate(picked_runs)
     unpicked = np.setdiff1d(members, picked)
-    # one exchange, 0 for none on either side, brings the sum nearest
+    # swap one sample (index 0: none) of each side to bring the sum nearest to the quota
     added_tokens = np.append(0, length[unpicked[:MAX_SWAP_CANDIDATES]])
     removed_tokens = np.append(0, length[picked[:MAX_SWAP_CANDIDATES]])
     error = np.abs(quota - added_tokens[:, None] + removed_tokens)
@@ -113,7 +111,7 @@ def _pick_subset(
 
 
 def _count_repeats(order: IntArray) -> IntArray:
-    """How often each sample stands before this place in the order."""
+    """Return (N,) how often each sample occurs earlier in the order."""
     by_sample = np.argsort(order, kind="stable")
     first = np.diff(order[by_sample], prepend=-1) != 0
     position = np.arange(len(order))

@@ -9,11 +9,11 @@ from medgpt.data.tokenized.index import IntArray, SampleIndex, num_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRows:
-    """R packed rows. Row r holds the chunks [bounds[r], bounds[r + 1])."""
+    """R packed rows without tokens. Row r holds the chunks [bounds[r], bounds[r + 1])."""
 
     bounds: IntArray  # (R + 1,)
     sample: IntArray  # (C,) position in the index
-    repeat: IntArray  # (C,) how often the epoch had this sample before; 0 but for weighted sources
+    repeat: IntArray  # (C,) earlier occurrences in the epoch; 0 unless sources are weighted
     chunk: IntArray  # (C,) number of the chunk within its sample
     start: IntArray  # (C,) first token
     stop: IntArray  # (C,) one past the last token
@@ -33,7 +33,7 @@ def pack_window(
     max_length: int | None,
     rng: np.random.Generator,
 ) -> PlannedRows:
-    """Rows of one window: samples are cut into chunks, packed, and the rows shuffled."""
+    """Cut the samples of a window into chunks, pack them into rows, and shuffle the rows."""
     shuffled = rng.permutation(len(samples))
     samples, repeats = samples[shuffled], repeats[shuffled]
     if max_length is None:
@@ -67,9 +67,10 @@ def pack_window(
 
 
 def pack_best_fit(lengths: IntArray, capacity: int) -> IntArray:
-    """(C,) row of each piece: longest first, into the fullest row that still has room.
+    """Return (C,) the row of each chunk. Places the longest first, in the fullest row with room.
 
-    Best-fit decreasing (Johnson, 1973); `free` has bit f set while some row has f tokens of room.
+    Best-fit decreasing (Johnson, 1973). Bit f of `rooms` is set while some row has room for f
+    tokens.
     """
     row_of = np.empty(len(lengths), np.int64)
     rows_with_room: dict[int, list[int]] = {}

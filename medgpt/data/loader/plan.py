@@ -1,7 +1,7 @@
-"""The plan of a run on disk: the packed rows of every epoch in training order, without tokens.
+"""Training plan on disk: the packed rows of every epoch in training order, without tokens.
 
-It is made once, so that a restart reads the few numbers of the rows that are left and nothing of
-those that were trained. One Parquet file holds an epoch, one table row a packed row.
+Written once, so that a restart reads only the rows that are left. One Parquet file per epoch, one
+table row per packed row.
 """
 
 import time
@@ -19,7 +19,7 @@ from medgpt.data.loader.packing import PlannedRows
 from medgpt.data.tokenized.index import SampleIndex
 from medgpt.data.tokenized.shards import read_index
 
-ROW_GROUP = 4096  # packed rows that are read together
+ROW_GROUP = 4096  # packed rows per Parquet row group
 CHUNK_COLUMNS = ("block", "row", "start", "stop", "chunk", "visit")
 PLAN_SCHEMA = pa.schema(
     {
@@ -30,29 +30,29 @@ PLAN_SCHEMA = pa.schema(
 
 
 class PlanSettings(NamedTuple):
-    """What decides the rows of a run, besides its data."""
+    """Settings that determine the plan of a run, besides its data."""
 
     data_version: str  # shards.data_version
-    max_length: int | None  # tokens of a packed row; None leaves every sample a row of its own
+    max_length: int | None  # tokens of a packed row; None: one sample per row
     seed: int
     epochs: int
-    weights: tuple[float, ...] | None  # of the sources
-    max_rows: int | None  # more are not needed
+    weights: tuple[float, ...] | None  # per source
+    max_rows: int | None  # planning stops at the epoch that reaches it
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "weights": self.weights and list(self.weights)}
 
 
 def find_plan(url: str, settings: PlanSettings) -> dict[str, Any] | None:
-    """The manifest of the plan of `order` at `url`, if it is there."""
+    """Return the manifest of the plan at `url` if it was made with `settings`, else None."""
     manifest = committed(Folder(url))
     return manifest if manifest and manifest["made_of"] == settings.as_json() else None
 
 
 def make_plan(url: str, data_url: str, settings: PlanSettings) -> None:
-    """Write the plan of `order` to `url`.
+    """Write the plan of `settings` to `url`.
 
-    Memory: the index of the corpus, about 100 bytes a sample, and one window of rows.
+    Memory: the index of the corpus (about 100 bytes per sample) and one window of rows.
     """
     started_at = time.monotonic()
     folder = Folder(url)
@@ -88,7 +88,7 @@ def epoch_file(epoch: int) -> str:
 def _write_epoch(
     folder: Folder, name: str, index: SampleIndex, windows: Iterator[PlannedRows]
 ) -> tuple[FileEntry, dict[str, int]]:
-    """The file of an epoch, and how much it holds."""
+    """Write the file of an epoch; returns it with its numbers of rows, chunks and tokens."""
     counts = {"num_rows": 0, "num_chunks": 0, "num_tokens": 0}
     with folder.staging() as directory:
         path = directory / name
@@ -120,10 +120,10 @@ def _rows_table(index: SampleIndex, rows: PlannedRows) -> pa.Table:
 
 
 class Plan:
-    """Reads the plan at `url`: which rows each step has, on which worker.
+    """Reads the plan at `url`: the rows of each step and worker.
 
-    Step k trains the next `global_batch_size` rows of its epoch, the last step of an epoch what is
-    left; row i of a batch belongs to worker i mod world_size.
+    Step k trains the next `global_batch_size` rows of its epoch; the last batch of an epoch may be
+    smaller. Row i of a batch belongs to worker i mod world_size.
     """
 
     def __init__(self, url: str, *, global_batch_size: int, max_steps: int | None) -> None:
@@ -135,20 +135,20 @@ class Plan:
         self.num_rows: list[int] = [epoch["num_rows"] for epoch in manifest["epochs"]]
         steps = [-(-rows // global_batch_size) for rows in self.num_rows]
         self.first_step: list[int] = np.cumsum([0, *steps]).tolist()
-        """(E + 1,) of each epoch, and the end."""
+        """(E + 1,) first step of each epoch, then the end."""
         self.num_steps = min(self.first_step[-1], max_steps or self.first_step[-1])
 
     def epoch_of(self, step: int) -> int:
         return int(np.searchsorted(self.first_step, step, side="right")) - 1
 
     def batch_rows(self, step: int) -> int:
-        """Rows of the global batch."""
+        """Return the number of rows of the global batch."""
         epoch = self.epoch_of(step)
         done = (step - self.first_step[epoch]) * self.global_batch_size
         return min(self.global_batch_size, self.num_rows[epoch] - done)
 
     def read(self, *, rank: int, world_size: int, start: int) -> Iterator[pa.Table]:
-        """A worker's rows from step `start` on, with their step; tables of at most ROW_GROUP."""
+        """Yield the rows of a worker from step `start` on, with a column `step`."""
         for epoch, first_step in enumerate(self.first_step[:-1]):
             end = min(self.first_step[epoch + 1], self.num_steps)
             if start >= end:
@@ -166,7 +166,7 @@ class Plan:
                 yield table.take(own_rows).append_column("step", pa.array(step[own_rows]))
 
     def read_first(self, epoch: int, *, rank: int, world_size: int, limit: int) -> pa.Table:
-        """A worker's share of the first `limit` rows of an epoch, or of VALIDATION."""
+        """Return a worker's share of the first `limit` rows of an epoch or of VALIDATION."""
         row_groups = [table for _, table in self._read_row_groups(epoch_file(epoch), 0, limit)]
         table = pa.concat_tables(row_groups) if row_groups else PLAN_SCHEMA.empty_table()
         own_rows = np.arange(min(limit, table.num_rows))[rank::world_size]
@@ -176,7 +176,7 @@ class Plan:
     def _read_row_groups(
         self, name: str, start: int, stop: int | None = None
     ) -> Iterator[tuple[int, pa.Table]]:
-        """Row groups that hold rows from `start` to `stop`, each with the number of its first."""
+        """Yield row groups with rows in [start, stop), each with the number of its first row."""
         folder = Folder(self.url)
         with folder.fs.open(folder.path(name)) as handle:
             file = pq.ParquetFile(handle)
@@ -190,10 +190,10 @@ class Plan:
 
 
 def list_values(table: pa.Table, name: str) -> NDArray[Any]:
-    """The values of a list column, end to end."""
+    """Return the concatenated values of a list column."""
     return table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
 
 
 def list_offsets(table: pa.Table, name: str) -> NDArray[np.int64]:
-    """(R + 1,) bounds of the lists of a column in its values."""
+    """Return the (R + 1,) offsets of a list column into its concatenated values."""
     return np.append(0, np.cumsum(table[name].combine_chunks().value_lengths().to_numpy()))

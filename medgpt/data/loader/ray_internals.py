@@ -1,4 +1,4 @@
-"""What Ray Data has no public setting for; `cluster/ray_internals.py` has the rest of Ray."""
+"""Ray Data settings without a public API. `cluster/ray_internals.py` has the rest of Ray."""
 
 import time
 from typing import Any
@@ -7,15 +7,14 @@ from ray.data._internal.cluster_autoscaler.resource_utilization_gauge import Clu
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 IDLE_STEP_S = 0.05
-UNREACHABLE = ClusterUtil(cpu=1e9, gpu=1e9, memory=1e9, object_store_memory=1e9)  # so busy is none
+UNREACHABLE = ClusterUtil(cpu=1e9, gpu=1e9, memory=1e9, object_store_memory=1e9)
 
 
 class ThrottleIdleLoop(ExecutionCallback):
-    """Gives the trainer its core back.
+    """Makes idle steps of Ray Data's scheduling loop sleep, so that the trainer gets the core.
 
-    Ray Data's scheduling loop waits only for running tasks; while its output is full, most of the
-    time here, it would spin and hold the interpreter's lock for half of it. A step that neither
-    waited nor moved anything is made to wait.
+    The loop waits only for running tasks. While its output is full, which is most of the time here,
+    it would spin and hold the GIL half of the time.
     """
 
     def __init__(self) -> None:
@@ -34,8 +33,11 @@ class ThrottleIdleLoop(ExecutionCallback):
 
 
 class NoAutoscaling(ThrottleIdleLoop):
-    """Asks for no nodes. As soon as half of the cluster is busy, and be it with those who wait for
-    the data, Ray Data would ask for twice as much of it."""
+    """Stops Ray Data from requesting nodes.
+
+    Otherwise it requests twice the cluster as soon as half of it is busy, even if only with workers
+    that wait for data.
+    """
 
     def before_execution_starts(self, executor: Any) -> None:
         executor._cluster_autoscaler._cluster_scaling_up_util_threshold = UNREACHABLE

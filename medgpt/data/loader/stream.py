@@ -1,8 +1,8 @@
-"""The training stream of one worker: the rows of its slots, from a step on, through Ray Data.
+"""Training stream of one worker: its rows of every step, read ahead with Ray Data.
 
-Which rows these are is written in the plan (plan.py), so a resumed stream starts anywhere at the
-same cost, with any number of workers. Ray Data reads tokens ahead of the trainer, with
-backpressure; what it moves are packed rows, each assembled once, on whichever node has a free CPU.
+The plan (plan.py) lists the rows, so a resumed stream starts at any step at the same cost, with any
+number of workers. Ray Data reads ahead with backpressure; each packed row is assembled once, on a
+node with a free CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ from medgpt.data.loader.plan import Plan, list_offsets, list_values
 from medgpt.data.loader.ray_internals import NoAutoscaling
 from medgpt.data.tokenized.shards import OPTIONAL_COLUMNS, SHARD_SCHEMA, read_block
 
-TOKENS_PER_TASK = 2**18  # a task costs Ray Data 20 ms and more, whatever it reads
-ROWS_PER_TASK = 64  # where rows have no common length
+TOKENS_PER_TASK = 2**18  # a task has an overhead of 20 ms or more
+ROWS_PER_TASK = 64  # without max_length
 TASKS_PER_PIPELINE = 64
 
 
@@ -34,16 +34,16 @@ class StepRows:
 
     epoch: int
     step: int  # from 0, over all epochs
-    rows: list[PackedRow]  # of this worker, may be fewer than others have, even none
-    num_rows: int  # of the worker with most
+    rows: list[PackedRow]  # of this worker; may be fewer than others have, or none
+    num_rows: int  # rows of the worker with the most rows
 
 
 def training_stream(
     plan: Plan, data_url: str, *, rank: int, world_size: int, start: int, data_cpus: float = 1
 ) -> Iterator[StepRows]:
-    """Steps from `start` to the end, in order, the same number on every worker.
+    """Iterate over the steps from `start` to the end, the same number on every worker.
 
-    Reading starts at the call, because Ray Data takes seconds until the first rows come.
+    Reading starts at the call, because Ray Data takes seconds to deliver the first rows.
     """
     tables = plan.read(rank=rank, world_size=world_size, start=start)
     size = max(1, TOKENS_PER_TASK // plan.max_length) if plan.max_length else ROWS_PER_TASK
@@ -65,14 +65,13 @@ def _group_by_step(
             pending = next(rows, None)
         num_rows = -(-plan.batch_rows(step) // world_size)
         yield StepRows(epoch=plan.epoch_of(step), step=step, rows=own_rows, num_rows=num_rows)
-    assert pending is None, "the stream holds rows of steps that are not in the plan"
+    assert pending is None, "the stream has rows of steps that are not in the plan"
 
 
 def read_first_rows(
     plan: Plan, data_url: str, *, epoch: int, rank: int, world_size: int, limit: int
 ) -> list[PackedRow]:
-    """This worker's share of the first `limit` rows of an epoch, or of VALIDATION, the held-out
-    split; it reads them itself."""
+    """Read a worker's share of the first `limit` rows of an epoch or of VALIDATION, without Ray."""
     table = plan.read_first(epoch, rank=rank, world_size=world_size, limit=limit)
     if not table.num_rows:
         return []
@@ -83,9 +82,9 @@ def read_first_rows(
 
 @dataclass
 class _Pipeline:
-    """A Ray Data execution over a bounded part of the plan, so that its bookkeeping is bounded."""
+    """A Ray Data execution over a bounded part of the plan, which bounds its bookkeeping."""
 
-    first_batch: pa.Table  # its first batch, which says that the others are being read
+    first_batch: pa.Table  # its arrival shows that reading has started
     batches: Iterator[pa.Table]
     num_tasks: int
 
@@ -97,7 +96,7 @@ def _split_into_tasks(table: pa.Table, size: int) -> Iterator[pa.Table]:
 def _start_pipeline(
     tasks: Iterator[pa.Table], data_url: str, version: str, data_cpus: float
 ) -> _Pipeline | None:
-    """Starts to read the next tasks; None if there are none left. Returns with the first batch."""
+    """Start to read the next tasks and wait for the first batch. Returns None if none are left."""
     next_tasks = list(islice(tasks, TASKS_PER_PIPELINE))
     if not next_tasks:
         return None
@@ -105,15 +104,15 @@ def _start_pipeline(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.custom_execution_callback_classes = [NoAutoscaling]
-    # from_arrow would start a task of a CPU for each table, only to count its rows
+    # from_arrow would start a task with a CPU for each table, only to count its rows
     dataset = ray.data.from_blocks(next_tasks).map_batches(
         partial(assemble_rows, url=data_url, split="train", version=version),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=data_cpus,
-        # one keeps ahead of a worker; Ray Data would submit as many as all CPUs could run if they
-        # were free, and an autoscaler bring nodes for those that wait
+        # one is fast enough for a worker; Ray Data would submit as many as all CPUs of the cluster
+        # could run, and an autoscaler would add nodes for those that wait
         compute=ray.data.TaskPoolStrategy(size=1),
         ray_remote_args_fn=_prefer_data_nodes,
     )
@@ -124,9 +123,11 @@ def _start_pipeline(
 
 
 def _prefer_data_nodes() -> dict[str, Any]:
-    """Where a task goes: to nodes for data, as clusters/ labels them, if there is room, else
-    anywhere. An autoscaler would keep idle nodes of other groups on which tasks run now and then.
-    The strategy is said so that none is caught in the placement group of whoever reads."""
+    """Return Ray options that prefer nodes labeled role=data (see clusters/), else any node.
+
+    Tasks on nodes of other groups would keep an autoscaler from removing them when idle. The
+    explicit strategy keeps tasks out of the placement group of the caller.
+    """
     return {
         "scheduling_strategy": "DEFAULT",
         "label_selector": {"role": "data"},
@@ -139,7 +140,7 @@ def _iterate_rows(
     start: Callable[[], _Pipeline | None],
     current: Future[_Pipeline | None],
 ) -> Iterator[tuple[int, PackedRow]]:
-    """(step, row) of all pipelines; the next one starts when half of the present one is used."""
+    """Yield (step, row) of all pipelines; starts the next one when half of a pipeline is used."""
     while (pipeline := current.result()) is not None:
         next_pipeline = None
         for number, batch in enumerate(chain([pipeline.first_batch], pipeline.batches)):
@@ -150,7 +151,7 @@ def _iterate_rows(
 
 
 def assemble_rows(plan: pa.Table, *, url: str, split: str, version: str) -> pa.Table:
-    """Plan rows in, packed rows out: the tokens of their chunks."""
+    """Return packed rows: the plan rows in `plan` with the tokens of their chunks."""
     plan = plan.combine_chunks()
     start, stop = list_values(plan, "start"), list_values(plan, "stop")
     token_columns: dict[str, list[NDArray[Any]]] = {"input_ids": [], "targets": [], "word_ids": []}
@@ -187,7 +188,7 @@ def _list_array(bounds: NDArray[np.int64], values: NDArray[Any]) -> pa.ListArray
 
 
 def unpack_rows(batch: pa.Table) -> Iterator[tuple[int, PackedRow]]:
-    """(step, row) of every packed row."""
+    """Yield (step, row) for every packed row of a batch."""
     batch = batch.combine_chunks()
     names = [name for name in batch.column_names if name not in ("step", "messages")]
     messages = batch["messages"].to_pylist() if "messages" in batch.column_names else None

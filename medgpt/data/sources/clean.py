@@ -1,4 +1,4 @@
-"""Light repair of text: mojibake, line ends, control characters. Chinese punctuation stays."""
+"""Light text repair: mojibake, line ends, control characters. Keeps Chinese punctuation."""
 
 import re
 
@@ -6,9 +6,9 @@ import ftfy
 
 FTFY_CONFIG = ftfy.TextFixerConfig(
     fix_character_width=False, uncurl_quotes=False, explain=False
-)  # both would turn Chinese punctuation into ASCII
-# What ftfy may act on; most Chinese text has none of it, and ftfy takes many times this search.
-# Left out although not ASCII: degree, plus-minus, middle dot, multiplication, micro, section.
+)  # the first two would turn Chinese punctuation into ASCII
+# Characters that ftfy may change. Most Chinese text has none, and ftfy is many times slower than
+# this search. Not included: degree, plus-minus, middle dot, multiplication, micro and section sign.
 NEEDS_REPAIR = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\xa6\xa8-\xaf\xb2-\xb4\xb6\xb8-\xd6\xd8-\u02af\u0300-\u036f\u0400-\u04ff"
     "\u2028\u2029\u206a-\u206f\u2126\u212a\u212b\u2500-\u257f\uf900-\ufaff\ufb00-\ufb06\ufeff"
@@ -17,7 +17,7 @@ NEEDS_REPAIR = re.compile(
 
 
 def clean_text(text: str) -> str:
-    """`text` repaired and stripped."""
+    """Return `text` repaired and stripped."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if NEEDS_REPAIR.search(text):
         text = ftfy.fix_text(text, FTFY_CONFIG)

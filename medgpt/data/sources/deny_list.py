@@ -1,8 +1,8 @@
-"""Deny-lists: claims and advice that no model should learn, each rule with its ground.
+"""Deny-lists: rules for claims and advice that no model should learn.
 
-A rule matches a sentence that holds one of its `any` phrases, one of its `with` phrases (if any)
-and none of its `unless` phrases, which are what a warning against the claim says. `…` inside a
-phrase stands for up to 8 characters of one clause, `@name` for the phrases of a set.
+A rule matches a sentence that contains one of its `any` phrases, one of its `with` phrases (if it
+has some) and none of its `unless` phrases, which identify a warning against the claim. `…` inside a
+phrase matches up to 8 characters of one clause; `@name` stands for the phrases of a set.
 """
 
 import re
@@ -28,31 +28,31 @@ SENTENCE_END = re.compile(r"[。！？!?；;\n]+|\.(?=\s|$)")
 
 class RuleConfig(Config):
     id: Name
-    """What a report calls the rule."""
+    """Name of the rule in reports."""
     reason: PhraseText
-    """Why such text is not trained on."""
+    """Why the model is not trained on such text."""
     source: PhraseText
-    """Guideline or regulation with its year."""
+    """Guideline or regulation, with its year."""
     any: Annotated[tuple[PhraseText, ...], Len(1)]
-    """Phrases, one of which a sentence must hold."""
+    """Phrases of which the sentence must contain one."""
     with_: tuple[PhraseText, ...] = Field((), alias="with")
-    """Phrases, one of which the same sentence must hold too."""
+    """Phrases of which the same sentence must also contain one."""
     unless: tuple[PhraseText, ...] = ()
-    """Phrases that acquit the sentence."""
+    """Phrases that exempt the sentence."""
 
 
 class DenyConfig(Config):
-    """deny.toml"""
+    """Schema of deny.toml."""
 
     sets: dict[str, tuple[PhraseText, ...]] = Field(default_factory=dict)
-    """Phrases that several rules share."""
+    """Sets of phrases that several rules share, by name."""
     rules: Annotated[tuple[RuleConfig, ...], Len(1)]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     id: str
-    literals: tuple[str, ...]  # a part of every `any` phrase; searching these first is fast
+    literals: tuple[str, ...]  # the longest word of each `any` phrase; a fast first search
     any: re.Pattern[str]
     with_: re.Pattern[str] | None
     unless: re.Pattern[str] | None
@@ -64,7 +64,7 @@ class Rule:
 
 
 class DenyList:
-    """The rules of several deny-lists."""
+    """The combined rules of several deny-lists."""
 
     def __init__(self, rules: Iterable[RuleConfig]) -> None:
         self.rules = [
@@ -81,7 +81,7 @@ class DenyList:
     @classmethod
     @cache
     def load(cls, names: tuple[str, ...]) -> "DenyList":
-        """`default` is the shipped list, other names are TOML files. Raises ConfigError."""
+        """Load `default`, the shipped list, and TOML files by path. Raises ConfigError."""
         rules = [rule for name in names for rule in _read_rules(name)]
         seen_ids: set[str] = set()
         for rule in rules:
@@ -91,7 +91,7 @@ class DenyList:
         return cls(rules)
 
     def match(self, text: str) -> str | None:
-        """The id of the first rule that a sentence of `text` breaks."""
+        """Return the id of the first rule that a sentence of `text` breaks, or None."""
         text = text.lower()
         rules = [r for r in self.rules if any(literal in text for literal in r.literals)]
         if not rules:
@@ -100,7 +100,10 @@ class DenyList:
         return next(broken, None)
 
     def check(self, record: Record) -> Record | Reject:
-        """`record`, or a reject if a document or an answer breaks a rule; users may ask all."""
+        """Return `record`, or a reject if a document or an answer breaks a rule.
+
+        Questions of users are not checked.
+        """
         if isinstance(record, Document):
             texts = [record.text]
         else:
@@ -134,8 +137,7 @@ def _read_rules(name: str) -> list[RuleConfig]:
 
 
 def _expand_sets(config: DenyConfig) -> list[RuleConfig]:
-    """The rules with the sets' phrases in the place of their names."""
-
+    """Replace the names of sets in the rules by their phrases."""
     sets = {f"@{name}": phrases for name, phrases in config.sets.items()}
 
     def phrases(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -169,7 +171,7 @@ def _longest_word(phrase: str) -> str:
 
 
 def _phrase_regex(phrase: str) -> str:
-    """Latin phrases match whole words only."""
+    """Return the pattern of a phrase; Latin phrases match whole words only."""
     parts = [r"\s+".join(map(re.escape, part.split())) for part in phrase.split("…")]
     before = "(?<![a-z0-9])" if phrase[0].isascii() and phrase[0].isalnum() else ""
     after = "(?![a-z0-9])" if phrase[-1].isascii() and phrase[-1].isalnum() else ""

@@ -1,4 +1,4 @@
-"""What there is to read: the files of a source, cut into pieces that one task reads."""
+"""Lists the files of a source and cuts them into slices, each of which one task reads."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,28 +26,28 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """A piece of one file."""
+    """A range of bytes or row groups of one file."""
 
     source: str  # name of the source
     file: str  # path or URI
     format: str  # txt, jsonl, json, csv, tsv or parquet
     encoding: str  # a codec, or auto
-    start: int  # byte of a line's start, or row group; 0 if the unit is the whole file
-    stop: int | None  # the same, excluded; None is the end of the file
-    index: int  # position among the units of its source
-    first_row: int = 1  # line or row number at start
+    start: int  # byte at which a line starts, or number of a row group
+    stop: int | None  # exclusive end, in the same unit; None is the end of the file
+    index: int  # position among the slices of its source
+    first_row: int = 1  # line or row number at `start`
 
 
 @dataclass(frozen=True, slots=True)
 class SliceStart:
-    """Where a unit begins."""
+    """Start of a slice."""
 
     start: int
     first_row: int
 
 
 def list_slices(source: SourceConfig, shard_mb: int) -> list[FileSlice]:
-    """All pieces of `source`, files in sorted order, the same at every call.
+    """Return all slices of `source`, files in sorted order, the same at every call.
 
     Raises:
         ConfigError: a path matches nothing, a file's format or the encoding is unknown.
@@ -67,7 +67,7 @@ def list_slices(source: SourceConfig, shard_mb: int) -> list[FileSlice]:
 
 
 def list_files(source: SourceConfig) -> list[str]:
-    """The files of `source`, sorted; none is opened. Raises ConfigError like `list_units`."""
+    """Return the sorted files of `source`, opening none. Raises ConfigError like `list_slices`."""
     _check_encoding(source)
     files = sorted({file for path in source.paths for file in _expand_path(path, source)})
     for file in files:
@@ -76,20 +76,20 @@ def list_files(source: SourceConfig) -> list[str]:
 
 
 def _check_encoding(source: SourceConfig) -> None:
-    """Lines are found as bytes, so a line end must be one byte."""
+    """Raise ConfigError unless a line end is one byte, because files are split as bytes."""
     try:
         fits = source.encoding == "auto" or "\n".encode(source.encoding) == b"\n"
     except LookupError:
         fits = False
     if not fits:
         raise ConfigError(
-            f"data.sources {source.name} encoding={source.encoding!r}: no encoding whose line end "
-            "is one byte; use auto or a Python codec such as gb18030, or convert to UTF-8"
+            f"data.sources {source.name} encoding={source.encoding!r}: unknown, or a line end "
+            "is not one byte; use auto or a Python codec such as gb18030, or convert to UTF-8"
         )
 
 
 def _expand_path(path: str, source: SourceConfig) -> list[str]:
-    """Files behind a file name, a directory or a glob."""
+    """Return the files of a file name, a directory or a glob."""
     try:
         filesystem, root = fsspec.url_to_fs(path)
         if filesystem.isfile(root):
@@ -101,7 +101,7 @@ def _expand_path(path: str, source: SourceConfig) -> list[str]:
         else:
             files = [file for file in filesystem.glob(root) if filesystem.isfile(file)]
             files = [file for file in files if not _is_hidden(PurePosixPath(file).name)]
-    except Exception as error:  # every kind of store has its own
+    except Exception as error:  # each filesystem raises its own types
         remedy = "check the address and the credentials"
         raise _path_error(source, path, f"cannot be listed ({error})", remedy) from None
     if not files:
@@ -111,7 +111,7 @@ def _expand_path(path: str, source: SourceConfig) -> list[str]:
 
 
 def _has_wanted_format(file: str, root: str, source: SourceConfig) -> bool:
-    """Directories give files of a known format, of the one that is asked for if any."""
+    """Whether a file of a directory is not hidden and has the configured format, if one is set."""
     relative_path = PurePosixPath(file).relative_to(root)
     detected = FORMATS.get(_extension(file))
     wanted = detected if source.format == "auto" else source.format
@@ -127,7 +127,7 @@ def _is_hidden(part: str) -> bool:
 
 
 def _extension(file: str) -> str:
-    """.jsonl of data.jsonl.gz"""
+    """Return the extension below the compression suffix: .jsonl for data.jsonl.gz."""
     return PurePosixPath(file.lower().removesuffix(compression_suffix(file) or "")).suffix
 
 
@@ -149,7 +149,7 @@ def _path_error(source: SourceConfig, path: str, rule: str, remedy: str) -> Conf
 def _slice_starts(
     file: str, file_format: str, source: SourceConfig, slice_bytes: int
 ) -> tuple[str, list[SliceStart]]:
-    """The encoding and the beginnings of units of about `step` bytes."""
+    """Return the encoding, and the starts of slices of about `slice_bytes` bytes."""
     if source.group_by is not None:
         return source.encoding, [SliceStart(0, 1)]
     if file_format == "parquet":
@@ -157,25 +157,25 @@ def _slice_starts(
     splittable = file_format == "jsonl" or (file_format == "txt" and source.lines)
     if not splittable or compression_suffix(file) or file_size(file) < 2 * slice_bytes:
         return source.encoding, [SliceStart(0, 1)]
-    # one piece must not decide on its own encoding
+    # detect it on the whole file: slices must not disagree about the encoding
     auto = source.encoding == "auto"
     encoding = detect_encoding(read_chunks(file)) if auto else source.encoding
     return encoding, line_slice_starts(read_chunks(file), slice_bytes)
 
 
 def file_size(file: str) -> int:
-    """Bytes of a file, as it is stored."""
+    """Return the stored size of a file in bytes."""
     filesystem, path = fsspec.url_to_fs(file)
     return int(filesystem.size(path) or 0)
 
 
 def line_slice_starts(chunks: Iterable[bytes], slice_bytes: int) -> list[SliceStart]:
-    """The line starts nearest after every `step` bytes, with their line numbers."""
+    """Return the first line start after every `slice_bytes` bytes, with its line number."""
     starts, offset, line = [SliceStart(0, 1)], 0, 1
     for chunk in chunks:
         position = 0
         while True:
-            target = starts[-1].start + slice_bytes - offset  # of the next cut, within the chunk
+            target = starts[-1].start + slice_bytes - offset  # next start, relative to the chunk
             newline = chunk.find(b"\n", max(position, target - 1))
             if newline < 0:
                 break
@@ -188,7 +188,10 @@ def line_slice_starts(chunks: Iterable[bytes], slice_bytes: int) -> list[SliceSt
 
 
 def row_group_slice_starts(file: str, slice_bytes: int) -> list[SliceStart]:
-    """The first row group after every `step` bytes; a broken file is one unit, its reader tells."""
+    """Return the first row group after every `slice_bytes` bytes.
+
+    A broken file is one slice; its reader reports it.
+    """
     with open_file(file) as stream:
         try:
             metadata = pq.ParquetFile(stream).metadata

@@ -1,4 +1,4 @@
-"""Bytes of a file, local or remote, plain or compressed, and the lines of text in them."""
+"""Reads bytes and text lines of files, local or remote, plain or compressed."""
 
 import bz2
 import codecs
@@ -13,11 +13,11 @@ import fsspec
 import zstandard
 
 READ_BYTES = 1 << 20  # bytes read at a time
-MIN_UTF8_SHARE = 0.1  # of the lines: other encodings hardly ever look like UTF-8, so few are proof
+MIN_UTF8_SHARE = 0.1  # of lines; text in other encodings is hardly ever valid UTF-8
 
 
 class BrokenFile(Exception):
-    """The bytes of a file contradict its format. The message never quotes them."""
+    """The content of a file does not match its format. The message never quotes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class BrokenRow:
 
 
 class Decompressor(Protocol):
-    """What zlib, bz2, lzma and zstandard have in common."""
+    """Common interface of zlib, bz2, lzma and zstandard."""
 
     @property
     def eof(self) -> bool: ...
@@ -46,23 +46,23 @@ DECOMPRESSORS: dict[str, Callable[[], Decompressor]] = {
 
 
 def compression_suffix(file: str) -> str | None:
-    """The suffix that says how `file` is compressed."""
+    """Return the compression suffix of a file name, or None if it has none."""
     return next((suffix for suffix in DECOMPRESSORS if file.lower().endswith(suffix)), None)
 
 
 @contextmanager
 def open_file(file: str) -> Iterator[BinaryIO]:
-    """`file` (a path or fsspec URI) for reading its bytes as they are stored."""
+    """Open a path or fsspec URI to read its bytes as they are stored."""
     filesystem, path = fsspec.url_to_fs(file)
     with filesystem.open(path, "rb") as stream:
         yield cast(BinaryIO, stream)
 
 
 def read_chunks(file: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The decompressed content; `start` and `stop` are byte offsets of an uncompressed file.
+    """Yield the decompressed content. `start` and `stop` are byte offsets of an uncompressed file.
 
     Raises:
-        BrokenFile: damaged or truncated compressed data, after everything before it was yielded.
+        BrokenFile: compressed data is damaged or truncated; everything before it was yielded.
     """
     suffix = compression_suffix(file)
     with open_file(file) as stream:
@@ -77,7 +77,10 @@ def read_chunks(file: str, start: int = 0, stop: int | None = None) -> Iterator[
 
 
 def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Decompressor]) -> Iterator[bytes]:
-    """All members or frames; libraries' own readers stop silently after the first, or at a cut."""
+    """Yield all members or frames.
+
+    The readers of the libraries stop silently after the first member, or where a file was cut off.
+    """
     decompressor = new_decompressor()
     while data := stream.read(READ_BYTES):
         while data:
@@ -93,7 +96,7 @@ def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Decompressor]) 
 
 
 def guess_encoding(chunk: bytes) -> str:
-    """utf-8 or gb18030 for a chunk that is not ASCII and may have broken lines."""
+    """Return utf-8 or gb18030 for a chunk that is not ASCII and may have broken lines."""
     if _try_decode(chunk, "utf-8") is not None:
         return "utf-8"
     lines = [line for line in chunk.split(b"\n") if not line.isascii()]
@@ -108,7 +111,7 @@ def guess_encoding(chunk: bytes) -> str:
 
 
 def _try_decode(data: bytes, encoding: str) -> str | None:
-    """The text, but for a character that the end of `data` may cut; None if it is broken."""
+    """Return the text without a character cut off at the end, or None if `data` is invalid."""
     try:
         return codecs.getincrementaldecoder(encoding)().decode(data)
     except UnicodeDecodeError:
@@ -116,7 +119,7 @@ def _try_decode(data: bytes, encoding: str) -> str | None:
 
 
 def detect_encoding(chunks: Iterable[bytes]) -> str:
-    """The encoding of a file by its first chunk that is not ASCII."""
+    """Return the encoding of a file, judged by its first chunk that is not ASCII."""
     first_non_ascii = next((chunk for chunk in chunks if not chunk.isascii()), None)
     return "utf-8" if first_non_ascii is None else guess_encoding(first_non_ascii)
 
@@ -129,7 +132,7 @@ def decode(data: bytes, encoding: str) -> str | BrokenRow:
 
 
 def text_lines(chunks: Iterable[bytes], encoding: str) -> Iterator[str | BrokenRow]:
-    """Lines without their ends. `encoding` auto is settled by the first chunk that is not ASCII."""
+    """Yield lines without line ends; `auto` detects the encoding in the first non-ASCII chunk."""
     unfinished = b""
     first = True
     for chunk in chunks:
@@ -144,7 +147,7 @@ def text_lines(chunks: Iterable[bytes], encoding: str) -> Iterator[str | BrokenR
 
 
 def _decode_line(data: bytes, encoding: str, first: bool) -> str | BrokenRow:
-    text = decode(data, "utf-8" if encoding == "auto" else encoding)  # auto so far: ASCII only
+    text = decode(data, "utf-8" if encoding == "auto" else encoding)  # still auto: all ASCII
     if isinstance(text, str):
         text = text.removesuffix("\r")
         return text.removeprefix("\ufeff") if first else text  # byte order mark
@@ -152,6 +155,6 @@ def _decode_line(data: bytes, encoding: str, first: bool) -> str | BrokenRow:
 
 
 def read_all(chunks: Iterable[bytes], encoding: str) -> tuple[bytes, str]:
-    """All bytes and their encoding."""
+    """Return all bytes, and their encoding."""
     chunk_list = list(chunks)
     return b"".join(chunk_list), detect_encoding(chunk_list) if encoding == "auto" else encoding

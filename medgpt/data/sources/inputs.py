@@ -1,4 +1,4 @@
-"""The files a run reads, and whether they are still those it read before."""
+"""Input files of a run, and whether they changed since it read them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from medgpt.data.sources.row_formats import RowParser
 
 
 def check_sources(config: DataConfig) -> None:
-    """Raises ConfigError for a missing file, a wrong template or deny-list. Reads no data."""
+    """Raise ConfigError for a missing file, or an invalid template or deny-list. Reads no data."""
     for source in config.sources:
         list_files(source)
         RowParser(source)
@@ -22,25 +22,25 @@ def check_sources(config: DataConfig) -> None:
 
 
 def input_files(config: DataConfig) -> list[str]:
-    """Data files and deny-lists, each once, in the order of the sources."""
+    """Return data files and deny-lists without duplicates, in the order of the sources."""
     data = [file for source in config.sources for file in list_files(source)]
     deny = [name for source in config.sources for name in source.deny if name != "default"]
     return list(dict.fromkeys(data + deny))
 
 
 def input_bytes(config: DataConfig) -> int:
-    """Size of all input files, as they are stored."""
+    """Return the stored size of all input files in bytes."""
     return sum(map(file_size, input_files(config)))
 
 
 def file_stamp(file: str) -> str:
-    """Another one if the file may have been written to since: size, times and identity."""
+    """Return a stamp of size, times and identity that changes when the file may have changed."""
     filesystem, path = fsspec.url_to_fs(file)
     return filesystem.ukey(path)
 
 
 def file_digest(file: str) -> str:
-    """xxHash (XXH3, 128 bit) of the bytes of a file."""
+    """Return the xxHash (XXH3, 128 bits) of the bytes of a file."""
     with open_file(file) as stream:
         return stream_checksum(stream)
 
@@ -48,16 +48,16 @@ def file_digest(file: str) -> str:
 def fingerprint_entries(
     stamps: Mapping[str, str], digests: Mapping[str, str]
 ) -> list[dict[str, str]]:
-    """What a manifest keeps of its inputs."""
+    """Return the `inputs` entries of a manifest."""
     return [
         {"file": file, "stamp": stamp, "xxh128": digests[file]} for file, stamp in stamps.items()
     ]
 
 
 def describe_changes(inputs: Sequence[Mapping[str, Any]], config: DataConfig) -> Iterator[str]:
-    """What differs between the files of a manifest and those there are now, in words.
+    """Describe each difference between the input files of a manifest and the present ones.
 
-    A file is read again only if its stamp differs.
+    Reads a file only if its stamp differs.
     """
     known = {entry["file"]: entry for entry in inputs}
     files = input_files(config)

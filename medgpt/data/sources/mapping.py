@@ -1,4 +1,4 @@
-"""Records out of rows of any shape, by the Jinja templates of a `[data.sources.mapping]`."""
+"""Converts rows of any shape with the Jinja templates of a `[data.sources.mapping]`."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from medgpt.data.sources.turns import (
     require_text,
 )
 
-# what a template may raise because of the row it gets
+# exceptions that a template may raise because of the row
 TEMPLATE_ERRORS = (
     TypeError,
     ValueError,
@@ -30,7 +30,7 @@ TEMPLATE_ERRORS = (
 
 
 def _require_printable(value: object) -> object:
-    """Text and numbers only: Python would print null as None and a list with its brackets."""
+    """Accept text and numbers only: Python would print null as None and a list with brackets."""
     if isinstance(value, (str, int, float, Undefined)) and not isinstance(value, bool):
         return value
     raise MalformedRow(f"prints {json_type(value)}, must print text or a number")
@@ -43,14 +43,14 @@ JINJA_ENVIRONMENT = ImmutableSandboxedEnvironment(
 
 @dataclass(frozen=True, slots=True)
 class RowTemplate:
-    """A compiled template; the row's columns are its variables, `row` is the row itself."""
+    """A compiled template. Its variables are the columns, and `row` for the whole row."""
 
-    key: str  # of the config, for messages
+    key: str  # config key, for messages
     template: Template
-    columns: frozenset[str]  # that it may use
+    columns: frozenset[str]  # columns that the template uses
 
     def render(self, row: RawRow) -> str:
-        """Cleaned text, not empty. Raises Malformed."""
+        """Return the cleaned text. Raises MalformedRow if it is empty or a column is missing."""
         try:
             text = self.template.render({"row": row, **row})
         except MalformedRow as problem:
@@ -66,7 +66,7 @@ class RowTemplate:
 
 
 def compile_template(source: str, key: str, text: str) -> RowTemplate:
-    """Raises ConfigError if `text` is not a Jinja template."""
+    """Compile a template. Raises ConfigError if `text` is not a Jinja template."""
     try:
         columns = meta.find_undeclared_variables(JINJA_ENVIRONMENT.parse(text)) - {"row"}
         return RowTemplate(key, JINJA_ENVIRONMENT.from_string(text), frozenset(columns))
@@ -81,7 +81,7 @@ class RowMapper:
     """Applies one mapping to rows."""
 
     def __init__(self, source: str, mapping: MappingConfig) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError for an invalid template."""
         texts = {
             "text": mapping.text,
             "system": mapping.system,
@@ -100,7 +100,7 @@ class RowMapper:
         self._turns, self._answers = mapping.turns, mapping.answers
 
     def __call__(self, row: RawRow) -> str | list[Message] | RankedAnswers:
-        """A document's text, messages, or answers to compare. Raises Malformed."""
+        """Return the text of a document, messages, or ranked answers. Raises MalformedRow."""
         templates = self._templates
         if "text" in templates:
             return templates["text"].render(row)
@@ -122,7 +122,7 @@ class RowMapper:
         return prompt + replies.get("assistant", [])
 
     def _read_graded_answers(self, row: RawRow, prompt: list[Message]) -> RankedAnswers:
-        """The answers in a column with their grades."""
+        """Return the answers in a column with their grades."""
         assert self._answers is not None
         answers, grades = [], []
         for number, item in enumerate(require_list(row, self._answers.column), start=1):

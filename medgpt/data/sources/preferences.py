@@ -1,4 +1,4 @@
-"""Answers of which some are better: out of the rows of preference data."""
+"""Reads preference data: prompts with several answers of which some are better."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ PAIR_COLUMNS = (
 
 
 class RankedAnswers(NamedTuple):
-    """What a row says, unchecked."""
+    """Content of a row, not yet checked."""
 
     prompt: list[Message]
     answers: list[list[Message]]  # (K,) what follows the prompt
@@ -33,17 +33,17 @@ class RankedAnswers(NamedTuple):
 
 
 def pair_columns(row: RawRow) -> tuple[str, str, str] | None:
-    """The columns of prompt, better and worse answer, if the row has such."""
+    """Return the columns of prompt, chosen and rejected answer, or None if the row has none."""
     return next((names for names in PAIR_COLUMNS if all(name in row for name in names)), None)
 
 
 def read_pair(row: RawRow, history: Sequence[Message]) -> RankedAnswers:
-    """Prompt, chosen and rejected, texts or lists of messages; answers may repeat the prompt.
+    """Read prompt, chosen and rejected: texts or lists of messages. Answers may repeat the prompt.
 
-    `before` is what precedes the prompt: system message and history.
+    `history` holds the messages before the prompt: system message and earlier turns.
 
     Raises:
-        Malformed: a column is missing or not of this form.
+        MalformedRow: a column is missing or has another form.
     """
     columns = pair_columns(row)
     if columns is None and "prompt" not in row and "chosen" in row and "rejected" in row:
@@ -55,10 +55,11 @@ def read_pair(row: RawRow, history: Sequence[Message]) -> RankedAnswers:
 
 
 def make_preferences(ranked: RankedAnswers, origin: Origin) -> Preferences:
-    """The record of what a row says.
+    """Check ranked answers and return them as a record.
 
     Raises:
-        Malformed: the row breaks a rule; Unusable if it compares nothing.
+        MalformedRow: the row breaks a rule.
+        UnusableRow: the row has only one answer or equal grades.
     """
     prompt = check_turns(ranked.prompt, "the prompt", last_role="user")
     answers = []
@@ -83,13 +84,13 @@ def make_preferences(ranked: RankedAnswers, origin: Origin) -> Preferences:
 
 
 def strip_prompt(prompt: Sequence[Message], messages: list[Message]) -> list[Message]:
-    """`messages` without the prompt, if they begin with it."""
+    """Return `messages` without the prompt if they start with it."""
     same = messages[: len(prompt)] == list(prompt)
     return messages[len(prompt) :] if same else messages
 
 
 def require_number(value: object, location: str) -> float:
-    """Raises Malformed unless it is a number, also one in digits as a CSV file has it."""
+    """Return a number or a numeric text as float. Raises MalformedRow for anything else."""
     try:
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return float(value)
@@ -99,7 +100,7 @@ def require_number(value: object, location: str) -> float:
 
 
 def _column_messages(row: RawRow, column: str, role: Any) -> list[Message]:
-    """A text is one message of `role`."""
+    """Return the messages in a column; a text is one message of `role`."""
     value = require_column(row, column)
     if isinstance(value, list):
         return read_turns(row, TurnsMapping(column=column))
@@ -107,7 +108,7 @@ def _column_messages(row: RawRow, column: str, role: Any) -> list[Message]:
 
 
 def _split_shared_prompt(row: RawRow, before: Sequence[Message]) -> RankedAnswers:
-    """Chosen and rejected are whole conversations; the prompt is what they share."""
+    """Split two whole conversations into their common beginning, the prompt, and the answers."""
     conversations = [
         _column_messages(row, column, "assistant") for column in ("chosen", "rejected")
     ]
@@ -123,7 +124,7 @@ def _split_shared_prompt(row: RawRow, before: Sequence[Message]) -> RankedAnswer
 
 
 def _common_prefix_length(messages: Iterable[Message], other_messages: Iterable[Message]) -> int:
-    """Messages that both begin with."""
+    """Return the number of messages with which both start."""
     count = 0
     for a, b in zip(messages, other_messages, strict=False):
         if a != b:
@@ -133,7 +134,7 @@ def _common_prefix_length(messages: Iterable[Message], other_messages: Iterable[
 
 
 def _pair_grades(row: RawRow) -> list[float]:
-    """The chosen answer leads by the margin, or by 1."""
+    """Return grades that differ by the margin of the row, or by 1."""
     if row.get("margin") in (None, ""):
         return [1.0, 0.0]
     margin = require_number(row["margin"], "column margin")

@@ -1,6 +1,6 @@
-"""Chinese and ASCII punctuation, one for the other."""
+"""Converts between Chinese (full-width) and ASCII (half-width) punctuation."""
 
-# by code point: comma, question mark, semicolon, exclamation mark, colon, parentheses
+# full-width forms are 0xFEE0 code points above ASCII
 FULL_WIDTH = {ord(c): chr(ord(c) + 0xFEE0) for c in ",?;!:()"}
 HALF_WIDTH = {ord(full): chr(half) for half, full in FULL_WIDTH.items()}
 

@@ -1,4 +1,4 @@
-"""The rows of a unit as records: one record or reject for each, in order, without reading ahead."""
+"""Reads the rows of files and file slices as records, in order, without reading ahead."""
 
 import csv
 import json
@@ -26,21 +26,21 @@ from medgpt.data.sources.records import Origin, Record, Reject
 from medgpt.data.sources.row_formats import RowParser
 from medgpt.data.sources.turns import RawRow, json_type
 
-WHOLE_FILE_MB = 1024  # files are read whole
-BATCH_ROWS = 256  # of Parquet at a time
-JSON_LINES_PROBE = 5  # pretty-printed JSON has no complete object in its first lines
-csv.field_size_limit(1 << 24)  # characters; whole documents are cells, an unclosed quote still ends
+WHOLE_FILE_MB = 1024  # slice size for reading files whole
+BATCH_ROWS = 256  # Parquet rows read at a time
+JSON_LINES_PROBE = 5  # lines; pretty-printed JSON has no complete object in its first ones
+csv.field_size_limit(1 << 24)  # characters: fits whole documents, bounds an unclosed quote
 
 NumberedRow = tuple[int, RawRow | BrokenRow]
 
 
 def read_slice(file_slice: FileSlice, source: SourceConfig) -> Iterator[Record | Reject]:
-    """Records and rejects of a unit's rows; deny-lists are applied by `DenyList.check`.
+    """Yield a record or a reject for each row of a slice. Deny-lists are not applied.
 
-    A file that cannot be read to its end gives one reject more, as row 0 if it gave no row.
+    A file that cannot be read to its end adds one reject, with row 0 if it had no readable row.
 
     Raises:
-        ConfigError: the source's mapping is wrong.
+        ConfigError: the mapping of the source is invalid.
     """
     parse_row = RowParser(source)
     last_row = 0
@@ -65,10 +65,10 @@ def read_slice(file_slice: FileSlice, source: SourceConfig) -> Iterator[Record |
 
 
 def read_located_rows(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(FILE row N, row) of all files in the formats that training reads.
+    """Yield ("FILE row N", row) for all rows of `paths`, in the formats of training data.
 
     Raises:
-        ConfigError: there is no such file, or a row or the rest of a file cannot be read.
+        ConfigError: a path matches nothing, or a row or the rest of a file cannot be read.
     """
     source = SourceConfig(name="questions", paths=tuple(paths), licence="only read")
     for file_slice in list_slices(source, WHOLE_FILE_MB):
@@ -83,7 +83,7 @@ def read_located_rows(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any
 
 
 def read_records(source: SourceConfig) -> Iterator[Record]:
-    """Documents and conversations of a source, without what its deny-lists set aside.
+    """Yield the records of a source that its deny-lists accept.
 
     Raises:
         ConfigError: a row is malformed.
@@ -99,7 +99,7 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
 
 
 def _group_by_column(rows: Iterable[NumberedRow], column: str) -> dict[Any, NumberedRow]:
-    """Rows with one value in `column` under the number of the first; others as they are."""
+    """Group rows by `column`, each group under the number of its first row. Keeps broken rows."""
     groups: dict[Any, NumberedRow] = {}
     for number, row in rows:
         if isinstance(row, BrokenRow):
@@ -128,7 +128,7 @@ def _make_reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Re
 
 
 def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[NumberedRow]:
-    """Raw rows with their numbers. Raises BrokenFile after the last row that could be read."""
+    """Yield rows with their numbers. Raises BrokenFile after the last row that could be read."""
     if file_slice.format == "parquet":
         return _read_parquet(file_slice)
     chunks = read_chunks(file_slice.file, file_slice.start, file_slice.stop)
@@ -187,7 +187,7 @@ def _require_object(value: Any) -> RawRow | BrokenRow:
 
 
 def _read_json(chunks: Iterator[bytes], file_slice: FileSlice) -> Iterator[NumberedRow]:
-    """An array of rows, loaded whole, or JSON lines under the name .json."""
+    """Read an array of rows, loaded whole, or JSON lines in a file named .json."""
     head = b""
     for chunk in chunks:
         head += chunk
@@ -216,7 +216,7 @@ def _read_json_array(chunks: Iterable[bytes], encoding: str) -> Iterator[Numbere
     data, encoding = read_all(chunks, encoding)
     text = decode(data, encoding)
     broken = isinstance(text, BrokenRow)
-    if isinstance(text, BrokenRow):  # must not cost the rows that are whole
+    if isinstance(text, BrokenRow):  # keep the rows without broken bytes
         text = data.decode(encoding, "surrogateescape")
     try:
         value = json.loads(text.removeprefix("\ufeff"))
@@ -237,8 +237,8 @@ def _has_broken_bytes(row: object) -> bool:
 
 
 def _read_csv(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[NumberedRow]:
-    """Cells may hold line breaks, so a row is known by its number and not by its line."""
-    broken: list[BrokenRow] = []  # lines of the row that is being read
+    """Read CSV rows, numbered by row and not by line because cells may hold line breaks."""
+    broken: list[BrokenRow] = []  # undecodable lines of the current row
     reader = csv.reader(_csv_lines(lines, broken), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     number = 0
@@ -272,7 +272,7 @@ def _csv_lines(lines: Iterable[str | BrokenRow], broken: list[BrokenRow]) -> Ite
     for line in lines:
         if isinstance(line, BrokenRow):
             broken.append(line)
-            yield "broken\n"  # keeps the reader going
+            yield "broken\n"  # placeholder, so that the csv reader continues
         else:
             yield line + "\n"
 
@@ -290,7 +290,7 @@ def _read_parquet(file_slice: FileSlice) -> Iterator[NumberedRow]:
                     number += 1
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the system's, not the format's
+                raise  # an error of the file system, not of the format
             raise BrokenFile("damaged Parquet data") from None
 
 

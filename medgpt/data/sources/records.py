@@ -1,4 +1,4 @@
-"""What a raw row becomes before it is tokenised."""
+"""Records: the checked content of a raw row, before it is tokenized."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +14,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a record comes from."""
+    """Source, file and row of a record."""
 
     source: str  # name of the source in the config
     file: str  # path or URI
-    row: int  # line of a text file, else row, from 1
+    row: int  # line of a text file, otherwise row, from 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,24 +28,26 @@ class Document(Origin):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation(Origin):
-    """An optional system message, then user and assistant in turn, ending with the assistant; with
-    the user where a source holds prompts alone."""
+    """An optional system message, then alternating turns of user and assistant.
+
+    Ends with the assistant, or with the user if the source holds prompts only.
+    """
 
     messages: tuple[Message, ...]
-    num_trimmed: int = 0  # messages left out before the first and after the last exchange
+    num_trimmed: int = 0  # messages removed before the first and after the last exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preferences(Origin):
-    """A prompt and K >= 2 answers to it, some of them better than others."""
+    """A prompt and K >= 2 answers, of which some are better than others."""
 
-    prompt: tuple[Message, ...]  # with its history, ends with the user
+    prompt: tuple[Message, ...]  # includes its history, ends with the user
     answers: tuple[tuple[Message, ...], ...]  # (K,) each ends with the assistant
-    grades: tuple[float, ...]  # (K,) the higher the better; equal grades compare nothing
+    grades: tuple[float, ...]  # (K,) higher is better; equal grades make no pair
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The prompt with its best answer."""
+        """The prompt followed by its best answer."""
         return self.prompt + self.answers[self.grades.index(max(self.grades))]
 
 
@@ -54,8 +56,8 @@ class Reject(Origin):
     """A row that is not trained on. The reason never quotes the row."""
 
     reason: str
-    malformed: bool = True  # False: a good row set aside by a rule (deny-list, length)
-    unreadable: bool = False  # the file cannot be read from here on, its other rows are unknown
+    malformed: bool = True  # False: a valid row set aside by a rule (deny-list, length)
+    unreadable: bool = False  # the rest of the file cannot be read; its number of rows is unknown
 
 
 Record = Document | Conversation | Preferences

@@ -1,4 +1,4 @@
-"""One row of a known shape in, one record or one reject out."""
+"""Parses rows in the known dataset formats: one row in, one record or reject out."""
 
 from typing import Any
 
@@ -30,14 +30,14 @@ from medgpt.data.sources.turns import (
 QA_COLUMNS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
 SHAREGPT = TurnsMapping(column="conversations", role="from", content="value")
 MESSAGES = TurnsMapping(column="messages")
-MAX_COLUMN_NAME = 32  # a file without header has values where names should be
+MAX_COLUMN_NAME = 32  # characters; a file without a header has values instead of names
 
 
 class RowParser:
-    """Makes records of the rows of one source."""
+    """Parses the rows of one source into records."""
 
     def __init__(self, source: SourceConfig) -> None:
-        """Raises ConfigError if a template of the mapping is wrong."""
+        """Raises ConfigError if a template of the mapping is invalid."""
         self._source = source
         self._mapper = None if source.mapping is None else RowMapper(source.name, source.mapping)
         turns = None if source.mapping is None else source.mapping.turns
@@ -109,7 +109,7 @@ class RowParser:
         raise AssertionError(kind)
 
     def _kind(self, row: RawRow) -> str:
-        """The kind that the columns show."""
+        """Infer the kind from the columns. Raises MalformedRow if they match none."""
         if pair_columns(row) or ("chosen" in row and "rejected" in row):
             return "pairs"
         if "messages" in row:
@@ -134,14 +134,14 @@ class RowParser:
 
 
 def _system_message(row: RawRow) -> list[Message]:
-    """Many sets keep the system prompt in a column of its own, often empty."""
+    """Return the system message in column `system`, which many datasets have, often empty."""
     if row.get("system") is None or row["system"] == "":
         return []
     return [Message("system", require_text(row["system"], "column system"))]
 
 
 def _instruction_messages(row: RawRow) -> list[Message]:
-    """instruction, with a non-empty input on the next line, and output."""
+    """Return `instruction`, with a non-empty `input` on the next line, and `output`."""
     parts = [require_column(row, "instruction"), row.get("input")]
     for part, column in zip(parts, ("instruction", "input"), strict=True):
         if part is not None and not isinstance(part, str):
@@ -154,7 +154,7 @@ def _instruction_messages(row: RawRow) -> list[Message]:
 
 
 def _history_messages(row: RawRow) -> list[Message]:
-    """Earlier turns: a list of [question, answer], also as JSON, or nothing."""
+    """Return the earlier turns in `history`: [question, answer] pairs, possibly as JSON text."""
     value = row.get("history")
     if value in (None, "", [], "[]"):
         return []

@@ -1,4 +1,4 @@
-"""Rows of the files that a task names, and an even draw of them."""
+"""Hash-based sampling of items: independent of their order, reproducible by seed."""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -9,20 +9,20 @@ T = TypeVar("T")
 
 
 def hash_texts(*parts: str) -> str:
-    """The same for the same texts."""
+    """Return a hash of the texts as 16 hexadecimal characters."""
     return xxhash.xxh3_64_hexdigest("\x1f".join(parts).encode())
 
 
 def in_hash_range(text: str, hash_range: tuple[float, float]) -> bool:
-    """Whether the hash of the text, from 0 to 1, is in this part, the upper end not included."""
-    position = (int(hash_texts("part", text), 16) >> 11) / 2**53  # below 1
+    """Whether the hash of the text, a number in [0, 1), lies in [hash_range[0], hash_range[1])."""
+    position = (int(hash_texts("part", text), 16) >> 11) / 2**53  # < 1
     return hash_range[0] <= position < hash_range[1]
 
 
 def draw_subset(items: Iterable[tuple[str, T]], limit: int | None, seed: int) -> list[T]:
-    """At most `limit` of the (id, item) pairs, in their order; which ones depends on ids and seed.
+    """Return at most `limit` items of the (id, item) pairs, in their order, chosen by id and seed.
 
-    More items never change the order in which ids are taken.
+    Adding items never changes the relative priority of the others.
     """
     pairs = list(items)
     if limit is None or len(pairs) <= limit:

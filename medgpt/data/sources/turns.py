@@ -1,4 +1,4 @@
-"""Messages of a conversation out of a row, whatever its keys, and the rules they must keep."""
+"""Reads the messages of a conversation from a row with any keys, and checks their order."""
 
 import json
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ RawRow = dict[str, Any]
 
 
 class MalformedRow(Exception):
-    """A row that cannot be trained on. The message names columns and rules, never values."""
+    """The row cannot be trained on. The message names columns and rules, never values."""
 
 
 class UnusableRow(MalformedRow):
-    """A good row with nothing to learn from."""
+    """The row is valid but has nothing to learn from."""
 
 
 def json_type(value: object) -> str:
-    """The JSON type of `value` in words."""
+    """Return the JSON type of `value` in words."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -31,7 +31,7 @@ def json_type(value: object) -> str:
 
 
 def require_text(value: object, location: str) -> str:
-    """Cleaned text, not empty."""
+    """Return the cleaned text. Raises MalformedRow if it is empty or not a text."""
     if not isinstance(value, str):
         raise MalformedRow(f"{location} is {json_type(value)}, must be text")
     text = clean_text(value)
@@ -47,7 +47,7 @@ def require_column(row: RawRow, column: str) -> Any:
 
 
 def require_list(row: RawRow, column: str) -> list[Any]:
-    """The list in a column; a CSV cell holds it as JSON."""
+    """Return the list in a column, or raise MalformedRow. A CSV cell holds it as JSON."""
     value = require_column(row, column)
     if isinstance(value, str):
         try:
@@ -64,7 +64,7 @@ def require_list(row: RawRow, column: str) -> list[Any]:
 
 
 def read_turns(row: RawRow, turns: TurnsMapping) -> list[Message]:
-    """The messages in `turns.column`, joined as it says."""
+    """Return the messages in `turns.column`, merged if `turns.merge` is set."""
     messages: list[Message] = []
     for number, turn in enumerate(require_list(row, turns.column), start=1):
         location = f"column {turns.column}, turn {number}"
@@ -80,7 +80,7 @@ def read_turns(row: RawRow, turns: TurnsMapping) -> list[Message]:
         role = _turn_role(_turn_item(turn, turns.role, location), turns, location)
         content = _turn_item(turn, turns.content, location)
         if turns.merge and isinstance(content, str) and not clean_text(content):
-            continue  # an empty utterance adds nothing to the speaker's others
+            continue  # an empty utterance adds nothing to the merged message
         messages.append(Message(role, require_text(content, location)))
     return merge_consecutive(messages) if turns.merge else messages
 
@@ -110,7 +110,7 @@ def _turn_role(speaker: object, turns: TurnsMapping, location: str) -> Role:
 
 
 def merge_consecutive(messages: Sequence[Message]) -> list[Message]:
-    """Consecutive messages of one speaker become one, on lines of its own."""
+    """Join consecutive messages of one speaker with line breaks."""
     merged: list[Message] = []
     for message in messages:
         if merged and merged[-1].role == message.role:
@@ -122,7 +122,7 @@ def merge_consecutive(messages: Sequence[Message]) -> list[Message]:
 
 
 def trim_unanswered(messages: Sequence[Message], location: str) -> list[Message]:
-    """Without the assistant's turns before the first question, the user's after the last answer."""
+    """Remove assistant turns before the first question and user turns after the last answer."""
     system = [m for m in messages if m.role == "system"]
     turns = [m for m in messages if m.role != "system"]
     while turns and turns[0].role == "assistant":
@@ -137,7 +137,10 @@ def trim_unanswered(messages: Sequence[Message], location: str) -> list[Message]
 def check_turns(
     messages: Sequence[Message], location: str, *, last_role: Role = "assistant"
 ) -> tuple[Message, ...]:
-    """An optional system message, then user and assistant in turn, ending with `last`."""
+    """Return the messages if user and assistant alternate after an optional system message.
+
+    Raises MalformedRow unless the first turn is the user's and the last one is by `last_role`.
+    """
     turns = [m for m in messages if m.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
         raise MalformedRow(f"{location} has a system message that is not the first")

@@ -1,4 +1,4 @@
-"""Conversations as a model's chat template writes them, alike in training and generation."""
+"""Renders conversations with the chat template of a model, alike in training and generation."""
 
 import copy
 import re
@@ -17,7 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 CHATML = Path(__file__).with_name("chatml.jinja").read_text("utf-8")
-"""Default template. {% generation %} marks what the assistant writes, its end token included."""
+"""Default template. {% generation %} encloses the assistant's text and its end token."""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE_MESSAGES = (
@@ -28,17 +28,17 @@ PROBE_MESSAGES = (
     Message("user", "谢谢"),
     Message("assistant", "(不客气)"),
 )
-"""A conversation that shows what a template does."""
+"""A conversation to probe a template with."""
 
 CharSpan = tuple[int, int]
 """[start, end) in characters."""
 
 
 def prepare_chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """A copy that can chat: it has a template (default ChatML) and ends turns with its eos token.
+    """Return a copy with a chat template (default ChatML) whose eos token ends a turn.
 
-    A base without a template may gain the ChatML tokens; its model then needs rows for them, see
-    models.vocabulary.replace_vocabulary.
+    A base tokenizer without a template may gain the ChatML tokens; its model then needs rows for
+    them, see models.vocabulary.replace_vocabulary.
     """
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.chat_template is None:
@@ -48,7 +48,7 @@ def prepare_chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedToke
         ]
         tokenizer.add_tokens(turn_tokens, special_tokens=True)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # an end of text that no turn ends with
+        tokenizer.pad_token = tokenizer.eos_token  # the end of text, which ends no turn
     tokenizer.eos_token = end_of_turn_token(tokenizer)
     return tokenizer
 
@@ -56,9 +56,9 @@ def prepare_chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedToke
 def generation_prompt_ids(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]
 ) -> list[int]:
-    """Token ids to generate the assistant's next turn from.
+    """Return the token ids of the prompt for the assistant's next turn.
 
-    Control tokens that someone typed into a message are encoded as plain text.
+    Control tokens typed into a message are encoded as plain text.
     """
     ids = tokenizer.apply_chat_template(
         _as_dicts(messages),
@@ -70,7 +70,7 @@ def generation_prompt_ids(
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Ids that end a generated answer: the end of the turn and the end of the text."""
+    """Return the ids that end a generated answer: end of turn and end of text."""
     ends = {
         end_of_turn_token(tokenizer),
         str(tokenizer.eos_token),
@@ -82,7 +82,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Tokens a message must not hold: the special ones and those the template writes."""
+    """Return tokens that a message must not contain: special tokens and those of the template."""
     template = _template_text(tokenizer)
     return [
         token.content
@@ -92,7 +92,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def end_of_turn_token(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The token that ends the assistant's turn. Raises ConfigError if the template writes none."""
+    """Return the token that ends an assistant turn. Raises ConfigError if the template has none."""
     messages = PROBE_MESSAGES[:2]
     prompt = render(tokenizer, messages[:1], add_generation_prompt=True)
     text = render(tokenizer, messages)
@@ -112,7 +112,7 @@ def render(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The template's text."""
+    """Return the text that the template renders."""
     text = tokenizer.apply_chat_template(
         _as_dicts(messages), add_generation_prompt=add_generation_prompt, tokenize=False
     )
@@ -123,11 +123,10 @@ def render(
 def render_with_answer_spans(
     tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[Message]], end_token: str
 ) -> list[tuple[str, list[CharSpan]]]:
-    """Of each the template's text and where in it the assistant's turns are, each with its end
-    token `end`.
+    """Render each conversation and locate its assistant turns, including `end_token`.
 
-    A template that marks its {% generation %} is believed; under any other, a turn starts where the
-    prompt for it stops. A turn that the template writes otherwise in its prompt is left out.
+    The spans are those of {% generation %} if the template has it. Otherwise, a turn starts where
+    its prompt ends; a turn whose prompt is not a prefix of the rendered text gets no span.
     """
     if _GENERATION_TAG.search(_template_text(tokenizer)):
         rendered = _render_tagged(tokenizer, conversations)
@@ -142,20 +141,20 @@ def _extend_to_end_token(text: str, spans: Sequence[CharSpan], end_token: str) -
 
 
 def check_prompts_are_prefixes(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise ConfigError unless the prompt for each answer is a prefix of a conversation's ids."""
+    """Raise ConfigError unless the prompt ids of each answer are a prefix of the conversation's."""
     ids = tokenizer(render(tokenizer, PROBE_MESSAGES), add_special_tokens=False)["input_ids"]
     for i in range(1, len(PROBE_MESSAGES), 2):
         prompt = generation_prompt_ids(tokenizer, PROBE_MESSAGES[:i])
         if ids[: len(prompt)] != prompt:
             raise ConfigError(
                 f"the chat template of {tokenizer.name_or_path} rewrites earlier turns as the "
-                "conversation goes on (some remove the reasoning), so training would not see what "
-                "generation sees; give the tokenizer a chat_template that leaves them as they were"
+                "conversation continues (some remove the reasoning), so training would not see the "
+                "text of generation; give the tokenizer a chat_template that keeps earlier turns"
             )
 
 
 def accepts_system_message(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Some templates refuse it."""
+    """Whether the template renders a system message; some raise an error."""
     try:
         render(tokenizer, (Message("system", "You are a doctor."), *PROBE_MESSAGES[:2]))
     except TemplateError:
@@ -190,5 +189,5 @@ def _template_text(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _as_dicts(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    # stripped: a newline at the start of an answer would join the one before it in a single token
+    # strip: a newline at the start of an answer would merge with the one before it into one token
     return [{"role": message.role, "content": message.content.strip()} for message in messages]

@@ -1,4 +1,4 @@
-"""Records become token ids, each token marked as something to learn or as context."""
+"""Encodes records as token ids, and marks which tokens are targets of the loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,22 +16,22 @@ from medgpt.data.tokenized.words import char_word_ids
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedSample:
-    """N tokens of one record."""
+    """The N tokens of one record."""
 
     input_ids: NDArray[np.int32]  # (N,)
-    targets: NDArray[np.bool_]  # (N,) True: the model must learn to produce this token
-    word_ids: NDArray[np.int32] | None = None  # (N,) word a token belongs to, -1 = none
-    num_truncated_turns: int = 0  # messages left out so that it fits
+    targets: NDArray[np.bool_]  # (N,) True where the loss counts
+    word_ids: NDArray[np.int32] | None = None  # (N,) number of the word, -1 = none
+    num_truncated_turns: int = 0  # messages removed to fit max_length
     sequence_lengths: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
-    grades: NDArray[np.float32] | None = None  # (K,) of the answers
-    messages: str | None = None  # JSON of [role, content] pairs, where the text is needed, too
+    grades: NDArray[np.float32] | None = None  # (K,) grade of each answer
+    messages: str | None = None  # JSON of [role, content] pairs, of prompts only
 
 
 class DocumentEncoder:
-    """Texts for pretraining; a conversation is its messages, one a line.
+    """Encodes texts for pretraining. A conversation becomes its messages, one per line.
 
-    clm: the text and the end token, all of them targets. mlm: [CLS] text [SEP], the text is the
-    target. Special tokens spelled out in a text are ordinary text.
+    clm: text and end token, all targets. mlm: [CLS] text [SEP], the text is the target. Special
+    tokens spelled out in a text are encoded as ordinary text.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class DocumentEncoder:
 
 
 class ConversationEncoder:
-    """Conversations for fine-tuning, as the chat template writes them.
+    """Encodes conversations for fine-tuning with the chat template.
 
     Targets are the assistant's turns with their end tokens. A conversation longer than `max_length`
-    tokens loses its oldest pairs of turns, never its system message.
+    tokens loses its oldest exchanges, never its system message.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int):
@@ -119,7 +119,7 @@ class ConversationEncoder:
             else:
                 results[i] = make_reject(record, reason)
         num_messages = {i: len(conversation.messages) for i, conversation in pending.items()}
-        while pending:  # once, and again for those that lost a turn
+        while pending:  # encode again those that lost an exchange
             shorter = {}
             for i, result in zip(pending, self._encode_all(list(pending.values())), strict=True):
                 if isinstance(result, Conversation):
@@ -149,7 +149,7 @@ class ConversationEncoder:
     def _encode_all(
         self, conversations: list[Conversation]
     ) -> list[EncodedSample | Reject | Conversation]:
-        """Each encoded, or without some of its oldest turns if it is too long."""
+        """Encode each conversation; return one that is too long without its oldest exchanges."""
         messages = [conversation.messages for conversation in conversations]
         rendered = chat_template.render_with_answer_spans(self._tokenizer, messages, self._end)
         batch = self._tokenizer(
@@ -183,7 +183,7 @@ class ConversationEncoder:
             if len(turns) == 1:
                 reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
                 return make_reject(conversation, reason, malformed=False)
-            # the fewest pairs that can be enough: no more is freed than what precedes their end
+            # lower bound: removing an exchange frees at most the tokens up to its end
             candidates = [k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess]
             return _drop_oldest_exchanges(
                 conversation, candidates[0] if candidates else len(turns) - 1
@@ -195,7 +195,7 @@ class ConversationEncoder:
 
 
 def conversation_error(messages: Sequence[Message]) -> str | None:
-    """Why it cannot be trained on: an empty turn, or turns out of order. None if all is well."""
+    """Return why a conversation cannot be trained on (empty or misordered turns), or None."""
     if any(not message.content.strip() for message in messages):
         return "empty turn"
     turns = [message.role for message in messages]
@@ -213,7 +213,7 @@ def conversation_error(messages: Sequence[Message]) -> str | None:
 def token_span(
     batch: BatchEncoding, row: int, span: chat_template.CharSpan
 ) -> tuple[int, int] | None:
-    """[start, end) in tokens of a span of characters; None if its first token begins before it."""
+    """Return the token span of a character span, or None if its first token starts before it."""
     first, last = (batch.char_to_token(row, char) for char in (span[0], span[1] - 1))
     if first is None or last is None:
         return None
@@ -222,7 +222,7 @@ def token_span(
 
 
 def _drop_oldest_exchanges(conversation: Conversation, num_pairs: int) -> Conversation:
-    """Without its oldest `num_pairs` exchanges."""
+    """Remove the oldest `num_pairs` exchanges."""
     num_system = int(conversation.messages[0].role == "system")
     remaining = conversation.messages[num_system + 2 * num_pairs :]
     return replace(conversation, messages=conversation.messages[:num_system] + remaining)

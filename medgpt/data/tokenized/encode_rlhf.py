@@ -1,4 +1,4 @@
-"""Preferences and prompts become token ids: what reward models, DPO and PPO read."""
+"""Encodes preferences and prompts as token ids for reward models, DPO and PPO."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from medgpt.data.tokenized.encode import EncodedSample, conversation_error, make
 
 
 class _TemplateChecks:
-    """What a chat template cannot write."""
+    """Checks whether a chat template can render messages."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         chat_template.check_prompts_are_prefixes(tokenizer)
@@ -22,7 +22,7 @@ class _TemplateChecks:
         self._accepts_system_message = chat_template.accepts_system_message(tokenizer)
 
     def reject_reason(self, messages: Sequence[Message]) -> str | None:
-        """Of a conversation that ends with the assistant; None if all is well."""
+        """Return why a conversation that ends with the assistant cannot be encoded, or None."""
         if (reason := conversation_error(messages)) is not None:
             return reason
         if messages[0].role == "system" and not self._accepts_system_message:
@@ -34,11 +34,11 @@ class _TemplateChecks:
 
 
 class PreferenceEncoder:
-    """Each answer after its prompt, as the chat template writes them, one after the other.
+    """Encodes the prompt with each answer as one sequence, and concatenates the sequences.
 
-    A piece ends with the end token of its last turn, where generation stops. Targets are the
-    assistant's turns after the prompt. A prompt loses its oldest pairs of turns, never its system
-    message, until the longest piece has at most `max_length` tokens.
+    A sequence ends with the end token of its last turn, where generation stops. Targets are the
+    assistant's turns after the prompt. A prompt loses its oldest exchanges, never its system
+    message, until the longest sequence has at most `max_length` tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
@@ -82,7 +82,7 @@ class PreferenceEncoder:
     def _encode_sequence(
         self, prompt: Sequence[Message], answer: Sequence[Message]
     ) -> tuple[NDArray[np.int32], NDArray[np.bool_]] | None:
-        """(N,) ids and targets of one answer; None if its tokens are not its own."""
+        """Return (N,) ids and targets of one answer, or None if a token spans a turn's start."""
         messages = (*prompt, *answer)
         ((text, spans),) = chat_template.render_with_answer_spans(
             self._tokenizer, [messages], self._end
@@ -101,9 +101,9 @@ class PreferenceEncoder:
 
 
 class PromptEncoder:
-    """What PPO generates from: a prompt with its whole history, up to where the answer begins.
+    """Encodes prompts for PPO: the whole history, up to where the answer starts.
 
-    A conversation gives what precedes its last answer.
+    A conversation is cut before its last answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
@@ -134,13 +134,13 @@ class PromptEncoder:
 
 
 def _prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
-    """Without its last answer, if it has one."""
+    """Return the messages without the last answer, if there is one."""
     messages = conversation.messages
     return messages[:-1] if messages[-1].role == "assistant" else messages
 
 
 def _drop_oldest_exchange(prompt: tuple[Message, ...]) -> tuple[Message, ...] | None:
-    """None if there is only one question."""
+    """Remove the oldest exchange, or return None if there is only one question."""
     num_system = int(prompt[0].role == "system")
     if len(prompt) - num_system < 3:
         return None

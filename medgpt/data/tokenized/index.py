@@ -1,4 +1,4 @@
-"""One entry per sample: its length, and where its tokens are."""
+"""Index of all samples: their lengths, and the location of their tokens."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class SampleIndex:
-    """One entry per sample, in file order; N samples."""
+    """Columns with one entry per sample, in file order; N samples."""
 
     length: IntArray  # (N,) tokens
     source: IntArray  # (N,) number of the source in the config
@@ -23,7 +23,7 @@ class SampleIndex:
 
 
 def num_chunks(length: IntArray, max_length: int | None) -> IntArray:
-    """(N,) chunks of samples with `length` tokens; consecutive chunks share one token."""
+    """Return (N,) numbers of chunks per sample; consecutive chunks overlap by one token."""
     if max_length is None:
         return np.ones_like(length)
     return np.maximum(1, -(-(length - 1) // (max_length - 1)))

@@ -1,4 +1,4 @@
-"""Where every row went, and when too few of them were good."""
+"""Counts what became of every row, and raises errors when too many were bad."""
 
 import re
 from collections import Counter
@@ -14,20 +14,20 @@ from medgpt.data.sources.records import Conversation, Record, Reject
 if TYPE_CHECKING:
     from medgpt.data.tokenized.encode import EncodedSample
 
-NUM_SHOWN = 3  # reasons or files in an error
+NUM_SHOWN = 3  # reasons or files listed in an error
 
 
 @dataclass
 class RowCounts:
-    """Rows of a unit or a source: rows = train + validation + sum of set_aside."""
+    """Row counts of a slice or a source: rows = train + validation + sum of set_aside."""
 
     rows: int = 0
     train: int = 0
     validation: int = 0
-    malformed: int = 0  # of those set aside
-    trimmed_turns: int = 0  # messages outside the first and the last exchange
-    truncated_turns: int = 0  # messages left out so that a conversation fits
-    unreadable_files: list[str] = field(default_factory=list)  # file, row it broke at, reason
+    malformed: int = 0  # subset of set_aside
+    trimmed_turns: int = 0  # messages before the first and after the last exchange
+    truncated_turns: int = 0  # messages removed so that a conversation fits max_length
+    unreadable_files: list[str] = field(default_factory=list)  # "FILE, row N: REASON"
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
 
     def add(self, counts: "RowCounts") -> None:
@@ -52,7 +52,7 @@ class RowCounts:
             self.trimmed_turns += record.num_trimmed
 
     def count_reject(self, reject: Reject) -> None:
-        """Count a row that is set aside, under its reason without numbers."""
+        """Count a row that is set aside. Numbers in its reason become N."""
         self.rows += 1
         self.malformed += reject.malformed
         reason = re.sub(r"\d+", "N", reject.reason)
@@ -68,7 +68,7 @@ def sum_by_source(
     *,
     rejected_url: str,
 ) -> dict[str, RowCounts]:
-    """Accounts of units added up. Raises ConfigError if a source has too many bad rows or units."""
+    """Add up slices per source. Raises ConfigError if a source has too many bad rows or slices."""
     source_counts = {source.name: RowCounts() for source in config.sources}
     for file_slice, counts in zip(slices, slice_counts, strict=True):
         source_counts[file_slice.source].add(counts)
@@ -104,12 +104,12 @@ def _refuse_malformed(name: str, counts: RowCounts, limit: float, rejected_url: 
 
 
 def _ceil_percent(share: float) -> float:
-    """`share` in per cent, rounded up."""
+    """Round a share up to whole percents."""
     return -(-share * 100 // 1) / 100
 
 
 def refuse_empty(source_counts: Mapping[str, RowCounts], config: DataConfig) -> None:
-    """Raises ConfigError if no row is left, or none of a source that has a weight."""
+    """Raise ConfigError if no row is left to train on, or none of a source with a weight."""
     if not sum(account.train for account in source_counts.values()):
         reasons: Counter[str] = Counter()
         for counts in source_counts.values():

@@ -1,4 +1,4 @@
-"""Tokenised samples on disk: Parquet shards, one row group per block, and an index over them."""
+"""Tokenized samples on disk: Parquet shards, one row group per block, and their index."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,19 +17,19 @@ from medgpt.artifacts import MANIFEST, FileEntry, Folder, checksum
 from medgpt.data.sources.records import Origin
 from medgpt.data.tokenized.index import SampleIndex
 
-if TYPE_CHECKING:  # its import of transformers would slow the start of every reading task
+if TYPE_CHECKING:  # imports transformers, which would slow the start of every reading task
     from medgpt.data.tokenized.encode import EncodedSample
 
-BLOCK_TOKENS = 1 << 18  # a row group holds about this many tokens
+BLOCK_TOKENS = 1 << 18  # approximate tokens of a row group
 CACHED_BLOCKS = 32  # more than a window has
 SHARD_SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
-        "targets": pa.list_(pa.bool_()),  # True where the token is to be learnt
-        "word_ids": pa.list_(pa.int32()),  # null unless words are masked as a whole
-        "pieces": pa.list_(pa.int32()),  # null unless a sample is several answers: tokens of each
-        "grades": pa.list_(pa.float32()),  # of the answers
-        "messages": pa.string(),  # null unless the text of a prompt is needed
+        "targets": pa.list_(pa.bool_()),  # True where the loss counts
+        "word_ids": pa.list_(pa.int32()),  # null without whole-word masking
+        "pieces": pa.list_(pa.int32()),  # tokens per answer with its prompt; null without answers
+        "grades": pa.list_(pa.float32()),  # grade of each answer; null without answers
+        "messages": pa.string(),  # JSON of a prompt's messages; null otherwise
         "length": pa.int32(),
         "content_hash": pa.string(),
         "source": pa.int16(),
@@ -51,14 +51,14 @@ BLOCKS_SCHEMA = pa.schema({"file": pa.string(), "row_group": pa.int32()})
 
 
 class ShardWriter:
-    """Appends samples to one shard, inside a `with`.
+    """Context manager that appends samples to one shard.
 
-    The shard appears when it is complete, so two tasks that write the same one do no harm.
+    The file appears once it is complete, so two tasks may write the same shard.
     """
 
     def __init__(self, folder: Folder, name: str) -> None:
         self.name = name
-        self.files: list[FileEntry] = []  # after the `with`: the shard, if there were samples
+        self.files: list[FileEntry] = []  # after `with`: the shard, if it has samples
         self.pending: list[dict[str, Any]] = []
         self.pending_tokens = 0
         self.writer: pq.ParquetWriter | None = None
@@ -123,7 +123,7 @@ class ShardWriter:
 
 
 def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileEntry]:
-    """Index of a split over its shards, in their order. Reads no tokens."""
+    """Write the index of a split over its shards, in their order. Reads no tokens."""
     columns = ["length", "source", "content_hash"]
     tables, blocks = [], []
     for name in shards:
@@ -157,9 +157,9 @@ def _empty_index() -> pa.Table:
 
 
 def make_sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
-    """(N,) hash of content hash and occurrence number: unique even where contents repeat.
+    """Return (N,) hashes of content hash and occurrence number, unique even for equal contents.
 
-    Arrays of 32 bytes a sample and no Python objects: a corpus has many short samples.
+    Uses arrays of 32 bytes per sample, no Python objects: a corpus may have many short samples.
     """
     by_hash = np.argsort(hashes, kind="stable")
     position, ordered = np.arange(len(hashes)), hashes[by_hash]
@@ -177,13 +177,13 @@ def make_sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
 
 
 def _fixed_width_ids(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
-    """(N,) S32 of a column of 32 characters."""
+    """Return a column of 32 characters as an (N,) array of S32."""
     values = column.combine_chunks().cast(pa.binary()).cast(pa.binary(32))
     return np.frombuffer(values.buffers()[1], "S32", count=len(values), offset=32 * values.offset)
 
 
 def read_index(folder: Folder, split: str) -> SampleIndex:
-    """The index of a split."""
+    """Read the index of a split."""
     with folder.fs.open(folder.path(f"{split}.index.parquet")) as file:
         table = pq.read_table(file)
     columns = {
@@ -194,7 +194,7 @@ def read_index(folder: Folder, split: str) -> SampleIndex:
 
 
 def data_version(url: str) -> str:
-    """Differs when the shards were made anew in the same place, so that caches notice."""
+    """Return a hash of the manifest, a cache key that changes when the shards are rewritten."""
     return xxhash.xxh3_64_hexdigest(Folder(url).read_text(MANIFEST).encode())
 
 
@@ -206,13 +206,13 @@ class BlockTokens(NamedTuple):
     targets: NDArray[np.bool_]
     word_ids: NDArray[np.int32] | None
     optional: dict[str, list[Any]]
-    """(R,) each: `pieces` and `grades` of samples that are several answers, `messages` of prompts;
-    only what there is."""
+    """Column name -> (R,) values: `pieces` and `grades` of answers, `messages` of prompts. Without
+    columns that are null."""
 
 
 @lru_cache(maxsize=CACHED_BLOCKS)
 def read_block(url: str, split: str, block: int, version: str) -> BlockTokens:
-    """The tokens of one block; recent ones stay in memory, under the version of their data."""
+    """Read the tokens of one block. Caches recent blocks by the version of their data."""
     folder = Folder(url)
     file, row_group = _read_block_locations(url, split, version)[block]
     with folder.fs.open(folder.path(file)) as handle:

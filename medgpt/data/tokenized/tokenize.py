@@ -1,8 +1,8 @@
-"""Raw files to tokenised shards with an index, through Ray Data: one unit, one task, one shard.
+"""Tokenizes raw files into shards with an index, with Ray Data: one task per slice and shard.
 
-A task streams its unit in bounded memory, can be repeated (it rewrites the same shard), and
-accounts for every row: trained, held out for validation, or set aside with file, row and reason.
-Its result is kept, so that an interrupted indexing goes on with the units that are left.
+A task streams its slice in bounded memory, can be repeated (it rewrites the same shard), and
+counts every row: trained, held out for validation, or set aside with file, row and reason. Its
+result is stored, so that an interrupted run resumes with the unfinished slices.
 """
 
 import json
@@ -39,14 +39,14 @@ from medgpt.data.tokenized.row_counts import RowCounts, refuse_empty, sum_by_sou
 from medgpt.data.tokenized.shards import ShardWriter, read_index, write_index
 
 if TYPE_CHECKING:
-    from medgpt.data.tokenized.encode import EncodedSample  # transformers
+    from medgpt.data.tokenized.encode import EncodedSample  # imports transformers
 
-MIN_SLICES = 24  # of a corpus of as many MiB
-BATCH_RECORDS = 256  # records tokenised together
+MIN_SLICES = 24  # of a corpus of at least as many MiB
+BATCH_RECORDS = 256  # records tokenized together
 NUM_SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")
-SLICE_RESULTS = "units"  # results of single units, until all are done
-INPUTS_FILE = "begun.json"  # what they were read from
+SLICE_RESULTS = "units"  # folder of the results of slices, removed in the end
+INPUTS_FILE = "begun.json"  # the inputs of these results
 IGNORED_SETTINGS = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
 
 EncodeBatch = Callable[[Sequence[Record]], "list[EncodedSample | Reject]"]
@@ -54,25 +54,25 @@ EncodeBatch = Callable[[Sequence[Record]], "list[EncodedSample | Reject]"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeJob:
-    """What every index task needs. `make_encode` runs once in each process."""
+    """Arguments of every tokenization task."""
 
     data_url: str
     rejected_url: str
     config: DataConfig
-    encoding: Mapping[str, Any]  # JSON; what decides how a record becomes tokens
+    encoding: Mapping[str, Any]  # JSON; every setting that affects the tokens of a record
     make_encode: Callable[[], EncodeBatch]
-    packing: bool = True  # samples share rows; else each has one of its own, uncut
-    allow_changes: bool = False  # of files and settings since the data was tokenised
+    packing: bool = True  # False: every sample has a row of its own, uncut
+    allow_changes: bool = False  # tokenize again if files or settings changed
 
 
 def tokenize_sources(
     job: TokenizeJob, *, data_cpus: float, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Tokenise all sources into `job.data_url`; returns the manifest. Finished work is reused.
+    """Tokenize all sources into `job.data_url` and return the manifest. Reuses finished work.
 
     Raises:
-        ConfigError: files that are missing, unreadable, malformed, or not those that were tokenised
-            before; nothing left to train on.
+        ConfigError: files are missing, unreadable, malformed or changed since they were tokenized,
+            or no row is left to train on.
     """
     check_sources(job.config)
     if manifest := reusable_manifest(job):
@@ -88,7 +88,7 @@ def tokenize_sources(
 
 
 def list_all_slices(config: DataConfig) -> list[FileSlice]:
-    """Pieces of at most shard_mb; smaller ones of a small corpus, so that all cores have work.
+    """Return slices of at most shard_mb, smaller in a small corpus so that all cores have work.
 
     They depend on the data only, because shards are shuffled by their blocks.
     """
@@ -99,7 +99,7 @@ def list_all_slices(config: DataConfig) -> list[FileSlice]:
 
 
 def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
-    """The manifest of finished work on the same data; None if there is work to do.
+    """Return the manifest of finished work on the same data, or None if there is work to do.
 
     Raises:
         ConfigError: the data changed, and `job.allow_changes` does not accept it.
@@ -110,25 +110,25 @@ def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
     manifest = folder.read_json(MANIFEST)
     changes = list(describe_changes(manifest["inputs"], job.config))
     if manifest["encoding"] != job.encoding:
-        changes.append("the tokenizer or the objective is another one")
+        changes.append("the tokenizer or the objective changed")
     if manifest["config"] != _tokenization_settings(job.config):
-        changes.append("settings under [data] are others")
+        changes.append("settings under [data] changed")
     if changes and not job.allow_changes:
         if (more := len(changes) - NUM_SHOWN_CHANGES) > 0:
             changes[NUM_SHOWN_CHANGES:] = [f"and {more} more"]
         raise ConfigError(
-            f"the data changed since {job.data_url} was made of it: {'; '.join(changes)}. Restore "
-            "it, choose another run.dir, or accept with run.allow_changes=true, which reads it anew"
+            f"the data changed since {job.data_url} was made: {'; '.join(changes)}. Restore "
+            "it, choose another run.dir, or set run.allow_changes=true to tokenize it again"
         )
     if not changes and (manifest := committed(folder)):
         source_counts = {name: _row_counts(source) for name, source in manifest["sources"].items()}
-        refuse_empty(source_counts, job.config)  # weights may be others than then
+        refuse_empty(source_counts, job.config)  # weights may have changed since
         return manifest
     return None
 
 
 def prepare_folders(job: TokenizeJob) -> dict[str, str]:
-    """Clear what an earlier attempt left, unless it read the same. Returns the files' stamps."""
+    """Remove files of an earlier attempt with other inputs. Returns the stamps of the inputs."""
     stamps = {file: file_stamp(file) for file in input_files(job.config)}
     inputs = {
         "stamps": stamps,
@@ -139,14 +139,14 @@ def prepare_folders(job: TokenizeJob) -> dict[str, str]:
     if not slice_results.exists(INPUTS_FILE) or slice_results.read_json(INPUTS_FILE) != inputs:
         for folder in (Folder(job.data_url), rejected):
             folder.remove()
-        if rejected.is_local:  # it says which patient's row is wrong, so it is the owner's alone
+        if rejected.is_local:  # it names rows of patients: readable by the owner only
             Path(rejected.root).mkdir(mode=0o700, parents=True)
         slice_results.write_json(INPUTS_FILE, inputs)
     return stamps
 
 
 def finished_slices(job: TokenizeJob) -> dict[int, dict[str, Any]]:
-    """Results of the units that an interrupted attempt has done."""
+    """Return the results of the slices that an interrupted attempt finished, by number."""
     folder = Folder(job.data_url)
     sizes = folder.sizes()
     results: dict[int, dict[str, Any]] = {}
@@ -166,7 +166,7 @@ def _run_tasks(
     data_cpus: float,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Add the results of the units that have none yet, from Ray Data."""
+    """Tokenize the unfinished slices with Ray Data and add their results."""
     tasks = [{"number": n, **asdict(unit)} for n, unit in enumerate(slices) if n not in results]
     if not tasks:
         return
@@ -183,7 +183,7 @@ def _run_tasks(
 
 
 def tokenize_task(task: dict[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
-    """`index_unit` as a row function. A ConfigError is a result: Ray Data would wrap it."""
+    """`tokenize_slice` as a row function. Returns a ConfigError as a result: Ray would wrap it."""
     file_slice = FileSlice(**{name: value for name, value in task.items() if name != "number"})
     try:
         result = tokenize_slice(file_slice, task["number"], job=job)
@@ -193,7 +193,7 @@ def tokenize_task(task: dict[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
 
 
 def tokenize_slice(file_slice: FileSlice, number: int, *, job: TokenizeJob) -> dict[str, Any]:
-    """Read, clean, tokenise and write one unit; returns its account, files and digest as JSON."""
+    """Read, clean, tokenize and write one slice; returns row counts, files and digest as JSON."""
     source_numbers = {source.name: i for i, source in enumerate(job.config.sources)}
     source = job.config.sources[source_numbers[file_slice.source]]
     folder = Folder(job.data_url)
@@ -224,7 +224,7 @@ def tokenize_slice(file_slice: FileSlice, number: int, *, job: TokenizeJob) -> d
     result = {
         "account": asdict(counts),
         "files": [asdict(file) for file in train.files + validation.files],
-        "digest": None if file_slice.start else file_digest(file_slice.file),  # once for each file
+        "digest": None if file_slice.start else file_digest(file_slice.file),  # once per file
     }
     (folder / SLICE_RESULTS).write_json(f"{number:05d}.json", result)
     return result
@@ -233,7 +233,7 @@ def tokenize_slice(file_slice: FileSlice, number: int, *, job: TokenizeJob) -> d
 def _encode_records(
     items: Iterator[Record | Reject], deny: DenyList, encode: EncodeBatch
 ) -> "Iterator[Reject | tuple[Record, EncodedSample]]":
-    """Records with their tokens, in batches; rejects pass through."""
+    """Yield records with their tokens, encoded in batches; passes rejects through."""
     while batch := list(islice(items, BATCH_RECORDS)):
         checked = [x if isinstance(x, Reject) else deny.check(x) for x in batch]
         records = [x for x in checked if not isinstance(x, Reject)]
@@ -243,7 +243,7 @@ def _encode_records(
 
 
 def content_hash(record: Record) -> str:
-    """32 hexadecimal characters of what the record says, wherever it stands."""
+    """Return a hash of the content as 32 hexadecimal characters, independent of file and row."""
     if isinstance(record, Document):
         text = record.text
     else:
@@ -256,7 +256,7 @@ def content_hash(record: Record) -> str:
 
 
 def split_key(record: Record, content: str) -> str:
-    """Preferences about one prompt fall on the same side, or answers would be known there."""
+    """Return the hash that decides the split: preferences about one prompt stay together."""
     if not isinstance(record, Preferences):
         return content
     prompt = json.dumps([(m.role, m.content) for m in record.prompt], ensure_ascii=False)
@@ -264,7 +264,7 @@ def split_key(record: Record, content: str) -> str:
 
 
 def is_validation(content: str, share: float) -> bool:
-    """Equal contents always fall on the same side."""
+    """Whether the hash falls into the validation split; equal contents are never separated."""
     return int(content[:8], 16) < share * 2**32
 
 
@@ -276,10 +276,10 @@ def commit_shards(
     *,
     started_at: float,
 ) -> dict[str, Any]:
-    """Write the index over the units' shards and commit; returns the manifest.
+    """Write the index over all shards, commit, and return the manifest.
 
     Raises:
-        ConfigError: too many rows or files are bad, or nothing is left to train on.
+        ConfigError: too many rows or files are bad, or no row is left to train on.
     """
     folder = Folder(job.data_url)
     source_counts = sum_by_source(
@@ -321,7 +321,7 @@ def commit_shards(
 
 
 def _tokenization_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that decide what the shards hold."""
+    """Return the settings that affect the content of the shards."""
     return config.model_dump(mode="json", exclude=IGNORED_SETTINGS)
 
 

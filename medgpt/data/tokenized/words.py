@@ -1,4 +1,4 @@
-"""Chinese words inside a text: for tokenizer training and for masking whole words."""
+"""Chinese word segmentation, for tokenizer training and whole-word masking."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ import jieba
 import numpy as np
 from numpy.typing import NDArray
 
-# body of a character class, good for Python's re and for tokenizers; covers Unicode's Han script
+# body of a character class of Unicode's Han script, for Python's re and for tokenizers
 HAN = (
     "\u2e80-\u2fdf\u3005\u3007\u3021-\u3029\u3038-\u303b"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -19,7 +19,7 @@ _LETTERS = re.compile(rf"[^\W{HAN}]+")
 
 
 def han_words(text: str) -> Iterator[tuple[int, int]]:
-    """[start, end) of every Chinese word in order; no Chinese character is left out."""
+    """Yield [start, end) of every Chinese word, covering all Chinese characters in order."""
     for run in _HAN_RUN.finditer(text):
         start = run.start()
         for length in _word_lengths(run.group()):
@@ -34,12 +34,12 @@ def _word_lengths(run: str) -> tuple[int, ...]:
 
 @cache
 def _get_segmenter() -> jieba.Tokenizer:
-    jieba.setLogLevel(logging.WARNING)  # it reports the loading of its dictionary
+    jieba.setLogLevel(logging.WARNING)  # it logs the loading of its dictionary
     return jieba.dt
 
 
 def char_word_ids(text: str) -> NDArray[np.int32]:
-    """(len(text),) the word each character belongs to; a space or punctuation mark is its own."""
+    """Return (len(text),) word numbers of the characters; spaces and punctuation count as words."""
     is_word_start = np.ones(len(text), dtype=np.bool_)
     for start, end in han_words(text):
         is_word_start[start + 1 : end] = False

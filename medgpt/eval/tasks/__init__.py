@@ -1,1 +1,1 @@
-"""What models are asked, one module for each kind of task."""
+"""The evaluation tasks, one module per kind."""

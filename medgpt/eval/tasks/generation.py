@@ -1,4 +1,4 @@
-"""Answers compared with reference answers."""
+"""Generated answers compared with reference answers, word by word."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,13 +24,13 @@ from medgpt.eval.tasks.text_metrics import (
 
 class GenerationTask:
     """BLEU-1..4 and Distinct-1..2 of the whole corpus; ROUGE-1, -2, -L, GLEU, words and repeated
-    4-grams of each answer. The first answer to a question counts if it occurs twice."""
+    4-grams per answer. If a question occurs twice, its first reference answer counts."""
 
     kind = "generation"
     corpus_metrics = (*BLEU_METRICS, *DISTINCT_METRICS)
 
     def __init__(self, config: GenerationConfig, seed: int) -> None:
-        """Raises ConfigError: a source cannot be read or holds no conversation."""
+        """Raises ConfigError if a source cannot be read or has no conversation."""
         self.name, self._config = config.name, config
         self.sensitive = config.sensitive or any(source.sensitive for source in config.sources)
         items = self._read_conversations()
@@ -54,7 +54,7 @@ class GenerationTask:
                     num_conversations += 1
             if not num_conversations:
                 raise ConfigError(
-                    f"source {source.name} has no conversation; name files of questions with "
+                    f"source {source.name} has no conversation; give files of questions with "
                     "answers, or map their columns"
                 )
         return items
@@ -88,7 +88,7 @@ class GenerationTask:
         ]
 
     def corpus_scores(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
-        """Metrics that are no mean over answers."""
+        """Return BLEU and Distinct, which are no means over answers."""
         scores = {
             m: corpus_score(m, [item.counts for item in items], seed) for m in self.corpus_metrics
         }

@@ -1,4 +1,4 @@
-"""Do answers state given facts? Questions that a sample corpus holds back, or a file of such."""
+"""Whether answers state given facts: held-out questions of a sample corpus, or those of a file."""
 
 from collections.abc import Mapping
 
@@ -11,17 +11,21 @@ from medgpt.medical import statements
 from medgpt.medical.key_points import KeyPointQuestion, read_key_point_questions
 from medgpt.medical.statements import states_key_points
 
-TEXT_BEGINNINGS = "pretrain"  # the kind of questions that are beginnings of texts
+TEXT_BEGINNINGS = "pretrain"  # questions of this kind are beginnings of texts to continue
 
 
 class KeyPointsTask:
-    """greedy_passed: the greedy answer states every key point; sampled_passed: every sampled one
-    does. passed: all answers do. stated: share of the key points in greedy answers."""
+    """Metrics:
+
+    greedy_passed: the greedy answer states every key point. sampled_passed: every sampled answer
+    does. sampled_share: the share of sampled answers that do. passed: greedy and sampled answers
+    all do. stated: the share of key points that greedy answers state.
+    """
 
     kind = "key_points"
 
     def __init__(self, config: KeyPointsConfig, seed: int) -> None:
-        """Raises ConfigError: the file cannot be read, or no question is of the kinds."""
+        """Raises ConfigError if the file cannot be read or has no question of the kinds."""
         self.name, self.sensitive = config.name, config.sensitive
         self._config, self._seed = config, seed
         questions = read_key_point_questions(config.path, config.kinds)

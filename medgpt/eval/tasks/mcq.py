@@ -1,4 +1,4 @@
-"""Multiple choice: by how likely letters or options are, or by what the model replies."""
+"""Multiple choice, by the likelihood of letters or options or by generated replies."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -49,16 +49,19 @@ PROMPT_WORDS = {
 }
 HAN_CHARACTER = re.compile(f"[{HAN}]")
 CandidatesByLetters = dict[str, str]
-"""Letters of an answer to what the model is scored on."""
+"""Letters of a possible answer -> text that the model is scored on."""
 
 
 class McqTask:
-    """Accuracy with invalid and refused replies apart; several right options count as a set."""
+    """Accuracy, with invalid and refused replies counted apart.
+
+    If several options are right, the answer must name exactly those.
+    """
 
     kind = "mcq"
 
     def __init__(self, config: McqConfig, seed: int) -> None:
-        """Raises ConfigError: the questions or the examples cannot be read."""
+        """Raises ConfigError if the questions or the examples cannot be read."""
         self.config, self.name, self.sensitive = config, config.name, config.sensitive
         questions = self._read_questions(config.paths)
         self.questions = draw_subset(((q.id, q) for q in questions), config.limit, seed)
@@ -71,7 +74,7 @@ class McqTask:
         self.data_hash = _digest(*(repr_as("Question", question) for question in self.questions))
         if config.scoring == "option" and any(q.multiple for q in self.questions):
             raise ConfigError(
-                "scoring=option takes the likeliest option, and some questions have several right "
+                "scoring=option takes the likeliest option, but some questions have several right "
                 "ones; use letter or generation, or set answers=one"
             )
 
@@ -95,7 +98,7 @@ class McqTask:
         raise ConfigError(f"no question in paths fits answers={self.config.answers}; use all")
 
     def _draw_examples(self, seed: int) -> dict[str, list[McqQuestion]]:
-        """By subject: those of a question are of its own, where a file is a subject."""
+        """Return solved examples by subject; the subject is "" if files are not subjects."""
         if not self.config.shots:
             return {}
         question_ids = {question.id for question in self.questions}
@@ -108,8 +111,8 @@ class McqTask:
             if len(pool) < self.config.shots:
                 about = f" on {subject}" if subject else ""
                 raise ConfigError(
-                    f"shots={self.config.shots}, and shots_paths have {len(pool)} questions{about} "
-                    "that are not asked; name more, or lower shots"
+                    f"shots={self.config.shots}, but shots_paths have {len(pool)} questions{about} "
+                    "that are not asked; give more files, or lower shots"
                 )
             examples[subject] = draw_subset(pool, self.config.shots, seed)
         return examples
@@ -117,7 +120,7 @@ class McqTask:
     def _subject(self, question: McqQuestion) -> str:
         return question.slices["subject"] if self.config.layout in SUBJECT_FILES else ""
 
-    # ---- asking ----
+    # ---- requests ----
 
     def _request(self, question: McqQuestion) -> Request:
         prompt = self._prompt(question)
@@ -126,13 +129,13 @@ class McqTask:
         return Loglikelihood(question.id, prompt, tuple(self._candidates(question).values()))
 
     def _candidates(self, question: McqQuestion) -> CandidatesByLetters:
-        """What the model is scored on, by the letters that it stands for."""
+        """Return the texts to score, keyed by the letters they stand for."""
         space = self._prompt_words(question)["space"] if self.config.prompt == "plain" else ""
         if self.config.scoring == "option":
             return {letter: space + text for letter, text in question.options.items()}
         if not question.multiple:
             return {letter: space + letter for letter in question.options}
-        # a set ends with its line, or the likeliest would be the shortest
+        # a set ends with a newline: without it, the shortest set would be the likeliest
         set_sizes = range(2, len(question.options) + 1)
         sets = (
             "".join(letters)
@@ -208,7 +211,7 @@ class McqTask:
 
 
 def _num_possible_answers(question: McqQuestion) -> int:
-    """Answers that a guesser who knows the rules chooses from."""
+    """Return the number of answers to guess from, for chance accuracy."""
     count = len(question.options)
     return 2**count - 1 - count if question.multiple else count
 
@@ -216,7 +219,7 @@ def _num_possible_answers(question: McqQuestion) -> int:
 def _grade_logprobs(
     candidates: Sequence[str], response: LoglikelihoodResponse, answer: str
 ) -> tuple[str, dict[str, MetricValue]]:
-    """Letters of the likeliest candidate; the first of equals."""
+    """Return the letters of the likeliest candidate (the first of equals) and the metrics."""
     indices = range(len(candidates))
     best = max(indices, key=lambda i: response.logprobs[i])
     by_character = max(indices, key=lambda i: response.logprobs[i] / response.characters[i])

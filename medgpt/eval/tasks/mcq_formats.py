@@ -1,4 +1,4 @@
-"""Questions with options, from rows as the public data sets write them."""
+"""Reads multiple-choice questions from rows in the layouts of public data sets."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,33 +17,32 @@ RawRow = Mapping[str, Any]
 class McqQuestion:
     id: str
     text: str
-    options: dict[str, str]  # by letter, in order
-    answer: str  # letters, sorted
-    multiple: bool  # more than one letter may be right
+    options: dict[str, str]  # letter -> text, in order
+    answer: str  # right letters, sorted
+    multiple: bool  # whether several letters can be right
     context: str = ""
     slices: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRow:
-    """What a layout finds in a row."""
+    """The fields of a question as a layout reads them from a row."""
 
     text: str
     options: dict[str, str]
     answer: str
-    multiple: bool | None = None  # None: if the answer has more than one letter
+    multiple: bool | None = None  # None: true if the answer has several letters
     id: str | None = None
     context: str = ""
     slices: dict[str, str] = field(default_factory=dict)
 
 
 def read_mcq_questions(layout: str, rows: Iterable[tuple[str, RawRow]]) -> list[McqQuestion]:
-    """The questions, of equal ones without ids only the first.
+    """Return the questions of rows, given with their places; repeated ones without id count once.
 
     Raises:
-        ConfigError: none, two of one id, equal ones with different answers, columns that the
-            layout does not have, or a right answer that is not among the options. Places are
-            named, texts are not.
+        ConfigError: there is no question, an id or a question has two answers, a row does not fit
+            the layout, or a right answer is not an option. Messages name places, never texts.
     """
     questions: dict[str, McqQuestion] = {}
     places: dict[str, str] = {}
@@ -60,18 +59,18 @@ def read_mcq_questions(layout: str, rows: Iterable[tuple[str, RawRow]]) -> list[
         question = _check_question(parsed_row, place)
         if question.id in questions and parsed_row.id is not None:
             raise ConfigError(
-                f"{place} has the id {parsed_row.id}, which {places[question.id]} has, too; "
+                f"{place} has the id {parsed_row.id}, as has {places[question.id]}; "
                 "an id must stand for one question"
             )
         first = questions.setdefault(question.id, question)
         places.setdefault(question.id, place)
         if first.answer != question.answer:
             raise ConfigError(
-                f"{place} is the same question as {places[question.id]}, and their right answers "
-                f"are {question.answer} and {first.answer}; repair or remove one of them"
+                f"{place} is the same question as {places[question.id]}, but their right answers "
+                f"are {question.answer} and {first.answer}; correct or remove one of them"
             )
     if not questions:
-        raise ConfigError("no question in paths; name files with at least one")
+        raise ConfigError("no question in paths; give files with at least one")
     return list(questions.values())
 
 
@@ -83,13 +82,15 @@ def _check_question(parsed_row: ParsedRow, place: str) -> McqQuestion:
     if not answer or not set(answer) <= set(options):
         raise ConfigError(
             f"{place}: its right answer {answer or '(none)'} is not among the options "
-            f"{', '.join(options)}; repair or remove it"
+            f"{', '.join(options)}; correct or remove it"
         )
     if not parsed_row.text.strip():
-        raise ConfigError(f"{place} has an empty question; repair or remove it")
+        raise ConfigError(f"{place} has an empty question; correct or remove it")
     multiple = len(answer) > 1 if parsed_row.multiple is None else parsed_row.multiple
     if len(answer) > 1 and not multiple:
-        raise ConfigError(f"{place} has {len(answer)} right answers and says that one is right")
+        raise ConfigError(
+            f"{place} has {len(answer)} right answers, but its type has one; correct or remove it"
+        )
     return McqQuestion(
         id=parsed_row.id or hash_texts(parsed_row.text, parsed_row.context, *options.values()),
         text=parsed_row.text.strip(),
@@ -101,16 +102,16 @@ def _check_question(parsed_row: ParsedRow, place: str) -> McqQuestion:
     )
 
 
-# ---- what the layouts share ----
+# ---- helpers of the layouts ----
 
 RowParser = Callable[[RawRow], ParsedRow]
 OPTION_LINE = re.compile(r"^\s*[(（]?([A-J])\s*(?:[)）.．、:：]|\s)\s*", re.MULTILINE)
 
 
 def split_option_lines(text: str) -> dict[str, str]:
-    """Options written under each other: `A text`, `A. text` or `(A) text`.
+    """Split options that stand on lines of their own: `A text`, `A. text` or `(A) text`.
 
-    A line that begins with another letter than the next one goes on with the option before it.
+    A line that does not start with the next letter continues the option before it.
     """
     first_lines: list[re.Match[str]] = []
     for match in OPTION_LINE.finditer(text):
@@ -121,9 +122,9 @@ def split_option_lines(text: str) -> dict[str, str]:
 
 
 def answer_letters(text: str) -> str:
-    """`ACD` of `(A)(C)(D)`, `A,C,D` or `ACD`."""
+    """Return `ACD` for `(A)(C)(D)`, `A,C,D` or `ACD`."""
     if re.sub(r"[A-J\s,、()（）]", "", text):
-        raise ValueError("the answer is not made of letters")
+        raise ValueError("the answer does not consist of option letters")
     return re.sub(r"[^A-J]", "", text)
 
 
@@ -132,7 +133,7 @@ def letter_options(options: Sequence[str]) -> dict[str, str]:
 
 
 def _slices(row: RawRow, **columns: str) -> dict[str, str]:
-    """{slice: value} of the columns that are there."""
+    """Return {slice: value} for the columns that the row has."""
     return {name: str(row[column]) for name, column in columns.items() if row.get(column)}
 
 
@@ -204,12 +205,12 @@ def cmb(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
 def medmcqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
     """id, question, opa to opd, cop, subject_name; https://github.com/medmcqa/medmcqa
 
-    `cop` counts from 0 on the Hugging Face hub and from 1 in the authors' files: a set that holds a
-    0 counts from 0, one that holds a 4 counts from 1.
+    `cop` counts from 0 on the Hugging Face hub and from 1 in the authors' files: rows with a 0
+    count from 0, rows with a 4 count from 1.
     """
     numbers = {int(row["cop"]) for _, row in rows if "cop" in row}
     if len(rows) > 0 and not numbers & {0, 4}:
-        raise ConfigError("no cop is 0 or 4, so whether it counts from 0 or 1 is unknown; add rows")
+        raise ConfigError("no cop is 0 or 4, so it may count from 0 or from 1; add more rows")
     first_number = 0 if 0 in numbers else 1
     return lambda row: ParsedRow(
         row["question"],
@@ -223,12 +224,12 @@ def medmcqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
 
 def _nonnegative(number: int) -> int:
     if number < 0:
-        raise ValueError("the answer's number is below the first option's; test sets have none")
+        raise ValueError("the number of the answer is below the first; test sets have no answers")
     return number
 
 
 def pubmedqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """QUESTION, CONTEXTS, final_decision (authors' files, a row an abstract) or question,
+    """QUESTION, CONTEXTS, final_decision (authors' files, one row per abstract) or question,
     context.contexts, final_decision (hub); https://github.com/pubmedqa/pubmedqa"""
     decisions = ["yes", "no", "maybe"]
 
@@ -278,11 +279,11 @@ def exam_csv(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
 
 
 def _subject_of_file(place: str) -> str:
-    """`anatomy` of `dev/anatomy.csv row 1` or `anatomy_dev.csv row 1`."""
+    """Return `anatomy` for `dev/anatomy.csv row 1` or `anatomy_dev.csv row 1`."""
     return re.sub("_(?:dev|val|test)$", "", PurePosixPath(place.rsplit(" row ")[0]).stem)
 
 
-SUBJECT_FILES = ("cmmlu", "ceval")  # layouts of which a file is a subject
+SUBJECT_FILES = ("cmmlu", "ceval")  # layouts in which each file is a subject
 
 
 LAYOUTS: dict[str, Callable[[Sequence[tuple[str, RawRow]]], RowParser]] = {

@@ -1,4 +1,4 @@
-"""Which letters a reply chooses. Strict: what is not clearly one answer is none."""
+"""Reads the chosen letters from a free-text reply; a reply without one clear answer is invalid."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-_NEXT_LINE_IS_LETTER = r"\n(?=[A-J][ .,、。]*(?:\n|\Z))"  # the next line is a letter, too
+_NEXT_LINE_IS_LETTER = r"\n(?=[A-J][ .,、。]*(?:\n|\Z))"  # the next line is a letter as well
 _LETTERS = (
     rf"[A-J](?:(?:[ \t,、和与及&/()]|{_NEXT_LINE_IS_LETTER}|或者?|还是|\bor\b)*[A-J])*(?![A-Za-z])"
 )
@@ -28,7 +28,7 @@ _STATED_ANSWER = [re.compile(pattern) for pattern in _STATEMENTS]
 _CLAUSE = re.compile(
     r"[,.;:!?。\n]|但是?|所以|因此|故|而(?=是|应|选)|(?i:\b(?:but|so|and|thus|hence|therefore)\b)"
 )
-_DENIED_BEFORE = re.compile(  # in the clause, before the statement; no other letter stands between
+_DENIED_BEFORE = re.compile(  # before the statement in its clause, with no other letter in between
     r"(?:不(?:能|应|该|可|要|宜|建议|认为|觉得|同意|支持|推荐|考虑|是|会(?!错)|知道?|确定|清楚)|无法"
     r"|难以)[^A-J]{0,8}$"
     r"|(?:(?<![特分级])别|勿|非|未|没有?)[是要能]?$|(?:排除|否定|剔除|除去|去掉)[^A-J]{0,3}$"
@@ -62,13 +62,13 @@ class ParsedReply:
 
 
 def parse_mcq_reply(reply: str, options: Mapping[str, str], *, multiple: bool) -> ParsedReply:
-    """What `reply` chooses among `options` (texts by letter).
+    """Return the letters that `reply` chooses among `options` (texts by letter).
 
-    A statement (`答案：B`, `选B`, `the answer is (c)`) counts wherever it stands; without one, a
-    line that begins with a letter does. A statement that its clause denies (`不应选B`), asks or
-    puts on a condition is none. Answers that differ from each other or are denied elsewhere, more
-    than one letter where one is right, and letters without option are invalid. A reply without an
-    answer that refuses to give one is refused.
+    A statement (`答案：B`, `选B`, `the answer is (c)`) counts wherever it stands; if there is none,
+    lines that start with a letter count. A statement that its clause denies (`不应选B`), asks or
+    makes conditional does not count. The reply is invalid if statements differ or are denied
+    elsewhere, if it names several letters where one is right, or a letter without option. It is
+    refused if it has no answer and declines to give one.
     """
     text = _normalize(reply)
     stated, denied = set[str](), set[str]()
@@ -84,7 +84,7 @@ def parse_mcq_reply(reply: str, options: Mapping[str, str], *, multiple: bool) -
         letter_lines = [_leading_letters(match, options) for match in _LETTER_LINE.finditer(text)]
         stated = {letters for letters in letter_lines if letters}
         if multiple and len(stated) > 1 and all(len(letters) == 1 for letters in stated):
-            stated = {"".join(sorted(stated))}  # one under the other
+            stated = {"".join(sorted(stated))}  # one letter per line
     if not stated:
         return ParsedReply("refused" if _REFUSAL.search(text) else "invalid")
     (letters, *others) = stated
@@ -96,13 +96,13 @@ def parse_mcq_reply(reply: str, options: Mapping[str, str], *, multiple: bool) -
 
 
 def _normalize(text: str) -> str:
-    """Half-width, with straight quotes, without markup."""
+    """Return half-width text with straight quotes and without markup."""
     straight = str.maketrans("“”‘’『』", '""\'\'""', "*`$")
     return unicodedata.normalize("NFKC", text).translate(straight).strip()
 
 
 def _classify_statement(text: str, match: re.Match[str]) -> Literal["stated", "denied", "open"]:
-    """Whether the clause around a statement means it."""
+    """Return whether the clause around a statement asserts it, denies it or leaves it open."""
     before = _CLAUSE.split(text[: match.start()])[-1]
     rest = text[match.end() :]
     if _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(rest):
@@ -111,14 +111,14 @@ def _classify_statement(text: str, match: re.Match[str]) -> Literal["stated", "d
 
 
 def _sorted_letters(text: str) -> str:
-    """Sorted; `?` if it leaves the choice between them open."""
+    """Return the letters in order, or `?` if the text offers a choice between them."""
     if re.search("或|还是|or", text):
         return "?"
     return "".join(sorted(set(re.sub("[^A-J]", "", text.upper()))))
 
 
 def _leading_letters(match: re.Match[str], options: Mapping[str, str]) -> str:
-    """Letters that begin a line, unless they are the beginning of a sentence."""
+    """Return the letters that start a line, or "" if they start a sentence."""
     letters, rest = _sorted_letters(match[1]), match[3].strip()
     option = _normalize(options.get(letters, ""))
     ends_there = not rest or rest[0] in ".,;:、。" or bool(re.search("[)\\]】」]", match[2]))

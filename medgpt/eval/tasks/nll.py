@@ -1,4 +1,4 @@
-"""How likely the model finds texts, by source."""
+"""Negative log-likelihood of held-out texts, by source."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +19,19 @@ from medgpt.eval.requests import (
 from medgpt.eval.task import NO_RULES, ItemResult
 
 GENERAL_SOURCES = ("general_zh", "general_en")
-MIN_PASSAGE_CHARS = 500  # characters of the general texts in an item, at least
+MIN_PASSAGE_CHARS = 500  # of an item of the shipped prose
 
 
 class NllTask:
-    """Nats per token and per character. The first token of a text counts only if the tokenizer
-    puts a start token before it, so that there is something it follows."""
+    """Nats per token and per character.
+
+    The first token of a text counts only if the tokenizer puts a start token before it.
+    """
 
     kind = "nll"
 
     def __init__(self, config: NllConfig, seed: int) -> None:
-        """Raises ConfigError: a source cannot be read or has no text."""
+        """Raises ConfigError if a source cannot be read or has no text."""
         self.name, self.sensitive = config.name, config.sensitive
         sources = {source.name: _source_texts(source) for source in config.sources}
         if config.general:
@@ -53,7 +55,7 @@ class NllTask:
             response = responses[key]
             assert isinstance(response, RollingLoglikelihoodResponse)
             values = {}
-            if response.tokens:  # a text of one token has nothing that follows anything
+            if response.tokens:  # a text of one token has no scored token
                 values["nll_per_token"] = (response.nll, float(response.tokens))
             if response.characters:
                 values["nll_per_character"] = (response.nll, float(response.characters))
@@ -63,7 +65,7 @@ class NllTask:
 
 
 def _with_ids(source: str, texts: Iterator[str]) -> list[tuple[str, str]]:
-    """(id, text): the id is a hash of the content, and its number among equal ones."""
+    """Return (id, text) pairs; an id is the content hash and the occurrence number of the text."""
     occurrences: Counter[str] = Counter()
     texts_with_ids = []
     for text in texts:
@@ -71,12 +73,12 @@ def _with_ids(source: str, texts: Iterator[str]) -> list[tuple[str, str]]:
         occurrences[digest] += 1
         texts_with_ids.append((f"{source}-{digest}-{occurrences[digest]}", text))
     if not texts_with_ids:
-        raise ConfigError(f"source {source} has no text; name files with at least one")
+        raise ConfigError(f"source {source} has no text; give files with at least one")
     return texts_with_ids
 
 
 def _source_texts(source: SourceConfig) -> Iterator[str]:
-    """Documents, and conversations with a line for each turn, without what deny-lists set aside."""
+    """Yield documents, and conversations with one line per turn, without denied records."""
     for record in read_records(source):
         if isinstance(record, Document):
             yield record.text
@@ -85,7 +87,7 @@ def _source_texts(source: SourceConfig) -> Iterator[str]:
 
 
 def general_passages(name: str) -> Iterator[str]:
-    """The shipped prose in pieces of whole paragraphs."""
+    """Yield the shipped prose in passages of whole paragraphs."""
     text = (files("medgpt.eval") / "general" / f"{name.removeprefix('general_')}.txt").read_text(
         "utf-8"
     )

@@ -1,4 +1,4 @@
-"""What a task puts around a question."""
+"""The prompt around a question."""
 
 from typing import Literal
 
@@ -7,5 +7,5 @@ from medgpt.eval.requests import Prompt
 
 
 def as_prompt(text: str, prompt: Literal["plain", "chat"]) -> Prompt:
-    """A turn of a conversation, or for a model without chat template a line to go on after."""
+    """Return the text as a user message, or as a line for a model without chat template."""
     return (Message("user", text),) if prompt == "chat" else f"{text}\n"

@@ -1,7 +1,7 @@
-"""How alike an answer and a reference are, word by word, and how varied the answers.
+"""BLEU, ROUGE and GLEU of answers against references, and the diversity of answers.
 
-Chinese is cut into words by jieba (pinned with its dictionary), other scripts at spaces, and every
-punctuation mark is a word. BLEU is sacrebleu's, ROUGE rouge-score's, GLEU nltk's.
+jieba (pinned with its dictionary) splits Chinese into words, spaces split other scripts, and every
+punctuation mark is a word. BLEU comes from sacrebleu, ROUGE from rouge-score, GLEU from nltk.
 """
 
 import math
@@ -23,7 +23,7 @@ from medgpt.eval.task import MetricValue
 
 MAX_NGRAM_ORDER = 4
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-REPETITION_ORDER = 4  # words that occur again in a row
+REPETITION_ORDER = 4  # repeated n-grams of this order count as repetition
 BLEU_METRICS = tuple(f"bleu_{order}" for order in range(1, MAX_NGRAM_ORDER + 1))
 DISTINCT_METRICS = ("distinct_1", "distinct_2")
 Words = list[str]
@@ -31,7 +31,7 @@ Counts = dict[str, list[float]]
 
 
 def split_words(text: str) -> Words:
-    """Lower-case words and punctuation marks, without spaces."""
+    """Return lower-case words and punctuation marks, without spaces."""
     text = text.lower()
     if not text:
         return []
@@ -44,7 +44,7 @@ def split_words(text: str) -> Words:
 
 
 class _WordTokenizer(Tokenizer):
-    """Gives rouge-score our words: its own keep ASCII letters alone."""
+    """Our word splitting for rouge-score, whose own tokenizers drop all but ASCII."""
 
     def tokenize(self, text: str) -> Words:
         return split_words(text)
@@ -61,7 +61,10 @@ def _bleu_scorer() -> BLEU:
 
 
 def answer_metrics(answer: str, reference: str) -> dict[str, MetricValue]:
-    """ROUGE-1, -2 and -L (F1), GLEU as a ratio whose sums are the corpus's, words, repetition."""
+    """Return ROUGE-1, -2 and -L (F1), GLEU, words, repetition and Distinct of one answer.
+
+    GLEU is given as a ratio, so that the ratio of sums over answers is the corpus GLEU.
+    """
     answer_words, reference_words = split_words(answer), split_words(reference)
     scores = _rouge_scorer().score(reference, answer)
     values: dict[str, MetricValue] = {
@@ -87,11 +90,11 @@ def answer_metrics(answer: str, reference: str) -> dict[str, MetricValue]:
 
 
 def corpus_counts(answers: Sequence[str], references: Sequence[str]) -> list[Counts]:
-    """What each answer adds to the scores of the whole corpus.
+    """Return what each answer adds to the scores of the whole corpus.
 
-    bleu: matching and all n-grams of each order, words of the answer, words of the reference.
-    distinct_1, distinct_2: its part of the different n-grams (one that k answers have is 1 / k of
-    each), its n-grams, and those different ones that no other answer has.
+    bleu: matching n-grams and all n-grams of each order, words of the answer and of the reference.
+    distinct_1, distinct_2: its share of the distinct n-grams (1 / k for one that k answers have),
+    its number of n-grams, and its distinct n-grams that no other answer has.
     """
     answer_words = [split_words(answer) for answer in answers]
     counts: list[Counts] = [
@@ -117,11 +120,11 @@ def _bleu_counts(answer: Words, reference: Words) -> list[float]:
 
 
 def corpus_score(metric: str, counts: Sequence[Counts], seed: int) -> Interval | None:
-    """A score of the whole corpus; None if there is not one n-gram.
+    """Return a metric of the whole corpus with its interval; None if there is no n-gram at all.
 
-    BLEU in percent, with the bootstrap's interval over answers. Distinct (Li et al. 2016):
-    different n-grams / all n-grams, with the jackknife's: a resample with repeats has fewer
-    different ones by itself.
+    BLEU is in percent, with a bootstrap interval over answers. Distinct (Li et al. 2016) is
+    distinct n-grams / all n-grams, with a jackknife interval: a bootstrap resample repeats answers
+    and so has fewer distinct n-grams.
     """
     table = _count_table(metric, counts)
     if metric in BLEU_METRICS:
@@ -143,10 +146,10 @@ def corpus_score(metric: str, counts: Sequence[Counts], seed: int) -> Interval |
 def corpus_difference(
     metric: str, ours: Sequence[Counts], theirs: Sequence[Counts], seed: int
 ) -> Interval:
-    """Ours minus theirs, row i of both being the same question: questions are resampled.
+    """Return our score minus theirs with a paired bootstrap interval; row i of both is a question.
 
-    Of Distinct not the answers are drawn again but their pseudo-values (Tukey 1958), which have no
-    less n-grams for being drawn twice.
+    Distinct resamples the jackknife pseudo-values (Tukey 1958) of the answers: a resample of the
+    answers themselves would have fewer distinct n-grams.
     """
     tables = _count_table(metric, ours), _count_table(metric, theirs)
     if metric in BLEU_METRICS:
@@ -185,7 +188,7 @@ def _bleu_score(sums: NDArray[np.float64], order: int) -> float:
 
 
 def _distinct_and_jackknife(table: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Of all answers, and with each left out where others remain."""
+    """Return Distinct of all answers, and (k,) with each answer left out whose rest has n-grams."""
     num_distinct, total, num_unique = table[:, 0].sum(), table[:, 1].sum(), table[:, 2]
     has_rest = table[:, 1] < total
     leave_one_out = (num_distinct - num_unique[has_rest]) / (total - table[has_rest, 1])
@@ -193,7 +196,7 @@ def _distinct_and_jackknife(table: NDArray[np.float64]) -> tuple[float, NDArray[
 
 
 def _pseudo_values(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, 2) of each answer, over 1; their mean is the score, up to its bias."""
+    """Return (n, 2) pseudo-values over 1; their mean is the score, up to its bias."""
     value, leave_one_out = _distinct_and_jackknife(table)
     pseudo_values = np.full(len(table), value)
     pseudo_values[table[:, 1] < table[:, 1].sum()] = (
@@ -207,5 +210,5 @@ def _ngrams(words: Words, order: int) -> list[tuple[str, ...]]:
 
 
 def _num_ngrams(num_words: int) -> int:
-    """Of orders 1 to 4 in so many words."""
+    """Return the number of n-grams of orders 1 to 4 in a text of `num_words` words."""
     return sum(max(0, num_words - order + 1) for order in range(1, MAX_NGRAM_ORDER + 1))

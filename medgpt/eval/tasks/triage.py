@@ -1,4 +1,4 @@
-"""Triage: does an answer send a red flag to the emergency number, and only a red flag?"""
+"""Triage: whether answers send red flags, and only red flags, to the emergency number."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,8 +20,12 @@ ASK_FOR_LEVEL: dict[Language, str] = {
 
 
 class TriageTask:
-    """under: share of red flags not sent to the emergency number. over: share of the others that
-    are. pair_accuracy: both halves of a pair told apart. accuracy: the exact level."""
+    """Metrics:
+
+    under: the share of red flags not sent to the emergency number. over: the share of other
+    complaints that are. pair_accuracy: both halves of a pair are right about that. accuracy: the
+    advised level is exact.
+    """
 
     kind = "triage"
 
@@ -64,7 +68,7 @@ class TriageTask:
 def grade_answers(
     questions: Sequence[TriageQuestion], answers: Mapping[str, str]
 ) -> list[ItemResult]:
-    """Values of all questions from the answers by id; an answer without a level is never right."""
+    """Return the scores of all answers; an answer that advises no level is never right."""
     advised_levels: dict[str, UrgencyLevel | None] = {
         question.id: advised_urgency(answers[question.id]) for question in questions
     }
@@ -97,7 +101,7 @@ def _values(
     pair: Sequence[TriageQuestion],
 ) -> dict[str, MetricValue]:
     level = advised_levels[question.id]
-    rank = URGENCY_LEVELS.index(level) if level else -1  # no level helps nobody: as under-triage
+    rank = URGENCY_LEVELS.index(level) if level else -1  # no level counts as under-triage
     values: dict[str, MetricValue] = {
         "accuracy": float(level == question.level),
         "invalid_rate": float(level is None),

@@ -1,8 +1,8 @@
-"""How good the medical rules are on answers written to fool them: precision and recall of each.
+"""Precision and recall of each medical rule on answers that were written to fool it.
 
-Each rule's set was written before the rule. Every second case was left aside while the rule was
-worked on; what it finds there is the honest figure. Its author wrote both, though, so it says what
-the rule does with tricks that were thought of, and nothing about the others.
+The cases of a rule were written before the rule, and every second one was held out while the rule
+was developed: only the held-out figures are honest. One author wrote rules and cases, so the
+figures say nothing about tricks that the author did not think of.
 """
 
 import tomllib
@@ -16,7 +16,7 @@ from medgpt.medical.red_flags import required_urgency
 from medgpt.medical.rules import RULES
 from medgpt.medical.triage import triage_questions
 
-HELD_OUT_COMPLAINTS = {  # complaints of triage.toml that red_flags.toml was not fitted to
+HELD_OUT_COMPLAINTS = {  # complaints of triage.toml that red_flags.toml was not developed on
     *("breathlessness", "allergic_reaction", "abdominal_pain", "diarrhoea", "pregnancy"),
     *("child_fever", "seizure", "back_pain", "eye", "exposure", "mental_health", "wound", "burn"),
     *("diabetes", "throat", "cough"),
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class RuleMetrics:
-    violations: int  # in the set
+    violations: int  # cases that violate the rule
     non_violations: int
     true_positives: int
     false_positives: int
@@ -47,14 +47,14 @@ class RuleMetrics:
 
     @property
     def precision(self) -> float:
-        """1 of a rule that never speaks."""
+        """1 for a rule that reports nothing."""
         num_reported = self.true_positives + self.false_positives
         return self.true_positives / num_reported if num_reported else 1.0
 
 
 @cache
 def read_cases(rule: RuleName, half: Half | None = None) -> tuple[Case, ...]:
-    """Those of one half, or all."""
+    """Return the cases of a rule: one half of them, or all."""
     data = tomllib.loads((Path(__file__).parent / f"{rule}.toml").read_text("utf-8"))
     indices = {None: slice(None), "worked_on": slice(0, None, 2), "held_out": slice(1, None, 2)}
     return tuple(
@@ -75,7 +75,7 @@ def rule_metrics(rule: RuleName, half: Half | None = None) -> RuleMetrics:
 
 
 def red_flag_metrics() -> RuleMetrics:
-    """Of the emergency level alone, on notes of complaints that no pattern was made for."""
+    """Return the figures for the emergency level on notes about held-out complaints."""
     outcomes = [
         (required_urgency(question.text) == "emergency", question.level == "emergency")
         for question in triage_questions(0)
@@ -90,7 +90,7 @@ def red_flag_metrics() -> RuleMetrics:
 
 
 def metrics_table() -> str:
-    """Markdown: of every rule the held-out half's figures beside those of the half worked on."""
+    """Return a Markdown table of every rule: held-out figures beside those of the other half."""
     rows = [TABLE_HEAD, "|---" * 7 + "|"]
     for rule in get_args(RuleName):
         held_out, worked_on = rule_metrics(rule, "held_out"), rule_metrics(rule, "worked_on")

@@ -1,7 +1,7 @@
-"""A pool: the Ray actors of one role.
+"""A worker pool: the Ray actors of one role.
 
 A role is a plain class. `pool.call(Actor.update, ref)` runs `Actor.update(role, value)` in every
-worker of the pool and returns a ref for each; refs go from pool to pool, the driver sees metrics.
+worker of the pool and returns one object ref per worker.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,10 +21,10 @@ Role = TypeVar("Role")
 
 @dataclass
 class CallOrder:
-    """Whose calls run on bundles that several pools share: in the order in which they are made.
+    """Order of calls on bundles that several pools share: the order in which the driver makes them.
 
-    The driver orders them. Locks in the workers could give one rank to one pool and the next rank
-    to another, and collectives of both would wait for ever.
+    Locks in the workers could give rank 0 to one pool and rank 1 to another; the collectives of
+    both would deadlock.
     """
 
     num_pools: int
@@ -33,21 +33,21 @@ class CallOrder:
     """Refs of the last call."""
 
     def refs_to_await(self, role: str) -> list[Any]:
-        """What a call of `role` must wait for."""
+        """Return the refs that a call of `role` must wait for."""
         earlier = [] if role == self.role else self.latest_refs
         self.role = role
         return earlier
 
 
 class Pool(Generic[Role]):
-    """All workers of one role; `Pools` starts it.
+    """All workers of one role, started by `Pools`.
 
     Args:
-        make: runs in every worker, with torch.distributed's default group set up, and returns the
-            role. A ConfigError of it reaches the driver as such.
-        independent: no rank needs another one's memory, so a dead one is replaced alone; the
-            others keep their role. Else, and if it dies while the group forms, the death of one
-            ends and rebuilds all.
+        build_role: builds the role in every worker, once torch.distributed's default group is set
+            up. Its ConfigErrors reach the driver as such.
+        independent: ranks do not hold parts of one model, so a dead rank is restarted alone and
+            the others keep their role. Otherwise, or if a rank dies while the group forms, all
+            ranks are restarted.
     """
 
     def __init__(
@@ -66,18 +66,17 @@ class Pool(Generic[Role]):
         )
         self.workers: list[Any] = []
         self.group_number = 0
-        """Process groups formed so far."""
+        """Number of process groups formed so far."""
         self.timeout_s = 0.0
         self.call_order = CallOrder(num_pools=1)
         self._placement_group: PlacementGroup | None = None
         self._group_refs: list[Any] = []
-        """Refs of the latest process group's forming."""
+        """Refs of the calls that form the latest process group."""
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
-        """Run `method(role, *args, **kwargs)` in every worker; a ref for each, by rank.
+        """Run `method(role, *args, **kwargs)` in every worker; return one ref per rank.
 
-        Refs among the arguments arrive as their values. Calls run in the order in which they are
-        made.
+        Refs among the arguments are resolved by Ray. Calls run in the order in which they are made.
         """
         earlier = self.call_order.refs_to_await(self.role)
         refs = [worker.call.remote(method, earlier, *args, **kwargs) for worker in self.workers]
@@ -85,13 +84,13 @@ class Pool(Generic[Role]):
         return refs
 
     def start(self, group: PlacementGroup, call_order: CallOrder, *, timeout_s: float) -> list[Any]:
-        """Start all workers on the bundles of `group`; refs that resolve when they are ready."""
+        """Start all workers on the bundles of `group`; return refs that are ready when they are."""
         self._placement_group, self.call_order, self.timeout_s = group, call_order, timeout_s
         self.workers = [self._start_worker(rank) for rank in range(self.config.num_workers)]
         return self._form_group(range(len(self.workers)))
 
     def restart(self, dead: Iterable[int]) -> list[Any]:
-        """Make new workers for `dead`, or for all ranks; refs as of `begin`."""
+        """Restart the `dead` ranks, or all ranks; return refs as `start` does."""
         only_dead = self.independent and self._is_group_formed()
         ranks = list(dead) if only_dead else list(range(len(self.workers)))
         for rank in ranks:
@@ -105,23 +104,23 @@ class Pool(Generic[Role]):
         self.workers = []
 
     def pings(self) -> list[ray.ObjectRef]:
-        """A ref for each worker, ready when its earlier calls are done."""
+        """Return one ref per worker, ready when its earlier calls are done."""
         return [worker.ping.remote() for worker in self.workers]
 
     def usage(self) -> list[ray.ObjectRef]:
-        """A ref for each worker to the Usage of the latest call before this one."""
+        """Return one ref per worker to the Usage of its latest call."""
         return [worker.usage.remote() for worker in self.workers]
 
     def dead_ranks(self, timeout_s: float) -> list[int]:
-        """Ranks that are known to have died; a busy one is not."""
+        """Return the ranks known to be dead; a busy rank is not."""
         return find_dead_ranks([self], timeout_s).get(self.role, [])
 
     def rank_of_ref(self, ref: Any) -> int | None:
-        """Of the worker that makes `ref`, if it is one of this pool."""
+        """Return the rank of the worker that computes `ref`, if it is of this pool."""
         return self.rank_of_actor(ref.task_id().actor_id().hex())
 
     def rank_of_actor(self, actor_id: str) -> int | None:
-        """Of the worker with this id, in hexadecimal."""
+        """Return the rank of the worker with this hexadecimal actor id, if it is of this pool."""
         ids = [worker._actor_id.hex() for worker in self.workers]
         return ids.index(actor_id) if actor_id in ids else None
 
@@ -148,7 +147,7 @@ class Pool(Generic[Role]):
         return remote.remote(spec)
 
     def _form_group(self, new_ranks: Iterable[int]) -> list[Any]:
-        """A new process group of all workers, then roles in the `fresh` ones."""
+        """Form a new process group of all workers and build the roles of `new_ranks`."""
         self.group_number += 1
         loads = [self.workers[rank].load_builder.remote(self.build_role) for rank in new_ranks]
         address = self.workers[0].open_store.remote()
@@ -158,14 +157,14 @@ class Pool(Generic[Role]):
         return self._group_refs
 
     def _is_group_formed(self) -> bool:
-        """Whether all ranks have joined the group and hold a role; else some wait for one that
-        died, and can do nothing else."""
+        """Return whether all ranks joined the group and built their role; if not, some may wait
+        forever for a dead one."""
         done, pending = ray.wait(self._group_refs, num_returns=len(self._group_refs), timeout=0)
         return not pending and not any(map(_failure, done))
 
 
 def find_dead_ranks(pools: Iterable[Pool[Any]], timeout_s: float) -> dict[str, list[int]]:
-    """By role the ranks that are known to have died; roles without any are left out."""
+    """Return the ranks known to be dead by role; roles without any are left out."""
     pings = {ping: (p.role, rank) for p in pools for rank, ping in enumerate(p.pings())}
     ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s)
     dead: dict[str, list[int]] = {}
@@ -179,7 +178,7 @@ def _is_dead(ref: Any) -> bool:
 
 
 def _failure(ref: Any) -> RayError | None:
-    """The error that is there instead of a value."""
+    """Return the error of a ready ref, or None."""
     try:
         ray.get(ref)
     except RayError as error:

@@ -1,4 +1,4 @@
-"""All pools of a job: started together, waited for together, rebuilt when workers die."""
+"""All worker pools of a job: starting, waiting for calls, rebuilding after deaths."""
 
 import math
 import time
@@ -17,16 +17,16 @@ from medgpt.config.pools import PoolsConfig, RoleConfig
 from medgpt.rlhf.pools.pool import CallOrder, Pool, find_dead_ranks
 
 Say = Callable[[str], None]
-LOG_AFTER_S = 30  # a wait that takes longer is told
-WORKER_DEATH_S = 3  # in which Ray knows that a worker died
-DRAIN_CHECK_S = 2  # between looks whether the end of a node was announced
-MAX_STARTS = 3  # after so many deaths of workers that start, there is a reason
-NODE_LOSS_S = 90  # in which Ray knows that a node is lost
-SETTLE_S = 0.5  # in which workers that died together are all known to have died
+LOG_AFTER_S = 30  # log a wait that takes longer
+WORKER_DEATH_S = 3  # seconds until Ray notices a dead worker
+DRAIN_CHECK_S = 2  # seconds between checks for draining nodes
+MAX_STARTS = 3  # attempts to start all pools while workers die
+NODE_LOSS_S = 90  # seconds until Ray notices a lost node
+SETTLE_S = 0.5  # seconds until simultaneous deaths are all known
 
 
 class PoolDied(Exception):
-    """Workers of a pool are gone, or do not answer; `Pools.rebuild` makes the pool work again."""
+    """Workers of a pool died or do not answer; `Pools.rebuild` restarts them."""
 
     def __init__(self, role: str, ranks: Sequence[int], reason: str) -> None:
         super().__init__(role, list(ranks), reason)
@@ -37,7 +37,7 @@ class PoolDied(Exception):
 
 
 class NodesDraining(Exception):
-    """Nodes that hold pools end soon, while all still work; `Pools.move` takes the pools away."""
+    """Nodes that hold pools are draining but still work; `Pools.move` moves the pools off them."""
 
     def __init__(self, roles: Collection[str], seconds: float) -> None:
         super().__init__(sorted(roles), seconds)
@@ -46,18 +46,18 @@ class NodesDraining(Exception):
     def __str__(self) -> str:
         remaining = "" if math.isinf(self.seconds) else f" in {self.seconds:.0f} s"
         pools = f"the {' and '.join(self.roles)} pool{'s' if len(self.roles) > 1 else ''}"
-        return f"the end of a node of {pools} was announced{remaining}"
+        return f"a node of {pools} will be drained{remaining}"
 
 
 class DataLost(Exception):
-    """What one pool made for another is gone, although nobody is known to have died."""
+    """An object that one pool made for another is lost, although no worker is known to be dead."""
 
 
 class Pools:
     """All pools of a job.
 
     Args:
-        data_cpus: what a data task needs beside the pools.
+        data_cpus: CPUs that a data task needs besides the pools.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Pools:
         check_capacity(pool_demands(self._configs()), data_cpus=self.data_cpus)
 
     def start(self) -> None:
-        """Place all pools and have every role made; all start at the same time.
+        """Place all pools and build all roles, at the same time.
 
         Raises:
-            ConfigError: no room within `wait_s` or ever, or what a role refused.
-            PoolDied: workers did not live through it, again and again.
+            ConfigError: the cluster has no room within `wait_s`, or a role raised it.
+            PoolDied: workers died in each of MAX_STARTS attempts.
         """
         self.preflight()
         for attempt in range(1, MAX_STARTS + 1):
@@ -93,13 +93,13 @@ class Pools:
                 self.close()
                 if attempt == MAX_STARTS:
                     raise
-                self.say(f"{died} before it was ready; all pools start again")
+                self.say(f"{died} before it was ready; starting all pools again")
 
     def move(self, roles: Collection[str]) -> None:
-        """Place these pools anew, where no node is about to end, and have their roles made.
+        """Restart these pools on nodes that are not draining.
 
         Raises:
-            ConfigError, PoolDied: as of `start`.
+            ConfigError, PoolDied: see `start`.
         """
         for role in roles:
             self.pools[role].stop()
@@ -121,7 +121,7 @@ class Pools:
         self.get(refs, "starting workers", timeout_s=self.config.join_timeout_s)
 
     def check_nodes(self) -> None:
-        """Raises Leaving if the end of a node that holds one of the pools was announced."""
+        """Raises NodesDraining if a node that holds one of the pools is draining."""
         ending = draining_nodes()
         if ending and (roles := self._gang.roles_on(ending)):
             raise NodesDraining(roles, min(ending.values()))
@@ -129,17 +129,17 @@ class Pools:
     def get(
         self, refs: Sequence[Any], purpose: str, *, timeout_s: float | None = None
     ) -> list[Any]:
-        """Values of `refs`, in their order; the first error ends the wait for the others.
+        """Return the values of `refs`, in order; the first error ends the wait.
 
         Args:
-            what: names the wait in messages and errors.
-            timeout_s: default pools.call_timeout_s.
+            purpose: names the wait in messages and errors.
+            timeout_s: by default pools.call_timeout_s.
 
         Raises:
-            ConfigError: of a role.
-            PoolDied: a worker is gone, or did not answer in time.
-            DataLost: a value, or what it was to be made from, is gone.
-            RayTaskError: any other error of a role.
+            ConfigError: raised by a role.
+            PoolDied: a worker died or did not answer in time.
+            DataLost: a value or an argument of its call is lost.
+            RayTaskError: any other error raised by a role.
         """
         self.wait(refs, purpose, timeout_s=timeout_s)
         try:
@@ -155,13 +155,13 @@ class Pools:
         timeout_s: float | None = None,
         watch_nodes: bool = False,
     ) -> None:
-        """Return when all `refs` are there; as `get`, but values stay where they are.
+        """Wait until all `refs` are ready, like `get` but without fetching the values.
 
         Args:
-            watch: do not wait for what a node will not live to see.
+            watch_nodes: end the wait if a node of the pools is draining.
 
         Raises:
-            Leaving: as of `check_nodes`, if told to watch.
+            NodesDraining: see `check_nodes`; only with `watch_nodes`.
         """
         timeout_s_or_default = self.config.call_timeout_s if timeout_s is None else timeout_s
         began, logged, pending = time.monotonic(), False, list(refs)
@@ -186,11 +186,10 @@ class Pools:
                 self.check_nodes()
 
     def rebuild(self, died: PoolDied) -> set[str]:
-        """Make the dead pool work again, and others that died with it; living ones stay as they
-        are. Returns the roles of those that were rebuilt.
+        """Rebuild the dead pool and others that died with it; return their roles.
 
         Raises:
-            ConfigError, PoolDied: as of `start`.
+            ConfigError, PoolDied: see `start`.
         """
         dead = find_dead_ranks(self.pools.values(), SETTLE_S)
         for role, ranks in dead.items():
@@ -210,16 +209,16 @@ class Pools:
         self._gang = Gang({})
 
     def put(self, value: Any) -> Any:
-        """A ref of `value`, for calls."""
+        """Return an object ref of `value`, to pass to calls."""
         return ray.put(value)
 
     def _configs(self) -> dict[str, RoleConfig]:
         return {name: pool.config for name, pool in self.pools.items()}
 
     def _raise_if_failed(self, ref: Any) -> None:
-        """Raise the error that the ready `ref` holds, as the caller can use it."""
+        """Raise the error of a ready `ref`, if any, as PoolDied, DataLost or ConfigError."""
         if get_local_object_locations([ref])[ref]["node_ids"]:
-            return  # a large value; errors are small and come to the owner of the ref
+            return  # large values are no errors
         try:
             ray.get(ref)
         except (RayTaskError, RayActorError, ObjectLostError) as error:
@@ -227,22 +226,20 @@ class Pools:
 
     def _raise_as_pool_error(self, ref: Any, error: RayError) -> NoReturn:
         cause: BaseException = error
-        while (
-            isinstance(cause, RayTaskError) and cause.cause is not None
-        ):  # of an argument, perhaps
+        while isinstance(cause, RayTaskError) and cause.cause is not None:  # perhaps of an argument
             cause = cause.cause
         if isinstance(cause, ConfigError):
             raise cause from None
-        if isinstance(cause, ObjectLostError | DataLost):  # the latter in pools of others
+        if isinstance(cause, ObjectLostError | DataLost):  # DataLost from pools of another process
             self._raise_lost(error, cause)
         for pool in self.pools.values():
             if isinstance(cause, RayActorError):
                 rank = pool.rank_of_actor(cause.actor_id)
-                if rank is not None:  # what Ray's tables tell yet, or not, when a node is lost
+                if rank is not None:  # Ray may not know all deaths yet when a node is lost
                     ranks = sorted({rank, *pool.dead_ranks(SETTLE_S)})
                     raise PoolDied(pool.role, ranks, "died") from error
         for pool in self.pools.values():
-            # a collective fails when another rank dies, perhaps before Ray knows
+            # a collective fails when another rank dies, perhaps before Ray notices
             if pool.rank_of_ref(ref) is not None and (
                 dead_ranks := pool.dead_ranks(WORKER_DEATH_S)
             ):
@@ -250,10 +247,10 @@ class Pools:
         raise error
 
     def _raise_lost(self, error: RayError, cause: Exception) -> NoReturn:
-        """Data goes with the node that holds it, and often a pool's workers do, too."""
+        """Raise PoolDied if workers died with the node that held the data, else DataLost."""
         for role, ranks in find_dead_ranks(self.pools.values(), WORKER_DEATH_S).items():
             raise PoolDied(role, ranks, "died") from error
-        raise DataLost(f"data between the pools is gone ({type(cause).__name__})") from error
+        raise DataLost(f"data between the pools is lost ({type(cause).__name__})") from error
 
     def _workers_of(self, refs: Iterable[Any]) -> list[tuple[str, int]]:
         workers = [

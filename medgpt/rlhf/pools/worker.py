@@ -1,4 +1,4 @@
-"""What runs in one process of a pool. Light until it is told to load: the driver imports it too."""
+"""The Ray actor of a pool's worker. Imports torch only when called: the driver imports it too."""
 
 import os
 import time
@@ -15,7 +15,7 @@ StoreAddress = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """Which worker of which pool a process is."""
+    """Identity and settings of one worker."""
 
     role: str
     rank: int
@@ -24,19 +24,19 @@ class WorkerSpec:
     gpu: bool
     offload: bool
     timeout_s: float
-    """Of a collective, and of the wait for the other ranks."""
+    """Timeout of collectives and of joining the process group."""
 
 
 class Usage(NamedTuple):
-    """What a worker takes."""
+    """Memory and time used by a worker."""
 
     rss_gb: float
     call_s: float
-    """Of its latest call."""
+    """Duration of the latest call."""
 
 
 class Worker:
-    """One rank of a pool: imports, joins the pool's process group, then holds one role."""
+    """One rank of a pool: joins the pool's process group, then builds and calls its role."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
@@ -45,14 +45,14 @@ class Worker:
         self.role: Any = None
 
     def load_builder(self, build_role: Callable[[], Any]) -> None:
-        """Unpickling `make` has imported the role's libraries, in all processes at once."""
+        """Keep `build_role`; unpickling it imports the role's libraries in all workers at once."""
         import torch
 
         torch.set_num_threads(self.spec.threads)
         self.build_role = build_role
 
     def open_store(self) -> StoreAddress:
-        """Rank 0 opens the store where the ranks of a new group meet."""
+        """Open the TCP store of a new process group on rank 0; return host and port."""
         from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
         host = ray.util.get_node_ip_address()
@@ -62,7 +62,7 @@ class Worker:
         return host, self.store.port
 
     def join_group(self, address: StoreAddress, group_number: int) -> None:
-        """Become a rank of the group of this epoch, after leaving an earlier one."""
+        """Join the process group of this number after leaving an earlier one."""
         import torch.distributed as dist
         from torch.distributed import (
             PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -79,7 +79,7 @@ class Worker:
             "MASTER_PORT": str(address[1]),
             "RANK": str(spec.rank),
             "WORLD_SIZE": str(spec.world_size),
-            "LOCAL_RANK": "0",  # Ray shows a process its own devices only
+            "LOCAL_RANK": "0",  # Ray shows a process only its own devices
         }
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if spec.gpu else "gloo",
@@ -90,8 +90,8 @@ class Worker:
         )
 
     def rebuild_role(self) -> None:
-        """Make the role, or make it anew."""
-        self.role = None  # its memory is free before the new one needs it
+        """Build the role, replacing an earlier one."""
+        self.role = None  # free its memory before building the new one
         self.role = self.build_role()
         if self.spec.offload:
             self.role.offload()
@@ -99,10 +99,10 @@ class Worker:
     def call(
         self, method: Callable[..., Any], earlier: Sequence[Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Run `method` on the role, on the device only then if it is told to offload.
+        """Run `method` on the role; with offload, the role is on the device only meanwhile.
 
         Args:
-            after: refs of calls that must have ended, well or not, before this one.
+            earlier: refs of calls that must end before this one, successfully or not.
         """
         if earlier:
             ray.wait(list(earlier), num_returns=len(earlier), fetch_local=False)
@@ -126,11 +126,11 @@ class Worker:
             self.role.offload()
 
     def ping(self) -> int:
-        """The process id, once earlier calls are done."""
+        """Return the process id after all earlier calls."""
         return os.getpid()
 
     def usage(self) -> Usage:
-        """Of the latest call."""
+        """Return memory and time of the latest call."""
         return Usage(psutil.Process().memory_info().rss / 2**30, self.call_s)
 
     @property

@@ -1,4 +1,4 @@
-"""Reward functions of the user's, by import path. One that fails leaves samples without value."""
+"""User-defined reward functions by import path. A failing one gives its samples no value."""
 
 import importlib
 import inspect
@@ -17,19 +17,19 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 
 
 class RewardFunction:
-    """A function whose every failure becomes a None: it never stops a run and never counts as 0."""
+    """A reward function whose failures become None: they never stop a run and never count as 0."""
 
     def __init__(self, config: RewardFunctionConfig) -> None:
-        """Raises ConfigError: it cannot be imported, or takes something else than one list."""
+        """Raises ConfigError if the function cannot be imported or does not take one list."""
         self.name = config.name
         self._function = _import_function(config)
 
     def __call__(self, samples: Sequence[RewardSample]) -> list[float | None]:
-        """A finite number for each sample, or None. Logs tell the kind of failure, not its text,
+        """Return a finite number or None per sample. Logs name the type of an error, not its text,
         which may quote a patient."""
         try:
             values = list(self._function(list(samples)))
-        except Exception as error:  # whatever it raises, it concerns these samples alone
+        except Exception as error:  # a failing function masks these samples only
             log.warning("reward function %s raised %s", self.name, type(error).__name__)
             return [None] * len(samples)
         if len(values) != len(samples):
@@ -42,7 +42,7 @@ class RewardFunction:
 
 
 def finite_or_none(value: Any) -> float | None:
-    """`value` as a float; None if it is no finite number."""
+    """Return `value` as a float; None if it is not a finite number."""
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
@@ -63,7 +63,7 @@ def _import_function(config: RewardFunctionConfig) -> Callable[[list[RewardSampl
 
 
 def _check_signature(key: str, function: Callable[..., Any]) -> None:
-    """Raises ConfigError unless it can be called with one list."""
+    """Raises ConfigError unless the function can be called with one list."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a reward component sees of a sample."""
+"""The record that reward functions receive."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,9 @@ from medgpt.data.sources.records import Message
 @dataclass(frozen=True, slots=True)
 class RewardSample:
     sample_id: str
-    messages: tuple[Message, ...]  # the prompt with its history, a user's turn last
+    messages: tuple[Message, ...]  # the prompt with its history; the last turn is the user's
     text: str  # the answer
-    finished: bool  # False where it was cut at the longest length
+    finished: bool  # False if cut off at rollout.max_new_tokens
 
     @property
     def question(self) -> str:
@@ -19,9 +19,9 @@ class RewardSample:
 
     @property
     def said(self) -> str:
-        """All that the user has said, a line each."""
+        """All user turns, one per line."""
         return "\n".join(m.content for m in self.messages if m.role == "user")
 
 
 Answered = RewardSample
-"""The former name, which reward functions of users import."""
+"""Former name, kept for users' reward functions."""

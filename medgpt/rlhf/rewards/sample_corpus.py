@@ -1,5 +1,5 @@
-"""A reward that the sample corpus can check: does an answer to a complaint name its causes and give
-advice? For `reward.functions` of the debug configs; no model of medicine."""
+"""A reward for the sample corpus: does an answer to a complaint name its causes and give advice?
+For `reward.functions` of the debug configs; not a medical model."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,12 +11,12 @@ from medgpt.sample_corpus.knowledge import load_knowledge
 from medgpt.sample_corpus.templates import COMPLAINT_SYMPTOMS
 
 ADVICE = ("建议您", "建议你")
-NUM_CAUSES = 2  # the first, most typical ones
+NUM_CAUSES = 2  # the first ones are the most typical
 
 
 def causes_and_advice(samples: Sequence[RewardSample]) -> list[float]:
-    """Of each answer the share, from 0 to 1, of causes and advice that it states, less the share of
-    conditions among those it names that are no cause of the complaint; 0 for other questions."""
+    """Return per answer the share of causes and advice stated, minus the share of unrelated
+    conditions among those named; 0 for questions that are not about a known complaint."""
     causes = known_causes()
     return [_reward(sample, causes) for sample in samples]
 
@@ -42,7 +42,7 @@ def condition_names() -> tuple[str, ...]:
 
 @cache
 def known_causes() -> dict[str, tuple[str, ...]]:
-    """By symptom as a patient words it, longer ones first, so that none hides in another."""
+    """Return causes by symptom in patients' words, longest first: some contain others."""
     by_id = {c.id: c for c in CorpusGenerator().conditions}
     causes = {symptom: tuple(by_id[i].name for i in ids) for symptom, _, ids in COMPLAINT_SYMPTOMS}
     causes[by_id[HEADACHE_ID].name] = by_id[HEADACHE_ID].causes.items

@@ -1,7 +1,7 @@
 """The reward of an answer: a weighted sum of named components, capped where a rule is violated.
 
-A component without a value leaves the sample without a reward: it is masked and counted, never 0.
-An empty answer violates nothing, so it is capped as well.
+If a component has no value, the sample has no reward: it is masked and counted, never 0. Empty
+answers violate no rule, so they are capped as well.
 """
 
 import logging
@@ -20,20 +20,20 @@ Values = list[float | None]
 
 @dataclass(frozen=True, slots=True)
 class RewardResult:
-    """Rewards of some samples, numbers only; None where a sample has no value."""
+    """Rewards of n samples; None where a sample has no value."""
 
     totals: Values  # (n,)
-    components: dict[str, Values]  # before their weights, by name; (n,) each
+    components: dict[str, Values]  # by name, unweighted; (n,) each
     violations: dict[RuleName, list[bool | None]]  # (n,) each; None where the rule failed
-    empty: list[bool]  # (n,) said nothing
-    capped: list[bool]  # (n,) a violation, or having said nothing, took away from the sum
+    empty: list[bool]  # (n,) the answer is empty
+    capped: list[bool]  # (n,) a violation or an empty answer lowered the sum to the cap
 
 
 class WeightedRewards:
-    """All components of a run."""
+    """All reward components of a run."""
 
     def __init__(self, config: PPORewardConfig) -> None:
-        """Raises ConfigError: a function of the user's cannot be used."""
+        """Raises ConfigError if a user-defined function cannot be used."""
         self._cap = config.violation_cap
         self._rules = tuple(config.rule_weights())
         self._functions = [RewardFunction(function) for function in config.functions]
@@ -46,7 +46,7 @@ class WeightedRewards:
     def __call__(
         self, samples: Sequence[RewardSample], scores: Sequence[float] | None = None
     ) -> RewardResult:
-        """`scores`: (n,) the reward model's, needed unless its weight is 0."""
+        """Reward n samples. `scores`: (n,) of the reward model; required unless its weight is 0."""
         components: dict[str, Values] = {}
         if self.needs_scores:
             assert scores is not None, "the reward model's scores are missing"
@@ -82,7 +82,7 @@ class WeightedRewards:
 
 
 def reward_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
-    """Means, and shares of masked, capped and violating samples, over all workers' parts."""
+    """Return means and shares of masked, capped and violating samples over all workers."""
     totals = [total for result in results for total in result.totals]
     if not totals:
         return {}
@@ -108,16 +108,16 @@ def reward_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
 
 
 def _violates(name: RuleName, sample: RewardSample) -> bool | None:
-    """None if the rule fails. Logs tell the kind of failure, not its text, which may quote."""
+    """Return whether the rule is violated, None if it fails. Logs name the error's type only."""
     try:
         return RULES[name](sample.said, sample.text)
-    except Exception as error:  # whatever it raises, it concerns this sample alone
+    except Exception as error:  # a failing rule masks this sample only
         log.warning("rule %s raised %s on %s", name, type(error).__name__, sample.sample_id)
         return None
 
 
 def _mean_and_masked_share(name: str, values: Values) -> dict[str, float]:
-    """The mean is left out where no sample has a value: 0 would say that all is well."""
+    """Return mean and masked share; no mean if no sample has a value, as 0 would look fine."""
     known = [value for value in values if value is not None]
     mean = {name: fmean(known)} if known else {}
     return mean | {f"{name}_masked": 1 - len(known) / len(values)}

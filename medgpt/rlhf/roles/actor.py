@@ -40,7 +40,7 @@ METRICS = ("loss", "clip_frac", "approx_kl", "entropy_bonus", "ptx_loss")
 
 
 class Actor:
-    """One rank of the actor. Knows PPO's policy update; knows nothing about Ray."""
+    """One rank of the actor: PPO's policy update, independent of Ray."""
 
     def __init__(self, config: PPOStageConfig, *, total_iterations: int) -> None:
         self.config, self.device = config, role_device()
@@ -62,11 +62,11 @@ class Actor:
         self.is_fp32 = all(p.dtype == torch.float32 for p in self.policy.parameters())
 
     def logprobs(self, *rollouts: Sequences) -> Logprobs:
-        """This rank's share, under the policy as it is now."""
+        """Return this rank's share of the log-probabilities under the current policy."""
         return self._logprobs(rollouts, model="actor")
 
     def reference_logprobs(self, *rollouts: Sequences) -> Logprobs:
-        """This rank's share under the base model: the adapters are off."""
+        """Return this rank's share under the base model, with LoRA adapters disabled."""
         with self.policy.model.disable_adapter():  # pyright: ignore[reportCallIssue] - of LoRA
             return self._logprobs(rollouts, model="reference")
 
@@ -84,10 +84,10 @@ class Actor:
         )
 
     def update(self, task: UpdateTask, *parts: object) -> UpdateResult:
-        """The optimizer steps of an iteration. The parts are all pools' answers, and Lessons.
+        """Run the optimizer steps of an iteration. `parts` are all pools' outputs and the PtxBatch.
 
         Raises:
-            AssertionError: in fp32, the policy disagrees with itself before it has learnt.
+            AssertionError: in fp32, the ratios before the first step are not 1.
         """
         experience = make_experience(
             RolloutParts.from_outputs(part for part in parts if not isinstance(part, PtxBatch)),
@@ -98,8 +98,8 @@ class Actor:
         version = experience.sequences.weight_version
         if version != task.weight_version:
             raise RuntimeError(
-                f"rollouts of weight version {version} where {task.weight_version} was expected: "
-                "the rollout pool has not got the actor's weights"
+                f"rollouts have weight version {version}, but {task.weight_version} was expected: "
+                "the rollout pool does not hold the actor's weights"
             )
         ptx_steps = next((part.steps for part in parts if isinstance(part, PtxBatch)), [])
         metrics = (
@@ -117,7 +117,7 @@ class Actor:
     ) -> dict[str, float]:
         config = self.config.ppo
         self.policy.train()
-        self.engine.steps = task.iteration * config.num_steps  # early stops cost no decay
+        self.engine.steps = task.iteration * config.num_steps  # also after early stops
         sums, norms, skipped = np.zeros(len(METRICS)), [], 0
         first_error = 0.0
         for number, rows in enumerate(optimizer_step_rows(experience, self.config, task.iteration)):
@@ -150,8 +150,8 @@ class Actor:
     def _accumulate_gradients(
         self, experience: Experience, rows: RowIndices
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of one optimizer step; this rank's shares of METRICS, and the largest distance
-        of a ratio from 1."""
+        """Accumulate the gradients of one optimizer step. Return this rank's shares of METRICS and
+        the largest deviation of a ratio from 1."""
         config, sequences = self.config, experience.sequences
         num_tokens = int(sequences.responses.lengths[rows].sum())
         means, ratio_error = torch.zeros(len(METRICS), dtype=torch.float64), torch.zeros(())
@@ -188,7 +188,7 @@ class Actor:
         return means, ratio_error
 
     def _accumulate_ptx_gradients(self, rows: list[PackedRow]) -> float:
-        """Gradients of the second stream's loss; this rank's share of its mean."""
+        """Accumulate the gradients of the PPO-ptx loss; return this rank's share of its mean."""
         assert self.config.ptx is not None
         ptx, rank, num_ranks = self.config.ptx, dist.get_rank(), dist.get_world_size()
         num_targets = sum(causal_batch([row]).num_targets for row in rows)
@@ -206,17 +206,17 @@ class Actor:
     def _check_first_ratios(self, error: Tensor) -> float:
         largest = float(all_reduce(error, dist.ReduceOp.MAX))
         assert not self.is_fp32 or not largest > RATIO_TOLERANCE, (
-            f"the first step's ratios are up to {largest:.1e} from 1; old log-probabilities and "
-            "training forward disagree"
+            f"the first step's ratios are up to {largest:.1e} from 1: the training forward does "
+            "not reproduce the old log-probabilities"
         )
         return largest
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and weights as in the plain Hugging Face model, on rank 0. Collective."""
+        """Yield Hugging Face names and weights on rank 0, with LoRA merged. Collective."""
         yield from gather_merged_weights(merged_weights(self.policy.model))
 
     def save(self, url: str) -> list[FileEntry]:
-        """Write this rank's part of a checkpoint."""
+        """Write this rank's part of a checkpoint; return its files."""
         with Folder(url).staging() as directory:
             return file_entries(directory, self.engine.snapshot().write(directory))
 
@@ -225,7 +225,7 @@ class Actor:
             self.engine.load(directory)
 
     def export(self, url: str) -> list[FileEntry]:
-        """Write the policy as a Hugging Face folder, and the tokenizer; files of rank 0."""
+        """Write policy and tokenizer as a Hugging Face folder; return the files on rank 0."""
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
             tokenizer = load_tokenizer(self.config.model.name)

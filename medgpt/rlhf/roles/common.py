@@ -1,4 +1,4 @@
-"""What the roles that run a model over response tokens have in common."""
+"""Helpers shared by the roles: devices, forward passes, optimizer steps."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ from medgpt.rlhf.batching import ForwardPass, RowIndices, forward_passes, mini_b
 from medgpt.rlhf.experience import Experience, RunningStats
 from medgpt.rlhf.rollout_batch import Logprobs, Sequences
 
-RATIO_TOLERANCE = 1e-4  # of the first step's ratios from 1, in fp32
+RATIO_TOLERANCE = 1e-4  # largest deviation of the first step's ratios from 1, in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateTask:
-    """What actor and critic are told of an iteration."""
+    """Arguments of the actor's and critic's update of an iteration."""
 
     iteration: int  # from 0
-    weight_version: int  # that sampled the rollouts
+    weight_version: int  # of the weights that sampled the rollouts
     kl_coef: float
     score_stats: RunningStats
     update_actor: bool  # False while the critic warms up
@@ -33,21 +33,21 @@ class UpdateTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateResult:
-    """What an update reports; the same on every rank."""
+    """Result of the actor's update; the same on every rank."""
 
     metrics: dict[str, float]
     score_stats: RunningStats
     mean_kl: float  # nats per response, policy to reference
-    sample_ids: list[str]  # of the sequences that counted
+    sample_ids: list[str]  # of the sequences trained on
 
 
 def role_device() -> torch.device:
-    """The GPU that this worker was given, else the CPU."""
+    """Return the GPU of this worker, or the CPU without one."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def frozen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Of a model that does not learn."""
+    """Return the dtype of a model that is not trained."""
     auto = "fp32" if device.type == "cpu" else "bf16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[
         auto if precision == "auto" else precision
@@ -55,12 +55,12 @@ def frozen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def initial_device(pool: RoleConfig) -> torch.device:
-    """Where a model is made: not on a GPU that another role may be using."""
+    """Return the device to build a model on: the CPU if the GPU is shared with another role."""
     return torch.device("cpu") if pool.offload else role_device()
 
 
 def move_modules(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Take weights to `device`; memory that they leave on a GPU is free for other processes."""
+    """Move modules to `device` and free the GPU memory they leave for other processes."""
     for module in modules:
         module.to(device)
     if torch.cuda.is_available():
@@ -69,7 +69,7 @@ def move_modules(modules: Iterable[nn.Module], device: torch.device) -> None:
 
 @contextmanager
 def errors_for_key(key: str) -> Iterator[None]:
-    """What is wrong with a model is told of the key that names it."""
+    """Make ConfigErrors about a model name the config key that chose the model."""
     try:
         yield
     except ConfigError as error:
@@ -77,7 +77,7 @@ def errors_for_key(key: str) -> Iterator[None]:
 
 
 def max_pass_tokens(config: PPOStageConfig) -> int:
-    """Of a forward pass: the budget, or one sequence or row that is longer."""
+    """Return the most tokens of a forward pass: the budget, or a longer sequence or PPO-ptx row."""
     longest = config.data.max_length + config.rollout.max_new_tokens
     ptx_row = config.ptx.data.max_length if config.ptx else 0
     return max(config.ppo.micro_batch_tokens, longest, ptx_row)
@@ -86,7 +86,7 @@ def max_pass_tokens(config: PPOStageConfig) -> int:
 def local_forward_passes(
     sequences: Sequences, rows: RowIndices, config: PPOStageConfig
 ) -> Iterator[ForwardPass]:
-    """This rank's share of the passes over `rows`."""
+    """Yield this rank's forward passes over `rows`."""
     return forward_passes(
         sequences,
         rows,
@@ -106,7 +106,7 @@ def response_logprobs(
     model: Literal["actor", "reference"],
     temperature: float,
 ) -> Logprobs:
-    """This rank's share of the log-probabilities, at the temperature of sampling."""
+    """Return this rank's share of the log-probabilities at `temperature`."""
     index, values, entropy = [], [], torch.zeros((), device=device)
     for forward in local_forward_passes(sequences, np.arange(len(sequences)), config):
         terms = policy(
@@ -129,7 +129,7 @@ def response_logprobs(
 def optimizer_step_rows(
     experience: Experience, config: PPOStageConfig, iteration: int
 ) -> Iterator[RowIndices]:
-    """The sequences of each optimizer step; those that do not count are left out."""
+    """Yield the valid rows of each optimizer step."""
     for epoch in range(config.ppo.epochs):
         for rows in mini_batches(
             len(experience.sequences),
@@ -142,12 +142,12 @@ def optimizer_step_rows(
 
 
 def token_positions(sequences: Sequences, rows: RowIndices) -> Tensor:
-    """(n,) where the response tokens of `rows` are among all."""
+    """(n,) positions of the response tokens of `rows` in the (N,) tensors of the batch."""
     return torch.from_numpy(sequences.responses.positions(rows))
 
 
 def all_reduce(values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Reduced over the ranks, in place."""
+    """Reduce `values` over the ranks, in place, and return it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values, op=op)
     return values

@@ -1,4 +1,4 @@
-"""The critic role: what a response will be worth, before each of its tokens."""
+"""The critic role: the value function, before each response token."""
 
 import math
 
@@ -33,7 +33,7 @@ from medgpt.train.export import export_model
 
 
 class Critic:
-    """One rank of the critic. Knows PPO's value function; knows nothing about Ray."""
+    """One rank of the critic: PPO's value update, independent of Ray."""
 
     def __init__(self, config: PPOStageConfig, *, total_iterations: int) -> None:
         self.config, self.device = config, role_device()
@@ -59,7 +59,7 @@ class Critic:
 
     @torch.no_grad()
     def values(self, *rollouts: Sequences) -> Values:
-        """This rank's share of the values before each response token and after the last."""
+        """Return this rank's share of the values before each response token and after the last."""
         self.model.eval()
         sequences = join_sequences(rollouts)
         index, values, bootstrap = [], [], []
@@ -76,7 +76,7 @@ class Critic:
         )
 
     def update(self, task: UpdateTask, *parts: object) -> dict[str, float]:
-        """The optimizer steps of an iteration. The parts are all pools' answers."""
+        """Run the optimizer steps of an iteration. `parts` are all pools' outputs."""
         experience = make_experience(
             RolloutParts.from_outputs(part for part in parts if not isinstance(part, PtxBatch)),
             self.config.ppo,
@@ -107,7 +107,7 @@ class Critic:
         }
 
     def _accumulate_gradients(self, experience: Experience, rows: RowIndices) -> Tensor:
-        """Gradients of one optimizer step; (2,) this rank's shares of loss and clipped share."""
+        """Accumulate the gradients of one step; return (2,) shares of loss and clip_frac."""
         sequences, means = experience.sequences, torch.zeros(2, dtype=torch.float64)
         num_tokens = int(sequences.responses.lengths[rows].sum())
         for forward in local_forward_passes(sequences, rows, self.config):
@@ -131,7 +131,7 @@ class Critic:
         return means
 
     def save(self, url: str) -> list[FileEntry]:
-        """Write this rank's part of a checkpoint."""
+        """Write this rank's part of a checkpoint; return its files."""
         with Folder(url).staging() as directory:
             return file_entries(directory, self.engine.snapshot().write(directory))
 
@@ -140,7 +140,7 @@ class Critic:
             self.engine.load(directory)
 
     def export(self, url: str) -> list[FileEntry]:
-        """Write the critic as a Hugging Face folder with its head; files of rank 0."""
+        """Write the critic with its head as a Hugging Face folder; return the files on rank 0."""
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
             tokenizer = load_tokenizer(self.config.model.name)
@@ -152,7 +152,7 @@ class Critic:
 
 
 def _initial_model(config: PPOStageConfig, actor: str) -> tuple[str, str]:
-    """The key that names what the critic starts from, and the name."""
+    """Return config key and name of the model that the critic starts from."""
     if config.critic.model is not None:
         return "critic.model", config.critic.model
     if config.reward.model is not None:
@@ -161,5 +161,5 @@ def _initial_model(config: PPOStageConfig, actor: str) -> tuple[str, str]:
 
 
 def _predicting_values(values: Tensor, batch: PackedBatch) -> Tensor:
-    """(n,) of the values (1, N), those from which a response token is predicted."""
+    """(n,) those of the values (1, N) at positions that predict a response token."""
     return values[0, batch.labels[0] != IGNORE]

@@ -1,4 +1,4 @@
-"""Roles, made in the workers. The driver imports this file too: it is light until called."""
+"""Builders of the roles, which run in the workers. The driver imports only this light module."""
 
 from typing import TYPE_CHECKING
 

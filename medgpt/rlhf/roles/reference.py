@@ -1,4 +1,4 @@
-"""The reference role: the policy as it was before PPO."""
+"""The reference role: the policy before PPO, frozen."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from medgpt.rlhf.rollout_batch import Logprobs, Sequences, join_sequences
 
 
 class Reference:
-    """One rank of the reference. Knows nothing about Ray."""
+    """One rank of the reference, independent of Ray."""
 
     def __init__(self, config: PPOStageConfig) -> None:
         self.config, self.device = config, role_device()
@@ -32,8 +32,8 @@ class Reference:
         )
 
     def logprobs(self, temperature: float, *rollouts: Sequences) -> Logprobs:
-        """This rank's share. Whoever asks says at which temperature it has sampled: a pool may
-        serve several runs."""
+        """Return this rank's share of the log-probabilities at the sampling temperature. The caller
+        passes the temperature because a pool may serve several runs."""
         return response_logprobs(
             self.policy,
             join_sequences(rollouts),
@@ -44,7 +44,7 @@ class Reference:
         )
 
     def offload(self) -> None:
-        """Wait in host memory; not at ZeRO-3."""
+        """Move the model to host memory; not supported at ZeRO-3."""
         move_modules([self.policy], torch.device("cpu"))
 
     def onload(self) -> None:
@@ -63,7 +63,7 @@ class Reference:
         model = build_model(
             self._model_config,
             head_kind="clm",
-            vocab_size=0,  # the saved model's own
+            vocab_size=0,  # 0: as saved
             special_ids=SpecialTokenIds(),
             seed=0,
             dtype=frozen_dtype(self.config.pools.reference.precision, self.device),

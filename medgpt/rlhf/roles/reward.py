@@ -1,5 +1,4 @@
-"""The reward role: what each response is worth, by the reward model, the rules and the user's
-functions."""
+"""The reward role: rewards of responses from the reward model, rules and user-defined functions."""
 
 import json
 from collections.abc import Callable
@@ -31,11 +30,11 @@ from medgpt.rlhf.roles.common import (
 )
 from medgpt.rlhf.rollout_batch import Prompts, Scores, Sequences, join_sequences
 
-Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of the positions
+Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of all positions
 
 
 class Reward:
-    """One rank of the reward pool. Knows nothing about Ray."""
+    """One rank of the reward pool, independent of Ray."""
 
     def __init__(self, config: PPOStageConfig) -> None:
         assert config.model.name is not None
@@ -48,11 +47,11 @@ class Reward:
         judge = config.judge.model if config.judge.every else None
         self.judge_model = self._load("judge.model", judge)
         self.latest_batch: tuple[list[RewardSample], RewardResult] | None = None
-        """For samples in the report."""
+        """Kept for the samples in the report."""
 
     @torch.no_grad()
     def score(self, prompts: Prompts, *rollouts: Sequences) -> Scores:
-        """This rank's share. An empty response, or one whose component failed, has no score."""
+        """Return this rank's share of the rewards. An empty response has no model score."""
         sequences = join_sequences(rollouts)
         index, scores = self._model_scores(self.model, sequences)
         samples = [
@@ -73,20 +72,20 @@ class Reward:
 
     @torch.no_grad()
     def judge_scores(self, *answers: Sequences) -> tuple[NDArray[np.int64], list[float]]:
-        """Rows of this rank's share, and the score of each by the judge's reward model."""
+        """Return the rows of this rank's share and the judge model's score of each."""
         index, scores = self._model_scores(self.judge_model, join_sequences(answers))
         assert scores is not None
         return index, scores
 
     def offload(self) -> None:
-        """Wait in host memory; not at ZeRO-3."""
+        """Move the models to host memory; not supported at ZeRO-3."""
         move_modules(self._models, torch.device("cpu"))
 
     def onload(self) -> None:
         move_modules(self._models, self.device)
 
     def report_samples(self, num: int) -> list[dict[str, Any]]:
-        """The first few of the latest call, for the report; none of a worker just replaced."""
+        """Return up to `num` samples of the latest call; none from a worker just restarted."""
         if self.latest_batch is None:
             return []
         samples, rewards = self.latest_batch
@@ -107,7 +106,7 @@ class Reward:
     def _model_scores(
         self, model: Scorer | None, sequences: Sequences
     ) -> tuple[NDArray[np.int64], list[float] | None]:
-        """Rows of this rank's share, and the model's score of each."""
+        """Return the rows of this rank's share and the model's scores, if there is a model."""
         if model is None:
             shares = split_by_length(sequences.lengths, dist.get_world_size())
             return shares[dist.get_rank()], None
@@ -119,8 +118,8 @@ class Reward:
         return np.concatenate(index), torch.cat(scores).tolist()
 
     def _load(self, key: str, name: str | None) -> Scorer | None:
-        """Raises ConfigError: it is no reward model, or reads other token ids than the actor
-        writes."""
+        """Load a reward model. Raises ConfigError if it is none, or has another tokenizer than the
+        actor."""
         if name is None:
             return None
         with errors_for_key(key):

@@ -1,4 +1,4 @@
-"""The rollout role: answers to prompts, with the weights that the actor sent last."""
+"""The rollout role: samples responses with the weights that the actor sent last."""
 
 import importlib.util
 from collections.abc import Iterable, Sequence
@@ -20,15 +20,15 @@ from medgpt.rlhf.batching import split_by_length
 from medgpt.rlhf.roles.common import initial_device, move_modules, role_device
 from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, sample_seeds
 
-NO_WEIGHTS = -1  # version before the first sync
+NO_WEIGHTS = -1  # weight version before the first sync
 
 
 class StaleWeights(RuntimeError):
-    """A rollout worker's weights are not those that were asked for."""
+    """A rollout worker does not hold the requested weight version."""
 
 
 class RolloutEngine(Protocol):
-    """What samples. Token ids in and out, log-probabilities as they were when sampling."""
+    """Interface of a sampling engine: token ids in; token ids and log-probabilities out."""
 
     def generate(
         self,
@@ -41,17 +41,17 @@ class RolloutEngine(Protocol):
     ) -> list[GeneratedResponse]: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over some of the weights, under their Hugging Face names."""
+        """Load some of the weights, by Hugging Face name."""
         ...
 
     def weights_loaded(self) -> None:
-        """All have come: forget what was computed with the ones before. Raises ValueError if some
+        """Called after the last weights; drops caches of the old ones. Raises ValueError if some
         are missing."""
         ...
 
 
 class Rollout:
-    """One rank of the rollout pool; every rank has a whole model."""
+    """One rank of the rollout pool; every rank holds the full model."""
 
     def __init__(self, config: PPOStageConfig) -> None:
         assert config.model.name is not None
@@ -64,21 +64,21 @@ class Rollout:
     def generate(
         self, prompts: Prompts, iteration: int, weight_version: int | None = None
     ) -> Sequences:
-        """This rank's share of the answers; noise is a function of (seed, iteration, sample id) and
-        of how often the batch had the sample before.
+        """Sample this rank's share of the responses. The noise is a function of seed, iteration,
+        sample id and the number of earlier repeats of the sample in the batch.
 
         Args:
-            weight_version: what the answers are wanted from; None takes any.
+            weight_version: version to sample with; None accepts any.
 
         Raises:
-            StaleWeights: this worker has another one.
+            StaleWeights: this worker holds another version.
         """
         if weight_version not in (None, self.weight_version):
             own_version = self.weight_version
             raise StaleWeights(
                 f"rollout rank {dist.get_rank()} has "
-                f"{'no whole version' if own_version == NO_WEIGHTS else f'version {own_version}'} "
-                f"of the weights, not version {weight_version}; weights must be synced before "
+                f"{'no full version' if own_version == NO_WEIGHTS else f'version {own_version}'} "
+                f"of the weights, not version {weight_version}; sync weights before "
                 "rollouts"
             )
         seeds = sample_seeds(self.config.run.seed, iteration, prompts.sample_ids)
@@ -88,7 +88,7 @@ class Rollout:
         )
 
     def generate_greedy(self, prompts: Ragged, max_new_tokens: int) -> Sequences:
-        """This rank's share of the greedy answers; the sample ids are the rows' numbers."""
+        """Decode this rank's share greedily; sample ids are the row numbers."""
         ids = [str(i) for i in range(len(prompts))]
         return self._generate(prompts, ids, [0] * len(prompts), max_new_tokens, 0.0)
 
@@ -100,7 +100,7 @@ class Rollout:
         max_new_tokens: int,
         temperature: float,
     ) -> Sequences:
-        lengths = prompts.lengths + max_new_tokens  # a row costs more than its prompt's tokens
+        lengths = prompts.lengths + max_new_tokens  # the cost of a row includes its response
         local_rows = split_by_length(lengths, dist.get_world_size())[dist.get_rank()]
         generated = self.engine.generate(
             [prompts.row(i).tolist() for i in local_rows],
@@ -120,29 +120,29 @@ class Rollout:
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Some of the actor's weights, under their Hugging Face names."""
-        self.weight_version = NO_WEIGHTS  # half of one version and half of another
+        """Load some of the actor's weights, by Hugging Face name."""
+        self.weight_version = NO_WEIGHTS  # a mixture until all weights are loaded
         self.engine.load_weights(weights)
 
     def weights_loaded(self, version: int) -> None:
-        """All of the weights of `version` have come."""
+        """Called after the last weights of `version`."""
         self.engine.weights_loaded()
         self.weight_version = version
 
     def offload(self) -> None:
-        """Wait in host memory."""
+        """Move the model to host memory."""
         self._move_model(torch.device("cpu"))
 
     def onload(self) -> None:
         self._move_model(role_device())
 
     def _move_model(self, device: torch.device) -> None:
-        assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other
+        assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other engine here
         move_modules([self.engine.model], device)
 
 
 class HuggingFaceEngine:
-    """medgpt's own loop over the Hugging Face model in `folder`."""
+    """medgpt's decode loop with the Hugging Face model in `folder`."""
 
     def __init__(
         self, folder: str, device: torch.device, *, dtype: torch.dtype, batch_tokens: int
@@ -153,7 +153,7 @@ class HuggingFaceEngine:
         self.received: set[int] = set()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        parameters = self.model.state_dict(keep_vars=True)  # tied weights under both their names
+        parameters = self.model.state_dict(keep_vars=True)  # tied weights under both names
         for name, weight in weights:
             parameters[name].copy_(weight)
             self.received.add(id(parameters[name]))
@@ -162,11 +162,11 @@ class HuggingFaceEngine:
         missing = [name for name, p in self.model.named_parameters() if id(p) not in self.received]
         self.received.clear()
         if missing:
-            raise ValueError(f"{len(missing)} weights have not come, as {missing[0]}")
+            raise ValueError(f"{len(missing)} weights are missing, such as {missing[0]}")
 
 
 def build_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
-    """The engine that the config names."""
+    """Return the engine that the config names."""
     on_gpu = role_device().type == "cuda"
     bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.pools.rollout.precision]
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -178,6 +178,6 @@ def build_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
             "rollout.engine=vllm needs the package vllm where the rollout pool runs; install "
             "medgpt[vllm] there, or set hf"
         )
-    from medgpt.rlhf.vllm_engine import VllmEngine  # loaded only when asked for
+    from medgpt.rlhf.vllm_engine import VllmEngine  # optional dependency
 
     return VllmEngine(folder, dtype=dtype, config=config.rollout)

@@ -1,4 +1,4 @@
-"""Weights packed into buckets: what is in one, and whether it arrived as it was."""
+"""Packing of weights into buckets with headers and checksums."""
 
 import json
 import math
@@ -10,19 +10,19 @@ import xxhash
 from torch import Tensor
 
 HEADER_BYTES = 1 << 15
-ALIGNMENT = 16  # bytes; no dtype needs more
+ALIGNMENT = 16  # bytes; enough for every dtype
 
 
 class SyncError(RuntimeError):
-    """Weights did not arrive."""
+    """The weights did not arrive."""
 
 
 class WeightsRejected(SyncError):
-    """Weights arrived and could not be taken over."""
+    """The weights arrived but could not be loaded."""
 
 
 class WeightsCorrupted(SyncError):
-    """Weights arrived, but not as they were sent."""
+    """The weights changed on the way."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * torch.empty(0, dtype=self.torch_dtype).element_size()
 
     @property
@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What precedes a bucket. One without entries is the end."""
+    """Header of a bucket; one without entries ends the transfer."""
 
     entries: list[Entry]
     num_bytes: int
@@ -76,17 +76,17 @@ END_HEADER = Header([], 0, 0)
 def pack_buckets(
     weights: Iterable[tuple[str, Tensor]], buffers: Iterator[Tensor]
 ) -> Iterator[tuple[Header, Tensor]]:
-    """Buckets of `weights`: header and bytes, which are the used part of a uint8 buffer.
+    """Yield buckets of `weights`: header and bytes, the used part of the next of `buffers` (uint8).
 
-    `buffers` yields where to pack. A weight larger than a buffer is a bucket of its own and is not
-    copied if it lies on the same device: its bytes are valid until the next bucket is asked for.
+    A weight larger than a buffer gets a bucket of its own and is not copied if it is on the same
+    device: its bytes are valid until the next bucket is requested.
     """
     entries: list[Entry] = []
     end, header_bytes = 0, 0
     buffer = next(buffers)
     for name, weight in weights:
         size = weight.numel() * weight.element_size()
-        header_bytes += len(name) + 80  # of its entry as JSON
+        header_bytes += len(name) + 80  # upper bound of its entry as JSON
         if entries and (end + size > len(buffer) or header_bytes > HEADER_BYTES):
             yield _make_bucket(entries, buffer[:end])
             entries, end, header_bytes, buffer = [], 0, len(name) + 80, next(buffers)
@@ -103,21 +103,21 @@ def pack_buckets(
 
 
 def unpack_bucket(header: Header, data: Tensor, *, route: str) -> list[tuple[str, Tensor]]:
-    """Names and views of the weights in a bucket.
+    """Return names and views of the weights in a bucket.
 
     Raises:
-        Changed: the checksum is another one.
+        WeightsCorrupted: the checksum differs.
     """
     actual = checksum(data)
     if actual != header.checksum:
         raise WeightsCorrupted(
-            f"{route}: {header.names} arrived changed, {actual:x}, not {header.checksum:x}"
+            f"{route}: {header.names} arrived corrupted, {actual:x} for {header.checksum:x}"
         )
     return [(entry.name, _view(data, entry)) for entry in header.entries]
 
 
 def checksum(data: Tensor) -> int:
-    """Of a uint8 tensor; on a GPU a sum, which needs no copy to the host."""
+    """Return the checksum of a uint8 tensor; on a GPU a sum, which needs no copy to the host."""
     if data.device.type == "cpu":
         return xxhash.xxh3_64_intdigest(data.numpy().data)
     multiple_of_8 = len(data) // 8 * 8

@@ -1,6 +1,7 @@
 """The workers' side of weight sync: a process group of actor rank 0 and all rollout workers.
 
-It lies beside the default groups of the pools. Functions here run in workers, by `Pool.call`.
+It exists besides the default groups of the pools. The public functions run in workers, through
+`Pool.call`.
 """
 
 import itertools
@@ -33,35 +34,35 @@ from medgpt.rlhf.weight_sync.buckets import (
 )
 
 StoreAddress = tuple[str, int]
-StoredBuckets = list[tuple[Header, Any]]  # with refs
-NUM_BUFFERS = 3  # one is packed or loaded, two are on their way
-UNSYNCED = -1  # the version of a rollout worker whose weights are not one version's
+StoredBuckets = list[tuple[Header, Any]]  # object refs of the bytes
+NUM_BUFFERS = 3  # one is packed or loaded while two are in flight
+UNSYNCED = -1  # weight version before the first sync and during a sync
 
 
 class Sender(Protocol):
-    """What the actor role offers."""
+    """Interface of the actor role."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Plain Hugging Face names and whole weights on rank 0, nothing elsewhere. Collective."""
+        """Yield Hugging Face names and full weights on rank 0, nothing elsewhere. Collective."""
         ...
 
 
 class Receiver(Protocol):
-    """What the rollout role offers."""
+    """Interface of the rollout role."""
 
     weight_version: int
 
     def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
-        """Copy some of the weights into the model; the tensors are valid during the call."""
+        """Copy some weights into the model; the tensors are valid only during the call."""
         ...
 
     def weights_loaded(self, version: int) -> None:
-        """All weights have come. Raises ValueError if some are missing."""
+        """Called after the last weights. Raises ValueError if some are missing."""
         ...
 
 
 class SyncGroup:
-    """One end: rank 0 sends, the others receive."""
+    """One member of the sync group: rank 0 (the actor) sends, the others receive."""
 
     def __init__(
         self, store: Any, key: str, rank: int, size: int, backend: str, config: SyncConfig
@@ -82,7 +83,7 @@ class SyncGroup:
         self.buffers = [self._empty_bytes(config.bucket_mb * 2**20) for _ in range(NUM_BUFFERS)]
 
     def send(self, weights: Iterator[tuple[str, Tensor]], version: int) -> int:
-        """Broadcast; buckets are on their way while the next is packed. Returns the bytes."""
+        """Broadcast all weights, packing buckets while others are in flight. Return the bytes."""
         total = 0
         under_way: deque[list[Any]] = deque()
         for header, data in pack_buckets(weights, itertools.cycle(self.buffers)):
@@ -90,7 +91,7 @@ class SyncGroup:
                 [self._broadcast(header.to_tensor().to(self.device)), self._broadcast(data)]
             )
             total += len(data)
-            # the next bucket takes the oldest buffer; a larger weight is sent from where it lies
+            # the next bucket reuses the oldest buffer; an oversized weight is sent in place
             max_under_way = 0 if len(data) > len(self.buffers[0]) else len(self.buffers) - 1
             while len(under_way) > max_under_way:
                 self._wait(under_way.popleft(), version)
@@ -100,13 +101,13 @@ class SyncGroup:
         return total
 
     def receive(self, role: Receiver, version: int) -> int:
-        """Load what rank 0 sends; a bucket is on its way while the one before is loaded.
+        """Load all weights that rank 0 sends, loading a bucket while the next is in flight.
 
-        What cannot be loaded is told when all has come: until then the others would wait for who
-        left them.
+        An error while loading is raised after the last bucket: the other members would wait for a
+        member that left earlier.
         """
         total, route = 0, f"version {version}, {self.peer_names} to {self.name}"
-        role.weight_version = UNSYNCED  # until all is there, it is a mixture
+        role.weight_version = UNSYNCED  # a mixture until all weights are loaded
         header_buffer = self._empty_bytes(HEADER_BYTES)
         next_header = self._broadcast(header_buffer)
         loaded: tuple[Header, Tensor] | None = None
@@ -131,7 +132,7 @@ class SyncGroup:
         return total
 
     def _buffer(self, slot: int, size: int) -> Tensor:
-        """So many bytes; larger than any before, the buffer is exchanged for good."""
+        """Return a buffer of `size` bytes; a buffer that is too small is replaced for good."""
         if size > len(self.buffers[slot]):
             self.buffers[slot] = self._empty_bytes(size)
         return self.buffers[slot][:size]
@@ -153,13 +154,13 @@ class SyncGroup:
         return torch.empty(count, dtype=torch.uint8, device=self.device)
 
 
-# of this process, which holds one role
+# state of this process, which holds one role
 _store: Any = None
 _group: SyncGroup | None = None
 
 
 def open_store(role: Sender, timeout_s: float) -> StoreAddress | None:
-    """On actor rank 0, open the store where the ends meet."""
+    """Open the TCP store of the sync group on actor rank 0; return host and port."""
     global _store
     if dist.get_rank() > 0:
         return None
@@ -174,10 +175,10 @@ def join_group(
     role: object, address: StoreAddress, key: str, *, rank: int | None, size: int, backend: str,
     config: SyncConfig,
 ) -> None:  # fmt: skip
-    """Become an end of the link. Collective over its ends.
+    """Join the sync group. Collective over its members; actor ranks above 0 do nothing.
 
     Args:
-        rank: 0 for the actor pool, None for rollout workers, who take theirs from their pool.
+        rank: 0 for the actor pool; None for rollout workers, which derive it from their pool rank.
     """
     global _group
     _group = None
@@ -193,7 +194,7 @@ def join_group(
 
 
 def send(role: Sender, version: int) -> int:
-    """Bytes that rank 0 sent. Collective over the actor pool."""
+    """Send the weights; return the bytes that rank 0 sent. Collective over the actor pool."""
     if dist.get_rank() > 0:
         return sum(0 for _ in role.weights())
     assert _group is not None
@@ -209,7 +210,7 @@ def send(role: Sender, version: int) -> int:
 
 
 def receive(role: Receiver, version: int) -> int:
-    """Bytes that came."""
+    """Load the weights that the actor sends; return the bytes."""
     assert _group is not None
     try:
         return _group.receive(role, version)
@@ -219,8 +220,8 @@ def receive(role: Receiver, version: int) -> int:
 
 
 def _close_group(error: BaseException | None) -> None:
-    """Close this end, or the others would wait for it as long as they may. Gloo has no call for
-    that: its connections close when nothing refers to the group any more."""
+    """Leave the group, so that the others do not wait until their timeout. Gloo has no call for it:
+    its connections close when nothing refers to the group any more."""
     global _group
     _group = None
     while error is not None:
@@ -229,14 +230,14 @@ def _close_group(error: BaseException | None) -> None:
 
 
 def put_buckets(role: Sender, version: int, bucket_mb: int) -> StoredBuckets:
-    """Put all buckets into the object store. Collective over the actor pool."""
+    """Put all buckets into Ray's object store. Collective over the actor pool."""
     buffers = (torch.empty(bucket_mb * 2**20, dtype=torch.uint8) for _ in itertools.count())
     buckets = pack_buckets(((name, weight.cpu()) for name, weight in role.weights()), buffers)
     return [(header, ray.put(data.numpy())) for header, data in buckets]
 
 
 def load_buckets(role: Receiver, stored: StoredBuckets, version: int, timeout_s: float) -> int:
-    """Load all buckets from the object store; the bytes."""
+    """Load all buckets from the object store; return the bytes."""
     route = f"version {version}, actor rank 0 by object store to rollout rank {dist.get_rank()}"
     role.weight_version = UNSYNCED
     for header, ref in stored:
@@ -244,7 +245,7 @@ def load_buckets(role: Receiver, stored: StoredBuckets, version: int, timeout_s:
             data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
         except (GetTimeoutError, ObjectLostError) as error:
             raise SyncError(
-                f"{route}: {header.names} did not come within {timeout_s:g} s "
+                f"{route}: {header.names} did not arrive within {timeout_s:g} s "
                 f"({type(error).__name__})"
             ) from None
         if failure := _load_bucket(role, header, data, route):
@@ -254,22 +255,22 @@ def load_buckets(role: Receiver, stored: StoredBuckets, version: int, timeout_s:
 
 
 def _parse_header(data: Tensor, route: str) -> Header:
-    """Raises Changed."""
+    """Raises WeightsCorrupted if the header cannot be read."""
     try:
         return Header.from_tensor(data.cpu())
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsCorrupted(
-            f"{route}: a header arrived changed ({type(error).__name__})"
+            f"{route}: a header arrived corrupted ({type(error).__name__})"
         ) from None
 
 
 def _load_bucket(role: Receiver, header: Header, data: Tensor, route: str) -> SyncError | None:
-    """What went wrong, if it did."""
+    """Load a bucket; return the error, if there is one."""
     try:
         role.load_weights(unpack_bucket(header, data, route=route))
     except SyncError as error:
         return error
-    except Exception as error:  # whatever it is, who takes part in the transfer must hear of it
+    except Exception as error:  # the transfer must end for the other members first
         return _rejection(f"{route}: {header.names}", error)
     return None
 
@@ -277,11 +278,11 @@ def _load_bucket(role: Receiver, header: Header, data: Tensor, route: str) -> Sy
 def _finish_loading(role: Receiver, version: int, route: str) -> None:
     try:
         role.weights_loaded(version)
-    except Exception as error:  # likewise
+    except Exception as error:  # any error of an engine
         raise _rejection(route, error) from error
 
 
 def _rejection(route: str, error: Exception) -> WeightsRejected:
-    failure = WeightsRejected(f"{route}: not taken over, {type(error).__name__}: {error}")
+    failure = WeightsRejected(f"{route}: loading failed with {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure

@@ -1,4 +1,4 @@
-"""Weights from the actor to the rollout workers, by a process group or Ray's object store."""
+"""Weight sync from actor to rollout workers, by a process group or Ray's object store."""
 
 import time
 from typing import Any, NoReturn
@@ -12,13 +12,13 @@ from medgpt.rlhf.pools.pools import WORKER_DEATH_S, PoolDied, Pools
 from medgpt.rlhf.weight_sync import process_group
 from medgpt.rlhf.weight_sync.buckets import SyncError, WeightsCorrupted, WeightsRejected
 
-REPORT_MARGIN_S = 30  # in which workers tell of their own timeout, and name the peer
+REPORT_MARGIN_S = 30  # extra time in which workers report their own timeout and name the peer
 
 
 class WeightSync:
-    """Brings a version of the actor's weights to all rollout workers.
+    """Sends versions of the actor's weights to all rollout workers.
 
-    Their roles are a `process_group.Sender` and a `process_group.Receiver`.
+    The roles implement `process_group.Sender` and `process_group.Receiver`.
     """
 
     def __init__(
@@ -26,43 +26,43 @@ class WeightSync:
     ) -> None:
         self.actor, self.rollout, self.pools, self.config = actor, rollout, pools, config
         self.version = process_group.UNSYNCED
-        """What all rollout workers have."""
+        """Version that all rollout workers hold."""
         self.num_connects = 0
-        self._connected: tuple[int, int] | None = None  # epochs of the pools
+        self._connected: tuple[int, int] | None = None  # group numbers of the pools
         self._unreachable: tuple[int, int] | None = None
-        """Epochs of the pools that found no link to each other."""
+        """Group numbers of pools that could not connect to each other."""
 
     def run(self, version: int) -> dict[str, float]:
-        """Send; metrics. What arrived changed is sent once more.
+        """Send the weights and return metrics. Corrupted weights are sent once more.
 
         Raises:
-            PoolDied: a worker is gone or does not answer.
-            SyncError: all answer, but the weights did not arrive or not as they were sent.
+            PoolDied: a worker died or does not answer.
+            SyncError: all workers answer, but the weights did not arrive, or arrived corrupted.
         """
         began = time.monotonic()
         self.version = process_group.UNSYNCED
-        # who is busy with an earlier call would look lost to the others of the transfer
+        # a worker busy with an earlier call would look lost to its peers
         earlier = [*self.actor.pings(), *self.rollout.pings()]
         self.pools.wait(earlier, "earlier work of actor and rollout")
         try:
             counts = self._transfer(version)
         except WeightsCorrupted as error:
-            self.pools.say(f"{error}; sent once more")
+            self.pools.say(f"{error}; sending again")
             counts = self._transfer(version)
-        assert len(set(counts)) == 1, counts  # each bucket has a checksum; this counts them
+        assert len(set(counts)) == 1, counts  # also the number of buckets
         self.version = version
         seconds = time.monotonic() - began
         return {"sync/gb": counts[0] / 2**30, "time/sync_s": seconds}
 
     def _transfer(self, version: int) -> list[int]:
-        """Bytes, as each end has counted them."""
+        """Send once; return the bytes as counted by each member."""
         calls: list[Any] = []
         try:
             calls, byte_refs = self._start_transfer(version)
             connected, self._connected = (
                 self._connected,
                 None,
-            )  # both ends leave a transfer that fails
+            )  # both sides leave the group if a transfer fails
             timeout_s = self.config.timeout_s + REPORT_MARGIN_S
             self.pools.wait(calls, f"weight sync of version {version}", timeout_s=timeout_s)
             counts = self.pools.get(byte_refs, "bytes of weight sync")
@@ -72,7 +72,7 @@ class WeightSync:
         return counts
 
     def _start_transfer(self, version: int) -> tuple[list[Any], list[Any]]:
-        """Refs of all calls of a transfer, and of those among them that count bytes."""
+        """Return refs of all calls of a transfer, and of those that return bytes."""
         config = self.config
         if self._uses_object_store():
             stored, *others = self.actor.call(process_group.put_buckets, version, config.bucket_mb)
@@ -85,8 +85,8 @@ class WeightSync:
         return [sent, *others, *received], [sent, *received]
 
     def _uses_object_store(self) -> bool:
-        """Whether to go through the object store; connects, if that is to be avoided. Pools that
-        found no link try again when one of them was rebuilt."""
+        """Return whether to use the object store; otherwise connect the pools first. Pools that
+        could not connect try again after one of them was rebuilt."""
         if self.config.transport == "object_store" or self._shares_bundles():
             return True
         group_numbers = (self.actor.group_number, self.rollout.group_number)
@@ -104,7 +104,7 @@ class WeightSync:
         return self._connected != group_numbers
 
     def _shares_bundles(self) -> bool:
-        """On shared bundles one side never waits for the other."""
+        """Return whether the pools share bundles: taking turns, they cannot wait for each other."""
         return self.actor.call_order is self.rollout.call_order
 
     def _connect_pools(self) -> None:
@@ -120,7 +120,7 @@ class WeightSync:
         joins = self.actor.call(process_group.join_group, address, key, rank=0, **common)
         joins += self.rollout.call(process_group.join_group, address, key, rank=None, **common)
         self.pools.wait(
-            joins, "linking actor and rollout", timeout_s=config.timeout_s + REPORT_MARGIN_S
+            joins, "connecting actor and rollout", timeout_s=config.timeout_s + REPORT_MARGIN_S
         )
 
     def _backend(self) -> str:
@@ -131,11 +131,11 @@ class WeightSync:
         return "nccl" if gpus and not any(pool.share_with for pool in pools) else "gloo"
 
     def _raise_cause(self, error: RayTaskError, calls: list[Any]) -> NoReturn:
-        """Find out which side failed: who is dead, else who does not answer, else who told."""
+        """Raise PoolDied for dead or silent workers, else the most specific SyncError."""
         self._raise_dead()
         if not isinstance(error.cause, SyncError):
             raise error
-        # the others hear of it soon, or not before their own time limit
+        # the others notice soon, or after their own timeout
         timeout_s = self.config.timeout_s
         wait_s = (
             timeout_s + REPORT_MARGIN_S
@@ -150,7 +150,7 @@ class WeightSync:
                 rank for ref in unfinished if (rank := pool.rank_of_ref(ref)) is not None
             ]:
                 raise PoolDied(pool.role, silent, f"does not answer: {error.cause}") from error
-        # that a peer was lost may follow from what happened to the peer
+        # a lost peer may be the consequence of the peer's own error
         errors = [cause for ref in ended if isinstance(cause := _failure_of(ref), SyncError)]
         raise min(
             errors, key=lambda cause: not isinstance(cause, WeightsCorrupted | WeightsRejected)
@@ -163,7 +163,7 @@ class WeightSync:
 
 
 def _failure_of(ref: Any) -> Exception | None:
-    """Of the failure of a call that has ended."""
+    """Return the error of a finished call, or None."""
     try:
         ray.get(ref)
     except RayTaskError as error:

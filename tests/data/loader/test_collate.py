@@ -77,7 +77,7 @@ def test_the_empty_batch_has_no_targets() -> None:
 def masks(
     rows: list[PackedRow], epoch: int = 0
 ) -> dict[tuple[str, int], tuple[list[int], list[int]]]:
-    """(sample, chunk) -> input ids and labels of the piece."""
+    """(sample, chunk) -> input ids and labels of the sequence."""
     batch = masked_batch(rows, MASKING, sequence_seeds(rows, seed=4, epoch=epoch))
     names = [(s, c) for row in rows for s, c in zip(row.sample_ids, row.chunks, strict=True)]
     bounds = batch.cu_seqlens.tolist()

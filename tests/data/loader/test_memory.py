@@ -1,4 +1,4 @@
-"""A corpus ten times the memory allowed to it streams through bounded memory, whatever its size."""
+"""A corpus ten times larger than its memory limit streams through bounded memory."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from medgpt.data.tokenized.encode import EncodedSample
 from medgpt.data.tokenized.shards import ShardWriter, data_version, write_index
 
 ALLOWED_BYTES = 80 * 2**20  # Ray's smallest object store
-BYTES_PER_TOKEN = 5  # an id and whether it is a target
+BYTES_PER_TOKEN = 5  # an id and a target flag
 SAMPLE_TOKENS = 2048
 ROOT = Path(__file__).parents[3]
 READER = """

@@ -29,7 +29,7 @@ NUM_SAMPLES = 240
 
 
 def sample_tokens(number: int) -> list[int]:
-    """Token t of sample n is 1000 * n + t, so a token tells where it comes from."""
+    """Token t of sample n is 1000 * n + t, so that every token identifies its origin."""
     length = 1 + (number * 37) % 90
     return [1000 * number + t for t in range(length)]
 
@@ -60,7 +60,7 @@ MakePlan = Callable[..., Plan]
 
 @pytest.fixture(scope="module")
 def planned(data: str, tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
-    """Makes the plan of an order, of two epochs unless told otherwise."""
+    """Makes a plan, of two epochs by default."""
 
     def make(
         *, global_batch_size: int = 12, max_steps: int | None = None, **changes: object
@@ -93,7 +93,7 @@ def index(data: str) -> SampleIndex:
 def stream(
     plan: Plan, data: str, *, rank: int, world_size: int, start: int
 ) -> Iterator[tuple[int, PackedRow]]:
-    """(step, row) of a worker, as its training stream, but in this process."""
+    """(step, row) of a worker, as in its training stream, but without Ray."""
     for plan_rows in plan.read(rank=rank, world_size=world_size, start=start):
         if plan_rows.num_rows:
             batch = assemble_rows(plan_rows, url=data, split="train", version=plan.data_version)

@@ -109,7 +109,7 @@ def test_slices_start_at_line_starts_with_their_line_numbers(
     for before, cut in pairwise(cuts):
         assert data[cut.start - 1 : cut.start] == b"\n"
         assert cut.first_row == 1 + data[: cut.start].count(b"\n")
-        # no line start between the wanted place and the cut
+        # no line starts between the target and the slice
         assert b"\n" not in data[before.start + step - 1 : cut.start - 1]
         assert cut.start < len(data)
 

@@ -175,7 +175,7 @@ def test_group_by_joins_rows_of_one_question_wherever_they_are(tmp_path: Path) -
     )
     slices = list_slices(grouped, 1)
     assert len(slices) == 1
-    assert len(list_slices(source(paths=[str(file)]), 1)) > 1  # of which none would see all rows
+    assert len(list_slices(source(paths=[str(file)]), 1)) > 1  # no slice has all rows
 
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     first, single, broken = read_slice(slices[0], grouped)

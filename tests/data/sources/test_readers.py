@@ -263,7 +263,7 @@ def test_truncated_compressed_data_gives_its_rows_and_then_a_reject(
     tmp_path: Path, suffix: str
 ) -> None:
     file = tmp_path / f"x.jsonl{suffix}"
-    # members, so that the first rows are whole whatever the block size of the codec
+    # several members, so that the first rows are complete with any block size of the codec
     members = [COMPRESS[suffix](json_lines([t]).encode()) for t in TEXTS]
     file.write_bytes(b"".join(members)[: -len(members[-1]) // 2])
     items = read(file)

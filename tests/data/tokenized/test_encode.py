@@ -128,7 +128,7 @@ def test_a_long_conversation_loses_its_oldest_pairs_only(tokenizer, system):
         assert encoded.input_ids.tolist() == remaining.input_ids.tolist()
         assert encoded.targets.tolist() == remaining.targets.tolist()
         assert len(encoded.input_ids) <= max_length
-        if num_truncated:  # one pair fewer would not have fitted
+        if num_truncated:  # it does not fit with one more pair
             more = ConversationEncoder(tokenizer, 10_000)(
                 conversation(*system, *turns[num_truncated - 2 :])
             )
@@ -213,7 +213,7 @@ def test_a_batch_is_its_records_one_by_one(tokenizer, wordpiece):
 def test_a_document_is_its_text_and_one_end_token(tokenizer):
     encoded = DocumentEncoder(tokenizer, "clm")(document("血糖<|endoftext|>高"))
     assert tokenizer.decode(encoded.input_ids) == "血糖<|endoftext|>高<|endoftext|>"
-    assert encoded.input_ids.tolist().count(tokenizer.eos_token_id) == 1  # the text's is plain text
+    assert encoded.input_ids.tolist().count(tokenizer.eos_token_id) == 1  # plain text in the text
     assert encoded.targets.all()
     assert encoded.word_ids is None
 

@@ -1,4 +1,4 @@
-"""Answers after their prompt, and prompts, as the chat template writes them."""
+"""Encoding of preferences and prompts with the chat template."""
 
 import json
 
@@ -34,7 +34,7 @@ def encode(tokenizer, record, max_length=999) -> EncodedSample:
 
 
 def split(encoded: EncodedSample) -> list[tuple[list[int], list[int]]]:
-    """(ids, positions of targets) of each piece."""
+    """(ids, positions of targets) of each sequence."""
     assert encoded.sequence_lengths is not None
     sequences, start = [], 0
     for length in encoded.sequence_lengths.tolist():

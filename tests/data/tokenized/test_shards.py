@@ -101,7 +101,7 @@ def test_a_split_without_samples_has_an_empty_index_and_no_shard(tmp_path: Path)
 def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     broken = replace(encoded([1]), targets=np.array(["text"]))
-    samples = [encoded(range(BLOCK_TOKENS)), broken]  # the first fills a block, so a file is there
+    samples = [encoded(range(BLOCK_TOKENS)), broken]  # the first fills a block
     with pytest.raises(pa.ArrowInvalid):
         write(folder, "train-0.parquet", samples)
     assert folder.names() == []

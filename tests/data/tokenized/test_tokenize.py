@@ -35,7 +35,7 @@ SECRET = "张三的病历"
 
 
 def encode(records: Sequence[Record]) -> list[EncodedSample | Reject]:
-    """One token for each character; texts over 400 characters are set aside."""
+    """One token per character; sets aside texts over 400 characters."""
     results: list[EncodedSample | Reject] = []
     for record in records:
         text = (
@@ -77,7 +77,7 @@ def make_job(
 
 
 def tokenize(job: TokenizeJob) -> dict[str, Any]:
-    """`build_index` in this process."""
+    """`tokenize_sources` in this process, without Ray."""
     check_sources(job.config)
     if manifest := reusable_manifest(job):
         return manifest
@@ -105,7 +105,7 @@ def ids_of(job: TokenizeJob, split: str = "train") -> list[bytes]:
 
 
 def documents(job: TokenizeJob, split: str = "train") -> list[str]:
-    """The texts that the shards hold, in index order."""
+    """The texts in the shards, in the order of the index."""
     entries = read_index(Folder(job.data_url), split)
     texts_by_row = []
     for number, row in zip(entries.block.tolist(), entries.row.tolist(), strict=True):
@@ -281,7 +281,7 @@ def test_a_weighted_source_without_rows_is_an_error(tmp_path: Path) -> None:
     sources = [{"name": "a", "paths": [str(good)]}, {"name": "b", "paths": [str(empty)]}]
     tokenize(make_job(tmp_path, *sources, validation_share=0))
     weighted = [{**source, "weight": 1} for source in sources]
-    for folder in (tmp_path, tmp_path / "fresh"):  # a finished index is asked again
+    for folder in (tmp_path, tmp_path / "fresh"):  # finished work is checked again
         with pytest.raises(ConfigError, match=r"data.sources b weight=1: no row of it is left"):
             tokenize(make_job(folder, *weighted, validation_share=0))
 
@@ -344,7 +344,7 @@ def test_a_truncated_shard_among_good_ones_stops_the_run_unless_it_is_accepted(
     assert good <= account["train"] == account["rows"] - 1
 
 
-# a run that goes on
+# resuming and reusing earlier work
 
 
 def three_files(tmp_path: Path) -> tuple[TokenizeJob, dict[str, Any]]:
@@ -484,7 +484,7 @@ def test_slices_grow_with_the_corpus_up_to_the_shard_size(
     def num_slices(shard_mb: int) -> int:
         return len(list_all_slices(make_job(tmp_path, source, shard_mb=shard_mb).config))
 
-    assert num_slices(32) == num_slices(1) > 3  # a small corpus is cut as fine as can be
+    assert num_slices(32) == num_slices(1) > 3  # a small corpus is cut as finely as possible
     monkeypatch.setattr(tokenize_module, "MIN_SLICES", 2)  # as if it were large: 2 MiB each
     assert 1 < num_slices(32) < num_slices(1)
 
@@ -515,7 +515,7 @@ def test_results_of_an_interrupted_run_are_discarded_if_its_inputs_changed(tmp_p
     assert finished_slices(other) == {}
 
 
-# on Ray
+# with Ray
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""What a task gives a model that answers by a rule."""
+"""Scores of models that answer by a rule."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from medgpt.eval.requests import GenerateResponse
 def score_answers(
     task: Any, questions: Mapping[str, Any], answer: Callable[[Any], str]
 ) -> dict[str, float]:
-    """Metrics of a model that gives `answer(question)`; `questions` by id."""
+    """Return the mean metrics of a model that replies `answer(question)`; `questions` by id."""
     responses = {
         request.id: GenerateResponse(request.id, [answer(questions[request.id])], [True])
         for request in task.requests()

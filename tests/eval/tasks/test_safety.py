@@ -16,7 +16,7 @@ HELP = {
 
 
 def score_answers(answer, **options) -> dict[str, float]:
-    """Metrics of a model that gives `answer(question)`."""
+    """Return the mean metrics of a model that replies `answer(question)`."""
     task = SafetyTask(SafetyConfig(**options), seed=0)
     asked = {question.id: question for question in shipped_questions(("zh", "en"))}
     return rule_models.score_answers(task, asked, answer)

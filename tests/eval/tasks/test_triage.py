@@ -27,7 +27,7 @@ ORACLE: dict[str, dict[UrgencyLevel, str]] = {
 
 
 def score_answers(answer) -> dict[str, float]:
-    """Metrics of a model that gives `answer(question)`."""
+    """Return the mean metrics of a model that replies `answer(question)`."""
     task = TriageTask(TriageConfig(), seed=0)
     asked = {question.id: question for question in triage_questions(0)}
     return rule_models.score_answers(task, asked, answer)

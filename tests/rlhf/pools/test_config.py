@@ -1,4 +1,4 @@
-"""Pools that cannot work are refused with the key, before any cluster is asked."""
+"""Invalid pool configs are refused with key, value and remedy."""
 
 import pytest
 
@@ -12,10 +12,10 @@ from medgpt.config.pools import PoolsConfig
     [
         ({"reward": {"zero_stage": 2}}, r"reward.zero_stage=2"),
         ({"reward": {"num_workers": 0}}, r"reward.num_workers=0"),
-        ({"actor": {"share_with": "actor"}}, "name a pool that has bundles of its own"),
+        ({"actor": {"share_with": "actor"}}, "name a role that has bundles of its own"),
         (
             {"reward": {"share_with": "reference"}, "reference": {"share_with": "actor"}},
-            r"pools.reward.share_with=reference: name a pool that has bundles of its own",
+            r"pools.reward.share_with=reference: name a role that has bundles of its own",
         ),
         (
             {"reward": {"share_with": "reference", "num_workers": 2}},

@@ -1,4 +1,4 @@
-"""Pools: refs go from one to the other, errors reach the driver, deaths are repaired."""
+"""Pools: refs pass between pools, errors reach the driver, dead workers are restarted."""
 
 import time
 from collections.abc import Iterator
@@ -134,7 +134,7 @@ def test_lost_data_raises_data_lost_or_names_the_dead_pool(pools: Pools, and_die
     (held,), *_ = pools.get(reward.call(Adder.hold, 10**6), "holding")
     with pytest.raises(PoolDied) as caught:
         pools.get(reward.call(Adder.die, 0, True)[:1], "dying")
-    with pytest.raises(ObjectLostError):  # its owner is gone, which takes its time to be known
+    with pytest.raises(ObjectLostError):  # it takes Ray a moment to notice that the owner is gone
         read_on(held)
     if not and_dies:
         assert pools.rebuild(caught.value) == {"reward"}
@@ -157,7 +157,7 @@ def test_pools_that_died_together_are_rebuilt_together(
         pools.get(deaths, "dying")
     ray.wait(deaths, num_returns=2)
     assert pools.rebuild(caught.value) == {"actor", "reward"}
-    assert "died, too; the pool is rebuilt" in capsys.readouterr().out  # the other is told by get
+    assert "died, too; the pool is rebuilt" in capsys.readouterr().out  # the other is named by get
     assert pools.get(actor.call(Adder.total, 1), "adding") == [3, 3]
     assert pools.get(reward.call(Adder.total, 1), "adding") == [3, 3]
 
@@ -179,7 +179,7 @@ def test_a_worker_that_dies_while_it_starts_does_not_end_the_run(
     assert together.get(pool.call(Adder.total, 1), "adding") == [3, 3]
     together.close()
     assert len(said) == 1
-    assert "died before it was ready; all pools start again" in said[0]
+    assert "died before it was ready; starting all pools again" in said[0]
 
 
 def test_a_worker_that_never_starts_ends_the_run(ray_session: None, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_worker_that_never_starts_ends_the_run(ray_session: None, tmp_path: Pa
 
 
 def silent(_: str) -> None:
-    """Says nothing."""
+    """Discard messages."""
 
 
 def test_colocated_roles_take_turns_and_leave_the_device(pools: Pools) -> None:

@@ -121,7 +121,7 @@ def test_rules_read_all_turns_of_the_user():
         ({"rules": {"doze": 1.0}}, "doze"),
         ({"functions": [{"name": "score", "path": "a:b"}]}, "two components are called score"),
         ({"functions": [{"name": "x", "path": "no colon"}]}, "functions.0.path"),
-        ({"score_weight": 0, "rules": NO_RULES}, "there is no component"),
+        ({"score_weight": 0, "rules": NO_RULES}, "no component is enabled"),
         ({"score_weight": -1}, "score_weight"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Buckets hold any weights, and what changed on the way is refused."""
+"""Buckets hold any weights; corrupted buckets are refused."""
 
 from itertools import cycle
 

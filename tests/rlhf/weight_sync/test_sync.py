@@ -1,4 +1,4 @@
-"""Weights arrive whole, under their version, or an error names the worker that is missing."""
+"""Weights arrive complete, under their version, or an error names the failing worker."""
 
 import os
 import signal
@@ -84,7 +84,7 @@ def test_a_rollout_worker_that_dies_during_sync_is_named_and_replaced(
 ) -> None:
     monkeypatch.setattr(
         "medgpt.rlhf.weight_sync.sync.REPORT_MARGIN_S", 8
-    )  # a stopped worker may cost all of it
+    )  # a stopped worker may take all of it
     sync = new_sync(pools)
     sync.run(1)
     pids = pools.get(pools.pools["rollout"].call(WeightHolder.pid), "pids")
@@ -143,7 +143,8 @@ def test_corrupted_weights_are_sent_again_and_no_worker_is_replaced(
     sync.run(1)
     check(pools, 1)
     assert (
-        "actor rank 0 to rollout rank 1: embed to embed arrived changed" in capsys.readouterr().out
+        "actor rank 0 to rollout rank 1: embed to embed arrived corrupted"
+        in capsys.readouterr().out
     )
 
     tamper(pools, 1, "unpack_bucket", corrupting_unpack(2))
@@ -185,7 +186,9 @@ def test_a_missing_bucket_names_its_sender(pools: Pools) -> None:
     slow = pools.pools["actor"].call(WeightHolder.sleep, 4.0)
     bucket = Header([Entry("embed", "float32", (1,), 0)], 4, 0), slow[0]
     refs = pools.pools["rollout"].call(process_group.load_buckets, [bucket], 4, 0.5)
-    words = "actor rank 0 by object store to rollout rank 1: embed to embed did not come within 0.5"
+    words = (
+        "actor rank 0 by object store to rollout rank 1: embed to embed did not arrive within 0.5"
+    )
     with pytest.raises(SyncError, match=f"version 4, {words}"):
         pools.get(refs[1:], "receiving")
 
