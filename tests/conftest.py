@@ -10,13 +10,42 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from medgpt.sample_corpus.generator import CorpusGenerator
 
+if TYPE_CHECKING:
+    from medgpt.runs import Run
+
 ROOT = Path(__file__).parent.parent
+OWN_CLUSTERS = {  # files whose tests on Ray start clusters of their own and mostly wait for them
+    "clusters/test_local.py",
+    "clusters/test_spot_notice.py",
+    "clusters/test_tune.py",
+    "jobs/test_submit.py",
+    "rlhf/test_ppo_autoscaling.py",
+    "rlhf/test_ppo_deaths.py",
+    "rlhf/test_ppo_nodes.py",
+    "train/test_chaos.py",
+    "train/test_elastic.py",
+}
+TAKE_SECONDS = {  # files that `tests/run.sh --quick` leaves out
+    "clusters/test_kuberay.py",
+    "engine/test_checkpoint.py",
+    "engine/test_value.py",
+    "jobs/test_supervise.py",
+    "models/test_attention.py",
+    "planning/test_measured_memory.py",
+    "rlhf/test_ppo_learning.py",
+    "stages/test_chat.py",
+    "test_no_foreign_code.py",
+    "train/test_dpo_losses.py",
+    "train/test_lm_objective.py",
+    "train/test_lost_store.py",
+    "train/test_reward_objective.py",
+}
 SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -94,3 +123,25 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA}; set MEDGPT_SHARED_DATA to the real data folder")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def pretrained(
+    ray_session: None, tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> "Run":
+    """A run of two workers, ZeRO-2, with audit, never interrupted."""
+    from medgpt.stages.train import run_pretrain
+    from tests.train.tiny_configs import pretrain_config
+
+    return run_pretrain(pretrain_config(tmp_path_factory.mktemp("runs") / "pretrain", tiny_corpus))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests together that share a Ray or would disturb other clusters; mark long ones."""
+    for item in items:
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        if item.get_closest_marker("ray"):
+            group = "own clusters" if file in OWN_CLUSTERS else "session's Ray"
+            item.add_marker(pytest.mark.xdist_group(group))
+        if file in TAKE_SECONDS:
+            item.add_marker(pytest.mark.seconds)
