@@ -8,12 +8,13 @@ from pydantic import BaseModel
 
 from medgpt.config.base import ConfigError
 from medgpt.config.loading import load, validate
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import (
     CorpusConfig,
     PipelineConfig,
     PretrainConfig,
     SFTConfig,
-    TrainStageConfig,
 )
 
 PRETRAIN = """
@@ -26,12 +27,12 @@ mode = "train"
 [[data.sources]]
 name = "first"
 paths = ["data/first"]
-licence = "CC0-1.0"
+license = "CC0-1.0"
 [train]
 global_batch_size = 8
 micro_batch_size = 2
 """
-SECOND_SOURCE = '[[data.sources]]\nname = "second"\npaths = ["x"]\nlicence = "CC0-1.0"\n'
+SECOND_SOURCE = '[[data.sources]]\nname = "second"\npaths = ["x"]\nlicense = "CC0-1.0"\n'
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def error_message(path: Path, *overrides: str, cls: type[TrainStageConfig] = PretrainConfig) -> str:
+def error_message(path: Path, *overrides: str, cls: type[BaseModel] = PretrainConfig) -> str:
     with pytest.raises(ConfigError) as error:
         load(cls, path, overrides)
     return str(error.value)
@@ -258,8 +259,36 @@ def test_source_names_differ_and_weights_are_for_all_or_none(toml: Path) -> None
 
 
 def test_a_missing_key_of_a_source_is_the_only_error(toml: Path) -> None:
-    toml.write_text(PRETRAIN.replace('licence = "CC0-1.0"', ""), "utf-8")
-    assert error_message(toml) == "missing key data.sources.0.licence"
+    toml.write_text(PRETRAIN.replace('license = "CC0-1.0"', ""), "utf-8")
+    assert error_message(toml) == "missing key data.sources.0.license"
+
+
+@pytest.mark.parametrize(
+    ("cls", "override", "message"),
+    [
+        (PretrainConfig, "data.sources.0.licence=MIT", "data.sources.0.licence; {}.license"),
+        (
+            RewardModelConfig,
+            "objective.normalise_on=own",
+            "objective.normalise_on; {}.normalize_on",
+        ),
+        (PPOStageConfig, "ppo.normalise_scores=true", "ppo.normalise_scores; {}.normalize_scores"),
+        (PPOStageConfig, "judge.part=[0.0, 0.5]", "judge.part; {}.hash_range"),
+    ],
+)
+def test_a_renamed_key_is_an_error_that_names_the_new_one(
+    toml: Path, cls: type[BaseModel], override: str, message: str
+) -> None:
+    section = override.split("=")[0].rpartition(".")[0]
+    message = message.format(f"its name is now {section}")
+    assert f"unknown key {message}" in error_message(toml, override, cls=cls)
+
+
+def test_a_renamed_key_of_a_file_is_not_missing(toml: Path) -> None:
+    toml.write_text(PRETRAIN.replace("license", "licence"), "utf-8")
+    assert error_message(toml) == (
+        "unknown key data.sources.0.licence; its name is now data.sources.0.license"
+    )
 
 
 def test_several_errors_are_reported_at_once(toml: Path) -> None:

@@ -1,7 +1,9 @@
 """Base class, checked types and the error class of all configuration sections."""
 
+import difflib
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,17 @@ Name = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
 
 class ConfigError(ValueError):
     """The configuration or the data is wrong, and the user can fix it."""
+
+
+class ModelError(ConfigError):
+    """A model cannot be used. `key` is the config key that names it."""
+
+    def __init__(self, name: str | None, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name, self.problem, self.key = name, problem, "model.name"
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.name}: {self.problem}"
 
 
 def absolute_path(path: str) -> str:
@@ -55,6 +68,16 @@ def parse_worker_counts(value: object) -> int | tuple[int, int]:
     if len(counts) != 2 or len(numbers) != 2 or numbers[0] > numbers[1]:
         raise ValueError("must be an integer > 0, or two as [fewest, most]")
     return (numbers[0], numbers[1]) if isinstance(value, list | tuple) else numbers[0]
+
+
+def did_you_mean(
+    name: str, known: Collection[str], *, prefix: str = "", cutoff: float = 0.6
+) -> str:
+    """Return a hint for an error: the known name nearest to `name`, or all known names."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    if nearest:
+        return f"did you mean {prefix}{nearest[0]}?"
+    return f"known: {', '.join(known) or 'none'}"
 
 
 DataPath = Annotated[str, AfterValidator(absolute_path)]

@@ -98,7 +98,7 @@ class SourceConfig(Config):
     """Name of the source in reports."""
     paths: Annotated[tuple[DataPath, ...], Len(1)]
     """Files, globs, directories or fsspec URIs."""
-    licence: Annotated[str, StringConstraints(min_length=1)]
+    license: Annotated[str, StringConstraints(min_length=1)]
     """License of the data; copied to the manifest and the model card."""
     sensitive: bool = False
     """Never show samples of the source in reports and logs."""

@@ -1,6 +1,5 @@
 """Configuration of `medgpt eval`: the model, its tasks and the gates it must pass."""
 
-import difflib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
@@ -8,7 +7,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Len
 from pydantic import Field, model_validator
 
-from medgpt.config.base import Config, Count, DataPath, ModelPath, Name
+from medgpt.config.base import Config, Count, DataPath, ModelPath, Name, did_you_mean
 from medgpt.config.data import SourceConfig
 from medgpt.config.gates import parse_gate
 from medgpt.config.reply_tasks import (
@@ -159,8 +158,7 @@ class EvalConfig(Config):
         names = [name for _, _, name in self.tasks()]
         for gate in map(parse_gate, self.gates):
             if gate.task not in names:
-                close = difflib.get_close_matches(gate.task, names, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+                hint = did_you_mean(gate.task, names)
                 raise ValueError(f"gate {gate.text!r}: no task is called {gate.task}; {hint}")
             if gate.needs_parent and self.model.parent is None:
                 raise ValueError(

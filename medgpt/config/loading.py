@@ -1,6 +1,5 @@
 """Load a TOML file and overrides into a checked config, with errors that name the remedy."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ConfigError, did_you_mean
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 MAX_VALUE_CHARS = 80  # of a wrong value that an error shows
@@ -17,6 +16,14 @@ RULES_BY_ERROR_TYPE = {  # for TOML, where the messages of pydantic name Python 
     "tuple_type": 'must be a list, as ["..."]',
     "too_short": "must not be empty",
     "model_type": "must be a section of keys",
+}
+RENAMED_KEYS = {  # key of version 0.1.0: its name now
+    "licence": "license",
+    "mark": "metric",
+    "normalise_on": "normalize_on",
+    "normalise_prompts": "normalize_prompts",
+    "normalise_scores": "normalize_scores",
+    "part": "hash_range",
 }
 
 
@@ -49,10 +56,14 @@ def validate(cls: type[ConfigT], tree: dict[str, Any]) -> ConfigT:
         return cls.model_validate(tree)
     except ValidationError as error:
         problems = error.errors()
-        innermost = [
-            p for p in problems if not any(_is_inside(q["loc"], p["loc"]) for q in problems)
+        unknown = [p["loc"] for p in problems if p["type"] == "extra_forbidden"]
+        renamed = [(*key[:-1], RENAMED_KEYS.get(str(key[-1]))) for key in unknown]  # not missing
+        shown = [
+            p
+            for p in problems
+            if p["loc"] not in renamed and not any(_is_inside(q["loc"], p["loc"]) for q in problems)
         ]
-        raise ConfigError("; ".join(_explain(cls, problem) for problem in innermost)) from None
+        raise ConfigError("; ".join(_explain(cls, problem) for problem in shown)) from None
 
 
 def with_values(cls: type[ConfigT], config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
@@ -108,10 +119,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         )
         return f"{key}{shown}: {rule}" if key or shown else rule
     known = _section_class(cls, path[:-1]).model_fields
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    hint = (
-        f"did you mean {'.'.join([*path[:-1], *close])}?" if close else f"known: {', '.join(known)}"
-    )
+    if (new_name := RENAMED_KEYS.get(path[-1])) in known:
+        return f"unknown key {key}; its name is now {'.'.join([*path[:-1], new_name])}"
+    hint = did_you_mean(path[-1], known, prefix=key.removesuffix(path[-1]))
     return f"unknown key {key}; {hint}"
 
 

@@ -104,6 +104,11 @@ class PoolsConfig(Config):
         }
         return roles[name]
 
+    def active_roles(self) -> dict[str, RoleConfig]:
+        """Return the configs of the roles that have a pool, by name."""
+        absent = ["reference"] if self.reference_in_actor else []
+        return {name: self.role(name) for name in ROLES if name not in absent}
+
     @model_validator(mode="after")
     def _check_offload(self) -> Self:
         for name in ROLES:

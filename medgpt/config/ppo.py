@@ -58,7 +58,7 @@ class PPOConfig(Config):
     """adaptive: number of sequences in which the coefficient may change by about a fifth."""
     score_clip: Positive | None = None
     """Clip scores to [-score_clip, score_clip]; unset: no clipping."""
-    normalise_scores: bool = False
+    normalize_scores: bool = False
     """Normalize scores by the running mean and standard deviation of all scores so far."""
     length_penalty: float = 0.0
     """Subtracted from the score for each token of the response."""

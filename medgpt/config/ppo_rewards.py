@@ -86,7 +86,7 @@ class JudgeConfig(Config):
     """Languages of the notes."""
     max_new_tokens: Count = 192
     """Maximum tokens of an answer."""
-    part: tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0), Le(1)]] = (0.0, 1.0)
+    hash_range: tuple[Annotated[float, Ge(0), Le(1)], Annotated[float, Ge(0), Le(1)]] = (0.0, 1.0)
     """Use only questions whose hash lies in this range: [0.0, 0.5] and [0.5, 1.0] are two judges
     without a common question."""
 

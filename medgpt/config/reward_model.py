@@ -13,10 +13,10 @@ class RewardObjectiveConfig(Config):
     margin_coef: Annotated[float, Ge(0)] = 0.0
     """Minimum margin of the better answer's score, per unit of the difference of the grades; a pair
     has a difference of 1, or its margin."""
-    normalise_on: Literal["chosen", "own"] = "chosen"
+    normalize_on: Literal["chosen", "own"] = "chosen"
     """After training, scores are normalized to mean 0 and standard deviation 1 on: chosen, the best
     answers of the data; own, answers that the initial model generates for the prompts."""
-    normalise_prompts: Count = 256
+    normalize_prompts: Count = 256
     """Number of training prompts to normalize the scores on."""
     max_new_tokens: Count = 128
     """Maximum tokens of a generated answer."""

@@ -149,7 +149,7 @@ class TuneConfig(Config):
     the state of a better one and continues with values near its (arXiv 1711.09846)."""
     default_first: bool = True
     """Trial 1 has the values of the base config."""
-    mark: Literal["checks", "score"] = "checks"
+    metric: Literal["checks", "score"] = "checks"
     """Judge metric to maximize: its checks, or the score of its reward model."""
     max_kl: Annotated[float, Gt(0)] = 20.0
     """Maximum KL from the reference in nats per answer. A trial above it ranks below all that are
@@ -217,10 +217,10 @@ class TuneStageConfig(Config):
                 f"base: ppo.max_iterations={ppo.max_iterations} must be a multiple of judge.every="
                 f"{judge.every}, so that the end of a trial is judged"
             )
-        if tune.mark == "score" and judge.model is None:
+        if tune.metric == "score" and judge.model is None:
             raise ValueError(
-                "tune.mark=score needs the judge's own reward model; set judge.model in the "
-                "base, or tune.mark=checks"
+                "tune.metric=score needs the judge's own reward model; set judge.model in the "
+                "base, or tune.metric=checks"
             )
         return self
 
