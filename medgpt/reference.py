@@ -1,7 +1,7 @@
-"""The configuration reference, from the models in config/.
+"""Generate the configuration reference from the models in medgpt/config/.
 
 `python -m medgpt.reference` prints it as Markdown; with a file name it replaces the part of that
-file between the two marks.
+file between the two markers.
 """
 
 import json
@@ -16,11 +16,11 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-from medgpt.config.base import absolute, absolute_model, stable_run_dir
+from medgpt.config.base import absolute_model_path, absolute_path, absolute_run_dir
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.reward_model import RewardConfig
+from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
 from medgpt.config.tune import TuneStageConfig
 
@@ -28,7 +28,7 @@ BEGIN, END = "<!-- reference: begin -->\n", "<!-- reference: end -->"
 STAGES: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
-    "reward": RewardConfig,
+    "reward": RewardModelConfig,
     "dpo": DPOConfig,
     "ppo": PPOStageConfig,
     "tune": TuneStageConfig,
@@ -36,45 +36,49 @@ STAGES: dict[str, type[BaseModel]] = {
     "corpus": CorpusConfig,
     "pipeline": PipelineConfig,
 }
-PLAIN = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
-CHECKED = {  # text that is more than text, by the function that checks it
-    absolute: "path or URI",
-    absolute_model: "path, URI or hub id",
-    stable_run_dir: "path or URI",
+TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
+NAMES_BY_CHECK = {  # kinds of text, by the function that checks it
+    absolute_path: "path or URI",
+    absolute_model_path: "path, URI or hub id",
+    absolute_run_dir: "path or URI",
 }
-HEAD = "| key | type | default | meaning |\n|---|---|---|---|\n"
+TABLE_HEADER = "| key | type | default | meaning |\n|---|---|---|---|\n"
 
 
 def reference() -> str:
-    """One table for each kind of section, with all places where it stands."""
+    """Return one table for each section class, headed by all places where it is used."""
     stages: dict[type[BaseModel], dict[str, list[str]]] = {}
     for stage, cls in STAGES.items():
-        for header, section in _sections(cls):
-            stages.setdefault(section, {}).setdefault(header, []).append(stage)
+        for header, section_class in _sections(cls):
+            stages.setdefault(section_class, {}).setdefault(header, []).append(stage)
     tables = []
-    for section, headers in stages.items():
-        rows = "".join(_row(name, field) for name, field in _keys(section))
-        note = f"{_text(section.__doc__)}\n\n" if any(headers) and section.__doc__ else ""
-        tables.append(f"{_title(headers)}\n\n{note}{HEAD}{rows}")
+    for section_class, headers in stages.items():
+        rows = "".join(_row(name, field) for name, field in _plain_fields(section_class))
+        note = (
+            f"{_one_line(section_class.__doc__)}\n\n"
+            if any(headers) and section_class.__doc__
+            else ""
+        )
+        tables.append(f"{_title(headers)}\n\n{note}{TABLE_HEADER}{rows}")
     return "\n".join(tables)
 
 
 def _title(headers: dict[str, list[str]]) -> str:
-    """The headers of a section, those of the same stages together."""
+    """Return the headers of a section, grouped by the stages that use them."""
     places: dict[str, list[str]] = {}
     for header, users in headers.items():
         where = "all stages" if len(users) == len(STAGES) else ", ".join(users)
         places.setdefault(where, []).append(header)
     return "; ".join(
         "**"
-        + ", ".join(f"`{header}`" if header else "Keys of the file itself" for header in found)
+        + ", ".join(f"`{header}`" if header else "Keys of the file itself" for header in shown)
         + f"** ({where})"
-        for where, found in places.items()
+        for where, shown in places.items()
     )
 
 
 def replace_block(text: str) -> str:
-    """`text` with the reference between the two marks."""
+    """Return `text` with the reference between the two markers."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n" + reference() + "\n" + END + rest.split(END)[1]
 
@@ -82,11 +86,11 @@ def replace_block(text: str) -> str:
 def _sections(
     cls: type[BaseModel], path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, type[BaseModel]]]:
-    """TOML header and model, the outer before the inner, without those that have no own keys."""
-    if any(True for _ in _keys(cls)) and not path:
+    """Yield (TOML header, model) of all sections, outer before inner."""
+    if any(True for _ in _plain_fields(cls)) and not path:
         yield "", cls
     for name, field in cls.model_fields.items():
-        section = _model_in(field.annotation)
+        section = _find_model_class(field.annotation)
         if section is None:
             continue
         inner = (*path, name)
@@ -96,59 +100,64 @@ def _sections(
         yield from _sections(section, inner)
 
 
-def _keys(cls: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Fields that hold values, not sections."""
+def _plain_fields(cls: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the fields that hold values, not sections."""
     for name, field in cls.model_fields.items():
-        if _model_in(field.annotation) is None:
+        if _find_model_class(field.annotation) is None:
             yield name, field
 
 
 def _row(name: str, field: FieldInfo) -> str:
+    """Return the table row of a field."""
     if field.is_required():
         default = "required"
     elif field.default is None:
         default = "unset"
     else:
         default = f"`{json.dumps(field.default, ensure_ascii=False)}`"
-    cells = (f"`{name}`", _type(field.annotation, tuple(field.metadata)), default)
-    return f"| {' | '.join(_text(cell) for cell in cells)} | {_text(field.description)} |\n"
+    cells = (f"`{name}`", _type_in_words(field.annotation, tuple(field.metadata)), default)
+    return f"| {' | '.join(_one_line(cell) for cell in cells)} | {_one_line(field.description)} |\n"
 
 
-def _text(text: str | None) -> str:
-    """On one line, safe inside a table."""
+def _one_line(text: str | None) -> str:
+    """Return `text` on one line, escaped for a table."""
     return re.sub(r"\s+", " ", text or "").strip().replace("|", "\\|")
 
 
-def _type(annotation: Any, rules: tuple[Any, ...] = ()) -> str:
-    """What may be written, in words."""
+def _type_in_words(annotation: Any, rules: tuple[Any, ...] = ()) -> str:
+    """Describe the values that a field accepts."""
     annotation = _without_none(annotation)
     inner = get_args(annotation)
     if get_origin(annotation) is Annotated:
-        return _type(inner[0], (*inner[1:], *rules))
+        return _type_in_words(inner[0], (*inner[1:], *rules))
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{json.dumps(value)}`" for value in inner)
     if get_origin(annotation) is tuple:
-        items = _type(inner[0])
+        items = _type_in_words(inner[0])
         count = "list of" if inner[-1] is ... else f"list of {len(inner)}:"
-        return f"{count} {items}{_bounds(rules)}"
+        return f"{count} {items}{_bounds_in_words(rules)}"
     if get_origin(annotation) is dict:
-        return f"table of {_type(inner[1])}"
+        return f"table of {_type_in_words(inner[1])}"
     if inner:
-        return " or ".join(_type(choice) for choice in inner)
+        return " or ".join(_type_in_words(choice) for choice in inner)
     checks = [rule.func for rule in rules if isinstance(rule, AfterValidator)]
-    words = next((CHECKED[check] for check in checks if check in CHECKED), PLAIN[annotation])
-    return words + _bounds(rules)
+    words = next(
+        (NAMES_BY_CHECK[check] for check in checks if check in NAMES_BY_CHECK),
+        TYPE_NAMES[annotation],
+    )
+    return words + _bounds_in_words(rules)
 
 
-def _bounds(rules: tuple[Any, ...]) -> str:
+def _bounds_in_words(rules: tuple[Any, ...]) -> str:
+    """Describe the limits of a number or a list, with a leading comma."""
     signs = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
-    found = [f"{signs[type(r)][0]} {_bound(r)}" for r in rules if type(r) in signs]
+    bounds = [f"{signs[type(r)][0]} {_bound_value(r)}" for r in rules if type(r) in signs]
     if any(isinstance(rule, Len) and rule.min_length for rule in rules):
-        found.append("not empty")
-    return f", {', '.join(found)}" if found else ""
+        bounds.append("not empty")
+    return f", {', '.join(bounds)}" if bounds else ""
 
 
-def _bound(rule: Gt | Ge | Lt | Le) -> Any:
+def _bound_value(rule: Gt | Ge | Lt | Le) -> Any:
     match rule:
         case Gt():
             return rule.gt
@@ -161,16 +170,16 @@ def _bound(rule: Gt | Ge | Lt | Le) -> Any:
 
 
 def _without_none(annotation: Any) -> Any:
-    """X of `X | None`."""
+    """Return X of `X | None`."""
     choices = [a for a in get_args(annotation) if a is not NoneType]
     return choices[0] if NoneType in get_args(annotation) and len(choices) == 1 else annotation
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section inside `X`, `X | None`, `tuple[X, ...]` or `Annotated[...]` of them."""
+def _find_model_class(annotation: Any) -> type[BaseModel] | None:
+    """Return the section inside `X`, `X | None`, `tuple[X, ...]` or `Annotated[...]` of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for a in get_args(annotation) if (found := _model_in(a))), None)
+    return next((found for a in get_args(annotation) if (found := _find_model_class(a))), None)
 
 
 if __name__ == "__main__":
