@@ -5,10 +5,13 @@ Heavy libraries are imported only after the config has been loaded and validated
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from medgpt.config.base import ConfigError, absolute_model_path
 from medgpt.config.dpo import DPOConfig
@@ -19,14 +22,24 @@ from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
 from medgpt.config.tune import TuneStageConfig
 
+
+class CommandGroup(TyperGroup):
+    """Lists subgroups after commands, so that `job` does not come first in the help."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name == "job")
+
+
 app = typer.Typer(
+    cls=CommandGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train a medical language model. Each stage takes a TOML file; see configs/.",
 )
+TRAIN, EVALUATE, CLUSTER = "Train", "Evaluate", "Cluster"  # panels of the help
 job = typer.Typer(no_args_is_help=True, help="Show, follow and stop the jobs of `medgpt submit`.")
-app.add_typer(job, name="job")
+app.add_typer(job, name="job", rich_help_panel=CLUSTER)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="A file from configs/.")]
 DEFAULT_DASHBOARD = "http://127.0.0.1:8265"
 DashboardURL = Annotated[
@@ -35,57 +48,60 @@ DashboardURL = Annotated[
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id or run directory.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="section.key=value", help="Override keys of the file.")
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Override keys of the file."),
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def corpus(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the sample corpus that ships with medgpt."""
-    _call("medgpt.stages.corpus:run_corpus", config, _load_config(CorpusConfig, config, overrides))
+    _run_stage("medgpt.stages.corpus:run_corpus", CorpusConfig, config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     """Pretrain on documents: next token (clm) or masked tokens (mlm)."""
-    _call(
-        "medgpt.stages.train:run_pretrain", config, _load_config(PretrainConfig, config, overrides)
-    )
+    _run_stage("medgpt.stages.train:run_pretrain", PretrainConfig, config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     """Fine-tune on conversations."""
-    _call("medgpt.stages.train:run_sft", config, _load_config(SFTConfig, config, overrides))
+    _run_stage("medgpt.stages.train:run_sft", SFTConfig, config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def reward(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a reward model on preferences: pairs, or several graded answers to a prompt."""
-    _call(
-        "medgpt.stages.train:run_reward", config, _load_config(RewardModelConfig, config, overrides)
-    )
+    _run_stage("medgpt.stages.train:run_reward", RewardModelConfig, config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def dpo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train on preferences without a reward model: DPO, KTO and variants."""
-    _call("medgpt.stages.dpo:run_dpo", config, _load_config(DPOConfig, config, overrides))
+    _run_stage("medgpt.stages.dpo:run_dpo", DPOConfig, config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def ppo(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train with PPO on separate pools: actor, critic, reward, reference, rollout."""
-    _call("medgpt.stages.ppo:run_ppo", config, _load_config(PPOStageConfig, config, overrides))
+    _run_stage("medgpt.stages.ppo:run_ppo", PPOStageConfig, config, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def tune(config: ConfigPath, overrides: Overrides = None) -> None:
     """Search hyperparameters of PPO and check the best config on fresh questions."""
-    _call("medgpt.stages.tune:run_tune", config, _load_config(TuneStageConfig, config, overrides))
+    _run_stage("medgpt.stages.tune:run_tune", TuneStageConfig, config, overrides)
 
 
-@app.command(name="eval")
+@app.command(rich_help_panel=TRAIN)
+def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run several stages in order on one Ray; finished ones are skipped."""
+    _run_stage("medgpt.stages.pipeline:run_pipeline", PipelineConfig, config, overrides)
+
+
+@app.command(name="eval", rich_help_panel=EVALUATE)
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="RUN_OR_MODEL", help="The run or model to score.")
@@ -94,28 +110,30 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Score a model on multiple choice, held-out text and replies."""
-    overrides_with_model = [
-        f"model.name={json.dumps(absolute_model_path(model), ensure_ascii=False)}",
-        *(overrides or ()),
-    ]
-    _call(
-        "medgpt.stages.evaluate:run_eval",
-        config,
-        _load_config(EvalConfig, config, overrides_with_model),
-    )
+    name = f"model.name={json.dumps(absolute_model_path(model), ensure_ascii=False)}"
+    _run_stage("medgpt.stages.evaluate:run_eval", EvalConfig, config, [name, *(overrides or ())])
 
 
-@app.command()
-def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run several stages in order on one Ray; finished ones are skipped."""
-    _call(
-        "medgpt.stages.pipeline:run_pipeline",
-        config,
-        _load_config(PipelineConfig, config, overrides),
-    )
+@app.command(rich_help_panel=EVALUATE)
+def chat(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run or a model folder.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy decoding.")] = 0.0,
+) -> None:
+    """Chat with a trained model in the terminal."""
+    _call("medgpt.stages.chat:run_chat", run, max_new_tokens, temperature)
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run trained with LoRA.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
+) -> None:
+    """Merge LoRA adapters into their base model."""
+    _call("medgpt.stages.merge:merge_adapter", run, out)
+
+
+@app.command(rich_help_panel=CLUSTER)
 def plan(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, sft, reward, dpo, ppo.")],
     config: ConfigPath,
@@ -135,10 +153,10 @@ def plan(
 ) -> None:
     """Estimate the memory, nodes, time and cost of a stage on a cluster."""
     arguments = (stage, config, overrides or [], cluster, hardware, tokens, mfu, as_json)
-    _call("medgpt.stages.plan:run_plan", config, *arguments)
+    _call("medgpt.stages.plan:run_plan", *arguments, source=config)
 
 
-@app.command()
+@app.command(rich_help_panel=CLUSTER)
 def submit(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="The command to run, such as sft.")],
     config: ConfigPath,
@@ -154,7 +172,7 @@ def submit(
 ) -> None:
     """Run a stage or a pipeline on a Ray cluster; submit it again to resume it."""
     arguments = (stage, config, overrides or [], address, secret_env or [], detach)
-    raise typer.Exit(_call("medgpt.jobs.submit:run_submit", config, *arguments))
+    raise typer.Exit(_call("medgpt.jobs.submit:run_submit", *arguments, source=config))
 
 
 @job.command()
@@ -163,7 +181,7 @@ def status(
     address: DashboardURL = DEFAULT_DASHBOARD,
 ) -> None:
     """Show the status of jobs."""
-    _call("medgpt.jobs.submit:run_status", "job status", name, address)
+    _call("medgpt.jobs.submit:run_status", name, address)
 
 
 @job.command()
@@ -173,32 +191,13 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Follow until the job ends.")] = False,
 ) -> None:
     """Show the output of a job."""
-    raise typer.Exit(_call("medgpt.jobs.submit:run_logs", name, name, address, follow))
+    raise typer.Exit(_call("medgpt.jobs.submit:run_logs", name, address, follow))
 
 
 @job.command()
 def stop(name: JobName, address: DashboardURL = DEFAULT_DASHBOARD) -> None:
     """Stop a job; submit it again to resume it."""
-    _call("medgpt.jobs.submit:run_stop", name, name, address)
-
-
-@app.command()
-def chat(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run or a model folder.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: greedy decoding.")] = 0.0,
-) -> None:
-    """Chat with a trained model in the terminal."""
-    _call("medgpt.stages.chat:run_chat", run, run, max_new_tokens, temperature)
-
-
-@app.command()
-def merge(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run trained with LoRA.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
-) -> None:
-    """Merge LoRA adapters into their base model."""
-    _call("medgpt.stages.merge:merge_adapter", run, run, out)
+    _call("medgpt.jobs.submit:run_stop", name, address)
 
 
 def main() -> None:
@@ -206,25 +205,34 @@ def main() -> None:
     app()
 
 
-def _load_config(cls: type[ConfigT], path: Path, overrides: list[str] | None) -> ConfigT:
-    try:
-        return load(cls, path, overrides or ())
-    except ConfigError as error:
-        _exit_with_error(f"{path}: {error}")
+def _run_stage(target: str, cls: type[ConfigT], path: Path, overrides: list[str] | None) -> None:
+    """Load the config, then call `module:function` with it."""
+    with _exit_on_config_error(path):
+        config = load(cls, path, overrides or ())
+    _call(target, config, source=path)
 
 
-def _call(target: str, subject: object, *arguments: object) -> Any:
-    """Call `module:function`; print a ConfigError without a traceback, exit with status 2."""
+def _call(target: str, *arguments: object, source: Path | None = None) -> Any:
+    """Call `module:function`; `source` is the config file that errors are about."""
     module, function = target.split(":")
-    try:
+    with _exit_on_config_error(source):
         return getattr(importlib.import_module(module), function)(*arguments)
+
+
+@contextmanager
+def _exit_on_config_error(source: Path | None) -> Iterator[None]:
+    """Print a ConfigError without a traceback and exit with status 2.
+
+    The message starts with the config file, unless it is about an option or argument.
+    """
+    try:
+        yield
     except ConfigError as error:
-        _exit_with_error(f"{subject}: {error}")
-
-
-def _exit_with_error(message: str) -> NoReturn:
-    typer.echo(f"medgpt: {message}", err=True)
-    raise typer.Exit(2)
+        is_about_config = source is not None and not str(error).startswith(("--", "STAGE="))
+        typer.echo(
+            f"medgpt: {source}: {error}" if is_about_config else f"medgpt: {error}", err=True
+        )
+        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line responds quickly and without tracebacks."""
 
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -45,6 +46,19 @@ def test_help_names_every_stage() -> None:
         assert f" {stage} " in result.stdout
 
 
+def test_help_groups_the_commands() -> None:
+    panels = re.split(r"─ (Train|Evaluate|Cluster) ─", medgpt("--help").stdout)[1:]
+    commands = {
+        name: re.findall(r"^│ (\w+) ", panel, re.MULTILINE)
+        for name, panel in zip(panels[::2], panels[1::2], strict=True)
+    }
+    assert commands == {
+        "Train": ["corpus", "pretrain", "sft", "reward", "dpo", "ppo", "tune", "pipeline"],
+        "Evaluate": ["eval", "chat", "merge"],
+        "Cluster": ["plan", "submit", "job"],
+    }
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["pretrain", "configs/debug/pretrain.toml", "train.epoch=2"]],
@@ -68,6 +82,16 @@ def test_a_missing_config_file_is_a_config_error() -> None:
     assert result.returncode == 2
     assert result.stderr == (
         "medgpt: configs/none.toml: no such file; configs/ has one for each stage\n"
+    )
+
+
+def test_an_error_names_its_subject_once() -> None:
+    plan = ("plan", "sft", "configs/sft.toml", "--cluster", "none.yaml")
+    assert medgpt(*plan).stderr == (
+        "medgpt: --cluster=none.yaml cannot be read (No such file or directory); see clusters/\n"
+    )
+    assert medgpt("job", "stop", "x", "--address", "host").stderr.startswith(
+        "medgpt: --address host: give the URL"
     )
 
 
@@ -105,7 +129,9 @@ def test_chat_without_a_model_says_what_to_give(tmp_path: Path, exists: bool) ->
     result = CliRunner().invoke(app, ["chat", str(folder)])
     assert result.exit_code == 2
     assert result.stderr == (
-        f"medgpt: {folder}: no model in {folder}; give a finished run or its model folder\n"
+        f"medgpt: no model in {folder}; give a finished run or its model folder\n"
+        if exists
+        else f"medgpt: RUN={folder}: no such folder; give a finished run or a model folder\n"
     )
 
 

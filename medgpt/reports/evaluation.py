@@ -23,7 +23,7 @@ def write_eval_report(run: Run) -> None:
     With a parent, also write comparison.json: the paired test for each task and metric.
     """
     results = run.folder.read_json(RESULTS)
-    columns = [load_eval_column(run.folder.url.rsplit("/", 1)[-1], run)]
+    columns = [load_eval_column(run.folder.name, run)]
     if results["parent"]:
         columns.insert(0, load_eval_column("parent", Run(results["parent"])))
     scores = score_template_values(columns, results["seed"])
@@ -31,7 +31,7 @@ def write_eval_report(run: Run) -> None:
         run.folder.write_json("comparison.json", _comparisons_to_json(scores["tables"]))
     html = render_page(
         "eval.html.jinja",
-        name=run.folder.url.rsplit("/", 1)[-1],
+        name=run.folder.name,
         results=results,
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),

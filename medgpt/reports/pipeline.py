@@ -6,7 +6,7 @@ from typing import Any
 from medgpt.eval.results import RESULTS, REWARD_TASK, reward_results
 from medgpt.reports.evaluation import load_eval_column, load_gate_results, score_template_values
 from medgpt.reports.run import render_page
-from medgpt.reports.scores import EvalColumn
+from medgpt.reports.scores import EvalColumn, classify_change
 from medgpt.runs import Run
 from medgpt.train.reward_eval import REWARD_EVAL_FILE
 
@@ -26,7 +26,7 @@ def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
     ]
     html = render_page(
         "pipeline.html.jinja",
-        name=pipeline.folder.url.rsplit("/", 1)[-1],
+        name=pipeline.folder.name,
         stages=[_stage_row(pipeline, name, run) for name, run in runs.items() if run.metrics()],
         evaluations=[(name, _report_link(pipeline, run)) for name, run in evaluations.items()],
         gate_results=load_gate_results(runs),
@@ -44,11 +44,14 @@ def _reward_model_column(name: str, run: Run) -> EvalColumn:
 
 def _stage_row(pipeline: Run, name: str, run: Run) -> dict[str, Any]:
     metrics = run.metrics()
+    losses = [line["validation/loss"] for line in metrics if "validation/loss" in line]
+    change = losses[-1] - losses[0] if losses else 0.0
     return {
         "name": name,
         "steps": metrics[-1]["step"],
         "minutes": metrics[-1]["time_s"] / 60,
-        "losses": [line["validation/loss"] for line in metrics if "validation/loss" in line],
+        "losses": losses,
+        "verdict": classify_change("validation/loss", change),
         "report": _report_link(pipeline, run),
     }
 

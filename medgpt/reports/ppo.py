@@ -1,11 +1,13 @@
 """report.html of a PPO run: scores before and after, curves, time by phase, rollouts."""
 
+import math
 from statistics import fmean
 from typing import Any
 
 import tomli_w
 
 from medgpt.reports.run import Metrics, plot_curve, render_page
+from medgpt.reports.scores import EQUIVALENCE_MARGIN, LOWER_IS_BETTER, classify_change
 from medgpt.runs import Run
 
 ROLLOUT_SAMPLES = "rollouts.json"
@@ -27,14 +29,14 @@ CURVES = (  # title, unit, metric -> label
     ("Critic", "explained variance", {"critic/explained_variance": "critic"}),
     ("Speed", "samples per second", {"ppo/samples_per_s": "all workers"}),
 )
-COMPARED_METRICS = {  # metric -> label; ↓ marks metrics for which lower is better
+COMPARED_METRICS = {  # metric -> label
     "ppo/score_mean": "score in training",
     "judge/score": "held-out reward model",
     "judge/checks": "held-out checks",
     "judge/key_points": "key points stated",
-    "judge/triage_under": "red flags missed ↓",
-    "judge/triage_over": "sent to emergency without need ↓",
-    "rewards/capped": "answers that violate a rule ↓",
+    "judge/triage_under": "red flags missed",
+    "judge/triage_over": "sent to emergency without need",
+    "rewards/capped": "answers that violate a rule",
     "rollout/response_tokens": "tokens of an answer",
     "actor/kl_ref": "nats from the reference",
 }
@@ -66,11 +68,12 @@ def write_ppo_report(run: Run) -> None:
     curves = [(title, plot_curve(metrics, unit, lines)) for title, unit, lines in curve_specs]
     html = render_page(
         "ppo.html.jinja",
-        name=run.folder.url.rsplit("/", 1)[-1],
+        name=run.folder.name,
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
         key_numbers=_key_numbers(metrics),
         compared=_before_and_after(metrics),
+        noise=EQUIVALENCE_MARGIN,
         phase_times=_phase_times(metrics),
         curves=[(title, svg) for title, svg in curves if svg],
         samples=_group_by_prompt(samples),
@@ -95,12 +98,17 @@ def _before_and_after(metrics: Metrics) -> list[dict[str, Any]]:
         )
         errors = [line[f"{name}_se"] for line in metrics if f"{name}_se" in line]
         if len(values) > 1:
+            before, after = fmean(values[:window]), fmean(values[-window:])
+            noise = 2 * math.hypot(errors[0], errors[-1]) if errors else EQUIVALENCE_MARGIN
             row = {
                 "label": label,
-                "before": fmean(values[:window]),
-                "after": fmean(values[-window:]),
+                "before": before,
+                "after": after,
+                "errors": (errors[0], errors[-1]) if errors else None,
+                "lower_is_better": name in LOWER_IS_BETTER,
+                "verdict": classify_change(name, after - before, noise),
             }
-            rows.append(row | {"errors": (errors[0], errors[-1]) if errors else None})
+            rows.append(row)
     return rows
 
 

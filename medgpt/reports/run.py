@@ -9,9 +9,11 @@ from typing import Any
 import matplotlib
 import tomli_w
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.typing import RcKeyType
 
+from medgpt.reports.scores import classify_change
 from medgpt.runs import Run
 from medgpt.train.reward_eval import REWARD_EVAL_FILE
 
@@ -64,7 +66,7 @@ def write_run_report(run: Run) -> None:
         curves.insert(0, ("Held-out score margins", _plot_margin_histogram(reward_eval["leads"])))
     html = render_page(
         "report.html.jinja",
-        name=run.folder.url.rsplit("/", 1)[-1],
+        name=run.folder.name,
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
         curves=[(title, svg) for title, svg in curves if svg],
@@ -76,12 +78,16 @@ def write_run_report(run: Run) -> None:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render a template with autoescaping."""
-    return (
-        Environment(loader=PackageLoader("medgpt.reports"), autoescape=True)
-        .get_template(template)
-        .render(values)
-    )
+    """Render a template with autoescaping; its filter `mark` is `mark_change`."""
+    environment = Environment(loader=PackageLoader("medgpt.reports"), autoescape=True)
+    environment.filters["mark"] = mark_change
+    return environment.get_template(template).render(values)
+
+
+def mark_change(verdict: str) -> Markup:
+    """Return the verdict on a change as HTML, with a symbol and a color for better and worse."""
+    symbol = {"better": "✓ ", "worse": "✗ "}.get(verdict, "")
+    return Markup('<span class="{0}">{1}{0}</span>').format(verdict, symbol)
 
 
 def plot_curve(metrics: Metrics, unit: str, lines: dict[str, str]) -> str:
@@ -147,6 +153,8 @@ def _key_numbers(metrics: Metrics) -> dict[str, str]:
             numbers["Tokens per second (median)"] = f"{speeds[len(speeds) // 2]:,.0f}"
         numbers["Last training loss"] = f"{train_lines[-1]['train/loss']:.4f}"
     if validation:
-        numbers["Validation loss, first to last"] = f"{validation[0]:.4f} to {validation[-1]:.4f}"
+        mark = mark_change(classify_change("validation/loss", validation[-1] - validation[0]))
+        values = f"{validation[0]:.4f} to {validation[-1]:.4f}"
+        numbers["Validation loss, first to last"] = Markup("{} {}").format(values, mark)
         numbers["Best validation loss"] = f"{min(validation):.4f}"
     return numbers

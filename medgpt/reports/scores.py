@@ -19,8 +19,10 @@ NUM_SHOWN_ANSWERS = 3  # best answers, and as many worst
 LOWER_IS_BETTER = {
     *("nll_per_token", "nll_per_character", "invalid_rate", "refused_rate", "cut_rate"),
     *("under", "over", "less_urgent", "more_urgent", "over_refusal", "premise_accepted"),
-    "repetition",
+    *("repetition", "judge/triage_under", "judge/triage_over", "rewards/capped"),
+    "validation/loss",
 }
+NO_DIRECTION = {*LENGTH_METRICS, "chance", "rollout/response_tokens", "actor/kl_ref"}
 ANSWER_RANKING_METRICS = {  # metrics that rank the answers of a task
     "mcq": ("accuracy",),
     "generation": ("rouge_l",),
@@ -37,6 +39,13 @@ def equivalence_margin(metric: str) -> float:
     if metric in LENGTH_METRICS:
         return 0.0
     return BLEU_EQUIVALENCE_MARGIN if metric in BLEU_METRICS else EQUIVALENCE_MARGIN
+
+
+def classify_change(metric: str, change: float, noise: float = 0.0) -> str:
+    """Return "better" or "worse" if the metric changed by more than `noise`, else ""."""
+    if metric in NO_DIRECTION or abs(change) <= noise:
+        return ""
+    return "better" if (change < 0) == (metric in LOWER_IS_BETTER) else "worse"
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class MetricRow:
     lower_is_better: bool
     scores: list[Score | None]
     changes: list[Comparison | None]
+    verdicts: list[str]  # of the changes: better or worse, else as in Comparison
     low: float  # ends of the plot's axis
     high: float
 
@@ -137,7 +147,14 @@ def _metric_row(task: str, metric: str, columns: Sequence[EvalColumn], seed: int
     changes: list[Comparison | None] = [None] * len(columns)
     for number in range(1, len(columns)):
         changes[number] = _compare_columns(task, metric, columns[number - 1], columns[number], seed)
-    return MetricRow(metric, metric in LOWER_IS_BETTER, scores, changes, low, high)
+    verdicts = [_change_verdict(metric, change) for change in changes]
+    return MetricRow(metric, metric in LOWER_IS_BETTER, scores, changes, verdicts, low, high)
+
+
+def _change_verdict(metric: str, change: Comparison | None) -> str:
+    verdict = "" if change is None else change.verdict
+    sign = {"higher": 1, "lower": -1}.get(verdict, 0)
+    return classify_change(metric, sign) or verdict
 
 
 def _compare_columns(

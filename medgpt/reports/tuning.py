@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 
 from medgpt.config.tune import TuneStageConfig
 from medgpt.reports.run import STYLE, figure_to_svg, render_page
+from medgpt.reports.scores import classify_change
 from medgpt.runs import Run
 from medgpt.tune.results import BEST_CONFIG_FILE, TrialResult, load_results, pareto_front, winner
+from medgpt.tune.winner_check import BASE, standard_error
 from medgpt.tune.winner_check import CHECK_FILE as CHECK
-from medgpt.tune.winner_check import standard_error
 
 COLORMAP = matplotlib.colormaps["viridis"]
 GREY = "#b8c4ce"  # a trial without a metric
@@ -30,7 +31,7 @@ def write_tune_report(run: Run, config: TuneStageConfig) -> None:
     rows = run.folder.read_json(CHECK) if run.folder.exists(CHECK) else []
     html = render_page(
         "tune.html.jinja",
-        name=run.folder.url.rsplit("/", 1)[-1],
+        name=run.folder.name,
         manifest=run.manifest,
         config=tomli_w.dumps(run.config),
         settings=config.tune,
@@ -40,11 +41,10 @@ def write_tune_report(run: Run, config: TuneStageConfig) -> None:
         best=best,
         best_toml=run.folder.read_text(BEST_CONFIG_FILE) if best is not None else "",
         base_values=config.base_values,
-        trials=sorted(
-            results, key=lambda o: -(o.last_result.metric if o.last_result else -math.inf)
-        ),
+        trials=sorted(results, key=_last_metric, reverse=True),
+        verdicts={trial.record.name: _change_in_training(trial, config) for trial in results},
         pareto_trials=pareto_trials,
-        check_rows=_check_rows(rows),
+        check_rows=_check_rows(rows, f"judge/{config.tune.metric}"),
         curves=[
             ("All trials", plot_parallel_coordinates(results, config)),
             ("Metric during training", plot_learning_curves(results, config)),
@@ -56,7 +56,7 @@ def write_tune_report(run: Run, config: TuneStageConfig) -> None:
 
 def plot_parallel_coordinates(results: Sequence[TrialResult], config: TuneStageConfig) -> str:
     """Plot an axis for each searched key and one for the metric, and a line for each trial."""
-    keys = [*config.search, config.tune.mark]
+    keys = [*config.search, config.tune.metric]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.2 * len(keys), 4.2), layout="constrained")
         axes = figure.subplots()
@@ -88,7 +88,7 @@ def plot_learning_curves(results: Sequence[TrialResult], config: TuneStageConfig
                 color = _trial_color(trial, results)
                 axes.plot(steps, metrics, marker=".", color=color, linewidth=1.2)
                 axes.annotate(trial.record.name, (steps[-1], metrics[-1]), fontsize=7)
-        _label_axes(axes, "iteration", f"the judge's {config.tune.mark}")
+        _label_axes(axes, "iteration", f"the judge's {config.tune.metric}")
         return figure_to_svg(figure)
 
 
@@ -119,7 +119,9 @@ def plot_metric_against_kl(
         if line:
             axes.step(*zip(*line, strict=True), where="post", color="black", linewidth=0.8)
         axes.axvline(config.tune.max_kl, color="#b3261e", linewidth=0.8, linestyle="--")
-        _label_axes(axes, "KL from the reference (nats/answer)", f"the judge's {config.tune.mark}")
+        _label_axes(
+            axes, "KL from the reference (nats/answer)", f"the judge's {config.tune.metric}"
+        )
         return figure_to_svg(figure)
 
 
@@ -169,6 +171,15 @@ def _label_axes(axes: Axes, x: str, y: str) -> None:
     axes.grid(alpha=0.3)
 
 
+def _change_in_training(trial: TrialResult, config: TuneStageConfig) -> str:
+    """Return whether the metric is better or worse after training than before it."""
+    if len(trial.judge_results) < 2:
+        return ""
+    first, last = trial.judge_results[0], trial.judge_results[-1]
+    noise = 2 * math.hypot(first.metric_se, last.metric_se)
+    return classify_change(f"judge/{config.tune.metric}", last.metric - first.metric, noise)
+
+
 def _last_metric(trial: TrialResult) -> float:
     return trial.last_result.metric if trial.last_result is not None else -math.inf
 
@@ -199,7 +210,7 @@ def _key_numbers(run: Run, results: Sequence[TrialResult]) -> dict[str, str]:
     return numbers
 
 
-def _check_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _check_rows(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """Return a row for each policy with the results of its seeds."""
     policy_rows = []
     for policy in dict.fromkeys(row["policy"] for row in rows):
@@ -212,6 +223,11 @@ def _check_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "mean": fmean(metrics),
                 "error": standard_error(metrics),
                 "kl": None if None in kls else fmean(kls),
+                "verdict": "",
             }
         )
+    if base := next((row for row in policy_rows if row["policy"] == BASE), None):
+        for row in policy_rows:
+            noise = 2 * math.hypot(row["error"], base["error"])
+            row["verdict"] = classify_change(metric, row["mean"] - base["mean"], noise)
     return policy_rows

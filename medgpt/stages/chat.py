@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat_template import generation_prompt_ids
-from medgpt.models.fetch import run_model_folder
+from medgpt.models.fetch import existing_model_folder
 from medgpt.models.generate import decode_text, load_for_generation, stream_answer
 
 with suppress(ImportError):  # without readline, a terminal cuts lines at 4096 bytes
@@ -23,7 +23,7 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
     """Answer questions until an empty line or Ctrl-D; print tokens as they are generated."""
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_for_generation(str(run_model_folder(run)), device)
+    model, tokenizer = load_for_generation(str(existing_model_folder(run)), device)
     max_positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
     max_answer_tokens = min(max_new_tokens, max_positions // 2)
     print(f"{run}. Enter an empty line to quit; press Ctrl-C to stop an answer.")

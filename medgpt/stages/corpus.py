@@ -4,11 +4,12 @@ from medgpt.artifacts import commit, committed, file_entries
 from medgpt.config.stages import CorpusConfig
 from medgpt.runs import Run
 from medgpt.sample_corpus.write import write_corpus
+from medgpt.stages.opening import open_run
 
 
 def run_corpus(config: CorpusConfig) -> Run:
     """Write the corpus to run.dir/data unless it exists."""
-    run = Run.open("corpus", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
+    run = open_run("corpus", config)
     if committed(run.data) is None:
         with run.data.staging() as directory:
             counts = write_corpus(config, directory)

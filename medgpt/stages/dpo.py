@@ -2,8 +2,8 @@
 
 from medgpt.config.dpo import DPOConfig
 from medgpt.runs import Run
-from medgpt.stages.train import train_and_write_report
+from medgpt.stages.train import train_stage
 
 
 def run_dpo(config: DPOConfig) -> Run:
-    return train_and_write_report("dpo", config)
+    return train_stage("dpo", config)

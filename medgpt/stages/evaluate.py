@@ -21,6 +21,7 @@ from medgpt.eval.task import Task
 from medgpt.metrics import ConsoleReporter
 from medgpt.models.generate import check_causal_model
 from medgpt.runs import Run
+from medgpt.stages.opening import open_stage
 from medgpt.train.model_card import add_scores
 
 
@@ -36,12 +37,9 @@ def run_eval(config: EvalConfig) -> Run:
         raise ConfigError("missing key model.name; name the run or model to score")
     folder = resolve_model(config.model.name)
     check_causal_model(folder, config.model.trust_remote_code)
-    run = Run.open("eval", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
-    reporter = ConsoleReporter("eval")
-    try:
+    with open_stage("eval", config, "score") as (run, reporter):
         check_model_unchanged(run, folder)
         if run.finished:
-            reporter.say(f"{run.folder.url} is finished; choose another run.dir to score again")
             run.write_config(config)
         else:
             tasks = build_tasks(config)
@@ -60,8 +58,6 @@ def run_eval(config: EvalConfig) -> Run:
             reporter.say(f"gate {'passed' if item.passed else 'FAILED'}: {item}")
         reporter.say(f"report in {run.folder.url}/report.html")
         require_passed(gate_results)
-    finally:
-        reporter.close()
     return run
 
 
@@ -69,7 +65,6 @@ def _answer_tasks(
     run: Run, config: EvalConfig, tasks: Sequence[Task], reporter: ConsoleReporter
 ) -> None:
     """Send the unanswered requests to the engines and write items/ of each task."""
-    reporter.say(f"run directory {run.folder.url}")
     ray_init.init_ray(config.cluster)
     wait_for_resources(config.cluster, reporter.say)
     pool = EnginePool(config, reporter.say)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from medgpt.config.base import ConfigError
-from medgpt.models.fetch import run_model_folder
-from medgpt.models.lora import ADAPTER_CONFIG, load_merged
+from medgpt.models.fetch import existing_model_folder
+from medgpt.models.lora import load_merged
+from medgpt.models.model_files import ADAPTER_CONFIG_NAME, has_adapters
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.value_model import RewardModelInfo, load_value_model
 
@@ -16,11 +17,12 @@ def merge_adapter(adapter: str, out: Path) -> None:
         ConfigError: there is no adapter, its base is missing, or `out` is not empty.
     """
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"OUT={out}: exists and is not empty; name a new folder")
-    folder = run_model_folder(adapter)
-    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"OUT={out} exists and is not empty; name a new folder")
+    folder = existing_model_folder(adapter)
+    if not has_adapters(folder):
         raise ConfigError(
-            f"RUN={adapter}: has no {ADAPTER_CONFIG}; name a run trained with model.lora.rank > 0"
+            f"RUN={adapter}: has no {ADAPTER_CONFIG_NAME}; name a run trained with "
+            "model.lora.rank > 0"
         )
     score = RewardModelInfo.read(folder)
     if score is not None:  # a reward model

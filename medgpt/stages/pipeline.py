@@ -1,30 +1,32 @@
 """`medgpt pipeline`: run several stages in order, in one process and on one Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
-from medgpt.config.dpo import DPOConfig
-from medgpt.config.evaluation import EvalConfig
-from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.reward_model import RewardModelConfig
-from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
+from medgpt.config.stages import PipelineConfig
 from medgpt.eval.gates import GateFailure, GateResult, check_gates, require_passed
-from medgpt.eval.results import GATES, RESULTS, read_items, reward_results
-from medgpt.metrics import ConsoleReporter
+from medgpt.eval.results import GATES, reward_results
 from medgpt.reports.pipeline import write_pipeline_report
 from medgpt.runs import Run
 from medgpt.stages.corpus import run_corpus
 from medgpt.stages.dpo import run_dpo
 from medgpt.stages.evaluate import run_eval
-from medgpt.stages.pipeline_stages import LoadedStage, PipelineStageConfig, load_stages
+from medgpt.stages.opening import open_run
+from medgpt.stages.pipeline_stages import LoadedStage, load_stages
+from medgpt.stages.pipeline_summary import print_summary
 from medgpt.stages.ppo import run_ppo
 from medgpt.stages.train import run_pretrain, run_reward, run_sft
 
-SHOWN_QUESTION_KINDS = (
-    "pretrain",
-    "sft",
-    "rlhf",
-)  # kinds of key-point questions that are printed
+RUNNERS: dict[str, Callable[[Any], Run]] = {
+    "corpus": run_corpus,
+    "pretrain": run_pretrain,
+    "sft": run_sft,
+    "reward": run_reward,
+    "dpo": run_dpo,
+    "ppo": run_ppo,
+    "eval": run_eval,
+}
 
 
 def run_pipeline(config: PipelineConfig) -> Run:
@@ -35,22 +37,21 @@ def run_pipeline(config: PipelineConfig) -> Run:
         GateFailure: a gate failed; later stages were not run.
     """
     stages = load_stages(config)
-    pipeline = Run.open(
-        "pipeline", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes
-    )
+    pipeline = open_run("pipeline", config)
+    runs = {stage.name: stage.run for stage in stages}
     try:
         for stage in stages:
-            _run_stage(stage.config)
+            RUNNERS[stage.kind](stage.config)
             if stage.gates:
                 require_passed(_check_reward_gates(stage))
     except GateFailure as failure:
-        write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
+        write_pipeline_report(pipeline, runs)
         raise GateFailure(f"{failure}; report in {pipeline.folder.url}/report.html") from None
-    write_pipeline_report(pipeline, {stage.name: stage.run for stage in stages})
+    write_pipeline_report(pipeline, runs)
     if not pipeline.finished:
-        urls = {stage.name: stage.run.folder.url for stage in stages}
+        urls = {name: run.folder.url for name, run in runs.items()}
         pipeline.update_manifest(finished=True, runs=urls)
-    _print_answers(pipeline, [stage.run for stage in stages if stage.kind == "eval"])
+    print_summary(pipeline, stages)
     return pipeline
 
 
@@ -61,34 +62,3 @@ def _check_reward_gates(stage: LoadedStage) -> list[GateResult]:
     for item in gate_results:
         print(f"{stage.name}: gate {'passed' if item.passed else 'FAILED'}: {item}")
     return gate_results
-
-
-def _run_stage(config: PipelineStageConfig) -> None:
-    match config:
-        case CorpusConfig():
-            run_corpus(config)
-        case PretrainConfig():
-            run_pretrain(config)
-        case SFTConfig():
-            run_sft(config)
-        case RewardModelConfig():
-            run_reward(config)
-        case DPOConfig():
-            run_dpo(config)
-        case PPOStageConfig():
-            run_ppo(config)
-        case EvalConfig():
-            run_eval(config)
-
-
-def _print_answers(pipeline: Run, evaluations: Sequence[Run]) -> None:
-    """Print the answers to the questions of each stage and the URL of the report."""
-    reporter = ConsoleReporter("pipeline")
-    for run in evaluations:
-        for name, task in run.folder.read_json(RESULTS)["tasks"].items():
-            if task["kind"] == "key_points":
-                for item in read_items(run, name):
-                    if item.slices["kind"] in SHOWN_QUESTION_KINDS and item.shown:
-                        reporter.say(f"{item.shown['question']}\n    {item.shown['answer']}")
-    reporter.say(f"report in {pipeline.folder.url}/report.html")
-    reporter.close()

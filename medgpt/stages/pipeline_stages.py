@@ -1,12 +1,11 @@
 """The stages of a pipeline, loaded and validated without heavy libraries."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ConfigError, did_you_mean
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.gates import REWARD_TASK, parse_gate
@@ -19,6 +18,7 @@ from medgpt.config.stages import (
     PipelineStage,
     PretrainConfig,
     SFTConfig,
+    TrainStageConfig,
 )
 from medgpt.runs import Run
 
@@ -31,15 +31,7 @@ STAGE_CONFIGS = {
     "ppo": PPOStageConfig,
     "eval": EvalConfig,
 }
-PipelineStageConfig = (
-    CorpusConfig
-    | PretrainConfig
-    | SFTConfig
-    | RewardModelConfig
-    | DPOConfig
-    | PPOStageConfig
-    | EvalConfig
-)
+PipelineStageConfig = CorpusConfig | TrainStageConfig | PPOStageConfig | EvalConfig
 
 
 @dataclass(frozen=True)
@@ -75,12 +67,7 @@ def load_stages(config: PipelineConfig) -> list[LoadedStage]:
     gate_stage_names = [stage.name for stage in stages if stage.kind in ("eval", "reward")]
     for name in config.gates:
         if name not in gate_stage_names:
-            close = difflib.get_close_matches(name, gate_stage_names, n=1)
-            hint = (
-                f"did you mean {close[0]}?"
-                if close
-                else f"there are {', '.join(gate_stage_names) or 'none'}"
-            )
+            hint = did_you_mean(name, gate_stage_names)
             raise ConfigError(f"gates.{name}: no eval or reward stage has this name; {hint}")
     run_dir_owners = {config.run.dir: "the pipeline"}
     for stage in stages:

@@ -5,11 +5,11 @@ from functools import partial
 from medgpt.cluster import ray_init
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.heldout_questions import HeldoutQuestions
 from medgpt.rlhf.rewards.weighted_sum import WeightedRewards
 from medgpt.rlhf.setup import build_pools, build_ppo, export_models, prepare_prompts
 from medgpt.runs import Run
+from medgpt.stages.opening import open_stage, report
 
 
 def run_ppo(config: PPOStageConfig) -> Run:
@@ -33,10 +33,7 @@ def run_ppo(config: PPOStageConfig) -> Run:
             f"{loss}, which exceeds cluster.{limit}={getattr(config.cluster, limit)}; run the same "
             "command again to resume from the newest checkpoint"
         ) from loss
-    if not run.folder.exists("report.html"):
-        _write_report(run)
-    print(f"ppo: report in {run.folder.url}/report.html")
-    return run
+    return report("ppo", run, _write_report)
 
 
 def train_ppo(config: PPOStageConfig) -> Run:
@@ -45,13 +42,9 @@ def train_ppo(config: PPOStageConfig) -> Run:
     Raises:
         ConfigError: the config, the data or a model is invalid, or the pools do not fit.
     """
-    run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
-    reporter = ConsoleReporter("ppo")
-    try:
+    with open_stage("ppo", config) as (run, reporter):
         if run.finished:
-            reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
             return run
-        reporter.say(f"run directory {run.folder.url}")
         # report errors of the config before anything is prepared or loaded
         WeightedRewards(config.reward)
         HeldoutQuestions(config.judge, config.run.seed)
@@ -67,8 +60,6 @@ def train_ppo(config: PPOStageConfig) -> Run:
             pools.close()
         run.update_manifest(finished=True, timings={"training_s": run.metrics()[-1]["time_s"]})
         reporter.say(f"model in {run.model.url}")
-    finally:
-        reporter.close()
     return run
 
 

@@ -8,6 +8,7 @@ from medgpt.data.sources.inputs import check_sources, input_bytes
 from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
 from medgpt.runs import Run
+from medgpt.stages.opening import open_stage, report
 from medgpt.train.driver import TrainingDriver, cluster_resources, describe_data, parent_runs
 from medgpt.train.preparation import prepare
 
@@ -15,56 +16,43 @@ EAGER_START_MAX_BYTES = 64 * 2**20  # of input; preparing more needs the CPUs of
 
 
 def run_pretrain(config: PretrainConfig) -> Run:
-    return train_and_write_report("pretrain", config)
+    return train_stage("pretrain", config)
 
 
 def run_sft(config: SFTConfig) -> Run:
-    return train_and_write_report("sft", config)
+    return train_stage("sft", config)
 
 
 def run_reward(config: RewardModelConfig) -> Run:
-    return train_and_write_report("reward", config)
-
-
-def train_and_write_report(stage: str, config: TrainStageConfig) -> Run:
-    run = train_stage(stage, config)
-    if not run.folder.exists("report.html"):
-        from medgpt.reports.run import (
-            write_run_report,  # matplotlib would delay the start of training
-        )
-
-        write_run_report(run)
-    print(f"{stage}: report in {run.folder.url}/report.html")
-    return run
+    return train_stage("reward", config)
 
 
 def train_stage(stage: str, config: TrainStageConfig) -> Run:
-    """Run or resume `stage`; return a finished run unchanged.
+    """Run or resume `stage` and write the report; return a finished run unchanged.
 
     Raises:
         ConfigError: the config, the data or the model is invalid, or the cluster is too small.
     """
-    run = Run.open(stage, config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
-    reporter = ConsoleReporter(stage)
-    try:
-        if run.finished:
-            reporter.say(f"{run.folder.url} is finished; choose another run.dir to train again")
-            return run
-        reporter.say(f"run directory {run.folder.url}")
-        if run.accepted_changes:
-            reporter.say(
-                f"resuming at the same step with changes: {'; '.join(run.accepted_changes)}. If "
-                "they change the order of the data, rows of this epoch may be repeated or skipped"
-            )
-        ray_init.init_ray(config.cluster)
-        wait_for_resources(config.cluster, reporter.say)
-        with storage_errors(run.folder.url, "the run"):
-            _prepare_and_train(run, config, reporter)
-            run.update_manifest(finished=True, timings=_timings(run))
-        reporter.say(f"model in {run.model.url}")
-    finally:
-        reporter.close()
-    return run
+    with open_stage(stage, config) as (run, reporter):
+        if not run.finished:
+            _train(run, config, reporter)
+            reporter.say(f"model in {run.model.url}")
+    return report(stage, run, _write_report)
+
+
+def _train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
+    if run.accepted_changes:
+        reporter.say(
+            f"resuming at the same step with changes: {'; '.join(run.accepted_changes)}. If they "
+            "change the order of the data, rows of this epoch may be repeated or skipped"
+        )
+    ray_init.init_ray(config.cluster)
+    wait_for_resources(config.cluster, reporter.say)
+    with storage_errors(run.folder.url, "the run"):
+        _prepare_and_train(run, config, reporter)
+        lines = run.metrics()
+        timings = {"training_s": lines[-1]["time_s"]} if lines else {}
+        run.update_manifest(finished=True, timings=timings)
 
 
 def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
@@ -91,6 +79,7 @@ def _prepare_and_train(run: Run, config: TrainStageConfig, reporter: ConsoleRepo
     training.finish()
 
 
-def _timings(run: Run) -> dict[str, float]:
-    lines = run.metrics()
-    return {"training_s": lines[-1]["time_s"]} if lines else {}
+def _write_report(run: Run) -> None:
+    from medgpt.reports.run import write_run_report  # matplotlib would delay the start of training
+
+    write_run_report(run)

@@ -1,5 +1,7 @@
 """`medgpt tune`: run trials, write their table and the best config, check it, report."""
 
+from functools import partial
+
 import ray
 
 from medgpt.cluster import ray_init
@@ -7,6 +9,7 @@ from medgpt.config.tune import TuneStageConfig
 from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.rewards.weighted_sum import WeightedRewards
 from medgpt.runs import Run
+from medgpt.stages.opening import open_stage, report
 from medgpt.tune.results import load_results, trials_url, winner, write_best, write_table
 from medgpt.tune.search import run_search
 from medgpt.tune.setup import (
@@ -22,40 +25,21 @@ from medgpt.tune.winner_check import check_winner
 
 
 def run_tune(config: TuneStageConfig) -> Run:
-    from medgpt.reports.tuning import write_tune_report
-
-    run = search_hyperparameters(config)
-    if not run.folder.exists("report.html"):
-        write_tune_report(run, config)
-    print(f"tune: report in {run.folder.url}/report.html")
-    return run
-
-
-def search_hyperparameters(config: TuneStageConfig) -> Run:
-    """Run or resume a search; return a finished one unchanged.
+    """Run or resume a search and write the report; return a finished one unchanged.
 
     Raises:
         ConfigError: the config, the data or a model is invalid, or a trial does not fit.
     """
-    run = Run.open("tune", config, run_dir=config.run.dir, allow_changes=config.run.allow_changes)
-    reporter = ConsoleReporter("tune")
-    try:
-        if run.finished:
-            reporter.say(f"{run.folder.url} is finished; choose another run.dir to search again")
-            return run
-        reporter.say(f"run directory {run.folder.url}")
-        base = open_base_run(config)
-        WeightedRewards(
-            config.base_config.reward
-        )  # fail first on a reward function that cannot be imported
-        ray_init.init_ray(config.base_config.cluster)
-        max_concurrent = num_concurrent_trials(config)
-        prepare_base(base, config, reporter)
-        _run_trials(run, config, max_concurrent, reporter)
-        run.update_manifest(finished=True)
-    finally:
-        reporter.close()
-    return run
+    with open_stage("tune", config, "search") as (run, reporter):
+        if not run.finished:
+            base = open_base_run(config)
+            WeightedRewards(config.base_config.reward)  # fails first if a function is missing
+            ray_init.init_ray(config.base_config.cluster)
+            max_concurrent = num_concurrent_trials(config)
+            prepare_base(base, config, reporter)
+            _run_trials(run, config, max_concurrent, reporter)
+            run.update_manifest(finished=True)
+    return report("tune", run, partial(_write_report, config))
 
 
 def _run_trials(
@@ -63,19 +47,17 @@ def _run_trials(
 ) -> None:
     """Run the trials, write their table and the best config, and check the winner."""
     ppo_config = config_for_trials(config)
-    shared_pools_actor, num_shared_workers = None, dict[str, int]()
+    shared_pools = None
     if config.tune.shared_pools:
-        shared_pools_actor, num_shared_workers = start_shared_pools(
-            largest_config(config, ppo_config), num_callers=max_concurrent
-        )
+        largest = largest_config(config, ppo_config)
+        shared_pools = start_shared_pools(largest, num_callers=max_concurrent)
     try:
         setup = TrialSetup(
             ppo_config=ppo_config,
             config=config.tune,
             trials_url=trials_url(config),
             base_url=config.base_config.run.dir,
-            shared_pools_actor=shared_pools_actor,
-            num_shared_workers=num_shared_workers,
+            shared_pools=shared_pools,
         )
         reporter.say(f"{max_concurrent} trials at a time")
         run_search(config, setup, max_concurrent=max_concurrent, say=reporter.say)
@@ -87,8 +69,14 @@ def _run_trials(
         else:
             write_best(run, best, config)
             check_winner(run, config, setup, best, max_concurrent=max_concurrent, reporter=reporter)
-        if shared_pools_actor is not None:
-            run.update_manifest(shared_pools=ray.get(shared_pools_actor.counts.remote()))
+        if shared_pools is not None:
+            run.update_manifest(shared_pools=ray.get(shared_pools.owner.counts.remote()))
     finally:
-        if shared_pools_actor is not None:
-            stop_shared_pools(shared_pools_actor)
+        if shared_pools is not None:
+            stop_shared_pools(shared_pools.owner)
+
+
+def _write_report(config: TuneStageConfig, run: Run) -> None:
+    from medgpt.reports.tuning import write_tune_report  # imports matplotlib
+
+    write_tune_report(run, config)

@@ -71,9 +71,44 @@ def row_cells(html: str, first: str) -> list[str]:
 
 
 def test_scores_before_and_after_are_means_of_the_first_and_last_iterations(html):
-    assert row_cells(html, "score in training") == ["score in training", "0.300", "1.800", "+1.500"]
-    judged = ["held-out checks", "0.250 ± 0.050", "0.500 ± 0.050", "+0.250"]
+    assert row_cells(html, "score in training") == [
+        "score in training",
+        "0.300",
+        "1.800",
+        "+1.500 ✓ better",
+    ]
+    judged = ["held-out checks", "0.250 ± 0.050", "0.500 ± 0.050", "+0.250 ✓ better"]
     assert row_cells(html, "held-out checks") == judged
+
+
+def test_changes_are_marked_by_the_direction_of_their_metric(tmp_path):
+    run = make_ppo_run(tmp_path, iterations=0)
+    lines = [
+        {
+            "step": 0,
+            "attempt": 1,
+            "judge/triage_under": 0.83,
+            "judge/score": 1.0,
+            "judge/score_se": 0.1,
+        },
+        {
+            "step": 9,
+            "attempt": 1,
+            "judge/triage_under": 1.00,
+            "judge/score": 0.9,
+            "judge/score_se": 0.1,
+        },
+    ]
+    lines[0] |= {"judge/triage_over": 0.5, "rollout/response_tokens": 40.0}
+    lines[1] |= {"judge/triage_over": 0.2, "rollout/response_tokens": 90.0}
+    run.folder.write_text("metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    write_ppo_report(run)
+    html = run.folder.read_text("report.html")
+    assert row_cells(html, "red flags missed ↓")[-1] == "+0.170 ✗ worse"
+    assert row_cells(html, "sent to emergency without need ↓")[-1] == "-0.300 ✓ better"
+    assert row_cells(html, "held-out reward model")[-1] == "-0.100"  # within the standard errors
+    assert row_cells(html, "tokens of an answer")[-1] == "+50.000"
+    assert '<span class="worse">✗ worse</span>' in html
 
 
 def test_phases_add_up_to_the_iteration(html):

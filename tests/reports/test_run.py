@@ -75,7 +75,7 @@ def test_a_report_shows_the_numbers_of_the_run(html):
         "seed 3",
         "from runs/pretrain/model",
         "12,345 tokens, 678 of them not in the base model",
-        "3.2500 in the base model, 3.3125 with the other softmax (+0.0625 nats per token)",
+        "3.2500 with the old vocabulary, 3.3125 with the new one (+0.0625 nats per token)",
     ):
         assert text in html
 

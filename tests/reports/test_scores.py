@@ -84,6 +84,7 @@ def test_columns_are_compared_on_the_same_items(tmp_path):
     assert first is incomparable is None
     assert change is not None
     assert (change.n, change.verdict, change.difference.value) == (40, "higher", 0.5)
+    assert row.verdicts == ["", "better", ""]
     assert change.p_value == pytest.approx(2 * 0.5**20)
     (slices,) = mcq.slices
     assert [value for value, _ in slices.values] == ["儿科", "内科"]
@@ -157,7 +158,17 @@ def test_a_pipeline_report_has_all_evaluations_side_by_side(tmp_path):
     write_pipeline_report(pipeline, runs)
     html = pipeline.folder.read_text("report.html")
     assert 'href="one/report.html"' in html
-    for text in ("0.250", "0.750", "+0.500", "n=40", "McNemar", "✓ passed", "✗ failed", "儿科"):
+    for text in (
+        "0.250",
+        "0.750",
+        "+0.500",
+        "✓ better",
+        "n=40",
+        "McNemar",
+        "✓ passed",
+        "✗ failed",
+        "儿科",
+    ):
         assert text in html
     assert "问题0&lt;b&gt;" in html
     assert "<b>问题" not in html

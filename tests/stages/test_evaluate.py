@@ -19,7 +19,7 @@ from medgpt.artifacts import Folder, commit, file_entries
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig, EvalPoolConfig, McqConfig, NllConfig
 from medgpt.config.loading import validate
-from medgpt.eval.engine import Engine
+from medgpt.eval.engine import EvalEngine
 from medgpt.eval.engine_pool import EnginePool, ResponseStore
 from medgpt.eval.requests import (
     Generate,
@@ -332,7 +332,7 @@ def test_a_gate_on_a_missing_score_is_refused_before_the_model_runs(
 ):
     path, answers = write_questions(tmp_path, 9), tmp_path / "answers.jsonl"
     answers.write_text('{"question": "什么是高血压?", "answer": "慢性病。"}\n', "utf-8")
-    source = {"name": "qa", "paths": [str(answers)], "licence": "MIT"}
+    source = {"name": "qa", "paths": [str(answers)], "license": "MIT"}
     sections: dict[str, Any] = {
         "mcq": [mcq_task(path, name="exam", scoring="generation")],
         "generation": [{"name": "said", "sources": [source], "prompt": "plain"}],
@@ -396,7 +396,9 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
     with pytest.raises(ConfigError, match="remote code, which does not run by default"):
         run_eval(settings)
     assert not (tmp_path / "run").exists()
-    engine = Engine(str(folder), precision="auto", pool=EvalPoolConfig(), trust_remote_code=True)
+    engine = EvalEngine(
+        str(folder), precision="auto", pool=EvalPoolConfig(), trust_remote_code=True
+    )
     (weighed,) = engine.run([RollingLoglikelihood("x", "高血压是常见的慢性病。")])
     assert isinstance(weighed, RollingLoglikelihoodResponse)
     assert weighed.nll > 0
@@ -460,7 +462,7 @@ def test_an_evaluation_is_not_resumed_with_other_weights(tmp_path: Path, base: P
         ({}, "no task is set; add at least one"),
         (
             {"mcq": [mcq_task("x"), mcq_task("y")]},
-            "two tasks are called mcq; give each a name of its own",
+            "two tasks are called mcq; rename one",
         ),
         ({"mcq": [mcq_task("x", shots=3)]}, "shots=3 and shots_paths go together"),
         (

@@ -69,7 +69,7 @@ def test_a_wrong_stage_config_is_named_before_anything_runs(tmp_path):
 
 def test_a_pipeline_of_another_config_is_refused(tmp_path):
     run_pipeline(pipeline(tmp_path))
-    with pytest.raises(ConfigError, match=r"begun with another config.*shards=2"):
+    with pytest.raises(ConfigError, match=r"began with another config.*shards=2"):
         run_pipeline(pipeline(tmp_path, "shards=2"))
 
 

@@ -59,7 +59,7 @@ def config_of(
 ) -> PPOStageConfig:
     """Two iterations with a reward model and with PPO-ptx."""
     folder.mkdir()
-    talk = f"{{name='talk',paths=['{corpus}/sft'],licence='Apache-2.0'}}"
+    talk = f"{{name='talk',paths=['{corpus}/sft'],license='Apache-2.0'}}"
     return ppo_config(
         folder,
         base,

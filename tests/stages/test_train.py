@@ -19,7 +19,7 @@ from medgpt.artifacts import committed
 from medgpt.cli import app
 from medgpt.config.loading import load
 from medgpt.config.stages import PretrainConfig
-from medgpt.models.generate import generate_answers, load_for_generation
+from medgpt.models.generate import generate_greedy, load_for_generation
 from medgpt.runs import Run
 from medgpt.stages.train import run_pretrain, run_sft
 from tests.train.audit_log import assert_every_chunk_once, chunks_by_epoch
@@ -192,7 +192,9 @@ def test_fine_tuning_continues_from_the_pretrained_model(
     assert_every_chunk_once(run)
 
     model, tokenizer = load_for_generation(run.model.url, torch.device("cpu"))
-    texts = generate_answers(model, tokenizer, ["感冒有哪些症状?"], max_new_tokens=8)
+    texts = generate_greedy(
+        model, tokenizer, ["感冒有哪些症状?"], are_questions=True, max_new_tokens=8
+    )
     assert run.folder.read_json("samples.json") == [{"prompt": "感冒有哪些症状?", "text": texts[0]}]
     assert tokenizer.chat_template is not None
     said = CliRunner().invoke(
