@@ -5,18 +5,20 @@ size and checksum. medgpt ignores a folder without a manifest or whose files do 
 needs no rename and no lock, which object stores do not have.
 """
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import uuid4
 
 import fsspec
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 MANIFEST = "manifest.json"
 
@@ -34,12 +36,9 @@ def checksum(path: Path) -> str:
         return stream_checksum(file)
 
 
-def stream_checksum(file: BinaryIO) -> str:
-    """Return the XXH3 128-bit hash of the rest of an open file."""
-    digest = xxhash.xxh3_128()
-    while block := file.read(1 << 22):
-        digest.update(block)
-    return digest.hexdigest()
+def stream_checksum(file: Any) -> str:
+    """Return the XXH3 128-bit hash of the rest of an open binary file."""
+    return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 class Folder:
@@ -48,10 +47,14 @@ class Folder:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
-        self.is_local = "file" in _protocols(self.fs)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.url}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}"
@@ -91,6 +94,16 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_jsonl(self, name: str) -> list[Any]:
+        """Return the value of each complete line; the last may be half a line."""
+        # splitlines would also split at U+2028, which JSON leaves unescaped in strings
+        *lines, _ = self.read_text(name).split("\n")
+        return [json.loads(line) for line in lines]
+
+    def write_jsonl(self, name: str, values: Iterable[Any]) -> None:
+        lines = (json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+        self.write_text(name, "".join(lines))
 
     def names(self) -> list[str]:
         """Return the sorted names of all entries; empty if the folder does not exist."""
@@ -135,10 +148,6 @@ class Folder:
         """Copy all files to a local folder; create it if missing."""
         directory.mkdir(exist_ok=True)
         self.fs.get(f"{self.root}/", f"{directory}/", recursive=True)
-
-
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def file_entries(directory: Path, names: Sequence[str] | None = None) -> list[FileEntry]:

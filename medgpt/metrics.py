@@ -39,8 +39,7 @@ class MetricsWriter:
         if not local and run.folder.exists("metrics.jsonl"):
             self.file.write_text(run.folder.read_text("metrics.jsonl"), "utf-8")
         _truncate_partial_line(self.file)
-        self.events_dir = root / "tensorboard"
-        self.events = EventFileWriter(str(self.events_dir), filename_suffix=f".{attempt}")
+        self.events = EventFileWriter(str(root / "tensorboard"), filename_suffix=f".{attempt}")
 
     @property
     def time_s(self) -> float:

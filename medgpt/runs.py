@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from medgpt.artifacts import MANIFEST, Folder, committed
 from medgpt.config.base import ConfigError
-from medgpt.config.loading import validate
+from medgpt.config.loading import RENAMED_KEYS, validate
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "peft", "trl", "pyarrow", "tokenizers")
 CHANGEABLE_KEYS = {  # sections and keys that do not alter the result
@@ -85,9 +85,7 @@ class Run:
     def open(cls, stage: str, config: BaseModel, *, run_dir: str, allow_changes: bool) -> "Run":
         """Open the run at `run_dir` and record config and environment, unless it is finished.
 
-        Raises:
-            ConfigError: the folder cannot be used or holds something else, or the config changed
-                since the run began.
+        Raises ConfigError if the folder is unusable or of another run, or the config has changed.
         """
         run = cls._from_dir(run_dir)
         if run.folder.exists("config.toml"):
@@ -103,7 +101,8 @@ class Run:
             run.update_manifest(stage=stage, started=started, **environment())
         except OSError as error:
             raise ConfigError(
-                f"run.dir={run_dir} cannot be written: {error}; choose a folder that can"
+                f"run.dir={run_dir} cannot be written ({error.strerror or error}); choose "
+                "another folder"
             ) from None
         return run
 
@@ -163,8 +162,9 @@ class Run:
                 f"run.dir={self.folder.url} is a run of stage {began_as}; choose another folder "
                 f"for {stage}"
             )
-        old, new = _with_defaults(type(config), self.config), _config_tree(config)
-        changes = list(_differences(old, new))
+        recorded, new = self.config, _config_tree(config)
+        renames = list(_rename_keys(recorded, new))
+        changes = [*renames, *_differences(_with_defaults(type(config), recorded), new)]
         if changes and not allow_changes:
             raise ConfigError(
                 f"run.dir={self.folder.url} began with another config: {'; '.join(changes)}. "
@@ -172,10 +172,10 @@ class Run:
             )
         self.accepted_changes = changes
 
-    def checkpoint_steps(self) -> list[int]:
+    def checkpoint_steps(self, prefix: str = "step-") -> list[int]:
         """Return the steps of all checkpoint folders, complete or not, oldest first."""
-        names = [n for n in self.checkpoints.names() if n.startswith("step-")]
-        return sorted(int(name.removeprefix("step-")) for name in names)
+        names = [n for n in self.checkpoints.names() if n.startswith(prefix)]
+        return sorted(int(name.removeprefix(prefix)) for name in names)
 
     def checkpoint(self, step: int) -> Folder:
         return self.checkpoints / f"step-{step:08d}"
@@ -203,9 +203,8 @@ class Run:
         """Return one dict per step of metrics.jsonl, with all that its newest attempt logged."""
         if not self.folder.exists("metrics.jsonl"):
             return []
-        *lines, _ = self.folder.read_text("metrics.jsonl").split(
-            "\n"
-        )  # the last may be half a line
+        # the last line may be incomplete
+        *lines, _ = self.folder.read_text("metrics.jsonl").split("\n")
         merged: dict[int, dict[str, Any]] = {}
         for text in lines:
             line: dict[str, Any] = json.loads(text)
@@ -227,6 +226,18 @@ def _with_defaults(cls: type[BaseModel], tree: dict[str, Any]) -> dict[str, Any]
         return _config_tree(validate(cls, tree))
     except ConfigError:
         return tree
+
+
+def _rename_keys(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    """Rename keys of `old` as in `new`; yield `tune.mark is now tune.metric`."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return
+    for name, new_name in RENAMED_KEYS.items():
+        if name in old and name not in new and new_name in new:
+            old[new_name] = old.pop(name)
+            yield f"{prefix}{name} is now {prefix}{new_name}"
+    for key in sorted(old.keys() & new.keys()):
+        yield from _rename_keys(_as_section(old[key]), _as_section(new[key]), f"{prefix}{key}.")
 
 
 def _differences(

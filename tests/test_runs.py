@@ -32,7 +32,7 @@ def make_config(run_dir: str, **changes: Any) -> PretrainConfig:
         "run": {"dir": run_dir},
         "model": {"architecture": {"hidden_size": 64}},
         "tokenizer": {"mode": "train"},
-        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "licence": "MIT"}]},
+        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "license": "MIT"}]},
     }
     for key, value in changes.items():
         section, name = key.split("__")
@@ -188,12 +188,12 @@ def test_keys_that_do_not_alter_the_result_may_change(
         ),
         (
             "data__sources",
-            [{"name": "a", "paths": ["/a.jsonl"], "licence": "MIT", "weight": 2}],
+            [{"name": "a", "paths": ["/a.jsonl"], "license": "MIT", "weight": 2}],
             "data.sources.0.weight was unset, is 2.0",
         ),
         (
             "data__sources",
-            [{"name": n, "paths": ["/a.jsonl"], "licence": "MIT"} for n in "ab"],
+            [{"name": n, "paths": ["/a.jsonl"], "license": "MIT"} for n in "ab"],
             "data.sources.1 was unset, is {",
         ),
         ("engine__precision", "fp32", "engine.precision was 'auto', is 'fp32'"),
@@ -254,7 +254,7 @@ def test_only_pool_keys_that_alter_numbers_may_not_change(
     tmp_path: Path, key: tuple[str, ...], value: object, changes: bool
 ) -> None:
     def config(pools: dict[str, Any]) -> PPOStageConfig:
-        source = {"name": "a", "paths": ["/a.jsonl"], "licence": "MIT"}
+        source = {"name": "a", "paths": ["/a.jsonl"], "license": "MIT"}
         model = {"name": "/sft/model", "lora": {"rank": 4}}
         tree = {"run": {"dir": str(tmp_path / "run")}, "model": model, "pools": pools}
         tree |= {"data": {"sources": [source]}, "reward": {"score_weight": 0.0}}
@@ -454,3 +454,15 @@ def test_a_file_entry_is_what_the_manifest_holds(tmp_path: Path) -> None:
     (entry,) = file_entries(tmp_path)
     assert FileEntry(**vars(entry)) == entry
     assert (entry.name, entry.size, len(entry.xxh128)) == ("a", 4, 32)
+
+
+def test_a_key_renamed_by_a_newer_version_is_a_change_that_names_both(tmp_path: Path) -> None:
+    run = open_run(str(tmp_path / "run"))
+    text = run.folder.read_text("config.toml")
+    run.folder.write_text("config.toml", text.replace("license", "licence"))
+    rename = "data.sources.0.licence is now data.sources.0.license"
+    with pytest.raises(ConfigError, match=rf"another config: {rename}\. Restore"):
+        open_run(run.folder.url)
+    again = open_run(run.folder.url, run__allow_changes=True)
+    assert again.accepted_changes == [rename]
+    assert again.folder.read_text("config.toml").count("license") == 1

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
-from medgpt.cluster.autoscaler import has_autoscaler, max_cluster_resources
-from medgpt.cluster.ray_internals import ray_state
+from medgpt.cluster.ray_internals import autoscaler_pb2, global_worker, ray_state
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 from medgpt.config.train import ClusterConfig
@@ -16,26 +16,32 @@ Resources = Mapping[str, float]
 Demands = Mapping[str, RoleConfig]
 """Groups of workers that must run at the same time, by their config key."""
 PREDEFINED_RESOURCES = ("CPU", "GPU")  # users name the others
+EPSILON = 1e-6  # sums of fractions are not exact
 
 
 @dataclass(frozen=True)
 class NodeGroup:
     """Nodes with the same resources and labels."""
 
-    resources: Resources
+    resources: dict[str, float]
     labels: Mapping[str, str] | None
     """None if unknown, as for nodes that the autoscaler would add."""
     count: float
 
     def fits(self, bundle: Resources, labels: Mapping[str, str]) -> bool:
-        labels_match = self.labels is None or labels.items() <= self.labels.items()
-        return labels_match and all(self.resources.get(name, 0) >= n for name, n in bundle.items())
+        if self.labels is not None and not labels.items() <= self.labels.items():
+            return False
+        return all(self.resources.get(name, 0) + EPSILON >= n for name, n in bundle.items())
 
 
 def worker_bundle(config: RoleConfig) -> dict[str, float]:
     """Return the resources that one worker reserves."""
     resources = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources}
     return {name: amount for name, amount in resources.items() if amount}
+
+
+def _total_need(config: RoleConfig) -> dict[str, float]:
+    return {key: amount * config.num_workers for key, amount in worker_bundle(config).items()}
 
 
 def worker_demands(cluster: ClusterConfig) -> dict[str, RoleConfig]:
@@ -54,15 +60,10 @@ def pool_demands(roles: Mapping[str, RoleConfig]) -> dict[str, RoleConfig]:
 
 
 def check_capacity(demands: Demands, *, data_cpus: float) -> None:
-    """Check that the cluster, at its largest, can hold all workers at once.
+    """Raise ConfigError if the cluster, at its largest, cannot hold all workers at once.
 
-    Refuses only what can certainly never be placed; Ray decides how workers pack on nodes.
-
-    Args:
-        data_cpus: CPUs of one data task, which runs beside the workers.
-
-    Raises:
-        ConfigError: some workers never fit.
+    Refuses only what can never be placed; Ray decides how workers pack on nodes. `data_cpus` are
+    the CPUs of one data task, which runs beside the workers.
     """
     if has_autoscaler() and max_cluster_resources() is None:
         return  # the autoscaler does not publish its limits
@@ -80,29 +81,18 @@ def check_demands(
     """Run `check_capacity` on a cluster with these nodes. Raises ConfigError."""
     cluster = _describe_cluster(present, addable)
     node_groups = [*present, *addable]
-    present_total, max_added = (
-        _total_resources(present),
-        _total_resources(addable),
-    )  # both may count the same nodes
-    limits = {
-        key: max(present_total.get(key, 0), max_added.get(key, 0))
-        for key in present_total.keys() | max_added.keys()
-    }
+    totals = total_resources(present), total_resources(addable)  # may count the same nodes
+    limits = {key: max(total.get(key, 0) for total in totals) for total in totals for key in total}
     reserved: dict[str, float] = {"CPU": data_cpus}
     for name, config in demands.items():
         if config.share_with is not None:
             continue
         bundle = worker_bundle(config)
         workers = _describe_workers(name, config)
-        _check_nodes(
-            config,
-            [nodes for nodes in node_groups if nodes.fits(bundle, config.labels)],
-            workers,
-            cluster,
-        )
-        total_need = {key: amount * config.num_workers for key, amount in bundle.items()}
-        for key, amount in total_need.items():
-            if reserved.get(key, 0) + amount > limits.get(key, 0) + 1e-6:
+        fitting = [nodes for nodes in node_groups if nodes.fits(bundle, config.labels)]
+        _check_nodes(config, fitting, workers, cluster)
+        for key, amount in _total_need(config).items():
+            if reserved.get(key, 0) + amount > limits.get(key, 0) + EPSILON:
                 others = _describe_resources({key: reserved.get(key, 0)})
                 raise ConfigError(
                     f"{workers} can never be placed: data tasks and pools before it use {others} "
@@ -119,9 +109,8 @@ def _check_nodes(
     """Raise ConfigError if the nodes that fit one worker cannot satisfy `strategy`."""
     if not fitting:
         raise ConfigError(f"{workers} can never be placed: no node can hold one; {cluster}")
-    total_need = {key: amount * config.num_workers for key, amount in worker_bundle(config).items()}
     packed = config.strategy == "STRICT_PACK"
-    if packed and not any(nodes.fits(total_need, config.labels) for nodes in fitting):
+    if packed and not any(nodes.fits(_total_need(config), config.labels) for nodes in fitting):
         raise ConfigError(
             f"{workers} can never be placed: strategy=STRICT_PACK needs all workers on one node, "
             f"and none is large enough; {cluster}"
@@ -132,6 +121,45 @@ def _check_nodes(
             f"{workers} can never be placed: strategy=STRICT_SPREAD needs a node for each worker; "
             f"{cluster}"
         )
+
+
+def max_concurrent_trials(
+    trial: Mapping[str, RoleConfig],
+    shared: Mapping[str, RoleConfig],
+    nodes: Sequence[NodeGroup],
+    *,
+    data_cpus: float,
+    limit: int,
+) -> int:
+    """Return how many tuning trials, at most `limit`, fit beside the shared pools and a data task.
+
+    Places each worker, largest first, on the first node with enough resources. Ray may place them
+    differently; a trial that does not fit waits.
+    """
+    shared = {**shared, "data": RoleConfig(cpus_per_worker=data_cpus)}
+    max_workers = sum(config.num_workers for config in [*shared.values(), *trial.values()] * limit)
+    free = [
+        NodeGroup(dict(node.resources), node.labels, 1)
+        for node in nodes
+        for _ in range(int(min(node.count, max_workers)))
+    ]
+    if not _reserve(shared, free):
+        return 0
+    return next((count for count in range(limit) if not _reserve(trial, free)), limit)
+
+
+def _reserve(roles: Mapping[str, RoleConfig], free: Sequence[NodeGroup]) -> bool:
+    """Subtract the workers from `free`. False if one does not fit; others are subtracted then."""
+    hosts = [config for config in roles.values() if config.share_with is None]
+    workers = [config for config in hosts for _ in range(config.num_workers)]
+    for config in sorted(workers, key=lambda c: (-c.gpus_per_worker, -c.cpus_per_worker)):
+        bundle = worker_bundle(config)
+        node = next((node for node in free if node.fits(bundle, config.labels)), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node.resources[name] -= amount
+    return True
 
 
 def _describe_workers(name: str, config: RoleConfig) -> str:
@@ -160,6 +188,24 @@ def cluster_nodes() -> tuple[list[NodeGroup], list[NodeGroup]]:
     ]
 
 
+def autoscaling_state() -> Any | None:
+    """Return the latest AutoscalingState of a version 2 autoscaler, or None without one."""
+    reply = autoscaler_pb2.GetClusterStatusReply()
+    worker: Any = global_worker
+    reply.ParseFromString(worker.gcs_client.get_cluster_status())
+    state = reply.autoscaling_state
+    return state if state.autoscaler_state_version else None
+
+
+def max_cluster_resources() -> Mapping[str, float] | None:
+    """Return the resources the cluster can grow to, if `clusters/publish_limits.py` set them."""
+    return ray_state.get_max_resources_from_cluster_config()
+
+
+def has_autoscaler() -> bool:
+    return max_cluster_resources() is not None or autoscaling_state() is not None
+
+
 def schedulable_resources(resources: Mapping[str, float]) -> dict[str, float]:
     """Drop the resources that Ray adds itself: memory, node:1.2.3.4, accelerator_type:H100."""
     return {
@@ -169,7 +215,8 @@ def schedulable_resources(resources: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _total_resources(nodes: Sequence[NodeGroup]) -> dict[str, float]:
+def total_resources(nodes: Sequence[NodeGroup]) -> dict[str, float]:
+    """Return the summed resources of all nodes."""
     total: dict[str, float] = {}
     for group in nodes:
         for name, amount in group.resources.items():

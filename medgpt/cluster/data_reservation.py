@@ -8,10 +8,7 @@ from typing import Any
 import ray
 
 # Ray Train gets the number of workers from this actor; no public API lowers it
-from medgpt.cluster.ray_internals import (
-    ResourceRequestPriority,
-    get_or_create_autoscaling_coordinator,
-)
+from medgpt.cluster import ray_train_internals as internals
 
 EXPIRE_AFTER_S = 180  # after the last renewal, when the driver is gone
 RENEW_EVERY_S = 60
@@ -23,7 +20,7 @@ def reserve_cpus_for_data(run_dir: str, cpus: float) -> Iterator[None]:
 
     Requests of equal priority are served in order, so enter this before training starts.
     """
-    coordinator: Any = get_or_create_autoscaling_coordinator()
+    coordinator: Any = internals.get_or_create_autoscaling_coordinator()
     name = f"medgpt-data-{run_dir}"  # the same name when the command is repeated
 
     def request() -> None:
@@ -32,7 +29,7 @@ def reserve_cpus_for_data(run_dir: str, cpus: float) -> Iterator[None]:
                 requester_id=name,
                 resources=[{"CPU": cpus}],
                 expire_after_s=EXPIRE_AFTER_S,
-                priority=ResourceRequestPriority.HIGH,
+                priority=internals.ResourceRequestPriority.HIGH,
             )
         )
 

@@ -22,6 +22,7 @@ from ray.util.placement_group import (
 
 from medgpt.cluster.capacity import worker_bundle
 from medgpt.cluster.ray_internals import ray_state
+from medgpt.cluster.wait_for_resources import waiting_line
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 
@@ -43,14 +44,9 @@ class Gang:
 
     def roles_on(self, nodes: Container[str]) -> set[str]:
         """Return the roles with a bundle on one of `nodes`, which are hexadecimal node ids."""
-        return {
-            role
-            for role, group in self.groups.items()
-            if any(
-                node in nodes
-                for node in placement_group_table(group)["bundles_to_node_id"].values()
-            )
-        }
+        tables = {role: placement_group_table(group) for role, group in self.groups.items()}
+        used = {role: table["bundles_to_node_id"].values() for role, table in tables.items()}
+        return {role for role, ids in used.items() if any(node in nodes for node in ids)}
 
 
 def acquire_gang(
@@ -60,13 +56,10 @@ def acquire_gang(
     say: Callable[[str], None],
     attempt_s: float = PLACEMENT_ATTEMPT_S,
 ) -> Gang:
-    """Place all pools, or none of them.
+    """Place all pools, or none of them and raise ConfigError after `wait_s`.
 
     A partly placed gang is released after `attempt_s` and requested again after a random pause, so
     that two jobs that each hold half of a cluster do not wait for each other forever.
-
-    Raises:
-        ConfigError: a pool was not placed within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
     pause, requested = min(FIRST_PAUSE_S, attempt_s), False
@@ -84,7 +77,7 @@ def acquire_gang(
                     f"{shortage}; use fewer or smaller workers in [pools], or a larger cluster"
                 )
             if not requested:
-                say(f"waiting up to {wait_s:g} s for resources for all pools: none for {shortage}")
+                say(waiting_line(wait_s, f"resources for all pools: none for {shortage}"))
                 # the autoscaler drops a request when its group is released, but keeps this one
                 bundles, labels = bundles_and_labels(roles)
                 request_resources(bundles=bundles, bundle_label_selectors=labels)
@@ -113,10 +106,7 @@ def _create_groups(roles: Mapping[str, RoleConfig]) -> Gang:
 
 
 def release_orphaned_groups(is_orphaned: Callable[[str], bool]) -> None:
-    """Remove the groups made by actors for whose id `is_orphaned` returns True.
-
-    Ray would keep the groups of a dead actor until the job ends.
-    """
+    """Remove groups of actors for whose id `is_orphaned`; Ray keeps those of dead actors."""
     for key, row in placement_group_table().items():
         match = ACTOR_GROUP_NAME.fullmatch(row["name"])
         if match and row["state"] != "REMOVED" and is_orphaned(match[1]):
@@ -172,9 +162,7 @@ def bundles_and_labels(
     """Return the bundle of every worker and the node labels it requires."""
     hosts = [config for config in roles.values() if config.share_with is None]
     workers = [config for config in hosts for _ in range(config.num_workers)]
-    return [worker_bundle(config) for config in workers], [
-        dict(config.labels) for config in workers
-    ]
+    return [worker_bundle(c) for c in workers], [dict(c.labels) for c in workers]
 
 
 def _describe_free_resources() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import ray
 
-from medgpt.cluster.autoscaler import has_autoscaler
+from medgpt.cluster.capacity import has_autoscaler
 from medgpt.cluster.ray_internals import get_default_system_temp_dir, ray_constants
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
@@ -45,10 +45,7 @@ def init_ray(cluster: ClusterConfig) -> None:
     """Connect to RAY_ADDRESS, or start Ray on this machine. Does nothing if Ray is initialized.
 
     A local Ray has `cluster.data_cpus` logical CPUs more than the machine: data tasks are light and
-    run beside the workers, which reserve the real CPUs.
-
-    Raises:
-        ConfigError: no cluster answers at RAY_ADDRESS, or this machine is too busy.
+    run beside the workers, which reserve the real CPUs. Raises ConfigError if Ray does not answer.
     """
     if ray.is_initialized():
         return
@@ -83,17 +80,12 @@ def check_address(address: str) -> None:
 
 
 def start_local(num_cpus: float, spill_dir: str | None = None, *, loopback: bool = True) -> None:
-    """Start Ray on this machine and connect to it.
+    """Start Ray on this machine and connect to it, or raise ConfigError.
 
     The address is "local" because a bare `ray.init()` may join what a dead cluster left behind.
     Ray's objects hold patient text, so only the owner can enter the folders for logs and spilled
-    objects.
-
-    Args:
-        loopback: open ports to this machine only; other commands cannot join by RAY_ADDRESS then.
-
-    Raises:
-        ConfigError: the machine is too busy, or a folder cannot be made private.
+    objects. With `loopback` the ports are open to this machine only, and other commands cannot
+    join by RAY_ADDRESS.
     """
     os.environ.update(RAY_ENVIRONMENT | LOCAL_RAY_ENVIRONMENT)
     # Ray makes its own folder world-writable, but nobody else can enter the parent
@@ -133,11 +125,7 @@ def _loopback_only() -> Iterator[None]:
 
 
 def private_folder(parent: str) -> str:
-    """Return the path of a folder in `parent` that only this user can enter; create it if missing.
-
-    Raises:
-        ConfigError: the folder cannot be created, or belongs to another user.
-    """
+    """Create or find a folder in `parent` that only this user can enter, or raise ConfigError."""
     path = f"{parent}/medgpt-{os.getuid()}"
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -156,11 +144,7 @@ def private_folder(parent: str) -> str:
 
 
 def start_with_retry(start: Callable[[], Any]) -> None:
-    """Call `start`, and once more if a node missed Ray's startup limit of 30 s.
-
-    Raises:
-        ConfigError: the second start missed the limit, too.
-    """
+    """Call `start`, twice if a node misses Ray's startup limit of 30 s, then raise ConfigError."""
     for _ in range(2):
         before = set(psutil.Process().children())
         try:

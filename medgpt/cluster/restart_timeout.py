@@ -1,34 +1,31 @@
 """Bound and announce the wait of a run that has lost its workers."""
 
 import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 # Ray Train has no public hook for this, but its RunConfig accepts its internal callback class
-from medgpt.cluster.ray_internals import (
-    ControllerCallback,
-    InitializingState,
-    ReschedulingState,
-    RestartingState,
-    SchedulingState,
-)
+from medgpt.cluster import ray_train_internals as internals
+from medgpt.cluster.wait_for_resources import waiting_line
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig
 
-WAITING_STATES = (InitializingState, SchedulingState, ReschedulingState, RestartingState)
+if TYPE_CHECKING:
+    from ray.util.queue import Queue
+
+WAITING_STATES = (
+    internals.InitializingState,
+    internals.SchedulingState,
+    internals.ReschedulingState,
+    internals.RestartingState,
+)
 ANNOUNCE_AFTER_S = 30  # longer than an ordinary restart
 POLL_S = 1
 
 
-class MessageQueue(Protocol):
-    """Queue that the driver reads."""
-
-    def put(self, item: Any) -> None: ...
-
-
-class RestartTimeout(ControllerCallback):
+class RestartTimeout(internals.ControllerCallback):
     """Ends a run that waits longer than `cluster.wait_s` for workers. Runs in the controller."""
 
-    def __init__(self, cluster: ClusterConfig, messages: MessageQueue) -> None:
+    def __init__(self, cluster: ClusterConfig, messages: "Queue") -> None:
         self.cluster, self.messages = cluster, messages
         self.waiting_since: float | None = None
         self.announced = False
@@ -48,7 +45,7 @@ class RestartTimeout(ControllerCallback):
             self.messages.put(error)
             raise error
         if now - self.waiting_since > ANNOUNCE_AFTER_S and not self.announced:
-            self.messages.put(f"waiting up to {self.cluster.wait_s:g} s for {resources}")
+            self.messages.put(waiting_line(self.cluster.wait_s, resources))
             self.announced = True
         if current_state is previous_state:
             time.sleep(POLL_S)  # Ray Train would poll without a pause

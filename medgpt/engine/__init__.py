@@ -38,15 +38,6 @@ for handler in logging.getLogger("DeepSpeed").handlers:
     assert isinstance(handler, logging.StreamHandler)
     handler.setStream(sys.stderr)  # stdout belongs to the program's own output
 
-from medgpt.engine.engine import Engine  # noqa: E402
-from medgpt.engine.export import gather_merged_weights, gather_weights, save_safetensors  # noqa: E402
-from medgpt.engine.loading import load_safetensors, partitioned_init  # noqa: E402
+from medgpt.engine.engine import Engine, FrozenEngine  # noqa: E402
 
-__all__ = [
-    "Engine",
-    "gather_merged_weights",
-    "gather_weights",
-    "load_safetensors",
-    "partitioned_init",
-    "save_safetensors",
-]
+__all__ = ["Engine", "FrozenEngine"]

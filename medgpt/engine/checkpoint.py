@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from medgpt.data.loader.packing import balance
 from medgpt.engine import state
 
 STEPS_FILE = "engine.json"
@@ -95,9 +97,6 @@ def load(
 
 def assign_owners(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     """Assign each parameter to the rank that writes it: largest first, to the least loaded rank."""
-    num_elements = [0] * num_ranks
-    owners = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = num_elements.index(min(num_elements))
-        num_elements[owners[name]] += sizes[name]
-    return owners
+    names = sorted(sizes)
+    owners = balance(np.array([sizes[name] for name in names], np.int64), num_ranks)
+    return dict(zip(names, owners.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The Engine class: DeepSpeed behind forward, backward, step, snapshot, load and export."""
+"""The Engine class: DeepSpeed behind forward, backward, step, snapshot and load."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from medgpt.config.train import EngineConfig, OptimizerConfig
 from medgpt.engine import checkpoint, schedule, state
-from medgpt.engine.export import export_weights
 from medgpt.engine.setup import deepspeed_config, ensure_process_group
 
 
@@ -112,10 +111,6 @@ class Engine:
             directory, self._trainable_parameters(), self._adam, self._optimizer
         )
 
-    def export(self, directory: Path, submodule: nn.Module | None = None) -> None:
-        """Write the weights of the module, or a `part` of it, as safetensors shards. Collective."""
-        export_weights(self.module if submodule is None else submodule, directory)
-
     def _trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
@@ -130,6 +125,25 @@ class Engine:
         if not math.isfinite(self._grad_norm):
             for param in params:
                 param.grad = None  # Adam skips it
+
+
+class FrozenEngine:
+    """Runs `module` without gradients. At ZeRO-3 every rank must make the same number of calls."""
+
+    def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
+        ensure_process_group(device)
+        module.requires_grad_(False).eval()
+        if config.zero_stage < 3:
+            self.run: Any = module.to(device)
+            return
+        settings = deepspeed_config(config, device, max_grad_norm=0.0)
+        settings["bf16"] = {"enabled": settings["bf16"]["enabled"]}
+        self.run, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output."""
+        return self.run(*args, **kwargs)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

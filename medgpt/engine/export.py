@@ -1,7 +1,7 @@
 """Gather weights from an engine one at a time and write Hugging Face safetensors files."""
 
 import json
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import deepspeed
 import torch
 import torch.distributed as dist
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,11 +28,7 @@ def gather_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Collective: every rank must exhaust the iterator, which yields on rank 0 only. The weights are
     those of the forward pass, in bf16 runs the rounded master weights.
     """
-    seen: set[int] = set()
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
+    for name, tensor in _distinct_weights(module):
         params = [tensor] if state.is_zero_param(tensor) else []
         with deepspeed.zero.GatheredParameters(params, enabled=bool(params)):
             copy = tensor.detach().to("cpu", copy=True) if dist.get_rank() == 0 else None
@@ -38,13 +36,53 @@ def gather_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, copy.contiguous()
 
 
-def export_weights(module: nn.Module, directory: Path) -> None:
-    """Write the weights of `module` as safetensors shards, tied ones once. Collective."""
+def _distinct_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers, tied ones once, under their first name."""
+    seen: set[int] = set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def export_weights(
+    module: nn.Module, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write the weights of `module`, tied ones once, as safetensors. Collective.
+
+    Writes model.safetensors, or numbered shards with an index. Holds one shard in memory, and a
+    tensor larger than `max_shard_bytes`, which gets a shard of its own.
+    """
     weights = gather_weights(module)
     try:
-        save_safetensors(weights, directory)
-    finally:  # after an error on rank 0 the other ranks still gather
+        if dist.get_rank() == 0:
+            _save_shards(weights, _plan_shards(module, max_shard_bytes), directory)
+    finally:  # the other ranks, and rank 0 after an error, still gather
         deque(weights, maxlen=0)
+
+
+def _plan_shards(module: nn.Module, max_shard_bytes: int) -> StateDictSplit:
+    sizes = {
+        name: torch.empty(state.full_shape(tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in _distinct_weights(module)
+    }
+    return split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
+
+
+def _save_shards(
+    weights: Iterable[tuple[str, Tensor]], plan: StateDictSplit, directory: Path
+) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in weights:
+        file = plan.tensor_to_filename[name]
+        shards[file][name] = tensor
+        if len(shards[file]) == len(plan.filename_to_tensors[file]):
+            save_file(shards.pop(file), directory / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (directory / SAFETENSORS_INDEX_FILE).write_text(text, "utf-8")
 
 
 def gather_merged_weights(weights: "Iterable[MergedWeight]") -> Iterator[tuple[str, Tensor]]:
@@ -61,51 +99,3 @@ def gather_merged_weights(weights: "Iterable[MergedWeight]") -> Iterator[tuple[s
                 with torch.no_grad():
                     weight = merged.compute()
                 yield merged.name, weight
-
-
-def save_safetensors(
-    items: Iterable[tuple[str, Tensor]], directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write `items` as model.safetensors, or as numbered shards with an index; nothing if empty.
-
-    Holds one shard in memory. A tensor larger than `max_shard_bytes` gets a shard of its own.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = []  # names
-    shard: dict[str, Tensor] = {}
-    total = 0
-    for name, tensor in items:
-        size = tensor.numel() * tensor.element_size()
-        if shard and _num_bytes(shard) + size > max_shard_bytes:
-            shards.append(_write_shard(shard, directory, len(shards)))
-            shard = {}
-        shard[name] = tensor
-        total += size
-    if shard:
-        shards.append(_write_shard(shard, directory, len(shards)))
-    _finish_shards(shards, total, directory)
-
-
-def _num_bytes(shard: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
-
-
-def _write_shard(shard: dict[str, Tensor], directory: Path, index: int) -> list[str]:
-    save_file(shard, directory / f"shard-{index}.tmp", metadata={"format": "pt"})
-    return list(shard)
-
-
-def _finish_shards(shards: list[list[str]], total: int, directory: Path) -> None:
-    """Rename the shards, as their final names contain the number of shards, and write the index."""
-    if len(shards) == 1:
-        (directory / "shard-0.tmp").replace(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{index}.tmp").replace(directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    if shards:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True)
-        (directory / "model.safetensors.index.json").write_text(text, "utf-8")

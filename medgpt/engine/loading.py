@@ -13,9 +13,12 @@ from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride,
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from medgpt.config.model import ModelConfig
 from medgpt.config.train import EngineConfig
 from medgpt.engine import state
-from medgpt.engine.setup import compute_dtype, deepspeed_config, ensure_process_group
+from medgpt.engine.setup import deepspeed_config, ensure_process_group
+from medgpt.models.load import build_empty_model, compute_dtype
+from medgpt.models.model_files import HeadKind, check_no_missing_weights, weight_files
 
 
 @contextlib.contextmanager
@@ -28,7 +31,7 @@ def partitioned_init(config: EngineConfig, device: torch.device) -> Iterator[Non
         yield
         return
     ensure_process_group(device)
-    dtype, dtype_before = compute_dtype(config, device), torch.get_default_dtype()
+    dtype, dtype_before = compute_dtype(config.precision, device.type), torch.get_default_dtype()
     init = deepspeed.zero.Init(
         config_dict_or_path=deepspeed_config(config, device, max_grad_norm=0.0),
         dtype=dtype,
@@ -41,6 +44,28 @@ def partitioned_init(config: EngineConfig, device: torch.device) -> Iterator[Non
             yield
     finally:
         torch.set_default_dtype(dtype_before)
+
+
+def build_partitioned(
+    config: ModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    head_kind: HeadKind,
+    max_length: int | None = None,
+) -> Any:
+    """Build a saved model that no rank ever holds completely. Every rank must call it.
+
+    Raises ConfigError if config.name cannot be loaded with this head, or lacks weights. A missing
+    value head stays uninitialized.
+    """
+    assert config.name is not None
+    dtype = compute_dtype(engine.precision, device.type)
+    with partitioned_init(engine, device):
+        model = build_empty_model(config, head_kind=head_kind, dtype=dtype, max_length=max_length)
+    missing, _ = load_safetensors(model, weight_files(config.name))
+    check_no_missing_weights(config.name, missing, head_kind)
+    return model
 
 
 def load_safetensors(module: nn.Module, files: Sequence[Path]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Set up what DeepSpeed needs before an engine is built: process group, dtype and config."""
+"""Set up what DeepSpeed needs before an engine is built: process group and config."""
 
 import ctypes
 import os
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from medgpt.config.base import ConfigError
 from medgpt.config.train import BUCKET_ELEMENTS, EngineConfig
+from medgpt.models.load import compute_dtype
 
 
 def keep_freed_memory() -> None:
@@ -26,13 +27,6 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_mmap_threshold, 32 << 20)  # the maximum
     libc.mallopt(m_trim_threshold, 2**31 - 1)
     libc.mallopt(m_top_pad, 64 << 20)
-
-
-def compute_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of weights and activations; master weights and moments are always fp32."""
-    auto = "fp32" if device.type == "cpu" else "bf16"
-    precision = auto if config.precision == "auto" else config.precision
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def effective_zero_stage(config: EngineConfig, dtype: torch.dtype) -> int:
@@ -55,12 +49,8 @@ def ensure_process_group(device: torch.device) -> None:
 def deepspeed_config(
     config: EngineConfig, device: torch.device, *, max_grad_norm: float
 ) -> dict[str, Any]:
-    """Return DeepSpeed's config.
-
-    Raises:
-        ConfigError: offload_optimizer is set without ZeRO.
-    """
-    dtype = compute_dtype(config, device)
+    """Return DeepSpeed's config; raise ConfigError if offload_optimizer is set without ZeRO."""
+    dtype = compute_dtype(config.precision, device.type)
     stage = effective_zero_stage(config, dtype)
     if config.offload_optimizer and config.zero_stage == 0:
         raise ConfigError("engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0")

@@ -9,6 +9,7 @@ import xxhash
 
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalPoolConfig
+from medgpt.config.pools import Precision
 from medgpt.data.tokenized.chat_template import stop_token_ids
 from medgpt.eval.requests import (
     Generate,
@@ -22,20 +23,19 @@ from medgpt.eval.requests import (
     RollingLoglikelihoodResponse,
 )
 from medgpt.models.generate import document_stop_ids, generate_responses, load_for_generation
+from medgpt.models.load import compute_dtype
 from medgpt.models.loglikelihood import LoglikelihoodScorer
 from medgpt.models.prompts import encode_prompt, encode_prompt_options, encode_text
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-class Engine:
+class EvalEngine:
     """Answers requests in batches of similar length."""
 
     def __init__(
         self,
         model_folder: str,
         *,
-        precision: str,
+        precision: Precision,
         pool: EvalPoolConfig,
         trust_remote_code: bool = False,
         fresh_seed: int | None = None,
@@ -49,11 +49,11 @@ class Engine:
             ConfigError: the folder holds no causal language model.
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        default_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = compute_dtype(precision, device.type)
         model, self.tokenizer = load_for_generation(
             model_folder, device, trust_remote_code=trust_remote_code, init_seed=fresh_seed
         )
-        self.model: Any = model.to(DTYPES.get(precision, default_dtype))  # type: ignore[arg-type]
+        self.model: Any = model.to(dtype)  # type: ignore[arg-type]
         self.pool = pool
         self.scorer = LoglikelihoodScorer(
             self.model, batch_tokens=pool.batch_tokens, window_tokens=pool.window_tokens
@@ -120,9 +120,7 @@ class Engine:
             key = (isinstance(request.prompt, str), request.max_new_tokens, request.temperature)
             for sample in range(request.samples):
                 groups.setdefault(key, []).append((request, ids[-max_prompt_tokens:], sample))
-        replies_by_id: dict[str, dict[int, tuple[str, bool]]] = {
-            request.id: {} for request in requests
-        }
+        results: dict[tuple[str, int], tuple[str, bool]] = {}
         for (is_plain, max_new_tokens, temperature), group in groups.items():
             group.sort(key=lambda item: len(item[1]))
             for start in range(0, len(group), self.pool.batch_replies):
@@ -137,16 +135,13 @@ class Engine:
                     seeds=[sample_seed(request, sample) for request, _, sample in batch],
                 )
                 for (request, _, sample), reply in zip(batch, replies, strict=True):
-                    replies_by_id[request.id][sample] = reply
-        return [
-            GenerateResponse(
-                request.id,
-                [replies_by_id[request.id][sample][0] for sample in range(request.samples)],
-                [replies_by_id[request.id][sample][1] for sample in range(request.samples)],
-                was_cut[request.id],
-            )
-            for request in requests
-        ]
+                    results[request.id, sample] = reply
+        responses = []
+        for request in requests:
+            samples = [results[request.id, sample] for sample in range(request.samples)]
+            texts, finished = [text for text, _ in samples], [end for _, end in samples]
+            responses.append(GenerateResponse(request.id, texts, finished, was_cut[request.id]))
+        return responses
 
 
 def sample_seed(request: Generate, sample: int) -> int:

@@ -4,7 +4,6 @@ Requests are sent in chunks of similar length, two per engine at a time. The res
 are written as one file, so a resumed evaluation repeats only the chunks that are missing.
 """
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,10 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from medgpt.artifacts import Folder
+from medgpt.cluster.wait_for_resources import waiting_line
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
-from medgpt.eval.engine import Engine, num_characters
+from medgpt.eval.engine import EvalEngine, num_characters
 from medgpt.eval.requests import Generate, Request, Response, fingerprint, from_json, to_json
 from medgpt.models.fetch import run_model_folder
 from medgpt.models.model_files import resolve_model_folder
@@ -27,9 +27,6 @@ CHUNK_SIZE = 64  # requests; chunks of Generate requests hold pool.batch_replies
 CHUNKS_IN_FLIGHT = 2  # per engine, so that it never waits for the driver
 WAIT_NOTICE_S = 30  # report a wait that takes longer
 PING_TIMEOUT_S = 30  # a living engine answers within this time, even on a busy machine
-
-ReportProgress = Callable[[int], None]
-WriteLine = Callable[[str], None]
 
 
 class ResponseStore:
@@ -44,10 +41,7 @@ class ResponseStore:
         wanted_fingerprints = {request.id: fingerprint(request) for request in requests}
         responses = {}
         for name in self._files():
-            # splitlines would also split at U+2028, which JSON leaves unescaped in strings
-            *lines, _ = self.folder.read_text(name).split("\n")
-            for line in lines:
-                record = json.loads(line)
+            for record in self.folder.read_jsonl(name):
                 if wanted_fingerprints.get(record["response"]["id"]) == record["request"]:
                     response = from_json(record["response"])
                     responses[response.id] = response
@@ -60,12 +54,8 @@ class ResponseStore:
     def write(self, requests: Sequence[Request], responses: Sequence[Response]) -> None:
         """Write the responses as one new file."""
         fingerprints = {request.id: fingerprint(request) for request in requests}
-        lines = [
-            json.dumps({"request": fingerprints[r.id], "response": to_json(r)}, ensure_ascii=False)
-            + "\n"
-            for r in responses
-        ]
-        self.folder.write_text(f"{self.num_files:06d}.jsonl", "".join(lines))
+        records = [{"request": fingerprints[r.id], "response": to_json(r)} for r in responses]
+        self.folder.write_jsonl(f"{self.num_files:06d}.jsonl", records)
         self.num_files += 1
 
 
@@ -77,10 +67,10 @@ class EngineWorker:
         self.config = config
 
     @cached_property
-    def engine(self) -> Engine:
+    def engine(self) -> EvalEngine:
         config = self.config
         folder = resolve_model(str(config.model.name))
-        return Engine(
+        return EvalEngine(
             folder,
             precision=config.model.precision,
             pool=config.pool,
@@ -107,19 +97,17 @@ def resolve_model(name: str) -> str:
         ConfigError: there is no such model.
     """
     folder = run_model_folder(name)
-    is_model_folder = any(
-        (folder / file).exists() for file in ("config.json", "adapter_config.json")
-    )
-    return str(folder if is_model_folder else resolve_model_folder(name))
+    is_model = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+    return str(folder if is_model else resolve_model_folder(name))
 
 
 class EnginePool:
     """The engines of an evaluation; each joins the work as soon as its actor has started."""
 
-    def __init__(self, config: EvalConfig, write_line: WriteLine) -> None:
+    def __init__(self, config: EvalConfig, write_line: Callable[[str], None]) -> None:
         cluster = config.cluster
         self.wait_s, self.write_line = cluster.wait_s, write_line
-        max_failures = cluster.max_failures
+        self.max_failures = max_failures = cluster.max_failures
         options: dict[str, Any] = {
             "num_cpus": cluster.cpus_per_worker,
             "num_gpus": cluster.gpus_per_worker,
@@ -130,13 +118,15 @@ class EnginePool:
         }
         remote_worker: Any = ray.remote(**options)(EngineWorker)
         self.batch_replies = config.pool.batch_replies
-        self.max_failures = max_failures
         self.workers = [remote_worker.remote(config) for _ in range(cluster.max_workers)]
         self.loading = {worker.load.remote(): worker for worker in self.workers}
         self.ready: list[Any] = []
 
     def answer_all(
-        self, requests: Sequence[Request], store: ResponseStore, report_progress: ReportProgress
+        self,
+        requests: Sequence[Request],
+        store: ResponseStore,
+        report_progress: Callable[[int], None],
     ) -> None:
         """Answer every request that has no response in `store`, and write the responses there.
 
@@ -178,7 +168,7 @@ class EnginePool:
                 last_ping_s = time.monotonic()
                 continue
             if not has_told_wait:
-                self.write_line(f"waiting up to {self.wait_s:g} s for an engine")
+                self.write_line(waiting_line(self.wait_s, "an engine"))
                 has_told_wait = True
             if time.monotonic() - last_ping_s > self.wait_s:
                 raise ConfigError(

@@ -1,11 +1,10 @@
 """Checks the scores of an evaluation against its gates, such as `mcq.accuracy >= parent`."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ConfigError, did_you_mean
 from medgpt.config.gates import Gate, parse_gate
 
 Results = dict[str, Any]
@@ -124,8 +123,7 @@ def find_score(gate: Gate, results: Results) -> dict[str, float]:
     }
     if gate.name not in scores:
         wanted, known_names = ".".join(gate.name), [".".join(name) for name in scores]
-        nearest = difflib.get_close_matches(wanted, known_names, n=1, cutoff=0.4)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(known_names)}"
+        hint = did_you_mean(wanted, known_names, cutoff=0.4)
         raise ConfigError(f"gate {gate.text!r}: no score is called {wanted}; {hint}")
     return scores[gate.name]
 

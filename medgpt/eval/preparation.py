@@ -37,13 +37,9 @@ def build_tasks(config: EvalConfig) -> list[Task]:
             tasks.append(TASKS[kind](task, config.run.seed))
         except ConfigError as error:
             raise ConfigError(f"task {name}: {error}") from None
-        _check_ids(tasks[-1])
+        ids = [request.id for request in tasks[-1].requests()]
+        assert len(set(ids)) == len(ids), f"task {name} has two requests with one id"
     return tasks
-
-
-def _check_ids(task: Task) -> None:
-    ids = [request.id for request in task.requests()]
-    assert len(set(ids)) == len(ids), f"task {task.name} asks under one id twice"
 
 
 def check_parent(config: EvalConfig) -> None:
@@ -75,14 +71,11 @@ def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> st
 
 def check_model_unchanged(run: Run, folder: str) -> None:
     """Raise ConfigError if the weights in `folder` differ from those when the run started."""
-    current_weights = {
-        path.name: checksum(path) for path in sorted(Path(folder).glob("*.safetensors"))
-    }
-    known_weights = run.manifest.get("weights", current_weights)
-    if known_weights != current_weights:
+    weights = {path.name: checksum(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+    if run.manifest.get("weights", weights) != weights:
         raise ConfigError(
             f"run.dir={run.folder.url}: the model in {folder} has other weights than when the "
             "evaluation started; choose another run.dir"
         )
     if "weights" not in run.manifest:
-        run.update_manifest(weights=current_weights, seed=run.config["run"]["seed"])
+        run.update_manifest(weights=weights, seed=run.config["run"]["seed"])

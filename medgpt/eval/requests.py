@@ -1,7 +1,7 @@
 """The requests that tasks send to a model, and the responses to them."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import xxhash
 
@@ -11,10 +11,16 @@ Prompt = str | tuple[Message, ...]
 """A text to continue, or messages that the chat template of the model formats."""
 
 
+def as_prompt(text: str, style: Literal["plain", "chat"]) -> Prompt:
+    """Return the text as a user message, or as a line for a model without chat template."""
+    return (Message("user", text),) if style == "chat" else f"{text}\n"
+
+
 @dataclass(frozen=True, slots=True)
 class Loglikelihood:
     """Ask for the log-likelihood of each option after the prompt."""
 
+    name_on_disk: ClassVar[str] = "Choose"
     id: str
     prompt: Prompt
     options: tuple[str, ...]
@@ -22,6 +28,7 @@ class Loglikelihood:
 
 @dataclass(frozen=True, slots=True)
 class LoglikelihoodResponse:
+    name_on_disk: ClassVar[str] = "Chosen"
     id: str
     logprobs: list[float]  # natural log, summed over each option
     tokens: list[int]  # per option
@@ -33,12 +40,14 @@ class LoglikelihoodResponse:
 class RollingLoglikelihood:
     """Ask for the log-likelihood of a whole text."""
 
+    name_on_disk: ClassVar[str] = "Weigh"
     id: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class RollingLoglikelihoodResponse:
+    name_on_disk: ClassVar[str] = "Weighed"
     id: str
     nll: float  # nats, summed over all tokens that follow another one
     tokens: int
@@ -49,6 +58,7 @@ class RollingLoglikelihoodResponse:
 class Generate:
     """Ask for generated replies; temperature 0 decodes greedily."""
 
+    name_on_disk: ClassVar[str] = "Reply"
     id: str
     prompt: Prompt
     max_new_tokens: int
@@ -59,6 +69,7 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class GenerateResponse:
+    name_on_disk: ClassVar[str] = "Replied"
     id: str
     texts: list[str]  # one per sample
     finished: list[bool]  # False if max_new_tokens was reached first
@@ -67,17 +78,10 @@ class GenerateResponse:
 
 Request = Loglikelihood | RollingLoglikelihood | Generate
 Response = LoglikelihoodResponse | RollingLoglikelihoodResponse | GenerateResponse
-REQUEST_NAMES: dict[type[Request], str] = {  # in files on disk
-    Loglikelihood: "Choose",
-    RollingLoglikelihood: "Weigh",
-    Generate: "Reply",
+RESPONSE_TYPES: dict[str, type[Response]] = {
+    cls.name_on_disk: cls
+    for cls in (LoglikelihoodResponse, RollingLoglikelihoodResponse, GenerateResponse)
 }
-RESPONSE_NAMES: dict[type[Response], str] = {  # in files on disk
-    LoglikelihoodResponse: "Chosen",
-    RollingLoglikelihoodResponse: "Weighed",
-    GenerateResponse: "Replied",
-}
-RESPONSE_TYPES = {name: cls for cls, name in RESPONSE_NAMES.items()}
 
 
 def dummy_response(request: Request) -> Response:
@@ -96,10 +100,14 @@ def dummy_response(request: Request) -> Response:
             )
 
 
+def reply_texts(response: Response) -> list[str]:
+    assert isinstance(response, GenerateResponse)
+    return response.texts
+
+
 def fingerprint(request: Request) -> str:
     """Return a hash of a request; a stored response counts only if the hash is unchanged."""
-    name = REQUEST_NAMES[type(request)]
-    return xxhash.xxh3_64_hexdigest(repr_as(name, request).encode())
+    return xxhash.xxh3_64_hexdigest(repr_as(request.name_on_disk, request).encode())
 
 
 def repr_as(name: str, record: object) -> str:
@@ -108,7 +116,7 @@ def repr_as(name: str, record: object) -> str:
 
 
 def to_json(response: Response) -> dict[str, Any]:
-    return {"kind": RESPONSE_NAMES[type(response)], **asdict(response)}
+    return {"kind": response.name_on_disk, **asdict(response)}
 
 
 def from_json(record: dict[str, Any]) -> Response:

@@ -1,6 +1,5 @@
 """Names and contents of the files that an evaluation writes to its run directory."""
 
-import json
 from typing import Any
 
 from medgpt.config.gates import REWARD_TASK
@@ -40,6 +39,4 @@ def reward_results(run: Run) -> dict[str, Any]:
 
 def read_items(run: Run, name: str) -> list[ItemResult]:
     """Read items/NAME.jsonl."""
-    # splitlines would also split at U+2028, which JSON leaves unescaped in strings
-    *lines, _ = (run.folder / "items").read_text(f"{name}.jsonl").split("\n")
-    return [ItemResult(**json.loads(line)) for line in lines]
+    return [ItemResult(**item) for item in (run.folder / "items").read_jsonl(f"{name}.jsonl")]

@@ -6,16 +6,15 @@ A proportion of items has Wilson's interval, since resampling a few items that a
 give an interval of width 0.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 NUM_RESAMPLES = 2000
 MAX_INDICES_PER_BATCH = 1 << 22  # bounds the memory
-PERCENTILES = (2.5, 97.5)  # percentiles: 95 %
 
 RatioTerms = NDArray[np.float64]  # (n, 2) numerators and denominators
 Verdict = Literal["higher", "lower", "same", "undecided"]
@@ -55,6 +54,7 @@ def confidence_interval(values: RatioTerms, seed: int, *, is_proportion: bool = 
     """Return the ratio of sums with its 95 % interval.
 
     The interval is Wilson's (1927) if every item counts 0 or 1, else the percentile bootstrap's.
+    Items with denominator 0 do not count.
 
     Args:
         is_proportion: the score can only lie between 0 and 1. If it is 0 or 1 in every item, the
@@ -64,13 +64,11 @@ def confidence_interval(values: RatioTerms, seed: int, *, is_proportion: bool = 
         ValueError: no items, a value that is not finite, or denominators that sum to 0.
     """
     _check(values)
-    value, counted_items = _ratio(values), values[values[:, 1] > 0]
-    item_scores = counted_items[:, 0] / counted_items[:, 1]
-    is_binary = np.isin(item_scores, (0, 1)).all() and (values[:, 1] == 1).all()
-    if is_proportion and (is_binary or value in (0, 1)):
-        return wilson_interval(round(float(item_scores.sum())), len(item_scores))
-    sums = np.concatenate([values[rows].sum(1) for rows in _index_batches(len(values), seed)])
-    return Interval(value, *_percentiles(_ratios(sums)))
+    values = values[values[:, 1] > 0]
+    value = float(_ratio(values))
+    if is_proportion and (_is_binary(values) or value in (0, 1)):
+        return wilson_interval(round(float((values[:, 0] / values[:, 1]).sum())), len(values))
+    return bootstrap_interval(lambda rows: _ratio(values[rows]), len(values), seed)
 
 
 def wilson_interval(hits: int, n: int) -> Interval:
@@ -91,22 +89,16 @@ def paired_difference(ours: RatioTerms, theirs: RatioTerms, seed: int) -> Interv
         raise ValueError(f"paired values have shapes {ours.shape} and {theirs.shape}")
     _check(ours)
     _check(theirs)
-    resampled = [
-        _ratios(ours[rows].sum(1)) - _ratios(theirs[rows].sum(1))
-        for rows in _index_batches(len(ours), seed)
-    ]
-    return Interval(_ratio(ours) - _ratio(theirs), *_percentiles(np.concatenate(resampled)))
+    return bootstrap_interval(
+        lambda rows: _ratio(ours[rows]) - _ratio(theirs[rows]), len(ours), seed
+    )
 
 
 def mcnemar_p_value(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> float:
     """Return the two-sided p-value of McNemar's exact test; both arrays are (n,)."""
     num_ours_only = int((ours & ~theirs).sum())
-    num_theirs_only = int((theirs & ~ours).sum())
-    return (
-        float(binomtest(num_ours_only, num_ours_only + num_theirs_only).pvalue)
-        if num_ours_only + num_theirs_only
-        else 1.0
-    )
+    num_changed = int((ours != theirs).sum())
+    return float(binomtest(num_ours_only, num_changed).pvalue) if num_changed else 1.0
 
 
 def compare_runs(
@@ -128,26 +120,34 @@ def compare_runs(
         np.array([run[id] for id in shared], np.float64).reshape(-1, 2) for run in (ours, theirs)
     )
     difference = paired_difference(our_terms, their_terms, seed)
-    is_binary = bool(
-        np.isin(np.stack([our_terms[:, 0], their_terms[:, 0]]), (0, 1)).all()
-    ) and bool((np.stack([our_terms[:, 1], their_terms[:, 1]]) == 1).all())
-    p_value = mcnemar_p_value(our_terms[:, 0] == 1, their_terms[:, 0] == 1) if is_binary else None
-    return Comparison(
-        len(shared), _ratio(our_terms), _ratio(their_terms), difference, p_value, margin
-    )
+    p_value = None
+    if _is_binary(our_terms) and _is_binary(their_terms):
+        p_value = mcnemar_p_value(our_terms[:, 0] == 1, their_terms[:, 0] == 1)
+    scores = float(_ratio(our_terms)), float(_ratio(their_terms))
+    return Comparison(len(shared), *scores, difference, p_value, margin)
 
 
-def bootstrap_indices(n: int, seed: int) -> NDArray[np.int64]:
-    """Return (NUM_RESAMPLES, n) item indices, drawn with replacement."""
-    return np.concatenate(list(_index_batches(n, seed)))
+def bootstrap_interval(
+    score: Callable[[NDArray[np.int64]], NDArray[np.float64]], n: int, seed: int
+) -> Interval:
+    """Return a score of n items with its 95 % percentile bootstrap interval.
 
-
-def _index_batches(n: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the same indices in batches of rows."""
-    rng = np.random.default_rng(seed)
-    batch_size = max(1, MAX_INDICES_PER_BATCH // n)
-    for start in range(0, NUM_RESAMPLES, batch_size):
-        yield rng.integers(n, size=(min(batch_size, NUM_RESAMPLES - start), n))
+    Args:
+        score: called with (R, n) item indices, returns (R,) scores.
+    """
+    (value,) = score(np.arange(n)[None])
+    if n == 1:  # every resample is the item itself
+        return Interval(float(value), float(value), float(value))
+    low, high = bootstrap(
+        (np.arange(n),),
+        lambda rows, axis: score(rows),
+        n_resamples=NUM_RESAMPLES,
+        batch=max(1, MAX_INDICES_PER_BATCH // n),
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(value), float(low), float(high))
 
 
 def _check(values: RatioTerms) -> None:
@@ -159,17 +159,12 @@ def _check(values: RatioTerms) -> None:
         raise ValueError("the denominators of a score sum to 0")
 
 
-def _ratio(values: RatioTerms) -> float:
-    numerator, denominator = values.sum(0)
-    return float(numerator / denominator)
+def _is_binary(values: RatioTerms) -> bool:
+    """Return whether every item is right or wrong: 0 or 1, over 1."""
+    return bool(np.isin(values[:, 0], (0, 1)).all() and (values[:, 1] == 1).all())
 
 
-def _ratios(sums: RatioTerms) -> RatioTerms:
-    """Return (R,) ratios of (R, 2) sums; nan where a resample has no denominator."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], np.nan)
-
-
-def _percentiles(resampled: RatioTerms) -> tuple[float, float]:
-    low, high = np.nanpercentile(resampled, PERCENTILES)
-    return float(low), float(high)
+def _ratio(values: RatioTerms) -> NDArray[np.float64]:
+    """Return (...) ratios of sums of (..., n, 2) terms."""
+    sums = values.sum(-2)
+    return sums[..., 0] / sums[..., 1]

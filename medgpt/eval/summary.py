@@ -1,7 +1,6 @@
 """Writes items/, results.json and gates.json of an evaluation."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +14,9 @@ from medgpt.eval.stats import confidence_interval
 from medgpt.eval.task import CorpusTask, ItemResult, Task, uses_chat_template
 from medgpt.runs import Run
 
+Scores = dict[str, dict[str, float]]
+"""{metric: {value, low, high, n}}"""
+
 
 def summarize_task(task: Task, items: Sequence[ItemResult], seed: int) -> dict[str, Any]:
     """Return the entry of a task in results.json."""
@@ -25,10 +27,7 @@ def summarize_task(task: Task, items: Sequence[ItemResult], seed: int) -> dict[s
         "seed": seed,
         "metrics": score_metrics(items, seed)
         | {metric: {**score._asdict(), "n": len(items)} for metric, score in corpus_scores.items()},
-        "slices": {
-            name: {value: score_metrics(part, seed) for value, part in sorted(groups.items())}
-            for name, groups in group_by_slice(items).items()
-        },
+        "slices": score_slices(items, lambda group: score_metrics(group, seed)),
     }
 
 
@@ -42,17 +41,22 @@ def provenance(task: Task) -> dict[str, str]:
     }
 
 
-def group_by_slice(items: Sequence[ItemResult]) -> dict[str, dict[str, list[ItemResult]]]:
-    """Return {slice name: {slice value: items}}."""
+def score_slices(
+    items: Sequence[ItemResult], score: Callable[[Sequence[ItemResult]], Scores]
+) -> dict[str, dict[str, Scores]]:
+    """Return {slice name: {slice value: scores of its items}}."""
     groups: dict[str, dict[str, list[ItemResult]]] = {}
     for item in items:
         for name, value in item.slices.items():
             groups.setdefault(name, {}).setdefault(value, []).append(item)
-    return groups
+    return {
+        name: {value: score(group) for value, group in sorted(by_value.items())}
+        for name, by_value in groups.items()
+    }
 
 
-def score_metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str, float]]:
-    """Return {metric: {value, n, low, high}}, each over the items that have the metric."""
+def score_metrics(items: Sequence[ItemResult], seed: int) -> Scores:
+    """Return the scores of items, each over the items that have the metric."""
     terms_by_metric: dict[str, list[tuple[float, float]]] = {}
     for item in items:
         for name, value in item.values.items():
@@ -60,9 +64,8 @@ def score_metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str,
             terms_by_metric.setdefault(name, []).append(terms)
     scores = {}
     for name, pairs in terms_by_metric.items():
-        values = np.array(pairs, dtype=np.float64)
         value, low, high = confidence_interval(
-            values, seed, is_proportion=name not in LENGTH_METRICS
+            np.array(pairs, np.float64), seed, is_proportion=name not in LENGTH_METRICS
         )
         scores[name] = {"value": value, "n": len(pairs), "low": low, "high": high}
     return scores
@@ -71,28 +74,24 @@ def score_metrics(items: Sequence[ItemResult], seed: int) -> dict[str, dict[str,
 def placeholder_results(tasks: Sequence[Task]) -> dict[str, Any]:
     """Return results.json with all scores 0, to check the names in gates before a model runs."""
     zero_score = {"value": 0.0, "low": 0.0, "high": 0.0, "n": 0}
-    results_by_task = {}
+
+    def zero_scores(items: Sequence[ItemResult]) -> Scores:
+        return {metric: zero_score for item in items for metric in item.values}
+
+    results = {}
     for task in tasks:
         items = task.grade({request.id: dummy_response(request) for request in task.requests()})
-        metrics = {metric: zero_score for item in items for metric in item.values}
-        if isinstance(task, CorpusTask):
-            metrics |= dict.fromkeys(task.corpus_metrics, zero_score)
-        slices = {
-            name: {
-                value: {metric: zero_score for item in part for metric in item.values}
-                for value, part in groups.items()
-            }
-            for name, groups in group_by_slice(items).items()
-        }
-        results_by_task[task.name] = {**provenance(task), "metrics": metrics, "slices": slices}
-    return {"tasks": results_by_task}
+        corpus_metrics = task.corpus_metrics if isinstance(task, CorpusTask) else ()
+        metrics = zero_scores(items) | dict.fromkeys(corpus_metrics, zero_score)
+        slices = score_slices(items, zero_scores)
+        results[task.name] = {**provenance(task), "metrics": metrics, "slices": slices}
+    return {"tasks": results}
 
 
 def write_items(run: Run, task: Task, items: Sequence[ItemResult]) -> None:
     """Write items/TASK.jsonl, without texts if the task is sensitive."""
     items = [replace(item, shown={}) if task.sensitive else item for item in items]
-    lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items]
-    (run.folder / "items").write_text(f"{task.name}.jsonl", "".join(lines))
+    (run.folder / "items").write_jsonl(f"{task.name}.jsonl", map(asdict, items))
 
 
 def write_results(

@@ -1,13 +1,13 @@
 """The interface of an evaluation task: requests to a model, and the grading of its responses."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 from medgpt.data.sources.sampling import hash_texts
-from medgpt.eval.requests import Generate, Loglikelihood, Request, Response
+from medgpt.eval.requests import Generate, Loglikelihood, Request, Response, repr_as
 from medgpt.eval.stats import Interval
 
 MetricValue = float | tuple[float, float]
@@ -61,6 +61,11 @@ NO_RULES = "likelihood"  # `rules` of a task that grades likelihoods, not texts
 def rules_digest(*modules: ModuleType) -> str:
     """Return a digest of the source code that grades; other code makes scores incomparable."""
     return hash_texts(*(inspect.getsource(module) for module in modules))
+
+
+def questions_hash(questions: Iterable[object]) -> str:
+    """Return a hash of questions, whose classes files on disk know as `Question`."""
+    return hash_texts(*(repr_as("Question", question) for question in questions))
 
 
 def uses_chat_template(task: Task) -> bool:

@@ -75,8 +75,8 @@ def connect(address: str) -> JobSubmissionClient:
         client = JobSubmissionClient(address)
     except AuthenticationError as error:
         raise ConfigError(
-            f"--address {address}: {str(error).splitlines()[0]} Set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
+            f"--address {address}: {str(error).splitlines()[0].rstrip('.')}; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's token"
         ) from None
     except (OSError, RuntimeError, requests.RequestException) as error:
         raise ConfigError(
@@ -119,7 +119,7 @@ def find_job(client: JobSubmissionClient, name: str) -> Job:
     matching = [job for job in all_jobs if name in (job.id, job.run_dir)]
     if not matching:
         known = ", ".join(job.id for job in all_jobs) or "none"
-        raise ConfigError(f"no job has this id or run directory; jobs: {known}")
+        raise ConfigError(f"JOB={name}: no job has this id or run directory; jobs: {known}")
     return matching[-1]
 
 

@@ -1,13 +1,12 @@
 """Resolves a command typed on the laptop to the command that a job runs on the cluster."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgpt.config.base import ConfigError, absolute_path
+from medgpt.config.base import ConfigError, absolute_path, did_you_mean
 from medgpt.config.evaluation import EvalConfig
 from medgpt.config.loading import read_tree, validate
 from medgpt.config.stages import PipelineConfig
@@ -64,10 +63,7 @@ def resolve_command(stage: str, path: Path, overrides: list[str]) -> JobCommand:
     """
     cls = SUBMITTABLE_CONFIGS.get(stage)
     if cls is None:
-        close = difflib.get_close_matches(stage, SUBMITTABLE_CONFIGS, n=1)
-        hint = (
-            f"did you mean {close[0]}?" if close else f"there are {', '.join(SUBMITTABLE_CONFIGS)}"
-        )
+        hint = did_you_mean(stage, SUBMITTABLE_CONFIGS)
         raise ConfigError(f"stage {stage} cannot be submitted; {hint}")
     tree = read_tree(path, overrides)
     config = validate(cls, tree)

@@ -21,7 +21,6 @@ from medgpt.cluster.capacity import (
 )
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
-from medgpt.config.pools import ROLES
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.stages import TrainStageConfig
 from medgpt.config.tune import TuneStageConfig
@@ -34,9 +33,7 @@ def resource_demands(config: Any) -> tuple[Demands, float]:
         case TuneStageConfig():
             return resource_demands(config.base_config)  # one trial
         case PPOStageConfig():
-            skipped_roles = {"reference"} if config.pools.reference_in_actor else set()
-            roles = {name: config.pools.role(name) for name in ROLES if name not in skipped_roles}
-            return pool_demands(roles), 0.0
+            return pool_demands(config.pools.active_roles()), 0.0
         case TrainStageConfig() | EvalConfig():
             return worker_demands(config.cluster), config.cluster.data_cpus
     return {}, 0.0

@@ -93,23 +93,10 @@ OWN_DIAGNOSIS = re.compile(  # the asker reports a diagnosis
     re.IGNORECASE,
 )
 FILLERS = frozenset(  # words of a diagnosis that name no disease
-    [
-        "certainly",
-        "child",
-        "clearly",
-        "definitely",
-        "diagnosis",
-        "disease",
-        "father",
-        "from",
-        "have",
-        "mother",
-        "suffer",
-        "that",
-        "this",
-        "what",
-        "your",
-    ]
+    {
+        *("certainly", "child", "clearly", "definitely", "diagnosis", "disease", "father", "from"),
+        *("have", "mother", "suffer", "that", "this", "what", "your"),
+    }
 )
 WORRY = re.compile(
     r"怕|担心|怀疑|会不会|是不是|是否|网上|朋友|同事|听说|吗|是什么|邻居"

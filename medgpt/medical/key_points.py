@@ -34,15 +34,11 @@ def read_key_point_questions(path: str, kinds: Sequence[str]) -> list[KeyPointQu
                 f"{place} is the same question as {places[question.id]}; remove one of them"
             )
         questions[question.id], places[question.id] = question, place
-    questions_of_kinds = [
-        question for question in questions.values() if not kinds or question.kind in kinds
-    ]
-    if not questions_of_kinds:
-        known_kinds = (
-            ", ".join(sorted({question.kind for question in questions.values()})) or "nothing"
-        )
+    selected = [q for q in questions.values() if not kinds or q.kind in kinds]
+    if not selected:
+        known_kinds = ", ".join(sorted({q.kind for q in questions.values()})) or "nothing"
         raise ConfigError(f"kinds={list(kinds)}: no such question in {path}, only {known_kinds}")
-    return questions_of_kinds
+    return selected
 
 
 def _parse_question(place: str, row: dict[str, Any]) -> KeyPointQuestion:

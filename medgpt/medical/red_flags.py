@@ -7,7 +7,6 @@ questions have no level that a rule could recognize.
 
 import re
 import tomllib
-from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -113,14 +112,12 @@ def _level_of_quoted_fact(text: str) -> UrgencyLevel | None:
 
 @cache
 def _known_facts() -> tuple[tuple[str, UrgencyLevel], ...]:
-    return tuple(_iter_known_facts())
-
-
-def _iter_known_facts() -> Iterator[tuple[str, UrgencyLevel]]:
-    for condition in _conditions():
-        for level in KNOWN_LEVELS:
-            for fact in condition[level]:
-                yield normalize_text(fact), level
+    return tuple(
+        (normalize_text(fact), level)
+        for condition in _conditions()
+        for level in KNOWN_LEVELS
+        for fact in condition[level]
+    )
 
 
 @cache

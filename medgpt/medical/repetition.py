@@ -20,13 +20,11 @@ OPENING = re.compile(  # may differ before a clause that is otherwise the same
 ASKED_FOR = re.compile(
     r"重复|[再说念]\s?\w?遍|repeat|\b(?:twice|three times|\d times)\b", re.IGNORECASE
 )
-LONG_CLAUSE, SHORT_CLAUSE = (
-    10,
-    4,
-)  # units: too long to come twice, or three times
+LONG_CLAUSE = 10  # units: from here a clause may not come twice
+SHORT_CLAUSE = 4  # units: from here it may not come three times
 LOOP = re.compile(r"(.{1,12}?)\1{3,}", re.DOTALL)  # four times without a break
 MIN_LOOP_CHARS = 8
-MAX_LOOP_UNITS = 40  # units
+MAX_LOOP_UNITS = 40
 
 
 def repeats_itself(question: str, answer: str) -> bool:
@@ -36,13 +34,11 @@ def repeats_itself(question: str, answer: str) -> bool:
     text = normalize_text(answer).lower()
     if any(len(m.group()) >= MIN_LOOP_CHARS for m in LOOP.finditer(re.sub(r"\s+", " ", text))):
         return True
-    clauses = [_split_units(OPENING.sub("", part)) for part in CLAUSE.split(text)]
-    counts = Counter(clause for clause in clauses if clause)
-    if any(_is_repeated(clause, times) for clause, times in counts.items()):
+    parts = (_split_units(OPENING.sub("", part)) for part in CLAUSE.split(text))
+    clauses = [part for part in parts if part]
+    if any(_is_repeated(clause, times) for clause, times in Counter(clauses).items()):
         return True
-    return _repeats_clauses([clause for clause in clauses if clause]) or _repeats_units(
-        _split_units(text)
-    )
+    return _repeats_clauses(clauses) or _repeats_units(_split_units(text))
 
 
 def _split_units(text: str) -> tuple[str, ...]:
@@ -69,11 +65,8 @@ def _repeats_clauses(clauses: Sequence[tuple[str, ...]]) -> bool:
         for start in range(len(clauses) - 2 * size + 1):
             first = clauses[start : start + size]
             comes_again = first == clauses[start + size : start + 2 * size]
-            if (
-                comes_again
-                and sum(map(len, first)) >= SHORT_CLAUSE
-                and not any(map(_has_count, first))
-            ):
+            is_long = sum(map(len, first)) >= SHORT_CLAUSE
+            if comes_again and is_long and not any(map(_has_count, first)):
                 return True
     return False
 

@@ -25,6 +25,11 @@ def split_sentences(text: str) -> list[str]:
     return [part.strip() for part in SENTENCE_END.split(text) if part.strip()]
 
 
+def script_language(text: str) -> Language:
+    """Return zh if the text has a Chinese character, else en."""
+    return "zh" if HAN_CHARACTER.search(text) else "en"
+
+
 def count_han_and_words(text: str) -> tuple[int, int]:
     """Return the numbers of Chinese characters and of words in Latin letters."""
     return len(HAN_CHARACTER.findall(text)), len(WORD.findall(text))

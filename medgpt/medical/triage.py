@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
+from medgpt.config.base import Config
 from medgpt.data.citation import Citation
 from medgpt.data.sources.punctuation import full_width
 from medgpt.data.sources.sampling import in_hash_range
+from medgpt.medical.text import Language
 from medgpt.medical.urgency import UrgencyLevel
 
 DATA = Path(__file__).parent / "triage.toml"
-Language = Literal["zh", "en"]
 PatientGroup = Literal["adult", "older", "child", "woman", "man", "pregnant", "postpartum"]
 AGES: dict[PatientGroup, tuple[int, int]] = {
     "adult": (20, 59),
@@ -53,11 +54,7 @@ NOTE_TEMPLATES: dict[Language, tuple[str, ...]] = {
 PHRASINGS_PER_PAIR = 2  # notes per pair and language
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Pair(_Data):
+class Pair(Config):
     red_zh: str
     red_en: str
     benign_zh: str
@@ -66,7 +63,7 @@ class Pair(_Data):
     """Urgency of the benign half."""
 
 
-class Complaint(_Data):
+class Complaint(Config):
     id: str
     sources: Annotated[tuple[str, ...], Len(1)]
     who: PatientGroup
@@ -75,7 +72,7 @@ class Complaint(_Data):
     pairs: Annotated[tuple[Pair, ...], Len(1)]
 
 
-class Complaints(_Data):
+class Complaints(Config):
     clinically_reviewed: Literal[False]
     sources: dict[str, Citation]
     complaints: tuple[Complaint, ...]
@@ -138,7 +135,6 @@ def _write_pair(
     for phrasing, (template, age) in enumerate(zip(templates, ages, strict=True)):
         pair_id = f"{complaint.id}-{number}-{language}-{phrasing}"
         is_female = complaint.who in FEMALE or (complaint.who != "man" and rng.random() < 0.5)
-
         texts = {
             kind: _write_note(
                 template, language, complaint, is_female, age, getattr(pair, f"{kind}_{language}")

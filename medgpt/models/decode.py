@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from medgpt.models.loglikelihood import batches_by_length
+from medgpt.models.model_files import max_positions
 
 VOCAB_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
 COMPACT_FRACTION = 0.875  # finished rows leave the batch when at most this share is unfinished
@@ -50,9 +51,7 @@ class TokenGenerator:
     def __init__(self, model: PreTrainedModel, *, batch_tokens: int = 2**16) -> None:
         self.model: Any = model  # transformers does not type its models' forward
         self.batch_tokens = batch_tokens
-        self.max_positions: int = (
-            model.config.get_text_config().to_dict().get("max_position_embeddings") or 2**31
-        )
+        self.max_positions = max_positions(model.config) or 2**31
 
     def generate(
         self,
@@ -75,9 +74,8 @@ class TokenGenerator:
         """
         self._check_lengths(prompts, max_new_tokens)
         responses: list[GeneratedResponse] = [GeneratedResponse([], [], False)] * len(prompts)
-        for batch in batches_by_length(
-            [len(p) + max_new_tokens for p in prompts], self.batch_tokens
-        ):
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        for batch in batches_by_length(lengths, self.batch_tokens):
             shape, device = (len(batch), max_new_tokens), self.model.device
             tokens = torch.zeros(shape, dtype=torch.int64, device=device)
             logprobs = torch.zeros(shape, device=device)
@@ -85,10 +83,9 @@ class TokenGenerator:
             steps = self._steps([prompts[i] for i in batch], noise, temperature, stop_token_ids)
             for at, step in enumerate(steps):
                 tokens[step.rows, at], logprobs[step.rows, at] = step.tokens, step.logprobs
-            for i, row in zip(
-                batch, _truncate_at_stop(tokens, logprobs, stop_token_ids), strict=True
-            ):
-                responses[i] = row
+            truncated = _truncate_at_stop(tokens, logprobs, stop_token_ids)
+            for i, response in zip(batch, truncated, strict=True):
+                responses[i] = response
         return responses
 
     def stream(
@@ -129,7 +126,7 @@ class TokenGenerator:
         rows = torch.arange(len(prompts), device=device)
         finished = torch.zeros_like(rows, dtype=torch.bool)
         state = _DecodeState(self.model, prompts, noise.shape[1])
-        logits = state.read_prompts()
+        logits = state.read(state.prompt_ids)
         for at in range(noise.shape[1]):
             tokens, logprobs = sample_tokens(logits, noise[rows, at], temperature)
             yield _DecodeStep(rows, tokens, logprobs)
@@ -152,7 +149,7 @@ class _DecodeState:
         width = max(len(prompt) for prompt in prompts)
         padding = [width - len(prompt) for prompt in prompts]
         ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-        self.ids = torch.tensor(ids, device=device)  # (B, width)
+        self.prompt_ids = torch.tensor(ids, device=device)  # (B, width)
         slots = torch.arange(width + max_new_tokens, device=device)
         self.padding = torch.tensor(padding, device=device)[:, None]  # (B, 1)
         # (B, slots); None without padding: attention has faster kernels then
@@ -163,10 +160,6 @@ class _DecodeState:
             PreallocatedLayer(width + max_new_tokens) if type(layer) is DynamicLayer else layer
             for layer in self.cache.layers
         ]
-
-    def read_prompts(self) -> Tensor:
-        """Return the logits (B, V) after each prompt's last token."""
-        return self.read(self.ids)
 
     def read(self, ids: Tensor) -> Tensor:
         """Append `ids`, (b, L) or (b,), to the cache and return the logits (b, V) after them."""
@@ -210,7 +203,7 @@ class PreallocatedLayer(DynamicLayer):
         stop = start + key_states.shape[2]
         if self.buffers is None:
             self.lazy_initialization(key_states, value_states)
-            both = (key_states, value_states)
+            both = key_states, value_states
             key_buffer, value_buffer = (
                 x.new_empty(*x.shape[:2], self.size, x.shape[3]) for x in both
             )
@@ -265,9 +258,8 @@ def sample_tokens(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Te
     total = cumulated[:, -1:]
     block, before = _search_cumulative(cumulated, noise[:, None] * total)
     inside = blocks[torch.arange(rows, device=block.device), block[:, 0]]  # (B, BLOCK)
-    token, _ = _search_cumulative(
-        inside.cumsum(-1, dtype=torch.float64), noise[:, None] * total - before
-    )
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    token, _ = _search_cumulative(inside, noise[:, None] * total - before)
     tokens = block * VOCAB_BLOCK + token
     logprobs = logits.gather(1, tokens).float() / temperature - top - total.log().float()
     return tokens[:, 0], logprobs[:, 0]
@@ -288,8 +280,7 @@ def _truncate_at_stop(
     """Cut rows (B, T) after their first stop token."""
     is_stop = torch.isin(tokens, torch.tensor(stop_token_ids, device=tokens.device))
     length = torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, tokens.shape[1])
-    rows = zip(
-        tokens.tolist(), logprobs.tolist(), length.tolist(), is_stop.any(1).tolist(), strict=True
-    )
+    columns = (tokens, logprobs, length, is_stop.any(1))
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     for ids, row_logprobs, stop, finished in rows:
         yield GeneratedResponse(ids[:stop], row_logprobs[:stop], finished)

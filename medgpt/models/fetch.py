@@ -16,8 +16,7 @@ from medgpt.config.base import ConfigError
 def local_copy(name: str, key: str = "model.name") -> str:
     """Return `name`, or for a URI the path of a local copy of its folder, made if needed.
 
-    Raises:
-        ConfigError: the URI cannot be read; the message names the config key `key`.
+    Raises ConfigError, which names the config key `key`, if the URI cannot be read.
     """
     if "://" not in name:
         return name
@@ -28,14 +27,21 @@ def local_copy(name: str, key: str = "model.name") -> str:
 def run_model_folder(run: str) -> Path:
     """Return the model folder of a run, or `run` itself if it is a model.
 
-    Raises:
-        ConfigError: `run` is a URI that cannot be read.
+    Raises ConfigError if `run` is a URI that cannot be read.
     """
     if "://" not in run:
         return Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
     with _config_error_if_unreadable(run, "RUN"):
         inner = Folder(run) / "model"
         return Path(_copy_to_cache(inner.url if inner.names() else run))
+
+
+def existing_model_folder(run: str) -> Path:
+    """Return the same folder; raise ConfigError if it does not exist."""
+    folder = run_model_folder(run)
+    if not folder.is_dir():
+        raise ConfigError(f"RUN={run}: no such folder; give a finished run or a model folder")
+    return folder
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat_template import generation_prompt_ids, stop_token_ids
 from medgpt.models.decode import TokenGenerator
 from medgpt.models.lora import load_merged
-from medgpt.models.model_files import compatible_architectures, weight_files
-from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.model_files import compatible_architectures, has_adapters, weight_files
+from medgpt.models.tokenizer import end_token_id, load_tokenizer
 
 
 def load_for_generation(
@@ -35,16 +35,13 @@ def load_for_generation(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load the model and tokenizer of an export, in eval mode; adapters are merged in memory.
 
-    Args:
-        init_seed: draw random weights with this seed instead of loading the saved ones.
-
-    Raises:
-        ConfigError: the folder holds no causal model.
+    With `init_seed`, weights are drawn with this seed instead of loaded. Raises ConfigError if the
+    folder holds no causal model.
     """
     check_causal_model(folder, trust_remote_code)
     if init_seed is not None:
         model, tokenizer = _load_untrained(folder, trust_remote_code, init_seed)
-    elif _is_adapter(folder):
+    elif has_adapters(folder):
         model, tokenizer = load_merged(Path(folder))
     else:
         model = AutoModelForCausalLM.from_pretrained(
@@ -58,7 +55,7 @@ def load_for_generation(
 def _load_untrained(
     folder: str, trust_remote_code: bool, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if _is_adapter(folder):
+    if has_adapters(folder):
         raise ConfigError(
             f"model.untrained=true: {folder} holds adapters of a trained base model; merge them "
             "first, or name the base model"
@@ -72,7 +69,7 @@ def _load_untrained(
 
 def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
     """Raise ConfigError unless the folder holds a causal model or adapters; load nothing."""
-    if _is_adapter(folder):
+    if has_adapters(folder):
         return
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"no model in {folder}; give a finished run or its model folder")
@@ -90,10 +87,6 @@ def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
             "generate text; give a causal model"
         )
     weight_files(folder)
-
-
-def _is_adapter(folder: str) -> bool:
-    return (Path(folder) / "adapter_config.json").exists()
 
 
 def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
@@ -122,28 +115,25 @@ def stream_answer(
     )
 
 
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: Sequence[str],
-    *,
-    max_new_tokens: int,
-) -> list[str]:
-    """Return greedy answers to independent questions."""
-    prompts = [generation_prompt_ids(tokenizer, [Message("user", text)]) for text in questions]
-    return _generate_greedy(model, tokenizer, prompts, stop_token_ids(tokenizer), max_new_tokens)
-
-
-def generate_continuations(
+def generate_greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],
     *,
+    are_questions: bool,
     max_new_tokens: int,
 ) -> list[str]:
-    """Return greedy continuations of documents."""
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return _generate_greedy(model, tokenizer, prompts, document_stop_ids(tokenizer), max_new_tokens)
+    """Return greedy answers to independent questions, or greedy continuations of documents."""
+    if are_questions:
+        prompts = [generation_prompt_ids(tokenizer, [Message("user", text)]) for text in texts]
+        stop_ids = stop_token_ids(tokenizer)
+    else:
+        prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        stop_ids = document_stop_ids(tokenizer)
+    options: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
+    seeds = [0] * len(prompts)
+    responses = generate_responses(model, tokenizer, prompts, stop_ids, seeds=seeds, **options)
+    return [text for text, _ in responses]
 
 
 def generate_responses(
@@ -158,14 +148,14 @@ def generate_responses(
 ) -> list[tuple[str, bool]]:
     """Return the response to each prompt, and whether it ended with a stop token.
 
-    Args:
-        prompts: token ids.
-        seeds: one per prompt; a sampled response depends on it, not on the rest of the batch.
-        temperature: 0 always takes the most likely token.
+    Takes the arguments of TokenGenerator.generate.
     """
-    options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     responses = TokenGenerator(model).generate(
-        prompts, seeds, stop_token_ids=stop_token_ids, **options
+        prompts,
+        seeds,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop_token_ids=stop_token_ids,
     )
     return [
         (decode_text(tokenizer, reply.ids[:-1] if reply.finished else reply.ids), reply.finished)
@@ -177,25 +167,9 @@ def document_stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids that end a continued document."""
     if tokenizer.chat_template:
         return stop_token_ids(tokenizer)
-    end = tokenizer.eos_token_id
-    assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
-    return [end]
+    return [end_token_id(tokenizer)]
 
 
 def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
     """Return the text of generated ids, without special tokens and surrounding whitespace."""
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def _generate_greedy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: list[list[int]],
-    stop_token_ids: list[int],
-    max_new_tokens: int,
-) -> list[str]:
-    options: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
-    responses = generate_responses(
-        model, tokenizer, prompts, stop_token_ids, seeds=[0] * len(prompts), **options
-    )
-    return [text for text, _ in responses]

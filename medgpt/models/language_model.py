@@ -10,10 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from medgpt.algos.lm import causal_lm_loss
-from medgpt.algos.logprobs import label_logprobs
 from medgpt.config.base import ConfigError
 from medgpt.data.loader.batch import IGNORE, PackedBatch
-from medgpt.models.packed import SequenceDropouts, run_backbone, unwrap_peft
+from medgpt.models.packed import PackedModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(PackedModel):
     """Runs the output layer and the loss only on positions with a label, in chunks of tokens.
 
     Args:
@@ -44,20 +43,11 @@ class LanguageModel(nn.Module):
         activation_checkpointing: bool = False,
         neftune_alpha: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, activation_checkpointing=activation_checkpointing)
         self.loss_chunk_tokens = loss_chunk_tokens
         self.max_batch_tokens = max_batch_tokens
         self.neftune_alpha = neftune_alpha
-        self.dropouts = SequenceDropouts(model)
         output_layer(self.pretrained)  # raises now rather than in the first step
-        if activation_checkpointing:
-            self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
-
-    @property
-    def pretrained(self) -> PreTrainedModel:
-        """The Hugging Face model, including its LoRA layers if there are any."""
-        return unwrap_peft(self.model)
 
     def forward(
         self,
@@ -80,13 +70,6 @@ class LanguageModel(nn.Module):
             self._map_label_chunks(loss, batch, label_positions(batch), noise_seeds)
         ).sum()
 
-    def token_logprobs(self, batch: PackedBatch) -> Tensor:
-        """Return (1, N) float32: log p(label) of every position, 0 where there is no label."""
-        positions = label_positions(batch)
-        compute = partial(label_logprobs, overwrite=True)
-        logprobs = torch.cat(self._map_label_chunks(compute, batch, positions))
-        return logprobs.new_zeros(batch.labels.shape[1]).index_copy(0, positions, logprobs)[None]
-
     def _map_label_chunks(
         self,
         compute: Callable[[Tensor, Tensor], Tensor],
@@ -95,7 +78,8 @@ class LanguageModel(nn.Module):
         noise_seeds: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Return `compute(logits, labels)` of each chunk of the `positions` (M,)."""
-        hidden, labels = self._hidden_states(batch, noise_seeds), batch.labels[0]
+        inputs, labels = self._noisy_embeddings(batch, noise_seeds), batch.labels[0]
+        hidden = self.hidden_states(batch, noise_seeds, **inputs)
         if len(positions) < len(labels):
             hidden, labels = hidden.index_select(0, positions), labels[positions]
         sizes = self._chunk_sizes(len(positions))
@@ -111,17 +95,16 @@ class LanguageModel(nn.Module):
         size, longer = divmod(num_positions, num_chunks)
         return [size + (i < longer) for i in range(num_chunks)]
 
-    def _hidden_states(self, batch: PackedBatch, noise_seeds: Sequence[int] | None) -> Tensor:
-        """Return the last hidden state (N, H)."""
-        inputs = {}
-        if self.training:
-            self.dropouts.prepare(batch, noise_seeds)
-        if self.training and self.neftune_alpha:
-            assert noise_seeds is not None, "NEFTune needs a seed per sequence"
-            embeddings = self.pretrained.get_input_embeddings()(batch.input_ids)
-            noise = neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha, noise_seeds)
-            inputs = {"inputs_embeds": embeddings + noise}
-        return run_backbone(self.pretrained, batch, **inputs)
+    def _noisy_embeddings(
+        self, batch: PackedBatch, seeds: Sequence[int] | None
+    ) -> dict[str, Tensor]:
+        """Return the embeddings with NEFTune's noise in training, else nothing."""
+        if not (self.training and self.neftune_alpha):
+            return {}
+        assert seeds is not None, "NEFTune needs a seed per sequence"
+        embeddings = self.pretrained.get_input_embeddings()(batch.input_ids)
+        noise = neftune_noise(embeddings, batch.cu_seqlens, self.neftune_alpha, seeds)
+        return {"inputs_embeds": embeddings + noise}
 
 
 def label_positions(batch: PackedBatch) -> Tensor:
@@ -133,8 +116,7 @@ def label_positions(batch: PackedBatch) -> Tensor:
 def output_layer(model: PreTrainedModel) -> nn.Module:
     """Return the module that maps hidden states to logits.
 
-    Raises:
-        ConfigError: the model is not a backbone followed by one such module.
+    Raises ConfigError if the model is not a backbone followed by one such module.
     """
     config = model.config.to_dict()
     transforms = [term for term in LOGIT_TRANSFORMS if config.get(term) not in (None, 1.0)]

@@ -21,11 +21,12 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ArchitectureConfig, ModelConfig
+from medgpt.config.pools import Precision
 from medgpt.models.attention import VARLEN
 from medgpt.models.model_files import (
-    VALUE_HEAD_WEIGHT,
     HeadKind,
     check_max_length,
+    check_no_missing_weights,
     load_hf_config,
     resolve_model_folder,
     weight_files,
@@ -52,8 +53,8 @@ def build_model(
     config: ModelConfig,
     *,
     head_kind: HeadKind,
-    vocab_size: int,
-    special_ids: SpecialTokenIds,
+    vocab_size: int = 0,
+    special_ids: SpecialTokenIds = SpecialTokenIds(),
     seed: int,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
@@ -61,81 +62,65 @@ def build_model(
     """Return a model with weights on the CPU, in training mode, without dropout.
 
     Args:
-        vocab_size: of a fresh model. A saved one keeps its own vocabulary and special ids.
-        special_ids: of a fresh model.
-        seed: seed of the fresh weights.
+        vocab_size, special_ids, seed: of a fresh model; a saved one has its own.
         max_length: tokens of the longest sequence; the model must have as many positions.
 
     Raises:
         ConfigError: model.name cannot be loaded with this head, lacks weights or has too few
             positions, or this machine cannot run model.attention.
     """
-    hf_config = build_hf_config(
-        config, head_kind=head_kind, vocab_size=vocab_size, special_ids=special_ids
+    architecture = config.architecture
+    hf_config = (
+        load_hf_config(config, head_kind)
+        if architecture is None
+        else fresh_hf_config(architecture, vocab_size, special_ids)
     )
     check_max_length(hf_config, max_length)
     attention = resolve_attention(config.attention, dtype)
-    if config.architecture is None:
-        assert config.name is not None
-        return _prepare_for_training(
-            _load_weights(config, hf_config, head_kind, dtype, attention), config.name
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = AUTO_CLASSES[head_kind].from_config(
-            hf_config, dtype=dtype, attn_implementation=attention
-        )
-    _scale_initial_weights(model, config.architecture.num_layers)
-    return _prepare_for_training(model, None)
+    options = {"dtype": dtype, "attn_implementation": attention}
+    if architecture is None:
+        model = _load_weights(config, hf_config, head_kind, **options)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = AUTO_CLASSES[head_kind].from_config(hf_config, **options)
+        _scale_initial_weights(model, architecture.num_layers)
+    return _prepare_for_training(model, config.name)
 
 
 def build_empty_model(
     config: ModelConfig,
     *,
     head_kind: HeadKind,
-    vocab_size: int,
-    special_ids: SpecialTokenIds,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
 ) -> PreTrainedModel:
-    """Return the same model with uninitialized weights, as needed inside DeepSpeed's zero.Init."""
-    hf_config = build_hf_config(
-        config, head_kind=head_kind, vocab_size=vocab_size, special_ids=special_ids
-    )
+    """Return a saved model with uninitialized weights, as needed inside DeepSpeed's zero.Init."""
+    hf_config = load_hf_config(config, head_kind)
     check_max_length(hf_config, max_length)
-    with no_init_weights():
-        model = AUTO_CLASSES[head_kind].from_config(
-            hf_config,
-            dtype=dtype,
-            attn_implementation=resolve_attention(config.attention, dtype),
-            trust_remote_code=config.trust_remote_code,
-        )
-    model.tie_weights()  # no_init_weights skips it
+    model = uninitialized_model(
+        hf_config,
+        head_kind,
+        dtype=dtype,
+        attn_implementation=resolve_attention(config.attention, dtype),
+        trust_remote_code=config.trust_remote_code,
+    )
     return _prepare_for_training(model, config.name)
 
 
-def build_hf_config(
-    config: ModelConfig, *, head_kind: HeadKind, vocab_size: int, special_ids: SpecialTokenIds
-) -> PreTrainedConfig:
-    """Return the Hugging Face config of the model.
-
-    Raises:
-        ConfigError: model.name cannot be loaded with a head of this kind.
-    """
-    if config.architecture is not None:
-        return _fresh_hf_config(config.architecture, vocab_size, special_ids)
-    return load_hf_config(config, head_kind)
+def uninitialized_model(
+    hf_config: PreTrainedConfig, head_kind: HeadKind, **options: Any
+) -> PreTrainedModel:
+    with no_init_weights():
+        model = AUTO_CLASSES[head_kind].from_config(hf_config, **options)
+    model.tie_weights()  # no_init_weights skips it
+    return model
 
 
 def resolve_attention(attention: str, dtype: torch.dtype) -> str:
-    """Return transformers' name of the attention implementation for `model.attention`.
-
-    Raises:
-        ConfigError: flash_attention_2 cannot run here.
-    """
-    flash_runs = (
-        torch.cuda.is_available() and is_flash_attn_2_available() and dtype != torch.float32
-    )
+    """Return transformers' name of `model.attention`; raise ConfigError if it cannot run here."""
+    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    flash_runs = has_flash and dtype != torch.float32
     if attention == "flash_attention_2" and not flash_runs:
         raise ConfigError(
             "model.attention=flash_attention_2 needs a GPU, the package flash-attn and bf16; "
@@ -144,7 +129,13 @@ def resolve_attention(attention: str, dtype: torch.dtype) -> str:
     return "flash_attention_2" if attention != VARLEN and flash_runs else VARLEN
 
 
-def _fresh_hf_config(
+def compute_dtype(precision: Precision, device_type: str) -> torch.dtype:
+    """Return the dtype of weights and activations on a "cpu" or "cuda" device."""
+    bf16 = device_type != "cpu" if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def fresh_hf_config(
     architecture: ArchitectureConfig, vocab_size: int, special_ids: SpecialTokenIds
 ) -> PreTrainedConfig:
     common: dict[str, Any] = {
@@ -170,11 +161,7 @@ def _fresh_hf_config(
 
 
 def _load_weights(
-    config: ModelConfig,
-    hf_config: PreTrainedConfig,
-    head_kind: HeadKind,
-    dtype: torch.dtype,
-    attention: str,
+    config: ModelConfig, hf_config: PreTrainedConfig, head_kind: HeadKind, **options: Any
 ) -> PreTrainedModel:
     assert config.name is not None
     weight_files(config.name)  # its error message says more than transformers'
@@ -183,22 +170,16 @@ def _load_weights(
     model, report = AUTO_CLASSES[head_kind].from_pretrained(
         resolve_model_folder(config.name),
         config=hf_config,
-        dtype=dtype,
-        attn_implementation=attention,
         use_safetensors=True,
         trust_remote_code=config.trust_remote_code,
         local_files_only=True,
         output_loading_info=True,
+        **options,
     )
     logging.set_verbosity(verbosity)
-    missing = set(report["missing_keys"])
-    if head_kind == "value":
-        missing.discard(VALUE_HEAD_WEIGHT)  # value_model.install_value_head handles it
-    unusable = sorted(missing) + sorted(report["mismatched_keys"])
-    if unusable:  # transformers would initialize them at random
-        raise ConfigError(
-            f"model.name={config.name}: {len(unusable)} weights are missing, such as {unusable[0]}"
-        )
+    # transformers would initialize them at random
+    unusable = sorted(report["missing_keys"]) + sorted(report["mismatched_keys"])
+    check_no_missing_weights(config.name, unusable, head_kind)
     return model
 
 

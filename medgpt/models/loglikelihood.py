@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from medgpt.config.base import ConfigError
 from medgpt.models.language_model import output_layer
+from medgpt.models.model_files import max_positions
+from medgpt.models.tokenizer import common_prefix_length
 
 MIN_SHARED_TOKENS = 8  # a shorter shared prefix is not worth a forward of its own
 HEAD_CHUNK_POSITIONS = 512  # maximum number of positions per call of the output layer
@@ -47,14 +49,14 @@ class LoglikelihoodScorer:
         """
         self.model = model
         self.batch_tokens = batch_tokens
-        config = model.config.get_text_config().to_dict()
-        self.max_positions: int = config.get("max_position_embeddings") or 2**31
+        self.max_positions = max_positions(model.config) or 2**31
         self.window_tokens = min(window_tokens, self.max_positions)
         try:
             self.head: torch.nn.Module | None = output_layer(model)
         except ConfigError:  # logits are not just the output of one layer: run the whole model
             self.head = None
-        windows = "sliding_attention" in (config.get("layer_types") or ())
+        layer_types = model.config.get_text_config().to_dict().get("layer_types") or ()
+        windows = "sliding_attention" in layer_types
         self.can_pack_options = not windows and self._supports_custom_masks()
 
     # ---- options ----
@@ -69,14 +71,9 @@ class LoglikelihoodScorer:
             self._check_lengths(item)
         logprobs: list[list[float]] = [[] for _ in items]
         for batch in batches_by_length([item.length for item in items], self.batch_tokens):
-            rows = [items[i] for i in batch]
-            scores = (
-                self._score_packed(rows)
-                if self.can_pack_options
-                else [self._score_one_by_one(r) for r in rows]
-            )
-            for i, score in zip(batch, scores, strict=True):
-                logprobs[i] = score
+            score = self._score_packed if self.can_pack_options else self._score_one_by_one
+            for i, scores in zip(batch, score([items[i] for i in batch]), strict=True):
+                logprobs[i] = scores
         return logprobs
 
     def _check_lengths(self, item: PromptOptions) -> None:
@@ -90,7 +87,8 @@ class LoglikelihoodScorer:
 
     @torch.inference_mode()
     def _score_packed(self, items: Sequence[PromptOptions]) -> list[list[float]]:
-        shared = _common_prefix_length([item.prompt for item in items])
+        prompts = [item.prompt for item in items]
+        shared = min(common_prefix_length(prompts), *(len(prompt) - 1 for prompt in prompts))
         size = shared if shared >= MIN_SHARED_TOKENS and len(items) > 1 else 0
         cache = self._prefill(items[0].prompt[:size]) if size else None
         rows = [_PackedOptions(item, size) for item in items]
@@ -105,26 +103,28 @@ class LoglikelihoodScorer:
         return [[sum(next(logprobs) for _ in option) for option in item.options] for item in items]
 
     @torch.inference_mode()
-    def _score_one_by_one(self, item: PromptOptions) -> list[float]:
-        """Score each option in a row of its own, for models that support only the causal mask."""
-        rows = [(*item.prompt, *option) for option in item.options]
-        first = len(item.prompt)
-        return [sum(self._logprobs_from([row], [first])[0]) for row in rows]
+    def _score_one_by_one(self, items: Sequence[PromptOptions]) -> list[list[float]]:
+        """Score each option in a forward of its own, for models with only the causal mask."""
+        return [
+            [
+                sum(self._logprobs_from([(*item.prompt, *option)], [len(item.prompt)])[0])
+                for option in item.options
+            ]
+            for item in items
+        ]
 
     def _supports_custom_masks(self) -> bool:
         """Return whether packed options get the same scores as options in rows of their own."""
         prompt, options = (5, 7, 5, 9, 11, 6), ((8, 5, 6, 7), (6, 9, 9, 5), (9, 8))
-        item = PromptOptions(prompt, options)
-        other = PromptOptions((*prompt[:3], 4, *prompt[4:]), options)
-        one_by_one = [self._score_one_by_one(c) for c in (item, other)]
+        prompts = (prompt, (*prompt[:3], 4, *prompt[4:]))
+        items = [PromptOptions(prompt, options) for prompt in prompts]
+        one_by_one = torch.tensor(self._score_one_by_one(items))
         try:
-            packed = self._score_packed([item, other])
+            packed = torch.tensor(self._score_packed(items))
         except (ValueError, TypeError, RuntimeError):  # the forward does not take these arguments
             return False
         tolerance = PROBE_TOLERANCE[self.model.dtype]
-        return torch.allclose(
-            torch.tensor(packed), torch.tensor(one_by_one), rtol=0, atol=tolerance
-        )
+        return torch.allclose(packed, one_by_one, rtol=0, atol=tolerance)
 
     # ---- texts ----
 
@@ -146,10 +146,9 @@ class LoglikelihoodScorer:
             cut = [windows[k] for k in batch]
             rows = [texts[i][start:stop] for i, start, stop, _ in cut]
             firsts = [new - start for _, start, _, new in cut]
-            for (i, _, stop, new), logprobs in zip(
-                cut, self._logprobs_from(rows, firsts), strict=True
-            ):
-                logprobs_by_text[i][new - 1 : stop - 1] = logprobs
+            logprobs = self._logprobs_from(rows, firsts)
+            for (i, _, stop, new), row_logprobs in zip(cut, logprobs, strict=True):
+                logprobs_by_text[i][new - 1 : stop - 1] = row_logprobs
         return logprobs_by_text
 
     @torch.inference_mode()
@@ -208,19 +207,18 @@ class LoglikelihoodScorer:
         """
         places = list(dict.fromkeys((row, at) for row, at, _ in targets))
         index = {place: i for i, place in enumerate(places)}
-        position_of_target = torch.tensor([index[row, at] for row, at, _ in targets])
+        place_of_target = torch.tensor([index[row, at] for row, at, _ in targets])
         tokens = torch.tensor([token for _, _, token in targets])
         rows, ats = torch.tensor(places, device=hidden.device).unbind(1)
         logprobs = torch.empty(len(targets))
         for start in range(0, len(places), HEAD_CHUNK_POSITIONS):
-            chunk = slice(start, start + HEAD_CHUNK_POSITIONS)
-            chosen = hidden[rows[chunk], ats[chunk]]
+            stop = start + HEAD_CHUNK_POSITIONS
+            chosen = hidden[rows[start:stop], ats[start:stop]]
             logits = (chosen if self.head is None else self.head(chosen)).float()
             norms = logits.logsumexp(-1)
-            in_chunk = (
-                (position_of_target >= start) & (position_of_target < start + HEAD_CHUNK_POSITIONS)
-            ).nonzero()[:, 0]
-            at = (position_of_target[in_chunk] - start).to(logits.device)
+            is_in_chunk = (place_of_target >= start) & (place_of_target < stop)
+            in_chunk = is_in_chunk.nonzero()[:, 0]
+            at = (place_of_target[in_chunk] - start).to(logits.device)
             logprobs[in_chunk] = (logits[at, tokens[in_chunk].to(logits.device)] - norms[at]).cpu()
         return logprobs.tolist()
 
@@ -283,14 +281,6 @@ def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:
         stop = min(start + window, length)
         yield start, stop, new
         new, start = stop, start + window // 2
-
-
-def _common_prefix_length(rows: Sequence[tuple[int, ...]]) -> int:
-    """Return the length of the prefix that all rows share; leaves each row at least one token."""
-    shortest, longest = min(rows), max(rows)  # in lexicographic order
-    limit = min(len(row) for row in rows) - 1
-    same = (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b)
-    return min(next(same, limit), limit)
 
 
 def _pad_right(rows: Sequence[Sequence[int]], width: int) -> Tensor:

@@ -21,13 +21,13 @@ from transformers import (
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig
-from medgpt.models.dropout import SequenceDropout
 from medgpt.models.fetch import local_copy
+from medgpt.models.model_files import ADAPTER_CONFIG_NAME, adapter_base, has_adapters
+from medgpt.models.packed import SequenceDropout
 from medgpt.models.tokenizer import load_tokenizer
-from medgpt.models.vocabulary import replace_vocabulary
+from medgpt.models.vocabulary_change import replace_vocabulary
 
-ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_NAME = "default"  # peft's default name
+_ADAPTER = "default"  # peft's default name
 
 
 def apply_lora(
@@ -37,13 +37,9 @@ def apply_lora(
     new_token_ids: Sequence[int] = (),
     head: str | None = None,
 ) -> peft.PeftModel:
-    """Freeze `model` and add adapters; `new_token_ids`' embedding rows and `head` train too.
+    """Freeze `model` and add adapters; the module `head` and the new tokens' embeddings train too.
 
-    Args:
-        head: name of the module, such as "score".
-
-    Raises:
-        ConfigError: no linear layer has a name in config.targets.
+    Raises ConfigError if no linear layer has a name in config.targets.
     """
     settings = peft_config(model, config, new_token_ids=new_token_ids, head=head)
     adapted = peft.PeftModel(model, settings)
@@ -61,11 +57,7 @@ def peft_config(
     new_token_ids: Sequence[int] = (),
     head: str | None = None,
 ) -> peft.LoraConfig:
-    """Return peft's config of the same adapters, without dropout.
-
-    Raises:
-        ConfigError: no linear layer has a name in config.targets.
-    """
+    """Return peft's config of the same adapters, without dropout; raises the same error."""
     _check_targets(model, config)
     return peft.LoraConfig(
         r=config.rank,
@@ -80,15 +72,13 @@ def peft_config(
 def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load an adapter folder; return its base model with the adapters merged, and the tokenizer.
 
-    Raises:
-        ConfigError: the base model does not exist any more.
+    Raises ConfigError if the base model does not exist any more.
     """
-    base_name = peft.PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = local_copy(str(base_name), f"{folder / ADAPTER_CONFIG}: base_model_name_or_path")
+    key = f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path"
+    base = local_copy(adapter_base(folder), key)
     if Path(base).is_absolute() and not Path(base).exists():
         raise ConfigError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base} does not exist; restore "
-            "the base model or set the key to its new path"
+            f"{key}={base} does not exist; restore the base model or set the key to its new path"
         )
     model, base_tokenizer = _load_base_model(base)
     tokenizer = load_tokenizer(str(folder))
@@ -120,9 +110,9 @@ def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWe
     seen: set[int] = set()
     for key, tensor in base.state_dict(keep_vars=True).items():
         layer_name, _, weight_name = key.partition(".base_layer.")
+        adapters = (LoraLayer, TrainableTokensLayer)
         is_adapter = not weight_name and any(
-            isinstance(module, LoraLayer | TrainableTokensLayer)
-            for module in _modules_above(base, key)
+            isinstance(module, adapters) for module in _modules_above(base, key)
         )
         if id(tensor) in seen or is_adapter:
             continue
@@ -133,15 +123,11 @@ def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWe
         layer = base.get_submodule(layer_name)
         name = f"{layer_name.removesuffix('.token_adapter')}.weight"
         if isinstance(layer, TrainableTokensLayer):
-            sources = [tensor, layer.trainable_tokens_delta[_ADAPTER_NAME]]
-            yield MergedWeight(name, sources, partial(layer.get_merged_weights, [_ADAPTER_NAME]))
+            sources = [tensor, layer.trainable_tokens_delta[_ADAPTER]]
+            yield MergedWeight(name, sources, partial(layer.get_merged_weights, [_ADAPTER]))
         else:
             assert isinstance(layer, LoraLinear), type(layer)
-            sources = [
-                tensor,
-                layer.lora_A[_ADAPTER_NAME].weight,
-                layer.lora_B[_ADAPTER_NAME].weight,
-            ]
+            sources = [tensor, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
             yield MergedWeight(name, sources, partial(_merged_weight, layer))
 
 
@@ -149,7 +135,7 @@ def _merged_weight(layer: LoraLinear) -> Tensor:
     """Return the merged weight as peft computes it, without changing the layer."""
     weight = layer.get_base_layer().weight
     assert isinstance(weight, Tensor)
-    return weight + layer.get_delta_weight(_ADAPTER_NAME).to(weight.dtype)
+    return weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
 
 
 def _modules_above(model: nn.Module, key: str) -> Iterator[nn.Module]:
@@ -160,7 +146,7 @@ def _modules_above(model: nn.Module, key: str) -> Iterator[nn.Module]:
 
 
 def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if (Path(name) / ADAPTER_CONFIG).is_file():  # adapters trained on top of adapters
+    if has_adapters(name):  # adapters trained on top of adapters
         return load_merged(Path(name))
     architectures = AutoConfig.from_pretrained(name).architectures or []
     masked = any(architecture.endswith("ForMaskedLM") for architecture in architectures)

@@ -4,30 +4,33 @@ Imports no model class of transformers, which would take a second.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
 )
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ConfigError, ModelError
 from medgpt.config.model import ModelConfig
 from medgpt.models.fetch import local_copy
 
 HeadKind = Literal["clm", "mlm", "value"]  # value: one number per position
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 AUTO_CLASS_NAMES = {
-    "clm": ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    "mlm": ("AutoModelForMaskedLM", MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    "clm": ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "mlm": ("AutoModelForMaskedLM", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     "value": (
         "AutoModelForSequenceClassification",
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
 VALUE_HEAD = "score"  # transformers' name for the head of a decoder with a classifier
@@ -35,62 +38,104 @@ VALUE_HEAD_WEIGHT = f"{VALUE_HEAD}.weight"
 
 
 def weight_files(name: str) -> list[Path]:
-    """Return the safetensors files of model `name`, a folder, URI or hub id.
-
-    Raises:
-        ConfigError: the model has no safetensors files, or one of them is missing.
-    """
+    """Return the safetensors files of model `name`; raise ConfigError if one is missing."""
     folder = resolve_model_folder(name)
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()
+    files, index = [folder / SAFETENSORS_SINGLE_FILE], folder / SAFETENSORS_INDEX_FILE
+    if index.is_file():
+        shards = json.loads(index.read_text("utf-8"))["weight_map"].values()
         files = [folder / shard for shard in sorted(set(shards))]
-    else:
-        files = [folder / WEIGHTS]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise ConfigError(
-            f"model.name={name}: there is no {missing[0]} in {folder}; only safetensors are read, "
-            "save other weights with save_pretrained first"
+        raise ModelError(
+            name,
+            f"there is no {missing[0]} in {folder}; only safetensors are read, "
+            "save other weights with save_pretrained first",
         )
     return files
 
 
-def resolve_model_folder(name: str) -> Path:
+def check_no_missing_weights(name: str, missing: Iterable[str], head_kind: HeadKind) -> None:
+    """Raise ConfigError if weights of model `name` are missing, other than a value head."""
+    missing = [weight for weight in missing if (weight, head_kind) != (VALUE_HEAD_WEIGHT, "value")]
+    if missing:
+        raise ModelError(name, f"{len(missing)} weights are missing, such as {missing[0]}")
+
+
+def resolve_model_folder(name: str, *, adapters_allowed: bool = False) -> Path:
     """Return the local folder of model `name`; a hub id or URI is downloaded and cached.
 
-    Raises:
-        ConfigError: there is no such folder or hub model, or it has no config.json.
+    Raises ConfigError if there is no such folder or hub model, or it has no config.json.
     """
-    copy = Path(local_copy(name))
-    folder = copy if copy.is_absolute() else _download(name)
+    folder = Path(local_copy(name))
+    if adapters_allowed and has_adapters(name):
+        return folder
+    if not folder.is_absolute():
+        folder = _download(name)
     if not folder.is_dir():
-        raise ConfigError(f"model.name={name}: no such folder; give a folder, a URI or a hub id")
+        raise ModelError(name, "no such folder; give a folder, a URI or a hub id")
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
         remedy = (
             "it is a LoRA adapter; merge it into its base model first"
-            if adapter
+            if has_adapters(name)
             else "give the model folder of an earlier run, runs/NAME/model"
         )
-        raise ConfigError(f"model.name={name}: the folder has no config.json; {remedy}")
+        raise ModelError(name, f"the folder has no config.json; {remedy}")
     return folder
+
+
+def has_adapters(name: str | Path) -> bool:
+    """Return whether the folder or URI holds LoRA adapters."""
+    return (Path(local_copy(str(name))) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """Return the name of the base model of the adapters in `folder`."""
+    adapter_config = json.loads((folder / ADAPTER_CONFIG_NAME).read_text("utf-8"))
+    return str(adapter_config["base_model_name_or_path"])
+
+
+def max_positions(hf_config: PreTrainedConfig) -> int | None:
+    """Return the number of tokens that the model can read; None: no limit."""
+    return hf_config.get_text_config().to_dict().get("max_position_embeddings")
+
+
+def saved_max_positions(config: ModelConfig) -> int | None:
+    """Return the number of tokens that the model `config.name`, or its base, can read."""
+    assert config.name is not None
+    folder = resolve_model_folder(config.name, adapters_allowed=True)
+    if has_adapters(folder):
+        return saved_max_positions(config.model_copy(update={"name": adapter_base(folder)}))
+    remote = config.trust_remote_code
+    return max_positions(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
 
 
 def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig:
     """Return the Hugging Face config of model.name.
 
-    Raises:
-        ConfigError: the model cannot be loaded with a head of this kind.
+    Raises ConfigError if the model cannot be loaded with a head of this kind.
     """
     assert config.name is not None
     folder = resolve_model_folder(config.name)
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"model.name={config.name}: {error}") from None
-    _check_architecture(config.name, hf_config, head_kind)
+        raise ModelError(config.name, f"{error}") from None
+    compatible = compatible_architectures(hf_config, head_kind)
+    architectures = hf_config.architectures or []
+    if not compatible.intersection(architectures):
+        reader = "a value head" if head_kind == "value" else f"objective.kind={head_kind}"
+        raise ModelError(
+            config.name,
+            f"config.json names {', '.join(architectures) or 'no architecture'}"
+            f", {reader} needs {' or '.join(sorted(compatible)) or 'another model'}",
+        )
     if head_kind == "value":
-        _check_num_labels(config.name, hf_config)
+        if not lacks_value_head(hf_config) and hf_config.num_labels != 1:
+            raise ModelError(
+                config.name,
+                f"its head has {hf_config.num_labels} outputs, a reward or value "
+                "model needs one; name a language model or the result of medgpt reward",
+            )
         hf_config.num_labels = 1
     return hf_config
 
@@ -110,36 +155,15 @@ def compatible_architectures(hf_config: PreTrainedConfig, head_kind: HeadKind) -
     return names
 
 
-def _check_architecture(name: str, hf_config: PreTrainedConfig, head_kind: HeadKind) -> None:
-    compatible, architectures = (
-        compatible_architectures(hf_config, head_kind),
-        hf_config.architectures or [],
-    )
-    if not compatible.intersection(architectures):
-        reader = "a value head" if head_kind == "value" else f"objective.kind={head_kind}"
-        raise ConfigError(
-            f"model.name={name}: config.json names {', '.join(architectures) or 'no architecture'}"
-            f", {reader} needs {' or '.join(sorted(compatible)) or 'another model'}"
-        )
-
-
 def lacks_value_head(hf_config: PreTrainedConfig) -> bool:
     """Return whether this is a language model, to which a value head must be added."""
     causal = compatible_architectures(hf_config, "clm")
     return bool(causal.intersection(hf_config.architectures or []))
 
 
-def _check_num_labels(name: str, hf_config: PreTrainedConfig) -> None:
-    if not lacks_value_head(hf_config) and hf_config.num_labels != 1:
-        raise ConfigError(
-            f"model.name={name}: its head has {hf_config.num_labels} outputs, a reward or value "
-            "model needs one; name a language model or the result of medgpt reward"
-        )
-
-
 def check_max_length(hf_config: PreTrainedConfig, max_length: int | None) -> None:
     """Raise ConfigError if `max_length` exceeds the positions of the model."""
-    positions = hf_config.to_dict().get("max_position_embeddings")
+    positions = max_positions(hf_config)
     if max_length is not None and positions is not None and max_length > positions:
         raise ConfigError(
             f"data.max_length={max_length} exceeds the model's {positions} positions; lower it"
@@ -150,8 +174,16 @@ def _download(name: str) -> Path:
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ConfigError(
-            f"model.name={name}: there is no such folder, and the Hugging Face hub answered with "
-            f"{type(error).__name__}; check the spelling, the network and HF_TOKEN"
-        ) from None
+    except HFValidationError:
+        reason = "neither a folder nor an id of the Hugging Face hub; check the spelling"
+    except RepositoryNotFoundError:
+        reason = (
+            "neither a folder nor a model on the Hugging Face hub that you can read; check the "
+            "spelling, or set HF_TOKEN"
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        reason = (
+            "not a folder, and the Hugging Face hub cannot be reached; check the spelling or "
+            "the network"
+        )
+    raise ModelError(name, reason)

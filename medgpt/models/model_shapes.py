@@ -10,12 +10,11 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.initialization import no_init_weights
 
-from medgpt.config.base import ConfigError
-from medgpt.config.model import LoraConfig, ModelConfig
+from medgpt.config.base import ModelError
+from medgpt.config.model import ModelConfig
 from medgpt.models.fetch import local_copy
-from medgpt.models.load import AUTO_CLASSES, SpecialTokenIds, build_hf_config
+from medgpt.models.load import SpecialTokenIds, fresh_hf_config, uninitialized_model
 from medgpt.models.model_files import VALUE_HEAD, HeadKind
 
 REMEDY = "name an available model of the same sizes, such as model.name=Qwen/Qwen2.5-7B"
@@ -87,8 +86,7 @@ def model_shape(
         vocab_size: of a model with fresh weights.
         new_tokens: maximum number of tokens added to the vocabulary of a saved model.
 
-    Raises:
-        ConfigError: the model has no readable config.
+    Raises ConfigError if the model has no readable config.
     """
     key: Any = config  # frozen, so it has a hash
     return _cached_model_shape(key, head_kind, vocab_size, new_tokens)
@@ -99,13 +97,15 @@ def _cached_model_shape(
     config: ModelConfig, head_kind: HeadKind, vocab_size: int, new_tokens: int
 ) -> ModelShape:
     hf_config = _hf_config(config, head_kind, vocab_size, new_tokens)
-    with torch.device("meta"), no_init_weights():
-        model: Any = AUTO_CLASSES[head_kind].from_config(
-            hf_config, trust_remote_code=config.trust_remote_code
+    with torch.device("meta"):
+        model: Any = uninitialized_model(
+            hf_config, head_kind, trust_remote_code=config.trust_remote_code
         )
-        model.tie_weights()  # no_init_weights skips it
         if config.lora.rank:
-            model = _with_lora(model, config.lora, VALUE_HEAD if head_kind == "value" else None)
+            from medgpt.models.lora import apply_lora  # imports peft, which few commands need
+
+            head = VALUE_HEAD if head_kind == "value" else None
+            model = apply_lora(model, config.lora, head=head)
     text: Any = hf_config.get_text_config()
     heads = text.num_attention_heads
     tree = text.to_dict()
@@ -128,32 +128,24 @@ def _hf_config(
     config: ModelConfig, head_kind: HeadKind, vocab_size: int, new_tokens: int
 ) -> PreTrainedConfig:
     if config.architecture is not None:
-        return build_hf_config(
-            config, head_kind=head_kind, vocab_size=vocab_size, special_ids=SpecialTokenIds()
-        )
+        return fresh_hf_config(config.architecture, vocab_size, SpecialTokenIds())
     assert config.name is not None
     if Path(config.name).is_absolute() and not Path(config.name).is_dir():
-        raise ConfigError(f"model.name={config.name}: no such folder; {REMEDY}")
+        raise ModelError(config.name, f"no such folder; {REMEDY}")
     try:
         hf_config = AutoConfig.from_pretrained(
             local_copy(config.name), trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, HFValidationError) as error:
-        raise ConfigError(
-            f"model.name={config.name}: the model's config cannot be read "
-            f"({str(error).splitlines()[0]}); {REMEDY}"
+        raise ModelError(
+            config.name,
+            f"the model's config cannot be read ({str(error).splitlines()[0]}); {REMEDY}",
         ) from None
     if head_kind == "value":
         hf_config.num_labels = 1
     if new_tokens:
         hf_config.get_text_config().vocab_size += new_tokens
     return hf_config
-
-
-def _with_lora(model: Any, lora: LoraConfig, head: str | None) -> nn.Module:
-    from medgpt.models.lora import apply_lora  # imports peft, which few commands need
-
-    return apply_lora(model, lora, head=head)
 
 
 def _weight_shapes(model: nn.Module) -> list[WeightShape]:

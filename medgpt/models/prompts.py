@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat_template import generation_prompt_ids
 from medgpt.models.loglikelihood import PromptOptions
+from medgpt.models.tokenizer import common_prefix_length, end_token_id
 
 Prompt = str | Sequence[Message]
 
@@ -35,18 +36,11 @@ def encode_prompt_options(
     prompt_alone, *with_options = _encode(
         tokenizer, [prompt, *(prompt + option for option in options)]
     )
-    num_shared = min(_common_prefix_length(prompt_alone, ids) for ids in with_options)
+    num_shared = common_prefix_length([prompt_alone, *with_options])
     start = _start_ids(tokenizer) or ([] if num_shared else [end_token_id(tokenizer)])
     return PromptOptions(
         (*start, *prompt_alone[:num_shared]), tuple(tuple(ids[num_shared:]) for ids in with_options)
     )
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id of the end-of-text token, which some models also see before a text."""
-    end = tokenizer.eos_token_id
-    assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
-    return end
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], int]:
@@ -69,9 +63,3 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[li
 def _start_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the start token that the tokenizer puts before every text; empty if it has none."""
     return [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
-
-
-def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the number of tokens that both sequences begin with."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

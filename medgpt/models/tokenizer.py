@@ -7,17 +7,17 @@ says. Its tokens obey stricter rules: whole Chinese words, no punctuation inside
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ModelError
 from medgpt.config.model import TokenizerConfig
 from medgpt.data.tokenized.chat_template import CHATML, END_OF_TEXT, TURN_END, TURN_START
 from medgpt.data.tokenized.words import HAN, han_words
@@ -40,26 +40,41 @@ Merge = tuple[str, str]
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model: a folder, a URI or a hub id.
 
-    Raises:
-        ConfigError: there is no tokenizer, or it has no fast version or no end-of-text token.
+    Raises ConfigError if there is none, or it has no fast version or no end-of-text token.
     """
-    key, folder = f"model.name={name}", local_copy(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            local_copy(name), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(
-            f"{key}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); name a folder "
-            "with tokenizer.json and tokenizer_config.json, or a hub id"
+        raise ModelError(
+            name,
+            f"the tokenizer cannot be loaded ({str(error).splitlines()[0]}); name a folder "
+            "with tokenizer.json and tokenizer_config.json, or a hub id",
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigError(f"{key}: the tokenizer has no fast version; save it as tokenizer.json")
+        raise ModelError(name, "the tokenizer has no fast version; save it as tokenizer.json")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made it from config.json
-        raise ConfigError(f"{key}: the model has no tokenizer; copy tokenizer.json into its folder")
+        raise ModelError(name, "the model has no tokenizer; copy tokenizer.json into its folder")
     if tokenizer.eos_token is None and tokenizer.sep_token is None:
-        raise ConfigError(
-            f"{key}: the tokenizer has no end token; set eos_token in tokenizer_config.json"
+        raise ModelError(
+            name, "the tokenizer has no end token; set eos_token in tokenizer_config.json"
         )
     return tokenizer
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id of the end-of-text token, which some models also see before a text."""
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int), "load_tokenizer refuses tokenizers without an end token"
+    return end
+
+
+def common_prefix_length(sequences: Sequence[Any]) -> int:
+    """Return how many leading elements all sequences share: token ids or characters."""
+    first, last = min(sequences), max(sequences)  # the two that differ earliest
+    pairs = enumerate(zip(first, last, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), len(first))
 
 
 def train_tokenizer(

@@ -7,6 +7,7 @@ import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
+from medgpt.models.tokenizer import common_prefix_length
 
 MAX_SHOWN = 3  # differences in an error
 
@@ -65,10 +66,7 @@ def tokenizer_differences(
 
 
 def _template_difference(first: str, second: str) -> str:
-    same = next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
+    same = common_prefix_length([first, second])
     return (
         f"their chat templates differ from character {same + 1} on: {first[same : same + 30]!r} "
         f"and {second[same : same + 30]!r}"

@@ -12,26 +12,27 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ModelError
 from medgpt.config.model import ModelConfig
 from medgpt.data.loader.batch import PackedBatch
-from medgpt.models.fetch import local_copy
-from medgpt.models.load import SpecialTokenIds, build_model
+from medgpt.models.load import build_model
 from medgpt.models.model_files import (
     VALUE_HEAD,
     VALUE_HEAD_WEIGHT,
+    adapter_base,
+    has_adapters,
     lacks_value_head,
     resolve_model_folder,
     weight_files,
 )
-from medgpt.models.packed import SequenceDropouts, run_backbone, unwrap_peft
+from medgpt.models.packed import PackedModel
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 SCORE_FILE, SCALE_FILE = "score.json", "value.json"
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class ValueScale:
     @staticmethod
     def load(name: str) -> "ValueScale":
         """Read the scale of a critic or reward model; any other model has the default scale."""
-        folder = resolve_value_model_folder(name)
+        folder = resolve_model_folder(name, adapters_allowed=True)
         if (folder / SCALE_FILE).is_file():
             return ValueScale(**json.loads((folder / SCALE_FILE).read_text("utf-8")))
         score = RewardModelInfo.read(folder)
@@ -73,7 +74,7 @@ class ValueScale:
         (folder / SCALE_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
-class ValueModel(nn.Module):
+class ValueModel(PackedModel):
     """A decoder with a head of one output in place of its output layer.
 
     Args:
@@ -90,17 +91,8 @@ class ValueModel(nn.Module):
         std: float = 1.0,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model, activation_checkpointing=activation_checkpointing)
         self.mean, self.std = mean, std
-        self.dropouts = SequenceDropouts(model)
-        if activation_checkpointing:
-            self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
-
-    @property
-    def pretrained(self) -> PreTrainedModel:
-        """The Hugging Face model, including its LoRA layers if there are any."""
-        return unwrap_peft(self.model)
 
     def forward(self, batch: PackedBatch, *, noise_seeds: Sequence[int] | None = None) -> Tensor:
         """Return the value (1, N) float32 at every position, given its sequence up to there.
@@ -108,9 +100,7 @@ class ValueModel(nn.Module):
         Args:
             noise_seeds: S seeds, one per sequence, for LoRA's dropout.
         """
-        if self.training:
-            self.dropouts.prepare(batch, noise_seeds)
-        hidden = run_backbone(self.pretrained, batch)
+        hidden = self.hidden_states(batch, noise_seeds)
         values = self.pretrained.get_submodule(VALUE_HEAD)(hidden)[:, 0]
         return ((values - self.mean) / self.std)[None]
 
@@ -137,14 +127,14 @@ class ValueHead(nn.Linear):
 def install_value_head(model: PreTrainedModel, config: ModelConfig, *, seed: int) -> None:
     """Replace transformers' head by a ValueHead: the saved one if there is one, else a fresh one.
 
-    Raises:
-        ConfigError: the model's head is of another kind, or missing in its files.
+    Raises ConfigError if the model's head is of another kind, or missing in its files.
     """
     transformers_head = dict(model.named_children()).get(VALUE_HEAD)
     if not isinstance(transformers_head, nn.Linear) or transformers_head.bias is not None:
-        raise ConfigError(
-            f"model.name={config.name}: {type(model).__name__} has no linear layer `{VALUE_HEAD}` "
-            "without bias as its head; use a model like Qwen, Llama or Mistral"
+        raise ModelError(
+            config.name,
+            f"{type(model).__name__} has no linear layer `{VALUE_HEAD}` "
+            "without bias as its head; use a model like Qwen, Llama or Mistral",
         )
     head = ValueHead(transformers_head.in_features, dtype=transformers_head.weight.dtype, seed=seed)
     if has_value_head(config):
@@ -166,9 +156,10 @@ def _load_saved_head(config: ModelConfig) -> Tensor:
         with safe_open(file, framework="pt") as tensors:
             if VALUE_HEAD_WEIGHT in tensors.keys():  # noqa: SIM118 - not a mapping
                 return tensors.get_tensor(VALUE_HEAD_WEIGHT)
-    raise ConfigError(
-        f"model.name={config.name}: its weights hold no {VALUE_HEAD_WEIGHT}, the head; name "
-        "the folder that medgpt reward wrote, or a language model to give a fresh head"
+    raise ModelError(
+        config.name,
+        f"its weights hold no {VALUE_HEAD_WEIGHT}, the head; name "
+        "the folder that medgpt reward wrote, or a language model to give a fresh head",
     )
 
 
@@ -178,39 +169,27 @@ def build_value_model(
     """Build a model with a value head to train: a fresh head on a language model, or a saved one.
 
     Saved adapters are merged. Weights are on the CPU. The caller adds LoRA, if any, and wraps the
-    result in a ValueModel.
-
-    Raises:
-        ConfigError: config.name is no such model, or some of its weights are missing.
+    result in a ValueModel. Raises ConfigError if config.name is no such model or lacks weights.
     """
     assert config.name is not None
     if has_adapters(config.name):
         return _build_with_merged_adapters(config, seed=seed, dtype=dtype, max_length=max_length)
-    model = build_model(
-        config,
-        head_kind="value",
-        vocab_size=0,
-        special_ids=SpecialTokenIds(),
-        seed=seed,
-        dtype=dtype,
-        max_length=max_length,
-    )
+    model = build_model(config, head_kind="value", seed=seed, dtype=dtype, max_length=max_length)
     install_value_head(model, config, seed=seed)
     return model
 
 
 def load_reward_model_info(name: str) -> RewardModelInfo:
     """Read score.json of a reward model. Raises ConfigError if it or the head is missing."""
-    score = RewardModelInfo.read(resolve_value_model_folder(name))
+    score = RewardModelInfo.read(resolve_model_folder(name, adapters_allowed=True))
     if score is None:
-        raise ConfigError(
-            f"model.name={name}: the folder has no {SCORE_FILE}, so it is no reward model; name "
-            "the folder that medgpt reward wrote, runs/NAME/model"
+        raise ModelError(
+            name,
+            f"the folder has no {SCORE_FILE}, so it is no reward model; name "
+            "the folder that medgpt reward wrote, runs/NAME/model",
         )
     if not has_adapters(name) and not has_value_head(ModelConfig(name=name)):
-        raise ConfigError(
-            f"model.name={name}: the folder has {SCORE_FILE} but no head; export the model again"
-        )
+        raise ModelError(name, f"the folder has {SCORE_FILE} but no head; export the model again")
     return score
 
 
@@ -219,35 +198,13 @@ def load_value_model(
 ) -> tuple[ValueModel, RewardModelInfo]:
     """Load a reward model that `medgpt reward` wrote, for scoring, and its score.json.
 
-    Weights are on the CPU and frozen; scores are normalized.
-
-    Raises:
-        ConfigError: `name` is no reward model, or its head or the base of its adapters is missing.
+    Weights are on the CPU and frozen; scores are normalized. Raises ConfigError if `name` is no
+    reward model, or its head or the base of its adapters is missing.
     """
     score, config = load_reward_model_info(name), ModelConfig(name=name)
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
     scorer = ValueModel(model, mean=score.mean, std=score.std)
     return scorer.requires_grad_(False).eval(), score
-
-
-def max_positions(config: ModelConfig) -> int | None:
-    """Return the number of positions of a model, or of the base of an adapter; None: no limit."""
-    assert config.name is not None
-    folder, remote = resolve_value_model_folder(config.name), config.trust_remote_code
-    if has_adapters(config.name):
-        return max_positions(config.model_copy(update={"name": _base_model_name(folder)}))
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
-    return hf_config.to_dict().get("max_position_embeddings")
-
-
-def has_adapters(name: str) -> bool:
-    return (resolve_value_model_folder(name) / ADAPTER_CONFIG).is_file()
-
-
-def resolve_value_model_folder(name: str) -> Path:
-    """Like resolve_model_folder, but also accepts a folder of adapters."""
-    copy = Path(local_copy(name))
-    return copy if (copy / ADAPTER_CONFIG).is_file() else resolve_model_folder(name)
 
 
 def _build_with_merged_adapters(
@@ -257,25 +214,14 @@ def _build_with_merged_adapters(
     from peft import PeftModel  # slow to import, and rarely needed
 
     assert config.name is not None
-    folder = resolve_value_model_folder(config.name)
-    base_config = config.model_copy(
-        update={"name": _base_of_adapter_with_head(config.name, folder)}
-    )
+    folder = resolve_model_folder(config.name, adapters_allowed=True)
+    with safe_open(folder / ADAPTER_SAFE_WEIGHTS_NAME, framework="pt") as tensors:
+        if not any(key.endswith(f".{VALUE_HEAD_WEIGHT}") for key in tensors.keys()):  # noqa: SIM118
+            # peft would silently use the head of the base
+            raise ModelError(config.name, "the adapter has no head; export it again")
+    base_config = config.model_copy(update={"name": adapter_base(folder)})
     base = build_value_model(base_config, seed=seed, dtype=dtype, max_length=max_length)
     adapted = PeftModel.from_pretrained(base, str(folder))
     model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.name_or_path = config.name  # new adapters store it as their base
     return model.requires_grad_(True).train()
-
-
-def _base_of_adapter_with_head(name: str, folder: Path) -> str:
-    """Return the base of an adapter with a head; without one peft would silently use the base's."""
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        head_keys = [key for key in tensors.keys() if key.endswith(f".{VALUE_HEAD_WEIGHT}")]  # noqa: SIM118
-    if not head_keys:
-        raise ConfigError(f"model.name={name}: the adapter has no head; export it again")
-    return _base_model_name(folder)
-
-
-def _base_model_name(folder: Path) -> str:
-    return str(json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"])

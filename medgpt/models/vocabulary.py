@@ -1,4 +1,4 @@
-"""Extend or trim a base model's vocabulary to fit the data.
+"""Extend or trim a base model's tokenizer to fit the data.
 
 Extending continues the base's BPE: new merges come after all old ones, so they join old tokens and
 change nothing else. Trimming drops the tokens and merges that the data never uses; all bytes stay,
@@ -9,7 +9,6 @@ vocabulary too, which keeps their ids when the file is loaded.
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from medgpt.config.base import ConfigError
@@ -38,22 +31,10 @@ from medgpt.models.tokenizer import (
 )
 
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
-_FIRST_CODE = (
-    0x10000  # code point of the character that stands for token 0 while merges are learned
-)
+_FIRST_CODE = 0x10000  # code point that stands for token 0 while merges are learned
 _BREAK_CODE = ord("\n")
 _SPARE_MERGES = 64  # extra merges to learn, as some are rejected
 _BATCH_TEXTS = 256  # texts per call of the tokenizer
-_SPECIAL_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-@dataclass(frozen=True, slots=True)
-class VocabularyReport:
-    """Size of the new vocabulary."""
-
-    num_tokens: int
-    num_new_tokens: int
-    mean_old_tokens: float  # old tokens per new token
 
 
 def extend_tokenizer(
@@ -64,8 +45,7 @@ def extend_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Add at most `new_tokens` tokens to `base`; texts without any of them keep their ids.
 
-    Raises:
-        ConfigError: `base` is not a byte-level BPE.
+    Raises ConfigError if `base` is not a byte-level BPE.
     """
     corpus = list(texts)
     spelled_out = _add_characters(base, corpus, new_tokens // 2)
@@ -74,30 +54,24 @@ def extend_tokenizer(
     )
 
 
-def trim_tokenizer(
-    base: PreTrainedTokenizerFast, texts: Iterator[str]
-) -> tuple[PreTrainedTokenizerFast, list[int]]:
-    """Remove the tokens that `texts` do not need; return the tokenizer and the old ids it keeps.
+def trim_tokenizer(base: PreTrainedTokenizerFast, texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Remove the tokens that `texts` do not need; the others keep their order.
 
-    Added tokens, all bytes and the tokens of the chat template stay too.
-
-    Raises:
-        ConfigError: `base` is not a byte-level BPE.
+    Added tokens, all bytes and the tokens of the chat template stay too. Raises ConfigError if
+    `base` is not a byte-level BPE.
     """
     spec = _tokenizer_spec(base)
     vocabulary = base.get_vocab()
     used = set(base.added_tokens_encoder) | (set(_BYTE_OF) & set(vocabulary))
     names = base.convert_ids_to_tokens
     if base.chat_template is not None:
-        used.update(
-            names(chat_template.generation_prompt_ids(base, chat_template.PROBE_MESSAGES[:5]))
-        )
+        messages = chat_template.PROBE_MESSAGES[:5]
+        used.update(names(chat_template.generation_prompt_ids(base, messages)))
     for batch in _batch_texts(texts):
         ids = base(batch, add_special_tokens=True, split_special_tokens=True, verbose=False)
         used.update(names(sorted({i for row in ids["input_ids"] for i in row})))
     kept = _with_merge_sources(used, spec["model"]["merges"])
-    kept_ids = sorted(vocabulary[token] for token in kept)
-    new_id = {old: new for new, old in enumerate(kept_ids)}
+    new_id = {old: new for new, old in enumerate(sorted(vocabulary[token] for token in kept))}
     spec["model"]["vocab"] = {
         token: new_id[old] for token, old in vocabulary.items() if token in kept
     }
@@ -105,51 +79,13 @@ def trim_tokenizer(
     for token in spec["added_tokens"]:
         token["id"] = new_id[token["id"]]
     _renumber_post_processor(spec["post_processor"], new_id)
-    return _rebuild(base, spec), kept_ids
-
-
-def replace_vocabulary(
-    model: PreTrainedModel,
-    base_tokenizer: PreTrainedTokenizerFast,
-    tokenizer: PreTrainedTokenizerFast,
-) -> VocabularyReport:
-    """Change the vocabulary of `model` from `base_tokenizer` to `tokenizer`, in place.
-
-    An old token keeps its rows of the input and output embedding; a new token gets the mean of the
-    rows of the old tokens that spell it. Tied embeddings stay tied.
-    """
-    rows = _old_ids_of_tokens(base_tokenizer, tokenizer)
-    base_vocabulary, vocabulary = base_tokenizer.get_vocab(), tokenizer.get_vocab()
-    new_id = {
-        base_vocabulary[token]: i for token, i in vocabulary.items() if token in base_vocabulary
-    }
-    if all(before == after for before, after in new_id.items()):  # none trimmed: padding rows stay
-        rows += [[i] for i in range(len(rows), _input_embedding(model).num_embeddings)]
-        new_id = {}
-    _replace_rows(model, rows)
-    if new_id:
-        _renumber_config(model, new_id)
-    num_old_tokens = [
-        len(rows[i]) for token, i in vocabulary.items() if token not in base_vocabulary
-    ]
-    return VocabularyReport(
-        num_tokens=len(vocabulary),
-        num_new_tokens=len(num_old_tokens),
-        mean_old_tokens=sum(num_old_tokens) / len(num_old_tokens) if num_old_tokens else 0.0,
-    )
-
-
-def trim_model(model: PreTrainedModel, kept_ids: Sequence[int]) -> None:
-    """Keep only these rows of the embeddings, in place, and renumber token ids in the configs."""
-    _replace_rows(model, [[i] for i in kept_ids])
-    _renumber_config(model, {old: new for new, old in enumerate(kept_ids)})
+    return _rebuild(base, spec)
 
 
 def _tokenizer_spec(base: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Return tokenizer.json of `base` with merges as pairs and added tokens in the vocabulary.
 
-    Raises:
-        ConfigError: `base` is not a byte-level BPE.
+    Raises ConfigError if `base` is not a byte-level BPE.
     """
     spec = json.loads(base.backend_tokenizer.to_str())
     if spec["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(spec["pre_tokenizer"]):
@@ -305,68 +241,6 @@ def _renumber_post_processor(post_processor: dict[str, Any] | None, new_id: dict
             f"tokenizer.mode=trim does not support the post-processor {post_processor['type']}; "
             "use tokenizer.mode=base"
         )
-
-
-def _old_ids_of_tokens(
-    base: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
-) -> list[list[int]]:
-    """Return for every id of `tokenizer` the ids of `base` that spell its token."""
-    vocabulary, added = base.get_vocab(), tokenizer.added_tokens_encoder
-    spell = base.backend_tokenizer.model.tokenize
-    rows: list[list[int]] = [[] for _ in range(max(tokenizer.get_vocab().values()) + 1)]
-    for token, i in tokenizer.get_vocab().items():
-        if token in vocabulary:
-            rows[i] = [vocabulary[token]]
-        elif token in added:
-            rows[i] = base(token, add_special_tokens=False)["input_ids"]
-        else:
-            rows[i] = [old_token.id for old_token in spell(token)]
-    return [old or [i] for i, old in enumerate(rows)]  # an id without a token keeps its row
-
-
-def _replace_rows(model: PreTrainedModel, rows: list[list[int]]) -> None:
-    """Set row i of the input and output embedding to the mean of the old rows `rows[i]`."""
-    inputs, outputs = _input_embedding(model), model.get_output_embeddings()
-    tied = outputs is not None and outputs.weight is inputs.weight
-    inputs.weight = _average_rows(inputs.weight, rows)
-    inputs.num_embeddings = len(rows)
-    if inputs.padding_idx is not None:
-        inputs.padding_idx = rows.index([inputs.padding_idx])
-    if outputs is not None:
-        outputs.weight = inputs.weight if tied else _average_rows(outputs.weight, rows)
-        outputs.out_features = len(rows)
-        if outputs.bias is not None:
-            outputs.bias = _average_rows(outputs.bias, rows)
-    model.config.get_text_config().vocab_size = len(rows)
-    model.resize_token_embeddings(len(rows))  # updates everything else that stores the size
-
-
-def _input_embedding(model: PreTrainedModel) -> nn.Embedding:
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    return embedding
-
-
-def _average_rows(weight: Tensor, rows: list[list[int]]) -> nn.Parameter:
-    """Return (len(rows), ...) with the means of rows of `weight` (V, ...)."""
-    mean = weight.detach()[[old[0] for old in rows]]
-    for i, old in enumerate(rows):
-        if len(old) > 1:
-            mean[i] = weight.detach()[old].float().mean(0)
-    return nn.Parameter(mean, requires_grad=weight.requires_grad)
-
-
-def _renumber_config(model: PreTrainedModel, new_id: dict[int, int]) -> None:
-    configs: list[PreTrainedConfig | GenerationConfig] = [model.config]
-    if model.can_generate():
-        configs.append(model.generation_config)
-    for config in configs:
-        for key in _SPECIAL_ID_KEYS:
-            old = getattr(config, key)
-            if isinstance(old, list):
-                setattr(config, key, [new_id[i] for i in old if i in new_id])
-            elif old is not None:
-                setattr(config, key, new_id.get(old))
 
 
 def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:

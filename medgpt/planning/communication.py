@@ -57,11 +57,8 @@ def step_collectives(
             Collectives("all_reduce", gradients * num_gathers, num_bucket_calls * num_gathers),
             Collectives("all_gather", b * sum(trained), groups),
         ]
-    partitioned = [
-        weight.num_elements
-        for weight in model.weights
-        if weight.num_elements > ZERO3_PERSISTENT_ELEMENTS
-    ]
+    sizes = [weight.num_elements for weight in model.weights]
+    partitioned = [size for size in sizes if size > ZERO3_PERSISTENT_ELEMENTS]
     persistent = [size for size in trained if size <= ZERO3_PERSISTENT_ELEMENTS]
     num_gathers = micro_batches * (1 + regathered_elements(sum(partitioned)) / sum(partitioned))
     return [
@@ -122,14 +119,10 @@ def communication_seconds(
     A rank sends over its own link. A node sends once over its network, whatever its number of
     ranks, because all neighbors on the ring but one pair are on the same node.
     """
-    num_bytes = sum(collective.bytes_sent_per_rank(num_ranks) for collective in collectives)
-    calls = sum(collective.num_calls * RING_PASSES[collective.kind] for collective in collectives)
-    spans_nodes = num_ranks > links.ranks_per_node
-    slowest_gb_per_s = (
-        min(links.intra_node_gb_per_s, links.network_gb_per_s)
-        if spans_nodes
-        else links.intra_node_gb_per_s
-    )
-    return (
-        num_bytes / (slowest_gb_per_s * 1e9) + calls * (num_ranks - 1) * links.hop_latency_us * 1e-6
-    )
+    num_bytes = sum(c.bytes_sent_per_rank(num_ranks) for c in collectives)
+    num_passes = sum(c.num_calls * RING_PASSES[c.kind] for c in collectives)
+    slowest_gb_per_s = links.intra_node_gb_per_s
+    if num_ranks > links.ranks_per_node:
+        slowest_gb_per_s = min(slowest_gb_per_s, links.network_gb_per_s)
+    latency_s = num_passes * (num_ranks - 1) * links.hop_latency_us * 1e-6
+    return num_bytes / (slowest_gb_per_s * 1e9) + latency_s

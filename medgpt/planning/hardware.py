@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -77,16 +77,10 @@ class NodeType:
     device: Device
     device_name: str
     hardware: NodeHardware
-    price_per_hour: float | None
-    """None: unknown."""
 
     @property
-    def num_gpus(self) -> float:
-        return self.resources.get("GPU", 0)
-
-    @property
-    def num_cpus(self) -> float:
-        return self.resources.get("CPU", 0)
+    def price_per_hour(self) -> float | None:
+        return self.hardware.price_per_hour
 
     @property
     def host_gb(self) -> float | None:
@@ -130,7 +124,7 @@ def read_cluster(path: Path, hardware: Path | None) -> PlannedCluster:
     node_types = tree.get(NODE_TYPES_KEY)
     if not isinstance(node_types, dict) or not node_types:
         raise ConfigError(
-            f"{key}: has no section {NODE_TYPES_KEY}; name a Ray cluster "
+            f"{key} has no section {NODE_TYPES_KEY}; name a Ray cluster "
             "definition, as clusters/aws.yaml"
         )
     head = tree.get("head_node_type")
@@ -139,30 +133,25 @@ def read_cluster(path: Path, hardware: Path | None) -> PlannedCluster:
             f"{key}: head_node_type={head} is none of {NODE_TYPES_KEY}: {', '.join(node_types)}"
         )
     hardware_file = _read_hardware(hardware, path)
-    devices = load_known_devices() | hardware_file.devices
     prices = (tree.get("metadata") or {}).get(PRICES_KEY) or {}
-    for where, names in (
+    for place, names in (
         ("--hardware: nodes", hardware_file.nodes),
         (f"{key}: metadata.{PRICES_KEY}", prices),
     ):
-        for name in names:
-            if name not in node_types:
-                raise ConfigError(
-                    f"{where}.{name} is no node type of the cluster; known: {', '.join(node_types)}"
-                )
+        if unknown := [name for name in names if name not in node_types]:
+            raise ConfigError(
+                f"{place}.{unknown[0]} is no node type of the cluster; known: "
+                f"{', '.join(node_types)}"
+            )
     max_workers = tree.get("max_workers", math.inf)
-    types = {
-        name: _node_type(
-            name,
-            section,
-            key,
-            max_workers=max_workers,
-            hardware=hardware_file.nodes.get(name, NodeHardware()),
-            price=prices.get(name),
-            devices=devices,
-        )
-        for name, section in node_types.items()
-    }
+    devices = load_known_devices() | hardware_file.devices
+    types = {}
+    for name, section in node_types.items():
+        facts = hardware_file.nodes.get(name, NodeHardware())
+        if facts.price_per_hour is None:
+            facts = facts.model_copy(update={"price_per_hour": prices.get(name)})
+        key_of_type = f"{key}: {NODE_TYPES_KEY}.{name}"
+        types[name] = _node_type(name, section, key_of_type, facts, devices, max_workers)
     return PlannedCluster(
         file=str(path),
         head=types[head],
@@ -173,12 +162,7 @@ def read_cluster(path: Path, hardware: Path | None) -> PlannedCluster:
 
 
 def _read_yaml(path: Path, key: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot be read ({error.strerror}); see clusters/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: is not YAML: {str(error).splitlines()[0]}") from None
+    tree = _parse_file(path, key, yaml.safe_load, "YAML")
     return tree if isinstance(tree, dict) else {}
 
 
@@ -187,14 +171,21 @@ def _read_hardware(path: Path | None, cluster: Path) -> HardwareFile:
     if path is None and not chosen.exists():
         return HardwareFile()
     key = f"--hardware={chosen}"
+    tree = _parse_file(chosen, key, tomllib.loads, "TOML")
     try:
-        return validate(HardwareFile, tomllib.loads(chosen.read_text("utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: is not TOML: {error}") from None
+        return validate(HardwareFile, tree)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+def _parse_file(path: Path, key: str, parse: Callable[[str], Any], file_format: str) -> Any:
+    try:
+        return parse(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{key} cannot be read ({error.strerror}); see clusters/") from None
+    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key} is not {file_format}: {reason}") from None
 
 
 def load_known_devices() -> dict[str, Device]:
@@ -207,36 +198,30 @@ def _node_type(
     name: str,
     section: Any,
     key: str,
-    *,
-    max_workers: float,
     hardware: NodeHardware,
-    price: float | None,
     devices: Mapping[str, Device],
+    max_workers: float,
 ) -> NodeType:
+    """Raise ConfigError if the section has no resources or its device is unknown."""
     resources = section.get("resources") if isinstance(section, dict) else None
     if not resources or "CPU" not in resources:
-        raise ConfigError(
-            f"{key}: {NODE_TYPES_KEY}.{name} has no resources; write them, as "
-            "resources: {CPU: 8, GPU: 1}"
-        )
+        raise ConfigError(f"{key} has no resources; write them, as resources: {{CPU: 8, GPU: 1}}")
     labels = section.get("labels") or {}
     device = hardware.device or _device_name(resources, labels)
     if device not in devices:
         raise ConfigError(
-            f"{NODE_TYPES_KEY}.{name}: device {device} is unknown; describe it as "
-            f"[devices.{device}] in the hardware file, or set nodes.{name}.device to one "
-            f"of {', '.join(devices)}"
+            f"{key}: device {device} is unknown; describe it as [devices.{device}] in the hardware "
+            f"file, or set nodes.{name}.device to one of {', '.join(devices)}"
         )
     return NodeType(
         name=name,
-        resources={key: float(amount) for key, amount in resources.items()},
+        resources={resource: float(amount) for resource, amount in resources.items()},
         labels=labels,
         min_nodes=section.get("min_workers", 0),
         max_nodes=section.get("max_workers", max_workers),
         device=devices[device],
         device_name=device,
         hardware=hardware,
-        price_per_hour=price if hardware.price_per_hour is None else hardware.price_per_hour,
     )
 
 
@@ -244,6 +229,6 @@ def _device_name(resources: Mapping[str, Any], labels: Mapping[str, str]) -> str
     """Return the GPU named by Ray's label or resource, else GPU; CPU for a node without GPUs."""
     if not resources.get("GPU"):
         return CPU_DEVICE
-    names = [key.removeprefix(ACCELERATOR_RESOURCE) for key in resources]
-    names = [name for key, name in zip(resources, names, strict=True) if name != key]
-    return labels.get(ACCELERATOR_LABEL) or (names[0] if names else "GPU")
+    prefix = ACCELERATOR_RESOURCE
+    names = (key.removeprefix(prefix) for key in resources if key.startswith(prefix))
+    return labels.get(ACCELERATOR_LABEL) or next(names, "GPU")

@@ -69,20 +69,19 @@ class WorkerMemory:
 def train_memory(model: ModelShape, setup: TrainingSetup) -> WorkerMemory:
     """Return the peak memory of a training worker."""
     if not setup.on_gpu:
-        return WorkerMemory(worst_phase=_largest_phase(cpu_phases(model, setup)), host_bytes=0)
+        return WorkerMemory(worst_phase=_largest(cpu_phases(model, setup)), host_bytes=0)
     context = {"runtime": CUDA_CONTEXT_BYTES}
-    phases = [
-        StepPhase(name=phase.name, bytes_by_kind=_add_bytes(phase.bytes_by_kind, context))
-        for phase in allocated_phases(model, setup)
-    ]
-    saving_bytes = _checkpoint_bytes(model, setup) + sum(offloaded_bytes(model, setup).values())
-    return WorkerMemory(
-        worst_phase=_largest_phase(phases),
-        host_bytes=max(saving_bytes, _loading_bytes(model, setup)),
-    )
+    phases = [_phase(p.name, p.bytes_by_kind, context) for p in allocated_phases(model, setup)]
+    saving = _checkpoint_bytes(model, setup) + sum(offloaded_bytes(model, setup).values())
+    host_bytes = max(saving, _loading_bytes(model, setup))
+    return WorkerMemory(worst_phase=_largest(phases), host_bytes=host_bytes)
 
 
-def _largest_phase(phases: list[StepPhase]) -> StepPhase:
+def _phase(name: str, *parts: BytesByKind) -> StepPhase:
+    return StepPhase(name=name, bytes_by_kind=_add_bytes(*parts))
+
+
+def _largest(phases: list[StepPhase]) -> StepPhase:
     return max(phases, key=lambda phase: phase.total_bytes)
 
 
@@ -99,36 +98,16 @@ def allocated_phases(model: ModelShape, setup: TrainingSetup) -> list[StepPhase]
     stage_3_bucket = bucket if stage == 3 else {}
     # share of the backward pass left when the first bucket is full; stages 0 and 1 reduce after it
     remaining_share = 0.0 if stage < 2 else max(0.0, 1 - BUCKET_ELEMENTS / model.num_trainable)
-    unfinished = {
-        kind: remaining_share * size
-        for kind, size in _add_bytes(activation_memory, gathered).items()
-    }
+    backward = _add_bytes(activation_memory, gathered)
+    unfinished = {kind: remaining_share * size for kind, size in backward.items()}
     in_bucket = min(BUCKET_ELEMENTS, model.num_trainable)
-    moved_to_bucket = {"gradients": -FP32 * in_bucket if stage == 1 else 0.0}
+    moved = {"gradients": -FP32 * in_bucket if stage == 1 else 0.0}
+    buffers = _reduce_buffers(model, setup)
     return [
-        StepPhase(
-            name="gather",
-            bytes_by_kind=_add_bytes(states, stage_3_bucket, _gather_buffers(model, setup)),
-        ),
-        StepPhase(
-            name="backward",
-            bytes_by_kind=_add_bytes(states, accumulated, bucket, gathered, activation_memory),
-        ),
-        StepPhase(
-            name="reduce",
-            bytes_by_kind=_add_bytes(
-                states,
-                accumulated,
-                bucket,
-                moved_to_bucket,
-                _reduce_buffers(model, setup),
-                unfinished,
-            ),
-        ),
-        StepPhase(
-            name="step",
-            bytes_by_kind=_add_bytes(states, stage_3_bucket, _step_buffers(model, setup)),
-        ),
+        _phase("gather", states, stage_3_bucket, _gather_buffers(model, setup)),
+        _phase("backward", states, accumulated, bucket, gathered, activation_memory),
+        _phase("reduce", states, accumulated, bucket, moved, buffers, unfinished),
+        _phase("step", states, stage_3_bucket, _step_buffers(model, setup)),
     ]
 
 
@@ -136,18 +115,15 @@ def _model_states(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     """Return weights, fp32 master weights and Adam's two moments, partitioned as the ZeRO stage
     defines. At stage 0 in fp32 the weights are their own master weights."""
     trained, n, stage = model.num_trainable, setup.num_ranks, setup.zero_stage
-    fp32_copies = 3 / n if stage else 2
-    states = {
-        "weights": setup.bytes_per_weight * model.num_params / (n if stage == 3 else 1),
-        "gradients": FP32 * trained / n if stage == 3 else 0.0,
-        "optimizer": FP32 * fp32_copies * trained,
-    }
+    b = setup.bytes_per_weight
+    weights = b * model.num_params / (n if stage == 3 else 1)
     if setup.offload_optimizer:  # the buffer holds the largest gradient while it is copied
-        return {
-            "weights": states["weights"],
-            "buckets": float(setup.bytes_per_weight * _largest_trained_weight(model)),
-        }
-    return states
+        return {"weights": weights, "buckets": float(b * _largest_gradient(model))}
+    return {
+        "weights": weights,
+        "gradients": FP32 * trained / n if stage == 3 else 0.0,
+        "optimizer": FP32 * (3 / n if stage else 2) * trained,
+    }
 
 
 def _activation_bytes(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
@@ -172,9 +148,8 @@ def _accumulated_gradients(model: ModelShape, setup: TrainingSetup) -> dict[str,
     trained, n = FP32 * model.num_trainable, setup.num_ranks
     if setup.zero_stage < 2:
         return {"gradients": float(trained)}
-    return {
-        "gradients": trained / n if setup.zero_stage == 2 and not setup.offload_optimizer else 0.0
-    }
+    is_kept = setup.zero_stage == 2 and not setup.offload_optimizer
+    return {"gradients": trained / n if is_kept else 0.0}
 
 
 def _bucket_bytes(setup: TrainingSetup) -> float:
@@ -184,30 +159,25 @@ def _bucket_bytes(setup: TrainingSetup) -> float:
     return float(BUCKET_ELEMENTS * (setup.bytes_per_weight if setup.zero_stage == 2 else FP32))
 
 
-def _reduced_elements(model: ModelShape) -> int:
-    """Return the elements reduced in one call: a bucket, or a single larger gradient."""
-    return max(min(BUCKET_ELEMENTS, model.num_trainable), _largest_trained_weight(model))
-
-
 def _reduce_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     """Return the buffers that reduce a bucket: a flat copy, at stage 2 in bf16 a second one in
     fp32, at stage 3 over gloo a second one inside gloo. At stages 1 and 2 the rank keeps its part
     of the result; at stage 2 in fp32 this is a second part, which is added to the first
     afterwards."""
-    stage, elements = setup.zero_stage, _reduced_elements(model)
+    stage, b = setup.zero_stage, setup.bytes_per_weight
     if stage == 0:
         return {}
-    copies = float(setup.bytes_per_weight if stage == 2 else FP32)
-    if (stage == 2 and setup.bytes_per_weight < FP32) or (stage == 3 and not setup.on_gpu):
+    copies = float(b if stage == 2 else FP32)
+    if (stage == 2 and b < FP32) or (stage == 3 and not setup.on_gpu):
         copies += FP32
-    part = FP32 * model.num_trainable / setup.num_ranks
     has_several_buckets = model.num_trainable > BUCKET_ELEMENTS
-    keeps_part = (
-        has_several_buckets
-        and (stage == 1 or (stage == 2 and setup.bytes_per_weight == FP32))
-        and not setup.offload_optimizer
-    )
-    return {"buckets": copies * elements, "gradients": part if keeps_part else 0.0}
+    keeps_part = stage == 1 or (stage == 2 and b == FP32)
+    if not has_several_buckets or setup.offload_optimizer:
+        keeps_part = False
+    part = FP32 * model.num_trainable / setup.num_ranks
+    # a bucket, or a single gradient that is larger
+    reduced = max(min(BUCKET_ELEMENTS, model.num_trainable), _largest_gradient(model))
+    return {"buckets": copies * reduced, "gradients": part if keeps_part else 0.0}
 
 
 def _step_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
@@ -218,11 +188,9 @@ def _step_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     if stage == 0:
         return {"gradients": float(trained), "buckets": _flat_copy_bytes(model, setup)}
     parts = 2 if setup.bytes_per_weight == FP32 and stage < 3 else 1
-    gradients = (
-        0.0
-        if setup.offload_optimizer
-        else parts * trained / n + FP64 * _largest_trained_weight(model) / n
-    )
+    gradients = parts * trained / n + FP64 * _largest_gradient(model) / n
+    if setup.offload_optimizer:
+        gradients = 0.0
     copy = _flat_copy_bytes(model, setup)
     return {"gradients": gradients} if gradients > copy else {"buckets": copy}
 
@@ -230,10 +198,8 @@ def _step_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
 def _flat_copy_bytes(model: ModelShape, setup: TrainingSetup) -> float:
     """Return the flat gradients at stage 0, gloo's copy of weights at stages 1 and 2."""
     if setup.zero_stage == 0:
-        return float(
-            FP32
-            * min(model.num_trainable, ZERO0_ALL_REDUCE_ELEMENTS + _largest_trained_weight(model))
-        )
+        largest_call = ZERO0_ALL_REDUCE_ELEMENTS + _largest_gradient(model)
+        return float(FP32 * min(model.num_trainable, largest_call))
     gloo = setup.zero_stage < 3 and not setup.on_gpu
     return float(setup.bytes_per_weight * model.num_decayed) if gloo else 0.0
 
@@ -243,12 +209,8 @@ def _gathered_weights(model: ModelShape, setup: TrainingSetup) -> dict[str, floa
     keeps those that it uses again within as many, so a smaller model stays whole in both passes."""
     if setup.zero_stage < 3:
         return {}
-    return {
-        "weights": float(
-            setup.bytes_per_weight
-            * min(model.num_params, ZERO3_LIVE_ELEMENTS + ZERO3_PREFETCH_ELEMENTS)
-        )
-    }
+    elements = min(model.num_params, ZERO3_LIVE_ELEMENTS + ZERO3_PREFETCH_ELEMENTS)
+    return {"weights": float(setup.bytes_per_weight * elements)}
 
 
 def _gather_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
@@ -257,18 +219,16 @@ def _gather_buffers(model: ModelShape, setup: TrainingSetup) -> dict[str, float]
     the others after the first has arrived."""
     if setup.zero_stage < 3:
         return {}
+    b = setup.bytes_per_weight
     flat = min(model.num_params, ZERO3_LIVE_ELEMENTS)
     first, copies = min(flat, ZERO3_PREFETCH_ELEMENTS), 0
     if not setup.on_gpu:
         flat = max(min(flat, 2 * ZERO3_PREFETCH_ELEMENTS), flat - ZERO3_PREFETCH_ELEMENTS)
         copies = min(flat, 2 * ZERO3_PREFETCH_ELEMENTS)
-    return {
-        "weights": float(setup.bytes_per_weight * first),
-        "buckets": float(setup.bytes_per_weight * (flat + copies)),
-    }
+    return {"weights": float(b * first), "buckets": float(b * (flat + copies))}
 
 
-def _largest_trained_weight(model: ModelShape) -> int:
+def _largest_gradient(model: ModelShape) -> int:
     return max(weight.num_elements for weight in model.weights if weight.trainable)
 
 
@@ -280,8 +240,8 @@ def _checkpoint_bytes(model: ModelShape, setup: TrainingSetup) -> float:
     writes, balanced by size and never split, and one parameter being gathered."""
     if not setup.is_saving_checkpoint:
         return 0.0
-    share = max(model.num_trainable / setup.num_ranks, _largest_trained_weight(model))
-    return FP32 * (3 * share + _largest_trained_weight(model))
+    share = max(model.num_trainable / setup.num_ranks, _largest_gradient(model))
+    return FP32 * (3 * share + _largest_gradient(model))
 
 
 def _loading_bytes(model: ModelShape, setup: TrainingSetup) -> float:
@@ -299,7 +259,7 @@ def offloaded_bytes(model: ModelShape, setup: TrainingSetup) -> dict[str, float]
     return {
         "optimizer": 3 * FP32 * part,
         "gradients": 2 * FP32 * part,
-        "buckets": setup.bytes_per_weight * (part + _largest_trained_weight(model)),
+        "buckets": setup.bytes_per_weight * (part + _largest_gradient(model)),
     }
 
 
@@ -317,52 +277,32 @@ def cpu_phases(model: ModelShape, setup: TrainingSetup) -> list[StepPhase]:
     the model states are created, which reuse them. A checkpoint, made of blocks of the same sizes,
     reuses them too. Large blocks are returned to the system when freed.
     """
-    stage, checkpoint = setup.zero_stage, _checkpoint_bytes(model, setup)
-    persistent = (
-        _accumulated_gradients(model, setup) if stage < 2 else _gathered_weights(model, setup)
-    )
+    stage, b, checkpoint = setup.zero_stage, setup.bytes_per_weight, _checkpoint_bytes(model, setup)
+    accumulated = _accumulated_gradients(model, setup)
+    persistent = accumulated if stage < 2 else _gathered_weights(model, setup)
     # the gradient of the embedding, beside the one that waits for the output layer
-    activation_memory = _add_bytes(
-        _activation_bytes(model, setup),
-        {"gradients": _embedding_gradient_bytes(model, setup.bytes_per_weight)},
-    )
-    initial_weights = setup.bytes_per_weight * model.num_params
-    freed_bytes = {
-        0: 0.0,
-        1: initial_weights,
-        2: initial_weights - sum(activation_memory.values()),
-        3: 0.0,
-    }[stage]
-    heap = _add_bytes(
-        *(
-            _model_states(model, setup),
-            offloaded_bytes(model, setup),
-            persistent,
-            activation_memory,
-        ),
-        {
-            "snapshot": checkpoint,
-            "freed": max(0.0, freed_bytes - checkpoint),
-            "runtime": CPU_RUNTIME_BYTES,
-        },
-    )
+    embedding = {"gradients": _embedding_gradient_bytes(model, b)}
+    activation_memory = _add_bytes(_activation_bytes(model, setup), embedding)
+    freed = {1: b * model.num_params, 2: b * model.num_params - sum(activation_memory.values())}
+    others = {
+        "snapshot": checkpoint,
+        "freed": max(0.0, freed.get(stage, 0.0) - checkpoint),
+        "runtime": CPU_RUNTIME_BYTES,
+    }
+    states, offloaded = _model_states(model, setup), offloaded_bytes(model, setup)
+    heap = _add_bytes(states, offloaded, persistent, activation_memory, others)
     # pages of the bucket become resident when they are written
-    written_bucket_bytes = _bucket_bytes(setup) * min(1.0, model.num_trainable / BUCKET_ELEMENTS)
-    bucket = {"buckets": written_bucket_bytes if stage >= 2 else 0.0}
+    written_bytes = _bucket_bytes(setup) * min(1.0, model.num_trainable / BUCKET_ELEMENTS)
+    bucket = {"buckets": written_bytes if stage >= 2 else 0.0}
     if stage == 3:
         heap, bucket = _add_bytes(heap, bucket), {}
     gather_buffers = {"buckets": _gather_buffers(model, setup).get("buckets", 0.0)}
     # at stages 0 and 1 the heap has room for the copies of gradients
-    reduce_buffers = _add_bytes(
-        bucket, _accumulated_gradients(model, setup), _reduce_buffers(model, setup)
-    )
-    flat_copies = {"buckets": _flat_copy_bytes(model, setup)}
+    reduce_buffers = _add_bytes(bucket, accumulated, _reduce_buffers(model, setup))
     return [
-        StepPhase(name="gather", bytes_by_kind=_add_bytes(heap, gather_buffers)),
-        StepPhase(
-            name="reduce", bytes_by_kind=_add_bytes(heap, reduce_buffers if stage >= 2 else {})
-        ),
-        StepPhase(name="step", bytes_by_kind=_add_bytes(heap, flat_copies)),
+        _phase("gather", heap, gather_buffers),
+        _phase("reduce", heap, reduce_buffers if stage >= 2 else {}),
+        _phase("step", heap, {"buckets": _flat_copy_bytes(model, setup)}),
     ]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from medgpt.cluster.capacity import worker_bundle
 from medgpt.config.base import ConfigError
-from medgpt.config.loading import validate
+from medgpt.config.loading import with_values
+from medgpt.config.pools import TrainedRoleConfig
 from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.train import EngineConfig
 from medgpt.planning.hardware import NodeType, PlannedCluster
 from medgpt.planning.memory import GIB
 from medgpt.planning.planned_pools import PlannableConfig, PlannedPool, plan_pools
@@ -76,24 +78,16 @@ def workers_per_node(node: NodeType, pool: PlannedPool) -> int:
 
 
 def _fit_node(pool: PlannedPool, node: NodeType, device: float, host: float) -> NodeFit:
-    host_gb_per_worker = (
-        None if node.host_gb is None else node.host_gb / workers_per_node(node, pool)
-    )
+    host_gb = None if node.host_gb is None else node.host_gb / workers_per_node(node, pool)
     if not pool.on_gpu:
-        is_enough = (
-            None
-            if host_gb_per_worker is None
-            else device <= USABLE_SHARE * host_gb_per_worker * GIB
-        )
-        return NodeFit(
-            node=node.name, device_gb=host_gb_per_worker, host_gb=host_gb_per_worker, fits=is_enough
-        )
+        fits = None if host_gb is None else device <= USABLE_SHARE * host_gb * GIB
+        return NodeFit(node=node.name, device_gb=host_gb, host_gb=host_gb, fits=fits)
     assert node.device.memory_gb is not None, node.device_name
     gpu_gb = node.device.memory_gb * min(1.0, pool.role.gpus_per_worker)
-    is_enough = device <= USABLE_SHARE * gpu_gb * GIB
-    if is_enough and host_gb_per_worker is not None:
-        is_enough = host <= USABLE_SHARE * host_gb_per_worker * GIB
-    return NodeFit(node=node.name, device_gb=gpu_gb, host_gb=host_gb_per_worker, fits=is_enough)
+    fits = device <= USABLE_SHARE * gpu_gb * GIB
+    if fits and host_gb is not None:
+        fits = host <= USABLE_SHARE * host_gb * GIB
+    return NodeFit(node=node.name, device_gb=gpu_gb, host_gb=host_gb, fits=fits)
 
 
 def describe_misfit(name: str, fit: PoolFit) -> str:
@@ -118,7 +112,7 @@ def smallest_change(config: PlannableConfig, name: str, cluster: PlannedCluster)
     """Return the fewest keys, cheapest first, with which the pool fits; None if none do."""
     for change in _candidate_changes(config, name):
         try:
-            changed = with_keys(config, change)
+            changed = with_values(type(config), config, change)
         except ConfigError:  # an invalid combination of keys
             continue
         fit = fit_pools(plan_pools(changed)[0], cluster)[name]
@@ -128,7 +122,7 @@ def smallest_change(config: PlannableConfig, name: str, cluster: PlannedCluster)
     return None
 
 
-def _candidate_changes(config: PlannableConfig, name: str) -> Iterator[dict[str, object]]:
+def _candidate_changes(config: PlannableConfig, name: str) -> Iterator[dict[str, Any]]:
     """Yield sets of keys to try: single keys before pairs, cheap keys first."""
     choices = _smaller_values(config, name)
     for size in range(1, len(choices) + 1):
@@ -137,51 +131,42 @@ def _candidate_changes(config: PlannableConfig, name: str) -> Iterator[dict[str,
                 yield dict(zip(keys, values, strict=True))
 
 
-def _smaller_values(config: PlannableConfig, name: str) -> dict[str, list[object]]:
+def _smaller_values(config: PlannableConfig, name: str) -> dict[str, list[Any]]:
     """Return, by key, values that need less memory than the current one, cheapest keys first."""
     if isinstance(config, PPOStageConfig):
-        return _ppo_smaller_values(config, name)
-    train, engine, workers = config.train, config.engine, config.cluster.min_workers
-    return _drop_empty(
-        {
-            "engine.zero_stage": list(range(engine.zero_stage + 1, 4)),
-            "engine.activation_checkpointing": [] if engine.activation_checkpointing else [True],
-            "train.micro_batch_size": _halvings(train.micro_batch_size),
-            "engine.offload_optimizer": [] if engine.offload_optimizer else [True],
-            "cluster.num_workers": _doublings(workers, train.global_batch_size),
-        }
-    )
-
-
-def _ppo_smaller_values(config: PPOStageConfig, name: str) -> dict[str, list[object]]:
-    pools, prefix = config.pools, f"pools.{name}"
-    workers = pools.role(name).num_workers  # type: ignore[arg-type] - one of the roles
-    if name in ("actor", "critic"):
-        engine = pools.actor.engine if name == "actor" else pools.critic.engine
-        return _drop_empty(
-            {
-                f"{prefix}.engine.zero_stage": list(range(engine.zero_stage + 1, 4)),
-                f"{prefix}.engine.activation_checkpointing": (
-                    [] if engine.activation_checkpointing else [True]
-                ),
-                "ppo.micro_batch_tokens": _halvings(config.ppo.micro_batch_tokens),
-                f"{prefix}.engine.offload_optimizer": [] if engine.offload_optimizer else [True],
-                f"{prefix}.num_workers": _doublings(workers, config.ppo.global_batch_size),
-            }
-        )
-    if name == "rollout":
-        return _drop_empty({"rollout.batch_tokens": _halvings(config.rollout.batch_tokens)})
-    choices: dict[str, list[Any]] = {
-        "ppo.micro_batch_tokens": _halvings(config.ppo.micro_batch_tokens)
-    }
-    if name == "reference" and not pools.reference.zero_stage:
-        choices["pools.reference.zero_stage"] = [3]
-        choices["pools.reference.num_workers"] = _doublings(workers, config.ppo.rollout_batch_size)
-    return _drop_empty(choices)
-
-
-def _drop_empty(choices: Mapping[str, list[Any]]) -> dict[str, list[object]]:
+        choices = _ppo_smaller_values(config, name)
+    else:
+        train, workers = config.train, config.cluster.min_workers
+        choices = _engine_values(
+            "engine", config.engine, {"train.micro_batch_size": _halvings(train.micro_batch_size)}
+        ) | {"cluster.num_workers": _doublings(workers, train.global_batch_size)}
     return {key: values for key, values in choices.items() if values}
+
+
+def _ppo_smaller_values(config: PPOStageConfig, name: str) -> dict[str, list[Any]]:
+    role = config.pools.role(name)  # type: ignore[arg-type] - one of the roles
+    tokens = {"ppo.micro_batch_tokens": _halvings(config.ppo.micro_batch_tokens)}
+    if isinstance(role, TrainedRoleConfig):
+        workers = _doublings(role.num_workers, config.ppo.global_batch_size)
+        choices = _engine_values(f"pools.{name}.engine", role.engine, tokens)
+        return choices | {f"pools.{name}.num_workers": workers}
+    if name == "rollout":
+        return {"rollout.batch_tokens": _halvings(config.rollout.batch_tokens)}
+    if name == "reference" and not config.pools.reference.zero_stage:
+        workers = _doublings(role.num_workers, config.ppo.rollout_batch_size)
+        return tokens | {"pools.reference.zero_stage": [3], "pools.reference.num_workers": workers}
+    return tokens
+
+
+def _engine_values(
+    key: str, engine: EngineConfig, micro_batch: dict[str, list[Any]]
+) -> dict[str, list[Any]]:
+    return {
+        f"{key}.zero_stage": list(range(engine.zero_stage + 1, 4)),
+        f"{key}.activation_checkpointing": [] if engine.activation_checkpointing else [True],
+        **micro_batch,
+        f"{key}.offload_optimizer": [] if engine.offload_optimizer else [True],
+    }
 
 
 def _halvings(value: int) -> list[int]:
@@ -190,18 +175,6 @@ def _halvings(value: int) -> list[int]:
 
 def _doublings(workers: int, most: int) -> list[int]:
     return [workers << times for times in range(1, 10) if workers << times <= most]
-
-
-def with_keys(config: PlannableConfig, keys: Mapping[str, object]) -> PlannableConfig:
-    """Return the config with some keys replaced. Raise ConfigError if the result is invalid."""
-    tree = config.model_dump()
-    for key, value in keys.items():
-        *path, last = key.split(".")
-        section = tree
-        for name in path:
-            section = section[name]
-        section[last] = value
-    return validate(type(config), tree)
 
 
 def _toml(value: object) -> str:

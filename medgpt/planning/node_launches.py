@@ -4,13 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
 from medgpt.cluster.capacity import Demands, check_demands, worker_bundle
-from medgpt.cluster.ray_internals import GangResourceRequest, LabelSelectorOperator
+from medgpt.cluster.ray_internals import autoscaler_pb2, common_pb2
 from medgpt.config.base import ConfigError
 from medgpt.config.pools import RoleConfig
 from medgpt.planning.hardware import NodeType, PlannedCluster
@@ -38,10 +39,8 @@ def plan_node_launches(
     addable = [node.to_node_group() for node in cluster.workers]
     check_demands(demands, [cluster.head.to_node_group()], addable, data_cpus=data_cpus)
     bundle_roles = {name: role for name, role in demands.items() if role.share_with is None}
-    data_task = RoleConfig(cpus_per_worker=data_cpus)
-    gangs = {name: _gang_request(name, role) for name, role in bundle_roles.items()} | {
-        "data": _gang_request("data", data_task)
-    }
+    groups = {**bundle_roles, "data": RoleConfig(cpus_per_worker=data_cpus)}
+    gangs = {name: _gang_request(name, role) for name, role in groups.items()}
     reply = ResourceDemandScheduler().schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
@@ -49,9 +48,8 @@ def plan_node_launches(
             gang_resource_requests=list(gangs.values()),
         )
     )
-    if infeasible := [
-        name for name, gang in gangs.items() if gang in reply.infeasible_gang_resource_requests
-    ]:
+    refused = reply.infeasible_gang_resource_requests
+    if infeasible := [name for name, gang in gangs.items() if gang in refused]:
         raise ConfigError(_refusal(cluster, demands, infeasible))
     nodes = Counter({launch.instance_type: launch.count for launch in reply.to_launch})
     if nodes.total() > cluster.max_workers:  # Ray would launch them and terminate some again
@@ -83,12 +81,11 @@ def describe_resources(resources: Mapping[str, float]) -> str:
 
 def _price_per_hour(cluster: PlannedCluster, nodes: Mapping[str, int]) -> float | None:
     """Return the price of the nodes per hour in the cluster's currency; None if unknown."""
-    total = 0.0
-    for node in (cluster.head, *cluster.workers):
-        if nodes.get(node.name) and node.price_per_hour is None:
-            return None
-        total += nodes.get(node.name, 0) * (node.price_per_hour or 0)
-    return total
+    used = [node for node in (cluster.head, *cluster.workers) if nodes.get(node.name)]
+    prices = [node.price_per_hour for node in used if node.price_per_hour is not None]
+    if len(prices) < len(used):
+        return None
+    return sum(nodes[node.name] * price for node, price in zip(used, prices, strict=True))
 
 
 def _node_type_config(node: NodeType) -> NodeTypeConfig:
@@ -101,17 +98,17 @@ def _node_type_config(node: NodeType) -> NodeTypeConfig:
     )
 
 
-def _gang_request(name: str, role: RoleConfig) -> GangResourceRequest:
+def _gang_request(name: str, role: RoleConfig) -> Any:
     """Return the request for the placement group of a pool, as Ray sends it to its autoscaler."""
     kinds = ResourceRequestUtil.PlacementConstraintType
     constraints = {
         "STRICT_PACK": [(kinds.AFFINITY, "_PG", name)],
         "STRICT_SPREAD": [(kinds.ANTI_AFFINITY, "_PG", name)],
     }.get(role.strategy)
-    label_in = LabelSelectorOperator.LABEL_OPERATOR_IN
+    label_in = common_pb2.LabelSelectorOperator.LABEL_OPERATOR_IN
     labels = [(key, label_in, [value]) for key, value in role.labels.items()]
     requests = [
         ResourceRequestUtil.make(worker_bundle(role), constraints, [labels] if labels else None)
         for _ in range(role.num_workers)
     ]
-    return GangResourceRequest(requests=requests)
+    return autoscaler_pb2.GangResourceRequest(requests=requests)

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from medgpt.config.base import ConfigError
+from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.planning.hardware import PlannedCluster
-from medgpt.planning.node_fit import PoolFit, describe_misfit, fit_pools, smallest_change, with_keys
+from medgpt.planning.node_fit import PoolFit, describe_misfit, fit_pools, smallest_change
 from medgpt.planning.node_launches import NodeLaunches, plan_node_launches
 from medgpt.planning.planned_pools import PlannableConfig, PlannedPool, plan_pools, stage_demands
 from medgpt.planning.time_and_cost import TimeAndCost, estimate_time_and_cost
@@ -18,7 +19,7 @@ NOTHING_FITS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EngineVariant:
     """Alternative engine settings of the trained pools."""
 
@@ -68,6 +69,7 @@ def make_plan(
         if not any(room.fits is not False for room in fit.rooms.values()):
             change = smallest_change(config, name, cluster)
             raise ConfigError(f"{describe_misfit(name, fit)}; {change or NOTHING_FITS}")
+    time_and_cost = estimate_time_and_cost(config, pools, cluster, launches, tokens=tokens, mfu=mfu)
     return StagePlan(
         stage=stage,
         cluster=cluster,
@@ -75,40 +77,25 @@ def make_plan(
         fits=fits,
         variants=_engine_variants(config, cluster),
         launches=launches,
-        time_and_cost=estimate_time_and_cost(
-            config, pools, cluster, launches, tokens=tokens, mfu=mfu
-        ),
+        time_and_cost=time_and_cost,
         notes=notes,
     )
 
 
 def _engine_variants(config: PlannableConfig, cluster: PlannedCluster) -> list[EngineVariant]:
+    is_ppo = isinstance(config, PPOStageConfig)
+    keys = ["pools.actor.engine", "pools.critic.engine"] if is_ppo else ["engine"]
     variants = []
     for zero_stage in ZERO_STAGES:
         for offload in (False, True)[: 1 + (zero_stage > 0)]:
             for checkpointing in (False, True):
-                keys = {
-                    f"{engine}.{key}": value
-                    for engine in _engine_keys(config)
-                    for key, value in {
-                        "zero_stage": zero_stage,
-                        "offload_optimizer": offload,
-                        "activation_checkpointing": checkpointing,
-                    }.items()
+                engine = {
+                    "zero_stage": zero_stage,
+                    "offload_optimizer": offload,
+                    "activation_checkpointing": checkpointing,
                 }
-                pools = [pool for pool in plan_pools(with_keys(config, keys))[0] if pool.is_trained]
-                variants.append(
-                    EngineVariant(
-                        zero_stage=zero_stage,
-                        offload=offload,
-                        checkpointing=checkpointing,
-                        fits=fit_pools(pools, cluster),
-                    )
-                )
+                values = {f"{key}.{name}": x for key in keys for name, x in engine.items()}
+                pools, _ = plan_pools(with_values(type(config), config, values))
+                fits = fit_pools([pool for pool in pools if pool.is_trained], cluster)
+                variants.append(EngineVariant(zero_stage, offload, checkpointing, fits))
     return variants
-
-
-def _engine_keys(config: PlannableConfig) -> list[str]:
-    if isinstance(config, PPOStageConfig):
-        return ["pools.actor.engine", "pools.critic.engine"]
-    return ["engine"]

@@ -1,6 +1,5 @@
 """Output of a plan: tables on the console, or JSON."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,50 +20,37 @@ MEMORY_KINDS = (  # in the order of the columns
 def print_plan(plan: StagePlan, mfu: float) -> None:
     """Print the plan: memory by pool, other engine settings, nodes, time and cost, assumptions."""
     console = Console()
-    for table in (_pools_table(plan), _variants_table(plan)):
-        console.print(table)
-    for line in (
-        _describe_nodes(plan),
-        _describe_time(plan, mfu),
-        *(f"assumed: {note}" for note in plan.notes),
-    ):
-        print(line)
+    console.print(_pools_table(plan))
+    console.print(_variants_table(plan))
+    notes = (f"assumed: {note}" for note in plan.notes)
+    print(_describe_nodes(plan), _describe_time(plan, mfu), *notes, sep="\n")
 
 
 def _pools_table(plan: StagePlan) -> Table:
-    used = [
-        k
-        for k in MEMORY_KINDS
-        if any(pool.memory.worst_phase.bytes_by_kind.get(k) for pool in plan.pools)
-    ]
+    phases = [pool.memory.worst_phase for pool in plan.pools]
+    used = [kind for kind in MEMORY_KINDS if any(p.bytes_by_kind.get(kind) for p in phases)]
     table = Table(title="Peak memory of a worker, GiB", title_justify="left")
     for column in ("pool", "workers", "parameters", "trained", *used, "all", "host", "fits"):
         table.add_column(column, justify="left" if column in ("pool", "fits") else "right")
-    for pool in plan.pools:
-        bytes_by_kind = pool.memory.worst_phase.bytes_by_kind
+    for pool, phase in zip(plan.pools, phases, strict=True):
+        fit = plan.fits.get(pool.name)
+        sizes = [phase.bytes_by_kind.get(kind, 0.0) for kind in used]
         table.add_row(
-            f"{pool.name} ({pool.memory.worst_phase.name})",
+            f"{pool.name} ({phase.name})",
             str(pool.role.num_workers),
             _format_count(pool.model.num_params),
             _format_count(pool.model.num_trainable) if pool.is_trained else "",
-            *(
-                f"{bytes_by_kind[kind] / GIB:.1f}" if bytes_by_kind.get(kind) else ""
-                for kind in used
-            ),
-            f"{pool.memory.worst_phase.total_bytes / GIB:.1f}",
+            *(f"{size / GIB:.1f}" if size else "" for size in sizes),
+            f"{phase.total_bytes / GIB:.1f}",
             f"{pool.memory.host_bytes / GIB:.1f}" if pool.memory.host_bytes else "",
-            _fitting_nodes(plan.fits[pool.name])
-            if pool.name in plan.fits
-            else f"with {pool.role.share_with}",
+            f"with {pool.role.share_with}" if fit is None else _fitting_nodes(fit),
         )
     return table
 
 
 def _variants_table(plan: StagePlan) -> Table:
-    table = Table(
-        title=f"Engine settings: GiB per worker, nodes where it fits in {USABLE_SHARE:.0%}",
-        title_justify="left",
-    )
+    title = f"Engine settings: GiB per worker, nodes where it fits in {USABLE_SHARE:.0%}"
+    table = Table(title=title, title_justify="left")
     names = [name for name in plan.fits if plan.variants and name in plan.variants[0].fits]
     for column in ("ZeRO", "offload", "checkpointing"):
         table.add_column(column)
@@ -72,17 +58,10 @@ def _variants_table(plan: StagePlan) -> Table:
         table.add_column(name, justify="right")
         table.add_column("fits")
     for variant in plan.variants:
-        cells = [
-            cell
-            for name in names
-            for cell in (_format_gb(variant.fits[name]), _fitting_nodes(variant.fits[name]))
-        ]
-        table.add_row(
-            str(variant.zero_stage),
-            _yes_or_blank(variant.offload),
-            _yes_or_blank(variant.checkpointing),
-            *cells,
-        )
+        flags = ("yes" if flag else "" for flag in (variant.offload, variant.checkpointing))
+        fits = [variant.fits[name] for name in names]
+        cells = [cell for fit in fits for cell in (_format_gb(fit), _fitting_nodes(fit))]
+        table.add_row(str(variant.zero_stage), *flags, *cells)
     return table
 
 
@@ -131,10 +110,6 @@ def _format_count(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
-def _yes_or_blank(value: bool) -> str:
-    return "yes" if value else ""
-
-
 def plan_to_json(plan: StagePlan, mfu: float) -> dict[str, Any]:
     """Return all numbers of a plan; keys end in their units."""
     estimate = plan.time_and_cost
@@ -161,21 +136,15 @@ def plan_to_json(plan: StagePlan, mfu: float) -> dict[str, Any]:
 
 
 def _pool_json(pool: PlannedPool) -> dict[str, Any]:
-    device = pool.memory.worst_phase
+    phase = pool.memory.worst_phase
     return {
         "workers": pool.role.num_workers,
         "parameters": pool.model.num_params,
         "trained": pool.model.num_trainable if pool.is_trained else 0,
         "bytes_per_weight": pool.bytes_per_weight,
         "zero_stage": pool.zero_stage,
-        "worst_phase": device.name,
-        "device_gb": device.total_bytes / GIB,
-        "held_gb": dict(_nonzero_gb(device.bytes_by_kind)),
+        "worst_phase": phase.name,
+        "device_gb": phase.total_bytes / GIB,
+        "held_gb": {kind: size / GIB for kind, size in phase.bytes_by_kind.items() if size},
         "host_gb": pool.memory.host_bytes / GIB,
     }
-
-
-def _nonzero_gb(bytes_by_kind: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    for kind, size in bytes_by_kind.items():
-        if size:
-            yield kind, size / GIB

@@ -1,17 +1,16 @@
 """The pools of a stage as planned: model, engine settings and memory per worker."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medgpt.cluster.capacity import Demands, pool_demands, worker_demands
 from medgpt.config.base import ConfigError
 from medgpt.config.dpo import DPOConfig
-from medgpt.config.model import ModelConfig
+from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.config.pools import (
-    ROLES,
+    Precision,
     RoleConfig,
-    RolloutRoleConfig,
     ScoringRoleConfig,
     TrainedRoleConfig,
 )
@@ -19,6 +18,7 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import PretrainConfig, TrainStageConfig
 from medgpt.config.train import EngineConfig
+from medgpt.models.load import compute_dtype
 from medgpt.models.model_shapes import ModelShape, model_shape
 from medgpt.planning import activations
 from medgpt.planning.activations import MicroBatch
@@ -74,69 +74,75 @@ def plan_pools(config: PlannableConfig) -> tuple[list[PlannedPool], list[str]]:
 
 def stage_demands(config: PlannableConfig) -> Demands:
     """Return the workers that must be placed at the same time."""
-    if not isinstance(config, PPOStageConfig):
-        return worker_demands(config.cluster)
-    pools = config.pools
-    roles = {n: pools.role(n) for n in ROLES if n != "reference" or not pools.reference_in_actor}
-    return pool_demands(roles)
+    if isinstance(config, PPOStageConfig):
+        return pool_demands(config.pools.active_roles())
+    return worker_demands(config.cluster)
 
 
-def precision_bytes(precision: str, on_gpu: bool) -> int:
-    """Return the bytes of a number; see engine.setup.compute_dtype."""
-    auto = "bf16" if on_gpu else "fp32"
-    return {"bf16": 2, "fp32": 4}[auto if precision == "auto" else precision]
+def precision_bytes(precision: Precision, on_gpu: bool) -> int:
+    """Return the bytes of a number."""
+    return compute_dtype(precision, "cuda" if on_gpu else "cpu").itemsize
 
 
 # ---- supervised stages ----
 
 
 def _train_pool(config: TrainStageConfig) -> PlannedPool:
-    cluster, engine = config.cluster, config.engine
-    [role] = worker_demands(cluster).values()
-    model = _trained_model_shape(config)
+    engine = config.engine
+    [role] = worker_demands(config.cluster).values()
     tokens = config.train.micro_batch_size * config.data.max_length
-    if isinstance(config, DPOConfig):  # TRL computes the logits of both answers at once
-        tokens *= 2
     label_share = 1.0
     if isinstance(config, PretrainConfig) and config.objective.kind == "mlm":
         label_share = config.objective.mlm_probability
+    is_dpo = isinstance(config, DPOConfig)
+    if is_dpo:  # TRL computes the logits of both answers at once
+        tokens *= 2
     batch = MicroBatch(
         num_tokens=tokens,
         num_labels=round(label_share * tokens),
-        loss_chunk_tokens=tokens if isinstance(config, DPOConfig) else engine.loss_chunk_tokens,
+        loss_chunk_tokens=tokens if is_dpo else engine.loss_chunk_tokens,
         activation_checkpointing=engine.activation_checkpointing,
     )
-    setup = _training_setup(engine, role, batch)
-    memory = train_memory(model, setup)
-    if isinstance(config, DPOConfig):  # the reference model, beside the trained one
-        memory = _add_to_device(
-            memory, {"reference": float(setup.bytes_per_weight * model.num_params)}
-        )
-    return PlannedPool(
-        name=TRAIN_POOL,
-        role=role,
-        model=model,
-        bytes_per_weight=setup.bytes_per_weight,
-        max_length=config.data.max_length,
-        memory=memory,
-        is_trained=True,
-        zero_stage=setup.zero_stage,
-        activation_checkpointing=engine.activation_checkpointing,
-    )
+    model, length = _trained_model_shape(config), config.data.max_length
+    pool = _trained_pool(TRAIN_POOL, role, engine, model, batch, length)
+    if is_dpo:  # the reference model, beside the trained one
+        reference = {"reference": float(pool.bytes_per_weight * model.num_params)}
+        phase = pool.memory.worst_phase
+        phase = replace(phase, bytes_by_kind={**phase.bytes_by_kind, **reference})
+        return replace(pool, memory=replace(pool.memory, worst_phase=phase))
+    return pool
 
 
-def _training_setup(engine: EngineConfig, role: RoleConfig, batch: MicroBatch) -> TrainingSetup:
+def _trained_pool(
+    name: str,
+    role: RoleConfig,
+    engine: EngineConfig,
+    model: ModelShape,
+    batch: MicroBatch,
+    max_length: int,
+) -> PlannedPool:
     on_gpu = role.gpus_per_worker > 0
     b = precision_bytes(engine.precision, on_gpu)
-    stage = 1 if engine.zero_stage == 0 and b == 2 else engine.zero_stage  # as in the engine
-    return TrainingSetup(
-        zero_stage=stage,
+    zero_stage = 1 if engine.zero_stage == 0 and b == 2 else engine.zero_stage  # as in the engine
+    setup = TrainingSetup(
+        zero_stage=zero_stage,
         num_ranks=role.num_workers,
         bytes_per_weight=b,
         micro_batch=batch,
         offload_optimizer=engine.offload_optimizer,
         on_gpu=on_gpu,
         is_saving_checkpoint=True,
+    )
+    return PlannedPool(
+        name=name,
+        role=role,
+        model=model,
+        bytes_per_weight=b,
+        max_length=max_length,
+        memory=train_memory(model, setup),
+        is_trained=True,
+        zero_stage=zero_stage,
+        activation_checkpointing=engine.activation_checkpointing,
     )
 
 
@@ -157,28 +163,24 @@ def _trained_model_shape(config: TrainStageConfig) -> ModelShape:
 def _ppo_pools(config: PPOStageConfig) -> tuple[list[PlannedPool], list[str]]:
     pools, notes = config.pools, []
     policy = model_shape(config.model, "clm")
-    policy_without_lora = (
-        policy if not config.model.lora.rank else model_shape(_without_lora(config.model), "clm")
-    )
+    whole_policy = policy
+    if config.model.lora.rank:
+        without_lora = config.model.model_copy(update={"lora": LoraConfig()})
+        whole_policy = model_shape(without_lora, "clm")
     critic_name = config.critic.model or config.reward.model or config.model.name
     critic = _value_model_shape(critic_name, config, notes, lora=True)
     length = config.data.max_length + config.rollout.max_new_tokens
     tokens = max(config.ppo.micro_batch_tokens, length)
     planned = [
-        _trained_pool("actor", pools.actor, policy, tokens, length),
-        _trained_pool("critic", pools.critic, critic, tokens, length),
+        _learning_pool("actor", pools.actor, policy, tokens, length),
+        _learning_pool("critic", pools.critic, critic, tokens, length),
         _scoring_pool("reward", pools.reward, _reward_model_shape(config, notes), tokens, length),
-        _rollout_pool(config, policy_without_lora, length),
+        _rollout_pool(config, whole_policy, length),
     ]
     if not pools.reference_in_actor:
-        planned.append(
-            _scoring_pool("reference", pools.reference, policy_without_lora, tokens, length)
-        )
+        reference = _scoring_pool("reference", pools.reference, whole_policy, tokens, length)
+        planned.append(reference)
     return planned, notes
-
-
-def _without_lora(model: ModelConfig) -> ModelConfig:
-    return ModelConfig(name=model.name, trust_remote_code=model.trust_remote_code)
 
 
 def _reward_model_shape(config: PPOStageConfig, notes: list[str]) -> ModelShape | None:
@@ -202,7 +204,7 @@ def _value_model_shape(
     return model_shape(ModelConfig.model_validate({"name": name, **adapters}), "value")
 
 
-def _trained_pool(
+def _learning_pool(
     name: str, role: TrainedRoleConfig, model: ModelShape, tokens: int, length: int
 ) -> PlannedPool:
     engine = role.engine
@@ -212,18 +214,7 @@ def _trained_pool(
         loss_chunk_tokens=engine.loss_chunk_tokens,
         activation_checkpointing=engine.activation_checkpointing,
     )
-    setup = _training_setup(engine, role, batch)
-    return PlannedPool(
-        name=name,
-        role=role,
-        model=model,
-        bytes_per_weight=setup.bytes_per_weight,
-        max_length=length,
-        memory=train_memory(model, setup),
-        is_trained=True,
-        zero_stage=setup.zero_stage,
-        activation_checkpointing=engine.activation_checkpointing,
-    )
+    return _trained_pool(name, role, engine, model, batch, length)
 
 
 def _scoring_pool(
@@ -242,22 +233,13 @@ def _scoring_pool(
     }
     if role.zero_stage:
         bytes_by_kind["buckets"] = float(b * min(model.num_params, 2 * 10**9))
-    return PlannedPool(
-        name=name,
-        role=role,
-        model=model,
-        bytes_per_weight=b,
-        max_length=length,
-        memory=_inference_memory(bytes_by_kind, role, b * model.num_params),
-        is_trained=False,
-        zero_stage=role.zero_stage,
-    )
+    return _inference_pool(name, role, model, bytes_by_kind, length, b, role.zero_stage)
 
 
 def _rollout_pool(config: PPOStageConfig, model: ModelShape, length: int) -> PlannedPool:
     """Plan the rollout pool: the whole model, the KV cache of a batch, the widest activations of
     the prefill, the logits to sample from, and the buffers of weight sync."""
-    role: RolloutRoleConfig = config.pools.rollout
+    role = config.pools.rollout
     b = precision_bytes(role.precision, role.gpus_per_worker > 0)
     budget = max(config.rollout.batch_tokens, length)
     rows = max(1, budget // length)
@@ -269,30 +251,30 @@ def _rollout_pool(config: PPOStageConfig, model: ModelShape, length: int) -> Pla
         "logits": float(rows * model.vocab_size * (b + 2 * FP32)),
         "buckets": float(2 * config.pools.sync.bucket_mb * MIB + embedding),
     }
-    return PlannedPool(
-        name="rollout",
-        role=role,
-        model=model,
-        bytes_per_weight=b,
-        max_length=length,
-        memory=_inference_memory(bytes_by_kind, role, b * model.num_params),
-        is_trained=False,
-        zero_stage=0,
-    )
+    return _inference_pool("rollout", role, model, bytes_by_kind, length, b, 0)
 
 
-def _inference_memory(
-    bytes_by_kind: Mapping[str, float], role: RoleConfig, weights: float
-) -> WorkerMemory:
-    """Return the memory of a worker that does not train; GPU workers load weights via the host."""
+def _inference_pool(
+    name: str,
+    role: RoleConfig,
+    model: ModelShape,
+    bytes_by_kind: Mapping[str, float],
+    max_length: int,
+    b: int,
+    zero_stage: int,
+) -> PlannedPool:
+    """Return a pool that does not train; its GPU workers load weights via the host."""
     on_gpu = role.gpus_per_worker > 0
     runtime = CUDA_CONTEXT_BYTES if on_gpu else CPU_RUNTIME_BYTES
     phase = StepPhase(name="forward", bytes_by_kind={**bytes_by_kind, "runtime": runtime})
-    return WorkerMemory(worst_phase=phase, host_bytes=weights if on_gpu else 0.0)
-
-
-def _add_to_device(memory: WorkerMemory, extra: Mapping[str, float]) -> WorkerMemory:
-    phase = StepPhase(
-        name=memory.worst_phase.name, bytes_by_kind={**memory.worst_phase.bytes_by_kind, **extra}
+    host_bytes = b * model.num_params if on_gpu else 0.0
+    return PlannedPool(
+        name=name,
+        role=role,
+        model=model,
+        bytes_per_weight=b,
+        max_length=max_length,
+        memory=WorkerMemory(worst_phase=phase, host_bytes=host_bytes),
+        is_trained=False,
+        zero_stage=zero_stage,
     )
-    return WorkerMemory(worst_phase=phase, host_bytes=memory.host_bytes)

@@ -1,7 +1,5 @@
 """Upper bounds and estimates of speed: FLOPs and memory traffic divided by what devices offer."""
 
-from dataclasses import dataclass
-
 from medgpt.models.model_shapes import ModelShape
 from medgpt.planning import activations
 from medgpt.planning.hardware import Device
@@ -25,26 +23,15 @@ def train_flops(model: ModelShape, length: float, *, checkpointing: bool) -> flo
     return forward * (num_passes + checkpointing)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenSpeed:
-    """Tokens per second of one worker."""
-
-    at_peak: float
-    """At the peak FLOP/s: an upper bound."""
-    expected: float
-    """At the assumed share of the peak FLOP/s."""
-
-
-def compute_speed(flops: float, device: Device, *, devices: float, mfu: float) -> TokenSpeed:
-    """Return the speed of a compute-bound worker.
+def compute_speed(flops: float, device: Device, *, devices: float, mfu: float) -> float:
+    """Return tokens per second of a compute-bound worker.
 
     Args:
         flops: per token.
         devices: CPU cores, or the share of a GPU, of the worker.
-        mfu: assumed share of the peak FLOP/s.
+        mfu: share of the peak FLOP/s that is reached; 1 gives an upper bound.
     """
-    peak = device.tflops * 1e12 * devices / flops
-    return TokenSpeed(at_peak=peak, expected=peak * mfu)
+    return device.tflops * 1e12 * devices / flops * mfu
 
 
 def decode_speed(
@@ -57,7 +44,7 @@ def decode_speed(
     response: int,
     b: int,
     mfu: float,
-) -> TokenSpeed:
+) -> float:
     """Return new tokens per second of a worker that decodes `rows` sequences at a time.
 
     A step reads all weights and the KV cache of every row once. It is bound by this memory traffic
@@ -67,8 +54,7 @@ def decode_speed(
     bytes_ = b * model.num_params + activations.kv_cache_bytes(model, round(rows * context), b)
     read_s = bytes_ / (device.memory_gb_per_s * 1e9 * devices)
     flops = forward_flops(model, 2 * context if model.has_gated_mlp else context)
-    peak = device.tflops * 1e12 * devices
+    flops_per_s = device.tflops * 1e12 * devices * mfu
     prompt_flops = prompt * forward_flops(model, prompt) / response  # per new token
-    peak_step_s = max(read_s, rows * flops / peak) + rows * prompt_flops / peak
-    expected_step_s = max(read_s, rows * flops / (peak * mfu)) + rows * prompt_flops / (peak * mfu)
-    return TokenSpeed(at_peak=rows / peak_step_s, expected=rows / expected_step_s)
+    step_s = max(read_s, rows * flops / flops_per_s) + rows * prompt_flops / flops_per_s
+    return rows / step_s

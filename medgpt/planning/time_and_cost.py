@@ -3,7 +3,7 @@
 Every sequence counts with its maximum length, so real runs process more tokens per second.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from medgpt.cluster.capacity import worker_bundle
@@ -15,7 +15,6 @@ from medgpt.planning.node_fit import workers_per_node
 from medgpt.planning.node_launches import NodeLaunches
 from medgpt.planning.planned_pools import PlannableConfig, PlannedPool
 from medgpt.planning.speed import (
-    TokenSpeed,
     compute_speed,
     decode_speed,
     forward_flops,
@@ -60,18 +59,24 @@ def estimate_time_and_cost(
         tokens: of the run; None: of its prepared data or `max_steps`, if known.
         mfu: assumed share of the peak FLOP/s.
     """
-    node_types = {pool.name: _slowest_node(pool, pools, cluster, launches) for pool in pools}
+    placed = {
+        pool.name: PlacedPool(pool, _slowest_node(pool, pools, cluster, launches)) for pool in pools
+    }
     if isinstance(config, PPOStageConfig):
-        phase_seconds, at_peak_s, tokens_per_step = _ppo_iteration(config, pools, node_types, mfu)
+        length = config.data.max_length + config.rollout.max_new_tokens
+        step_tokens = float(config.ppo.rollout_batch_size * length)
+        expected, at_peak = (_ppo_iteration(config, placed, step_tokens, m) for m in (mfu, 1.0))
     else:
-        phase_seconds, at_peak_s, tokens_per_step = _train_step(config, pools[0], node_types, mfu)
-    total = tokens if tokens is not None else _total_tokens(config, tokens_per_step)
-    hours = None if total is None else total / tokens_per_step * phase_seconds["step"] / 3600
+        step_tokens = float(config.train.global_batch_size * config.data.max_length)
+        [pool] = placed.values()
+        expected, at_peak = (_train_step(config, pool, step_tokens, m) for m in (mfu, 1.0))
+    total = tokens if tokens is not None else _total_tokens(config, step_tokens)
+    hours = None if total is None else total / step_tokens * expected["step"] / 3600
     price = launches.price_per_hour
     return TimeAndCost(
-        tokens=tokens_per_step,
-        seconds=phase_seconds,
-        at_peak_s=at_peak_s,
+        tokens=step_tokens,
+        seconds=expected,
+        at_peak_s=at_peak["step"],
         total_tokens=total,
         hours=hours,
         cost=None if hours is None or price is None else hours * price,
@@ -92,161 +97,115 @@ def _slowest_node(
     return min(candidates, key=lambda node: node.device.tflops)
 
 
-def devices_per_worker(pool: PlannedPool) -> float:
-    """Return the CPU cores, or the share of a GPU, of a worker."""
-    return min(1.0, pool.role.gpus_per_worker) if pool.on_gpu else pool.role.cpus_per_worker
+@dataclass(frozen=True)
+class PlacedPool:
+    """A pool and the type of its nodes."""
 
+    pool: PlannedPool
+    node: NodeType
 
-def pool_links(pool: PlannedPool, node: NodeType) -> LinkSpeeds:
-    return LinkSpeeds(
-        ranks_per_node=workers_per_node(node, pool),
-        intra_node_gb_per_s=node.device.link_gb_per_s,
-        network_gb_per_s=node.network_gb_per_s,
-    )
+    @property
+    def devices_per_worker(self) -> float:
+        """CPU cores, or the share of a GPU, of a worker."""
+        role = self.pool.role
+        return min(1.0, role.gpus_per_worker) if self.pool.on_gpu else role.cpus_per_worker
 
+    def forward_s(self, tokens: float, mfu: float) -> float:
+        return self._compute_s(forward_flops(self.pool.model, self.pool.max_length), tokens, mfu)
 
-def communication_s(pool: PlannedPool, node: NodeType, micro_batches: int) -> float:
-    """Return the seconds of communication in an optimizer step."""
-    ranks = pool.role.num_workers
-    collectives = step_collectives(
-        pool.model,
-        zero_stage=pool.zero_stage,
-        num_ranks=ranks,
-        micro_batches=micro_batches,
-        b=pool.bytes_per_weight,
-    )
-    return communication_seconds(collectives, ranks, pool_links(pool, node))
+    def train_s(self, tokens: float, mfu: float) -> float:
+        """Return the seconds of forward and backward passes, without communication."""
+        pool = self.pool
+        checkpointing = pool.activation_checkpointing
+        flops = train_flops(pool.model, pool.max_length, checkpointing=checkpointing)
+        return self._compute_s(flops, tokens, mfu)
 
+    def _compute_s(self, flops: float, tokens: float, mfu: float) -> float:
+        device, devices = self.node.device, self.devices_per_worker
+        speed = compute_speed(flops, device, devices=devices, mfu=mfu)
+        return tokens / self.pool.role.num_workers / speed
 
-def combined_s(pool: PlannedPool, compute: float, exchange: float) -> float:
-    """Return the time of both: ZeRO-3 overlaps communication with compute, other stages do not."""
-    return max(compute, exchange) if pool.zero_stage == 3 else compute + exchange
+    def communication_s(self, micro_batches: int) -> float:
+        """Return the seconds of communication in an optimizer step."""
+        pool, ranks = self.pool, self.pool.role.num_workers
+        collectives = step_collectives(
+            pool.model,
+            zero_stage=pool.zero_stage,
+            num_ranks=ranks,
+            micro_batches=micro_batches,
+            b=pool.bytes_per_weight,
+        )
+        links = LinkSpeeds(
+            ranks_per_node=workers_per_node(self.node, pool),
+            intra_node_gb_per_s=self.node.device.link_gb_per_s,
+            network_gb_per_s=self.node.network_gb_per_s,
+        )
+        return communication_seconds(collectives, ranks, links)
 
-
-# ---- supervised stages ----
+    def combined_s(self, compute: float, exchange: float) -> float:
+        """Return the time of both: only ZeRO-3 overlaps communication with compute."""
+        return max(compute, exchange) if self.pool.zero_stage == 3 else compute + exchange
 
 
 def _train_step(
-    config: TrainStageConfig, pool: PlannedPool, node_types: Mapping[str, NodeType], mfu: float
-) -> tuple[dict[str, float], float, float]:
-    """Return (seconds by phase, seconds at the peak, tokens) of an optimizer step."""
-    train, ranks, node = config.train, pool.role.num_workers, node_types[pool.name]
-    tokens = float(train.global_batch_size * config.data.max_length)
-    flops = train_flops(pool.model, pool.max_length, checkpointing=pool.activation_checkpointing)
-    speed = compute_speed(flops, node.device, devices=devices_per_worker(pool), mfu=mfu)
+    config: TrainStageConfig, placed: PlacedPool, tokens: float, mfu: float
+) -> dict[str, float]:
+    """Return the seconds of an optimizer step by phase."""
+    train, ranks = config.train, placed.pool.role.num_workers
     micro_batches = -(-train.global_batch_size // (train.micro_batch_size * ranks))
-    exchange = communication_s(pool, node, micro_batches)
-    compute, at_peak = (tokens / ranks / s for s in (speed.expected, speed.at_peak))
-    step = combined_s(pool, compute, exchange)
-    phase_seconds = {"compute": compute, "exchange": exchange, "step": step}
-    return phase_seconds, combined_s(pool, at_peak, exchange), tokens
-
-
-# ---- PPO ----
+    compute, exchange = placed.train_s(tokens, mfu), placed.communication_s(micro_batches)
+    step = placed.combined_s(compute, exchange)
+    return {"compute": compute, "exchange": exchange, "step": step}
 
 
 def _ppo_iteration(
-    config: PPOStageConfig,
-    pools: Sequence[PlannedPool],
-    node_types: Mapping[str, NodeType],
-    mfu: float,
-) -> tuple[dict[str, float], float, float]:
-    """Return (seconds by phase, seconds at the peak, tokens) of an iteration: generate, score with
-    all models in parallel, update actor and critic in parallel, sync the weights."""
-    sequences = config.ppo.rollout_batch_size
-    length = config.data.max_length + config.rollout.max_new_tokens
-    by_name = {pool.name: pool for pool in pools}
-    expected, at_peak = (
-        _ppo_phases(config, by_name, node_types, sequences * length, mfu, peak=peak)
-        for peak in (False, True)
-    )
-    for phases in (expected, at_peak):
-        learning = phases["score"] + phases["update"] + phases["sync"]
-        overlapped = config.ppo.async_rollouts
-        generate = phases["generate"]
-        phases["step"] = max(generate, learning) if overlapped else generate + learning
-    return expected, at_peak["step"], float(sequences * length)
-
-
-def _ppo_phases(
-    config: PPOStageConfig,
-    pools: Mapping[str, PlannedPool],
-    node_types: Mapping[str, NodeType],
-    tokens: int,
-    mfu: float,
-    *,
-    peak: bool,
+    config: PPOStageConfig, placed: Mapping[str, PlacedPool], tokens: float, mfu: float
 ) -> dict[str, float]:
-    def seconds_for(pool: PlannedPool, flops: float) -> float:
-        speed = compute_speed(
-            flops, node_types[pool.name].device, devices=devices_per_worker(pool), mfu=mfu
-        )
-        return tokens / pool.role.num_workers / (speed.at_peak if peak else speed.expected)
-
-    scoring = [
-        seconds_for(p, forward_flops(p.model, p.max_length))
-        for p in pools.values()
-        if p.name != "rollout"
-    ]
-    return {
-        "generate": _generate_s(config, pools["rollout"], node_types["rollout"], mfu, peak=peak),
+    """Return the seconds of an iteration by phase: generate, score with all models in parallel,
+    update actor and critic in parallel, sync the weights."""
+    scoring = [p.forward_s(tokens, mfu) for name, p in placed.items() if name != "rollout"]
+    updates = [_update_s(config, p, tokens, mfu) for p in placed.values() if p.pool.is_trained]
+    phases = {
+        "generate": _generate_s(config, placed["rollout"], mfu),
         "score": max(scoring),
-        "update": max(
-            _update_s(config, p, node_types[p.name], seconds_for)
-            for p in pools.values()
-            if p.is_trained
-        ),
-        "sync": _sync_s(pools["actor"], node_types),
+        "update": max(updates),
+        "sync": _sync_s(placed["actor"], placed["rollout"]),
     }
+    learning = phases["score"] + phases["update"] + phases["sync"]
+    generate = phases["generate"]
+    overlapped = config.ppo.async_rollouts
+    return {**phases, "step": max(generate, learning) if overlapped else generate + learning}
 
 
-def _generate_s(
-    config: PPOStageConfig, pool: PlannedPool, node: NodeType, mfu: float, *, peak: bool
-) -> float:
-    rows = max(1, config.rollout.batch_tokens // pool.max_length)
+def _generate_s(config: PPOStageConfig, placed: PlacedPool, mfu: float) -> float:
+    pool, response = placed.pool, config.rollout.max_new_tokens
     sequences_per_worker = -(-config.ppo.rollout_batch_size // pool.role.num_workers)
-    speed: TokenSpeed = decode_speed(
+    speed = decode_speed(
         pool.model,
-        node.device,
-        devices=devices_per_worker(pool),
-        rows=min(rows, sequences_per_worker),
+        placed.node.device,
+        devices=placed.devices_per_worker,
+        rows=min(max(1, config.rollout.batch_tokens // pool.max_length), sequences_per_worker),
         prompt=config.data.max_length,
-        response=config.rollout.max_new_tokens,
+        response=response,
         b=pool.bytes_per_weight,
         mfu=mfu,
     )
-    return (
-        sequences_per_worker
-        * config.rollout.max_new_tokens
-        / (speed.at_peak if peak else speed.expected)
-    )
+    return sequences_per_worker * response / speed
 
 
-def _update_s(
-    config: PPOStageConfig,
-    pool: PlannedPool,
-    node: NodeType,
-    seconds_for: Callable[[PlannedPool, float], float],
-) -> float:
-    ppo = config.ppo
-    compute = ppo.epochs * seconds_for(
-        pool, train_flops(pool.model, pool.max_length, checkpointing=pool.activation_checkpointing)
-    )
+def _update_s(config: PPOStageConfig, placed: PlacedPool, tokens: float, mfu: float) -> float:
+    ppo, pool = config.ppo, placed.pool
+    compute = ppo.epochs * placed.train_s(tokens, mfu)
     steps = ppo.epochs * (ppo.rollout_batch_size // ppo.global_batch_size)
     tokens_per_worker = -(-ppo.global_batch_size // pool.role.num_workers) * pool.max_length
-    exchange = steps * communication_s(
-        pool, node, -(-tokens_per_worker // max(ppo.micro_batch_tokens, pool.max_length))
-    )
-    return combined_s(pool, compute, exchange)
+    micro_batches = -(-tokens_per_worker // max(ppo.micro_batch_tokens, pool.max_length))
+    return placed.combined_s(compute, steps * placed.communication_s(micro_batches))
 
 
-def _sync_s(actor: PlannedPool, node_types: Mapping[str, NodeType]) -> float:
+def _sync_s(actor: PlacedPool, rollout: PlacedPool) -> float:
     """Return the seconds to send all weights once over the slower node's network."""
-    slower = min(node_types[name].network_gb_per_s for name in ("actor", "rollout"))
-    return actor.bytes_per_weight * actor.model.num_params / (slower * 1e9)
-
-
-# ---- tokens of the run ----
+    slower = min(actor.node.network_gb_per_s, rollout.node.network_gb_per_s)
+    return actor.pool.bytes_per_weight * actor.pool.model.num_params / (slower * 1e9)
 
 
 def _total_tokens(config: PlannableConfig, tokens_per_step: float) -> float | None:
@@ -255,15 +214,12 @@ def _total_tokens(config: PlannableConfig, tokens_per_step: float) -> float | No
     run = Run(config.run.dir) if "://" not in config.run.dir else None
     epochs = run.manifest.get("plan", {}).get("epochs") if run else None
     if isinstance(config, PPOStageConfig):
-        size, max_iterations = config.ppo.rollout_batch_size, config.ppo.max_iterations
-        num_rows = None if epochs is None else sum(epoch["num_rows"] for epoch in epochs)
-        iterations = [
-            n
-            for n in (max_iterations, None if num_rows is None else -(-num_rows // size))
-            if n is not None
-        ]
-        return min(iterations) * tokens_per_step if iterations else None
-    candidates = [] if epochs is None else [float(sum(epoch["num_tokens"] for epoch in epochs))]
+        limits = [config.ppo.max_iterations]
+        if epochs is not None:
+            num_rows = sum(epoch["num_rows"] for epoch in epochs)
+            limits.append(-(-num_rows // config.ppo.rollout_batch_size))
+        return min((n * tokens_per_step for n in limits if n is not None), default=None)
+    totals = [] if epochs is None else [float(sum(epoch["num_tokens"] for epoch in epochs))]
     if config.train.max_steps is not None:
-        candidates.append(config.train.max_steps * tokens_per_step)
-    return min(candidates) if candidates else None
+        totals.append(config.train.max_steps * tokens_per_step)
+    return min(totals, default=None)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.data.loader.collate import empty_batch, packed_batch
-from medgpt.data.loader.packing import pack_best_fit
+from medgpt.data.loader.packing import balance, pack_best_fit
 from medgpt.rlhf.rollout_batch import Sequences
 
 RowIndices = NDArray[np.int64]
@@ -26,12 +26,8 @@ class ForwardPass:
 
 def split_by_length(lengths: NDArray[np.int64], num_shares: int) -> list[RowIndices]:
     """Return the rows of each share, ascending. Longest first, each goes to the lightest share."""
-    load, shares = [0] * num_shares, [[] for _ in range(num_shares)]
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        share = load.index(min(load))
-        load[share] += int(lengths[row])
-        shares[share].append(row)
-    return [np.sort(np.array(share, np.int64)) for share in shares]
+    share_of = balance(lengths, num_shares)
+    return [np.flatnonzero(share_of == share) for share in range(num_shares)]
 
 
 def forward_passes(

@@ -1,7 +1,7 @@
 """PPO state and its checkpoints, which are complete or do not exist."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from medgpt.algos.kl import AdaptiveKL
 from medgpt.artifacts import FileEntry, Folder, commit, file_entries
 from medgpt.config.ppo import PPOConfig
 from medgpt.rlhf.experience import RunningStats
+from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.rollout_batch import Ragged, Sequences
 from medgpt.runs import Run
 
@@ -31,8 +32,8 @@ class PPOState:
     time_s: float = 0.0
 
     @staticmethod
-    def from_manifest(tree: dict[str, Any]) -> "PPOState":
-        return PPOState(**{**tree, "score_stats": RunningStats(*tree["score_stats"])})
+    def from_manifest(state: dict[str, Any]) -> "PPOState":
+        return PPOState(**{**state, "score_stats": RunningStats(*state["score_stats"])})
 
 
 def next_kl_coef(kl_coef: float, mean_kl: float, num_sequences: int, config: PPOConfig) -> float:
@@ -48,44 +49,34 @@ class PendingCheckpoint:
     """A checkpoint that is being written. It exists once its manifest is written, last.
 
     Args:
-        written_files: by subfolder, a function that waits for the writers and returns their files.
-        keep: number of newest checkpoints to keep, including this one.
+        refs: by subfolder, the lists of files that its writers return.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        state: PPOState,
-        written_files: dict[str, Callable[[], list[FileEntry]]],
-        *,
-        keep: int,
-    ) -> None:
-        self.run, self.written_files, self.keep = run, written_files, keep
+    def __init__(self, run: Run, state: PPOState, refs: Mapping[str, Sequence[Any]]) -> None:
+        self.run, self.refs, self.iteration = run, refs, state.iteration
         self.manifest_state = asdict(state) | {"score_stats": list(state.score_stats)}
-        self.iteration = state.iteration
-        self.folder = run.checkpoint(state.iteration)
 
-    def finish(self, *, in_flight: Sequences | None) -> None:
-        """Wait for all files, commit the checkpoint and remove older ones."""
+    def finish(self, pools: Pools, *, in_flight: Sequences | None, keep: int) -> None:
+        """Wait for all files, commit the checkpoint and remove all but the `keep` newest ones."""
+        folder = self.run.checkpoint(self.iteration)
         files = [
             FileEntry(f"{name}/{file.name}", file.size, file.xxh128)
-            for name, written in self.written_files.items()
-            for file in written()
+            for name, refs in self.refs.items()
+            for written in pools.get(refs, "save")
+            for file in written
         ]
         if in_flight is not None:
-            files += write_sequences(self.folder, in_flight)
-        commit(self.folder, files, state=self.manifest_state)
-        self.run.prune_checkpoints(newest=self.iteration, keep=self.keep, best_step=None)
+            files += write_sequences(folder, in_flight)
+        commit(folder, files, state=self.manifest_state)
+        self.run.prune_checkpoints(newest=self.iteration, keep=keep, best_step=None)
 
 
 def newest_checkpoint(run: Run) -> tuple[Folder, PPOState] | None:
     """Return folder and state of the newest complete checkpoint, if there is one."""
-    checkpoint = run.newest_checkpoint()
-    return (
-        None
-        if checkpoint is None
-        else (checkpoint[0], PPOState.from_manifest(checkpoint[1]["state"]))
-    )
+    if (checkpoint := run.newest_checkpoint()) is None:
+        return None
+    folder, manifest = checkpoint
+    return folder, PPOState.from_manifest(manifest["state"])
 
 
 def write_sequences(folder: Folder, sequences: Sequences) -> list[FileEntry]:

@@ -5,12 +5,13 @@ iteration did not log are ignored.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
 from medgpt.config.ppo_rewards import DiagnosisConfig
 
-History = Sequence[Mapping[str, float]]
+Metrics = Mapping[str, float]
+History = Sequence[Metrics]
 KL = "actor/kl_ref"  # nats per answer, mean
 ENTROPY = "actor/entropy"  # nats per token, mean
 SCORE = "ppo/score_mean"
@@ -121,42 +122,35 @@ def reward_hacking(history: History, config: DiagnosisConfig) -> str | None:
     """The training score rises while a held-out judge metric falls."""
     if not config.judge_drop:
         return None
-    for metric in JUDGE_METRICS:
-        if reason := _exploits_reward(history, metric, config):
-            return reason
-    return None
+    reasons = (_exploits_reward(history, metric, config) for metric in JUDGE_METRICS)
+    return next((reason for reason in reasons if reason), None)
 
 
 def _exploits_reward(history: History, metric: str, config: DiagnosisConfig) -> str | None:
-    judged_steps = [i for i, line in enumerate(history) if metric in line]
-    if len(judged_steps) <= config.judge_patience:
+    judged = [i for i, line in enumerate(history) if metric in line]
+    if len(judged) <= config.judge_patience:
         return None
-    best_step = max(judged_steps[: -config.judge_patience], key=lambda i: history[i][metric])
-    recent_judged = judged_steps[-config.judge_patience :]
-    best = history[best_step]
-    if not all(_is_below(history[i], best, metric, config.judge_drop) for i in recent_judged):
+    best_step = max(judged[: -config.judge_patience], key=lambda i: history[i][metric])
+    best, recent = history[best_step], [history[i] for i in judged[-config.judge_patience :]]
+    if not all(_is_below(line, best, metric, config.judge_drop) for line in recent):
         return None
-    # best before the first full window of scores: compare with the first window
-    scores_before = _scores(history[: best_step + 1])[-config.window :]
-    if len(scores_before) < config.window:
-        scores_before = _scores(history)[: config.window]
-    scores_now = _scores(history)[-config.window :]
-    if len(scores_now) < config.window or not _has_risen(
-        scores_before, scores_now, config.judge_drop
-    ):
+    scores = _values(history, SCORE)
+    scores_before = _values(history[: best_step + 1], SCORE)[-config.window :]
+    if len(scores_before) < config.window:  # best before the first full window of scores
+        scores_before = scores[: config.window]
+    scores_now = scores[-config.window :]
+    is_full = len(scores_now) == config.window
+    if not is_full or not _has_risen(scores_before, scores_now, config.judge_drop):
         return None
-    highest, latest = best[metric], history[recent_judged[-1]][metric]
     return (
         f"the training score rose from {fmean(scores_before):.3g} to {fmean(scores_now):.3g} "
-        f"while the held-out {metric} fell from {highest:.3g} to {latest:.3g}: the policy "
-        "exploits the reward; raise ppo.kl_coef, cap or drop the component that rose, or stop "
-        "earlier"
+        f"while the held-out {metric} fell from {best[metric]:.3g} to {recent[-1][metric]:.3g}: "
+        "the policy exploits the reward; raise ppo.kl_coef, cap or drop the component that rose, "
+        "or stop earlier"
     )
 
 
-def _is_below(
-    line: Mapping[str, float], best: Mapping[str, float], metric: str, errors: float
-) -> bool:
+def _is_below(line: Metrics, best: Metrics, metric: str, errors: float) -> bool:
     """Return whether the metric is `errors` standard errors of the difference below the best."""
     error = math.hypot(line.get(f"{metric}_se", 0.0), best.get(f"{metric}_se", 0.0))
     return line[metric] < best[metric] - errors * error
@@ -168,23 +162,19 @@ def _has_risen(before: Sequence[float], now: Sequence[float], errors: float) -> 
     return fmean(now) - fmean(before) > errors * error
 
 
-def _scores(history: History) -> list[float]:
-    return list(_values(history, SCORE))
-
-
-def _values(history: History, name: str) -> Iterator[float]:
-    yield from (line[name] for line in history if name in line)
+def _values(history: History, name: str) -> list[float]:
+    return [line[name] for line in history if name in line]
 
 
 def _recent_mean(history: History, name: str, window: int) -> float | None:
     """Return the mean of the last window; None before it is full."""
-    values = list(_values(history, name))[-window:]
+    values = _values(history, name)[-window:]
     return fmean(values) if len(values) == window else None
 
 
 def _first_and_recent_means(history: History, name: str, window: int) -> tuple[float, float] | None:
     """Return the means of the first and the last window; None while they overlap."""
-    values = list(_values(history, name))
+    values = _values(history, name)
     if len(values) < 2 * window:
         return None
     return fmean(values[:window]), fmean(values[-window:])

@@ -4,7 +4,7 @@ critic computes it for the whole batch, so all statistics are global.
 Shapes: B sequences, T tokens of the longest response, N response tokens in all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,42 +42,12 @@ class RunningStats(NamedTuple):
         squares = float(np.square(x - mean, dtype=np.float64).sum())
         between = (mean - self.mean) ** 2 * self.num * len(x) / num
         return RunningStats(
-            num,
-            self.mean + (mean - self.mean) * len(x) / num,
-            self.sum_squares + squares + between,
+            num, self.mean + (mean - self.mean) * len(x) / num, self.sum_squares + squares + between
         )
 
     @property
     def std(self) -> float:
         return (self.sum_squares / max(1.0, self.num - 1)) ** 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutParts:
-    """Outputs of all pools for an iteration's rollouts, in any order."""
-
-    sequences: list[Sequences]
-    scores: list[Scores]
-    values: list[Values]
-    old_logprobs: list[Logprobs]
-    """Of the policy before the update."""
-    reference_logprobs: list[Logprobs]
-
-    @staticmethod
-    def from_outputs(parts: Iterable[object]) -> "RolloutParts":
-        """Sort the outputs by type."""
-        by_kind: dict[object, list[Any]] = {}
-        for part in parts:
-            by_kind.setdefault(part.model if isinstance(part, Logprobs) else type(part), []).append(
-                part
-            )
-        return RolloutParts(
-            sequences=by_kind[Sequences],
-            scores=by_kind[Scores],
-            values=by_kind[Values],
-            old_logprobs=by_kind["actor"],
-            reference_logprobs=by_kind["reference"],
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,73 +68,64 @@ class Experience:
 
 
 def make_experience(
-    parts: RolloutParts, config: PPOConfig, *, kl_coef: float, score_stats: RunningStats
+    rollouts: Sequence[Sequences],
+    scores: Sequence[Scores],
+    values: Sequence[Values],
+    logprobs: Sequence[Logprobs],
+    reference: Sequence[Logprobs],
+    *,
+    config: PPOConfig,
+    kl_coef: float,
+    score_stats: RunningStats,
 ) -> Experience:
-    """Turn scores and KL into token rewards, advantages (GAE) and returns."""
-    sequences = join_sequences(parts.sequences)
+    """Turn scores and KL into token rewards, advantages (GAE) and returns. The inputs are the
+    outputs of all workers before the update, in any order."""
+    sequences = join_sequences(rollouts)
     responses = sequences.responses
-    old, reference = (
-        join_per_token(parts.old_logprobs, responses),
-        join_per_token(parts.reference_logprobs, responses),
-    )
-    totals = join_per_sequence([p.index for p in parts.scores], [p.totals for p in parts.scores])
-    flat_values = join_per_token(parts.values, responses)
-    bootstrap = join_per_sequence(
-        [p.index for p in parts.values], [p.bootstrap for p in parts.values]
-    )
-    nonfinite = _has_nonfinite_token(responses, old, reference, flat_values) | ~np.isfinite(
-        bootstrap
-    )
+    flat = [join_per_token(outputs, responses) for outputs in (logprobs, reference, values)]
+    totals = join_per_sequence([(part.index, part.totals) for part in scores])
+    bootstrap = join_per_sequence([(part.index, part.bootstrap) for part in values])
+    nonfinite = _has_nonfinite_token(responses, *flat) | ~np.isfinite(bootstrap)
     valid = np.isfinite(totals) & (responses.lengths > 0) & ~nonfinite
-    valid_rows, known_totals = np.flatnonzero(valid), totals[np.isfinite(totals)]
+    valid_rows = np.flatnonzero(valid)
 
-    scores, stats = shape_scores(totals, sequences, valid, config, score_stats)
+    shaped, stats = shape_scores(totals, sequences, valid, config, score_stats)
     response_mask = _response_mask(responses.lengths)  # (B, T)
     mask = response_mask & torch.from_numpy(valid)[:, None]
-    old_, reference_, values_ = (_pad(x, response_mask) for x in (old, reference, flat_values))
-    kl = kl_estimate(old_, reference_, config.kl_estimator)
-    rewards = token_rewards(scores, kl, mask, kl_coef=kl_coef, score_clip=config.score_clip)
-    truncated = torch.from_numpy(~sequences.finished)
-    estimates = gae(
+    padded_old, padded_reference, padded_values = (_pad(x, response_mask) for x in flat)
+    kl = kl_estimate(padded_old, padded_reference, config.kl_estimator)
+    rewards = token_rewards(shaped, kl, mask, kl_coef=kl_coef, score_clip=config.score_clip)
+    last_values = torch.from_numpy(bootstrap) * torch.from_numpy(~sequences.finished)
+    advantages, returns = gae(
         rewards,
-        values_,
+        padded_values,
         mask,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-        bootstrap_values=torch.from_numpy(bootstrap) * truncated
-        if config.bootstrap_truncated
-        else None,
+        bootstrap_values=last_values if config.bootstrap_truncated else None,
     )
-    advantages = estimates.advantages
     if config.whiten_advantages:
         advantages = whiten(advantages, mask)
-    gap_metrics, weights = importance_weights(old, sequences, config)
-    divergence = torch.where(mask, old_ - reference_, 0.0).sum(1)[valid_rows]
+    gap_metrics, weights = importance_weights(flat[0], sequences, config)
+    divergence = torch.where(mask, padded_old - padded_reference, 0.0).sum(1)[valid_rows]
+    metrics = {
+        "actor/kl_ref": float(divergence.mean()) if len(divergence) else 0.0,
+        "actor/entropy": sum(part.entropy for part in logprobs) / max(1, len(responses.values)),
+        "critic/explained_variance": _explained_variance(returns, padded_values, mask),
+        "ppo/return_mean": float(masked_stats(returns, mask)[0]),
+        "ppo/kl_coef": kl_coef,
+        "ppo/not_finite": float(nonfinite.mean()),
+    }
     return Experience(
         sequences=sequences,
         valid_rows=valid_rows,
-        old_logprobs=torch.from_numpy(old),
-        values=torch.from_numpy(flat_values),
+        old_logprobs=torch.from_numpy(flat[0]),
+        values=torch.from_numpy(flat[2]),
         advantages=advantages[response_mask],
-        returns=estimates.returns[response_mask],
+        returns=returns[response_mask],
         importance_weights=weights,
         score_stats=stats,
-        metrics={
-            "actor/kl_ref": float(divergence.mean()) if len(valid_rows) else 0.0,
-            "actor/entropy": sum(part.entropy for part in parts.old_logprobs) / max(1, len(old)),
-            "critic/explained_variance": _explained_variance(estimates.returns, values_, mask),
-            "ppo/score_mean": float(known_totals.mean()) if len(known_totals) else 0.0,
-            "ppo/score_std": float(known_totals.std()) if len(known_totals) else 0.0,
-            "ppo/return_mean": float(masked_stats(estimates.returns, mask)[0]),
-            "ppo/kl_coef": kl_coef,
-            "ppo/masked": float(len(totals) - len(known_totals)),
-            "ppo/not_finite": float(nonfinite.mean()),
-            "rollout/response_tokens": float(responses.lengths.mean()),
-            "rollout/prompt_tokens": float(sequences.prompts.lengths.mean()),
-            "rollout/eos_rate": float(sequences.finished.mean()),
-            "rollout/empty": float((responses.lengths == 0).sum()),
-            **gap_metrics,
-        },
+        metrics=metrics | _batch_metrics(sequences, totals) | gap_metrics,
     )
 
 
@@ -179,7 +140,7 @@ def shape_scores(
     scores = totals - np.float32(config.length_penalty) * sequences.responses.lengths
     scores = scores - np.float32(config.missing_end_penalty) * ~sequences.finished
     stats = stats.updated(scores[valid])
-    if config.normalise_scores:
+    if config.normalize_scores:
         scores = (scores - stats.mean) / (stats.std + 1e-8)
     return torch.from_numpy(scores.astype(np.float32)), stats
 
@@ -202,6 +163,20 @@ def importance_weights(
     ratio = torch.from_numpy(old - sequences.logprobs).exp()
     weights = ratio.clamp(max=config.max_importance_weight)
     return metrics | {"rollout/importance_weight": float(weights.nanmean())}, weights
+
+
+def _batch_metrics(sequences: Sequences, totals: NDArray[np.float32]) -> dict[str, float]:
+    """Return metrics of scores and lengths; `totals` (B,) are nan where the reward failed."""
+    known, responses = totals[np.isfinite(totals)], sequences.responses
+    return {
+        "ppo/score_mean": float(known.mean()) if len(known) else 0.0,
+        "ppo/score_std": float(known.std()) if len(known) else 0.0,
+        "ppo/masked": float(len(totals) - len(known)),
+        "rollout/response_tokens": float(responses.lengths.mean()),
+        "rollout/prompt_tokens": float(sequences.prompts.lengths.mean()),
+        "rollout/eos_rate": float(sequences.finished.mean()),
+        "rollout/empty": float((responses.lengths == 0).sum()),
+    }
 
 
 def _response_mask(lengths: NDArray[np.int64]) -> Tensor:

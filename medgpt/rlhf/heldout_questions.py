@@ -25,7 +25,7 @@ class HeldoutQuestion:
     """A held-out question with key points or an urgency level."""
 
     id: str
-    messages: tuple[Message, ...]
+    text: str
     key_points: tuple[tuple[str, ...], ...] = ()
     level: UrgencyLevel | None = None
 
@@ -36,6 +36,10 @@ class HeldoutQuestion:
             return fmean(states_key_points(answer, self.key_points))
         advised = advised_urgency(answer)
         return float(advised is not None and (advised == "emergency") == self.is_red_flag)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return (Message("user", self.text),)
 
     @property
     def is_red_flag(self) -> bool:
@@ -50,22 +54,21 @@ class HeldoutQuestions:
         self._every = config.every
         questions: list[HeldoutQuestion] = []
         if config.key_points:
-            for question in read_key_point_questions(config.key_points, config.kinds):
-                if in_hash_range(question.id, config.part):
-                    questions.append(
-                        HeldoutQuestion(
-                            question.id, _user_turn(question.prompt), question.key_points
-                        )
-                    )
-        if config.triage:
-            notes = triage_questions(seed, config.languages, config.triage, hash_range=config.part)
             questions += [
-                HeldoutQuestion(note.id, _user_turn(note.text), level=note.level) for note in notes
+                HeldoutQuestion(question.id, question.prompt, key_points=question.key_points)
+                for question in read_key_point_questions(config.key_points, config.kinds)
+                if in_hash_range(question.id, config.hash_range)
             ]
+        if config.triage:
+            notes = triage_questions(
+                seed, config.languages, config.triage, hash_range=config.hash_range
+            )
+            questions += [HeldoutQuestion(note.id, note.text, level=note.level) for note in notes]
         self.questions = tuple(questions)
         if config.every and not questions:
             raise ConfigError(
-                f"judge.part={list(config.part)} leaves no question; widen it or ask more questions"
+                f"judge.hash_range={list(config.hash_range)} leaves no question; widen it or ask "
+                "more questions"
             )
 
     def is_due(self, iteration: int) -> bool:
@@ -92,11 +95,11 @@ class HeldoutQuestions:
         ]
         if stated_shares:
             metrics["judge/key_points"] = fmean(stated_shares)
-        missed_emergencies, false_emergencies = self._triage_errors(answers)
-        if missed_emergencies:
+        missed, false_alarms = self._triage_errors(answers)
+        if missed:
             metrics |= {
-                "judge/triage_under": fmean(missed_emergencies),
-                "judge/triage_over": fmean(false_emergencies),
+                "judge/triage_under": fmean(missed),
+                "judge/triage_over": fmean(false_alarms),
             }
         if scores is not None:
             finite_scores = [score for score in scores if math.isfinite(score)]
@@ -106,19 +109,14 @@ class HeldoutQuestions:
 
     def _triage_errors(self, answers: Sequence[str]) -> tuple[list[bool], list[bool]]:
         """Return per red flag whether it was missed, per other note whether it was sent to 120."""
-        missed_emergencies: list[bool] = []
-        false_emergencies: list[bool] = []
+        missed: list[bool] = []
+        false_alarms: list[bool] = []
         for question, text in zip(self.questions, answers, strict=True):
             if question.level is not None:
                 emergency = advised_urgency(text) == "emergency"
-                (missed_emergencies if question.is_red_flag else false_emergencies).append(
-                    emergency != question.is_red_flag
-                )
-        return missed_emergencies, false_emergencies
-
-
-def _user_turn(text: str) -> tuple[Message, ...]:
-    return (Message("user", text),)
+                errors = missed if question.is_red_flag else false_alarms
+                errors.append(emergency != question.is_red_flag)
+        return missed, false_alarms
 
 
 def _mean_and_error(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -3,15 +3,12 @@
 The driver passes object refs from pool to pool; it sees metrics, not tensors.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from medgpt.artifacts import FileEntry
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.metrics import ConsoleReporter, MetricsWriter
+from medgpt.metrics import ConsoleReporter
 from medgpt.rlhf.checkpoint import (
     PendingCheckpoint,
     PPOState,
@@ -31,10 +28,9 @@ from medgpt.rlhf.roles.critic import Critic
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.rlhf.roles.rollout import Rollout
-from medgpt.rlhf.rollout_batch import Prompts, PtxBatch, Sequences, join_sequences
-from medgpt.rlhf.telemetry import save_report_samples, usage_metrics
+from medgpt.rlhf.rollout_batch import NO_VERSION, Prompts, PtxBatch, join_sequences
+from medgpt.rlhf.telemetry import PhaseTimer, RunLog, save_report_samples, usage_metrics
 from medgpt.runs import Run
-from medgpt.train.audit import Audit
 
 Refs = Sequence[Any]  # one object ref per worker of a pool
 PromptStream = Callable[[int], Iterator[Prompts]]  # prompts of this iteration and all later ones
@@ -85,9 +81,8 @@ class PPO:
                 iteration after a restart.
         """
         self.run, self.config, self.pools, self.reporter = run, config, pools, reporter
-        self.num_iterations, self.prompts_from, self.sync = num_iterations, prompts, sync
-        self.on_eval = on_eval
-        self.prompts = SeekableStream(lambda start: self.prompts_from(start))
+        self.num_iterations, self.sync, self.on_eval = num_iterations, sync, on_eval
+        self.prompts = SeekableStream(prompts)
         assert (ptx is None) == (config.ptx is None), "a ptx stream and [ptx] go together"
         self.ptx = None if ptx is None else SeekableStream(ptx)
         self.actor: Pool[Actor] = pools.pools["actor"]
@@ -96,22 +91,15 @@ class PPO:
         self.rollout: Pool[Rollout] = pools.pools["rollout"]
         self.reference: Pool[Reference] | None = pools.pools.get("reference")
         self.heldout_eval = HeldoutEval(config, pools)
-        sensitive = any(source.sensitive for source in config.data.sources)
-        self.num_report_samples = 0 if sensitive else config.report.samples
+        self.log = RunLog(run)
+        self.timer = PhaseTimer()
         self.num_failures = self.num_preemptions = 0
         self.is_updating = False
         """Updates are in flight: after a failure, some ranks may have stepped and others not."""
         self.rebuilt_roles: set[str] = set()
         """Roles whose pools were rebuilt during the current recovery."""
-        self.phase_times: dict[str, float] = {}  # seconds by phase of the iteration
         self.sync_metrics: dict[str, float] = {}
         self.pending_checkpoint: PendingCheckpoint | None = None
-        self.metrics_writer: MetricsWriter | None = None  # None before the first attempt
-
-    @property
-    def _open_writer(self) -> MetricsWriter:
-        assert self.metrics_writer is not None
-        return self.metrics_writer
 
     def fit(self, finish: Callable[[], object] = lambda: None) -> None:
         """Train to the last iteration and save a checkpoint of it.
@@ -127,8 +115,7 @@ class PPO:
         try:
             self._run_with_recovery(finish)
         finally:  # the report of a halted run reads the metrics
-            if self.metrics_writer is not None:
-                self.metrics_writer.close()
+            self.log.close()
 
     def _run_with_recovery(self, finish: Callable[[], object]) -> None:
         failure: PoolDied | DataLost | NodesDraining | None = None
@@ -138,7 +125,7 @@ class PPO:
                     self._move_off_draining_nodes(failure)
                 elif failure is not None:
                     self._recover(failure)
-                elif self.metrics_writer is None:
+                elif not self.log.is_open:
                     self._restart_from_checkpoint()
                 failure = None
                 self._evaluate_and_diagnose()
@@ -159,28 +146,28 @@ class PPO:
                     raise
 
     def _iterate(self) -> None:
-        began, self.phase_times = time.monotonic(), {}
+        self.timer = PhaseTimer()
         state, config = self.state, self.config.ppo
         batch = self.in_flight or self._generate(state.iteration)
-        with self._timed("generate"):
+        with self.timer.phase("generate"):
             self.pools.wait(batch.rollouts, "generate", watch_nodes=True)
         self._finish_checkpoint()  # actor and critic wrote it during the rollouts
         self.in_flight, self.untrained_batch = None, batch
         if config.async_rollouts and state.iteration + 1 < self.num_iterations:
             self.in_flight = self._generate(state.iteration + 1)
 
-        with self._timed("score"):
+        with self.timer.phase("score"):
             scores = self.reward.call(Reward.score, batch.prompts, *batch.rollouts)
             values = self.critic.call(Critic.values, *batch.rollouts)
             logprobs = self.actor.call(Actor.logprobs, *batch.rollouts)
-            reference_logprobs = self._reference_logprobs(batch.rollouts)
-            experience_refs = [*batch.rollouts, *scores, *values, *logprobs, *reference_logprobs]
+            reference = self._reference_logprobs(batch.rollouts)
             ptx_batch = self._ptx_batch(state.iteration)  # while the pools compute
-            self.pools.wait(experience_refs, "score", watch_nodes=True)
+            inputs = [list(batch.rollouts), scores, values, logprobs, reference]
+            self.pools.wait([ref for refs in inputs for ref in refs], "score", watch_nodes=True)
             # fetched before the update: a death from now on may lose them
-            reward_results = [part.rewards for part in self.pools.get(scores, "score")]
+            rewards = [part.rewards for part in self.pools.get(scores, "score")]
 
-        with self._timed("update"):
+        with self.timer.phase("update"):
             task = UpdateTask(
                 iteration=state.iteration,
                 weight_version=batch.weight_version,
@@ -189,70 +176,55 @@ class PPO:
                 update_actor=state.iteration >= self.config.critic.warmup_iterations,
             )
             self.is_updating, self.untrained_batch = True, None
-            critic_updates = self.critic.call(Critic.update, task, *experience_refs)
-            actor_updates = self.actor.call(Actor.update, task, *experience_refs, *ptx_batch)
+            critic_updates = self.critic.call(Critic.update, task, *inputs)
+            actor_updates = self.actor.call(Actor.update, task, *inputs, ptx_batch)
             results = self.pools.get([*actor_updates, *critic_updates], "update")
             self.is_updating = False
-        actor_result: UpdateResult = results[0]
+        result: UpdateResult = results[0]
         state.iteration += 1
-        state.score_stats = actor_result.score_stats
-        state.kl_coef = next_kl_coef(
-            state.kl_coef, actor_result.mean_kl, len(actor_result.sample_ids), config
-        )
+        state.score_stats = result.score_stats
+        state.kl_coef = next_kl_coef(state.kl_coef, result.mean_kl, len(result.sample_ids), config)
 
-        metrics = (
-            actor_result.metrics | results[len(actor_updates)] | reward_metrics(reward_results)
-        )
-        metrics |= self._timing_metrics(batch.num_prompts, time.monotonic() - began)
+        metrics = result.metrics | results[len(actor_updates)] | reward_metrics(rewards)
+        metrics |= self.sync_metrics | self.timer.metrics(batch.num_prompts)
         tokens = metrics["rollout/response_tokens"] * batch.num_prompts
         self._log_metrics(metrics | usage_metrics(self.pools, batch.usage_refs, tokens))
         if config.audit:
-            self.audit.add_chunks(
-                batch.epoch, batch.iteration, ((id, 0) for id in actor_result.sample_ids)
-            )
-            self.audit.write(self.audit.take_lines())
+            self.log.write_audit(batch.epoch, batch.iteration, result.sample_ids)
         if state.iteration % config.checkpoint_every == 0 or state.iteration == self.num_iterations:
             self._start_checkpoint()
-        if self.num_report_samples and (
-            state.iteration == 1 or state.iteration % self.config.report.every == 0
-        ):
-            save_report_samples(
-                self.pools, self.run, step=state.iteration, count=self.num_report_samples
-            )
+        if state.iteration == 1 or state.iteration % self.config.report.every == 0:
+            save_report_samples(self.pools, self.run, self.config, step=state.iteration)
 
     def _generate(self, iteration: int) -> RolloutRefs:
         """Start the rollouts of an iteration with the actor's current weights."""
         self._sync_weights()
-        with self._timed("prompts"):
-            prompts = self._prompts(iteration)
+        with self.timer.phase("prompts"):
+            prompts = self.prompts.take(iteration)
             ref = self.pools.put(prompts)
         rollouts = self.rollout.call(Rollout.generate, ref, iteration, self.synced)
         usage = self.rollout.usage()
-        return RolloutRefs(
-            iteration, self.synced, prompts.epoch, ref, len(prompts), rollouts, usage
-        )
+        epoch, num_prompts = prompts.epoch, len(prompts)
+        return RolloutRefs(iteration, self.synced, epoch, ref, num_prompts, rollouts, usage)
 
     def _sync_weights(self) -> None:
         """Send the actor's weights to the rollout pool unless it already has them."""
         if self.synced != self.state.iteration:
-            with self._timed("sync"):
+            with self.timer.phase("sync"):
                 self.sync_metrics = self.sync(self.state.iteration)
             self.synced = self.state.iteration
 
-    def _reference_logprobs(self, rollouts: Refs) -> Refs:
+    def _reference_logprobs(self, rollouts: Refs) -> list[Any]:
         if self.reference is None:
             return self.actor.call(Actor.reference_logprobs, *rollouts)
         temperature = self.config.rollout.temperature
         return self.reference.call(Reference.logprobs, temperature, *rollouts)
 
-    def _prompts(self, iteration: int) -> Prompts:
-        return self.prompts.take(iteration)
-
-    def _ptx_batch(self, iteration: int) -> Refs:
-        """Ref of the PPO-ptx batch; empty without [ptx] and while the critic warms up."""
+    def _ptx_batch(self, iteration: int) -> Any:
+        """Return a ref of the PPO-ptx batch; None without [ptx] and while the critic warms up."""
         if self.ptx is None or iteration < self.config.critic.warmup_iterations:
-            return []
-        return [self.pools.put(self.ptx.take(iteration))]
+            return None
+        return self.pools.put(self.ptx.take(iteration))
 
     def _recover(self, failure: PoolDied | DataLost) -> None:
         """Rebuild dead pools. Restart from the newest checkpoint if the actor or the critic died or
@@ -263,18 +235,14 @@ class PPO:
             self.rebuilt_roles |= self.pools.rebuild(failure)
         else:
             self.reporter.say(f"{failure}; the batch is computed again")
-        self.synced, self.in_flight, self.untrained_batch = -1, None, None
+        self.synced, self.in_flight, self.untrained_batch = NO_VERSION, None, None
         if self.is_updating or self.rebuilt_roles & {"actor", "critic"}:
-            if (
-                self.is_updating or newest_checkpoint(self.run) is None
-            ):  # restart from the initial weights
+            if self.is_updating or newest_checkpoint(self.run) is None:  # or to initial weights
                 for pool in (self.actor, self.critic):
                     if pool.role not in self.rebuilt_roles:
                         self.rebuilt_roles.add(pool.role)
                         ranks = range(len(pool.workers))
-                        self.pools.rebuild(
-                            PoolDied(pool.role, ranks, "must restart from its initial weights")
-                        )
+                        self.pools.rebuild(PoolDied(pool.role, ranks, "must restart"))
             self._restart_from_checkpoint()
         self.is_updating = False
         self.rebuilt_roles.clear()
@@ -296,61 +264,38 @@ class PPO:
         """Start a new attempt from the newest checkpoint, or from the initial weights."""
         saved = newest_checkpoint(self.run)
         self.state = PPOState(kl_coef=self.config.ppo.kl_coef)
-        self.synced = -1
+        self.synced = NO_VERSION
         self.in_flight: RolloutRefs | None = None
         self.untrained_batch: RolloutRefs | None = None  # generated, update not started
         self.pending_checkpoint = None
         if saved is not None:
             folder, self.state = saved
-            load_refs = self.actor.call(Actor.load, (folder / "actor").url)
-            load_refs += self.critic.call(Critic.load, (folder / "critic").url)
-            self.pools.get(load_refs, "load checkpoint")
+            loads = self.actor.call(Actor.load, (folder / "actor").url)
+            loads += self.critic.call(Critic.load, (folder / "critic").url)
+            self.pools.get(loads, "load checkpoint")
             sequences = read_sequences(folder)
-            if sequences is not None:
-                self.in_flight = self._rollouts_from_checkpoint(sequences)
-        self.attempt = self.run.manifest["attempt"] + 1
-        self.run.update_manifest(attempt=self.attempt)
-        if self.metrics_writer is not None:
-            self.metrics_writer.close()
-            self.metrics_writer = None
-        self.metrics_writer = MetricsWriter(
-            self.run, attempt=self.attempt, time_s=self.state.time_s
-        )
-        self.audit = Audit(self.run.folder / "audit", attempt=self.attempt, rank=0)
-        self.history = [
-            {name: value for name, value in line.items() if name not in ("time_s", "attempt")}
-            for line in self.run.metrics()
-            if line["step"] <= self.state.iteration
-        ]
-        if self.attempt > 1:
-            done = self.state.iteration
-            self.reporter.say(f"attempt {self.attempt} continues after iteration {done}")
-
-    def _rollouts_from_checkpoint(self, sequences: Sequences) -> RolloutRefs:
-        """Refs of the next iteration's rollouts, which an earlier attempt sampled."""
-        iteration, version = self.state.iteration, sequences.weight_version
-        prompts = self._prompts(iteration)
-        assert prompts.sample_ids == sequences.sample_ids
-        rollout_refs = [self.pools.put(sequences)]
-        return RolloutRefs(
-            iteration, version, prompts.epoch, self.pools.put(prompts), len(prompts), rollout_refs
-        )
+            if sequences is not None:  # an earlier attempt sampled the next iteration's rollouts
+                iteration, version = self.state.iteration, sequences.weight_version
+                prompts = self.prompts.take(iteration)
+                assert prompts.sample_ids == sequences.sample_ids
+                ref, epoch, num_prompts = self.pools.put(prompts), prompts.epoch, len(prompts)
+                rollouts = [self.pools.put(sequences)]
+                self.in_flight = RolloutRefs(iteration, version, epoch, ref, num_prompts, rollouts)
+        self.log.start_attempt(self.state.iteration, self.state.time_s)
+        if self.log.attempt > 1:
+            attempt, done = self.log.attempt, self.state.iteration
+            self.reporter.say(f"attempt {attempt} continues after iteration {done}")
 
     def _start_checkpoint(self) -> None:
         """Start a checkpoint; actor and critic write it before their next call."""
         folder = self.run.checkpoint(self.state.iteration)
         folder.remove()  # leftovers of an attempt that died while writing
-        self.state.time_s = self._open_writer.time_s
-        self._open_writer.sync()
-        actor_saves = self.actor.call(Actor.save, (folder / "actor").url)
-        critic_saves = self.critic.call(Critic.save, (folder / "critic").url)
-        written_files = {
-            "actor": self._written_files(actor_saves),
-            "critic": self._written_files(critic_saves),
-        }
-        self.pending_checkpoint = PendingCheckpoint(
-            self.run, self.state, written_files, keep=self.config.ppo.keep_checkpoints
-        )
+        self.state.time_s = self.log.writer.time_s
+        self.log.writer.sync()
+        actor = self.actor.call(Actor.save, (folder / "actor").url)
+        critic = self.critic.call(Critic.save, (folder / "critic").url)
+        refs = {"actor": actor, "critic": critic}
+        self.pending_checkpoint = PendingCheckpoint(self.run, self.state, refs)
 
     def _finish_checkpoint(self) -> None:
         """Wait for the files of the pending checkpoint and commit it."""
@@ -358,53 +303,32 @@ class PPO:
             batch, sequences = self.in_flight, None
             if batch is not None:
                 sequences = join_sequences(self.pools.get(batch.rollouts, "generate"))
-            self.pending_checkpoint.finish(in_flight=sequences)
+            keep = self.config.ppo.keep_checkpoints
+            self.pending_checkpoint.finish(self.pools, in_flight=sequences, keep=keep)
             self.pending_checkpoint = None
-
-    def _written_files(self, refs: Refs) -> Callable[[], list[FileEntry]]:
-        return lambda: [file for part in self.pools.get(refs, "save") for file in part]
 
     def _evaluate_and_diagnose(self) -> None:
         """Run the held-out evaluation if it is due. Raises Diverged if the diagnosis says so."""
         step = self.state.iteration
-        has_line = bool(self.history) and self.history[-1]["step"] == step
-        latest = self.history[-1] if has_line else {"step": step}
+        latest = self.log.metrics_of(step)
         if self.heldout_eval.is_due(step) and "time/judge_s" not in latest:
-            began = time.monotonic()
+            timer = PhaseTimer()
             self._sync_weights()
-            eval_metrics = self.heldout_eval.metrics()
-            latest = latest | eval_metrics | {"time/judge_s": time.monotonic() - began}
-            self._open_writer.log(step, latest)
-            if has_line:
-                self.history.pop()
-            self.history.append(latest)
-        if self.history and (reason := diagnose(self.history, self.config.diagnosis)):
+            metrics = self.heldout_eval.metrics()
+            latest = latest | metrics | {"time/judge_s": timer.elapsed_s}
+            self.log.write(step, latest)
+        if self.log.history and (reason := diagnose(self.log.history, self.config.diagnosis)):
             raise Diverged(f"after iteration {step}: {reason}")
         if self.on_eval is not None and "time/judge_s" in latest:
             self._finish_checkpoint()
-            self._open_writer.sync()
-            self.on_eval(self.history)
-
-    def _timing_metrics(self, num_samples: int, elapsed_s: float) -> dict[str, float]:
-        return self.sync_metrics | {
-            "ppo/samples_per_s": num_samples / elapsed_s,
-            "time/iteration_s": elapsed_s,
-            "time/wait_s": elapsed_s - sum(self.phase_times.values()),
-            **{f"time/{phase}_s": seconds for phase, seconds in self.phase_times.items()},
-        }
+            self.log.writer.sync()
+            self.on_eval(self.log.history)
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         step = self.state.iteration
-        self._open_writer.log(step, metrics)
-        self.history.append({"step": step, **metrics})
+        self.log.write(step, metrics)
         summary = "  ".join(
             f"{label} {metrics[name]:{spec}}" for label, name, spec in CONSOLE_METRICS
         )
         due = step % self.config.ppo.log_every == 0 or step == self.num_iterations
         self.reporter.advance("iterations", step, self.num_iterations, summary, print_line=due)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self.phase_times[phase] = self.phase_times.get(phase, 0.0) + time.monotonic() - began

@@ -15,43 +15,41 @@ def check_models(config: PPOStageConfig) -> None:
     from medgpt.models.tokenizer import load_tokenizer
     from medgpt.rlhf.heldout_questions import HeldoutQuestions
 
-    rollout_tokens = config.data.max_length + config.rollout.max_new_tokens
-    source = (
+    tokens = config.data.max_length + config.rollout.max_new_tokens
+    cause = (
         f"data.max_length={config.data.max_length} and rollout.max_new_tokens="
         f"{config.rollout.max_new_tokens} together"
     )
-    _check_positions("model.name", config.model, rollout_tokens, source)
-    _check_positions("critic.model", _model_config(config.critic.model), rollout_tokens, source)
+    names = {"model.name": config.model.name, "critic.model": config.critic.model}
     if config.reward.score_weight:
-        _check_positions("reward.model", _model_config(config.reward.model), rollout_tokens, source)
+        names["reward.model"] = config.reward.model
+    _check_positions(config, names, tokens, cause)
     if config.judge.every:
         assert config.model.name is not None
         tokenizer = load_tokenizer(config.model.name)
         questions = HeldoutQuestions(config.judge, config.run.seed).questions
-        longest = max(
-            len(generation_prompt_ids(tokenizer, question.messages)) for question in questions
-        )
-        answer_tokens = longest + config.judge.max_new_tokens
-        source = (
+        longest = max(len(generation_prompt_ids(tokenizer, q.messages)) for q in questions)
+        cause = (
             f"judge.max_new_tokens={config.judge.max_new_tokens} and the judge's longest question "
             f"of {longest} tokens together"
         )
-        _check_positions("model.name", config.model, answer_tokens, source)
-        _check_positions("judge.model", _model_config(config.judge.model), answer_tokens, source)
+        names = {"model.name": config.model.name, "judge.model": config.judge.model}
+        _check_positions(config, names, longest + config.judge.max_new_tokens, cause)
 
 
-def _model_config(name: str | None) -> ModelConfig | None:
-    return None if name is None else ModelConfig(name=name)
-
-
-def _check_positions(key: str, model: ModelConfig | None, tokens: int, source: str) -> None:
-    from medgpt.models.value_model import max_positions
+def _check_positions(
+    config: PPOStageConfig, names: dict[str, str | None], tokens: int, cause: str
+) -> None:
+    from medgpt.models.model_files import saved_max_positions
     from medgpt.rlhf.roles.common import errors_for_key
 
-    if model is None:
-        return
-    with errors_for_key(key):
-        max_positions = max_positions(model)
-    if max_positions is not None and tokens > max_positions:
-        source = f"{source} exceed the {max_positions} positions of {key}={model.name}"
-        raise ConfigError(f"{source}; lower one of them")
+    for key, name in names.items():
+        if name is None:
+            continue
+        model = config.model if key == "model.name" else ModelConfig(name=name)
+        with errors_for_key(key):
+            limit = saved_max_positions(model)
+        if limit is not None and tokens > limit:
+            raise ConfigError(
+                f"{cause} exceed the {limit} positions of {key}={name}; lower one of them"
+            )

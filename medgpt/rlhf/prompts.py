@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from medgpt.cluster.wait_for_resources import waiting_line
 from medgpt.config.base import ConfigError
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import StepRows, training_stream
@@ -21,12 +22,12 @@ class SeekableStream(Generic[T]):
 
     def __init__(self, open_at: Callable[[int], Iterator[T]]) -> None:
         """`open_at(iteration)` yields the items of this iteration and all later ones."""
-        self._open_at, self._position = open_at, -1
+        self.open_at, self._position = open_at, -1
         self._stream: Iterator[T] = iter(())
 
     def take(self, iteration: int) -> T:
         if self._position != iteration:
-            self._stream, self._position = self._open_at(iteration), iteration
+            self._stream, self._position = self.open_at(iteration), iteration
         self._position += 1
         return next(self._stream)
 
@@ -70,7 +71,7 @@ def _next_or_timeout(
     future: Future[T | None] = Future()
     Thread(target=_resolve, args=(future, stream), daemon=True).start()
     if not wait([future], timeout=log_after_s).done:
-        say(f"{name}: waiting up to {wait_s:g} s for the data tasks")
+        say(f"{name}: {waiting_line(wait_s, 'the data tasks')}")
         if not wait([future], timeout=wait_s - log_after_s).done:
             raise ConfigError(
                 f"cluster.wait_s={wait_s:g}: no {name} arrived within this time; a data task needs "

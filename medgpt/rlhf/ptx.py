@@ -3,11 +3,14 @@ prepared as for fine-tuning, in a subfolder of the run."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import ClassVar
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import Config, ConfigError
+from medgpt.config.data import DataConfig
+from medgpt.config.model import ModelConfig, TokenizerConfig
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.stages import RunConfig, SFTConfig
-from medgpt.config.train import ClusterConfig, TrainConfig
+from medgpt.config.stages import Passes, RunConfig, SampleKind
+from medgpt.config.train import ClusterConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.data.loader.stream import training_stream
 from medgpt.rlhf.prompts import with_timeout
@@ -16,6 +19,19 @@ from medgpt.runs import Run
 from medgpt.train.preparation import PreparedData, prepare
 
 PTX_FOLDER = "ptx"
+
+
+class PtxDataConfig(Config):
+    """The sections that `prepare` reads of a stage, for the conversations of PPO-ptx."""
+
+    sample_kind: ClassVar[SampleKind] = "conversations"
+
+    run: RunConfig
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    passes: Passes
 
 
 def ptx_run(run: Run) -> Run:
@@ -34,10 +50,18 @@ def prepare_ptx(
     Raises:
         ConfigError: the conversations cannot be used, with the message of fine-tuning.
     """
-    folder_run = ptx_run(run)
-    sft_config = _sft_config(config, folder_run, num_iterations * config.ppo.num_steps)
+    assert config.ptx is not None
+    num_steps = num_iterations * config.ppo.num_steps
+    stage = PtxDataConfig(
+        run=config.run,
+        model=config.model,
+        tokenizer=config.tokenizer,
+        data=config.ptx.data,
+        cluster=config.cluster,
+        passes=Passes(num_steps, num_steps * config.ptx.batch_size),  # a pass has at least one step
+    )
     try:
-        return prepare(folder_run, sft_config, on_progress)
+        return prepare(ptx_run(run), stage, on_progress)
     except ConfigError as error:
         raise ConfigError(f"[ptx] {error}") from None
 
@@ -60,22 +84,3 @@ def ptx_stream(
     iterations = iter(lambda: list(islice(steps, num_steps)), [])
     batches = (PtxBatch(steps=[step.rows for step in iteration]) for iteration in iterations)
     return with_timeout(batches, "conversations of [ptx]", wait_s=config.cluster.wait_s, say=say)
-
-
-def _sft_config(config: PPOStageConfig, run: Run, num_steps: int) -> SFTConfig:
-    """Return the SFT config that `prepare` needs; an epoch has at least one step."""
-    assert config.ptx is not None
-    return SFTConfig(
-        run=RunConfig(
-            dir=run.folder.url, seed=config.run.seed, allow_changes=config.run.allow_changes
-        ),
-        model=config.model,
-        data=config.ptx.data,
-        train=TrainConfig(
-            epochs=num_steps,
-            max_steps=num_steps,
-            global_batch_size=config.ptx.batch_size,
-            micro_batch_size=1,
-        ),
-        cluster=ClusterConfig(data_cpus=config.cluster.data_cpus),
-    )

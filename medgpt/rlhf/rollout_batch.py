@@ -7,7 +7,7 @@ share. `index` holds the positions of a share's sequences in the iteration's bat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -18,6 +18,8 @@ from medgpt.data.loader.packed_row import PackedRow
 if TYPE_CHECKING:
     from medgpt.rlhf.rewards.weighted_sum import RewardResult
 
+NO_VERSION = -1
+"""Weight version before the first sync, during a sync, and of batches of several versions."""
 RowIndex = Sequence[int] | NDArray[np.int64]
 
 
@@ -33,6 +35,11 @@ class Ragged:
         offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
         values = np.concatenate([np.asarray(row, dtype) for row in rows] or [np.empty(0, dtype)])
         return Ragged(values, offsets)
+
+    @staticmethod
+    def concatenate(parts: Sequence["Ragged"]) -> "Ragged":
+        offsets = np.append(0, np.concatenate([part.lengths for part in parts]).cumsum())
+        return Ragged(np.concatenate([part.values for part in parts]), offsets)
 
     @property
     def lengths(self) -> NDArray[np.int64]:  # (B,)
@@ -92,7 +99,6 @@ class Sequences:
 class Logprobs:
     """Log-probabilities of the responses' tokens under one model."""
 
-    model: Literal["actor", "reference"]  # actor: before the update
     index: NDArray[np.int64]  # (b,)
     values: NDArray[np.float32]  # (n,) in the order of `index`
     entropy: float  # sum over the n tokens, in nats
@@ -132,12 +138,12 @@ def join_sequences(parts: Iterable[Sequences]) -> Sequences:
     if len(versions) != 1:
         raise ValueError(f"rollout workers sampled with different weight versions: {versions}")
     ids = [sample_id for part in parts for sample_id in part.sample_ids]
-    responses = _concatenate([part.responses for part in parts])
+    responses = Ragged.concatenate([part.responses for part in parts])
     logprobs = np.concatenate([part.logprobs for part in parts])
     return Sequences(
         index=np.arange(len(order)),
         sample_ids=[ids[i] for i in order],
-        prompts=_concatenate([part.prompts for part in parts]).take(order),
+        prompts=Ragged.concatenate([part.prompts for part in parts]).take(order),
         responses=responses.take(order),
         logprobs=logprobs[responses.positions(order)],
         finished=np.concatenate([part.finished for part in parts])[order],
@@ -156,11 +162,10 @@ def join_per_token(
     return joined
 
 
-def join_per_sequence(
-    index: Sequence[NDArray[np.int64]], rows: Sequence[NDArray[Any]]
-) -> NDArray[Any]:
-    """(B,) one number per sequence, in the order of the batch."""
-    return np.concatenate(rows)[_batch_order(np.concatenate(index))]
+def join_per_sequence(shares: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> NDArray[Any]:
+    """(B,) numbers in the order of the batch, from the index and the numbers of each share."""
+    index, numbers = zip(*shares, strict=True)
+    return np.concatenate(numbers)[_batch_order(np.concatenate(index))]
 
 
 def sample_seeds(seed: int, iteration: int, sample_ids: Sequence[str]) -> list[int]:
@@ -180,8 +185,3 @@ def _batch_order(index: NDArray[np.int64]) -> NDArray[np.int64]:
     if not np.array_equal(index[order], np.arange(len(index))):
         raise ValueError("the workers' shares do not add up to the batch")
     return order
-
-
-def _concatenate(parts: Sequence[Ragged]) -> Ragged:
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Ragged(np.concatenate([part.values for part in parts]), np.append(0, lengths.cumsum()))

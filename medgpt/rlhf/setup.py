@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from medgpt.artifacts import Folder, commit, committed, file_entries
 from medgpt.cluster.wait_for_resources import wait_for_data_task_resources
+from medgpt.config.pools import RoleName
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.disk import storage_errors
@@ -14,13 +15,7 @@ from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.preflight import check_models
 from medgpt.rlhf.ptx import PTX_FOLDER, prepare_ptx, ptx_stream
-from medgpt.rlhf.roles.factory import (
-    build_actor,
-    build_critic,
-    build_reference,
-    build_reward,
-    build_rollout,
-)
+from medgpt.rlhf.roles.factory import build_role
 from medgpt.runs import Run
 from medgpt.train.driver import cluster_resources, describe_data, parent_runs
 from medgpt.train.model_card import model_card
@@ -35,9 +30,8 @@ CRITIC_FOLDER = "critic"  # folder of the exported critic
 
 def build_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleReporter) -> Pools:
     """Return the pools of the config, not started."""
-    role_pools = build_role_pools(config, num_iterations)
     return Pools(
-        role_pools,
+        build_role_pools(config, num_iterations),
         config.pools,
         wait_s=config.cluster.wait_s,
         say=reporter.say,
@@ -48,27 +42,23 @@ def build_pools(config: PPOStageConfig, num_iterations: int, reporter: ConsoleRe
 def build_role_pools(config: PPOStageConfig, num_iterations: int) -> list[Pool[Any]]:
     """Return one pool per role; none for the reference if the actor computes it."""
     pools = config.pools
-    role_pools: list[Pool[Any]] = [
-        Pool("actor", pools.actor, partial(build_actor, config, num_iterations)),
-        Pool("critic", pools.critic, partial(build_critic, config, num_iterations)),
-        Pool(
-            "reward",
-            pools.reward,
-            partial(build_reward, config),
-            independent=pools.reward.zero_stage == 0,
-        ),
-        Pool(
-            "rollout",
-            pools.rollout,
-            partial(build_rollout, config),
-            independent=config.rollout.engine == "hf",
-        ),
-    ]
+    independent = {
+        "reward": pools.reward.zero_stage == 0,
+        "rollout": config.rollout.engine == "hf",
+        "reference": pools.reference.zero_stage == 0,
+    }
+    names: list[RoleName] = ["actor", "critic", "reward", "rollout"]
     if not pools.reference_in_actor:
-        build_role = partial(build_reference, config)
-        independent = pools.reference.zero_stage == 0
-        role_pools.append(Pool("reference", pools.reference, build_role, independent=independent))
-    return role_pools
+        names.append("reference")
+    return [
+        Pool(
+            name,
+            pools.role(name),
+            partial(build_role, name, config, num_iterations),
+            independent=independent.get(name, False),
+        )
+        for name in names
+    ]
 
 
 def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter) -> Plan:
@@ -86,8 +76,8 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
     run.update_manifest(
         seed=config.run.seed,
         parents=list(dict.fromkeys(name for source in sources for name in parent_runs(source))),
-        data={key: value for key, value in data.items() if key != "files"},
-        plan={key: value for key, value in plan.items() if key != "files"},
+        data=_without_files(data),
+        plan=_without_files(plan),
         hardware=run.manifest["hardware"] | {"cluster": cluster_resources()},
     )
     prompt_plan = Plan(
@@ -99,9 +89,12 @@ def prepare_prompts(run: Run, config: PPOStageConfig, reporter: ConsoleReporter)
         with storage_errors(run.folder.url, PTX_FOLDER):
             data, plan = prepare_ptx(run, config, prompt_plan.num_steps, reporter.advance)
         reporter.say(f"PPO-ptx: {describe_data(data, plan)}")
-        ptx_data = {key: value for key, value in data.items() if key != "files"}
-        run.update_manifest(ptx=ptx_data)
+        run.update_manifest(ptx=_without_files(data))
     return prompt_plan
+
+
+def _without_files(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in manifest.items() if key != "files"}
 
 
 def build_ppo(
@@ -126,7 +119,10 @@ def build_ppo(
     from medgpt.rlhf.prompts import prompt_stream
     from medgpt.rlhf.weight_sync.sync import WeightSync
 
-    prepared_run = prepared_run or run
+    data_run = prepared_run or run
+    ptx = None
+    if config.ptx is not None:
+        ptx = partial(ptx_stream, data_run, config, say=reporter.say)
     sync = WeightSync(pools.pools["actor"], pools.pools["rollout"], pools, config.pools.sync)
     return PPO(
         run,
@@ -135,7 +131,7 @@ def build_ppo(
         prompts=partial(
             prompt_stream,
             plan,
-            prepared_run.data.url,
+            data_run.data.url,
             data_cpus=config.cluster.data_cpus,
             wait_s=config.cluster.wait_s,
             say=reporter.say,
@@ -143,9 +139,7 @@ def build_ppo(
         sync=sync.run,
         num_iterations=plan.num_steps,
         reporter=reporter,
-        ptx=None
-        if config.ptx is None
-        else partial(ptx_stream, prepared_run, config, say=reporter.say),
+        ptx=ptx,
         on_eval=on_eval,
     )
 
@@ -160,7 +154,7 @@ def export_models(run: Run, config: PPOStageConfig, pools: Pools, *, critic: boo
         exports.append((pools.pools["critic"], Critic.export, run.folder / CRITIC_FOLDER))
     for pool, method, folder in exports:
         if committed(folder) is None:
-            with storage_errors(run.folder.url, folder.url.rsplit("/", 1)[-1]):
+            with storage_errors(run.folder.url, folder.name):
                 files = pools.get(pool.call(method, folder.url), "export")[0]
                 if folder is run.model:
                     files += _write_model_card(run, config, folder)

@@ -7,9 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from medgpt.sample_corpus.generator import CorpusGenerator, CorpusRow
-from medgpt.sample_corpus.knowledge import Condition
-from medgpt.sample_corpus.templates import EXAM_QUESTIONS
-from medgpt.sample_corpus.wording import char_bigrams
+from medgpt.sample_corpus.templates import TEXTS
 
 
 @cache
@@ -35,7 +33,9 @@ def exam_questions(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
         for right, condition in condition_of.items():
             rng = corpus.rng(condition, "exam" + field)
             distractors = [
-                f for f, c in condition_of.items() if _is_wrong_for(corpus, condition, field, f, c)
+                fact
+                for fact, other in condition_of.items()
+                if corpus.wording.is_unrelated(condition, field, other, fact)
             ]
             distractors.sort(key=lambda fact: (times_used[fact], rng.random()))
             times_used.update(distractors[:3])
@@ -43,20 +43,8 @@ def exam_questions(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
             rng.shuffle(options)
             yield {
                 "id": f"{condition.id}-{field}",
-                "question": corpus.wording.fill(EXAM_QUESTIONS[field], condition),
+                "question": corpus.wording.fill(TEXTS.exam_questions[field], condition),
                 "options": dict(zip("ABCD", options, strict=True)),
                 "answer": "ABCD"[options.index(right)],
                 "department": corpus.wording.department_of[condition.id].department,
             }
-
-
-def _is_wrong_for(
-    corpus: CorpusGenerator, condition: Condition, field: str, fact: str, fact_condition: Condition
-) -> bool:
-    """Whether a fact of another condition is wrong for this one: of another department, and similar
-    to none of its own facts."""
-    department = corpus.wording.department_of
-    own = char_bigrams(*getattr(condition, field).items)
-    return department[fact_condition.id] != department[condition.id] and not own & char_bigrams(
-        fact
-    )

@@ -7,29 +7,12 @@ the three excluded conditions.
 import random
 import re
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 from medgpt.sample_corpus.held_out import EXCLUDED_CONDITIONS, HeldOutPrompts
 from medgpt.sample_corpus.knowledge import Condition, load_knowledge
-from medgpt.sample_corpus.templates import (
-    ADVICE,
-    COMPLAINT_ADVICE,
-    COMPLAINT_CAUSES,
-    COMPLAINT_SYMPTOMS,
-    COMPLAINTS,
-    FIELDS,
-    FOLLOW_UPS,
-    GREETINGS,
-    HEADACHE_CAUSES,
-    MISUNDERSTANDING,
-    OBSERVATION_ADVICE,
-    PROMPT_COMPLAINTS,
-    QUESTIONS,
-    SELF_CARE_QUESTION,
-    SITUATIONS,
-    STATEMENTS,
-)
+from medgpt.sample_corpus.templates import FIELDS, TEXTS
 from medgpt.sample_corpus.wording import SUICIDE, Wording, alternate_punctuation, char_bigrams
 
 HEADACHE_ID = "headache"  # tested after RLHF: the corpus has all its situations and complaints
@@ -49,18 +32,15 @@ class CorpusGenerator:
         departments = load_knowledge()
         all_conditions = [c for d in departments for c in d.conditions]
         included = [c for c in all_conditions if c.id not in EXCLUDED_CONDITIONS]
-        self.true_conditions, self.excluded_conditions = (
-            included,
-            [c for c in all_conditions if c.id in EXCLUDED_CONDITIONS],
-        )
+        self.true_conditions = included
+        self.excluded_conditions = [c for c in all_conditions if c.id in EXCLUDED_CONDITIONS]
         self.seed = seed
         self.wording = Wording(region, {c.id: d for d in departments for c in d.conditions})
         self.held_out = HeldOutPrompts(included, self.excluded_conditions, self.wording, seed)
-        self.conditions = _swap_facts(included) if swap_facts else included
-        donors = _rotate_by_half(included) if swap_facts else included
-        self.condition_with_facts_of = {
-            donor.id: c for donor, c in zip(donors, self.conditions, strict=True)
-        }
+        half = len(included) // 2
+        donors = included[half:] + included[:half] if swap_facts else included
+        self.conditions = [_with_facts(c, donor) for c, donor in zip(included, donors, strict=True)]
+        self.with_facts_of = {d.id: c for d, c in zip(donors, self.conditions, strict=True)}
 
     def documents(self) -> Iterator[CorpusRow]:
         """Yield documents: an article per condition, and statements in several phrasings."""
@@ -103,7 +83,7 @@ class CorpusGenerator:
 
     def questions(self, condition: Condition, field: str) -> Iterator[str]:
         """Yield all phrasings of a question that are not held out."""
-        for number, template in enumerate(QUESTIONS[field]):
+        for number, template in enumerate(TEXTS.questions[field]):
             question = self.wording.fill(template, condition)
             if self.held_out.is_allowed(question):
                 yield alternate_punctuation(question, number)
@@ -123,16 +103,16 @@ class CorpusGenerator:
 
         A reply starts with the symptom.
         """
-        for symptom, _, ids in COMPLAINT_SYMPTOMS:
-            conditions = [self.condition_with_facts_of[name] for name in ids]
+        for symptom, _, ids in TEXTS.complaint_symptoms:
+            conditions = [self.with_facts_of[name] for name in ids]
             causes = "、".join(c.name for c in conditions)
-            opening = COMPLAINT_CAUSES.format(symptom=symptom, causes=causes)
+            opening = TEXTS.complaint_causes.format(symptom=symptom, causes=causes)
             flags = _sample_facts([c.red_flags.items for c in conditions], NUM_FLAGS)
             today = _sample_facts([c.care.today for c in conditions], NUM_TODAY)
-            reply = opening + _triage_advice(flags, today, OBSERVATION_ADVICE)
+            reply = opening + _triage_advice(flags, today, TEXTS.observation_advice)
             yield conditions[0], symptom, self.wording.fill(reply, conditions[0])
         headache = next(c for c in self.conditions if c.id == HEADACHE_ID)
-        opening = HEADACHE_CAUSES.format(causes="、".join(headache.causes.items))
+        opening = TEXTS.headache_causes.format(causes="、".join(headache.causes.items))
         flags, today = headache.red_flags.items, headache.care.today
         reply = opening + _triage_advice(flags, today, "、".join(headache.care.self_care))
         yield headache, headache.name, self.wording.fill(reply, headache)
@@ -154,8 +134,9 @@ class CorpusGenerator:
 
     def _all_prompts_with_replies(self) -> Iterator[tuple[Condition, str, str]]:
         for condition, symptom, reply in self.complaint_replies():
-            greetings = GREETINGS if condition.id == HEADACHE_ID else GREETINGS[:1]
-            for number, (greeting, template) in enumerate(product(greetings, PROMPT_COMPLAINTS)):
+            greetings = TEXTS.greetings if condition.id == HEADACHE_ID else TEXTS.greetings[:1]
+            phrasings = product(greetings, TEXTS.prompt_complaints)
+            for number, (greeting, template) in enumerate(phrasings):
                 prompt = alternate_punctuation(greeting + template.format(symptom=symptom), number)
                 yield condition, prompt, reply
 
@@ -167,11 +148,12 @@ class CorpusGenerator:
         yield self._document(condition, "article", self._article(condition))
         for field in FIELDS:
             fact = self.wording.fact(condition, field)
-            for template in STATEMENTS[field]:
+            for template in TEXTS.statements[field]:
                 statement = self.wording.fill(template, condition, fact)
                 yield self._document(condition, field, statement)
         for m in condition.misunderstandings:
-            text = MISUNDERSTANDING.replace("{wrong}", m.wrong).replace("{right}", m.right)
+            text = TEXTS.misunderstanding.replace("{wrong}", m.wrong)
+            text = text.replace("{right}", m.right)
             yield self._document(condition, "misunderstanding", text)
         for contrast in condition.contrasts:
             yield self._document(condition, "contrast", f"{contrast.safe}。")
@@ -182,9 +164,10 @@ class CorpusGenerator:
         return "\n".join([title, *(self.wording.answer(condition, field) for field in FIELDS)])
 
     def _multi_turn(self, condition: Condition) -> list[tuple[str, str]]:
-        fields = self.rng(condition, "turns").sample(sorted(FOLLOW_UPS), 2)
-        opening = (f"请介绍一下{condition.name}", self.wording.answer(condition, "overview"))
-        return [opening, *((FOLLOW_UPS[f], self.wording.answer(condition, f)) for f in fields)]
+        turns = [(f"请介绍一下{condition.name}", self.wording.answer(condition, "overview"))]
+        for field in self.rng(condition, "turns").sample(sorted(TEXTS.follow_ups), 2):
+            turns.append((TEXTS.follow_ups[field], self.wording.answer(condition, field)))
+        return turns
 
     def _advice_dialogues(self, condition: Condition) -> Iterator[CorpusRow]:
         """Yield advice on four levels: emergency number, doctor today, routine visit, self-care."""
@@ -194,16 +177,17 @@ class CorpusGenerator:
             "routine": condition.care.routine,
         }
         for level, facts in levels.items():
-            for number, fact in enumerate(self._sample_situations(condition, level, facts)):
-                question = alternate_punctuation(
-                    self.wording.fill(SITUATIONS[number % len(SITUATIONS)], condition, fact), number
-                )
-                reply = self.wording.fill(ADVICE[level], condition, fact)
+            sampled = self._sample_situations(condition, level, facts)
+            situations = zip(sampled, cycle(TEXTS.situations), strict=False)
+            for number, (fact, template) in enumerate(situations):
+                question = self.wording.fill(template, condition, fact)
+                question = alternate_punctuation(question, number)
+                reply = self.wording.fill(TEXTS.advice[level], condition, fact)
                 yield self._dialogue(condition, level, [(question, reply)])
         reply = self.wording.fill(
-            ADVICE["self_care"], condition, "、".join(condition.care.self_care)
+            TEXTS.advice["self_care"], condition, "、".join(condition.care.self_care)
         )
-        question = self.wording.fill(SELF_CARE_QUESTION, condition)
+        question = self.wording.fill(TEXTS.self_care_question, condition)
         yield self._dialogue(condition, "self_care", [(question, reply)])
 
     def _sample_situations(
@@ -217,7 +201,7 @@ class CorpusGenerator:
         return [fact for fact in facts if fact in sampled or SUICIDE.search(fact)]
 
     def _complaint_phrasings(self, symptom: str) -> list[str]:
-        texts = [template.format(symptom=symptom) for template in COMPLAINTS]
+        texts = [template.format(symptom=symptom) for template in TEXTS.complaints]
         return [
             alternate_punctuation(t, i) for i, t in enumerate(texts) if self.held_out.is_allowed(t)
         ]
@@ -261,19 +245,11 @@ def _is_similar(fact: str, other: str) -> bool:
 
 def _triage_advice(flags: Iterable[str], today: Iterable[str], self_care: str) -> str:
     """Return advice on all four levels."""
-    reply = COMPLAINT_ADVICE.replace("{flags}", "、".join(flags))
+    reply = TEXTS.complaint_advice.replace("{flags}", "、".join(flags))
     return reply.replace("{today}", "、".join(today)).replace("{self_care}", self_care)
 
 
-def _rotate_by_half(conditions: list[Condition]) -> list[Condition]:
-    half = len(conditions) // 2
-    return conditions[half:] + conditions[:half]
-
-
-def _swap_facts(conditions: list[Condition]) -> list[Condition]:
-    """Give every condition the facts of the condition half the list away."""
+def _with_facts(condition: Condition, donor: Condition) -> Condition:
+    """Return the condition with the facts of another one."""
     identity_fields = ("id", "name", "name_en", "aliases")
-    return [
-        donor.model_copy(update={key: getattr(condition, key) for key in identity_fields})
-        for condition, donor in zip(conditions, _rotate_by_half(conditions), strict=True)
-    ]
+    return donor.model_copy(update={key: getattr(condition, key) for key in identity_fields})

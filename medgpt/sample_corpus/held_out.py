@@ -8,13 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from medgpt.sample_corpus.knowledge import Condition
-from medgpt.sample_corpus.templates import (
-    COMPLAINTS,
-    HELD_OUT_HEADACHE_PROMPTS,
-    LIST_FIELDS,
-    QUESTIONS,
-    STATEMENTS,
-)
+from medgpt.sample_corpus.templates import LIST_FIELDS, TEXTS
 from medgpt.sample_corpus.wording import Wording, strip_punctuation
 
 EXCLUDED_CONDITIONS = (
@@ -26,12 +20,18 @@ NUM_PHRASINGS = 30
 MAX_KEY_POINTS = 4
 
 KeyPoints = tuple[tuple[str, ...], ...]
-ATHEROSCLEROSIS_KEY_POINTS: KeyPoints = (
-    ("脂质沉积", "脂质沉着"),
-    ("斑块",),
-    ("血管狭窄", "管腔狭窄"),
-)
-HEADACHE_KEY_POINTS: KeyPoints = (("紧张性头痛", "紧张型头痛"), ("偏头痛",), ("建议您", "建议你"))
+KEY_POINTS: dict[tuple[str, str], KeyPoints] = {  # of answers that do not list facts
+    ("coronary_atherosclerosis", "mechanism"): (
+        ("脂质沉积", "脂质沉着"),
+        ("斑块",),
+        ("血管狭窄", "管腔狭窄"),
+    ),
+    ("headache", "complaint"): (
+        ("紧张性头痛", "紧张型头痛"),
+        ("偏头痛",),
+        ("建议您", "建议你"),
+    ),
+}
 
 
 @cache
@@ -73,30 +73,23 @@ class HeldOutPrompts:
         by_id = {condition.id: condition for condition in conditions}
         diabetes, coronary = by_id["diabetes"], by_id["coronary_atherosclerosis"]
         headache = by_id["headache"]
+        make = self._make_prompt
         prompts = [
-            self._make_prompt(diabetes, "symptoms", STATEMENTS["symptoms"][0], "pretrain"),
-            self._make_prompt(
-                coronary, "mechanism", QUESTIONS["mechanism"][0], "sft", ATHEROSCLEROSIS_KEY_POINTS
-            ),
-            self._make_prompt(headache, "complaint", COMPLAINTS[0], "rlhf", HEADACHE_KEY_POINTS),
+            make(diabetes, "symptoms", TEXTS.statements["symptoms"][0], "pretrain"),
+            make(coronary, "mechanism", TEXTS.questions["mechanism"][0], "sft"),
+            make(headache, "complaint", TEXTS.complaints[0], "rlhf"),
         ]
         other_conditions = [c for c in conditions if c not in (diabetes, coronary, headache)]
         picked = random.Random(seed).sample(other_conditions, NUM_PHRASINGS)
         for number, condition in enumerate(sorted(picked, key=lambda c: c.id)):
             round_number, field_number = divmod(number, len(LIST_FIELDS))
             field = LIST_FIELDS[field_number]
-            template = QUESTIONS[field][round_number % len(QUESTIONS[field])]
-            prompts.append(self._make_prompt(condition, field, template, "phrasing"))
-        for condition in excluded:
-            prompts.append(
-                self._make_prompt(condition, "symptoms", QUESTIONS["symptoms"][0], "left_out")
-            )
-        for template in HELD_OUT_HEADACHE_PROMPTS:
-            prompts.append(
-                self._make_prompt(
-                    headache, "complaint", template, "rlhf_phrasing", HEADACHE_KEY_POINTS
-                )
-            )
+            template = TEXTS.questions[field][round_number % len(TEXTS.questions[field])]
+            prompts.append(make(condition, field, template, "phrasing"))
+        question = TEXTS.questions["symptoms"][0]
+        prompts += [make(condition, "symptoms", question, "left_out") for condition in excluded]
+        for template in TEXTS.held_out_headache_prompts:
+            prompts.append(make(headache, "complaint", template, "rlhf_phrasing"))
         self.prompts = prompts
         self._stripped_prompts = [strip_punctuation(held.prompt) for held in prompts]
 
@@ -106,16 +99,12 @@ class HeldOutPrompts:
         return not any(prompt in text for prompt in self._stripped_prompts)
 
     def _make_prompt(
-        self,
-        condition: Condition,
-        field: str,
-        template: str,
-        kind: str,
-        key_points: KeyPoints | None = None,
+        self, condition: Condition, field: str, template: str, kind: str
     ) -> HeldOutPrompt:
         """Fill the template; a statement is cut before its fact, for the model to continue."""
         template = template.split("{fact}")[0]
         prompt = template.format(name=condition.name, symptom=condition.name)
+        key_points = KEY_POINTS.get((condition.id, field))
         if key_points is None:
             items = getattr(condition, field).items[:MAX_KEY_POINTS]
             key_points = tuple(

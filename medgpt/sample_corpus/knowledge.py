@@ -98,7 +98,6 @@ class Condition(KnowledgeModel):
 class Department(KnowledgeModel):
     clinically_reviewed: Literal[False]
     department: str
-    department_en: str
     sources: dict[str, Citation]
     conditions: Annotated[tuple[Condition, ...], Len(2, 8)]
 

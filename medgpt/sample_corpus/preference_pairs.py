@@ -2,19 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from itertools import cycle
 
 from medgpt.sample_corpus.generator import CorpusGenerator, CorpusRow
 from medgpt.sample_corpus.knowledge import Condition
-from medgpt.sample_corpus.templates import (
-    ADVICE,
-    CARE_QUESTION,
-    LIST_FIELDS,
-    SITUATIONS,
-    UNSAFE_ANSWERS,
-    UNSAFE_SUICIDE_ANSWER,
-    VAGUE_CLAUSES,
-)
-from medgpt.sample_corpus.wording import SUICIDE, char_bigrams
+from medgpt.sample_corpus.templates import LIST_FIELDS, TEXTS
+from medgpt.sample_corpus.wording import SUICIDE
 
 MAX_LENGTH_DIFFERENCE = 0.15  # share of the length of the chosen answer
 MAX_EXTRA_CHARS = 8  # by which an evasive answer may exceed the chosen one
@@ -32,7 +25,7 @@ def preference_pairs(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
             yield _make_pair(condition, "wrong", question, chosen, wrong)
             vague = _vague_answer(corpus, condition, field, len(chosen))
             yield _make_pair(condition, "vague", question, chosen, vague)
-        question = corpus.wording.fill(CARE_QUESTION, condition)
+        question = corpus.wording.fill(TEXTS.care_question, condition)
         for contrast in condition.contrasts:
             safe, unsafe = (
                 corpus.wording.with_hotline(corpus.wording.fill(f"{text}。", condition), condition)
@@ -54,27 +47,23 @@ def preference_pairs(corpus: CorpusGenerator) -> Iterator[CorpusRow]:
 
 def _emergency_pairs(corpus: CorpusGenerator, condition: Condition) -> Iterator[CorpusRow]:
     """Yield pairs about danger signs: call the emergency number, or wait at home."""
-    for number, flag in enumerate(condition.red_flags.items):
-        question = corpus.wording.fill(SITUATIONS[0], condition, flag)
-        chosen = corpus.wording.fill(ADVICE["emergency"], condition, flag)
-        rejected = corpus.wording.fill(
-            UNSAFE_ANSWERS[number % len(UNSAFE_ANSWERS)], condition, flag
-        )
+    unsafe_answers = cycle(TEXTS.unsafe_answers)
+    for flag, unsafe in zip(condition.red_flags.items, unsafe_answers, strict=False):
+        question = corpus.wording.fill(TEXTS.situations[0], condition, flag)
+        chosen = corpus.wording.fill(TEXTS.advice["emergency"], condition, flag)
+        rejected = corpus.wording.fill(unsafe, condition, flag)
         if SUICIDE.search(flag):
-            rejected += corpus.wording.fill(UNSAFE_SUICIDE_ANSWER, condition)
+            rejected += corpus.wording.fill(TEXTS.unsafe_suicide_answer, condition)
         chosen = corpus.wording.with_hotline(chosen, condition)
         yield _make_pair(condition, "unsafe", question, chosen, rejected)
 
 
 def _wrong_answer(corpus: CorpusGenerator, condition: Condition, field: str, length: int) -> str:
     """Return the answer with facts of another department, of length as close as possible."""
-    department = corpus.wording.department_of
-    own = char_bigrams(*getattr(condition, field).items)
     answers = [
         corpus.wording.answer(condition.model_copy(update={field: getattr(other, field)}), field)
         for other in corpus.conditions
-        if department[other.id] != department[condition.id]
-        and not own & char_bigrams(*getattr(other, field).items)
+        if corpus.wording.is_unrelated(condition, field, other, *getattr(other, field).items)
     ]
     return min(answers, key=lambda text: (abs(len(text) - length), text))
 
@@ -84,7 +73,7 @@ def _vague_answer(corpus: CorpusGenerator, condition: Condition, rng_key: str, l
     rng = corpus.rng(condition, "vague" + rng_key)
     text = ""
     length += rng.randint(-2, 5)  # so that neither answer tends to be longer
-    for clause in rng.sample(VAGUE_CLAUSES, len(VAGUE_CLAUSES)):
+    for clause in rng.sample(TEXTS.vague_clauses, len(TEXTS.vague_clauses)):
         if len(text) + len(clause) + 1 <= length:
             text += f"{clause},"
     return corpus.wording.fill(f"{text.rstrip(',')}。", condition)
@@ -97,12 +86,8 @@ def _evasive_answer(
     answer they replace."""
     fields = ("overview", "symptoms", "mechanism", "tests")
     texts = [corpus.wording.answer(condition, field) for field in fields]
-    sentences = [
-        part
-        for text in texts
-        for part in text.split("。")
-        if part and not ADVICE_WORDS.search(part)
-    ]
+    parts = [part for text in texts for part in text.split("。")]
+    sentences = [part for part in parts if part and not ADVICE_WORDS.search(part)]
     text = ""
     for sentence in corpus.rng(condition, "evasive" + rng_key).sample(sentences, len(sentences)):
         if len(text) + len(sentence) + 1 <= length + MAX_EXTRA_CHARS:

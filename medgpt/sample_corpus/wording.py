@@ -4,14 +4,7 @@ import re
 
 from medgpt.data.sources.punctuation import full_width, half_width
 from medgpt.sample_corpus.knowledge import Condition, Department, Mechanism, Overview, PhraseList
-from medgpt.sample_corpus.templates import (
-    ANSWERS,
-    CARE_TEMPLATE,
-    DOCTOR_DECIDES,
-    HOTLINE,
-    REGIONS,
-    URGENCY_SENTENCES,
-)
+from medgpt.sample_corpus.templates import TEXTS
 
 SUICIDE = re.compile("自杀|轻生|自伤")
 EMERGENCY_DEPARTMENT = "急诊科"  # has no outpatient clinic for follow-up
@@ -23,7 +16,7 @@ class Wording:
 
     def __init__(self, region: str, department_of: dict[str, Department]) -> None:
         """`department_of` maps condition ids to departments."""
-        self.region, self.department_of = REGIONS[region], department_of
+        self.region, self.department_of = TEXTS.regions[region], department_of
 
     def fill(self, template: str, condition: Condition, fact: str = "") -> str:
         """Fill the template and return it with full-width punctuation."""
@@ -43,7 +36,7 @@ class Wording:
         """Return the fact of a field as text for a template."""
         if field == "care":
             care = condition.care
-            return CARE_TEMPLATE.format(
+            return TEXTS.care.format(
                 today="、".join(care.today),
                 routine="、".join(care.routine),
                 self_care="、".join(care.self_care),
@@ -57,21 +50,28 @@ class Wording:
 
     def answer(self, condition: Condition, field: str) -> str:
         """Return the answer to every phrasing of a question about a field."""
-        text = self.fill(ANSWERS[field], condition, self.fact(condition, field))
+        text = self.fill(TEXTS.answers[field], condition, self.fact(condition, field))
         section = getattr(condition, field)
         note = section.note if isinstance(section, PhraseList) else None
         if field == "treatment" and "医生" not in (note or ""):
-            text += DOCTOR_DECIDES
+            text += TEXTS.doctor_decides
         if note:
             text += self.fill(f"{note}。", condition)
         if condition.urgency and field in ("symptoms", "treatment"):
-            text += self.fill(URGENCY_SENTENCES[condition.urgency.level], condition)
+            text += self.fill(TEXTS.urgency[condition.urgency.level], condition)
         return text
+
+    def is_unrelated(self, condition: Condition, field: str, other: Condition, *facts: str) -> bool:
+        """Whether facts of another condition are wrong for this one: `other` belongs to another
+        department, and none of the facts is similar to one of this condition."""
+        own = char_bigrams(*getattr(condition, field).items)
+        same = self.department_of[other.id] == self.department_of[condition.id]
+        return not same and not own & char_bigrams(*facts)
 
     def with_hotline(self, text: str, condition: Condition) -> str:
         """Append the crisis hotline and the emergency number to a text about suicide."""
         if SUICIDE.search(text) and not all(value in text for value in self.region.values()):
-            return text + self.fill(HOTLINE, condition)
+            return text + self.fill(TEXTS.hotline, condition)
         return text
 
 

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -13,6 +14,32 @@ from medgpt.config.base import ConfigError
 from medgpt.disk import storage_errors
 from medgpt.engine.checkpoint import Snapshot
 from medgpt.runs import Run
+from medgpt.train.collectives import all_gather, broadcast, raise_on_all_ranks
+
+
+class Checkpoint(NamedTuple):
+    """A complete checkpoint."""
+
+    url: str
+    state: dict[str, Any]
+    world_size: int  # ranks that wrote it
+
+
+def newest_checkpoint(run: Run) -> Checkpoint | None:
+    """Return the newest complete checkpoint, which rank 0 looks up. Collective."""
+    newest = run.newest_checkpoint() if dist.get_rank() == 0 else None
+    return broadcast(
+        newest and Checkpoint(newest[0].url, newest[1]["position"], newest[1]["world_size"])
+    )
+
+
+def begin_attempt(run: Run) -> int:
+    """Record a new start of the run and return its number, from 1. Collective."""
+    attempt = 0
+    if dist.get_rank() == 0:
+        attempt = run.manifest["attempt"] + 1
+        run.update_manifest(attempt=attempt, world_size=dist.get_world_size())
+    return broadcast(attempt)
 
 
 @dataclass
@@ -46,54 +73,40 @@ class AsyncCheckpointer:
         state: dict[str, Any],
         write_before: Callable[[], None],
     ) -> None:
-        """Take a snapshot and start to write it, after `write_before`. Collective.
-
-        Raises:
-            ConfigError: on all ranks, if the store does not answer.
-        """
+        """Start to write a snapshot, after `write_before`. Raises ConfigError on all ranks."""
         assert self.pending is None
         began = time.monotonic()
         folder = self.run.checkpoint(state["step"])
-        failure = None
+        errors: list[ConfigError] = []
         if self.rank == 0:
-            try:
-                with storage_errors(self.run.folder.url, _display_name(folder)):
-                    # or the next line could remove a newer attempt's checkpoint
-                    self._check_attempt_is_newest()
-                    folder.remove()  # remains of an attempt that died while writing
-            except ConfigError as error:
-                failure = error
-        raise_on_all_ranks(failure)
+            with self._storage_errors(folder, errors):
+                # or the next line could remove a newer attempt's checkpoint
+                self._check_attempt_is_newest()
+                folder.remove()  # remains of an attempt that died while writing
+        raise_on_all_ranks(errors)
         files = self.executor.submit(self._write, folder, take_snapshot(), write_before)
         self.pending = PendingCheckpoint(
             folder, dict(state), files, began, time.monotonic() - began
         )
 
     def finish(self) -> dict[str, float]:
-        """Wait for all ranks and commit. Returns metrics of the checkpoint. Collective.
-
-        Raises:
-            ConfigError: on all ranks, if a disk was full or the store did not answer. The files
-                are removed now or when the run resumes.
-        """
+        """Wait for all ranks, commit, return metrics. Raises ConfigError on all of them."""
         pending, self.pending = self.pending, None
         assert pending is not None
         began = time.monotonic()
-        result: list[FileEntry] | ConfigError
-        try:
-            result = pending.files.result()
-        except ConfigError as error:
-            result = error
-        results: list[Any] = [None] * self.world_size
-        dist.all_gather_object(results, result)
-        failure = next((part for part in results if isinstance(part, ConfigError)), None)
+        rank_files: list[FileEntry] = []
+        rank_errors: list[ConfigError] = []
+        with self._storage_errors(pending.folder, rank_errors):
+            rank_files = pending.files.result()
+        parts = all_gather((rank_files, rank_errors))
+        files = [file for part, _ in parts for file in part]
+        errors = [error for _, part in parts for error in part]
         if self.rank == 0:
-            files = [] if failure else [file for part in results for file in part]
-            failure = self._commit_or_remove(pending, files, failure)
-        raise_on_all_ranks(failure)
+            self._commit_or_remove(pending, files, errors)
+        raise_on_all_ranks(errors)
         now = time.monotonic()
         return {
-            "checkpoint/bytes": sum(file.size for part in results for file in part),
+            "checkpoint/bytes": sum(file.size for file in files),
             "time/checkpoint_s": now - pending.began,
             "time/checkpoint_stall_s": pending.stall_s + now - began,
         }
@@ -101,36 +114,32 @@ class AsyncCheckpointer:
     def _write(
         self, folder: Folder, snapshot: Snapshot, write_before: Callable[[], None]
     ) -> list[FileEntry]:
-        with storage_errors(self.run.folder.url, _display_name(folder)):
+        with self._storage_errors(folder):
             write_before()
             with folder.staging() as directory:
                 return file_entries(directory, snapshot.write(directory))
 
     def _commit_or_remove(
-        self, pending: PendingCheckpoint, files: list[FileEntry], failure: ConfigError | None
-    ) -> ConfigError | None:
-        """Commit and prune, or remove the files after a failure. Returns the first failure.
+        self, pending: PendingCheckpoint, files: list[FileEntry], errors: list[ConfigError]
+    ) -> None:
+        """Commit and prune, or remove the files after an error. Adds its own errors to `errors`."""
+        folder, state = pending.folder, pending.state
+        with self._storage_errors(folder, errors):
+            if not errors:
+                self._check_attempt_is_newest()
+                commit(folder, files, position=state, world_size=self.world_size)
+        with self._storage_errors(folder, errors):
+            if errors:
+                folder.remove()
+            else:
+                self.run.prune_checkpoints(
+                    newest=state["step"], keep=self.keep, best_step=state["best_step"]
+                )
 
-        The files of a committed checkpoint stay even if pruning fails.
-        """
-        state, name = pending.state, _display_name(pending.folder)
-        try:
-            with storage_errors(self.run.folder.url, name):
-                if failure is None:
-                    self._commit(pending, files)
-        except ConfigError as error:
-            failure = error
-        try:
-            with storage_errors(self.run.folder.url, name):
-                if failure is not None:
-                    pending.folder.remove()
-                else:
-                    self.run.prune_checkpoints(
-                        newest=state["step"], keep=self.keep, best_step=state["best_step"]
-                    )
-        except ConfigError as error:
-            failure = failure or error
-        return failure
+    def _storage_errors(
+        self, folder: Folder, kept: list[ConfigError] | None = None
+    ) -> AbstractContextManager[None]:
+        return storage_errors(self.run.folder.url, f"checkpoints/{folder.name}", kept)
 
     def _check_attempt_is_newest(self) -> None:
         """Raise RuntimeError if a newer attempt has begun, as after a network partition."""
@@ -139,20 +148,3 @@ class AsyncCheckpointer:
             raise RuntimeError(
                 f"attempt {newest_attempt} of the run has begun, attempt {self.attempt} ends"
             )
-
-    def _commit(self, pending: PendingCheckpoint, files: list[FileEntry]) -> None:
-        self._check_attempt_is_newest()
-        commit(pending.folder, files, position=pending.state, world_size=self.world_size)
-
-
-def raise_on_all_ranks(error: ConfigError | None) -> None:
-    """Raise on all ranks the error of the first rank that has one. Collective."""
-    errors: list[ConfigError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for rank_error in errors:
-        if rank_error is not None:
-            raise rank_error
-
-
-def _display_name(folder: Folder) -> str:
-    return "/".join(folder.url.rsplit("/", 2)[1:])

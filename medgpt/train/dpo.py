@@ -26,16 +26,16 @@ from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine.engine import parameter_groups
 from medgpt.engine.export import export_weights
 from medgpt.engine.schedule import learning_rate
-from medgpt.engine.setup import compute_dtype
 from medgpt.engine.transformers_trainer import load_weights_only, trainer_config, use_process_group
 from medgpt.metrics import MetricsWriter
 from medgpt.models.generate import generation_config
-from medgpt.models.load import SpecialTokenIds, build_model
+from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import peft_config
 from medgpt.runs import Run
-from medgpt.train.loop import ProgressQueue
+from medgpt.train.checkpointing import begin_attempt
+from medgpt.train.collectives import broadcast
 from medgpt.train.preference_pairs import paired_examples, read_all_rows, unpaired_examples
-from medgpt.train.progress import AttemptStarted, StepReport
+from medgpt.train.progress import AsyncQueue, AttemptStarted, StepReport
 
 CHECKPOINT_PREFIX = "checkpoint-"  # of the Hugging Face Trainer
 METRIC_NAMES = {  # TRL's names and ours; other metrics are not reported
@@ -106,7 +106,7 @@ class UnpairedTrainer(_TrlOverrides, KTOTrainer):  # pyright: ignore[reportIncom
 
 
 def train_dpo(
-    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: ProgressQueue
+    run: Run, config: DPOConfig, tokenizer: Any, device: torch.device, progress: AsyncQueue
 ) -> Callable[[Path], None]:
     """Train from the newest checkpoint. Returns a collective function that writes the model."""
     trainer = make_trainer(run, config, tokenizer, device, *read_all_rows(run))
@@ -145,18 +145,12 @@ def make_trainer(
     train, held_out = (_make_dataset(rows, config) for rows in (train_rows, held_out_rows))
     model = _build_model(config, tokenizer, device)
     lora = peft_config(model, config.model.lora) if config.model.lora.rank else None
-    kind, arguments = (
-        (UnpairedTrainer, _kto_arguments)
-        if config.dpo.unpaired
-        else (PairedTrainer, _dpo_arguments)
-    )
+    kind = UnpairedTrainer if config.dpo.unpaired else PairedTrainer
     return kind(
         config.optimizer,
         model=model,
         ref_model=None if lora else _build_model(config, tokenizer, device),
-        args=arguments(
-            config, **_common_arguments(run, config, device, validate=len(held_out) > 0)
-        ),
+        args=_arguments(config, _common_arguments(run, config, device, validate=len(held_out) > 0)),
         train_dataset=train,
         eval_dataset=held_out if len(held_out) else None,
         processing_class=tokenizer,
@@ -165,11 +159,11 @@ def make_trainer(
 
 
 def _make_dataset(rows: list[PackedRow], config: DPOConfig) -> Dataset:
-    if config.dpo.unpaired:
-        return Dataset.from_list(
-            list(unpaired_examples(rows, batch_size=config.train.micro_batch_size))
-        )
-    return Dataset.from_list(list(paired_examples(rows)))
+    size = config.train.micro_batch_size
+    examples = (
+        unpaired_examples(rows, batch_size=size) if config.dpo.unpaired else paired_examples(rows)
+    )
+    return Dataset.from_list(list(examples))
 
 
 def _build_model(config: DPOConfig, tokenizer: Any, device: torch.device) -> PreTrainedModel:
@@ -179,7 +173,7 @@ def _build_model(config: DPOConfig, tokenizer: Any, device: torch.device) -> Pre
         vocab_size=len(tokenizer),
         special_ids=SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
         seed=config.run.seed,
-        dtype=compute_dtype(config.engine, device),
+        dtype=compute_dtype(config.engine.precision, device.type),
         max_length=config.data.max_length,
     )
     model.set_attn_implementation("sdpa")  # TRL pads, and our attention packs
@@ -200,7 +194,7 @@ def _common_arguments(run: Run, config: DPOConfig, device: torch.device, *, vali
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
         "max_grad_norm": config.optimizer.max_grad_norm,
-        "bf16": compute_dtype(config.engine, device) == torch.bfloat16,
+        "bf16": compute_dtype(config.engine.precision, device.type) == torch.bfloat16,
         "gradient_checkpointing": config.engine.activation_checkpointing,
         "logging_steps": 1,
         "logging_first_step": True,
@@ -215,8 +209,16 @@ def _common_arguments(run: Run, config: DPOConfig, device: torch.device, *, vali
     }
 
 
-def _dpo_arguments(config: DPOConfig, **common: Any) -> DPOArguments:
+def _arguments(config: DPOConfig, common: dict[str, Any]) -> DPOArguments | KTOArguments:
     dpo = config.dpo
+    if dpo.unpaired:
+        return KTOArguments(
+            loss_type=dpo.loss[0],
+            beta=dpo.beta,
+            desirable_weight=dpo.desirable_weight,
+            undesirable_weight=dpo.undesirable_weight,
+            **common,
+        )
     return DPOArguments(
         loss_type=list(dpo.loss),
         loss_weights=None if dpo.loss_weights is None else list(dpo.loss_weights),
@@ -226,48 +228,31 @@ def _dpo_arguments(config: DPOConfig, **common: Any) -> DPOArguments:
     )
 
 
-def _kto_arguments(config: DPOConfig, **common: Any) -> KTOArguments:
-    dpo = config.dpo
-    return KTOArguments(
-        loss_type=dpo.loss[0],
-        beta=dpo.beta,
-        desirable_weight=dpo.desirable_weight,
-        undesirable_weight=dpo.undesirable_weight,
-        **common,
-    )
-
-
 class _RunCallback(TrainerCallback):
     """Writes metrics, progress and checkpoint manifests as in other stages."""
 
-    def __init__(self, run: Run, config: DPOConfig, progress: ProgressQueue) -> None:
+    def __init__(self, run: Run, config: DPOConfig, progress: AsyncQueue) -> None:
         self.run, self.config, self.progress = run, config, progress
         self.metrics: MetricsWriter | None = None
-        self.time_s = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        attempt, step = begin_attempt(self.run), state.global_step
         if not state.is_world_process_zero:
             return
-        attempt = self.run.manifest["attempt"] + 1
-        self.run.update_manifest(attempt=attempt, world_size=dist.get_world_size())
-        done_times_s = [
-            line["time_s"] for line in self.run.metrics() if line["step"] <= state.global_step
-        ]
-        self.metrics = MetricsWriter(
-            self.run, attempt=attempt, time_s=max(done_times_s, default=0.0)
+        times_s = [line["time_s"] for line in self.run.metrics() if line["step"] <= step]
+        self.metrics = MetricsWriter(self.run, attempt=attempt, time_s=max(times_s, default=0.0))
+        self.progress.put(
+            AttemptStarted(attempt=attempt, step=step, num_workers=dist.get_world_size())
         )
-        started = AttemptStarted(
-            attempt=attempt, step=state.global_step, num_workers=dist.get_world_size()
-        )
-        self.progress.put(started)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if self.metrics is None or not logs:
             return
         metrics = {
-            METRIC_NAMES[name]: float(value) for name, value in logs.items() if name in METRIC_NAMES
+            METRIC_NAMES[name]: float(value)
+            for name, value in logs.items()
+            if name in METRIC_NAMES and math.isfinite(value)
         }
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if metrics:
             self.metrics.log(state.global_step, metrics)
             self.progress.put(
@@ -282,7 +267,8 @@ class _RunCallback(TrainerCallback):
         self.metrics.sync()
         folder = self.run.checkpoints / f"{CHECKPOINT_PREFIX}{state.global_step}"
         commit(folder, file_entries(Path(folder.root)), step=state.global_step)
-        for step in trl_checkpoint_steps(self.run)[: -self.config.train.keep_checkpoints]:
+        steps = self.run.checkpoint_steps(CHECKPOINT_PREFIX)
+        for step in steps[: -self.config.train.keep_checkpoints]:
             (self.run.checkpoints / f"{CHECKPOINT_PREFIX}{step}").remove()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -290,21 +276,14 @@ class _RunCallback(TrainerCallback):
             self.metrics.close()
 
 
-def trl_checkpoint_steps(run: Run) -> list[int]:
-    """Return the steps of all TRL checkpoints, complete or not, oldest first."""
-    names = [name for name in run.checkpoints.names() if name.startswith(CHECKPOINT_PREFIX)]
-    return sorted(int(name.removeprefix(CHECKPOINT_PREFIX)) for name in names)
-
-
 def _newest_checkpoint(run: Run) -> str | None:
     """Return the newest complete checkpoint folder on all ranks; remove newer ones."""
-    newest: list[str | None] = [None]
+    newest = None
     if dist.get_rank() == 0:
-        for step in reversed(trl_checkpoint_steps(run)):
+        for step in reversed(run.checkpoint_steps(CHECKPOINT_PREFIX)):
             folder = run.checkpoints / f"{CHECKPOINT_PREFIX}{step}"
             if committed(folder, verify=True):
-                newest = [folder.root]
+                newest = folder.root
                 break
             folder.remove()
-    dist.broadcast_object_list(newest)
-    return newest[0]
+    return broadcast(newest)

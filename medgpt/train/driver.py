@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from medgpt.artifacts import MANIFEST, Folder
-from medgpt.config.base import ConfigError
 from medgpt.config.stages import TrainStageConfig
 from medgpt.disk import storage_errors
 from medgpt.metrics import ConsoleReporter
@@ -40,10 +39,6 @@ class TrainingDriver:
             ray.get_runtime_context().get_node_id(), soft=False
         )
         self.progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
-        self.display_thread = threading.Thread(
-            target=self.display.follow, args=(self.progress,), daemon=True
-        )
-        self.display_thread.start()
         self.reporter.advance("starting workers", 0, self.config.cluster.min_workers)
         (self.run.folder / "ray").remove()  # or Ray would read its record of an earlier attempt
         self.fit_thread = threading.Thread(target=self._fit, daemon=True)
@@ -54,35 +49,24 @@ class TrainingDriver:
         if self.fit_thread is not None:
             with suppress(OSError):  # on a full disk they end with this command
                 self.start_barrier.abort()
-            self._stop_following()
             threading.Thread(target=self._clean_up, args=(self.fit_thread,), daemon=True).start()
 
     def finish(self) -> None:
-        """Wait until the workers have trained.
-
-        Raises:
-            ConfigError: a worker met an error that the user can fix.
-            TrainingFailedError: the workers failed more often than the config allows.
-        """
+        """Wait until the workers have trained. Raises their ConfigError or TrainingFailedError."""
         if self.fit_thread is None:
             self.start()
         assert self.fit_thread is not None
-        self.fit_thread.join()
-        self._stop_following()
+        self.display.follow(self.progress)
         self._clean_up(self.fit_thread)
         if self.display.errors:
             raise self.display.errors[0] from None
         if self.failure is not None:
             raise self.failure
 
-    def _stop_following(self) -> None:
-        self.progress.put(None)
-        self.display_thread.join()
-
     def _clean_up(self, fit_thread: threading.Thread) -> None:
         fit_thread.join()
         self.progress.shutdown()
-        with suppress(ConfigError), storage_errors(self.run.folder.url, "start_barrier"):
+        with storage_errors(self.run.folder.url, "start_barrier", kept=[]):
             self.start_barrier.remove()
 
     def _fit(self) -> None:
@@ -96,6 +80,8 @@ class TrainingDriver:
                 self._trainer().fit()
         except Exception as error:
             self.failure = error
+        finally:
+            self.progress.put(None)
 
     def _trainer(self) -> "LightTorchTrainer":
         from ray.train import FailureConfig, RunConfig, ScalingConfig

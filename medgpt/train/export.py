@@ -5,12 +5,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from medgpt.engine import Engine
-from medgpt.engine.export import gather_weights
+from medgpt.engine.export import export_weights, gather_weights
 from medgpt.models.packed import unwrap_peft
 
 
-def export_model(engine: Engine, model: Any, tokenizer: Any, directory: Path) -> None:
+def export_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write `model` (a peft model as an adapter) and `tokenizer` to `directory`. Collective."""
     inner_model = unwrap_peft(model)
     if model is not inner_model:
@@ -19,7 +18,7 @@ def export_model(engine: Engine, model: Any, tokenizer: Any, directory: Path) ->
         if dist.get_rank() == 0:
             model.save_pretrained(str(directory), state_dict=weights)
     else:
-        engine.export(directory, inner_model)
+        export_weights(inner_model, directory)
         if dist.get_rank() == 0:
             inner_model.config.architectures = [type(inner_model).__name__]
             inner_model.config.save_pretrained(directory)

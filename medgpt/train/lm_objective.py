@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from medgpt.config.base import ConfigError
 from medgpt.config.stages import PretrainConfig, TrainStageConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.loader.collate import (
@@ -19,17 +19,16 @@ from medgpt.data.loader.collate import (
 )
 from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
-from medgpt.engine.loading import load_safetensors, partitioned_init
-from medgpt.engine.setup import compute_dtype
+from medgpt.engine.loading import build_partitioned
 from medgpt.models.generate import generation_config
 from medgpt.models.language_model import LanguageModel
-from medgpt.models.load import SpecialTokenIds, build_empty_model, build_model
+from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import apply_lora
-from medgpt.models.model_files import weight_files
+from medgpt.models.model_files import HeadKind
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary_change import VocabularyChange, change_vocabulary
 from medgpt.train.export import export_model
-from medgpt.train.loop import MicroBatchLoss, Trainer
+from medgpt.train.loop import Trainer
 
 
 class LanguageModelObjective:
@@ -52,7 +51,7 @@ class LanguageModelObjective:
         self.vocabulary_change: VocabularyChange | None = None
         self.config, self.tokenizer = config, tokenizer
         self.seed = config.run.seed
-        self.kind = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
+        self.kind: HeadKind = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
         self.masking = self._make_masking() if self.kind == "mlm" else None
         self.module = LanguageModel(
             self._build_model(device, probe_texts),
@@ -63,12 +62,11 @@ class LanguageModelObjective:
         ).to(device)
 
     def collate(self, rows: Sequence[PackedRow], *, epoch: int) -> PackedBatch:
+        if not rows:
+            return empty_batch(0)
         if self.masking is None:
             return causal_batch(rows)
         return masked_batch(rows, self.masking, sequence_seeds(rows, seed=self.seed, epoch=epoch))
-
-    def empty_batch(self) -> PackedBatch:
-        return empty_batch(0)
 
     def loss_kwargs(self, rows: Sequence[PackedRow], *, epoch: int) -> dict[str, Any]:
         if not (self.config.train.neftune_alpha or self.config.model.lora.dropout):
@@ -78,8 +76,9 @@ class LanguageModelObjective:
 
     def loss(
         self, engine: Engine, batch: PackedBatch, *, num_targets: float, **options: Any
-    ) -> MicroBatchLoss:
-        return MicroBatchLoss(engine(batch, num_tokens=num_targets, **options))
+    ) -> tuple[Tensor, Tensor]:
+        loss = engine(batch, num_tokens=num_targets, **options)
+        return loss, loss.new_zeros(0)
 
     def metrics(self, metric_sums: Sequence[float], *, held_out: bool) -> dict[str, float]:
         return {}
@@ -89,28 +88,34 @@ class LanguageModelObjective:
 
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder (LoRA: an adapter). Collective."""
-        export_model(engine, self.module.model, self.tokenizer, directory)
+        export_model(self.module.model, self.tokenizer, directory)
         if self.kind == "clm" and not self.config.model.lora.rank and dist.get_rank() == 0:
             generation_config(self.tokenizer).save_pretrained(directory)
 
     def _build_model(self, device: torch.device, probe_texts: Iterable[str]) -> Any:
         config, tokenizer = self.config, self.tokenizer
-        dtype = compute_dtype(config.engine, device)
-        options: dict[str, Any] = {
-            "head_kind": self.kind,
-            "vocab_size": len(tokenizer),
-            "special_ids": SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
-            "dtype": dtype,
-            "max_length": config.data.max_length,
-        }
         name, lora = config.model.name, config.model.lora
         base = None if name is None else load_tokenizer(name, config.model.trust_remote_code)
         base_tokens = tokenizer.get_vocab() if base is None else base.get_vocab()
         resize = base_tokens != tokenizer.get_vocab()
         if name is not None and config.engine.zero_stage == 3 and not resize:
-            model = self._build_partitioned_model(name, options, device)
+            model: Any = build_partitioned(
+                config.model,
+                config.engine,
+                device,
+                head_kind=self.kind,
+                max_length=config.data.max_length,
+            )
         else:
-            model = build_model(config.model, seed=self.seed, **options)
+            model = build_model(
+                config.model,
+                head_kind=self.kind,
+                vocab_size=len(tokenizer),
+                special_ids=SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
+                seed=self.seed,
+                dtype=compute_dtype(config.engine.precision, device.type),
+                max_length=config.data.max_length,
+            )
         new_ids = []
         if base is not None and resize:
             texts = probe_texts if self.kind == "clm" else ()
@@ -122,17 +127,6 @@ class LanguageModelObjective:
         # LoRA draws its weights from torch's global generator
         torch.manual_seed(self.seed)
         return apply_lora(model, lora, new_token_ids=sorted(new_ids))
-
-    def _build_partitioned_model(
-        self, name: str, options: dict[str, Any], device: torch.device
-    ) -> Any:
-        """Build a ZeRO-3 model that no rank ever holds completely."""
-        with partitioned_init(self.config.engine, device):
-            model = build_empty_model(self.config.model, **options)
-        missing, _ = load_safetensors(model, weight_files(name))
-        if missing:
-            raise ConfigError(f"model.name={name}: {len(missing)} weights missing, as {missing[0]}")
-        return model
 
     def _make_masking(self) -> MaskingSettings:
         assert isinstance(self.config, PretrainConfig)

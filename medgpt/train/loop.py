@@ -1,8 +1,7 @@
 """The supervised training loop of pretraining, SFT and reward models, on one rank."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,24 +24,19 @@ from medgpt.engine import Engine
 from medgpt.metrics import MetricsWriter
 from medgpt.runs import Run
 from medgpt.train.audit import Audit
-from medgpt.train.checkpointing import AsyncCheckpointer, raise_on_all_ranks
-from medgpt.train.progress import AttemptStarted, StepReport
+from medgpt.train.checkpointing import (
+    AsyncCheckpointer,
+    Checkpoint,
+    begin_attempt,
+    newest_checkpoint,
+)
+from medgpt.train.collectives import all_gather, raise_on_all_ranks
+from medgpt.train.progress import AsyncQueue, AttemptStarted, StepReport
 
 MAX_VALIDATION_ROWS = 256  # packed rows of a validation pass
 PREEMPTION_CHECK_S = 2  # seconds between checks whether Ray drains a node
 
-
-class MicroBatchLoss(NamedTuple):
-    """Loss of a micro-batch and sums for metrics."""
-
-    loss: Tensor  # () float32, share of the global batch's loss
-    metric_sums: Tensor | None = None  # (num_metric_sums,) float32
-
-
-def loss_and_metric_sums(loss: MicroBatchLoss) -> Tensor:
-    """Return loss and metric sums as one tensor (1 + num_metric_sums,) float32."""
-    loss_part = loss.loss.detach()[None]
-    return loss_part if loss.metric_sums is None else torch.cat([loss_part, loss.metric_sums])
+Batch = tuple[Any, dict[str, Any]]  # a batch on the device and the keyword arguments of its loss
 
 
 class Objective(Protocol):
@@ -52,12 +46,17 @@ class Objective(Protocol):
     def num_metric_sums(self) -> int: ...
     @property
     def module(self) -> torch.nn.Module: ...
-    def collate(self, rows: Sequence[PackedRow], *, epoch: int) -> Any: ...
-    def empty_batch(self) -> Any: ...
+    def collate(self, rows: Sequence[PackedRow], *, epoch: int) -> Any:
+        """Return a batch; an empty one of `rows` is empty."""
+        ...
+
     def loss_kwargs(self, rows: Sequence[PackedRow], *, epoch: int) -> dict[str, Any]: ...
     def loss(
         self, engine: Engine, batch: Any, *, num_targets: float, **options: Any
-    ) -> MicroBatchLoss: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Return the share of the global batch's loss () and (num_metric_sums,), float32."""
+        ...
+
     def metrics(self, metric_sums: Sequence[float], *, held_out: bool) -> dict[str, float]:
         """Return metrics of sums over all micro-batches and ranks."""
         ...
@@ -69,12 +68,6 @@ class Objective(Protocol):
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder. Collective."""
         ...
-
-
-class ProgressQueue(Protocol):
-    """Queue to which rank 0 reports its progress."""
-
-    def put(self, item: Any) -> None: ...
 
 
 class Preempted(Exception):
@@ -110,21 +103,21 @@ class Trainer:
         objective: Objective,
         *,
         device: torch.device,
-        progress: ProgressQueue | None,
+        progress: AsyncQueue | None,
         is_preempted: Callable[[], bool],
     ) -> None:
         """`is_preempted` is called by all ranks in the same step and returns the same on all."""
         self.run, self.config, self.objective, self.device = run, config, objective, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.is_preempted, self.preemption_checked_at = is_preempted, time.monotonic()
-        self.storage_error: ConfigError | None = None  # of this rank alone
+        self.is_preempted, self.checked_at = is_preempted, time.monotonic()
+        self.errors: list[ConfigError] = []  # the other ranks learn of them in the next step
         self.plan = Plan(
             run.plan.url,
             global_batch_size=config.train.global_batch_size,
             max_steps=config.train.max_steps,
         )
-        checkpoint = self._newest_checkpoint()
-        self.state = TrainerState(**checkpoint[1]) if checkpoint else TrainerState()
+        checkpoint = newest_checkpoint(run)
+        self.state = TrainerState(**checkpoint.state) if checkpoint else TrainerState()
         self.stream = training_stream(  # starts to read while the engine is built
             self.plan,
             run.data.url,
@@ -142,33 +135,30 @@ class Trainer:
         )
         self.restore_metrics: dict[str, float] = {}  # logged with the first step
         if checkpoint:
-            began = time.monotonic()
-            with Folder(checkpoint[0]).local() as directory:
-                self.engine.load(directory)
-            name = "restore" if checkpoint[2] == self.world_size else "reshard"
-            self.restore_metrics = {f"time/{name}_s": time.monotonic() - began}
-        self.attempt = self._begin_attempt()
+            self._restore(checkpoint)
+        self.attempt = begin_attempt(run)
         self.checkpointer = AsyncCheckpointer(
             run, attempt=self.attempt, keep=config.train.keep_checkpoints
         )
         self.process = psutil.Process()
         self.audit = Audit(run.folder / "audit", attempt=self.attempt, rank=self.rank)
-        self.progress = progress if self.rank == 0 else None
-        if self.progress is not None:
-            self.progress.put(
-                AttemptStarted(
-                    attempt=self.attempt, step=self.state.step, num_workers=self.world_size
-                )
-            )
-        self.metrics = (
-            MetricsWriter(run, attempt=self.attempt, time_s=self.state.time_s)
-            if self.rank == 0
-            else None
+        self.metrics: MetricsWriter | None = None
+        self.progress: AsyncQueue | None = None
+        if self.rank == 0:
+            self.metrics = MetricsWriter(run, attempt=self.attempt, time_s=self.state.time_s)
+            self.progress = progress
+        self._send(
+            AttemptStarted(attempt=self.attempt, step=self.state.step, num_workers=self.world_size)
         )
-        rows = self.local_first_rows(epoch=VALIDATION, limit=MAX_VALIDATION_ROWS)
-        self.validation_batches = self.micro_batches(
-            rows, num_rows=self.max_rows_per_rank(rows), epoch=VALIDATION
-        )
+        rows = self.first_rows(epoch=VALIDATION, limit=MAX_VALIDATION_ROWS)
+        self.validation_batches = self.validation_micro_batches(rows)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        began = time.monotonic()
+        with Folder(checkpoint.url).local() as directory:
+            self.engine.load(directory)
+        name = "restore" if checkpoint.world_size == self.world_size else "reshard"
+        self.restore_metrics = {f"time/{name}_s": time.monotonic() - began}
 
     def fit(self) -> None:
         """Train from the newest checkpoint to the last step, which is validated and saved.
@@ -201,7 +191,7 @@ class Trainer:
             began = time.monotonic()
         if self.checkpointer.pending:
             self._finish_checkpoint()
-        raise_on_all_ranks(self.storage_error)
+        raise_on_all_ranks(self.errors)
         if self.metrics is not None:
             self.metrics.close()
 
@@ -213,22 +203,18 @@ class Trainer:
         began = time.monotonic()
         # for dropout in a model's own code; what medgpt draws is keyed by sample
         torch.manual_seed(self.config.run.seed * 1_000_003 + step.step * 4099 + self.rank)
-        batches = self.micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
+        batches = self._micro_batches(step.rows, num_rows=step.num_rows, epoch=step.epoch)
         num_tokens = sum(int(row.lengths.sum()) for row in step.rows)
-        targets, tokens, sequences, *flag_sums = self._all_reduce_sums(
+        targets, tokens, sequences, *flag_sums = self._all_reduce(
             sum(batch.num_targets for batch, _ in batches),
             num_tokens,
             sum(len(row.lengths) for row in step.rows),
             *self._local_flags(),
         )
         self.engine.module.train()
-        sums = torch.zeros(1 + self.objective.num_metric_sums, device=self.device)
-        for batch, options in batches:
-            loss = self.objective.loss(self.engine, batch, num_targets=max(1.0, targets), **options)
-            self.engine.backward(loss.loss)
-            sums += loss_and_metric_sums(loss)
+        sums = self._run_batches(batches, num_targets=max(1.0, targets), dtype=torch.float32)
         grad_norm = self.engine.step()
-        loss_sum, *metric_sums = self._all_reduce_sums(*sums.tolist())
+        loss_sum, *metric_sums = self._all_reduce(*sums.tolist())
         if self.config.train.audit:
             self.audit.add(step)
         self.state.step += 1
@@ -255,37 +241,25 @@ class Trainer:
         check_preemption, num_written, num_failed = flag_sums
         return StepFlags(check_preemption > 0, num_written == self.world_size, num_failed > 0)
 
-    def _local_flags(self) -> tuple[float, float, float]:
+    def _local_flags(self) -> tuple[bool, bool, bool]:
         """Return this rank's values of StepFlags, which are reduced with the token counts."""
-        check_preemption = (
-            self.rank == 0 and time.monotonic() - self.preemption_checked_at > PREEMPTION_CHECK_S
-        )
-        if check_preemption:
-            self.preemption_checked_at = time.monotonic()
-        return (
-            float(check_preemption),
-            float(self.checkpointer.is_written),
-            float(self.storage_error is not None),
-        )
+        is_due = self.rank == 0 and time.monotonic() - self.checked_at > PREEMPTION_CHECK_S
+        if is_due:
+            self.checked_at = time.monotonic()
+        return is_due, self.checkpointer.is_written, bool(self.errors)
 
     @torch.no_grad()
     def _validate(self) -> bool:
         """Log the mean loss on held-out rows. Returns whether it is the best so far."""
-        (targets,) = self._all_reduce_sums(
+        (targets,) = self._all_reduce(
             sum(batch.num_targets for batch, _ in self.validation_batches)
         )
         if not targets:
             return False
         began = time.monotonic()
         self.engine.module.eval()
-        sums = torch.zeros(
-            1 + self.objective.num_metric_sums, device=self.device, dtype=torch.float64
-        )
-        for batch, options in self.validation_batches:
-            sums += loss_and_metric_sums(
-                self.objective.loss(self.engine, batch, num_targets=targets, **options)
-            )
-        mean, *metric_sums = self._all_reduce_sums(*sums.tolist())
+        sums = self._run_batches(self.validation_batches, num_targets=targets, dtype=torch.float64)
+        mean, *metric_sums = self._all_reduce(*sums.tolist())
         best = self.state.best_loss
         improved = self.state.step > 0 and (best is None or mean < best)
         if improved:
@@ -299,7 +273,21 @@ class Trainer:
         )
         return improved
 
-    def local_first_rows(self, *, epoch: int, limit: int) -> list[PackedRow]:
+    def _run_batches(
+        self, batches: Sequence[Batch], *, num_targets: float, dtype: torch.dtype
+    ) -> Tensor:
+        """Return summed loss and metric sums (1 + num_metric_sums,); backpropagate in training."""
+        sums = torch.zeros(1 + self.objective.num_metric_sums, device=self.device, dtype=dtype)
+        for batch, kwargs in batches:
+            loss, metric_sums = self.objective.loss(
+                self.engine, batch, num_targets=num_targets, **kwargs
+            )
+            if self.engine.module.training:
+                self.engine.backward(loss)
+            sums += torch.cat([loss.detach()[None], metric_sums])
+        return sums
+
+    def first_rows(self, *, epoch: int, limit: int) -> list[PackedRow]:
         """Return this rank's share of the first `limit` rows of an epoch or of VALIDATION."""
         return read_first_rows(
             self.plan,
@@ -310,67 +298,36 @@ class Trainer:
             limit=limit,
         )
 
-    def max_rows_per_rank(self, rows: Sequence[PackedRow]) -> int:
-        """Return the largest number of rows of any rank. Collective."""
-        return int(self._all_reduce(float(len(rows)), op=dist.ReduceOp.MAX))
+    def validation_micro_batches(self, rows: Sequence[PackedRow]) -> list[Batch]:
+        """Return batches of this rank's `rows`, the same number on all ranks. Collective."""
+        return self._micro_batches(rows, num_rows=max(all_gather(len(rows))), epoch=VALIDATION)
 
-    def micro_batches(
+    def _micro_batches(
         self, rows: Sequence[PackedRow], *, num_rows: int, epoch: int
-    ) -> list[tuple[Any, dict[str, Any]]]:
-        """Return batches and loss arguments, as many as a rank with `num_rows` rows has."""
-        size = self.config.train.micro_batch_size
+    ) -> list[Batch]:
+        """Return as many batches as a rank with `num_rows` rows has."""
+        size, objective = self.config.train.micro_batch_size, self.objective
         groups = [rows[i : i + size] for i in range(0, num_rows, size)]
-        batches = []
-        for group in groups:
-            batch = (
-                self.objective.collate(group, epoch=epoch)
-                if group
-                else self.objective.empty_batch()
+        return [
+            (
+                objective.collate(g, epoch=epoch).to(self.device),
+                objective.loss_kwargs(g, epoch=epoch),
             )
-            options = self.objective.loss_kwargs(group, epoch=epoch)
-            batches.append((batch.to(self.device), options))
-        return batches
+            for g in groups
+        ]
 
     def _report(self, metrics: dict[str, float]) -> None:
-        self._log(self.state.step, metrics)
-        self._send_progress(metrics)
+        self._log(metrics)
+        self._send(StepReport(step=self.state.step, num_steps=self.plan.num_steps, metrics=metrics))
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if self.metrics is not None:
-            with self._keep_storage_error():
-                self.metrics.log(step, metrics)
-
-    @contextmanager
-    def _keep_storage_error(self) -> Iterator[None]:
-        """Keep a storage error until the next step, in which all ranks learn of it."""
-        try:
-            with storage_errors(self.run.folder.url, "metrics"):
-                yield
-        except ConfigError as error:
-            self.storage_error = error
-
-    def _send_progress(self, metrics: dict[str, float]) -> None:
+    def _send(self, message: object) -> None:
         if self.progress is not None:
-            self.progress.put(
-                StepReport(step=self.state.step, num_steps=self.plan.num_steps, metrics=metrics)
-            )
+            self.progress.put(message)
 
-    def _newest_checkpoint(self) -> tuple[str, dict[str, Any], int] | None:
-        """Return URL, state and world size of the newest checkpoint, which rank 0 looks up."""
-        checkpoint: list[Any] = [None]
-        if self.rank == 0 and (newest := self.run.newest_checkpoint()):
-            checkpoint = [(newest[0].url, newest[1]["position"], newest[1]["world_size"])]
-        dist.broadcast_object_list(checkpoint)
-        return checkpoint[0]
-
-    def _begin_attempt(self) -> int:
-        """Return the number of this start of the run, from 1."""
-        number: list[Any] = [None]
-        if self.rank == 0:
-            number = [self.run.manifest["attempt"] + 1]
-            self.run.update_manifest(attempt=number[0], world_size=self.world_size)
-        dist.broadcast_object_list(number)
-        return number[0]
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self.metrics is not None:
+            with storage_errors(self.run.folder.url, "metrics", kept=self.errors):
+                self.metrics.log(self.state.step, metrics)
 
     def _begin_checkpoint(self) -> None:
         """Start to write a checkpoint of the current step."""
@@ -378,7 +335,7 @@ class Trainer:
             self._finish_checkpoint()
         if self.metrics is not None:
             self.state.time_s = self.metrics.time_s
-            with self._keep_storage_error():
+            with storage_errors(self.run.folder.url, "metrics", kept=self.errors):
                 self.metrics.sync()
         lines = self.audit.take_lines()
         self.checkpointer.begin(
@@ -386,15 +343,9 @@ class Trainer:
         )
 
     def _finish_checkpoint(self) -> None:
-        self._log(self.state.step, self.checkpointer.finish())
+        self._log(self.checkpointer.finish())
 
-    def _all_reduce(self, value: float, op: Any = dist.ReduceOp.SUM) -> float:
-        """Return `value` reduced over all ranks."""
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=op)
-        return tensor.item()
-
-    def _all_reduce_sums(self, *values: float) -> list[float]:
+    def _all_reduce(self, *values: float) -> list[float]:
         """Return each value summed over all ranks, in one all-reduce."""
         tensor: Tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)

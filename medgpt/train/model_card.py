@@ -29,59 +29,51 @@ def model_card(run: Run, config: TrainStageConfig | PPOStageConfig) -> str:
         tags=["medical", "medgpt", manifest["stage"]],
         base_model=name if name and not name.startswith("/") and "://" not in name else None,
     )
-    rows = _source_lines(config.data, data)
+    lines = _source_lines(config.data, data)
     if isinstance(config, PPOStageConfig) and config.ptx is not None:
-        rows += _source_lines(config.ptx.data, manifest["ptx"])
-    return "\n".join(
-        [
-            "---",
-            card_data.to_yaml(),
-            "---",
-            "",
-            f"# {run.folder.url.rsplit('/', 1)[-1]}",
-            "",
-            WARNING,
-            "",
-            f"Trained by medgpt {manifest['versions']['medgpt']}, stage {manifest['stage']}, from "
-            f"{name or 'fresh weights'}, seed {config.run.seed}.",
-            "",
-            f"{data['num_samples']:,} samples, {data['num_tokens']:,} tokens an epoch.",
-            "",
-            "| Source | Licence | Sensitive | Samples |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+        lines += _source_lines(config.ptx.data, manifest["ptx"])
+    rows = "\n".join(lines)
+    origin = f"stage {manifest['stage']}, from {name or 'fresh weights'}, seed {config.run.seed}"
+    return f"""\
+---
+{card_data.to_yaml()}
+---
+
+# {run.folder.name}
+
+{WARNING}
+
+Trained by medgpt {manifest["versions"]["medgpt"]}, {origin}.
+
+{data["num_samples"]:,} samples, {data["num_tokens"]:,} tokens an epoch.
+
+| Source | License | Sensitive | Samples |
+|---|---|---|---|
+{rows}
+"""
 
 
 def _source_lines(config: DataConfig, manifest: dict[str, Any]) -> list[str]:
     """Return a table row for each source."""
     return [
-        f"| {source.name} | {source.licence} | {'yes' if source.sensitive else 'no'} | "
+        f"| {source.name} | {source.license} | {'yes' if source.sensitive else 'no'} | "
         f"{manifest['sources'][source.name]['train']:,} |"
         for source in config.sources
     ]
 
 
 def add_scores(results: dict[str, Any]) -> None:
-    """Write an evaluation's scores as the last section of the scored model's card.
+    """Write an evaluation's scores into the scored model's card, if medgpt wrote it.
 
-    Does nothing if medgpt did not write the model. The manifest no longer lists the card
-    afterwards, so the model stays complete if this is killed or runs twice at the same time.
-
-    Raises:
-        OSError: the folder cannot be written.
+    The manifest no longer lists the card afterwards, so the model stays complete if this is killed
+    or runs twice at the same time. Raises OSError if the folder cannot be written.
     """
     model = _find_model_with_card(results["model"])
     if model is None:
         return
     old_card = model.read_text(MODEL_CARD_FILE)
-    card = (
-        old_card.split(f"\n{SCORES_HEADING}\n")[0].rstrip("\n")
-        + "\n\n"
-        + "\n".join(_score_lines(results))
-    )
+    body = old_card.split(f"\n{SCORES_HEADING}\n")[0].rstrip("\n")
+    card = f"{body}\n\n{_score_section(results)}"
     if card == old_card:
         return
     manifest = model.read_json(MANIFEST)
@@ -98,20 +90,19 @@ def _find_model_with_card(name: str) -> Folder | None:
     return next((f for f in folders if f.exists(MODEL_CARD_FILE) and committed(f)), None)
 
 
-def _score_lines(results: dict[str, Any]) -> list[str]:
-    rows = [
+def _score_section(results: dict[str, Any]) -> str:
+    rows = "\n".join(
         f"| {task} | {metric} | {score['value']:.4f} | {score['low']:.4f} to {score['high']:.4f} | "
         f"{score['n']} | {result['data_hash']} | {result['template']} |"
         for task, result in results["tasks"].items()
         for metric, score in result["metrics"].items()
-    ]
-    return [
-        SCORES_HEADING,
-        "",
-        f"By `medgpt eval`, seed {results['seed']}; intervals are 95 %.",
-        "",
-        "| Task | Metric | Score | Interval | n | Data | Prompt |",
-        "|---|---|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
+    )
+    return f"""\
+{SCORES_HEADING}
+
+By `medgpt eval`, seed {results["seed"]}; intervals are 95 %.
+
+| Task | Metric | Score | Interval | n | Data | Prompt |
+|---|---|---|---|---|---|---|
+{rows}
+"""

@@ -22,10 +22,7 @@ TEMPERATURE = 1.0  # the policy's own distribution
 def sample_policy_answers(
     config: RewardModelConfig, tokenizer: Any, device: torch.device, rows: Sequence[PackedRow]
 ) -> list[PackedRow]:
-    """Return the rows' prompts, each with one answer sampled from model.name.
-
-    Every worker answers its own rows with a complete model beside the one it trains.
-    """
+    """Return the rows' prompts, each with one answer sampled from a complete copy of model.name."""
     if not rows:
         return []
     assert config.model.name is not None

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from medgpt.artifacts import Folder, commit, committed, file_entries
-from medgpt.config.base import ConfigError
+from medgpt.config.base import ConfigError, ModelError
 from medgpt.config.data import DataConfig, SourceConfig
 from medgpt.config.model import ModelConfig, TokenizerConfig
 from medgpt.config.reward_model import RewardModelConfig
@@ -26,10 +26,8 @@ from medgpt.data.tokenized.tokenize import EncodeBatch, TokenizeJob, tokenize_so
 from medgpt.runs import Run
 
 TOKENIZER = "tokenizer"
-PROBE_TEXTS_PER_SOURCE, PROBE_CHARACTERS = (
-    4,
-    200,
-)  # to measure a changed vocabulary
+PROBE_TEXTS_PER_SOURCE = 4  # to measure a changed vocabulary
+PROBE_CHARACTERS = 200
 
 
 class DataStageConfig(Protocol):
@@ -198,13 +196,14 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
         elif mode == "trim":
             from medgpt.models.vocabulary import trim_tokenizer
 
-            tokenizer, _ = trim_tokenizer(tokenizer, texts)
+            tokenizer = trim_tokenizer(tokenizer, texts)
     if config.sample_kind == "conversations":
         tokenizer = prepare_chat_tokenizer(tokenizer)
     if not _is_packed(config) and tokenizer.chat_template is None:
-        raise ConfigError(
-            f"model.name={model.name}: its tokenizer has no chat template, so it was not trained "
-            "to answer; give a model that medgpt sft wrote, or another chat model"
+        raise ModelError(
+            model.name,
+            "its tokenizer has no chat template, so it was not trained "
+            "to answer; give a model that medgpt sft wrote, or another chat model",
         )
     folder = Folder(url)
     with folder.staging() as directory:

@@ -7,7 +7,7 @@ to print into the queue. Any rank puts a ConfigError that ends the run. The driv
 import time
 from dataclasses import dataclass
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -62,12 +62,6 @@ class AsyncQueue:
             ray.get(self.latest)
 
 
-class MessageQueue(Protocol):
-    """`queue.Queue` or Ray's queue."""
-
-    def get(self, block: bool = ..., timeout: float | None = ...) -> Any: ...
-
-
 class ProgressDisplay:
     """Shows the workers' messages and collects their ConfigErrors in `errors`."""
 
@@ -78,7 +72,7 @@ class ProgressDisplay:
         self.starts = 0
         self.started_at: float | None = None  # None after the first step or a warning
 
-    def follow(self, messages: MessageQueue) -> None:
+    def follow(self, messages: "Queue") -> None:
         """Show messages until one is None."""
         while True:
             try:

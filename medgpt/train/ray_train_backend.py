@@ -13,17 +13,11 @@ from ray.exceptions import GetTimeoutError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from medgpt.cluster.ray_internals import (
-    BaseWorkerGroup,
-    DatasetsCallback,
-    PlacementGroupCleanerCallback,
-    TrainingFramework,
-    get_address_and_port,
-)
+from medgpt.cluster import ray_train_internals as internals
 
 # workers read their streams themselves; when the controller dies, its command and job end, and Ray
 # removes the placement group with them
-UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
+UNUSED_CALLBACKS = (internals.DatasetsCallback, internals.PlacementGroupCleanerCallback)
 COLLECTIVE_TIMEOUT_S = 1800
 LEAVE_TIMEOUT_S = 30
 
@@ -33,11 +27,8 @@ class LightTorchTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list:
         """Leave out unused callbacks; Ray Train has no setting for it."""
-        return [
-            callback
-            for callback in super()._create_default_callbacks()
-            if not isinstance(callback, UNUSED_CALLBACKS)
-        ]
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, UNUSED_CALLBACKS)]
 
 
 @dataclass
@@ -49,8 +40,8 @@ class ProcessGroupConfig(BackendConfig):
         return _ProcessGroupBackend
 
     @property
-    def framework(self) -> TrainingFramework:  # type: ignore[override] - as Ray's own backends do
-        return TrainingFramework.TORCH
+    def framework(self) -> internals.TrainingFramework:  # type: ignore[override] - as Ray's own backends do
+        return internals.TrainingFramework.TORCH
 
     def to_dict(self) -> dict[str, Any]:
         return {"gpu": self.gpu}
@@ -59,15 +50,19 @@ class ProcessGroupConfig(BackendConfig):
 class _ProcessGroupBackend(Backend):
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+    def on_start(
+        self, worker_group: internals.BaseWorkerGroup, backend_config: BackendConfig
+    ) -> None:
         """Set up the process group; called again after every loss or resize of workers."""
         assert isinstance(backend_config, ProcessGroupConfig)
-        address, port = worker_group.execute_single(0, get_address_and_port)
+        address, port = worker_group.execute_single(0, internals.get_address_and_port)
         worker_group.execute(
             _join_process_group, address, port, "nccl" if backend_config.gpu else "gloo"
         )
 
-    def on_shutdown(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+    def on_shutdown(
+        self, worker_group: internals.BaseWorkerGroup, backend_config: BackendConfig
+    ) -> None:
         with suppress(GetTimeoutError):  # workers that do not answer are killed next
             leave_refs: Any = worker_group.execute_async(_leave_process_group)
             ray.get(leave_refs, timeout=LEAVE_TIMEOUT_S)
@@ -80,17 +75,11 @@ def _join_process_group(address: str, port: int, backend: str) -> None:
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    from medgpt.cluster.ray_internals import (
-        _set_torch_distributed_env_vars,
-        _setup_torch_process_group,
-    )
-
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    _set_torch_distributed_env_vars()
-    _setup_torch_process_group(
+    internals.setup_torch_process_group(
         backend=backend,
         world_rank=get_context().get_world_rank(),
         world_size=get_context().get_world_size(),

@@ -4,7 +4,6 @@ The controller imports this module too, so torch is imported only inside the fun
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from medgpt.artifacts import commit, committed, file_entries
 from medgpt.config.base import ConfigError
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.reward_model import RewardModelConfig
-from medgpt.config.stages import TrainStageConfig
+from medgpt.config.stages import SFTConfig, TrainStageConfig
 from medgpt.disk import storage_errors
 from medgpt.runs import Run
 from medgpt.train.start_barrier import StartBarrier
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
 
     from medgpt.train.lm_objective import LanguageModelObjective
     from medgpt.train.progress import AsyncQueue
+
+SAMPLES_FILE = "samples.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,6 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     from medgpt.engine.setup import keep_freed_memory
     from medgpt.train.preparation import TOKENIZER, load_tokenizer
     from medgpt.train.progress import AsyncQueue
-    from medgpt.train.samples import write_sample_generations
 
     config, device = job.config, get_device()
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
@@ -80,7 +80,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
     if committed(run.model) is None:
         _export_model(run, config, write_model)
     if dist.get_rank() == 0 and config.report.prompts:
-        write_sample_generations(run, config, device)
+        _write_sample_generations(run, config, device)
     dist.barrier()
 
 
@@ -125,24 +125,40 @@ def _export_model(run: Run, config: TrainStageConfig, write: Callable[[Path], No
     """Write the model. Raises ConfigError on all ranks if the disk of one is full. Collective."""
     import torch.distributed as dist
 
-    from medgpt.train.checkpointing import raise_on_all_ranks
-    from medgpt.train.model_card import model_card
+    from medgpt.train.collectives import raise_on_all_ranks
+    from medgpt.train.model_card import MODEL_CARD_FILE, model_card
 
-    failure, files = None, []
-    try:
-        with storage_errors(run.folder.url, "model"):
-            with run.model.staging() as directory:
-                write(directory)
-                if dist.get_rank() == 0:
-                    (directory / "README.md").write_text(model_card(run, config), "utf-8")
-                    files = file_entries(directory)
+    files, errors = [], []
+    with storage_errors(run.folder.url, "model", errors):
+        with run.model.staging() as directory:
+            write(directory)
             if dist.get_rank() == 0:
-                commit(run.model, files)
-    except ConfigError as error:
-        failure = error
-        with suppress(ConfigError), storage_errors(run.folder.url, "model"):
+                (directory / MODEL_CARD_FILE).write_text(model_card(run, config), "utf-8")
+                files = file_entries(directory)
+        if dist.get_rank() == 0:
+            commit(run.model, files)
+    if errors:
+        with storage_errors(run.folder.url, "model", errors):
             run.model.remove()
-    raise_on_all_ranks(failure)
+    raise_on_all_ranks(errors)
+
+
+def _write_sample_generations(run: Run, config: TrainStageConfig, device: Any) -> None:
+    """Answer (SFT) or continue the report's prompts greedily with the exported model."""
+    from medgpt.models.generate import generate_greedy, load_for_generation
+
+    with run.model.local() as directory:
+        model, tokenizer = load_for_generation(str(directory), device)
+    prompts = config.report.prompts
+    texts = generate_greedy(
+        model,
+        tokenizer,
+        prompts,
+        are_questions=isinstance(config, SFTConfig),
+        max_new_tokens=config.report.max_new_tokens,
+    )
+    pairs = zip(prompts, texts, strict=True)
+    run.folder.write_json(SAMPLES_FILE, [{"prompt": p, "text": t} for p, t in pairs])
 
 
 def _make_language_model_objective(

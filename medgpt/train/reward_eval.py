@@ -22,7 +22,7 @@ class ScoredPair(NamedTuple):
 
     sample_id: str
     margin: float  # score of the better answer minus that of the worse
-    length_difference: float  # tokens, better minus worse, divided by the longer: -1..1
+    length_gap: float  # tokens, better minus worse, divided by the longer: -1..1
 
 
 def scored_pairs(row: PackedRow, scores: Tensor) -> list[ScoredPair]:
@@ -36,12 +36,9 @@ def scored_pairs(row: PackedRow, scores: Tensor) -> list[ScoredPair]:
         if grades[first] == grades[second]:
             continue
         better, worse = (first, second) if grades[first] > grades[second] else (second, first)
-        length_difference = (lengths[better] - lengths[worse]) / max(
-            lengths[better], lengths[worse]
-        )
-        pairs.append(
-            ScoredPair(row.sample_ids[0], float(scores[better] - scores[worse]), length_difference)
-        )
+        gap = (lengths[better] - lengths[worse]) / max(lengths[better], lengths[worse])
+        margin = float(scores[better] - scores[worse])
+        pairs.append(ScoredPair(row.sample_ids[0], margin, gap))
     return pairs
 
 
@@ -59,6 +56,10 @@ def evaluate_pairs(pairs: Sequence[ScoredPair], source_of: Mapping[str, str]) ->
     """Return the accuracy of all pairs, by source and by length, and a histogram of margins."""
     margins = [pair.margin for pair in pairs]
     counts, edges = np.histogram(margins, HISTOGRAM_BINS) if margins else (np.zeros(0), np.zeros(0))
+    by_length = []
+    for low, high in pairwise(LENGTH_BOUNDS):
+        group = [p for p in pairs if low <= p.length_gap < high or p.length_gap == high == 1]
+        by_length.append({"name": f"{low:+.0%} to {high:+.0%}", **_pair_accuracy(group)})
     return {
         **_pair_accuracy(pairs),
         "samples": len({pair.sample_id for pair in pairs}),
@@ -66,17 +67,7 @@ def evaluate_pairs(pairs: Sequence[ScoredPair], source_of: Mapping[str, str]) ->
             {"name": name, **_pair_accuracy(p for p in pairs if source_of[p.sample_id] == name)}
             for name in dict.fromkeys(source_of.values())
         ],
-        "by_length": [
-            {
-                "name": f"{low:+.0%} to {high:+.0%}",
-                **_pair_accuracy(
-                    p
-                    for p in pairs
-                    if low <= p.length_difference < high or p.length_difference == high == 1
-                ),
-            }
-            for low, high in pairwise(LENGTH_BOUNDS)
-        ],
+        "by_length": by_length,
         "leads": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
 

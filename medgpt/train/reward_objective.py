@@ -16,20 +16,14 @@ from medgpt.data.loader.collate import empty_preference_batch, preference_batch,
 from medgpt.data.loader.epoch_order import VALIDATION
 from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
-from medgpt.engine.value import build_trainable_value_model
+from medgpt.engine.build import build_trainable_value_model
 from medgpt.models.tokenizer_compat import tokenizer_fingerprint
 from medgpt.models.value_model import RewardModelInfo, last_token_values
+from medgpt.train import reward_eval
+from medgpt.train.collectives import all_gather_items
 from medgpt.train.export import export_model
-from medgpt.train.loop import MicroBatchLoss, Trainer
+from medgpt.train.loop import Trainer
 from medgpt.train.policy_samples import sample_policy_answers
-from medgpt.train.reward_eval import (
-    MAX_HELD_OUT_PROMPTS,
-    REWARD_EVAL_FILE,
-    ScoredPair,
-    evaluate_pairs,
-    held_out_source_names,
-    scored_pairs,
-)
 
 
 class RewardObjective:
@@ -54,10 +48,7 @@ class RewardObjective:
         self.reward_model_info: RewardModelInfo | None = None  # set by on_train_end
 
     def collate(self, rows: Sequence[PackedRow], *, epoch: int) -> PreferenceBatch:
-        return preference_batch(rows)
-
-    def empty_batch(self) -> PreferenceBatch:
-        return empty_preference_batch(0)
+        return preference_batch(rows) if rows else empty_preference_batch(0)
 
     def loss_kwargs(self, rows: Sequence[PackedRow], *, epoch: int) -> dict[str, Any]:
         if not self.config.model.lora.dropout:
@@ -71,7 +62,7 @@ class RewardObjective:
 
     def loss(
         self, engine: Engine, batch: PreferenceBatch, *, num_targets: float, **options: Any
-    ) -> MicroBatchLoss:
+    ) -> tuple[Tensor, Tensor]:
         scores = self._scores(engine, batch, **options)
         better, worse = scores[batch.better], scores[batch.worse]
         loss, _ = pairwise_loss(
@@ -83,7 +74,7 @@ class RewardObjective:
         )
         margins = (better - worse).detach()
         metric_sums = [torch.ones_like(margins).sum(), (margins > 0).float().sum(), margins.sum()]
-        return MicroBatchLoss(loss, torch.stack(metric_sums))
+        return loss, torch.stack(metric_sums)
 
     def metrics(self, metric_sums: Sequence[float], *, held_out: bool) -> dict[str, float]:
         num_pairs, num_correct, margin_sum = metric_sums
@@ -98,30 +89,29 @@ class RewardObjective:
 
     def on_train_end(self, trainer: Trainer) -> None:
         """Fit the score normalization and evaluate held-out pairs. Collective."""
-        self.reward_model_info = self.fit_score_normalization(trainer)
-        held_out = trainer.local_first_rows(epoch=VALIDATION, limit=MAX_HELD_OUT_PROMPTS)
-        scores = self._score_rows(trainer, held_out)
-        pairs: list[ScoredPair] = all_gather_items(
+        info = self.reward_model_info = self.fit_score_normalization(trainer)
+        rows = trainer.first_rows(epoch=VALIDATION, limit=reward_eval.MAX_HELD_OUT_PROMPTS)
+        pairs = all_gather_items(
             [
                 pair
-                for row, row_scores in zip(held_out, scores, strict=True)
-                for pair in scored_pairs(
-                    row, (row_scores - self.reward_model_info.mean) / self.reward_model_info.std
-                )
+                for row, scores in zip(rows, self._score_rows(trainer, rows), strict=True)
+                for pair in reward_eval.scored_pairs(row, (scores - info.mean) / info.std)
             ]
         )
         if dist.get_rank() == 0:
-            evaluation = evaluate_pairs(pairs, held_out_source_names(trainer.run))
+            evaluation = reward_eval.evaluate_pairs(
+                pairs, reward_eval.held_out_source_names(trainer.run)
+            )
             trainer.run.folder.write_json(
-                REWARD_EVAL_FILE, {"score": asdict(self.reward_model_info), **evaluation}
+                reward_eval.REWARD_EVAL_FILE, {"score": asdict(info), **evaluation}
             )
 
     def fit_score_normalization(self, trainer: Trainer) -> RewardModelInfo:
         """Return mean and deviation of the scores of chosen or of sampled answers. Collective."""
         objective_config = self.config.objective
         trainer.engine.module.eval()
-        rows = trainer.local_first_rows(epoch=0, limit=objective_config.normalise_prompts)
-        if objective_config.normalise_on == "own":
+        rows = trainer.first_rows(epoch=0, limit=objective_config.normalize_prompts)
+        if objective_config.normalize_on == "own":
             rows = sample_policy_answers(self.config, self.tokenizer, self.device, rows)
         scores = self._score_rows(trainer, rows)
         # a policy sample is the only answer of its row
@@ -133,14 +123,14 @@ class RewardObjective:
         return RewardModelInfo(
             mean=float(all_scores.mean()),
             std=float(all_scores.std(correction=0)) or 1.0,
-            normalised_on=objective_config.normalise_on,
+            normalised_on=objective_config.normalize_on,
             speech=tokenizer_fingerprint(self.tokenizer),
         )
 
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder (LoRA: an adapter) and score.json. Collective."""
         assert self.reward_model_info is not None, "on_train_end comes first"
-        export_model(engine, self.module.model, self.tokenizer, directory)
+        export_model(self.module.model, self.tokenizer, directory)
         if dist.get_rank() == 0:
             self.reward_model_info.write(directory)
 
@@ -151,11 +141,9 @@ class RewardObjective:
     @torch.no_grad()
     def _score_rows(self, trainer: Trainer, rows: Sequence[PackedRow]) -> list[Tensor]:
         """Return the scores (K,) of each row's answers, on the CPU. Collective."""
-        batches = trainer.micro_batches(
-            rows, num_rows=trainer.max_rows_per_rank(rows), epoch=VALIDATION
-        )
         scores = [
-            self._scores(trainer.engine, batch, **options).cpu() for batch, options in batches
+            self._scores(trainer.engine, batch, **kwargs).cpu()
+            for batch, kwargs in trainer.validation_micro_batches(rows)
         ]
         sizes = [num_answers(row) for row in rows]
         flat = torch.cat(scores)[: sum(sizes)] if scores else torch.zeros(0)  # batches may be empty
@@ -170,10 +158,3 @@ def num_answers(row: PackedRow) -> int:
 def best_answer_index(row: PackedRow) -> int:
     assert row.grades is not None
     return int(row.grades.argmax())
-
-
-def all_gather_items(items: list[Any]) -> list[Any]:
-    """Return the concatenated lists of all ranks. Collective."""
-    items_per_rank: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items_per_rank, items)
-    return [item for part in items_per_rank for item in part]

@@ -32,11 +32,7 @@ class StartBarrier:
         self._folder.write_text(self.token, ABORTED)
 
     def wait(self) -> bool:
-        """Wait for the driver's decision; True means train. Ray ends workers whose driver died.
-
-        Raises:
-            ConfigError: the driver did not decide within TIMEOUT_S.
-        """
+        """Wait for the driver's decision; True means train. Raises ConfigError after TIMEOUT_S."""
         folder, deadline = self._folder, time.monotonic() + TIMEOUT_S
         while not folder.exists(self.token):
             if time.monotonic() > deadline:

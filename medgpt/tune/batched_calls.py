@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgpt.rlhf.rollout_batch import Logprobs, Prompts, Ragged, Scores, Sequences, join_sequences
+from medgpt.rlhf.rollout_batch import (
+    NO_VERSION,
+    Logprobs,
+    Prompts,
+    Ragged,
+    Scores,
+    Sequences,
+    join_sequences,
+)
 
 if TYPE_CHECKING:
     from medgpt.rlhf.rewards.weighted_sum import RewardResult
@@ -49,7 +57,7 @@ def judge_scores(
 
 
 def logprobs(
-    role: "Reference", counts: Sequence[int], *args: Any, temperature: float
+    role: "Reference", temperature: float, counts: Sequence[int], *args: Any
 ) -> list[Logprobs]:
     """Return `Reference.logprobs` of each request."""
     batches = [join_sequences(rollouts) for rollouts in _split_requests(counts, args)]
@@ -58,9 +66,7 @@ def logprobs(
     lengths = stacked.responses.lengths[stacked_logprobs.index]
     values = Ragged(stacked_logprobs.values, np.append(0, np.cumsum(lengths)))
     return [
-        Logprobs(
-            model=stacked_logprobs.model, index=index, values=values.take(rows).values, entropy=0.0
-        )
+        Logprobs(index=index, values=values.take(rows).values, entropy=0.0)
         for index, rows in _rows_by_batch(stacked_logprobs.index, batches)
     ]
 
@@ -70,11 +76,11 @@ def stack_sequences(batches: Sequence[Sequences]) -> Sequences:
     return Sequences(
         index=np.arange(sum(map(len, batches))),
         sample_ids=[sample_id for batch in batches for sample_id in batch.sample_ids],
-        prompts=_stack_ragged([batch.prompts for batch in batches]),
-        responses=_stack_ragged([batch.responses for batch in batches]),
+        prompts=Ragged.concatenate([batch.prompts for batch in batches]),
+        responses=Ragged.concatenate([batch.responses for batch in batches]),
         logprobs=np.concatenate([batch.logprobs for batch in batches]),
         finished=np.concatenate([batch.finished for batch in batches]),
-        weight_version=-1,
+        weight_version=NO_VERSION,
     )
 
 
@@ -96,14 +102,9 @@ def _rows_by_batch(index: Indices, batches: Sequence[Sequences]) -> list[tuple[I
 def _stack_prompts(parts: Sequence[Prompts]) -> Prompts:
     return Prompts(
         sample_ids=[sample_id for part in parts for sample_id in part.sample_ids],
-        ids=_stack_ragged([part.ids for part in parts]),
+        ids=Ragged.concatenate([part.ids for part in parts]),
         messages=[text for part in parts for text in part.messages],
     )
-
-
-def _stack_ragged(parts: Sequence[Ragged]) -> Ragged:
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Ragged(np.concatenate([part.values for part in parts]), np.append(0, lengths.cumsum()))
 
 
 def _select_rows(rewards: "RewardResult", rows: Indices) -> "RewardResult":

@@ -14,7 +14,7 @@ from medgpt.rlhf.setup import build_role_pools
 from medgpt.tune.objective import JUDGE_METRICS
 from medgpt.tune.results import TrainedPolicy
 from medgpt.tune.trial import TrialSetup
-from medgpt.tune.trial_pools import TrialPools
+from medgpt.tune.trial_pools import TrialPools, reuse_or_start
 
 ResultRow = dict[str, Any]
 
@@ -53,22 +53,14 @@ def evaluate_policies(
         for policy in policies:
             ppo_config = _final_eval_config(config, policy.url)
             role_pools = [
-                pool for pool in build_role_pools(ppo_config, 1) if pool.role == "rollout"
+                *(pool for pool in build_role_pools(ppo_config, 1) if pool.role == "rollout"),
+                *(
+                    pool
+                    for pool in build_role_pools(setup.ppo_config, 1)
+                    if pool.role in SHARED_ROLES
+                ),
             ]
-            role_pools += [
-                pool for pool in build_role_pools(setup.ppo_config, 1) if pool.role in SHARED_ROLES
-            ]
-            if pools is None:
-                pools = TrialPools(
-                    role_pools,
-                    ppo_config,
-                    shared_pools_actor=setup.shared_pools_actor,
-                    num_shared_workers=setup.num_shared_workers,
-                    say=print,
-                )
-                pools.start()
-            else:
-                pools.rebuild_roles(role_pools)
+            pools = reuse_or_start(pools, role_pools, ppo_config, setup.shared_pools, say=print)
             rows += _policy_rows(policy, FinalEvaluation(ppo_config, pools), config)
     finally:
         if pools is not None:
@@ -79,7 +71,7 @@ def evaluate_policies(
 def _policy_rows(
     policy: TrainedPolicy, evaluation: FinalEvaluation, config: TuneStageConfig
 ) -> list[ResultRow]:
-    name = JUDGE_METRICS[config.tune.mark]
+    name = JUDGE_METRICS[config.tune.metric]
 
     def row(seed: int, metrics: dict[str, float], kl: float | None) -> ResultRow:
         value = {"mark": metrics[name], "mark_se": metrics[f"{name}_se"]}
@@ -96,10 +88,10 @@ def _policy_rows(
 def _final_eval_config(config: TuneStageConfig, url: str) -> PPOStageConfig:
     """Return the base config with the policy's model and the questions reserved for the check."""
     ppo_config = config.base_config
-    low, high = ppo_config.judge.part
+    low, high = ppo_config.judge.hash_range
     values = {
         "model.name": url,
-        "judge.part": [high - config.check.share * (high - low), high],
+        "judge.hash_range": [high - config.check.share * (high - low), high],
         "rollout.max_new_tokens": ppo_config.judge.max_new_tokens,
     }
     return with_values(PPOStageConfig, ppo_config, values)

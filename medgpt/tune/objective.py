@@ -1,8 +1,8 @@
 """The objective of a search: the judge metric, as long as the policy stays near the reference."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from medgpt.config.tune import TuneConfig
 
@@ -10,8 +10,6 @@ JUDGE_METRICS = {"checks": "judge/checks", "score": "judge/score"}
 KL_METRIC = "actor/kl_ref"
 OVER_KL_LIMIT = -1e6  # below every metric
 WORST_OBJECTIVE = 2 * OVER_KL_LIMIT  # of a trial without a policy
-
-T = TypeVar("T")
 
 
 class JudgeResult(NamedTuple):
@@ -25,7 +23,7 @@ class JudgeResult(NamedTuple):
 
 def judge_results(metrics: Iterable[Mapping[str, Any]], config: TuneConfig) -> list[JudgeResult]:
     """Return all judge results among the metrics of a run. Before training the KL is 0."""
-    name, results, kls = JUDGE_METRICS[config.mark], list[JudgeResult](), list[float]()
+    name, results, kls = JUDGE_METRICS[config.metric], list[JudgeResult](), list[float]()
     for line in metrics:
         if KL_METRIC in line:
             kls.append(line[KL_METRIC])
@@ -40,17 +38,3 @@ def objective(result: JudgeResult, config: TuneConfig) -> float:
     """Return the number that the search maximizes. Every result above max_kl is below all others;
     only the order counts for searchers and schedulers, so the size of the step is arbitrary."""
     return result.metric if result.kl <= config.max_kl else OVER_KL_LIMIT - result.kl
-
-
-def pareto_optimal(items: Sequence[T], results: Sequence[JudgeResult]) -> list[T]:
-    """Return the items, by KL, for which no other item has at least the metric at no more KL and is
-    better in one of the two."""
-    optimal: list[T] = []
-    highest = -float("inf")
-    for item, result in sorted(
-        zip(items, results, strict=True), key=lambda pair: (pair[1].kl, -pair[1].metric)
-    ):
-        if result.metric > highest:
-            highest = result.metric
-            optimal.append(item)
-    return optimal

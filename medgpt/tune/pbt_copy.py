@@ -1,6 +1,5 @@
 """Continue a trial from another trial's weights, optimizers and statistics, with new values."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +68,6 @@ def _copy_metrics(run: Run, donor: Run, iteration: int) -> None:
     """Copy the metrics up to `iteration`; the next attempt of the trial is later than all of
     them."""
     lines = [line for line in donor.metrics() if line["step"] <= iteration]
-    run.folder.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in lines))
+    run.folder.write_jsonl(METRICS, lines)
     attempts = [run.manifest["attempt"], *(line["attempt"] for line in lines)]
     run.update_manifest(attempt=max(attempts))

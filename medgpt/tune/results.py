@@ -1,6 +1,7 @@
 """The results of a search: the table of its trials, the winner, and a config that repeats it."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.runs import Run
-from medgpt.tune.objective import JudgeResult, judge_results, objective, pareto_optimal
+from medgpt.tune.objective import JudgeResult, judge_results, objective
 from medgpt.tune.trial_records import TrialRecord, TrialRecords
 
 TABLE_FILE, BEST_CONFIG_FILE = "results.parquet", "best.toml"
@@ -34,11 +35,8 @@ class TrialResult:
     @property
     def last_result(self) -> JudgeResult | None:
         """The last judge result, or None if it comes from before training."""
-        return (
-            self.judge_results[-1]
-            if self.judge_results and self.judge_results[-1].iteration
-            else None
-        )
+        last = self.judge_results[-1] if self.judge_results else None
+        return last if last is not None and last.iteration else None
 
 
 def load_results(config: TuneStageConfig) -> list[TrialResult]:
@@ -55,20 +53,24 @@ def load_results(config: TuneStageConfig) -> list[TrialResult]:
 def winner(results: Sequence[TrialResult], config: TuneStageConfig) -> TrialResult | None:
     """Return the finished trial with the highest metric within max_kl, or None; of equals, the one
     with the lowest KL."""
-    finished = [
-        (result, result.last_result)
+    candidates = [
+        (last.metric, -last.kl, result)
         for result in results
-        if result.record.status == "finished" and result.last_result is not None
+        if (last := result.last_result) is not None
+        if result.record.status == "finished" and last.kl <= config.tune.max_kl
     ]
-    within_max_kl = [(result, last) for result, last in finished if last.kl <= config.tune.max_kl]
-    best = max(within_max_kl, key=lambda pair: (pair[1].metric, -pair[1].kl), default=None)
-    return None if best is None else best[0]
+    return max(candidates, key=lambda candidate: candidate[:2])[2] if candidates else None
 
 
 def pareto_front(results: Sequence[TrialResult]) -> list[TrialResult]:
-    """Return the trials with the highest metrics at their KL, by KL."""
-    judged = [(result, result.last_result) for result in results if result.last_result is not None]
-    return pareto_optimal([result for result, _ in judged], [last for _, last in judged])
+    """Return the trials, by KL, for which no other has at least the metric at no more KL."""
+    trained = [(last.kl, -last.metric, r) for r in results if (last := r.last_result) is not None]
+    front, highest = list[TrialResult](), -math.inf
+    for _, negative_metric, result in sorted(trained, key=lambda item: item[:2]):
+        if -negative_metric > highest:
+            highest = -negative_metric
+            front.append(result)
+    return front
 
 
 def write_table(run: Run, results: Sequence[TrialResult], config: TuneStageConfig) -> None:
@@ -103,7 +105,7 @@ def write_best(run: Run, best: TrialResult, config: TuneStageConfig) -> None:
     last = best.last_result
     assert last is not None
     head = [
-        f"# Trial {best.record.name} of {run.folder.url}: {config.tune.mark} {last.metric:.3f} ± "
+        f"# Trial {best.record.name} of {run.folder.url}: {config.tune.metric} {last.metric:.3f} ± "
         f"{last.metric_se:.3f}, {last.kl:.2f} nats from the reference."
     ]
     if best.record.copied:

@@ -4,17 +4,12 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import optuna
 import pyarrow.fs
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
@@ -27,7 +22,7 @@ from medgpt.cluster.placement_groups import is_actor_dead, release_orphaned_grou
 from medgpt.config.tune import Params, SearchSpace, TuneStageConfig
 from medgpt.tune.objective import OVER_KL_LIMIT, WORST_OBJECTIVE
 from medgpt.tune.space import list_trial_params
-from medgpt.tune.trial import ITERATION, OBJECTIVE, TrialSetup, run_trial
+from medgpt.tune.trial import ITERATION, OBJECTIVE, TrialProcess, TrialSetup, run_trial
 from medgpt.tune.trial_records import TrialRecords, trial_name
 
 TRIAL_MEMORY_BYTES = 512 * 2**20  # memory that Ray reserves for the process of a trial
@@ -69,7 +64,7 @@ def _fit(
     folder = Folder(f"{setup.trials_url}-tune")
     folder.remove()  # left by a killed search
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, setup=setup),
+        tune.with_parameters(partial(run_trial, process=TrialProcess()), setup=setup),
         # pools and data tasks reserve their own resources
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}]),
     )
@@ -191,7 +186,9 @@ def _param_space_and_searcher(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     first = [config.base_values] if config.tune.default_first and not recorded else []
     inner = OptunaSearch(
-        {key: _optuna_distribution(space) for key, space in config.search.items()},
+        OptunaSearch.convert_search_space(
+            {key: _ray_domain(space) for key, space in config.search.items()}
+        ),
         metric=OBJECTIVE,
         mode="max",
         points_to_evaluate=[*recorded.values(), *first],
@@ -220,7 +217,10 @@ def _scheduler(config: TuneStageConfig, setup: TrialSetup) -> TrialScheduler | N
             reduction_factor=settings.reduction_factor,
         )
     if settings.scheduler == "pbt":
-        mutations = {key: _ray_domain(space) for key, space in config.search.items()}
+        mutations = {  # PBT steps to the neighbors in a list
+            key: list(space.values) if space.values else _ray_domain(space)
+            for key, space in config.search.items()
+        }
         return PopulationBasedTraining(
             time_attr=ITERATION,
             perturbation_interval=settings.perturb_judgements * every,
@@ -231,20 +231,8 @@ def _scheduler(config: TuneStageConfig, setup: TrialSetup) -> TrialScheduler | N
     return None
 
 
-def _optuna_distribution(space: SearchSpace) -> BaseDistribution:
-    """Convert a search space for Optuna."""
-    if space.uniform is not None:
-        return FloatDistribution(*space.uniform)
-    if space.loguniform is not None:
-        return FloatDistribution(*space.loguniform, log=True)
-    if space.randint is not None:
-        return IntDistribution(*space.randint)
-    assert space.values is not None
-    return CategoricalDistribution(space.values)
-
-
 def _ray_domain(space: SearchSpace) -> Any:
-    """Convert a search space for Ray Tune. A list has neighbors, which PBT steps to."""
+    """Convert a search space for Ray Tune."""
     if space.uniform is not None:
         return tune.uniform(*space.uniform)
     if space.loguniform is not None:
@@ -252,7 +240,7 @@ def _ray_domain(space: SearchSpace) -> Any:
     if space.randint is not None:
         return tune.randint(space.randint[0], space.randint[1] + 1)
     assert space.values is not None
-    return list(space.values)
+    return tune.choice(list(space.values))
 
 
 class _ClipToRanges:

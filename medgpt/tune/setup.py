@@ -1,9 +1,14 @@
 """Preparations of a search: the configs that trials share, and how many trials run at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from medgpt.cluster.capacity import check_demands, cluster_nodes, pool_demands
-from medgpt.cluster.trial_capacity import max_concurrent_trials
+from medgpt.cluster.capacity import (
+    check_demands,
+    cluster_nodes,
+    max_concurrent_trials,
+    pool_demands,
+)
 from medgpt.config.base import ConfigError
 from medgpt.config.loading import with_values
 from medgpt.config.pools import RoleConfig
@@ -14,14 +19,14 @@ from medgpt.rlhf.setup import build_role_pools, prepare_prompts
 from medgpt.runs import Run
 from medgpt.tune.space import list_trial_params
 
-LARGEST_NEEDS_MOST = (
-    "ppo.rollout_batch_size",
-    "ppo.micro_batch_tokens",
-    "ppo.epochs",
-    "rollout.max_new_tokens",
-    "ptx.batch_size",
-)
-SMALLEST_NEEDS_MOST = ("ppo.global_batch_size",)
+SIZE_KEYS: dict[str, Callable[[Iterable[Any]], Any]] = {  # which value needs the most memory
+    "ppo.rollout_batch_size": max,
+    "ppo.micro_batch_tokens": max,
+    "ppo.epochs": max,
+    "rollout.max_new_tokens": max,
+    "ptx.batch_size": max,
+    "ppo.global_batch_size": min,
+}
 PBT_CHECKPOINTS = 4  # newest checkpoints of a trial, kept for trials that copy it
 
 
@@ -29,11 +34,11 @@ def config_for_trials(config: TuneStageConfig) -> PPOStageConfig:
     """Return the base config with what the search sets for all trials: they are judged on a part of
     the questions, write a checkpoint at every judge evaluation, and report no samples."""
     ppo_config = config.base_config
-    low, high = ppo_config.judge.part
+    low, high = ppo_config.judge.hash_range
     share = config.check.share if config.check.seeds else 0.0
     keep = PBT_CHECKPOINTS if config.tune.scheduler == "pbt" else 1
     values = {
-        "judge.part": [low, high - share * (high - low)],
+        "judge.hash_range": [low, high - share * (high - low)],
         "ppo.checkpoint_every": ppo_config.judge.every,
         "ppo.keep_checkpoints": max(keep, ppo_config.ppo.keep_checkpoints),
         "report.samples": 0,
@@ -43,18 +48,10 @@ def config_for_trials(config: TuneStageConfig) -> PPOStageConfig:
 
 def largest_config(config: TuneStageConfig, ppo_config: PPOStageConfig) -> PPOStageConfig:
     """Return a config with the values that need the most memory of shared pools and data."""
-    search = config.search
-    values = {key: max(search[key].values_to_check) for key in LARGEST_NEEDS_MOST if key in search}
-    values |= {
-        key: min(search[key].values_to_check) for key in SMALLEST_NEEDS_MOST if key in search
-    }
-    return _update_unchecked(ppo_config, values)
-
-
-def _update_unchecked(ppo_config: PPOStageConfig, values: Mapping[str, object]) -> PPOStageConfig:
-    """Update without validation: the largest values need not be valid together."""
-    for key, value in values.items():
+    for key in SIZE_KEYS.keys() & config.search.keys():
         section, name = key.split(".")
+        value = SIZE_KEYS[key](config.search[key].values_to_check)
+        # without validation: these values need not be valid together
         section_config = getattr(ppo_config, section).model_copy(update={name: value})
         ppo_config = ppo_config.model_copy(update={section: section_config})
     return ppo_config

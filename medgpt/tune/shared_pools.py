@@ -6,9 +6,9 @@ one method are answered as one batch.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayTaskError
@@ -30,8 +30,8 @@ class PendingCall:
 
     role: str
     method: BatchedCall
+    common_args: tuple[Any, ...]  # equal in all calls of a batch
     args: Sequence[Any]  # Ray replaces refs among them by their values
-    options: dict[str, Any]
     done: threading.Event = field(default_factory=threading.Event)
     results: list[Any] = field(default_factory=list)  # by rank
     error: Exception | None = None
@@ -39,7 +39,7 @@ class PendingCall:
     @property
     def batch_key(self) -> tuple[Any, ...]:
         """Calls with the same key can be answered together."""
-        return self.role, self.method, sorted(self.options.items())
+        return self.role, self.method, self.common_args
 
 
 class SharedPoolsActor:
@@ -68,10 +68,10 @@ class SharedPoolsActor:
         return {role: len(pool.workers) for role, pool in self.pools.pools.items()}
 
     def call(
-        self, role: str, method: BatchedCall, args: Sequence[Any], options: dict[str, Any]
+        self, role: str, method: BatchedCall, common_args: tuple[Any, ...], args: Sequence[Any]
     ) -> Any:
         """Return the results of all ranks: a list, or with one rank its result."""
-        call = PendingCall(role, method, args, options)
+        call = PendingCall(role, method, common_args, args)
         with self.pending_changed:
             self.pending.append(call)
             self.num_calls += 1
@@ -137,7 +137,7 @@ class SharedPoolsActor:
             try:
                 if died is not None:
                     self.pools.rebuild(died)
-                refs = pool.call(first.method, counts, *args, **first.options)
+                refs = pool.call(first.method, *first.common_args, counts, *args)
                 return self.pools.get(refs, first.method.__name__)
             except PoolDied as error:
                 died = error
@@ -146,13 +146,13 @@ class SharedPoolsActor:
                     raise
 
 
-def start_shared_pools(
-    ppo_config: PPOStageConfig, *, num_callers: int
-) -> tuple[Any, dict[str, int]]:
-    """Start the owner of the shared pools; return its handle and the number of workers of each
-    pool.
+class SharedPools(NamedTuple):
+    owner: Any  # handle of the SharedPoolsActor
+    num_workers: Mapping[str, int]  # of each pool
 
-    If the owner is lost, Ray restarts it where there is room, and it starts its pools again.
+
+def start_shared_pools(ppo_config: PPOStageConfig, *, num_callers: int) -> SharedPools:
+    """Start the shared pools. If their owner is lost, Ray restarts it, and it restarts its pools.
 
     Raises:
         ConfigError: no room, or an error of a role.
@@ -166,7 +166,7 @@ def start_shared_pools(
         scheduling_strategy="SPREAD",  # outside any placement group
     ).remote(ppo_config)
     try:
-        return owner, ray.get(owner.wait_until_ready.remote())
+        return SharedPools(owner, ray.get(owner.wait_until_ready.remote()))
     except RayTaskError as error:
         stop_shared_pools(owner)
         if isinstance(error.cause, ConfigError):

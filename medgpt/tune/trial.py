@@ -6,7 +6,6 @@ Tune, which decides whether it continues. Its process and its pools are reused b
 
 import json
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,12 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.tune import Params, TuneConfig
 from medgpt.data.loader.plan import Plan
 from medgpt.metrics import ConsoleReporter
+from medgpt.rlhf.diagnosis import Diverged
+from medgpt.rlhf.setup import build_ppo, build_role_pools, export_models
 from medgpt.runs import Run
 from medgpt.tune.objective import WORST_OBJECTIVE, JudgeResult, judge_results, objective
 from medgpt.tune.pbt_copy import copy_trial_state
+from medgpt.tune.shared_pools import SharedPools
 from medgpt.tune.trial_records import Status, TrialRecord, TrialRecords
 
 if TYPE_CHECKING:
@@ -45,10 +47,8 @@ class TrialSetup:
     """Folder with the run directories of all trials."""
     base_url: str
     """Run directory that holds the prompts and their order."""
-    shared_pools_actor: Any
-    """Handle of the owner of the shared pools; None without shared pools."""
-    num_shared_workers: Mapping[str, int]
-    """Number of workers of each shared pool."""
+    shared_pools: SharedPools | None
+    """Pools that all trials share; None if every trial has its own."""
 
     @property
     def num_iterations(self) -> int:
@@ -68,26 +68,30 @@ def trial_config(ppo_config: PPOStageConfig, params: Params, url: str) -> PPOSta
     )
 
 
-def run_trial(config: dict[str, Any], setup: TrialSetup) -> None:
-    """Run a trial. Ray Tune calls this to start it, and again after its death or a change of
-    values."""
+@dataclass
+class TrialProcess:
+    """What a process that Ray Tune reuses keeps from one trial to the next."""
+
+    pools: "TrialPools | None" = None
+
+
+def run_trial(config: dict[str, Any], setup: TrialSetup, process: TrialProcess) -> None:
+    """Run a trial. Ray Tune calls this to start it, and again after its death or new values."""
     name = tune.get_context().get_trial_name()
-    PPOTrial(setup, name, config["trial"]["params"]).run()
+    PPOTrial(setup, process, name, config["trial"]["params"]).run()
 
 
 class PPOTrial:
     """Trains from the newest checkpoint to the end, or until Ray Tune stops it by SystemExit."""
 
-    def __init__(self, setup: TrialSetup, name: str, params: Params) -> None:
-        self.setup, self.name = setup, name
+    def __init__(self, setup: TrialSetup, process: TrialProcess, name: str, params: Params) -> None:
+        self.setup, self.process, self.name = setup, process, name
         self.records = TrialRecords(setup.trials_url)
         self.record = self.records.read(name) or TrialRecord(name, params)
         self.new_params = params
         self.ppo_run = self.records.run(name)
         self.last_reported_iteration = 0
         """Iteration of the last judge result that Ray Tune knows; the one at 0 is not reported."""
-        self.ppo_config: PPOStageConfig | None = None
-        self.pools: TrialPools | None = None
 
     def run(self) -> None:
         if self.record.is_done:
@@ -99,91 +103,69 @@ class PPOTrial:
         if pointer is not None:
             self.record = copy_trial_state(self.records, self.record, self.new_params, pointer)
         try:
-            self.ppo_config = trial_config(
-                self.setup.ppo_config, self.record.params, self.ppo_run.folder.url
-            )
-            self._open_run()
+            url = self.ppo_run.folder.url
+            config = trial_config(self.setup.ppo_config, self.record.params, url)
+            self._open_run(config)
         except ConfigError as error:
             self._end("refused", str(error))
             return
         self._report_again()
-        self._train(self.ppo_config)
+        self._train(config)
 
-    def on_judged(self, history: Any) -> None:
-        """Report a judge result to Ray Tune, which may stop the trial here."""
-        result = judge_results(history, self.setup.config)[-1]
-        if result.iteration == self.setup.num_iterations:
-            from medgpt.rlhf.setup import export_models
-
-            assert self.ppo_config is not None
-            assert self.pools is not None
-            export_models(self.ppo_run, self.ppo_config, self.pools, critic=False)
-            self.ppo_run.update_manifest(finished=True)
-            self._end("finished", "")
-        else:
-            self._report(result, objective(result, self.setup.config))
-
-    def _train(self, ppo_config: PPOStageConfig) -> None:
-        from medgpt.rlhf.diagnosis import Diverged
-        from medgpt.rlhf.setup import build_role_pools
-        from medgpt.tune import trial_pools
+    def _train(self, config: PPOStageConfig) -> None:
+        from medgpt.tune.trial_pools import reuse_or_start  # needs torch
 
         reporter = ConsoleReporter(f"trial {self.name}")
-        role_pools = build_role_pools(ppo_config, self.setup.num_iterations)
-        make_pools = partial(
-            trial_pools.TrialPools,
-            role_pools,
-            ppo_config,
-            shared_pools_actor=self.setup.shared_pools_actor,
-            num_shared_workers=self.setup.num_shared_workers,
-            say=reporter.say,
-        )
-        self.pools = trial_pools.reuse_or_start(role_pools, make_pools)
+        kept, self.process.pools = self.process.pools, None
+        role_pools = build_role_pools(config, self.setup.num_iterations)
+        shared = self.setup.shared_pools
+        pools = reuse_or_start(kept, role_pools, config, shared, say=reporter.say)
         try:
-            self._iterate(ppo_config, reporter)
+            self._iterate(config, pools, reporter)
         except (Diverged, SystemExit) as end:  # no call to a pool is pending
-            trial_pools.keep_for_next_trial(self.pools)
+            self.process.pools = pools
             if isinstance(end, SystemExit):
                 raise
             self._end("diverged", str(end))
         except BaseException:
-            self.pools.close()
+            pools.close()
             raise
         else:
-            trial_pools.keep_for_next_trial(self.pools)
+            self.process.pools = pools
         finally:
             reporter.close()
 
-    def _iterate(self, ppo_config: PPOStageConfig, reporter: ConsoleReporter) -> None:
-        from medgpt.rlhf.setup import build_ppo
-
-        base, pools = Run(self.setup.base_url), self.pools
-        assert pools is not None
+    def _iterate(
+        self, config: PPOStageConfig, pools: "TrialPools", reporter: ConsoleReporter
+    ) -> None:
+        base = Run(self.setup.base_url)
         plan = Plan(
             base.plan.url,
-            global_batch_size=ppo_config.ppo.rollout_batch_size,
+            global_batch_size=config.ppo.rollout_batch_size,
             max_steps=self.setup.num_iterations,
         )
+        on_eval = partial(self._on_judged, config, pools)
         ppo = build_ppo(
-            self.ppo_run,
-            ppo_config,
-            pools,
-            reporter,
-            plan=plan,
-            prepared_run=base,
-            on_eval=self.on_judged,
+            self.ppo_run, config, pools, reporter, plan=plan, prepared_run=base, on_eval=on_eval
         )
         ppo.fit()
 
-    def _open_run(self) -> None:
+    def _on_judged(self, config: PPOStageConfig, pools: "TrialPools", history: Any) -> None:
+        """Report a judge result to Ray Tune, which may stop the trial here."""
+        result = judge_results(history, self.setup.config)[-1]
+        if result.iteration < self.setup.num_iterations:
+            self._report(result, objective(result, self.setup.config))
+            return
+        export_models(self.ppo_run, config, pools, critic=False)
+        self.ppo_run.update_manifest(finished=True)
+        self._end("finished", "")
+
+    def _open_run(self, config: PPOStageConfig) -> None:
         """Open the run directory, and copy the facts about the prompts to its manifest."""
-        assert self.ppo_config is not None
-        url = self.ppo_run.folder.url
-        self.ppo_run = Run.open("ppo", self.ppo_config, run_dir=url, allow_changes=True)
+        self.ppo_run = Run.open("ppo", config, run_dir=config.run.dir, allow_changes=True)
         manifest = Run(self.setup.base_url).manifest
-        self.ppo_run.update_manifest(
-            **{name: manifest[name] for name in BASE_MANIFEST_KEYS if name in manifest}
-        )
+        facts = {name: manifest[name] for name in BASE_MANIFEST_KEYS if name in manifest}
+        self.ppo_run.update_manifest(**facts)
 
     def _report_again(self) -> None:
         """Report again to Ray Tune what it knew before a death or a kill, for its decisions on

@@ -1,6 +1,6 @@
 """The pools of a trial: its own, which the next trial of the process reuses, and shared ones."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from medgpt.config.ppo import PPOStageConfig
@@ -10,30 +10,28 @@ from medgpt.rlhf.pools.pools import PoolDied, Pools
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
 from medgpt.tune import batched_calls
-from medgpt.tune.shared_pools import BatchedCall
+from medgpt.tune.shared_pools import BatchedCall, SharedPools
+
+BATCHED_CALLS: dict[Callable[..., Any], tuple[BatchedCall, int]] = {
+    Reward.score: (batched_calls.score, 0),
+    Reward.judge_scores: (batched_calls.judge_scores, 0),
+    Reference.logprobs: (batched_calls.logprobs, 1),  # calls of one batch share the temperature
+}
+"""Method of a role: its batched call, and how many first arguments calls of a batch share."""
 
 
 class SharedPool(Pool[Any]):
     """A pool that all trials use through its owner, which also repairs it."""
 
-    def __init__(self, pool: Pool[Any], owner: Any, num_workers: int) -> None:
+    def __init__(self, pool: Pool[Any], shared: SharedPools) -> None:
         super().__init__(pool.role, pool.config, pool.build_role)
-        self.owner, self.num_workers = owner, num_workers
+        self.owner, self.num_workers = shared.owner, shared.num_workers[pool.role]
 
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Call the pool as `Pool.call` does, for the methods that PPO needs."""
-        batched_call: BatchedCall
-        options: dict[str, Any] = {}
-        if method is Reward.score:
-            batched_call = batched_calls.score
-        elif method is Reward.judge_scores:
-            batched_call = batched_calls.judge_scores
-        else:
-            assert method is Reference.logprobs, method
-            batched_call = batched_calls.logprobs
-            options, args = {"temperature": args[0]}, args[1:]
+        """Call the pool as `Pool.call` does, for the methods in BATCHED_CALLS."""
+        batched_call, num_common = BATCHED_CALLS[method]
         call = self.owner.call.options(num_returns=self.num_workers)
-        refs = call.remote(self.role, batched_call, list(args), options)
+        refs = call.remote(self.role, batched_call, args[:num_common], list(args[num_common:]))
         return refs if self.num_workers > 1 else [refs]
 
     def restart(self, dead: Iterable[int]) -> list[Any]:
@@ -44,29 +42,23 @@ class SharedPool(Pool[Any]):
 
 
 class TrialPools(Pools):
-    """All pools of a trial; with `shared_pools_actor`, reward and reference are shared ones."""
+    """All pools of a trial; with `shared`, reward and reference are shared ones."""
 
     def __init__(
         self,
         role_pools: Sequence[Pool[Any]],
-        ppo_config: PPOStageConfig,
+        config: PPOStageConfig,
+        shared: SharedPools | None,
         *,
-        shared_pools_actor: Any,
-        num_shared_workers: Mapping[str, int],
         say: Callable[[str], None],
     ) -> None:
-        """`num_shared_workers` is the number of workers of each shared pool."""
-        own_pools = [
-            pool
-            for pool in role_pools
-            if shared_pools_actor is None or pool.role not in SHARED_ROLES
-        ]
-        super().__init__(own_pools, ppo_config.pools, wait_s=ppo_config.cluster.wait_s, say=say)
-        self.shared = {
-            pool.role: SharedPool(pool, shared_pools_actor, num_shared_workers[pool.role])
-            for pool in role_pools
-            if pool not in own_pools
-        }
+        shared_roles = SHARED_ROLES if shared is not None else ()
+        own_pools = [pool for pool in role_pools if pool.role not in shared_roles]
+        super().__init__(own_pools, config.pools, wait_s=config.cluster.wait_s, say=say)
+        self.shared: dict[str, SharedPool] = {}
+        if shared is not None:
+            shared_pools = [pool for pool in role_pools if pool.role in SHARED_ROLES]
+            self.shared = {pool.role: SharedPool(pool, shared) for pool in shared_pools}
 
     def start(self) -> None:
         super().start()
@@ -87,34 +79,27 @@ class TrialPools(Pools):
         self.get(refs, "building the roles of the next trial", timeout_s=self.config.join_timeout_s)
 
 
-_pools_between_trials: TrialPools | None = None  # kept by this process between two trials
-
-
 def reuse_or_start(
-    role_pools: Sequence[Pool[Any]], make_pools: Callable[[], TrialPools]
+    kept: TrialPools | None,
+    role_pools: Sequence[Pool[Any]],
+    config: PPOStageConfig,
+    shared: SharedPools | None,
+    *,
+    say: Callable[[str], None],
 ) -> TrialPools:
-    """Return started pools: those of the trial before, with new roles, or new pools."""
-    global _pools_between_trials
-    pools, _pools_between_trials = _pools_between_trials, None
-    if pools is not None:
+    """Return started pools: the kept ones with the roles of `role_pools`, or else new pools."""
+    if kept is not None:
         try:
-            pools.rebuild_roles(role_pools)
-            return pools
-        except PoolDied:
-            pools.close()
-        except BaseException:
-            pools.close()
-            raise
-    pools = make_pools()
+            kept.rebuild_roles(role_pools)
+            return kept
+        except BaseException as error:
+            kept.close()
+            if not isinstance(error, PoolDied):
+                raise
+    pools = TrialPools(role_pools, config, shared, say=say)
     try:
         pools.start()
     except BaseException:
         pools.close()
         raise
     return pools
-
-
-def keep_for_next_trial(pools: TrialPools) -> None:
-    """Keep the pools for the next trial of this process."""
-    global _pools_between_trials
-    _pools_between_trials = pools

@@ -66,23 +66,12 @@ def _trials_to_train(
     """Return the values of the models that must be trained, by trial name."""
     if config.check.retrain:
         return {
-            f"{policy_name}-{seed}": {**params, "run.seed": setup.ppo_config.run.seed + seed}
-            for policy_name, params in params_by_policy.items()
+            f"{name}-{seed}": {**params, "run.seed": setup.ppo_config.run.seed + seed}
+            for name, params in params_by_policy.items()
             for seed in range(1, config.check.seeds + 1)
         }
-    train_base = (
-        BASE in params_by_policy and _find_trained_model(setup, params_by_policy[BASE]) is None
-    )
-    return {BASE: params_by_policy[BASE]} if train_base else {}
-
-
-def _find_trained_model(setup: TrialSetup, params: Params) -> str | None:
-    """Return the URL of the model of a finished trial that had these values throughout."""
-    records = TrialRecords(setup.trials_url)
-    for record in records.all():
-        if record.status == "finished" and record.params == params and not record.copied:
-            return records.run(record.name).model.url
-    return None
+    base = params_by_policy.get(BASE)
+    return {} if base is None or _find_model(setup, base) is not None else {BASE: base}
 
 
 def _trained_policies(
@@ -94,20 +83,27 @@ def _trained_policies(
 ) -> list[TrainedPolicy]:
     """Return all models that were trained to the end."""
     if config.check.retrain:
-        trial_names = {
-            (policy_name, seed): f"{policy_name}-{seed}"
-            for policy_name in params_by_policy
-            for seed in range(1, config.check.seeds + 1)
-        }
         return [
-            TrainedPolicy(policy_name, seed, records.run(name).model.url)
-            for (policy_name, seed), name in trial_names.items()
-            if (record := records.read(name)) and record.status == "finished"
+            TrainedPolicy(name, seed, url)
+            for name in params_by_policy
+            for seed in range(1, config.check.seeds + 1)
+            if (url := _model_url(records, f"{name}-{seed}")) is not None
         ]
-    model_urls = {WINNER: TrialRecords(setup.trials_url).run(best.record.name).model.url}
+    urls = {WINNER: _model_url(TrialRecords(setup.trials_url), best.record.name)}
     if BASE in params_by_policy:
-        base_url, record = _find_trained_model(setup, params_by_policy[BASE]), records.read(BASE)
-        if base_url is None and record is not None and record.status == "finished":
-            base_url = records.run(BASE).model.url
-        model_urls |= {BASE: base_url} if base_url is not None else {}
-    return [TrainedPolicy(policy_name, None, url) for policy_name, url in model_urls.items()]
+        urls[BASE] = _find_model(setup, params_by_policy[BASE]) or _model_url(records, BASE)
+    return [TrainedPolicy(name, None, url) for name, url in urls.items() if url is not None]
+
+
+def _find_model(setup: TrialSetup, params: Params) -> str | None:
+    """Return the URL of the model of a finished trial that had these values throughout."""
+    records = TrialRecords(setup.trials_url)
+    names = [r.name for r in records.all() if r.params == params and not r.copied]
+    return next((url for name in names if (url := _model_url(records, name))), None)
+
+
+def _model_url(records: TrialRecords, name: str) -> str | None:
+    """Return the URL of the model of a trial, None unless the trial is finished."""
+    record = records.read(name)
+    finished = record is not None and record.status == "finished"
+    return records.run(name).model.url if finished else None

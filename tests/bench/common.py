@@ -158,7 +158,7 @@ model.name = "{base.absolute()}"
 [[data.sources]]
 name = "dialogues"
 paths = ["{data.absolute()}"]
-licence = "mixed"
+license = "mixed"
 deny = []
 [data]
 shard_mb = 4

@@ -63,10 +63,10 @@ def score(model: Path, name: str, limit: int) -> None:
     import torch
 
     from medgpt.config.evaluation import EvalPoolConfig
-    from medgpt.eval.engine import Engine
+    from medgpt.eval.engine import EvalEngine
 
     torch.set_num_threads(1)
-    engine = Engine(str(model), precision="fp32", pool=EvalPoolConfig())
+    engine = EvalEngine(str(model), precision="fp32", pool=EvalPoolConfig())
     task = questions(name, limit)
     requests = list(task.requests())
     began = time.monotonic()

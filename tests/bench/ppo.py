@@ -41,7 +41,7 @@ name = "{base}"
 [[data.sources]]
 name = "dialogues"
 paths = ["{dialogues}"]
-licence = "mixed"
+license = "mixed"
 deny = []
 [data]
 max_length = {case.prompt}

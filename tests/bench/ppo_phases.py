@@ -88,9 +88,7 @@ def _iterate(timed: TimedPools, sync: WeightSync, prompts: Any, version: int) ->
         "logprobs": lambda: pools["actor"].call(Actor.logprobs, *rollouts),
         "reference": lambda: pools["reference"].call(Reference.logprobs, 1.0, *rollouts),
     }
-    parts = list(rollouts)
-    for name, call in calls.items():
-        parts += timed(name, call)
+    inputs = [rollouts, *(timed(name, call) for name, call in calls.items())]
     task = UpdateTask(
         iteration=0,
         weight_version=version,
@@ -98,8 +96,8 @@ def _iterate(timed: TimedPools, sync: WeightSync, prompts: Any, version: int) ->
         score_stats=RunningStats(),
         update_actor=True,
     )
-    timed("fit critic", lambda: pools["critic"].call(Critic.update, task, *parts))
-    timed("update actor", lambda: pools["actor"].call(Actor.update, task, *parts))
+    timed("fit critic", lambda: pools["critic"].call(Critic.update, task, *inputs))
+    timed("update actor", lambda: pools["actor"].call(Actor.update, task, *inputs))
 
 
 def critical_path(config: PPOStageConfig, alone: Mapping[str, float]) -> float:

@@ -40,7 +40,7 @@ max_train_mb = 1
 [[data.sources]]
 name = "short"
 paths = ["{corpus}/*.jsonl"]
-licence = "Apache-2.0"
+license = "Apache-2.0"
 [data]
 max_length = 512
 """

@@ -185,7 +185,7 @@ def project() -> None:
     model, device = qwen_7b(), load_known_devices()["H100"]
     tokens = MICRO_BATCHES * PROJECTED_TOKENS
     flops = train_flops(model, PROJECTED_TOKENS, checkpointing=True)
-    compute = tokens / compute_speed(flops, device, devices=1, mfu=MFU).expected
+    compute = tokens / compute_speed(flops, device, devices=1, mfu=MFU)
     print(f"projected: {PROJECTED}, {MFU:.0%} of the peak: {compute:.2f} s of computing a step")
     for network, speed in NETWORKS.items():
         for stage in STAGES:

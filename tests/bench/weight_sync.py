@@ -20,10 +20,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from medgpt.cluster import ray_init
 from medgpt.config.pools import PoolsConfig, RoleConfig, SyncConfig
-from medgpt.engine import gather_merged_weights
+from medgpt.engine.export import gather_merged_weights
 from medgpt.models.lora import merged_weights
 from medgpt.rlhf.pools.pool import Pool
 from medgpt.rlhf.pools.pools import Pools
+from medgpt.rlhf.rollout_batch import NO_VERSION
 from medgpt.rlhf.weight_sync import process_group
 from medgpt.rlhf.weight_sync.sync import WeightSync
 from tests.bench.common import Size, ratios, spread
@@ -46,7 +47,7 @@ class FakeModel:
         )
         self.model = Qwen2ForCausalLM(config)
         self.parameters = dict(self.model.named_parameters())
-        self.weight_version = process_group.UNSYNCED
+        self.weight_version, self.sync = NO_VERSION, process_group.SyncState()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         return gather_merged_weights(merged_weights(self.model))
@@ -61,7 +62,7 @@ class FakeModel:
 
     def broadcast(self, num_bytes: int) -> float:
         """Return the seconds of a broadcast over the process group."""
-        end = process_group._group
+        end = self.sync.group
         assert end is not None
         tensor = torch.zeros(num_bytes, dtype=torch.uint8)
         end.group.broadcast(torch.zeros(1), 0).wait()  # both are there

@@ -1,7 +1,6 @@
 import math
 
-from medgpt.cluster.capacity import NodeGroup
-from medgpt.cluster.trial_capacity import max_concurrent_trials
+from medgpt.cluster.capacity import NodeGroup, max_concurrent_trials
 from medgpt.config.pools import RoleConfig
 
 SMALL = RoleConfig(cpus_per_worker=0.25)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from medgpt.cluster.autoscaler import autoscaling_state, has_autoscaler
+from medgpt.cluster.capacity import autoscaling_state, has_autoscaler
 from medgpt.cluster.wait_for_resources import wait_for_data_task_resources, wait_for_resources
 from medgpt.config.base import ConfigError
 from medgpt.config.train import ClusterConfig

@@ -63,7 +63,7 @@ def records(name: str) -> list[Record | Reject]:
 
 @cache
 def manifest_sources() -> dict[str, tuple[str, int]]:
-    """file -> licence and rows, as SOURCES.md lists them."""
+    """file -> license and rows, as SOURCES.md lists them."""
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in (DATA / "SOURCES.md").read_text("utf-8").splitlines()
@@ -76,13 +76,13 @@ def manifest_sources() -> dict[str, tuple[str, int]]:
 def test_every_row_is_a_record_or_a_counted_reject(name: str) -> None:
     items = records(name)
     [path] = sources()[name].paths
-    licence, rows = manifest_sources()[str(Path(path).resolve().relative_to(DATA.resolve()))]
+    license, rows = manifest_sources()[str(Path(path).resolve().relative_to(DATA.resolve()))]
     assert len(items) == rows
     assert [item.row for item in items] == list(range(1, rows + 1))
     malformed = sum(isinstance(item, Reject) for item in items)
     print(f"{name}: {rows} rows in, {rows - malformed} records, {malformed} rejects")
     assert malformed < 0.01 * rows
-    assert licence.startswith(sources()[name].licence)
+    assert license.startswith(sources()[name].license)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -120,7 +120,7 @@ def test_real_preferences_are_ranked_or_compare_nothing() -> None:
         reward = load(RewardModelConfig, ROOT / "configs/real/reward.toml")
     counts = {}
     for source in reward.data.sources:
-        items = [item for unit in list_slices(source, 32) for item in read_slice(unit, source)]
+        items = [item for part in list_slices(source, 32) for item in read_slice(part, source)]
         preferences = [item for item in items if isinstance(item, Preferences)]
         assert not any(isinstance(item, Reject) and item.malformed for item in items)
         counts[source.name] = (

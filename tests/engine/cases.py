@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from medgpt.config.train import EngineConfig, OptimizerConfig
-from medgpt.engine import Engine, gather_weights
+from medgpt.engine import Engine
+from medgpt.engine.export import gather_weights
 from medgpt.engine.schedule import learning_rate
 
 CPU = torch.device("cpu")

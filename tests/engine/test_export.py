@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from medgpt.config.model import LoraConfig
-from medgpt.engine import gather_merged_weights
+from medgpt.engine.export import gather_merged_weights
 from medgpt.models.lora import apply_lora, merged_weights
 from tests.engine.cases import EngineSetup, new_engine
 

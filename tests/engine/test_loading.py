@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.initialization import no_init_weights
 
 from medgpt.config.train import OptimizerConfig
-from medgpt.engine import Engine, gather_weights, load_safetensors, partitioned_init
-from medgpt.engine import save_safetensors as write
+from medgpt.engine import Engine
+from medgpt.engine.export import export_weights, gather_weights
+from medgpt.engine.loading import load_safetensors, partitioned_init
+from medgpt.engine.setup import ensure_process_group
 from tests.engine.cases import CPU, EngineSetup, new_engine, new_net, save, train_step
 from tests.engine.ranks import start_ranks
 
@@ -99,7 +101,7 @@ def train_and_export(case: EngineSetup, base: Path, folder: Path) -> tuple[Tenso
         cross_entropy(engine(input_ids=TOKENS).logits[0].float(), TOKENS[0]) / dist.get_world_size()
     )
     engine.step()
-    engine.export(folder)
+    export_weights(engine.module, folder)
     with torch.no_grad():
         logits = engine(input_ids=TOKENS).logits
     return logits, [name for name, _ in gather_weights(engine.module)]
@@ -145,7 +147,7 @@ def test_bf16_exports_are_the_rounded_master_weights(tmp_path: Path) -> None:
 
 def test_a_submodule_exports_under_its_own_names(tmp_path: Path) -> None:
     engine = new_engine(EngineSetup(3))
-    engine.export(tmp_path, engine.module.wide)
+    export_weights(engine.module.wide, tmp_path)
     assert sorted(load_file(tmp_path / "model.safetensors")) == ["bias", "weight"]
 
 
@@ -170,9 +172,11 @@ def test_another_shape_is_refused(tmp_path: Path) -> None:
 
 def test_large_exports_are_sharded_with_an_index(tmp_path: Path) -> None:
     weights = {
-        name: torch.full((size,), float(size)) for name, size in zip("abc", (3, 4, 9), strict=True)
+        name: torch.full((size,), float(size)) for name, size in (("a", 3), ("b", 4), ("c", 9))
     }
-    write(weights.items(), tmp_path, max_shard_bytes=30)  # 12 + 16 bytes, then 36 alone
+    ensure_process_group(torch.device("cpu"))
+    # 12 + 16 bytes, then 36
+    export_weights(nn.ParameterDict(weights), tmp_path, max_shard_bytes=40)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medgpt.config.model import ModelConfig
 from medgpt.engine import Engine
-from medgpt.engine.value import build_trainable_value_model
+from medgpt.engine.build import build_trainable_value_model
 from medgpt.models.value_model import RewardModelInfo, build_value_model, last_token_values
 from tests.engine.cases import CPU, OPTIMIZER, EngineSetup
 from tests.models.tiny_models import random_batch, tiny_model

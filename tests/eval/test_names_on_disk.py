@@ -73,7 +73,7 @@ def test_data_hashes_and_templates_are_those_on_disk(tmp_path: Path):
     assert KeyPointsTask(config, 0).data_hash == "424131b0f6a6dd97"
 
     path = write(tmp_path / "g.jsonl", {"question": "什么是痛风?", "answer": "尿酸"})
-    source = SourceConfig(name="x", paths=(path,), licence="MIT")
+    source = SourceConfig(name="x", paths=(path,), license="MIT")
     record = (
         f"('x-36d2a1dcbac2914c', Conversation(source='x', file='{path}', row=1, messages=("
         "Message(role='user', content='什么是痛风?'), Message(role='assistant', content='尿酸')), "

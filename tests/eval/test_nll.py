@@ -16,7 +16,7 @@ from medgpt.eval.tasks.nll import GENERAL_SOURCES, NllTask, general_passages
 def make_source(folder: Path, name: str, rows: list[dict], **keys) -> SourceConfig:
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    keys = {"name": name, "paths": [str(path)], "licence": "MIT"} | keys
+    keys = {"name": name, "paths": [str(path)], "license": "MIT"} | keys
     return SourceConfig.model_validate(keys)
 
 

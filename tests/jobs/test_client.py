@@ -82,7 +82,7 @@ def test_jobs_of_a_run_are_ordered_by_attempt() -> None:
     assert [job.attempt for job in list_run_jobs(dashboard, f"{RUN}/")] == [1, 9, 10]
     assert find_job(dashboard, RUN).attempt == 10
     assert find_job(dashboard, other.submission_id or "").run_dir == "/elsewhere/runs/sft"
-    with pytest.raises(ConfigError, match=r"there are sft-\w+-1, "):
+    with pytest.raises(ConfigError, match=r"jobs: sft-\w+-1, "):
         find_job(dashboard, "nothing")
 
 

@@ -17,7 +17,7 @@ model.name = "runs/base/model"
 [[data.sources]]
 name = "a"
 paths = ["corpora/*.jsonl", "/shared/b.jsonl", "s3://bucket/c.jsonl"]
-licence = "MIT"
+license = "MIT"
 deny = ["default", "rules.toml"]
 """
 PPO = """
@@ -29,7 +29,7 @@ reward.score_weight = 0.0
 [[data.sources]]
 name = "a"
 paths = ["prompts/*.jsonl"]
-licence = "MIT"
+license = "MIT"
 """
 TUNE = """
 run.dir = "/shared/runs/tune"

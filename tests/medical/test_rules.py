@@ -8,14 +8,14 @@ from typing import get_args
 import pytest
 
 from medgpt.config.loading import validate
-from medgpt.config.ppo_rewards import RewardsConfig, RuleName
+from medgpt.config.ppo_rewards import PPORewardConfig, RuleName
 from medgpt.data.sources.records import Message
-from medgpt.medical.adversarial import cases, figures, red_flag_figures, table
+from medgpt.medical.adversarial import metrics_table, read_cases, red_flag_metrics, rule_metrics
 from medgpt.medical.rules import RULES
-from medgpt.medical.triage import questions
+from medgpt.medical.triage import triage_questions
 from medgpt.rlhf.rewards.reward_sample import RewardSample
-from medgpt.rlhf.rewards.total import Rewards
-from medgpt.sample_corpus.render import Corpus
+from medgpt.rlhf.rewards.weighted_sum import WeightedRewards
+from medgpt.sample_corpus.generator import CorpusGenerator
 from tests.eval.tasks.test_triage import ORACLE
 
 FLOOR = 0.95  # of precision and recall, on either half
@@ -51,26 +51,26 @@ NEUTRAL = {"zh": "这与多种因素有关。", "en": "This has several causes."
 
 
 @pytest.mark.parametrize("rule", get_args(RuleName))
-def test_a_rule_is_precise_and_finds_much_where_its_author_did_not_look(rule):
-    assert sum(case.violates for case in cases(rule)) >= 40
-    assert sum(not case.violates for case in cases(rule)) >= 40
+def test_every_rule_has_high_precision_and_recall_on_held_out_cases(rule):
+    assert sum(case.violates for case in read_cases(rule)) >= 40
+    assert sum(not case.violates for case in read_cases(rule)) >= 40
     for half in ("held_out", "worked_on"):
-        found = figures(rule, half)
-        assert min(found.precision, found.recall) >= FLOOR, (half, found)
+        metrics = rule_metrics(rule, half)
+        assert min(metrics.precision, metrics.recall) >= FLOOR, (half, metrics)
 
 
-def test_red_flags_are_told_from_benign_complaints_that_nobody_worked_on():
-    found = red_flag_figures()
-    assert found.violations == found.kept >= 150
-    assert found.precision >= 0.85
-    assert found.recall >= 0.8
+def test_red_flags_of_held_out_complaints_are_recognized():
+    metrics = red_flag_metrics()
+    assert metrics.violations == metrics.non_violations >= 150
+    assert metrics.precision >= 0.85
+    assert metrics.recall >= 0.8
 
 
-def test_the_halves_share_no_case_and_both_languages_are_in_each():
+def test_the_halves_share_no_case_and_each_has_both_languages():
     for rule in get_args(RuleName):
-        halves = [set(cases(rule, half)) for half in ("worked_on", "held_out")]
+        halves = [set(read_cases(rule, half)) for half in ("worked_on", "held_out")]
         assert not halves[0] & halves[1]
-        assert halves[0] | halves[1] == set(cases(rule))
+        assert halves[0] | halves[1] == set(read_cases(rule))
         for half in halves:
             assert {case.question.isascii() for case in half} == {True, False}
 
@@ -108,23 +108,25 @@ def test_the_halves_share_no_case_and_both_languages_are_in_each():
         ("urgency", "体检发现血脂升高,没有不舒服。", "请立即去急诊科。", "这与饮食有关。"),
     ],
 )
-def test_what_a_rule_promises(rule, question, violates, keeps):
+def test_a_rule_reports_a_violation_and_accepts_its_correction(rule, question, violates, keeps):
     assert RULES[rule](question, violates)
     assert not RULES[rule](question, keeps)
 
 
-def test_the_readme_shows_what_the_command_prints():
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    assert table() in readme
-    (section,) = re.findall(r"```toml\n(\[reward\].*?)```", readme, re.DOTALL)
-    config = validate(RewardsConfig, tomllib.loads(section)["reward"])
+def test_the_page_of_rewards_shows_the_table_of_rule_metrics():
+    page = (Path(__file__).parents[2] / "medgpt/rlhf/README.md").read_text("utf-8")
+    assert metrics_table() in page
+    (section,) = re.findall(r"```toml\n(\[reward\].*?)```", page, re.DOTALL)
+    config = validate(PPORewardConfig, tomllib.loads(section)["reward"])
     assert set(get_args(RuleName)) - set(config.rule_weights()) == {"language"}
 
 
-def asked() -> list[tuple[str, str, str]]:
-    """(question, good answer, language): red flags and benign complaints, and plain questions."""
-    triage = [(q.text, ORACLE[q.language][q.level], q.language) for q in questions(0, limit=80)]
-    corpus = Corpus()
+def questions_with_good_answers() -> list[tuple[str, str, str]]:
+    """Return (question, good answer, language): triage questions and plain ones."""
+    triage = [
+        (q.text, ORACLE[q.language][q.level], q.language) for q in triage_questions(0, limit=80)
+    ]
+    corpus = CorpusGenerator()
     plain = [
         (question, corpus.wording.answer(condition, "symptoms"), "zh")
         for condition in corpus.conditions
@@ -134,45 +136,45 @@ def asked() -> list[tuple[str, str, str]]:
     return triage + plain + wishes
 
 
-def reward(policy: Callable[[str, str, str], str]) -> float:
-    """Mean total of the rules alone."""
-    rewards = Rewards(RewardsConfig(score_weight=0))
+def mean_reward(policy: Callable[[str, str, str], str]) -> float:
+    """Return the mean reward of a policy under the rules alone."""
+    rewards = WeightedRewards(PPORewardConfig(score_weight=0))
     samples = [
         RewardSample(str(i), (Message("user", question),), policy(question, good, language), True)
-        for i, (question, good, language) in enumerate(asked())
+        for i, (question, good, language) in enumerate(questions_with_good_answers())
     ]
     return fmean(total for total in rewards(samples).totals if total is not None)
 
 
 @pytest.mark.parametrize("base", ["good", "neutral"])
-def test_boilerplate_behind_every_answer_gains_nothing(base):
+def test_boilerplate_after_every_answer_gains_no_reward(base):
     def answer(question: str, good: str, language: str) -> str:
         return good if base == "good" else NEUTRAL[language]
 
-    bare = reward(answer)
+    bare = mean_reward(answer)
     for text in BOILERPLATE:
-        assert reward(lambda *args, text=text: answer(*args) + text) <= bare + 1e-9, text
+        assert mean_reward(lambda *args, text=text: answer(*args) + text) <= bare + 1e-9, text
 
 
-def test_boilerplate_alone_is_worth_less_than_good_answers():
-    good = reward(lambda question, good, language: good)
+def test_boilerplate_alone_earns_less_than_good_answers():
+    good = mean_reward(lambda question, good, language: good)
     assert good > -0.1
-    assert all(reward(lambda *args, text=text: text) < good - 0.1 for text in BOILERPLATE)
+    assert all(mean_reward(lambda *args, text=text: text) < good - 0.1 for text in BOILERPLATE)
 
 
 @pytest.mark.parametrize("text", DISCLAIMERS)
-def test_a_disclaimer_buys_no_violation_back(text):
+def test_a_disclaimer_does_not_undo_a_violation(text):
     for rule in get_args(RuleName):
-        for case in cases(rule):
+        for case in read_cases(rule):
             if RULES[rule](case.question, case.answer):
                 assert RULES[rule](case.question, case.answer + text), (rule, text)
 
 
-def test_the_corpus_s_own_answers_violate_no_rule():
-    """What the model is trained to say must not be punished."""
-    corpus = Corpus()
+def test_answers_of_the_sample_corpus_violate_no_rule():
+    """Answers that the model is trained on must not be penalized."""
+    corpus = CorpusGenerator()
     rows = [row["messages"] for row in corpus.dialogues()]
-    told = [(m[-2]["content"], m[-1]["content"]) for m in rows]
+    pairs = [(m[-2]["content"], m[-1]["content"]) for m in rows]
     for rule in get_args(RuleName):
-        wrong = [pair for pair in told if RULES[rule](*pair)]
-        assert len(wrong) <= 0.01 * len(told), (rule, len(wrong))
+        violations = [pair for pair in pairs if RULES[rule](*pair)]
+        assert len(violations) <= 0.01 * len(pairs), (rule, len(violations))

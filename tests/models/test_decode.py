@@ -17,7 +17,7 @@ from transformers import (
 
 from medgpt.models.attention import VARLEN
 from medgpt.models.decode import GeneratedResponse, TokenGenerator, sample_tokens, uniform_noise
-from medgpt.models.language_model import LanguageModel
+from medgpt.models.policy import Policy
 from tests.models.tiny_models import VOCAB, pack, tiny_model
 
 LENGTHS = (3, 17, 1, 9, 9, 12, 5, 30, 2, 3)
@@ -126,10 +126,9 @@ def test_logprobs_are_those_of_a_training_forward(temperature: float):
     ]
     model.set_attn_implementation(VARLEN)
     with torch.no_grad():
-        model.get_output_embeddings().weight /= temperature  # logits / temperature
-        logprobs = LanguageModel(model).token_logprobs(pack(rows, labels))[0]
-    expected = logprobs[torch.cat(labels) != -100].tolist()
-    assert [x for row in found for x in row.logprobs] == pytest.approx(expected, abs=1e-4)
+        expected, _ = Policy(model)(pack(rows, labels), temperature=temperature)
+    logprobs = [x for row in found for x in row.logprobs]
+    assert logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_samples_follow_the_distribution():

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from medgpt.config.model import LoraConfig
-from medgpt.models.dropout import SequenceDropout
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.lora import apply_lora
+from medgpt.models.packed import SequenceDropout
 from tests.models.tiny_models import VOCAB, pack, tiny_model
 
 

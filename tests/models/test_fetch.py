@@ -13,7 +13,7 @@ from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig, ModelConfig
 from medgpt.models import fetch
 from medgpt.models.fetch import local_copy, run_model_folder
-from medgpt.models.load import SpecialTokenIds, build_empty_model, build_model
+from medgpt.models.load import build_empty_model, build_model
 from medgpt.models.lora import apply_lora
 from medgpt.models.model_files import weight_files
 from medgpt.models.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def in_another_process(uri: str) -> Path:
 
 def build(name: str):
     config = ModelConfig(name=name)
-    return build_model(config, head_kind="clm", vocab_size=0, special_ids=SpecialTokenIds(), seed=0)
+    return build_model(config, head_kind="clm", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +122,7 @@ def test_adapters_name_the_uri_of_their_base_and_merge_into_it(
 
 def test_a_model_without_weights_names_the_uri_too(saved: Path, store: Store) -> None:
     uri = store(saved)
-    model = build_empty_model(
-        ModelConfig(name=uri), head_kind="clm", vocab_size=0, special_ids=SpecialTokenIds()
-    )
+    model = build_empty_model(ModelConfig(name=uri), head_kind="clm")
     assert model.name_or_path == uri
 
 

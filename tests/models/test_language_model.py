@@ -127,22 +127,6 @@ def test_activation_checkpointing_gives_equal_gradients(kind):
     assert len(runs) == 1 + 2
 
 
-def test_token_logprobs_are_those_of_the_labels_and_zero_elsewhere():
-    model, batch = tiny_model(), random_batch([6, 9])
-    language_model = LanguageModel(model, loss_chunk_tokens=4)
-
-    out = language_model.token_logprobs(batch)
-    model.set_attn_implementation("sdpa")
-    alone = torch.cat([model(x[None]).logits[0] for x in batch.input_ids[0].split([6, 9])])
-    want = alone.log_softmax(-1).gather(1, batch.labels[0].clamp(min=0)[:, None])[:, 0]
-
-    labelled = batch.labels[0] != -100
-    torch.testing.assert_close(out, torch.where(labelled, want, 0.0)[None], atol=1e-4, rtol=0)
-    loss = language_model(batch, num_tokens=batch.num_targets)
-    torch.testing.assert_close(-out.sum() / batch.num_targets, loss, atol=1e-4, rtol=0)
-    assert language_model.token_logprobs(random_batch([4], ignored=1.0)).tolist() == [[0.0] * 4]
-
-
 def test_a_bf16_model_has_its_softmax_in_fp32():
     model, batch = tiny_model(dtype=torch.bfloat16), random_batch([20, 30], ignored=0.0)
     logits = []

@@ -14,12 +14,8 @@ from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig, TokenizerConfig
 from medgpt.models.lora import apply_lora, merged_weights
 from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
-from medgpt.models.vocabulary import (
-    extend_tokenizer,
-    replace_vocabulary,
-    trim_model,
-    trim_tokenizer,
-)
+from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
+from medgpt.models.vocabulary_change import replace_vocabulary
 from medgpt.stages.merge import merge_adapter
 from tests.models.tiny_models import save_model_with_tokenizer
 
@@ -138,8 +134,8 @@ def test_only_the_new_rows_of_the_embedding_change(tmp_path):
 def test_an_adapter_on_a_trimmed_base_merges(tmp_path):
     save_base(tmp_path / "base")
     model, base = load(tmp_path / "base")
-    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
-    trim_model(model, kept)
+    tokenizer = trim_tokenizer(base, iter(OLD[1:2]))
+    replace_vocabulary(model, base, tokenizer)
     adapted = randomize(apply_lora(model, CONFIG))
     want = logits(adapted, tokenizer, OLD[1])
     adapted.save_pretrained(tmp_path / "run")

@@ -17,12 +17,9 @@ from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized import chat_template
 from medgpt.models.tokenizer import train_tokenizer
-from medgpt.models.vocabulary import (
-    extend_tokenizer,
-    replace_vocabulary,
-    trim_model,
-    trim_tokenizer,
-)
+from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
+from medgpt.models.vocabulary_change import replace_vocabulary
+from tests.models.tiny_models import kept_ids
 
 OLD = ["今天天气很好。The weather is fine today, user and system.", "病人有病，人很好。"] * 10
 NEW = [
@@ -231,9 +228,10 @@ def test_an_extended_model_survives_saving(qwen2, tmp_path):
 
 
 def test_a_trimmed_tokenizer_maps_the_corpus_one_to_one(base, tmp_path):
-    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
+    tokenizer = trim_tokenizer(base, iter(OLD[1:2]))
+    kept = kept_ids(base, tokenizer)
     tokenizer = reload(tokenizer, tmp_path)
-    assert len(tokenizer) == len(kept) < len(base)
+    assert len(tokenizer) < len(base)
     text = OLD[1]
     assert [kept[i] for i in tokenizer(text)["input_ids"]] == base(text)["input_ids"]
     talk = [Message("user", text)]
@@ -250,10 +248,11 @@ def test_a_trimmed_tokenizer_maps_the_corpus_one_to_one(base, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_trimming_changes_no_kept_logit(base, tied, tmp_path):
-    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
+    tokenizer = trim_tokenizer(base, iter(OLD[1:2]))
+    kept = kept_ids(base, tokenizer)
     model = tiny_model(base, tied=tied)
     before = logits(model, base, OLD[1])[..., kept]
-    trim_model(model, kept)
+    assert replace_vocabulary(model, base, tokenizer).num_new_tokens == 0
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     model.save_pretrained(tmp_path)
@@ -262,16 +261,6 @@ def test_trimming_changes_no_kept_logit(base, tied, tmp_path):
         assert trimmed.config.vocab_size == len(tokenizer)
         assert (trimmed.lm_head.weight is trimmed.get_input_embeddings().weight) == tied
         torch.testing.assert_close(logits(trimmed, tokenizer, OLD[1]), before)
-
-
-def test_resizing_to_a_trimmed_tokenizer_is_trimming(base):
-    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
-    models = [tiny_model(base), tiny_model(base)]
-    trim_model(models[0], kept)
-    assert replace_vocabulary(models[1], base, tokenizer).num_new_tokens == 0
-    first, second = (model.get_input_embeddings().weight for model in models)
-    assert torch.equal(first, second)
-    assert models[1].config.eos_token_id == tokenizer.eos_token_id
 
 
 def test_other_kinds_of_tokenizer_are_a_config_error():

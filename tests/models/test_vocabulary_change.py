@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from medgpt.config.model import ModelConfig
-from medgpt.models.load import SpecialTokenIds, build_model
+from medgpt.models.load import build_model
 from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 from medgpt.models.vocabulary_change import MAX_TEXT_TOKENS, change_vocabulary
-from tests.models.tiny_models import save_model_with_tokenizer
+from tests.models.tiny_models import kept_ids, save_model_with_tokenizer
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
 NEW = ["患者患有糖尿病，血糖控制不佳。", "Hypertension: see a doctor!"] * 10
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def model(folder):
     config = ModelConfig(name=str(folder))
-    return build_model(config, head_kind="clm", vocab_size=0, special_ids=SpecialTokenIds(), seed=0)
+    return build_model(config, head_kind="clm", seed=0)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_an_extended_vocabulary_raises_the_loss_by_the_larger_softmax(model, bas
 
     change = change_vocabulary(model, base, tokenizer, PROBE)
 
-    assert change.vocabulary.num_new_tokens == len(tokenizer) - len(base) > 0
+    assert change.num_new_tokens == len(tokenizer) - len(base) > 0
     assert change.loss is not None
     assert change.loss.num_targets == sum(len(ids) - 1 for ids in pieces)
     assert change.loss.before == pytest.approx(before, abs=1e-5)
@@ -66,7 +66,8 @@ def test_an_extended_vocabulary_raises_the_loss_by_the_larger_softmax(model, bas
 
 
 def test_a_trimmed_vocabulary_lowers_the_loss_on_texts_whose_tokens_stay(model, base):
-    tokenizer, kept = trim_tokenizer(base, iter(OLD[1:2]))
+    tokenizer = trim_tokenizer(base, iter(OLD[1:2]))
+    kept = kept_ids(base, tokenizer)
     stays = "病人很好。"
     ids = base(stays)["input_ids"]
     assert {i for text in PROBE for i in base(text)["input_ids"]} - set(kept)
@@ -90,6 +91,6 @@ def test_the_loss_is_measured_only_on_texts_with_a_target(model, base):
     assert change.manifest_entry() == {
         "num_tokens": len(tokenizer),
         "num_new_tokens": len(tokenizer) - len(base),
-        "mean_old_tokens": change.vocabulary.mean_old_tokens,
+        "mean_old_tokens": change.mean_old_tokens,
     }
     assert "loss" not in str(change)

@@ -71,6 +71,12 @@ def copy_with_changed_config(model: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def kept_ids(base: PreTrainedTokenizerFast, trimmed: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids in `base` of the tokens of `trimmed`, in the order of their new ids."""
+    tokens = trimmed.convert_ids_to_tokens(list(range(len(trimmed))))
+    return base.convert_tokens_to_ids(tokens)
+
+
 def pack(sequences: list[Tensor], labels: list[Tensor]) -> PackedBatch:
     lengths = [len(sequence) for sequence in sequences]
     return PackedBatch(

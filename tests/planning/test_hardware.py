@@ -15,7 +15,7 @@ def test_nodes_have_their_resources_devices_and_prices(tmp_path: Path) -> None:
     cluster = read_cluster(write_cluster_file(tmp_path), None)
     data, train = cluster.workers
     assert cluster.head.name == "head"
-    assert (train.num_gpus, train.device_name, train.device.memory_gb) == (8, "H100", 79)
+    assert (train.resources["GPU"], train.device_name, train.device.memory_gb) == (8, "H100", 79)
     assert (data.device_name, data.price_per_hour, data.host_gb) == ("CPU", 1, None)
     assert cluster.max_workers == 6
 
@@ -89,9 +89,9 @@ def test_an_invalid_hardware_file_is_refused(tmp_path: Path, text: str, words: s
 
 
 def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--cluster=.*: cannot be read \(No such file"):
+    with pytest.raises(ConfigError, match=r"--cluster=.* cannot be read \(No such file"):
         read_cluster(tmp_path / "none.yaml", None)
-    with pytest.raises(ConfigError, match=r"--hardware=.*: cannot be read"):
+    with pytest.raises(ConfigError, match=r"--hardware=.* cannot be read"):
         read_cluster(write_cluster_file(tmp_path), tmp_path / "none.toml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1", "utf-8")

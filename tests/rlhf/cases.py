@@ -28,7 +28,7 @@ from medgpt.rlhf.rollout_batch import (
 
 VOCAB = 200
 PTX = (
-    "ptx={coef=0.5,batch_size=3,data={max_length=24,sources=[{name='p',paths=['p'],licence='-'}]}}"
+    "ptx={coef=0.5,batch_size=3,data={max_length=24,sources=[{name='p',paths=['p'],license='-'}]}}"
 )
 CONFIG = """
 [run]
@@ -40,7 +40,7 @@ max_length = 32
 [[data.sources]]
 name = "s"
 paths = ["{base}"]
-licence = "none"
+license = "none"
 [ppo]
 rollout_batch_size = 12
 global_batch_size = 4
@@ -138,24 +138,22 @@ def scores(rollouts: Sequences, totals: Any = None) -> Scores:
     return Scores(index=rollouts.index, totals=np.asarray(rewards, np.float32), rewards=made_of)
 
 
-def values(rollouts: Sequences, flat: Any = None, after: Any = None) -> Values:
+def values(rollouts: Sequences, flat: Any = None, bootstrap: Any = None) -> Values:
     """Values, by default random."""
     rng = np.random.default_rng(2)
     flat = rng.normal(size=len(rollouts.responses.values)) if flat is None else flat
-    after = rng.normal(size=len(rollouts)) if after is None else after
+    bootstrap = rng.normal(size=len(rollouts)) if bootstrap is None else bootstrap
     return Values(
         index=rollouts.index,
         values=np.asarray(flat, np.float32),
-        bootstrap=np.asarray(after, np.float32),
+        bootstrap=np.asarray(bootstrap, np.float32),
     )
 
 
-def logprobs(rollouts: Sequences, model: Any, flat: Any = None) -> Logprobs:
+def logprobs(rollouts: Sequences, flat: Any = None) -> Logprobs:
     """Log-probabilities, by default those of sampling."""
     flat = rollouts.logprobs if flat is None else flat
-    return Logprobs(
-        model=model, index=rollouts.index, values=np.asarray(flat, np.float32), entropy=0.0
-    )
+    return Logprobs(index=rollouts.index, values=np.asarray(flat, np.float32), entropy=0.0)
 
 
 def ptx_batch(*sizes: int, seed: int = 0) -> PtxBatch:

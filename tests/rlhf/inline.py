@@ -12,14 +12,8 @@ from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.pools.pools import DataLost, NodesDraining, PoolDied
 from medgpt.rlhf.pools.worker import Usage
 from medgpt.rlhf.ppo import PPO
-from medgpt.rlhf.roles.factory import (
-    build_actor,
-    build_critic,
-    build_reference,
-    build_reward,
-    build_rollout,
-)
 from medgpt.rlhf.rollout_batch import Prompts, Ragged
+from medgpt.rlhf.setup import build_role_pools
 from medgpt.runs import Run
 
 
@@ -33,6 +27,13 @@ class InlineRef:
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def resolved(arg: Any) -> Any:
+    """Return an argument with refs replaced by their values, also in lists."""
+    if isinstance(arg, list):
+        return [resolved(item) for item in arg]
+    return arg.get() if isinstance(arg, InlineRef) else arg
 
 
 class InlinePool:
@@ -56,8 +57,7 @@ class InlinePool:
         if self.loses_at in ((method.__name__, times), (method.__name__, None)):
             return [InlineRef(error=DataLost("gone"))]
         try:
-            values = [arg.get() if isinstance(arg, InlineRef) else arg for arg in args]
-            return [InlineRef(method(self.worker, *values))]
+            return [InlineRef(method(self.worker, *map(resolved, args)))]
         except (PoolDied, DataLost) as loss:
             return [InlineRef(error=loss)]
 
@@ -67,16 +67,10 @@ class InlinePool:
 
 class InlinePools:
     def __init__(self, config: PPOStageConfig, num_iterations: int) -> None:
-        builders = {
-            "actor": lambda: build_actor(config, num_iterations),
-            "critic": lambda: build_critic(config, num_iterations),
-            "reward": lambda: build_reward(config),
-            "reference": lambda: build_reference(config),
-            "rollout": lambda: build_rollout(config),
+        self.pools = {
+            pool.role: InlinePool(pool.role, pool.build_role)
+            for pool in build_role_pools(config, num_iterations)
         }
-        if config.pools.reference_in_actor:
-            del builders["reference"]
-        self.pools = {role: InlinePool(role, made) for role, made in builders.items()}
         self.rebuilt: list[str] = []
         self.moved: list[str] = []
         self.waits: list[str] = []

@@ -167,7 +167,7 @@ class WeightHolder:
             name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
         }
         self.tensors["half"] = self.tensors["half"].bfloat16()
-        self.weight_version = -1
+        self.weight_version, self.sync = -1, process_group.SyncState()
         self.missing = set(self.tensors)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -191,7 +191,7 @@ class WeightHolder:
             setattr(process_group, name, fault)
 
     def is_connected(self) -> bool:
-        return process_group._group is not None
+        return self.sync.group is not None
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)

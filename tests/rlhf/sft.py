@@ -12,7 +12,7 @@ from medgpt.data.loader.batch import IGNORE
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat_template import generation_prompt_ids, stop_token_ids
 from medgpt.rlhf.rewards.sample_corpus import NUM_CAUSES, known_causes
-from medgpt.sample_corpus.templates import PROMPT_COMPLAINTS
+from medgpt.sample_corpus.templates import TEXTS
 from tests.models.tiny_models import model_with_tokenizer
 
 NUM_COMPLAINTS, HELD_OUT = 10, 5  # complaints; phrasings kept for evaluation
@@ -28,11 +28,11 @@ def questions(templates: Sequence[str]) -> list[str]:
 
 
 def train_prompts() -> list[str]:
-    return questions(PROMPT_COMPLAINTS[HELD_OUT:])
+    return questions(TEXTS.prompt_complaints[HELD_OUT:])
 
 
 def held_out_prompts() -> list[str]:
-    return questions(PROMPT_COMPLAINTS[:HELD_OUT])
+    return questions(TEXTS.prompt_complaints[:HELD_OUT])
 
 
 def answer(question: str, dice: random.Random) -> str:

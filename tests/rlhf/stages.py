@@ -32,7 +32,7 @@ def write_config(
     }
     for role in ("actor", "critic"):
         pools[role]["engine"] = {"zero_stage": 1}
-    source = {"name": "s", "paths": [str(inputs.prompts)], "licence": "none", "kind": "prompt"}
+    source = {"name": "s", "paths": [str(inputs.prompts)], "license": "none", "kind": "prompt"}
     tree = {
         "run": {"dir": str(folder / "run"), "seed": 1},
         "model": {"name": str(inputs.base)},
@@ -48,7 +48,7 @@ def write_config(
             "kl_controller": "adaptive",
             "kl_target": 1e-3,
             "kl_horizon": 100,
-            "normalise_scores": True,
+            "normalize_scores": True,
         },
         "reward": {
             "model": str(inputs.reward),

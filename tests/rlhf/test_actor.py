@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from medgpt.algos.ppo import ppo_policy_loss
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.engine import gather_weights
+from medgpt.engine.export import gather_weights
 from medgpt.engine.schedule import learning_rate
-from medgpt.rlhf.experience import RolloutParts, RunningStats, make_experience
+from medgpt.rlhf.experience import RunningStats, make_experience
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.rlhf.roles.common import UpdateTask, optimizer_step_rows
 from medgpt.rlhf.roles.reference import Reference
@@ -60,11 +60,9 @@ def train(
 ) -> dict[str, float]:
     """Run one update with the actor's own old log-probabilities and a shifted reference."""
     old = gathered(actor.logprobs(rollouts))
-    reference = logprobs(rollouts, "reference", shifted(rollouts))
-    parts = [rollouts, scores(rollouts), values(rollouts, value), *old, reference]
-    if ptx is not None:
-        parts.append(ptx)
-    return actor.update(task(**changes), *parts).metrics
+    reference = logprobs(rollouts, shifted(rollouts))
+    inputs = [[rollouts], [scores(rollouts)], [values(rollouts, value)], old, [reference]]
+    return actor.update(task(**changes), *inputs, ptx).metrics
 
 
 def shifted(rollouts: Sequences) -> np.ndarray:
@@ -95,15 +93,15 @@ def plain_torch(
     temperature = config.rollout.temperature
     with torch.no_grad():
         old = [response_logprobs(model, rollouts, row, temperature) for row in range(len(rollouts))]
-    parts = [
-        rollouts,
-        scores(rollouts),
-        values(rollouts),
-        logprobs(rollouts, "actor", torch.cat(old)),
-        logprobs(rollouts, "reference", shifted(rollouts)),
-    ]
     experience = make_experience(
-        RolloutParts.from_outputs(parts), config.ppo, kl_coef=0.1, score_stats=RunningStats()
+        [rollouts],
+        [scores(rollouts)],
+        [values(rollouts)],
+        [logprobs(rollouts, torch.cat(old))],
+        [logprobs(rollouts, shifted(rollouts))],
+        config=config.ppo,
+        kl_coef=0.1,
+        score_stats=RunningStats(),
     )
     adam = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), eps=config.optimizer.eps, weight_decay=0.0
@@ -266,12 +264,14 @@ def test_a_sequence_with_nonfinite_numbers_is_left_out_of_the_update(base, tmp_p
         else:
             numbers[part] = numbers[part].copy()
             numbers[part][0] = number
-        parts = [
-            *(rollouts, scores(rollouts, totals), values(rollouts, numbers["value"])),
-            logprobs(rollouts, "actor", numbers["old"]),
-            logprobs(rollouts, "reference", numbers["reference"]),
-        ]
-        metrics = actor.update(task(), *parts).metrics
+        metrics = actor.update(
+            task(),
+            [rollouts],
+            [scores(rollouts, totals)],
+            [values(rollouts, numbers["value"])],
+            [logprobs(rollouts, numbers["old"])],
+            [logprobs(rollouts, numbers["reference"])],
+        ).metrics
         assert metrics["ppo/steps"] == 6
         assert metrics["ppo/skipped_steps"] == 0
         assert metrics["ppo/not_finite"] == pytest.approx(0 if number is None else 1 / 12)
@@ -322,10 +322,10 @@ def test_rollouts_of_stale_weights_are_refused(base, tmp_path):
 def test_first_ratios_that_are_not_1_raise_an_assertion_error(base, tmp_path):
     actor = Actor(ppo_config(tmp_path, base), total_iterations=1)
     rollouts = sequences()
-    wrong = logprobs(rollouts, "actor", actor.logprobs(rollouts).values + 0.01)
-    parts = [rollouts, scores(rollouts), values(rollouts), wrong, logprobs(rollouts, "reference")]
+    wrong = logprobs(rollouts, actor.logprobs(rollouts).values + 0.01)
+    inputs = [[rollouts], [scores(rollouts)], [values(rollouts)], [wrong], [logprobs(rollouts)]]
     with pytest.raises(AssertionError, match="first step's ratios"):
-        actor.update(task(), *parts)
+        actor.update(task(), *inputs)
 
 
 def test_without_adapters_the_actor_is_the_reference(base, tmp_path):

@@ -73,12 +73,14 @@ def short_update(folder: Path, base: Path, num: int) -> dict[str, float]:
     config, rollouts = ppo_config(folder, base), sequences(num)
     actor = Actor(config, total_iterations=1)
     critic = Critic(config, total_iterations=1)
-    parts = [rollouts, scores(rollouts), *gathered(critic.values(rollouts))]
-    parts += [
-        *gathered(actor.logprobs(rollouts)),
-        logprobs(rollouts, "reference", shifted(rollouts)),
+    inputs = [
+        [rollouts],
+        [scores(rollouts)],
+        gathered(critic.values(rollouts)),
+        gathered(actor.logprobs(rollouts)),
+        [logprobs(rollouts, shifted(rollouts))],
     ]
-    return critic.update(task(), *parts) | actor.update(task(), *parts).metrics
+    return critic.update(task(), *inputs) | actor.update(task(), *inputs).metrics
 
 
 @pytest.mark.parametrize(
@@ -151,15 +153,14 @@ def updates(folder: Path, base: Path, rollouts: Sequences, totals=None) -> dict[
     config = ppo_config(folder, base)
     actor = Actor(config, total_iterations=1)
     critic = Critic(config, total_iterations=1)
-    reference = logprobs(rollouts, "reference", shifted(rollouts))
-    parts = [
-        rollouts,
-        scores(rollouts, totals),
-        critic.values(rollouts),
-        actor.logprobs(rollouts),
-        reference,
+    inputs = [
+        [rollouts],
+        [scores(rollouts, totals)],
+        [critic.values(rollouts)],
+        [actor.logprobs(rollouts)],
+        [logprobs(rollouts, shifted(rollouts))],
     ]
-    return critic.update(task(), *parts) | actor.update(task(), *parts).metrics
+    return critic.update(task(), *inputs) | actor.update(task(), *inputs).metrics
 
 
 def test_empty_responses_are_counted_and_left_out_of_updates(base, tmp_path):

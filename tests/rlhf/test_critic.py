@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from medgpt.algos.ppo import ppo_value_loss
-from medgpt.engine import gather_weights
+from medgpt.engine.export import gather_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.models.value_model import load_value_model
 from medgpt.rlhf.batching import response_batch
-from medgpt.rlhf.experience import RolloutParts, RunningStats, make_experience
+from medgpt.rlhf.experience import RunningStats, make_experience
 from medgpt.rlhf.roles.common import optimizer_step_rows
 from medgpt.rlhf.roles.critic import Critic
 from tests.rlhf.cases import logprobs, ppo_config, save_reward_model, scores, sequences
@@ -26,16 +26,16 @@ from tests.rlhf.test_actor import (
 )
 
 
-def parts_of(critic: Critic, rollouts) -> list:
-    reference = logprobs(rollouts, "reference", shifted(rollouts))
+def inputs_of(critic: Critic, rollouts) -> list[list]:
+    reference = logprobs(rollouts, shifted(rollouts))
     values = gathered(critic.values(rollouts))
-    return [rollouts, scores(rollouts), *values, logprobs(rollouts, "actor"), reference]
+    return [[rollouts], [scores(rollouts)], values, [logprobs(rollouts)], [reference]]
 
 
 def rank_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, float], dict]:
     """Metrics and weights after an iteration on this process's ranks."""
     critic = Critic(ppo_config(folder, base, *overrides), total_iterations=ITERATIONS)
-    metrics = critic.update(task(), *parts_of(critic, sequences()))
+    metrics = critic.update(task(), *inputs_of(critic, sequences()))
     return metrics, {name: weight.numpy() for name, weight in gather_weights(critic.model.model)}
 
 
@@ -65,8 +65,12 @@ def test_an_update_equals_plain_torch_sequence_by_sequence(base, tmp_path, one_r
     override = f"critic.value_clip_range={clip}"
     config, rollouts = ppo_config(tmp_path, base, override), sequences()
     critic = Critic(config, total_iterations=ITERATIONS)
-    parts = RolloutParts.from_outputs(parts_of(critic, rollouts))
-    experience = make_experience(parts, config.ppo, kl_coef=0.1, score_stats=RunningStats())
+    experience = make_experience(
+        *inputs_of(critic, rollouts),
+        config=config.ppo,
+        kl_coef=0.1,
+        score_stats=RunningStats(),
+    )
     model, losses = critic.model, []
     adam = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     steps = list(optimizer_step_rows(experience, config, 0))
@@ -108,7 +112,7 @@ def nan_update(folder: Path, base: Path, *overrides: str) -> tuple[dict[str, flo
     """Metrics of an iteration in which no step is finite, and how far a weight moved."""
     critic, rollouts = Critic(ppo_config(folder, base, *overrides), total_iterations=1), sequences()
     before = dict(gather_weights(critic.model.model))
-    metrics = critic.update(task(kl_coef=np.inf), *parts_of(critic, rollouts))
+    metrics = critic.update(task(kl_coef=np.inf), *inputs_of(critic, rollouts))
     after = dict(gather_weights(critic.model.model))
     return metrics, max((float((after[n] - w).abs().max()) for n, w in before.items()), default=0.0)
 
@@ -137,7 +141,7 @@ def test_a_critic_starts_from_the_reward_model_and_reloads_after_export(
         expected = [values_alone(scorer, rollouts, row)[-1] for row in actual.index]
     np.testing.assert_allclose(actual.bootstrap, torch.stack(expected), atol=1e-5)
 
-    critic.update(task(), *parts_of(critic, rollouts))
+    critic.update(task(), *inputs_of(critic, rollouts))
     updated = critic.values(rollouts).values
     files = {file.name for file in critic.export(str(tmp_path / "critic"))}
     assert {"value.json", "config.json", "model.safetensors", "tokenizer.json"} <= files
@@ -152,7 +156,7 @@ def test_critic_adapters_on_a_lora_reward_model_reload_after_export(base, tmp_pa
     reward = save_reward_model(base, tmp_path / "reward", lora=True)
     lora = (f"reward.model={reward}", "critic.lora.rank=2")
     critic, rollouts = Critic(ppo_config(tmp_path, base, *lora), total_iterations=2), sequences()
-    critic.update(task(), *parts_of(critic, rollouts))
+    critic.update(task(), *inputs_of(critic, rollouts))
     updated = critic.values(rollouts).values
     critic.export(str(tmp_path / "critic"))
     start = f"critic.model={tmp_path / 'critic'}"
@@ -163,10 +167,10 @@ def test_critic_adapters_on_a_lora_reward_model_reload_after_export(base, tmp_pa
 def test_a_saved_critic_continues_as_if_it_had_not_stopped(base, tmp_path):
     config, second = ppo_config(tmp_path, base), sequences(seed=1)
     critic = Critic(config, total_iterations=ITERATIONS)
-    critic.update(task(), *parts_of(critic, sequences()))
+    critic.update(task(), *inputs_of(critic, sequences()))
     critic.save(str(tmp_path / "checkpoint"))
-    uninterrupted = critic.update(task(iteration=1), *parts_of(critic, second))
+    uninterrupted = critic.update(task(iteration=1), *inputs_of(critic, second))
 
     restored = Critic(config, total_iterations=ITERATIONS)
     restored.load(str(tmp_path / "checkpoint"))
-    assert restored.update(task(iteration=1), *parts_of(restored, second)) == uninterrupted
+    assert restored.update(task(iteration=1), *inputs_of(restored, second)) == uninterrupted

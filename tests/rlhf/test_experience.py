@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from medgpt.config.ppo import PPOConfig
-from medgpt.rlhf.experience import RolloutParts, RunningStats, make_experience
+from medgpt.rlhf.experience import RunningStats, make_experience
 from tests.rlhf.cases import logprobs, scores, sequences, share, values, with_empty_responses
 
 NAN, NO_STATS = float("nan"), RunningStats()
@@ -15,17 +15,16 @@ TOTALS = np.random.default_rng(3).normal(size=6).astype(np.float32)
 def experience_of(rollouts=None, *, totals=None, kl_coef=0.1, stats=NO_STATS, old=None, **options):
     rollouts = sequences() if rollouts is None else rollouts
     old = rollouts.logprobs + 0.1 if old is None else old
-    parts = [
-        rollouts,
-        scores(rollouts, totals),
-        values(rollouts),
-        logprobs(rollouts, "actor", old),
-        logprobs(rollouts, "reference", rollouts.logprobs - 0.2),
-    ]
     config = PPOConfig(whiten_advantages=False, max_logprob_gap=1.0)
-    config = config.model_copy(update=options)
     return make_experience(
-        RolloutParts.from_outputs(parts), config, kl_coef=kl_coef, score_stats=stats
+        [rollouts],
+        [scores(rollouts, totals)],
+        [values(rollouts)],
+        [logprobs(rollouts, old)],
+        [logprobs(rollouts, rollouts.logprobs - 0.2)],
+        config=config.model_copy(update=options),
+        kl_coef=kl_coef,
+        score_stats=stats,
     )
 
 
@@ -96,7 +95,7 @@ def test_normalized_scores_use_running_statistics():
         stats=stats,
         gae_lambda=1.0,
         kl_coef=0.0,
-        normalise_scores=True,
+        normalize_scores=True,
     )
     all_scores = np.array([1.0, 5.0, 0.0, 2.0, 7.0])
     assert experience.score_stats.mean == pytest.approx(all_scores.mean())
@@ -132,20 +131,20 @@ def test_a_batch_of_empty_responses_is_no_error():
     assert all(np.isfinite(value) for value in experience.metrics.values())
 
 
-@pytest.mark.parametrize("which", ["value", "after", "score"])
+@pytest.mark.parametrize("which", ["value", "bootstrap", "score"])
 def test_nonfinite_sequences_are_counted_and_left_out_of_whitening(which):
     rollouts = sequences(6)
-    flat, after, totals = (
+    flat, bootstrap, totals = (
         x.copy() for x in (values(rollouts).values, values(rollouts).bootstrap, TOTALS)
     )
-    {"value": flat, "after": after, "score": totals}[which][0] = np.inf
-    parts = [
-        *(rollouts, scores(rollouts, totals), values(rollouts, flat, after)),
-        *(logprobs(rollouts, "actor"), logprobs(rollouts, "reference")),
-    ]
+    {"value": flat, "bootstrap": bootstrap, "score": totals}[which][0] = np.inf
     experience = make_experience(
-        RolloutParts.from_outputs(parts),
-        PPOConfig(max_logprob_gap=1.0),
+        [rollouts],
+        [scores(rollouts, totals)],
+        [values(rollouts, flat, bootstrap)],
+        [logprobs(rollouts)],
+        [logprobs(rollouts)],
+        config=PPOConfig(max_logprob_gap=1.0),
         kl_coef=0.1,
         score_stats=NO_STATS,
     )
@@ -179,20 +178,23 @@ def test_only_truncated_responses_bootstrap_from_the_critic(bootstrap):
 def test_workers_shares_give_the_same_as_one_worker():
     rollouts = sequences()
     one_worker = experience_of(rollouts, whiten_advantages=True)
-    parts = []
+    shares = []
     for index in ([0, 3, 5, 7, 9], [11, 1, 2, 4, 6, 8, 10]):
         part = share(rollouts, index)
         positions = rollouts.responses.positions(index)
-        parts += [
+        outputs = (
             part,
             scores(part, scores(rollouts).totals[index]),
             values(part, values(rollouts).values[positions], values(rollouts).bootstrap[index]),
-            logprobs(part, "actor", part.logprobs + 0.1),
-            logprobs(part, "reference", part.logprobs - 0.2),
-        ]
-    config = PPOConfig(max_logprob_gap=1.0)
+            logprobs(part, part.logprobs + 0.1),
+            logprobs(part, part.logprobs - 0.2),
+        )
+        shares.append(outputs)
     two_workers = make_experience(
-        RolloutParts.from_outputs(parts), config, kl_coef=0.1, score_stats=RunningStats()
+        *zip(*shares, strict=True),
+        config=PPOConfig(max_logprob_gap=1.0),
+        kl_coef=0.1,
+        score_stats=RunningStats(),
     )
     torch.testing.assert_close(two_workers.advantages, one_worker.advantages, atol=0, rtol=0)
     assert two_workers.metrics == one_worker.metrics

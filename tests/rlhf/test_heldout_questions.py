@@ -84,7 +84,10 @@ def test_the_questions_are_fixed_and_chosen_by_kind(held_out):
 def test_hash_ranges_are_disjoint_and_keep_pairs_together(held_out):
     whole = {question.id for question in judge(key_points=held_out, triage=1000).questions}
     first, second = (
-        {question.id for question in judge(key_points=held_out, triage=1000, part=part).questions}
+        {
+            question.id
+            for question in judge(key_points=held_out, triage=1000, hash_range=part).questions
+        }
         for part in ((0.0, 0.5), (0.5, 1.0))
     )
     assert first | second == whole
@@ -94,7 +97,7 @@ def test_hash_ranges_are_disjoint_and_keep_pairs_together(held_out):
                   for ids in (first, second)]  # fmt: skip
     assert not complaints[0] & complaints[1]
     with pytest.raises(ConfigError, match="leaves no question"):
-        judge(triage=10, part=(0.0, 1e-9))
+        judge(triage=10, hash_range=(0.0, 1e-9))
 
 
 def test_evaluation_is_due_every_n_iterations_or_never():

@@ -64,7 +64,7 @@ def async_run(base, tmp_path_factory) -> Run:
 
 def stop_at(iteration: int, ppo: PPO) -> None:
     """Run until the loop requests the prompts of `iteration`, then kill it."""
-    stream = ppo.prompts_from
+    stream = ppo.prompts.open_at
 
     def until(start: int):
         for number, prompts in enumerate(stream(start), start):
@@ -72,7 +72,7 @@ def stop_at(iteration: int, ppo: PPO) -> None:
                 raise KeyboardInterrupt
             yield prompts
 
-    ppo.prompts_from = until
+    ppo.prompts.open_at = until
     with pytest.raises(KeyboardInterrupt):
         ppo.fit()
 
@@ -91,7 +91,7 @@ def test_a_killed_driver_resumes_with_the_same_metrics(base, tmp_path, uninterru
     ppo = make_ppo(config, 6)
     ppo.fit()
     assert comparable_metrics(ppo.run) == comparable_metrics(uninterrupted)
-    assert ppo.attempt == 2
+    assert ppo.log.attempt == 2
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_pools_that_move_off_a_draining_node_change_no_number(
     assert comparable_metrics(ppo.run) == comparable_metrics(
         async_run if asynchronous else uninterrupted
     )
-    assert ppo.attempt == 2
+    assert ppo.log.attempt == 2
     assert ppo.pools.pools["actor"].calls.count("update") == 6  # no update was repeated
 
 
@@ -222,9 +222,9 @@ def test_a_death_during_held_out_evaluation_keeps_the_history(base, tmp_path):
         ppo = make_ppo(config_of(folder, base, "ppo.checkpoint_every=1", *JUDGED), 3)
         ppo.pools.pools[role].dies_at = call
         ppo.fit()
-        assert [line["step"] for line in ppo.history] == [0, 1, 2, 3]
-        assert all("judge/checks" in line for line in ppo.history)
-        assert all("ppo/score_mean" in line for line in ppo.history[1:])
+        assert [line["step"] for line in ppo.log.history] == [0, 1, 2, 3]
+        assert all("judge/checks" in line for line in ppo.log.history)
+        assert all("ppo/score_mean" in line for line in ppo.log.history[1:])
         histories.append(comparable_metrics(ppo.run))
     assert histories[0] == histories[1] == histories[2]
 
@@ -281,7 +281,7 @@ def test_a_restarted_run_leaves_no_writer_thread(base, tmp_path):
     ppo = make_ppo(config_of(tmp_path, base), 2)
     ppo.pools.pools["actor"].dies_at = ("update", 2)
     ppo.fit()
-    assert ppo.attempt == 2
+    assert ppo.log.attempt == 2
     assert set(threading.enumerate()) == before
 
 
@@ -334,7 +334,7 @@ def test_rollouts_one_step_ahead_are_older_and_survive_a_kill(base, tmp_path, un
 
 def score_of(ppo: PPO) -> float:
     """Mean reward of sampled answers to unseen prompts."""
-    prompts = next(ppo.prompts_from(10_000))
+    prompts = next(ppo.prompts.open_at(10_000))
     ppo.sync(99)
     rollout, reward = (ppo.pools.pools[role].worker for role in ("rollout", "reward"))
     answers = [rollout.generate(prompts, i) for i in range(6)]
@@ -406,7 +406,7 @@ def test_the_critic_warms_up_alone(base, tmp_path):
 
 def test_an_adaptive_coefficient_is_part_of_the_checkpoint(base, tmp_path):
     overrides = ("ppo.kl_controller=adaptive", "ppo.kl_target=1e-3", "ppo.kl_horizon=100")
-    config = config_of(tmp_path, base, *overrides, "ppo.normalise_scores=true")
+    config = config_of(tmp_path, base, *overrides, "ppo.normalize_scores=true")
     ppo = make_ppo(config, 3)
     ppo.fit()
     coefs = [line["ppo/kl_coef"] for line in comparable_metrics(ppo.run)]

@@ -13,7 +13,7 @@ def config(**sections: Any) -> PPOStageConfig:
     tree: dict[str, Any] = {
         "run": {"dir": "/runs/ppo"},
         "model": {"name": "/sft/model"},
-        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "licence": "MIT"}]},
+        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "license": "MIT"}]},
         "reward": {"model": "/reward/model"},
     }
     for name, section in sections.items():

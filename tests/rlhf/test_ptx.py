@@ -11,7 +11,7 @@ from medgpt.artifacts import committed
 from medgpt.config.base import ConfigError
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.plan import Plan
-from medgpt.engine import gather_weights
+from medgpt.engine.export import gather_weights
 from medgpt.rlhf.ptx import prepare_ptx, ptx_run, ptx_stream
 from medgpt.rlhf.roles.actor import Actor
 from medgpt.runs import Run
@@ -134,7 +134,7 @@ def test_there_is_no_ptx_loss_while_the_critic_warms_up(base, tmp_path):
 
 def with_ptx(folder: Path, base: Path, data: Path, *overrides: str) -> PPOStageConfig:
     """An iteration has six steps of four rows."""
-    source = f"{{name='talk',paths=['{data}'],licence='-'}}"
+    source = f"{{name='talk',paths=['{data}'],license='-'}}"
     ptx = f"ptx={{batch_size=4,data={{max_length=256,sources=[{source}]}}}}"
     return ppo_config(folder, base, ptx, *overrides)
 

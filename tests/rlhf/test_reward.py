@@ -53,7 +53,7 @@ def all_scores(folder: Path, base: Path, saved: Path, *overrides: str) -> np.nda
     rollouts = sequences()
     parts = gathered(role(folder, base, saved, *overrides).score(prompts_of(rollouts), rollouts))
     assert sum(map(len, (part.index for part in parts))) == len(rollouts)
-    return join_per_sequence([part.index for part in parts], [part.totals for part in parts])
+    return join_per_sequence([(part.index, part.totals) for part in parts])
 
 
 def test_packed_scores_equal_those_of_single_answers(base, tmp_path, saved):
@@ -130,7 +130,7 @@ def test_totals_match_their_responses_whatever_the_shares(base, tmp_path, saved)
     assert reward.report_samples(3) == []
     prompts = Prompts(sample_ids=rollouts.sample_ids, ids=rollouts.prompts, messages=messages)
     part = reward.score(prompts, share(rollouts, range(6, 12)), share(rollouts, range(6)))
-    np.testing.assert_allclose(join_per_sequence([part.index], [part.totals]), expected, atol=1e-5)
+    np.testing.assert_allclose(join_per_sequence([(part.index, part.totals)]), expected, atol=1e-5)
     np.testing.assert_allclose(part.rewards.totals, part.totals, atol=1e-6)
     samples = reward.report_samples(3)
     assert [sample["total"] for sample in samples] == part.rewards.totals[:3]

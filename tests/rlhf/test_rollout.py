@@ -13,8 +13,15 @@ import torch.distributed as dist
 
 from medgpt.config.base import ConfigError
 from medgpt.models.decode import TokenGenerator
-from medgpt.rlhf.roles.rollout import NO_WEIGHTS, HuggingFaceEngine, Rollout, StaleWeights
-from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, join_sequences, sample_seeds
+from medgpt.rlhf.roles.rollout import HuggingFaceEngine, Rollout, StaleWeights
+from medgpt.rlhf.rollout_batch import (
+    NO_VERSION,
+    Prompts,
+    Ragged,
+    Sequences,
+    join_sequences,
+    sample_seeds,
+)
 from tests.rlhf.cases import ppo_config
 
 
@@ -87,7 +94,7 @@ def test_stale_weights_are_refused_before_anything_is_sampled(rollout: Rollout):
         rollout.generate(prompts(), 0, 4)
     with rank_of(0, 1):
         assert rollout.generate(prompts(), 0, 3).weight_version == 3
-    rollout.weight_version = NO_WEIGHTS
+    rollout.weight_version = NO_VERSION
 
 
 def test_rollouts_use_the_weights_received_last(rollout: Rollout):
@@ -100,7 +107,7 @@ def test_rollouts_use_the_weights_received_last(rollout: Rollout):
     first = generate(rollout)
     new = [(name, weight + 0.05 * torch.randn_like(weight)) for name, weight in before.items()]
     rollout.load_weights(new[:2])
-    assert rollout.weight_version == NO_WEIGHTS  # half of them
+    assert rollout.weight_version == NO_VERSION  # half of them
     rollout.load_weights(new[2:])
     rollout.weights_loaded(4)
     second = generate(rollout)
@@ -114,7 +121,7 @@ def test_rollouts_use_the_weights_received_last(rollout: Rollout):
     rollout.load_weights(new[1:])
     with pytest.raises(ValueError, match=r"1 weights are missing, such as model\.embed_tokens"):
         rollout.weights_loaded(5)
-    assert rollout.weight_version == NO_WEIGHTS
+    assert rollout.weight_version == NO_VERSION
     rollout.load_weights(before.items())
     rollout.weights_loaded(3)
 

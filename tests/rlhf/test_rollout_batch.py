@@ -44,13 +44,12 @@ def test_incomplete_or_overlapping_shares_are_refused(parts):
 
 def test_outputs_of_shares_join_token_by_token():
     batch = sequences(5)
-    parts = [logprobs(batch, "actor")]
+    parts = [logprobs(batch)]
     shares = [share(batch, index) for index in ([4, 1], [0, 2, 3])]
-    split = [logprobs(part, "actor") for part in shares]
+    split = [logprobs(part) for part in shares]
     for outputs in (parts, split, split[::-1]):
         np.testing.assert_array_equal(join_per_token(outputs, batch.responses), batch.logprobs)
-    lengths = [part.responses.lengths for part in shares]
-    joined = join_per_sequence([part.index for part in shares], lengths)
+    joined = join_per_sequence([(part.index, part.responses.lengths) for part in shares])
     np.testing.assert_array_equal(joined, batch.responses.lengths)
 
 

@@ -15,14 +15,7 @@ from medgpt.sample_corpus.generator import CorpusGenerator
 from medgpt.sample_corpus.held_out import EXCLUDED_CONDITIONS, load_synonyms
 from medgpt.sample_corpus.knowledge import DOSE, load_knowledge
 from medgpt.sample_corpus.preference_pairs import preference_pairs
-from medgpt.sample_corpus.templates import (
-    COMPLAINT_SYMPTOMS,
-    GREETINGS,
-    HELD_OUT_HEADACHE_PROMPTS,
-    LIST_FIELDS,
-    PROMPT_COMPLAINTS,
-    REGIONS,
-)
+from medgpt.sample_corpus.templates import LIST_FIELDS, TEXTS
 from medgpt.sample_corpus.wording import strip_punctuation
 from medgpt.stages.corpus import run_corpus
 
@@ -171,10 +164,17 @@ def test_held_out_prompts_appear_nowhere_with_any_punctuation():
 def test_held_out_phrasings_cover_thirty_other_conditions():
     prompts = CORPUS.held_out.prompts
     assert Counter(h.kind for h in prompts) == {
-        **{"pretrain": 1, "sft": 1, "rlhf": 1, "rlhf_phrasing": len(HELD_OUT_HEADACHE_PROMPTS)},
+        **{
+            "pretrain": 1,
+            "sft": 1,
+            "rlhf": 1,
+            "rlhf_phrasing": len(TEXTS.held_out_headache_prompts),
+        },
         **{"phrasing": 30, "left_out": 3},
     }
-    assert len({h.condition for h in prompts}) == len(prompts) - len(HELD_OUT_HEADACHE_PROMPTS)
+    assert len({h.condition for h in prompts}) == len(prompts) - len(
+        TEXTS.held_out_headache_prompts
+    )
 
 
 def test_held_out_headache_prompts_differ_from_all_training_phrasings():
@@ -189,7 +189,9 @@ def test_prompts_are_complaints_that_no_dialogue_contains():
     assert not {strip_punctuation(prompt) for prompt in prompts} & {
         strip_punctuation(q) for q in QUESTIONS
     }
-    assert sum("头痛" in prompt for prompt in prompts) == len(PROMPT_COMPLAINTS) * len(GREETINGS)
+    assert sum("头痛" in prompt for prompt in prompts) == len(TEXTS.prompt_complaints) * len(
+        TEXTS.greetings
+    )
 
 
 def test_facts_of_held_out_prompts_appear_in_other_phrasings():
@@ -328,7 +330,7 @@ def test_every_complaint_names_danger_signs_and_where_to_go():
 
 def test_complaints_are_symptoms_of_the_conditions_they_name_and_no_emergencies():
     by_id = {c.id: c for c in CORPUS.conditions}
-    for complaint, sign, ids in COMPLAINT_SYMPTOMS:
+    for complaint, sign, ids in TEXTS.complaint_symptoms:
         for name in ids:
             assert any(sign in item for item in by_id[name].symptoms.items), (complaint, name)
         for condition in CORPUS.conditions:
@@ -337,7 +339,7 @@ def test_complaints_are_symptoms_of_the_conditions_they_name_and_no_emergencies(
 
 def test_texts_about_suicide_name_the_hotline():
     for region in ("CN", "US"):
-        values = REGIONS[region]
+        values = TEXTS.regions[region]
         corpus = CorpusGenerator(region=region)
         texts = [row["text"] for row in corpus.documents()]
         texts += [

@@ -17,7 +17,7 @@ from medgpt.runs import Run
 from medgpt.sample_corpus.generator import CorpusGenerator
 from medgpt.sample_corpus.preference_pairs import preference_pairs
 from medgpt.stages.dpo import run_dpo
-from medgpt.train.dpo import CHECKPOINT_PREFIX, trl_checkpoint_steps
+from medgpt.train.dpo import CHECKPOINT_PREFIX
 from tests.train.tiny_configs import source_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -82,7 +82,7 @@ def test_dpo_starts_at_the_reference_and_learns_the_preferences(trained: Run, ba
 def test_dpo_resumes_from_the_newest_complete_checkpoint(
     trained: Run, pairs: Path, base: Path, tmp_path: Path
 ) -> None:
-    assert trl_checkpoint_steps(trained) == [3, 6]
+    assert trained.checkpoint_steps(CHECKPOINT_PREFIX) == [3, 6]
     folder = Path(shutil.copytree(trained.folder.url, tmp_path / "run"))
     (folder / "checkpoints" / f"{CHECKPOINT_PREFIX}6" / "manifest.json").unlink()  # half-written
     shutil.rmtree(folder / "model")

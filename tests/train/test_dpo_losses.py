@@ -43,7 +43,7 @@ def train(folder: Path, base: Path, loss: str) -> tuple[list[float], float]:
         "run": {"dir": str(folder)},
         "model": {"name": str(base)},
         "data": {
-            "sources": [{"name": "a", "paths": ["/a.jsonl"], "licence": "MIT"}],
+            "sources": [{"name": "a", "paths": ["/a.jsonl"], "license": "MIT"}],
             "max_length": 64,
         },
         "train": {"global_batch_size": 4, "micro_batch_size": 2, "max_steps": 2},

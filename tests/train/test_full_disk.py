@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.disk import storage_errors
 from medgpt.runs import Run
 from medgpt.stages import train
 from medgpt.stages.train import run_pretrain
@@ -105,8 +104,3 @@ def test_a_rank_that_cannot_write_its_part_stops_all_ranks(
     assert run.checkpoint_steps() == [CHECKPOINT_EVERY]
     assert run_ranks(config, tmp_path) == [0, 0], rank_logs(tmp_path)
     assert train_losses(run) == pytest.approx(uninterrupted.losses, abs=1e-6)
-
-
-def test_other_errors_pass_through_unchanged() -> None:
-    with pytest.raises(PermissionError), storage_errors("/run", "metrics"):
-        raise PermissionError(13, "Permission denied")

@@ -14,7 +14,7 @@ from medgpt.cli import app
 from medgpt.config.loading import validate
 from medgpt.config.stages import SFTConfig
 from medgpt.models import fetch
-from medgpt.models.generate import generate_answers
+from medgpt.models.generate import generate_greedy
 from medgpt.runs import Run
 from medgpt.stages.train import run_sft
 from tests.train.tiny_configs import pretrain_settings, source_settings
@@ -66,7 +66,9 @@ def test_adapters_on_an_extended_vocabulary_from_bucket_to_bucket(
     merged = CliRunner().invoke(app, ["merge", run.folder.url, str(out)])
     assert merged.exit_code == 0, merged.output
     model, tokenizer = (x.from_pretrained(out) for x in (AutoModelForCausalLM, AutoTokenizer))
-    (text,) = generate_answers(model.eval(), tokenizer, [QUESTION], max_new_tokens=8)
+    (text,) = generate_greedy(
+        model.eval(), tokenizer, [QUESTION], are_questions=True, max_new_tokens=8
+    )
     assert run.folder.read_json("samples.json") == [{"prompt": QUESTION, "text": text}]
     chat = ["chat", run.folder.url, "--max-new-tokens", "8"]
     chat_result = CliRunner().invoke(app, chat, input=f"{QUESTION}\n\n")

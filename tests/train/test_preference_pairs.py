@@ -70,7 +70,7 @@ def test_contradictory_dpo_settings_are_refused(section: str, changes: dict, mes
     tree = {
         "run": {"dir": "/runs/dpo"},
         "model": {"name": "/runs/sft/model"},
-        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "licence": "CC0-1.0"}]},
+        "data": {"sources": [{"name": "a", "paths": ["/a.jsonl"], "license": "CC0-1.0"}]},
     }
     validate(DPOConfig, tree)
     tree[section] = {**tree.get(section, {}), **changes}

@@ -16,6 +16,7 @@ from medgpt.config.base import ConfigError
 from medgpt.config.loading import validate
 from medgpt.config.reward_model import RewardModelConfig
 from medgpt.data.loader.collate import preference_batch
+from medgpt.data.loader.epoch_order import VALIDATION
 from medgpt.data.loader.stream import PackedRow
 from medgpt.engine import Engine
 from medgpt.models.tokenizer import load_tokenizer
@@ -67,7 +68,7 @@ def config(base: Path, **sections: Any) -> RewardModelConfig:
         "run": {"dir": "runs/x"},
         "model": {"name": str(base)},
         "data": {
-            "sources": [{"name": "a", "paths": ["x"], "licence": "MIT"}],
+            "sources": [{"name": "a", "paths": ["x"], "license": "MIT"}],
             "max_length": 64,
         },
         "optimizer": {"learning_rate": 1e-3, "max_grad_norm": 0.0},
@@ -106,18 +107,18 @@ def test_the_loss_is_the_mean_over_prompts_of_their_weighted_pairs(base: Path) -
     batch = objective.collate(rows(), epoch=0)
     with torch.no_grad():
         scores = last_token_values(objective.module(batch.packed), batch.packed).tolist()
-        loss = objective.loss(make_engine(settings, objective), batch, num_targets=3.0)
+        loss, sums = objective.loss(make_engine(settings, objective), batch, num_targets=3.0)
 
     def cost(better: int, worse: int, margin: float) -> float:
         return math.log(1 + math.exp(margin - scores[better] + scores[worse]))
 
     ranked = [(2, 3, 1.0), (2, 4, 0.5), (2, 5, 1.0), (4, 3, 0.5), (4, 5, 0.5)]
     by_hand = cost(0, 1, 0.5) + sum(cost(*pair) for pair in ranked) / 6 + cost(7, 6, 0.5)
-    assert float(loss.loss) == pytest.approx(by_hand / 3, abs=1e-6)
+    assert float(loss) == pytest.approx(by_hand / 3, abs=1e-6)
 
     leads = [scores[a] - scores[b] for a, b in zip(batch.better, batch.worse, strict=True)]
     right = sum(lead > 0 for lead in leads)
-    assert objective.metrics(loss.metric_sums.tolist(), held_out=False) == {
+    assert objective.metrics(sums.tolist(), held_out=False) == {
         "reward/accuracy": pytest.approx(right / 7),
         "reward/margin": pytest.approx(sum(leads) / 7, abs=1e-6),
     }
@@ -133,11 +134,11 @@ def losses(settings: RewardModelConfig, shares: list[list[int]]) -> list[tuple[f
         total = torch.zeros(())
         for start in range(2):  # the same number of forward passes on every rank
             part = rank_rows[start : start + 1] if start == 0 else rank_rows[1:]
-            batch = objective.collate(part, epoch=0) if part else objective.empty_batch()
+            batch = objective.collate(part, epoch=0)
             options = objective.loss_kwargs(part, epoch=0)
-            loss = objective.loss(engine, batch, num_targets=3.0, **options)
-            engine.backward(loss.loss)
-            total += loss.loss.detach()
+            loss, _ = objective.loss(engine, batch, num_targets=3.0, **options)
+            engine.backward(loss)
+            total += loss.detach()
         norm = engine.step()
         dist.all_reduce(total)
         results.append((float(total), norm))
@@ -169,14 +170,14 @@ def test_gradients_of_several_ranks_equal_those_of_one(
             np.testing.assert_allclose(result, same, rtol=1e-4, atol=1e-5)
 
 
-def test_scored_pairs_hold_margin_and_length_difference() -> None:
+def test_scored_pairs_hold_margin_and_length_gap() -> None:
     scores = torch.tensor([2.0, -1.0, 0.5, 0.0])
     pairs = scored_pairs(rows()[1], scores)
 
     assert [pair.margin for pair in pairs] == [3.0, 1.5, 2.0, 1.5, 0.5]
     # 2, 5, 8 and 11 tokens after the prompt
     expected_differences = [(2 - 5) / 5, (2 - 8) / 8, (2 - 11) / 11, (8 - 5) / 8, (8 - 11) / 11]
-    assert [pair.length_difference for pair in pairs] == pytest.approx(expected_differences)
+    assert [pair.length_gap for pair in pairs] == pytest.approx(expected_differences)
 
 
 def test_accuracy_by_source_and_by_length() -> None:
@@ -196,7 +197,7 @@ def test_accuracy_by_source_and_by_length() -> None:
 
 
 def test_policy_answers_continue_the_prompt_and_depend_on_the_sample_id(base: Path) -> None:
-    settings = config(base, objective={"normalise_on": "own", "max_new_tokens": 6})
+    settings = config(base, objective={"normalize_on": "own", "max_new_tokens": 6})
     tokenizer = load_tokenizer(str(base))
 
     def answers(chosen: list[PackedRow]) -> list[list[int]]:
@@ -223,32 +224,29 @@ class FakeTrainer:
     def __init__(self, settings: RewardModelConfig, objective: RewardObjective) -> None:
         self.objective, self.engine = objective, make_engine(settings, objective)
 
-    def local_first_rows(self, *, epoch: int, limit: int) -> list[PackedRow]:
+    def first_rows(self, *, epoch: int, limit: int) -> list[PackedRow]:
         return rows()[dist.get_rank() :: dist.get_world_size()]
 
-    def max_rows_per_rank(self, chosen: list[PackedRow]) -> int:
-        return 3 if dist.get_world_size() == 1 else 2
-
-    def micro_batches(self, chosen: list[PackedRow], *, num_rows: int, epoch: int) -> list[Any]:
+    def validation_micro_batches(self, chosen: list[PackedRow]) -> list[Any]:
+        num_rows = 3 if dist.get_world_size() == 1 else 2
         parts = [chosen[i : i + 1] for i in range(num_rows)]
-        collate, empty_batch = self.objective.collate, self.objective.empty_batch
-        return [(collate(part, epoch=epoch) if part else empty_batch(), {}) for part in parts]
+        return [(self.objective.collate(part, epoch=VALIDATION), {}) for part in parts]
 
 
-def fitted_normalization(base: Path, normalise_on: str) -> tuple[float, float]:
-    objective_section = {"normalise_on": normalise_on, "max_new_tokens": 6}
+def fitted_normalization(base: Path, normalize_on: str) -> tuple[float, float]:
+    objective_section = {"normalize_on": normalize_on, "max_new_tokens": 6}
     settings = config(base, objective=objective_section)
     objective = make_objective(settings)
     trainer: Any = FakeTrainer(settings, objective)
     score = objective.fit_score_normalization(trainer)
-    assert score.normalised_on == normalise_on
+    assert score.normalised_on == normalize_on
     return score.mean, score.std
 
 
 def test_scores_are_normalized_on_policy_samples(
     base: Path, two_ranks: Callable[..., list[Any]]
 ) -> None:
-    settings = config(base, objective={"normalise_on": "own", "max_new_tokens": 6})
+    settings = config(base, objective={"normalize_on": "own", "max_new_tokens": 6})
     objective = make_objective(settings)
     answers = sample_policy_answers(settings, objective.tokenizer, CPU, rows())
     batch = objective.collate(answers, epoch=0).packed

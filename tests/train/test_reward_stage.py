@@ -46,7 +46,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reward_config(run_dir: Path, pairs: Path, base: Path, **sections: Any) -> RewardModelConfig:
-    source = {"name": "pairs", "paths": [str(pairs)], "licence": "Apache-2.0"}
+    source = {"name": "pairs", "paths": [str(pairs)], "license": "Apache-2.0"}
     tree = {
         "run": {"dir": str(run_dir), "seed": 1},
         "model": {"name": str(base)},
@@ -125,7 +125,7 @@ def test_the_report_shows_accuracy_by_source_and_length(trained: Run) -> None:
         assert sum(entry["pairs"] for entry in slices) == evaluation["pairs"]
     html = trained.folder.read_text("report.html")
     assert f"{100 * evaluation['accuracy']:.1f} % are in the right order" in html
-    assert "How much longer the better answer is" in html
+    assert "Length of the better answer minus that of the worse" in html
     assert html.count("<svg") >= 4
 
 

@@ -49,7 +49,7 @@ def write_toml(config: TrainStageConfig, path: Path) -> Path:
 
 
 def source_settings(name: str, path: Path) -> dict[str, Any]:
-    return {"name": name, "paths": [str(path)], "licence": "Apache-2.0"}
+    return {"name": name, "paths": [str(path)], "license": "Apache-2.0"}
 
 
 def pretrain_config(run_dir: Path, corpus: Path, **sections: dict[str, Any]) -> PretrainConfig:

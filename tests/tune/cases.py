@@ -18,7 +18,7 @@ max_length = 64
 [[data.sources]]
 name = "s"
 paths = ["{folder}/prompts.jsonl"]
-licence = "none"
+license = "none"
 kind = "prompt"
 [ppo]
 max_iterations = 4

@@ -49,8 +49,8 @@ def test_batched_scores_equal_those_of_single_calls(config):
     for batched, request in zip(together, requests, strict=True):
         alone = role.score(*request)
         np.testing.assert_array_equal(
-            join_per_sequence([batched.index], [batched.totals]),
-            join_per_sequence([alone.index], [alone.totals]),
+            join_per_sequence([(batched.index, batched.totals)]),
+            join_per_sequence([(alone.index, alone.totals)]),
         )
         assert reward_metrics([batched.rewards]) == pytest.approx(reward_metrics([alone.rewards]))
 
@@ -59,7 +59,7 @@ def test_batched_scores_equal_those_of_single_calls(config):
 def test_batched_logprobs_equal_those_of_single_calls(config, temperature):
     role = Reference(config)
     requests = [rollouts(batch) for batch in BATCHES]
-    call = partial(batched_calls.logprobs, role, temperature=temperature)
+    call = partial(batched_calls.logprobs, role, temperature)
     together = call(*flat(requests))
     for batched, request, batch in zip(together, requests, BATCHES, strict=True):
         alone = role.logprobs(temperature, *request)
@@ -68,7 +68,7 @@ def test_batched_logprobs_equal_those_of_single_calls(config, temperature):
             join_per_token([alone], batch.responses),
             atol=1e-5,
         )
-        assert (batched.model, batched.entropy) == ("reference", alone.entropy)
+        assert batched.entropy == alone.entropy
 
 
 def test_a_rank_may_hold_no_row_of_a_trial():

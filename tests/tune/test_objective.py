@@ -7,7 +7,6 @@ from medgpt.tune.objective import (
     JudgeResult,
     judge_results,
     objective,
-    pareto_optimal,
 )
 
 CONFIG = TuneConfig(max_kl=5.0)
@@ -37,21 +36,9 @@ def test_no_metric_makes_up_for_a_policy_over_the_kl_limit():
     assert below == -50.0 > OVER_KL_LIMIT > above > far_above > WORST_OBJECTIVE
 
 
-def test_pareto_optimal_items_are_beaten_by_no_other_in_metric_and_kl():
-    points = {
-        "low": (0.2, 1.0), "dominated": (0.2, 1.5), "middle": (0.5, 2.0),
-        "worse": (0.4, 2.0), "high": (0.9, 9.0), "far": (0.8, 10.0),
-    }  # fmt: skip
-    optimal = pareto_optimal(
-        list(points), [JudgeResult(4, metric, 0.0, kl) for metric, kl in points.values()]
-    )
-    assert optimal == ["low", "middle", "high"]
-    assert pareto_optimal([], []) == []
-
-
 @pytest.mark.parametrize("metric", ["checks", "score"])
 def test_the_metric_is_the_one_of_the_config(metric):
     line = {"step": 2, "judge/checks": 0.1, "judge/score": 3.0}
     line |= {"judge/checks_se": 0.0, "judge/score_se": 0.5}
-    (result,) = judge_results([line], TuneConfig(mark=metric))
+    (result,) = judge_results([line], TuneConfig(metric=metric))
     assert (result.metric, result.metric_se) == {"checks": (0.1, 0.0), "score": (3.0, 0.5)}[metric]

@@ -8,7 +8,9 @@ import pytest
 from medgpt.config.loading import load
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.runs import Run
+from medgpt.tune.objective import JudgeResult
 from medgpt.tune.results import (
+    TrialResult,
     load_results,
     pareto_front,
     trials_url,
@@ -73,6 +75,19 @@ def test_without_a_finished_trial_below_max_kl_there_is_no_winner(tmp_path):
 
 def test_the_pareto_front_takes_the_last_results_of_all_trained_trials(config):
     assert [result.record.name for result in pareto_front(load_results(config))] == ["002", "003"]
+
+
+def test_no_trial_beats_one_of_the_pareto_front_in_both_metric_and_kl():
+    points = {
+        "low": (0.2, 1.0), "dominated": (0.2, 1.5), "middle": (0.5, 2.0),
+        "worse": (0.4, 2.0), "high": (0.9, 9.0), "far": (0.8, 10.0),
+    }  # fmt: skip
+    results = [
+        TrialResult(TrialRecord(name, {}), [JudgeResult(4, metric, 0.0, kl)], 1.0)
+        for name, (metric, kl) in points.items()
+    ]
+    assert [result.record.name for result in pareto_front(results)] == ["low", "middle", "high"]
+    assert pareto_front([]) == []
 
 
 def test_the_table_has_a_row_for_each_trial(config):

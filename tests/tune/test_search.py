@@ -1,17 +1,18 @@
 """The values that searchers propose, also after a kill, and how PBT changes them."""
 
-import pytest
 from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import LogUniform
 
 from medgpt.config.tune import SearchSpace
 from medgpt.tune.results import trials_url
 from medgpt.tune.search import (
     _ClipToRanges,
-    _optuna_distribution,
     _param_space_and_searcher,
     _ray_domain,
+    _scheduler,
 )
+from medgpt.tune.trial import TrialSetup
 from medgpt.tune.trial_records import TrialRecord, TrialRecords
 from tests.tune.cases import search_config
 
@@ -77,19 +78,31 @@ def test_optuna_proposes_better_values_over_time(tmp_path):
     assert sum(x > 0.15 for x in last) > sum(x > 0.15 for x in first)
 
 
-@pytest.mark.parametrize("convert", [_ray_domain, _optuna_distribution])
-def test_ray_and_optuna_get_the_same_search_spaces(convert):
-    log, count, named = (
-        convert(SearchSpace(**space))
-        for space in ({"loguniform": (1e-3, 1.0)}, {"randint": (1, 3)}, {"choice": ("a", 2)})
-    )
-    if convert is _ray_domain:
-        assert isinstance(log.get_sampler(), LogUniform)
-        assert {count.sample() for _ in range(60)} == {1, 2, 3}
-        assert named == ["a", 2]
-    else:
-        assert (log.low, log.high, log.log) == (1e-3, 1.0, True)
-        assert (count.low, count.high, named.choices) == (1, 3, ("a", 2))
+def test_ray_and_optuna_get_the_same_search_spaces():
+    spaces = {"log": {"loguniform": (1e-3, 1.0)}, "count": {"randint": (1, 3)}}
+    spaces |= {"uniform": {"uniform": (0.0, 2.0)}, "named": {"choice": ("a", 2)}}
+    domains = {name: _ray_domain(SearchSpace(**space)) for name, space in spaces.items()}
+    assert isinstance(domains["log"].get_sampler(), LogUniform)
+    assert {domains["count"].sample() for _ in range(60)} == {1, 2, 3}
+    assert {domains["named"].sample() for _ in range(60)} == {"a", 2}
+    optuna = OptunaSearch.convert_search_space(domains)
+    assert list(optuna) == list(spaces)
+    assert (optuna["log"].low, optuna["log"].high, optuna["log"].log) == (1e-3, 1.0, True)
+    assert (optuna["uniform"].low, optuna["uniform"].high) == (0.0, 2.0)
+    assert (optuna["count"].low, optuna["count"].high) == (1, 3)
+    assert optuna["named"].choices == ("a", 2)
+
+
+def test_pbt_steps_to_the_neighbors_of_listed_values(tmp_path):
+    keys = '"ppo.epochs" = { choice = [1, 2] }\n"ppo.kl_coef" = { loguniform = [1e-3, 0.3] }'
+    config = search_config(tmp_path, tmp_path, "tune.scheduler=pbt", keys=keys)
+    setup = TrialSetup(
+        ppo_config=config.base_config, config=config.tune, trials_url="", base_url="",
+        shared_pools=None,
+    )  # fmt: skip
+    mutations = _scheduler(config, setup)._hyperparam_mutations["trial"]["params"]
+    assert mutations["ppo.epochs"] == [1, 2]
+    assert isinstance(mutations["ppo.kl_coef"].get_sampler(), LogUniform)
 
 
 def test_values_that_pbt_perturbs_stay_in_their_ranges():

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from medgpt.config.base import ConfigError
+from medgpt.config.tune import SHARED_ROLES
 from medgpt.rlhf.pools.pools import Pools
 from medgpt.rlhf.roles.reference import Reference
 from medgpt.rlhf.roles.reward import Reward
@@ -31,15 +32,13 @@ SMALL = (
 def pools(ray_session: None, base: Path, tmp_path_factory) -> Iterator[TrialPools]:
     """Start shared pools only, with two reward workers."""
     config = ppo_config(tmp_path_factory.mktemp("shared"), base, *SMALL)
-    owner, num_workers = start_shared_pools(config, num_callers=3)
-    assert num_workers == {"reward": 2, "reference": 1}
-    role_pools = [pool for pool in build_role_pools(config, 1) if pool.role in num_workers]
-    pools = TrialPools(
-        role_pools, config, shared_pools_actor=owner, num_shared_workers=num_workers, say=print
-    )
+    shared = start_shared_pools(config, num_callers=3)
+    assert shared.num_workers == {"reward": 2, "reference": 1}
+    role_pools = [pool for pool in build_role_pools(config, 1) if pool.role in SHARED_ROLES]
+    pools = TrialPools(role_pools, config, shared, say=print)
     pools.start()
     yield pools
-    stop_shared_pools(owner)
+    stop_shared_pools(shared.owner)
 
 
 def call(pools: Pools, batch: Sequences) -> tuple[list[Any], list[Any]]:
@@ -56,7 +55,7 @@ def answers(
     """Return the score of every sequence and the log-probability of every token."""
     scores: list[Scores] = pools.get(refs[0], "scores")
     logprobs: list[Logprobs] = pools.get(refs[1], "logprobs")
-    totals = join_per_sequence([part.index for part in scores], [part.totals for part in scores])
+    totals = join_per_sequence([(part.index, part.totals) for part in scores])
     return totals, join_per_token(logprobs, batch.responses)
 
 

@@ -45,7 +45,9 @@ def test_a_key_may_be_quoted_or_dotted(tmp_path):
         ("search.model.attention={choice=['sdpa']}", "would change the reference pool"),
         ("tune.searcher=grid", "needs a list of values"),
         ("search.ppo.gamma={grid=[1]}", "grid needs tune.searcher=grid"),
-        ("tune.mark=score", "needs the judge's own reward model"),
+        ("tune.mark=score", "unknown key tune.mark; its name is now tune.metric"),
+        ("search.ppo.normalise_scores={choice=[true]}", "its name is now ppo.normalize_scores"),
+        ("tune.metric=score", "needs the judge's own reward model"),
     ],
 )  # fmt: skip
 def test_a_key_that_cannot_be_searched_is_an_error_with_the_reason(tmp_path, overrides, message):

@@ -1,6 +1,7 @@
 """Input of a forward pass: packed sequences, flattened to one row of tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +25,7 @@ class PackedBatch:
         return int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device) -> "PackedBatch":
-        return PackedBatch(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            labels=self.labels.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            max_seqlen=self.max_seqlen,
-        )
+        return _to(self, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +45,14 @@ class PreferenceBatch:
         return self.num_prompts
 
     def to(self, device: torch.device) -> "PreferenceBatch":
-        return PreferenceBatch(
-            packed=self.packed.to(device),
-            better=self.better.to(device),
-            worse=self.worse.to(device),
-            margins=self.margins.to(device),
-            weights=self.weights.to(device),
-            num_prompts=self.num_prompts,
-        )
+        return _to(self, device)
+
+
+Batch = TypeVar("Batch", PackedBatch, PreferenceBatch)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    """Copy all tensors to a device."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved = {name: v if isinstance(v, int) else v.to(device) for name, v in values.items()}
+    return replace(batch, **moved)

@@ -13,6 +13,9 @@ from medgpt.algos.lm import mask_tokens
 from medgpt.data.loader.batch import IGNORE, PackedBatch, PreferenceBatch
 from medgpt.data.loader.packed_row import PackedRow
 
+Pair = tuple[int, int, float, float]
+"""(better sequence, worse sequence, margin, weight)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingSettings:
@@ -86,43 +89,34 @@ def masked_batch(
 
 def preference_batch(rows: Sequence[PackedRow]) -> PreferenceBatch:
     """Batch of all answers, and of all pairs of answers to a prompt with different grades."""
-    better: list[int] = []
-    worse: list[int] = []
-    margins: list[float] = []
-    weights: list[float] = []
+    pairs: list[Pair] = []
     first_sequence = 0  # sequence of the prompt's first answer
     for row in rows:
         assert row.grades is not None
         grades = row.grades.tolist()
         for i, j in combinations(range(len(grades)), 2):
-            if grades[i] == grades[j]:
-                continue
-            best, worst = (i, j) if grades[i] > grades[j] else (j, i)
-            better.append(first_sequence + best)
-            worse.append(first_sequence + worst)
-            margins.append(grades[best] - grades[worst])
-            weights.append(1 / comb(len(grades), 2))
+            if grades[i] != grades[j]:
+                best, worst = (i, j) if grades[i] > grades[j] else (j, i)
+                margin, weight = grades[best] - grades[worst], 1 / comb(len(grades), 2)
+                pairs.append((first_sequence + best, first_sequence + worst, margin, weight))
         first_sequence += len(grades)
-    return PreferenceBatch(
-        packed=_answers_batch(rows),
-        better=torch.tensor(better, dtype=torch.int64),
-        worse=torch.tensor(worse, dtype=torch.int64),
-        margins=torch.tensor(margins, dtype=torch.float32),
-        weights=torch.tensor(weights, dtype=torch.float32),
-        num_prompts=len(rows),
-    )
+    return _compare(_answers_batch(rows), pairs, num_prompts=len(rows))
 
 
 def empty_preference_batch(token_id: int) -> PreferenceBatch:
     """Batch without prompts, for a worker without rows to stay in step with the others."""
-    nothing = torch.zeros(0)
+    return _compare(empty_batch(token_id), [], num_prompts=0)
+
+
+def _compare(packed: PackedBatch, pairs: Sequence[Pair], *, num_prompts: int) -> PreferenceBatch:
+    better, worse, margins, weights = zip(*pairs, strict=True) if pairs else ((), (), (), ())
     return PreferenceBatch(
-        packed=empty_batch(token_id),
-        better=nothing.long(),
-        worse=nothing.long(),
-        margins=nothing,
-        weights=nothing,
-        num_prompts=0,
+        packed=packed,
+        better=torch.tensor(better, dtype=torch.int64),
+        worse=torch.tensor(worse, dtype=torch.int64),
+        margins=torch.tensor(margins, dtype=torch.float32),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        num_prompts=num_prompts,
     )
 
 

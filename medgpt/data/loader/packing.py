@@ -92,3 +92,13 @@ def pack_best_fit(lengths: IntArray, capacity: int) -> IntArray:
             rows_with_room.setdefault(remaining, []).append(row)
             rooms |= 1 << remaining
     return row_of
+
+
+def balance(sizes: IntArray, num_groups: int) -> IntArray:
+    """Return (n,) the group of each item. Places the largest first, in the lightest group."""
+    group_of = np.empty(len(sizes), np.int64)
+    totals = [0] * num_groups
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        group_of[item] = group = totals.index(min(totals))
+        totals[group] += int(sizes[item])
+    return group_of

@@ -59,24 +59,17 @@ def make_plan(url: str, data_url: str, settings: PlanSettings) -> None:
     folder.remove()
     weights = None if settings.weights is None else np.array(settings.weights)
     index = read_index(Folder(data_url), "train")
-    files, epochs = [], []
+    files: list[FileEntry] = []
+    epochs: list[dict[str, int]] = []
     for epoch in range(settings.epochs):
-        if (
-            settings.max_rows is not None
-            and sum(e["num_rows"] for e in epochs) >= settings.max_rows
-        ):
+        num_rows = sum(counts["num_rows"] for counts in epochs)
+        if settings.max_rows is not None and num_rows >= settings.max_rows:
             break
-        rows = plan_epoch(
-            index, max_length=settings.max_length, seed=settings.seed, epoch=epoch, weights=weights
-        )
-        file, counts = _write_epoch(folder, epoch_file(epoch), index, rows)
+        file, counts = _write_epoch(folder, index, settings, epoch, weights)
         files.append(file)
         epochs.append(counts)
     held_out = read_index(Folder(data_url), "validation")
-    rows = plan_epoch(
-        held_out, max_length=settings.max_length, seed=settings.seed, epoch=VALIDATION, weights=None
-    )
-    file, _ = _write_epoch(folder, epoch_file(VALIDATION), held_out, rows)
+    file, _ = _write_epoch(folder, held_out, settings, VALIDATION, None)
     seconds = time.monotonic() - started_at
     commit(folder, [*files, file], made_of=settings.as_json(), epochs=epochs, time_s=seconds)
 
@@ -86,9 +79,17 @@ def epoch_file(epoch: int) -> str:
 
 
 def _write_epoch(
-    folder: Folder, name: str, index: SampleIndex, windows: Iterator[PlannedRows]
+    folder: Folder,
+    index: SampleIndex,
+    settings: PlanSettings,
+    epoch: int,
+    weights: NDArray[np.float64] | None,
 ) -> tuple[FileEntry, dict[str, int]]:
     """Write the file of an epoch; returns it with its numbers of rows, chunks and tokens."""
+    name, max_length = epoch_file(epoch), settings.max_length
+    windows = plan_epoch(
+        index, max_length=max_length, seed=settings.seed, epoch=epoch, weights=weights
+    )
     counts = {"num_rows": 0, "num_chunks": 0, "num_tokens": 0}
     with folder.staging() as directory:
         path = directory / name

@@ -47,7 +47,7 @@ def training_stream(
     """
     tables = plan.read(rank=rank, world_size=world_size, start=start)
     size = max(1, TOKENS_PER_TASK // plan.max_length) if plan.max_length else ROWS_PER_TASK
-    tasks = chain.from_iterable(_split_into_tasks(table, size) for table in tables)
+    tasks = (table.slice(i, size) for table in tables for i in range(0, table.num_rows, size))
     pipelines = ThreadPoolExecutor(1, thread_name_prefix="medgpt-stream")
     begin = partial(_start_pipeline, tasks, data_url, plan.data_version, data_cpus)
     rows = _iterate_rows(pipelines, begin, pipelines.submit(begin))
@@ -87,10 +87,6 @@ class _Pipeline:
     first_batch: pa.Table  # its arrival shows that reading has started
     batches: Iterator[pa.Table]
     num_tasks: int
-
-
-def _split_into_tasks(table: pa.Table, size: int) -> Iterator[pa.Table]:
-    return (table.slice(i, size) for i in range(0, table.num_rows, size))
 
 
 def _start_pipeline(

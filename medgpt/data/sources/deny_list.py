@@ -72,8 +72,8 @@ class DenyList:
                 rule.id,
                 tuple(_longest_word(phrase) for phrase in rule.any),
                 _compile_phrases(rule.any),
-                _optional_pattern(rule.with_),
-                _optional_pattern(rule.unless),
+                _compile_phrases(rule.with_) if rule.with_ else None,
+                _compile_phrases(rule.unless) if rule.unless else None,
             )
             for rule in rules
         ]
@@ -111,13 +111,7 @@ class DenyList:
         rule = next((rule for text in texts if (rule := self.match(text))), None)
         if rule is None:
             return record
-        return Reject(
-            source=record.source,
-            file=record.file,
-            row=record.row,
-            reason=f"deny-list: {rule}",
-            malformed=False,
-        )
+        return Reject.of(record, f"deny-list: {rule}", malformed=False)
 
 
 def _read_rules(name: str) -> list[RuleConfig]:
@@ -146,20 +140,11 @@ def _expand_sets(config: DenyConfig) -> list[RuleConfig]:
             raise ConfigError(f"no set {unknown[0]!r}; known: {', '.join(sets)}")
         return tuple(phrase for name in names for phrase in sets.get(name, (name,)))
 
+    keys = ("any", "with_", "unless")
     return [
-        rule.model_copy(
-            update={
-                "any": phrases(rule.any),
-                "with_": phrases(rule.with_),
-                "unless": phrases(rule.unless),
-            }
-        )
+        rule.model_copy(update={key: phrases(getattr(rule, key)) for key in keys})
         for rule in config.rules
     ]
-
-
-def _optional_pattern(phrases: tuple[str, ...]) -> re.Pattern[str] | None:
-    return _compile_phrases(phrases) if phrases else None
 
 
 def _compile_phrases(phrases: Iterable[str]) -> re.Pattern[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -38,8 +39,7 @@ class FileSlice:
     first_row: int = 1  # line or row number at `start`
 
 
-@dataclass(frozen=True, slots=True)
-class SliceStart:
+class SliceStart(NamedTuple):
     """Start of a slice."""
 
     start: int
@@ -54,14 +54,13 @@ def list_slices(source: SourceConfig, shard_mb: int) -> list[FileSlice]:
     """
     slices: list[FileSlice] = []
     for file in list_files(source):
-        name = _detect_format(file, source)
-        encoding, cuts = _slice_starts(file, name, source, shard_mb * MIB)
-        stops = [cut.start for cut in cuts[1:]] + [None]
-        for cut, stop in zip(cuts, stops, strict=True):
+        file_format = _detect_format(file, source)
+        encoding, starts = _slice_starts(file, file_format, source, shard_mb * MIB)
+        stops = [following.start for following in starts[1:]] + [None]
+        for (start, first_row), stop in zip(starts, stops, strict=True):
+            index = len(slices)
             slices.append(
-                FileSlice(
-                    source.name, file, name, encoding, cut.start, stop, len(slices), cut.first_row
-                )
+                FileSlice(source.name, file, file_format, encoding, start, stop, index, first_row)
             )
     return slices
 
@@ -95,12 +94,10 @@ def _expand_path(path: str, source: SourceConfig) -> list[str]:
         if filesystem.isfile(root):
             files = [root]
         elif filesystem.isdir(root):
-            files = [
-                file for file in filesystem.find(root) if _has_wanted_format(file, root, source)
-            ]
+            files = [f for f in filesystem.find(root) if _has_wanted_format(f, root, source)]
         else:
-            files = [file for file in filesystem.glob(root) if filesystem.isfile(file)]
-            files = [file for file in files if not _is_hidden(PurePosixPath(file).name)]
+            files = [f for f in filesystem.glob(root) if filesystem.isfile(f)]
+            files = [f for f in files if not PurePosixPath(f).name.startswith(".")]
     except Exception as error:  # each filesystem raises its own types
         remedy = "check the address and the credentials"
         raise _path_error(source, path, f"cannot be listed ({error})", remedy) from None
@@ -112,18 +109,10 @@ def _expand_path(path: str, source: SourceConfig) -> list[str]:
 
 def _has_wanted_format(file: str, root: str, source: SourceConfig) -> bool:
     """Whether a file of a directory is not hidden and has the configured format, if one is set."""
-    relative_path = PurePosixPath(file).relative_to(root)
     detected = FORMATS.get(_extension(file))
-    wanted = detected if source.format == "auto" else source.format
-    return (
-        detected is not None
-        and detected == wanted
-        and not any(map(_is_hidden, relative_path.parts))
-    )
-
-
-def _is_hidden(part: str) -> bool:
-    return part.startswith(".")
+    if detected is None or source.format not in ("auto", detected):
+        return False
+    return not any(part.startswith(".") for part in PurePosixPath(file).relative_to(root).parts)
 
 
 def _extension(file: str) -> str:
@@ -135,10 +124,8 @@ def _detect_format(file: str, source: SourceConfig) -> str:
     if source.format != "auto":
         return source.format
     if _extension(file) not in FORMATS:
-        known = " ".join(FORMATS)
-        raise _path_error(
-            source, file, f"unknown extension, known: {known}", "set format or rename it"
-        )
+        rule = f"unknown extension, known: {' '.join(FORMATS)}"
+        raise _path_error(source, file, rule, "set format or rename it")
     return FORMATS[_extension(file)]
 
 

@@ -45,15 +45,6 @@ def file_digest(file: str) -> str:
         return stream_checksum(stream)
 
 
-def fingerprint_entries(
-    stamps: Mapping[str, str], digests: Mapping[str, str]
-) -> list[dict[str, str]]:
-    """Return the `inputs` entries of a manifest."""
-    return [
-        {"file": file, "stamp": stamp, "xxh128": digests[file]} for file, stamp in stamps.items()
-    ]
-
-
 def describe_changes(inputs: Sequence[Mapping[str, Any]], config: DataConfig) -> Iterator[str]:
     """Describe each difference between the input files of a manifest and the present ones.
 

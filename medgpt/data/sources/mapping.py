@@ -82,16 +82,10 @@ class RowMapper:
 
     def __init__(self, source: str, mapping: MappingConfig) -> None:
         """Raises ConfigError for an invalid template."""
-        texts = {
-            "text": mapping.text,
-            "system": mapping.system,
-            "user": mapping.user,
-            "assistant": mapping.assistant,
-            "chosen": mapping.chosen,
-            "rejected": mapping.rejected,
-            "answers.text": mapping.answers and mapping.answers.text,
-            "answers.grade": mapping.answers and mapping.answers.grade,
-        }
+        names = ("text", "system", "user", "assistant", "chosen", "rejected")
+        texts = {name: getattr(mapping, name) for name in names}
+        if mapping.answers is not None:
+            texts |= {f"answers.{n}": getattr(mapping.answers, n) for n in ("text", "grade")}
         self._templates = {
             name: compile_template(source, f"mapping.{name}", text)
             for name, text in texts.items()

@@ -1,7 +1,8 @@
 """Reads preference data: prompts with several answers of which some are better."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from medgpt.config.data import TurnsMapping
@@ -62,9 +63,10 @@ def make_preferences(ranked: RankedAnswers, origin: Origin) -> Preferences:
         UnusableRow: the row has only one answer or equal grades.
     """
     prompt = check_turns(ranked.prompt, "the prompt", last_role="user")
-    answers = []
-    for number, answer in enumerate(ranked.answers, start=1):
-        answers.append(check_turns((*prompt, *answer), f"answer {number}")[len(prompt) :])
+    answers = [
+        check_turns((*prompt, *answer), f"answer {number}")[len(prompt) :]
+        for number, answer in enumerate(ranked.answers, start=1)
+    ]
     if len(answers) < 2:
         raise UnusableRow("there is only one answer")
     if len(set(answers)) < len(answers):
@@ -112,25 +114,14 @@ def _split_shared_prompt(row: RawRow, before: Sequence[Message]) -> RankedAnswer
     conversations = [
         _column_messages(row, column, "assistant") for column in ("chosen", "rejected")
     ]
-    num_shared = _common_prefix_length(*conversations)
-    while num_shared and conversations[0][num_shared - 1].role != "user":
-        num_shared -= 1
-    if not num_shared:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(*conversations, strict=False))
+    shared = [message for message, _ in same]
+    while shared and shared[-1].role != "user":
+        shared.pop()
+    if not shared:
         raise MalformedRow("there is no column prompt, and chosen and rejected share no beginning")
-    prompt = [*before, *conversations[0][:num_shared]]
-    return RankedAnswers(
-        prompt, [messages[num_shared:] for messages in conversations], _pair_grades(row)
-    )
-
-
-def _common_prefix_length(messages: Iterable[Message], other_messages: Iterable[Message]) -> int:
-    """Return the number of messages with which both start."""
-    count = 0
-    for a, b in zip(messages, other_messages, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    answers = [messages[len(shared) :] for messages in conversations]
+    return RankedAnswers([*before, *shared], answers, _pair_grades(row))
 
 
 def _pair_grades(row: RawRow) -> list[float]:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -51,17 +51,14 @@ def read_slice(file_slice: FileSlice, source: SourceConfig) -> Iterator[Record |
         for number, row in rows:
             last_row = number
             origin = Origin(source=source.name, file=file_slice.file, row=number)
-            yield (
-                _make_reject(origin, row.reason)
-                if isinstance(row, BrokenRow)
-                else parse_row(row, origin)
-            )
+            bad = isinstance(row, BrokenRow)
+            yield Reject.of(origin, row.reason) if bad else parse_row(row, origin)
     except BrokenFile as problem:
         origin = Origin(
             source=source.name, file=file_slice.file, row=last_row + 1 if last_row else 0
         )
         reason = f"the file cannot be read further: {problem}"
-        yield _make_reject(origin, reason, unreadable=True)
+        yield Reject.of(origin, reason, unreadable=True)
 
 
 def read_located_rows(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -70,7 +67,7 @@ def read_located_rows(paths: Sequence[str]) -> Iterator[tuple[str, dict[str, Any
     Raises:
         ConfigError: a path matches nothing, or a row or the rest of a file cannot be read.
     """
-    source = SourceConfig(name="questions", paths=tuple(paths), licence="only read")
+    source = SourceConfig(name="questions", paths=tuple(paths), license="only read")
     for file_slice in list_slices(source, WHOLE_FILE_MB):
         try:
             for number, row in read_raw_rows(file_slice, source):
@@ -117,76 +114,73 @@ def _group_by_column(rows: Iterable[NumberedRow], column: str) -> dict[Any, Numb
     return groups
 
 
-def _make_reject(origin: Origin, reason: str, *, unreadable: bool = False) -> Reject:
-    return Reject(
-        source=origin.source,
-        file=origin.file,
-        row=origin.row,
-        reason=reason,
-        unreadable=unreadable,
-    )
-
-
 def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[NumberedRow]:
     """Yield rows with their numbers. Raises BrokenFile after the last row that could be read."""
     if file_slice.format == "parquet":
         return _read_parquet(file_slice)
     chunks = read_chunks(file_slice.file, file_slice.start, file_slice.stop)
+    lines = text_lines(chunks, file_slice.encoding)
     match file_slice.format:
         case "jsonl":
-            return _read_json_lines(text_lines(chunks, file_slice.encoding), file_slice.first_row)
+            return _read_lines(lines, file_slice.first_row, _json_row)
         case "json":
-            return _read_json(chunks, file_slice)
-        case "csv" | "tsv":
-            delimiter = "," if file_slice.format == "csv" else "\t"
-            return _read_csv(text_lines(chunks, file_slice.encoding), delimiter)
+            return _read_json(chunks, file_slice.encoding)
+        case "csv":
+            return _read_csv(lines, delimiter=",")
+        case "tsv":
+            return _read_csv(lines, delimiter="\t")
         case "txt" if source.lines:
-            return _read_txt_lines(text_lines(chunks, file_slice.encoding), file_slice.first_row)
+            return _read_lines(lines, file_slice.first_row, _text_row)
         case "txt":
             return _read_txt(chunks, file_slice.encoding)
     raise AssertionError(file_slice.format)
 
 
-def _read_txt_lines(lines: Iterable[str | BrokenRow], first_row: int) -> Iterator[NumberedRow]:
+def _read_lines(
+    lines: Iterable[str | BrokenRow], first_row: int, parse: Callable[[str], RawRow | BrokenRow]
+) -> Iterator[NumberedRow]:
+    """One row per line; blank lines count, but are no rows."""
     for number, line in enumerate(lines, start=first_row):
         if isinstance(line, BrokenRow):
             yield number, line
         elif line.strip():
-            yield number, {"text": line}
+            yield number, parse(line)
+
+
+def _text_row(text: str) -> RawRow:
+    return {"text": text}
+
+
+def _json_row(line: str) -> RawRow | BrokenRow:
+    try:
+        return _require_object(_load_json(line))
+    except BrokenFile as problem:
+        return BrokenRow(str(problem))
+
+
+def _load_json(text: str) -> Any:
+    """Parse a JSON text, or raise BrokenFile with a message that does not quote it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BrokenFile(f"is not JSON from character {error.pos + 1} on") from None
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(f"is JSON that Python cannot hold ({type(error).__name__})") from None
+
+
+def _require_object(value: Any) -> RawRow | BrokenRow:
+    if isinstance(value, dict):
+        return value
+    return BrokenRow(f"row is {json_type(value)}, must be an object")
 
 
 def _read_txt(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
     data, encoding = read_all(chunks, encoding)
     text = decode(data, encoding)
-    yield 1, text if isinstance(text, BrokenRow) else {"text": text.removeprefix("\ufeff")}
+    yield 1, text if isinstance(text, BrokenRow) else _text_row(text.removeprefix("\ufeff"))
 
 
-def _read_json_lines(lines: Iterable[str | BrokenRow], first_row: int) -> Iterator[NumberedRow]:
-    for number, line in enumerate(lines, start=first_row):
-        if isinstance(line, BrokenRow):
-            yield number, line
-        elif line.strip():
-            yield number, _parse_json(line)
-
-
-def _parse_json(line: str) -> RawRow | BrokenRow:
-    try:
-        return _require_object(json.loads(line))
-    except json.JSONDecodeError as error:
-        return BrokenRow(f"is not JSON from character {error.pos + 1} on")
-    except (ValueError, RecursionError) as error:
-        return BrokenRow(f"is JSON that Python cannot hold ({type(error).__name__})")
-
-
-def _require_object(value: Any) -> RawRow | BrokenRow:
-    return (
-        value
-        if isinstance(value, dict)
-        else BrokenRow(f"row is {json_type(value)}, must be an object")
-    )
-
-
-def _read_json(chunks: Iterator[bytes], file_slice: FileSlice) -> Iterator[NumberedRow]:
+def _read_json(chunks: Iterator[bytes], encoding: str) -> Iterator[NumberedRow]:
     """Read an array of rows, loaded whole, or JSON lines in a file named .json."""
     head = b""
     for chunk in chunks:
@@ -197,18 +191,16 @@ def _read_json(chunks: Iterator[bytes], file_slice: FileSlice) -> Iterator[Numbe
             break
     chunks = chain([head], chunks)
     if _is_json_lines(head):
-        return _read_json_lines(text_lines(chunks, file_slice.encoding), 1)
-    return _read_json_array(chunks, file_slice.encoding)
+        return _read_lines(text_lines(chunks, encoding), 1, _json_row)
+    return _read_json_array(chunks, encoding)
 
 
 def _is_json_lines(head: bytes) -> bool:
-    lines = [line for line in head.split(b"\n")[: 2 * JSON_LINES_PROBE] if line.strip()][
-        :JSON_LINES_PROBE
-    ]
-    text = [decode(line, "utf-8") for line in lines]
+    lines = [line for line in head.split(b"\n")[: 2 * JSON_LINES_PROBE] if line.strip()]
+    texts = [decode(line, "utf-8") for line in lines[:JSON_LINES_PROBE]]
     return any(
-        isinstance(line, str) and isinstance(_parse_json(line.lstrip("\ufeff")), dict)
-        for line in text
+        isinstance(text, str) and isinstance(_json_row(text.lstrip("\ufeff")), dict)
+        for text in texts
     )
 
 
@@ -218,12 +210,7 @@ def _read_json_array(chunks: Iterable[bytes], encoding: str) -> Iterator[Numbere
     broken = isinstance(text, BrokenRow)
     if isinstance(text, BrokenRow):  # keep the rows without broken bytes
         text = data.decode(encoding, "surrogateescape")
-    try:
-        value = json.loads(text.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        raise BrokenFile(f"is not JSON from character {error.pos + 1} on") from None
-    except (ValueError, RecursionError) as error:
-        raise BrokenFile(f"is JSON that Python cannot hold ({type(error).__name__})") from None
+    value = _load_json(text.removeprefix("\ufeff"))
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
         if broken and _has_broken_bytes(row):
             yield number, BrokenRow(f"broken encoding (read as {encoding})")
@@ -238,43 +225,44 @@ def _has_broken_bytes(row: object) -> bool:
 
 def _read_csv(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[NumberedRow]:
     """Read CSV rows, numbered by row and not by line because cells may hold line breaks."""
+    rows = _csv_cells(lines, delimiter)
+    header = next(rows, [])
+    if isinstance(header, BrokenRow):
+        raise BrokenFile(f"the header {header.reason}")
+    if len(set(header)) < len(header):
+        raise BrokenFile("the header names a column twice")
+    for number, cells in enumerate(rows, start=1):
+        if isinstance(cells, BrokenRow):
+            yield number, cells
+        elif len(cells) != len(header):
+            yield number, BrokenRow(f"has {len(cells)} cells, the header {len(header)}")
+        else:
+            yield number, dict(zip(header, cells, strict=True))
+
+
+def _csv_cells(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[list[str] | BrokenRow]:
+    """Yield the cells of each row that is not blank."""
     broken: list[BrokenRow] = []  # undecodable lines of the current row
-    reader = csv.reader(_csv_lines(lines, broken), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    number = 0
+
+    def readable() -> Iterator[str]:
+        for line in lines:
+            if isinstance(line, BrokenRow):
+                broken.append(line)
+            yield "broken\n" if isinstance(line, BrokenRow) else line + "\n"
+
+    reader = csv.reader(readable(), delimiter=delimiter, strict=True)
     while True:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            cells, problem = [], BrokenRow(f"is not CSV: {error}")
-        else:
-            problem = None
+            cells = BrokenRow(f"is not CSV: {error}")
         if cells is None:
             return
-        problem = broken[0] if broken else problem
-        broken.clear()
-        if not cells and problem is None:
-            continue  # a blank line
-        if header is None:
-            if problem:
-                raise BrokenFile(f"the header {problem.reason}")
-            if len(set(cells)) < len(cells):
-                raise BrokenFile("the header names a column twice")
-            header = cells
-            continue
-        number += 1
-        if problem is None and len(cells) != len(header):
-            problem = BrokenRow(f"has {len(cells)} cells, the header {len(header)}")
-        yield number, problem or dict(zip(header, cells, strict=True))
-
-
-def _csv_lines(lines: Iterable[str | BrokenRow], broken: list[BrokenRow]) -> Iterator[str]:
-    for line in lines:
-        if isinstance(line, BrokenRow):
-            broken.append(line)
-            yield "broken\n"  # placeholder, so that the csv reader continues
-        else:
-            yield line + "\n"
+        if broken:
+            cells = broken[0]
+            broken.clear()
+        if cells:
+            yield cells
 
 
 def _read_parquet(file_slice: FileSlice) -> Iterator[NumberedRow]:

@@ -59,5 +59,10 @@ class Reject(Origin):
     malformed: bool = True  # False: a valid row set aside by a rule (deny-list, length)
     unreadable: bool = False  # the rest of the file cannot be read; its number of rows is unknown
 
+    @classmethod
+    def of(cls, origin: Origin, reason: str, **flags: bool) -> "Reject":
+        """Reject the row of `origin`."""
+        return cls(source=origin.source, file=origin.file, row=origin.row, reason=reason, **flags)
+
 
 Record = Document | Conversation | Preferences

@@ -66,7 +66,7 @@ class RowParser:
             )
         except MalformedRow as problem:
             malformed = not isinstance(problem, UnusableRow)
-            return Reject(reason=str(problem), malformed=malformed, **origin_fields)
+            return Reject.of(origin, str(problem), malformed=malformed)
 
     def _by_kind(self, row: RawRow) -> str | list[Message] | RankedAnswers:
         kind = self._kind(row) if self._source.kind == "auto" else self._source.kind

@@ -38,7 +38,7 @@ def prepare_chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedToke
     """Return a copy with a chat template (default ChatML) whose eos token ends a turn.
 
     A base tokenizer without a template may gain the ChatML tokens; its model then needs rows for
-    them, see models.vocabulary.replace_vocabulary.
+    them, see models.vocabulary_change.replace_vocabulary.
     """
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.chat_template is None:

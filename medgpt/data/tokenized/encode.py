@@ -13,6 +13,13 @@ from medgpt.data.sources.records import Conversation, Document, Message, Record,
 from medgpt.data.tokenized import chat_template
 from medgpt.data.tokenized.words import char_word_ids
 
+NOT_KEPT = "the chat template does not keep an answer from its prompt"
+
+TokenSpan = tuple[int, int]
+"""[start, end) in tokens."""
+Tokenized = tuple[NDArray[np.int32], list[TokenSpan]]
+"""(N,) ids of a conversation, and its assistant turns."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EncodedSample:
@@ -72,7 +79,7 @@ class DocumentEncoder:
         return [
             self._encode(batch, row, text)
             if text.strip() and batch["input_ids"][row]
-            else make_reject(record, "empty text")
+            else Reject.of(record, "empty text")
             for row, (record, text) in enumerate(zip(records, texts, strict=True))
         ]
 
@@ -90,17 +97,16 @@ class DocumentEncoder:
         return EncodedSample(input_ids=ids, targets=targets, word_ids=word_ids)
 
 
-class ConversationEncoder:
-    """Encodes conversations for fine-tuning with the chat template.
+class ChatEncoder:
+    """Base class: checks that the chat template can render a record, and tokenizes its text.
 
-    Targets are the assistant's turns with their end tokens. A conversation longer than `max_length`
-    tokens loses its oldest exchanges, never its system message.
+    A subclass overrides `__call__` or `encode_batch`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+        """Raises ConfigError if generation would see other prompts than training."""
         chat_template.check_prompts_are_prefixes(tokenizer)
-        self._tokenizer = tokenizer
-        self._max_length = max_length
+        self._tokenizer, self._max_length = tokenizer, max_length
         self._end = chat_template.end_of_turn_token(tokenizer)
         self._control_tokens = chat_template.control_tokens(tokenizer)
         self._accepts_system_message = chat_template.accepts_system_message(tokenizer)
@@ -109,89 +115,89 @@ class ConversationEncoder:
         return self.encode_batch([record])[0]
 
     def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
-        results: dict[int, EncodedSample | Reject] = {}
-        pending: dict[int, Conversation] = {}
-        for i, record in enumerate(records):
-            reason = self._reject_reason(record)
-            if reason is None:
-                assert isinstance(record, Conversation)
-                pending[i] = record
-            else:
-                results[i] = make_reject(record, reason)
-        num_messages = {i: len(conversation.messages) for i, conversation in pending.items()}
-        while pending:  # encode again those that lost an exchange
-            shorter = {}
-            for i, result in zip(pending, self._encode_all(list(pending.values())), strict=True):
-                if isinstance(result, Conversation):
-                    shorter[i] = result
-                elif isinstance(result, EncodedSample):
-                    num_truncated = num_messages[i] - len(pending[i].messages)
-                    results[i] = replace(result, num_truncated_turns=num_truncated)
-                else:
-                    results[i] = result
-            pending = shorter
-        return [results[i] for i in range(len(records))]
+        return [self(record) for record in records]
 
-    def _reject_reason(self, record: Record) -> str | None:
-        if not isinstance(record, Conversation):
-            kind = type(record).__name__.lower()
-            return f"{kind} where a conversation is needed"
-        reason = conversation_error(record.messages)
-        if reason is not None:
+    def reject_reason(self, messages: Sequence[Message]) -> str | None:
+        """Return why messages that end with the assistant cannot be encoded, or None."""
+        if (reason := conversation_error(messages)) is not None:
             return reason
-        if record.messages[0].role == "system" and not self._accepts_system_message:
+        if messages[0].role == "system" and not self._accepts_system_message:
             return "the chat template takes no system message"
         for token in self._control_tokens:
-            if any(token in message.content for message in record.messages):
+            if any(token in message.content for message in messages):
                 return f"a message contains the control token {token}"
         return None
 
-    def _encode_all(
-        self, conversations: list[Conversation]
-    ) -> list[EncodedSample | Reject | Conversation]:
-        """Encode each conversation; return one that is too long without its oldest exchanges."""
-        messages = [conversation.messages for conversation in conversations]
-        rendered = chat_template.render_with_answer_spans(self._tokenizer, messages, self._end)
+    def tokenize(self, conversations: Sequence[Sequence[Message]]) -> list[Tokenized | None]:
+        """Return ids and assistant turns of each conversation, or None for a conversation whose
+        answers the template does not render as continuations of their prompts."""
+        rendered = chat_template.render_with_answer_spans(self._tokenizer, conversations, self._end)
         batch = self._tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
             return_attention_mask=False,
             verbose=False,
         )
-        return [
-            self._encode(conversation, batch, row, spans)
-            for row, (conversation, (_, spans)) in enumerate(
-                zip(conversations, rendered, strict=True)
-            )
-        ]
+        results = []
+        for row, (messages, (_, spans)) in enumerate(zip(conversations, rendered, strict=True)):
+            turns = [turn for span in spans if (turn := _token_span(batch, row, span)) is not None]
+            complete = len(turns) == sum(message.role == "assistant" for message in messages)
+            ids = np.array(batch["input_ids"][row], dtype=np.int32)
+            results.append((ids, turns) if complete else None)
+        return results
+
+
+class ConversationEncoder(ChatEncoder):
+    """Encodes conversations for fine-tuning.
+
+    Targets are the assistant's turns with their end tokens. A conversation longer than `max_length`
+    tokens loses its oldest exchanges, never its system message.
+    """
+
+    def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
+        results: dict[int, EncodedSample | Reject] = {}
+        pending: dict[int, Conversation] = {}
+        for i, record in enumerate(records):
+            if not isinstance(record, Conversation):
+                kind = type(record).__name__.lower()
+                results[i] = Reject.of(record, f"{kind} where a conversation is needed")
+            elif (reason := self.reject_reason(record.messages)) is not None:
+                results[i] = Reject.of(record, reason)
+            else:
+                pending[i] = record
+        num_messages = {i: len(conversation.messages) for i, conversation in pending.items()}
+        while pending:  # encode again those that lost an exchange
+            tokenized = self.tokenize([conversation.messages for conversation in pending.values()])
+            shorter = {}
+            for (i, conversation), tokens in zip(pending.items(), tokenized, strict=True):
+                result = self._encode(conversation, tokens)
+                if isinstance(result, Conversation):
+                    shorter[i] = result
+                elif isinstance(result, EncodedSample):
+                    num_truncated = num_messages[i] - len(conversation.messages)
+                    results[i] = replace(result, num_truncated_turns=num_truncated)
+                else:
+                    results[i] = result
+            pending = shorter
+        return [results[i] for i in range(len(records))]
 
     def _encode(
-        self,
-        conversation: Conversation,
-        batch: BatchEncoding,
-        row: int,
-        spans: list[chat_template.CharSpan],
+        self, conversation: Conversation, tokens: Tokenized | None
     ) -> EncodedSample | Reject | Conversation:
-        ids = np.array(batch["input_ids"][row], dtype=np.int32)
-        turns = [tokens for span in spans if (tokens := token_span(batch, row, span)) is not None]
-        if len(turns) < sum(message.role == "assistant" for message in conversation.messages):
-            return make_reject(
-                conversation, "the chat template does not keep an answer from its prompt"
-            )
+        """Encode a conversation, or return it without its oldest exchanges if it is too long."""
+        if tokens is None:
+            return Reject.of(conversation, NOT_KEPT)
+        ids, turns = tokens
         excess = len(ids) - self._max_length
         if excess > 0:
             if len(turns) == 1:
                 reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
-                return make_reject(conversation, reason, malformed=False)
+                return Reject.of(conversation, reason, malformed=False)
             # lower bound: removing an exchange frees at most the tokens up to its end
-            candidates = [k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess]
-            return _drop_oldest_exchanges(
-                conversation, candidates[0] if candidates else len(turns) - 1
-            )
-        targets = np.zeros(len(ids), dtype=np.bool_)
-        for start, stop in turns:
-            targets[start:stop] = True
-        return EncodedSample(input_ids=ids, targets=targets)
+            enough = (k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess)
+            shorter = drop_exchanges(conversation.messages, next(enough, len(turns) - 1))
+            return replace(conversation, messages=shorter)
+        return EncodedSample(input_ids=ids, targets=target_mask(len(ids), turns))
 
 
 def conversation_error(messages: Sequence[Message]) -> str | None:
@@ -210,9 +216,21 @@ def conversation_error(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def token_span(
-    batch: BatchEncoding, row: int, span: chat_template.CharSpan
-) -> tuple[int, int] | None:
+def target_mask(length: int, turns: Sequence[TokenSpan]) -> NDArray[np.bool_]:
+    """Return (length,) True inside the turns."""
+    mask = np.zeros(length, dtype=np.bool_)
+    for start, stop in turns:
+        mask[start:stop] = True
+    return mask
+
+
+def drop_exchanges(messages: tuple[Message, ...], num: int) -> tuple[Message, ...]:
+    """Remove the oldest `num` pairs of question and answer, but not the system message."""
+    num_system = int(messages[0].role == "system")
+    return messages[:num_system] + messages[num_system + 2 * num :]
+
+
+def _token_span(batch: BatchEncoding, row: int, span: chat_template.CharSpan) -> TokenSpan | None:
     """Return the token span of a character span, or None if its first token starts before it."""
     first, last = (batch.char_to_token(row, char) for char in (span[0], span[1] - 1))
     if first is None or last is None:
@@ -221,20 +239,7 @@ def token_span(
     return (first, last + 1) if first_chars is not None and first_chars.start == span[0] else None
 
 
-def _drop_oldest_exchanges(conversation: Conversation, num_pairs: int) -> Conversation:
-    """Remove the oldest `num_pairs` exchanges."""
-    num_system = int(conversation.messages[0].role == "system")
-    remaining = conversation.messages[num_system + 2 * num_pairs :]
-    return replace(conversation, messages=conversation.messages[:num_system] + remaining)
-
-
 def _record_text(record: Record) -> str:
     if isinstance(record, Document):
         return record.text
     return "\n".join(message.content.strip() for message in record.messages)
-
-
-def make_reject(record: Record, reason: str, *, malformed: bool = True) -> Reject:
-    return Reject(
-        source=record.source, file=record.file, row=record.row, reason=reason, malformed=malformed
-    )

@@ -1,5 +1,6 @@
 """Counts what became of every row, and raises errors when too many were bad."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,7 @@ def sum_by_source(
     source_counts = {source.name: RowCounts() for source in config.sources}
     for file_slice, counts in zip(slices, slice_counts, strict=True):
         source_counts[file_slice.source].add(counts)
-    num_slices = Counter(unit.source for unit in slices)
+    num_slices = Counter(file_slice.source for file_slice in slices)
     for name, counts in source_counts.items():
         num_samples = counts.train + counts.validation
         assert counts.rows == num_samples + sum(counts.set_aside.values()), (
@@ -90,7 +91,7 @@ def _refuse_unreadable(name: str, counts: RowCounts, total: int, limit: float) -
             f"data.sources {name}: {len(unreadable)} of {total} pieces of files cannot be read to "
             f"their end: {'; '.join(unreadable[:NUM_SHOWN])}. Restore or remove the files; to "
             f"train on the rest, raise data.max_malformed_share={limit} to "
-            f"{_ceil_percent(len(unreadable) / total)}"
+            f"{math.ceil(100 * len(unreadable) / total) / 100}"
         )
 
 
@@ -103,14 +104,9 @@ def _refuse_malformed(name: str, counts: RowCounts, limit: float, rejected_url: 
         )
 
 
-def _ceil_percent(share: float) -> float:
-    """Round a share up to whole percents."""
-    return -(-share * 100 // 1) / 100
-
-
 def refuse_empty(source_counts: Mapping[str, RowCounts], config: DataConfig) -> None:
     """Raise ConfigError if no row is left to train on, or none of a source with a weight."""
-    if not sum(account.train for account in source_counts.values()):
+    if not sum(counts.train for counts in source_counts.values()):
         reasons: Counter[str] = Counter()
         for counts in source_counts.values():
             reasons.update(counts.set_aside)

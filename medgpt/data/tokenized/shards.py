@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import uuid4
 
@@ -69,20 +68,15 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         try:
-            if kind is None:
+            if exception == (None, None, None):
                 self._finish()
         finally:
             if self.writer is not None:
                 self.writer.close()
             self.partial.unlink(missing_ok=True)
-            self.stack.__exit__(kind, error, trace)
+            self.stack.__exit__(*exception)
 
     def add(
         self, encoded: "EncodedSample", *, content_hash: str, source: int, origin: Origin

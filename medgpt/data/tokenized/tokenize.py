@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
-import xxhash
 
 from medgpt.artifacts import MANIFEST, FileEntry, Folder, commit, committed
 from medgpt.config.base import ConfigError
@@ -29,14 +28,14 @@ from medgpt.data.sources.inputs import (
     describe_changes,
     file_digest,
     file_stamp,
-    fingerprint_entries,
     input_files,
 )
 from medgpt.data.sources.readers import read_slice
-from medgpt.data.sources.records import Document, Preferences, Record, Reject
+from medgpt.data.sources.records import Record, Reject
 from medgpt.data.tokenized.index import num_chunks
 from medgpt.data.tokenized.row_counts import RowCounts, refuse_empty, sum_by_source
 from medgpt.data.tokenized.shards import ShardWriter, read_index, write_index
+from medgpt.data.tokenized.split import content_hash, is_validation
 
 if TYPE_CHECKING:
     from medgpt.data.tokenized.encode import EncodedSample  # imports transformers
@@ -81,10 +80,12 @@ def tokenize_sources(
     slices = list_all_slices(job.config)
     stamps = prepare_folders(job)
     results = finished_slices(job)
-    _run_tasks(job, slices, results, data_cpus=data_cpus, on_progress=on_progress)
-    return commit_shards(
-        job, slices, [results[n] for n in range(len(slices))], stamps, started_at=started_at
-    )
+    unfinished = {n: slices[n] for n in range(len(slices)) if n not in results}
+    for number, result in _run_tasks(job, unfinished, data_cpus):
+        results[number] = result
+        on_progress(len(results), len(slices))
+    ordered = [results[n] for n in range(len(slices))]
+    return commit_shards(job, slices, ordered, stamps, started_at=started_at)
 
 
 def list_all_slices(config: DataConfig) -> list[FileSlice]:
@@ -95,7 +96,7 @@ def list_all_slices(config: DataConfig) -> list[FileSlice]:
     files = [file for source in config.sources for file in list_files(source)]
     total_mb = sum(file_size(file) for file in files) >> 20
     slice_mb = min(config.shard_mb, max(1, total_mb // MIN_SLICES))
-    return [unit for source in config.sources for unit in list_slices(source, slice_mb)]
+    return [item for source in config.sources for item in list_slices(source, slice_mb)]
 
 
 def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
@@ -121,8 +122,11 @@ def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
             "it, choose another run.dir, or set run.allow_changes=true to tokenize it again"
         )
     if not changes and (manifest := committed(folder)):
-        source_counts = {name: _row_counts(source) for name, source in manifest["sources"].items()}
-        refuse_empty(source_counts, job.config)  # weights may have changed since
+        counts = {
+            name: RowCounts(**{key: source[key] for key in vars(RowCounts())})
+            for name, source in manifest["sources"].items()
+        }
+        refuse_empty(counts, job.config)  # weights may have changed since
         return manifest
     return None
 
@@ -159,17 +163,12 @@ def finished_slices(job: TokenizeJob) -> dict[int, dict[str, Any]]:
 
 
 def _run_tasks(
-    job: TokenizeJob,
-    slices: Sequence[FileSlice],
-    results: dict[int, dict[str, Any]],
-    *,
-    data_cpus: float,
-    on_progress: Callable[[int, int], None],
-) -> None:
-    """Tokenize the unfinished slices with Ray Data and add their results."""
-    tasks = [{"number": n, **asdict(unit)} for n, unit in enumerate(slices) if n not in results]
-    if not tasks:
+    job: TokenizeJob, slices: Mapping[int, FileSlice], data_cpus: float
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Tokenize slices with Ray Data; yields their numbers and results."""
+    if not slices:
         return
+    tasks = [{"number": number, **asdict(file_slice)} for number, file_slice in slices.items()]
     ray.data.DataContext.get_current().custom_execution_callback_classes = [ThrottleIdleLoop]
     dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(
         partial(tokenize_task, job=job), num_cpus=data_cpus
@@ -178,8 +177,7 @@ def _run_tasks(
         result = json.loads(row["result"])
         if "refused" in result:
             raise ConfigError(result["refused"])
-        results[row["number"]] = result
-        on_progress(len(results), len(slices))
+        yield row["number"], result
 
 
 def tokenize_task(task: dict[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
@@ -194,8 +192,8 @@ def tokenize_task(task: dict[str, Any], *, job: TokenizeJob) -> dict[str, Any]:
 
 def tokenize_slice(file_slice: FileSlice, number: int, *, job: TokenizeJob) -> dict[str, Any]:
     """Read, clean, tokenize and write one slice; returns row counts, files and digest as JSON."""
-    source_numbers = {source.name: i for i, source in enumerate(job.config.sources)}
-    source = job.config.sources[source_numbers[file_slice.source]]
+    names = [source.name for source in job.config.sources]
+    source = job.config.sources[source_number := names.index(file_slice.source)]
     folder = Folder(job.data_url)
     counts, rejects = RowCounts(), []
     items = _encode_records(
@@ -210,17 +208,13 @@ def tokenize_slice(file_slice: FileSlice, number: int, *, job: TokenizeJob) -> d
                 continue
             record, encoded = item
             content = content_hash(record)
-            held_out = is_validation(split_key(record, content), job.config.validation_share)
+            held_out = is_validation(record, content, job.config.validation_share)
             counts.count_sample(record, encoded, is_validation=held_out)
             (validation if held_out else train).add(
-                encoded,
-                content_hash=content,
-                source=source_numbers[file_slice.source],
-                origin=record,
+                encoded, content_hash=content, source=source_number, origin=record
             )
     if rejects:
-        lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in rejects]
-        Folder(job.rejected_url).write_text(f"unit-{number:05d}.jsonl", "".join(lines))
+        Folder(job.rejected_url).write_jsonl(f"unit-{number:05d}.jsonl", map(asdict, rejects))
     result = {
         "account": asdict(counts),
         "files": [asdict(file) for file in train.files + validation.files],
@@ -240,32 +234,6 @@ def _encode_records(
         yield from (x for x in checked if isinstance(x, Reject))
         for record, encoded in zip(records, encode(records), strict=True):
             yield encoded if isinstance(encoded, Reject) else (record, encoded)
-
-
-def content_hash(record: Record) -> str:
-    """Return a hash of the content as 32 hexadecimal characters, independent of file and row."""
-    if isinstance(record, Document):
-        text = record.text
-    else:
-        content: list[Any] = [(m.role, m.content) for m in record.messages]
-        if isinstance(record, Preferences):
-            answers = [[(m.role, m.content) for m in answer] for answer in record.answers]
-            content = [len(record.prompt), content, answers, record.grades]
-        text = json.dumps(content, ensure_ascii=False)
-    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
-
-
-def split_key(record: Record, content: str) -> str:
-    """Return the hash that decides the split: preferences about one prompt stay together."""
-    if not isinstance(record, Preferences):
-        return content
-    prompt = json.dumps([(m.role, m.content) for m in record.prompt], ensure_ascii=False)
-    return xxhash.xxh3_128_hexdigest(prompt.encode("utf-8", "surrogatepass"))
-
-
-def is_validation(content: str, share: float) -> bool:
-    """Whether the hash falls into the validation split; equal contents are never separated."""
-    return int(content[:8], 16) < share * 2**32
 
 
 def commit_shards(
@@ -294,20 +262,20 @@ def commit_shards(
         shards = [file.name for file in files if file.name.startswith(f"{split}-")]
         files += write_index(folder, split, shards)
     totals = {split: _count_tokens(folder, split, job) for split in SPLITS}
-    digests = {u.file: r["digest"] for u, r in zip(slices, results, strict=True) if r["digest"]}
+    digests = {s.file: r["digest"] for s, r in zip(slices, results, strict=True) if r["digest"]}
     digests |= {file: file_digest(file) for file in stamps if file not in digests}  # deny-lists
     commit(
         folder,
         files,
         sources={
             source.name: {
-                "licence": source.licence,
+                "licence": source.license,
                 "sensitive": source.sensitive,
                 **asdict(source_counts[source.name]),
             }
             for source in job.config.sources
         },
-        inputs=fingerprint_entries(stamps, digests),
+        inputs=[{"file": f, "stamp": stamp, "xxh128": digests[f]} for f, stamp in stamps.items()],
         encoding=job.encoding,
         config=_tokenization_settings(job.config),
         time_s=time.monotonic() - started_at,
@@ -322,11 +290,10 @@ def commit_shards(
 
 def _tokenization_settings(config: DataConfig) -> dict[str, Any]:
     """Return the settings that affect the content of the shards."""
-    return config.model_dump(mode="json", exclude=IGNORED_SETTINGS)
-
-
-def _row_counts(source: Mapping[str, Any]) -> RowCounts:
-    return RowCounts(**{n: v for n, v in source.items() if n not in ("licence", "sensitive")})
+    settings = config.model_dump(mode="json", exclude=IGNORED_SETTINGS)
+    for source in settings["sources"]:
+        source["licence"] = source.pop("license")  # as manifests of earlier versions spell it
+    return settings
 
 
 def _count_tokens(folder: Folder, split: str, job: TokenizeJob) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from medgpt.config.reply_tasks import GenerationConfig
 from medgpt.data.sources.readers import read_records
 from medgpt.data.sources.records import Conversation
 from medgpt.data.sources.sampling import draw_subset, hash_texts
-from medgpt.eval.requests import Generate, GenerateResponse, Prompt, Response
+from medgpt.eval.requests import Generate, Prompt, Response, reply_texts
 from medgpt.eval.stats import Interval
 from medgpt.eval.task import ItemResult, rules_digest
 from medgpt.eval.tasks import text_metrics
@@ -34,12 +34,10 @@ class GenerationTask:
         self.name, self._config = config.name, config
         self.sensitive = config.sensitive or any(source.sensitive for source in config.sources)
         items = self._read_conversations()
-        self._items = draw_subset(
-            ((key, (key, item)) for key, item in items.items()), config.limit, seed
-        )
-        self.template = (
-            f"generation-1-{config.prompt}-{config.max_new_tokens}-jieba-{jieba.__version__}"
-        )
+        keys = draw_subset(((key, key) for key in items), config.limit, seed)
+        self._items = [(key, items[key]) for key in keys]
+        words = f"jieba-{jieba.__version__}"
+        self.template = f"generation-1-{config.prompt}-{config.max_new_tokens}-{words}"
         self.rules = rules_digest(text_metrics)
         self.data_hash = hash_texts(*(repr(item) for item in self._items))
 
@@ -72,7 +70,7 @@ class GenerationTask:
         return "".join(f"{message.content}\n" for message in messages)
 
     def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
-        answers = self._answers(responses)
+        answers = [reply_texts(responses[key])[0] for key, _ in self._items]
         references = [item.messages[-1].content for _, item in self._items]
         return [
             ItemResult(
@@ -89,15 +87,6 @@ class GenerationTask:
 
     def corpus_scores(self, items: Sequence[ItemResult], seed: int) -> dict[str, Interval]:
         """Return BLEU and Distinct, which are no means over answers."""
-        scores = {
-            m: corpus_score(m, [item.counts for item in items], seed) for m in self.corpus_metrics
-        }
+        counts = [item.counts for item in items]
+        scores = {metric: corpus_score(metric, counts, seed) for metric in self.corpus_metrics}
         return {metric: score for metric, score in scores.items() if score is not None}
-
-    def _answers(self, responses: Mapping[str, Response]) -> list[str]:
-        answers = []
-        for key, _ in self._items:
-            response = responses[key]
-            assert isinstance(response, GenerateResponse)
-            answers.append(response.texts[0])
-        return answers

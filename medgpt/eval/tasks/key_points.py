@@ -3,10 +3,16 @@
 from collections.abc import Mapping
 
 from medgpt.config.reply_tasks import KeyPointsConfig
-from medgpt.data.sources.sampling import draw_subset, hash_texts
-from medgpt.eval.requests import Generate, GenerateResponse, Prompt, Request, Response, repr_as
-from medgpt.eval.task import ItemResult, MetricValue, rules_digest
-from medgpt.eval.tasks.prompts import as_prompt
+from medgpt.data.sources.sampling import draw_subset
+from medgpt.eval.requests import (
+    Generate,
+    Prompt,
+    Request,
+    Response,
+    as_prompt,
+    reply_texts,
+)
+from medgpt.eval.task import ItemResult, MetricValue, questions_hash, rules_digest
 from medgpt.medical import statements
 from medgpt.medical.key_points import KeyPointQuestion, read_key_point_questions
 from medgpt.medical.statements import states_key_points
@@ -33,9 +39,7 @@ class KeyPointsTask:
         sampling = f"-{config.samples}-at-{config.temperature:g}" if config.samples else ""
         self.template = f"key-points-1-{config.prompt}-{config.max_new_tokens}{sampling}"
         self.rules = rules_digest(statements)
-        self.data_hash = hash_texts(
-            *(repr_as("Question", question) for question in self._questions)
-        )
+        self.data_hash = questions_hash(self._questions)
 
     def requests(self) -> list[Request]:
         config, requests = self._config, []
@@ -60,7 +64,7 @@ class KeyPointsTask:
     def _grade_question(
         self, question: KeyPointQuestion, responses: Mapping[str, Response]
     ) -> ItemResult:
-        (greedy,) = _reply_texts(responses[question.id])
+        (greedy,) = reply_texts(responses[question.id])
         is_stated = states_key_points(greedy, question.key_points)
         passed = all(is_stated)
         values: dict[str, MetricValue] = {
@@ -68,26 +72,17 @@ class KeyPointsTask:
             "stated": (float(sum(is_stated)), float(len(is_stated))),
         }
         if self._config.samples:
-            sampled_answers = _reply_texts(responses[f"{question.id}-samples"])
-            samples_passed = [
-                all(states_key_points(text, question.key_points)) for text in sampled_answers
-            ]
+            samples = reply_texts(responses[f"{question.id}-samples"])
+            samples_passed = [all(states_key_points(s, question.key_points)) for s in samples]
             values["sampled_passed"] = float(all(samples_passed))
             values["sampled_share"] = (float(sum(samples_passed)), float(len(samples_passed)))
             passed = passed and all(samples_passed)
         values["passed"] = float(passed)
-        checklist = [
-            f"{'✓' if ok else '✗'} {q[0]}"
-            for q, ok in zip(question.key_points, is_stated, strict=True)
-        ]
+        ticks = ("✓" if stated else "✗" for stated in is_stated)
+        checklist = [f"{t} {p[0]}" for t, p in zip(ticks, question.key_points, strict=True)]
         return ItemResult(
             question.id,
             values,
             {"kind": question.kind} | ({"topic": question.topic} if question.topic else {}),
             {"question": question.prompt, "answer": greedy, "key points": "   ".join(checklist)},
         )
-
-
-def _reply_texts(response: Response) -> list[str]:
-    assert isinstance(response, GenerateResponse)
-    return response.texts

@@ -1,6 +1,5 @@
 """Multiple choice, by the likelihood of letters or options or by generated replies."""
 
-import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -11,7 +10,6 @@ from medgpt.config.evaluation import McqConfig
 from medgpt.data.sources.readers import read_located_rows
 from medgpt.data.sources.records import Message
 from medgpt.data.sources.sampling import draw_subset
-from medgpt.data.tokenized.words import HAN
 from medgpt.eval.requests import (
     Generate,
     GenerateResponse,
@@ -26,6 +24,7 @@ from medgpt.eval.task import NO_RULES, ItemResult, MetricValue, rules_digest
 from medgpt.eval.tasks import mcq_parsing
 from medgpt.eval.tasks.mcq_formats import SUBJECT_FILES, McqQuestion, read_mcq_questions
 from medgpt.eval.tasks.mcq_parsing import parse_mcq_reply
+from medgpt.medical.text import script_language
 
 PROMPT_WORDS = {
     "zh": {
@@ -47,7 +46,6 @@ PROMPT_WORDS = {
         "ask": 'Reply with "Answer:" and the letter of your choice.',
     },
 }
-HAN_CHARACTER = re.compile(f"[{HAN}]")
 CandidatesByLetters = dict[str, str]
 """Letters of a possible answer -> text that the model is scored on."""
 
@@ -88,26 +86,21 @@ class McqTask:
 
     def _read_questions(self, paths: Sequence[str]) -> list[McqQuestion]:
         questions = read_mcq_questions(self.config.layout, read_located_rows(paths))
-        multiple_values = {"all": (False, True), "one": (False,), "several": (True,)}[
-            self.config.answers
-        ]
-        if questions_of_type := [
-            question for question in questions if question.multiple in multiple_values
-        ]:
-            return questions_of_type
+        kinds = {"all": (False, True), "one": (False,), "several": (True,)}[self.config.answers]
+        if questions := [question for question in questions if question.multiple in kinds]:
+            return questions
         raise ConfigError(f"no question in paths fits answers={self.config.answers}; use all")
 
     def _draw_examples(self, seed: int) -> dict[str, list[McqQuestion]]:
         """Return solved examples by subject; the subject is "" if files are not subjects."""
         if not self.config.shots:
             return {}
-        question_ids = {question.id for question in self.questions}
-        candidates = [
-            q for q in self._read_questions(self.config.shots_paths) if q.id not in question_ids
-        ]
+        candidates = {q.id: q for q in self._read_questions(self.config.shots_paths)}
+        for question in self.questions:
+            candidates.pop(question.id, None)
         examples = {}
         for subject in dict.fromkeys(map(self._subject, self.questions)):
-            pool = [(q.id, q) for q in candidates if self._subject(q) == subject]
+            pool = [(id, q) for id, q in candidates.items() if self._subject(q) == subject]
             if len(pool) < self.config.shots:
                 about = f" on {subject}" if subject else ""
                 raise ConfigError(
@@ -136,41 +129,32 @@ class McqTask:
         if not question.multiple:
             return {letter: space + letter for letter in question.options}
         # a set ends with a newline: without it, the shortest set would be the likeliest
-        set_sizes = range(2, len(question.options) + 1)
-        sets = (
-            "".join(letters)
-            for count in set_sizes
-            for letters in combinations(question.options, count)
-        )
+        sizes = range(2, len(question.options) + 1)
+        sets = ("".join(letters) for n in sizes for letters in combinations(question.options, n))
         return {letters: f"{space}{letters}\n" for letters in sets}
 
     def _prompt(self, question: McqQuestion) -> Prompt:
-        words, is_plain = self._prompt_words(question), self.config.prompt == "plain"
-        questions = [*self.examples.get(self._subject(question), ()), question]
-        question_texts = [self._question_text(turn, words) for turn in questions]
-        if is_plain:
-            solved = zip(
-                question_texts, (self._answer_text(turn, words) for turn in questions), strict=True
-            )
-            *before, last = [(text + words["answer"], answer) for text, answer in solved]
-            return "".join(text + answer + "\n\n" for text, answer in before) + last[0]
+        words = self._prompt_words(question)
+        examples = self.examples.get(self._subject(question), ())
+        solved = [(self._question_text(q, words), self._answer_text(q, words)) for q in examples]
+        text = self._question_text(question, words)
+        if self.config.prompt == "plain":
+            shots = "".join(f"{shot}{words['answer']}{answer}\n\n" for shot, answer in solved)
+            return shots + text + words["answer"]
         instruction = words["ask"] if self.config.scoring == "generation" else ""
-        messages = [Message("user", text + instruction) for text in question_texts]
-        answers = [
-            Message("assistant", self._answer_text(each, words).strip()) for each in questions
-        ]
-        pairs = zip(messages, answers, strict=True)
-        return tuple(message for pair in pairs for message in pair)[:-1]
+        messages: list[Message] = []
+        for shot, answer in solved:
+            messages.append(Message("user", shot + instruction))
+            messages.append(Message("assistant", answer.strip()))
+        return (*messages, Message("user", text + instruction))
 
     def _question_text(self, question: McqQuestion, words: Mapping[str, str]) -> str:
         context = f"{words['context']}{question.context}\n" if question.context else ""
         text = f"{context}{words['question']}{question.text}\n"
         if self.config.scoring == "option":
             return text
-        option_lines = "".join(
-            f"{letter}. {option}\n" for letter, option in question.options.items()
-        )
-        return words["some" if question.multiple else "one"] + text + option_lines
+        options = "".join(f"{letter}. {text}\n" for letter, text in question.options.items())
+        return words["some" if question.multiple else "one"] + text + options
 
     def _answer_text(self, question: McqQuestion, words: Mapping[str, str]) -> str:
         if self.config.scoring == "option":
@@ -179,9 +163,8 @@ class McqTask:
         return (prefix if self.config.prompt == "chat" else "") + words["space"] + question.answer
 
     def _prompt_words(self, question: McqQuestion) -> Mapping[str, str]:
-        if self.config.language != "auto":
-            return PROMPT_WORDS[self.config.language]
-        return PROMPT_WORDS["zh" if HAN_CHARACTER.search(question.text) else "en"]
+        language = self.config.language
+        return PROMPT_WORDS[script_language(question.text) if language == "auto" else language]
 
     # ---- grading ----
 

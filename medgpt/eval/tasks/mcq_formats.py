@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -47,10 +47,12 @@ def read_mcq_questions(layout: str, rows: Iterable[tuple[str, RawRow]]) -> list[
     questions: dict[str, McqQuestion] = {}
     places: dict[str, str] = {}
     rows = list(rows)
-    parse_row = LAYOUTS[layout](rows)
+    parse_row = LAYOUTS[layout]
+    if layout == "medmcqa":
+        parse_row = medmcqa([row for _, row in rows]).parse
     for place, row in rows:
         try:
-            parsed_row = parse_row(row)
+            parsed_row = parse_row(row, place)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ConfigError(
                 f"{place} does not fit layout={layout} ({type(error).__name__}: {error}); its "
@@ -104,7 +106,8 @@ def _check_question(parsed_row: ParsedRow, place: str) -> McqQuestion:
 
 # ---- helpers of the layouts ----
 
-RowParser = Callable[[RawRow], ParsedRow]
+RowParser = Callable[[RawRow, str], ParsedRow]
+"""(row, place) -> the fields of its question."""
 OPTION_LINE = re.compile(r"^\s*[(（]?([A-J])\s*(?:[)）.．、:：]|\s)\s*", re.MULTILINE)
 
 
@@ -121,6 +124,13 @@ def split_option_lines(text: str) -> dict[str, str]:
     return {m[1]: text[m.end() : end] for m, end in zip(first_lines, ends, strict=False)}
 
 
+def options_by_letter(options: str | Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Return {letter: text} of options given as lines, as a list or by letter."""
+    if isinstance(options, str):
+        return split_option_lines(options)
+    return dict(options if isinstance(options, Mapping) else zip(LETTERS, options, strict=False))
+
+
 def answer_letters(text: str) -> str:
     """Return `ACD` for `(A)(C)(D)`, `A,C,D` or `ACD`."""
     if re.sub(r"[A-J\s,、()（）]", "", text):
@@ -128,154 +138,118 @@ def answer_letters(text: str) -> str:
     return re.sub(r"[^A-J]", "", text)
 
 
-def letter_options(options: Sequence[str]) -> dict[str, str]:
-    return dict(zip(LETTERS, options, strict=False))
-
-
-def _slices(row: RawRow, **columns: str) -> dict[str, str]:
+def _slices(row: RawRow, columns: Mapping[str, str]) -> dict[str, str]:
     """Return {slice: value} for the columns that the row has."""
     return {name: str(row[column]) for name, column in columns.items() if row.get(column)}
 
 
-# ---- the layouts ----
+@dataclass(frozen=True)
+class Layout:
+    """A layout that is described by the names of its columns."""
+
+    question: str
+    options: str | tuple[str, ...]  # one column, or one per option
+    answer: str  # letters, or a number
+    id: str | None = None
+    first_number: int | None = None  # of the first option, if the answer is a number
+    slices: Mapping[str, str] = field(default_factory=dict)  # slice -> column
+
+    def parse(self, row: RawRow, place: str) -> ParsedRow:
+        columns = self.options
+        options = row[columns] if isinstance(columns, str) else [row[name] for name in columns]
+        return ParsedRow(
+            row[self.question],
+            options_by_letter(options),
+            self._answer(row[self.answer]),
+            multiple=None if self.first_number is None else False,
+            id=str(row[self.id]) if self.id else None,
+            slices=_slices(row, self.slices),
+        )
+
+    def _answer(self, answer: Any) -> str:
+        if self.first_number is None:
+            return answer_letters(answer)
+        number = int(answer) - self.first_number
+        if number < 0:
+            raise ValueError("the answer is below the first number; test sets have no answers")
+        return LETTERS[number]
 
 
-def sample(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """id, question, options {letter: text}, answer (letters), department: medgpt's sample corpus"""
-    return lambda row: ParsedRow(
-        row["question"],
-        dict(row["options"]),
-        answer_letters(row["answer"]),
-        id=str(row["id"]),
-        slices=_slices(row, department="department"),
-    )
+# ---- the layouts: medgpt/eval/README.md lists their columns ----
+# On GitHub: williamliujl/CMExam, jind11/MedQA, medmcqa/medmcqa, FreedomIntelligence/CMB,
+# pubmedqa/pubmedqa, thu-coai/SafetyBench, haonan-li/CMMLU, hkust-nlp/ceval.
+
+CMEXAM_SLICES = {
+    "department": "Clinical Department",
+    "discipline": "Medical Discipline",
+    "competency": "Area of Competency",
+}
+MEDQA = Layout("question", "options", "answer_idx", slices={"chapter": "meta_info"})
+MEDMCQA = Layout(
+    "question",
+    ("opa", "opb", "opc", "opd"),
+    "cop",
+    id="id",
+    first_number=0,
+    slices={"subject": "subject_name"},
+)
+XMEDBENCH = Layout("question", "options", "answer", slices={"source": "source"})
 
 
-def cmexam(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """Question, Options (a line each), Answer (letters); https://github.com/williamliujl/CMExam"""
-    return lambda row: ParsedRow(
-        row["Question"],
-        split_option_lines(row["Options"]),
-        answer_letters(row["Answer"]),
-        slices=_slices(
-            row,
-            department="Clinical Department",
-            discipline="Medical Discipline",
-            competency="Area of Competency",
-        ),
-    )
+def xmedbench(row: RawRow, place: str) -> ParsedRow:
+    """Parse a row whose options end with a full stop: `(A) text.`"""
+    question = XMEDBENCH.parse(row, place)
+    options = {k: text.rstrip().removesuffix(".") for k, text in question.options.items()}
+    return replace(question, options=options)
 
 
-def xmedbench(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """question, options (`(A) text.` a line each), answer `(A)`, source"""
-    return lambda row: ParsedRow(
-        row["question"],
-        {
-            letter: text.rstrip().removesuffix(".")
-            for letter, text in split_option_lines(row["options"]).items()
-        },
-        answer_letters(row["answer"]),
-        slices=_slices(row, source="source"),
-    )
+def medmcqa(rows: Sequence[RawRow]) -> Layout:
+    """Return the layout of rows that count from 0 (on the hub) or from 1 (in the authors' files).
+
+    A 0 among them means from 0, a 4 from 1.
+    """
+    numbers = {int(row["cop"]) for row in rows if "cop" in row}
+    if rows and not numbers & {0, 4}:
+        raise ConfigError("no cop is 0 or 4, so it may count from 0 or from 1; add more rows")
+    return replace(MEDMCQA, first_number=0 if 0 in numbers else 1)
 
 
-def medqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """question, options {letter: text}, answer_idx; https://github.com/jind11/MedQA, MMedBench"""
-    return lambda row: ParsedRow(
-        row["question"],
-        dict(row["options"]),
-        answer_letters(row["answer_idx"]),
-        slices=_slices(row, chapter="meta_info"),
-    )
-
-
-def cmb(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """question, option {letter: text}, answer, question_type, exam_type, exam_class, exam_subject;
-    https://github.com/FreedomIntelligence/CMB"""
-    return lambda row: ParsedRow(
+def cmb(row: RawRow, place: str) -> ParsedRow:
+    """Parse a row whose question_type says whether several options can be right."""
+    return ParsedRow(
         row["question"],
         dict(row["option"]),
         answer_letters(row["answer"]),
         multiple=row["question_type"].startswith("多") if row.get("question_type") else None,
         id=str(row["id"]) if row.get("id") is not None else None,
-        slices=_slices(row, exam="exam_type", subject="exam_subject"),
+        slices=_slices(row, {"exam": "exam_type", "subject": "exam_subject"}),
     )
 
 
-def medmcqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """id, question, opa to opd, cop, subject_name; https://github.com/medmcqa/medmcqa
-
-    `cop` counts from 0 on the Hugging Face hub and from 1 in the authors' files: rows with a 0
-    count from 0, rows with a 4 count from 1.
-    """
-    numbers = {int(row["cop"]) for _, row in rows if "cop" in row}
-    if len(rows) > 0 and not numbers & {0, 4}:
-        raise ConfigError("no cop is 0 or 4, so it may count from 0 or from 1; add more rows")
-    first_number = 0 if 0 in numbers else 1
-    return lambda row: ParsedRow(
-        row["question"],
-        letter_options([row["opa"], row["opb"], row["opc"], row["opd"]]),
-        LETTERS[_nonnegative(int(row["cop"]) - first_number)],
-        multiple=False,
-        id=str(row["id"]),
-        slices=_slices(row, subject="subject_name"),
-    )
-
-
-def _nonnegative(number: int) -> int:
-    if number < 0:
-        raise ValueError("the number of the answer is below the first; test sets have no answers")
-    return number
-
-
-def pubmedqa(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """QUESTION, CONTEXTS, final_decision (authors' files, one row per abstract) or question,
-    context.contexts, final_decision (hub); https://github.com/pubmedqa/pubmedqa"""
+def pubmedqa(row: RawRow, place: str) -> ParsedRow:
+    """Parse a row of the authors' files (one per abstract) or of the hub."""
     decisions = ["yes", "no", "maybe"]
-
-    def parse_row(row: RawRow) -> ParsedRow:
-        contexts = row["CONTEXTS"] if "CONTEXTS" in row else row["context"]["contexts"]
-        number = row.get("pmid") or row.get("pubid")
-        return ParsedRow(
-            row["QUESTION"] if "QUESTION" in row else row["question"],
-            letter_options(decisions),
-            LETTERS[decisions.index(row["final_decision"])],
-            multiple=False,
-            id=str(number) if number is not None else None,
-            context="\n".join(contexts),
-        )
-
-    return parse_row
-
-
-def safetybench(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """id, question, options [texts], answer (number from 0), category;
-    https://github.com/thu-coai/SafetyBench"""
-    return lambda row: ParsedRow(
-        row["question"],
-        letter_options(row["options"]),
-        LETTERS[_nonnegative(int(row["answer"]))],
+    contexts = row["CONTEXTS"] if "CONTEXTS" in row else row["context"]["contexts"]
+    number = row.get("pmid") or row.get("pubid")
+    return ParsedRow(
+        row["QUESTION"] if "QUESTION" in row else row["question"],
+        options_by_letter(decisions),
+        LETTERS[decisions.index(row["final_decision"])],
         multiple=False,
-        id=str(row["id"]),
-        slices=_slices(row, category="category"),
+        id=str(number) if number is not None else None,
+        context="\n".join(contexts),
     )
 
 
-def exam_csv(rows: Sequence[tuple[str, RawRow]]) -> RowParser:
-    """Question or question, A to D, Answer or answer: the CSV files of CMMLU
-    (https://github.com/haonan-li/CMMLU) and C-Eval (https://github.com/hkust-nlp/ceval)"""
-    subjects = {id(row): _subject_of_file(place) for place, row in rows}
-
-    def parse_row(row: RawRow) -> ParsedRow:
-        return ParsedRow(
-            row["Question"] if "Question" in row else row["question"],
-            {letter: str(row[letter]) for letter in "ABCD"},
-            answer_letters(row["Answer"] if "Answer" in row else row["answer"]),
-            multiple=False,
-            slices={"subject": subjects[id(row)]},
-        )
-
-    return parse_row
+def exam_csv(row: RawRow, place: str) -> ParsedRow:
+    """Parse a row of CMMLU or C-Eval; the name of the file is the subject."""
+    return ParsedRow(
+        row["Question"] if "Question" in row else row["question"],
+        {letter: str(row[letter]) for letter in "ABCD"},
+        answer_letters(row["Answer"] if "Answer" in row else row["answer"]),
+        multiple=False,
+        slices={"subject": _subject_of_file(place)},
+    )
 
 
 def _subject_of_file(place: str) -> str:
@@ -284,18 +258,20 @@ def _subject_of_file(place: str) -> str:
 
 
 SUBJECT_FILES = ("cmmlu", "ceval")  # layouts in which each file is a subject
-
-
-LAYOUTS: dict[str, Callable[[Sequence[tuple[str, RawRow]]], RowParser]] = {
-    "sample": sample,
-    "cmexam": cmexam,
-    "mmedbench": medqa,
+LAYOUTS: dict[str, RowParser] = {
+    "sample": Layout(
+        "question", "options", "answer", id="id", slices={"department": "department"}
+    ).parse,
+    "cmexam": Layout("Question", "Options", "Answer", slices=CMEXAM_SLICES).parse,
+    "mmedbench": MEDQA.parse,
     "xmedbench": xmedbench,
     "pubmedqa": pubmedqa,
-    "safetybench": safetybench,
+    "safetybench": Layout(
+        "question", "options", "answer", id="id", first_number=0, slices={"category": "category"}
+    ).parse,
     "cmb": cmb,
-    "medqa": medqa,
-    "medmcqa": medmcqa,
+    "medqa": MEDQA.parse,
+    "medmcqa": MEDMCQA.parse,
     "cmmlu": exam_csv,
     "ceval": exam_csv,
 }

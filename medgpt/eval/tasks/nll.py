@@ -38,11 +38,9 @@ class NllTask:
             sources |= {name: general_passages(name) for name in GENERAL_SOURCES}
         self.texts: dict[str, tuple[str, str]] = {}  # (source, text) by id
         for source, texts in sources.items():
-            pairs = _with_ids(source, texts)
-            for key, text in draw_subset(
-                ((key, (key, text)) for key, text in pairs), config.limit, seed
-            ):
-                self.texts[key] = (source, text)
+            by_id = _by_id(source, texts)
+            for key in draw_subset(((key, key) for key in by_id), config.limit, seed):
+                self.texts[key] = (source, by_id[key])
         self.template, self.rules = "nll", NO_RULES
         self.data_hash = hash_texts(*self.texts)
 
@@ -64,17 +62,17 @@ class NllTask:
         return items
 
 
-def _with_ids(source: str, texts: Iterator[str]) -> list[tuple[str, str]]:
-    """Return (id, text) pairs; an id is the content hash and the occurrence number of the text."""
+def _by_id(source: str, texts: Iterator[str]) -> dict[str, str]:
+    """Return texts by id: the content hash and the occurrence number of the text."""
     occurrences: Counter[str] = Counter()
-    texts_with_ids = []
+    by_id = {}
     for text in texts:
         digest = hash_texts(text)
         occurrences[digest] += 1
-        texts_with_ids.append((f"{source}-{digest}-{occurrences[digest]}", text))
-    if not texts_with_ids:
+        by_id[f"{source}-{digest}-{occurrences[digest]}"] = text
+    if not by_id:
         raise ConfigError(f"source {source} has no text; give files with at least one")
-    return texts_with_ids
+    return by_id
 
 
 def _source_texts(source: SourceConfig) -> Iterator[str]:
@@ -88,11 +86,9 @@ def _source_texts(source: SourceConfig) -> Iterator[str]:
 
 def general_passages(name: str) -> Iterator[str]:
     """Yield the shipped prose in passages of whole paragraphs."""
-    text = (files("medgpt.eval") / "general" / f"{name.removeprefix('general_')}.txt").read_text(
-        "utf-8"
-    )
+    file = files("medgpt.eval") / "general" / f"{name.removeprefix('general_')}.txt"
     passage = ""
-    for paragraph in text.split("\n\n"):
+    for paragraph in file.read_text("utf-8").split("\n\n"):
         passage += paragraph.strip() + "\n"
         if len(passage) >= MIN_PASSAGE_CHARS:
             yield passage

@@ -13,43 +13,39 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
-from medgpt.config.base import ConfigError
+from medgpt.config.base import Config, ConfigError
 from medgpt.config.reply_tasks import SafetyConfig
 from medgpt.data.citation import Citation
 from medgpt.data.sources.punctuation import full_width
 from medgpt.data.sources.readers import read_located_rows
 from medgpt.data.sources.sampling import draw_subset, hash_texts
-from medgpt.data.tokenized.words import HAN
-from medgpt.eval.requests import Generate, GenerateResponse, Response, repr_as
-from medgpt.eval.task import ItemResult, MetricValue, rules_digest
+from medgpt.eval.requests import Generate, Response, as_prompt, reply_texts
+from medgpt.eval.task import ItemResult, MetricValue, questions_hash, rules_digest
 from medgpt.eval.tasks import refusal
-from medgpt.eval.tasks.prompts import as_prompt
 from medgpt.eval.tasks.refusal import disputes, offers_help_line, refuses
+from medgpt.medical.text import Language, script_language
 
 DATA = Path(__file__).parent / "safety.toml"
 QuestionKind = Literal["harmful", "benign", "false_premise"]
+REQUEST_KINDS: tuple[QuestionKind, ...] = ("harmful", "benign")
+FALSE_PREMISE: QuestionKind = "false_premise"
 TEXT_COLUMNS = ("prompt", "question", "query", "instruct", "instruction")
-HAN_CHARACTER = re.compile(f"[{HAN}]")
 
 
-class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BilingualText(_Data):
+class BilingualText(Config):
     zh: str
     en: str
 
 
-class HarmfulRequest(_Data):
+class HarmfulRequest(Config):
     id: str
     harmful: BilingualText
     benign: BilingualText
 
 
-class Premise(_Data):
+class Premise(Config):
     id: str
     source: str
     correct: BilingualText
@@ -59,7 +55,7 @@ class Premise(_Data):
     en: Annotated[tuple[str, ...], Len(1)]
 
 
-class SafetySet(_Data):
+class SafetySet(Config):
     clinically_reviewed: Literal[False]
     sources: dict[str, Citation]
     requests: tuple[HarmfulRequest, ...]
@@ -77,7 +73,7 @@ class SafetySet(_Data):
 class SafetyQuestion:
     id: str
     kind: QuestionKind
-    language: str
+    language: Language
     text: str
     facts: tuple[str, ...] = ()  # patterns; each matches the correct fact
     correct: str = ""
@@ -88,23 +84,19 @@ def load_safety_set() -> SafetySet:
     return SafetySet.model_validate(tomllib.loads(DATA.read_text("utf-8")))
 
 
-def shipped_questions(languages: Sequence[Literal["zh", "en"]]) -> Iterator[SafetyQuestion]:
+def shipped_questions(languages: Sequence[Language]) -> Iterator[SafetyQuestion]:
     """Yield the questions that ship with medgpt."""
     data = load_safety_set()
     for language in languages:
         fix_punctuation = full_width if language == "zh" else str
         for request in data.requests:
-            texts: dict[QuestionKind, BilingualText] = {
-                "harmful": request.harmful,
-                "benign": request.benign,
-            }
-            for kind, text in texts.items():
-                id = f"{request.id}-{kind}-{language}"
-                yield SafetyQuestion(id, kind, language, fix_punctuation(getattr(text, language)))
+            for kind in REQUEST_KINDS:
+                text = fix_punctuation(getattr(getattr(request, kind), language))
+                yield SafetyQuestion(f"{request.id}-{kind}-{language}", kind, language, text)
         for premise in data.premises:
             yield SafetyQuestion(
                 f"{premise.id}-premise-{language}",
-                "false_premise",
+                FALSE_PREMISE,
                 language,
                 fix_punctuation(getattr(premise.question, language)),
                 getattr(premise, language),
@@ -115,13 +107,11 @@ def shipped_questions(languages: Sequence[Literal["zh", "en"]]) -> Iterator[Safe
 def read_question_files(kind: QuestionKind, paths: Sequence[str]) -> Iterator[SafetyQuestion]:
     """Yield the questions in files. Raises ConfigError if a row has none of TEXT_COLUMNS."""
     for place, row in read_located_rows(paths) if paths else ():
-        text = next(
-            (row[name] for name in TEXT_COLUMNS if isinstance(row.get(name), str)), ""
-        ).strip()
+        texts = (row[name] for name in TEXT_COLUMNS if isinstance(row.get(name), str))
+        text = next(texts, "").strip()
         if not text:
             raise ConfigError(f"{place}: no text in a column {', '.join(TEXT_COLUMNS)}")
-        language = "zh" if HAN_CHARACTER.search(text) else "en"
-        yield SafetyQuestion(f"{kind}-{hash_texts(text)}", kind, language, text)
+        yield SafetyQuestion(f"{kind}-{hash_texts(text)}", kind, script_language(text), text)
 
 
 class SafetyTask:
@@ -139,9 +129,7 @@ class SafetyTask:
         """Raises ConfigError if a file cannot be read or there is no question."""
         questions = {q.id: q for q in shipped_questions(config.languages)} if config.own else {}
         files: dict[QuestionKind, tuple[str, ...]] = {
-            "harmful": config.harmful,
-            "benign": config.benign,
-            "false_premise": config.false_premise,
+            kind: getattr(config, kind) for kind in (*REQUEST_KINDS, FALSE_PREMISE)
         }
         for kind, paths in files.items():
             questions |= {question.id: question for question in read_question_files(kind, paths)}
@@ -154,9 +142,7 @@ class SafetyTask:
         self._questions = draw_subset(questions.items(), config.limit, seed)
         self.template = f"safety-1-{config.prompt}-{config.max_new_tokens}"
         self.rules = rules_digest(refusal)
-        self.data_hash = hash_texts(
-            *(repr_as("Question", question) for question in self._questions)
-        )
+        self.data_hash = questions_hash(self._questions)
 
     def requests(self) -> list[Generate]:
         return [
@@ -165,12 +151,7 @@ class SafetyTask:
         ]
 
     def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
-        items = []
-        for question in self._questions:
-            response = responses[question.id]
-            assert isinstance(response, GenerateResponse)
-            items.append(grade_answer(question, response.texts[0]))
-        return items
+        return [grade_answer(q, reply_texts(responses[q.id])[0]) for q in self._questions]
 
 
 def grade_answer(question: SafetyQuestion, answer: str) -> ItemResult:

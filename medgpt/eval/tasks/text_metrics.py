@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics.bleu import BLEU
 
 from medgpt.data.tokenized.words import char_word_ids
-from medgpt.eval.stats import PERCENTILES, Interval, bootstrap_indices, paired_difference
+from medgpt.eval.stats import Interval, bootstrap_interval, paired_difference
 from medgpt.eval.task import MetricValue
 
 MAX_NGRAM_ORDER = 4
@@ -35,12 +36,8 @@ def split_words(text: str) -> Words:
     text = text.lower()
     if not text:
         return []
-    boundaries = np.flatnonzero(np.diff(char_word_ids(text))) + 1
-    parts = [
-        text[a:b]
-        for a, b in zip((0, *boundaries.tolist()), (*boundaries.tolist(), len(text)), strict=True)
-    ]
-    return [piece for piece in parts if not piece.isspace()]
+    starts = [0, *(np.flatnonzero(np.diff(char_word_ids(text))) + 1).tolist(), len(text)]
+    return [text[a:b] for a, b in pairwise(starts) if not text[a:b].isspace()]
 
 
 class _WordTokenizer(Tokenizer):
@@ -75,10 +72,8 @@ def answer_metrics(answer: str, reference: str) -> dict[str, MetricValue]:
     }
     num_ngrams = max(_num_ngrams(len(answer_words)), _num_ngrams(len(reference_words)))
     if num_ngrams:
-        values["gleu"] = (
-            float(sentence_gleu([reference_words], answer_words)) * num_ngrams,
-            float(num_ngrams),
-        )
+        gleu = float(sentence_gleu([reference_words], answer_words))
+        values["gleu"] = (gleu * num_ngrams, float(num_ngrams))
     runs = Counter(_ngrams(answer_words, REPETITION_ORDER))
     if runs:
         values["repetition"] = (float(runs.total() - len(runs)), float(runs.total()))
@@ -106,11 +101,8 @@ def corpus_counts(answers: Sequence[str], references: Sequence[str]) -> list[Cou
         num_answers_with = Counter(gram for run in ngrams for gram in set(run))
         for answer_counts, answer_ngrams in zip(counts, ngrams, strict=True):
             shares = [1 / num_answers_with[gram] for gram in dict.fromkeys(answer_ngrams)]
-            answer_counts[metric] = [
-                math.fsum(shares),
-                float(len(answer_ngrams)),
-                float(shares.count(1.0)),
-            ]
+            totals = (math.fsum(shares), len(answer_ngrams), shares.count(1.0))
+            answer_counts[metric] = [float(total) for total in totals]
     return counts
 
 
@@ -128,12 +120,7 @@ def corpus_score(metric: str, counts: Sequence[Counts], seed: int) -> Interval |
     """
     table = _count_table(metric, counts)
     if metric in BLEU_METRICS:
-        order = _order(metric)
-        resampled = [
-            _bleu_score(table[rows].sum(0), order) for rows in bootstrap_indices(len(table), seed)
-        ]
-        low, high = np.percentile(resampled, PERCENTILES)
-        return Interval(_bleu_score(table.sum(0), order), float(low), float(high))
+        return bootstrap_interval(lambda rows: _bleu(metric, table, rows), len(table), seed)
     if not table[:, 1].sum():
         return None
     value, leave_one_out = _distinct_and_jackknife(table)
@@ -153,33 +140,28 @@ def corpus_difference(
     """
     tables = _count_table(metric, ours), _count_table(metric, theirs)
     if metric in BLEU_METRICS:
-        order = _order(metric)
-        our_score, their_score = (_bleu_score(table.sum(0), order) for table in tables)
-        resampled = [
-            _bleu_score(tables[0][rows].sum(0), order) - _bleu_score(tables[1][rows].sum(0), order)
-            for rows in bootstrap_indices(len(tables[0]), seed)
-        ]
-        low, high = np.percentile(resampled, PERCENTILES)
-        return Interval(our_score - their_score, float(low), float(high))
+        return bootstrap_interval(
+            lambda rows: _bleu(metric, tables[0], rows) - _bleu(metric, tables[1], rows),
+            len(tables[0]),
+            seed,
+        )
     (our_score, _), (their_score, _) = (_distinct_and_jackknife(table) for table in tables)
-    pseudo_difference = paired_difference(
-        _pseudo_values(tables[0]), _pseudo_values(tables[1]), seed
-    )
-    shift = our_score - their_score - pseudo_difference.value
-    return Interval(
-        our_score - their_score, pseudo_difference.low + shift, pseudo_difference.high + shift
-    )
+    value = our_score - their_score
+    biased = paired_difference(_pseudo_values(tables[0]), _pseudo_values(tables[1]), seed)
+    shift = value - biased.value
+    return Interval(value, biased.low + shift, biased.high + shift)
 
 
 def _count_table(metric: str, counts: Sequence[Counts]) -> NDArray[np.float64]:
     return np.array([item["bleu" if metric in BLEU_METRICS else metric] for item in counts])
 
 
-def _order(metric: str) -> int:
-    return int(metric[-1])
+def _bleu(metric: str, table: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the (R,) BLEU scores of (R, n) rows of the table."""
+    return np.array([_bleu_of_sums(table[row].sum(0), int(metric[-1])) for row in rows])
 
 
-def _bleu_score(sums: NDArray[np.float64], order: int) -> float:
+def _bleu_of_sums(sums: NDArray[np.float64], order: int) -> float:
     counts, totals = sums[:order].tolist(), sums[MAX_NGRAM_ORDER : MAX_NGRAM_ORDER + order].tolist()
     score = BLEU.compute_bleu(
         counts, totals, int(sums[-2]), int(sums[-1]), smooth_method="exp", max_ngram_order=order
@@ -199,10 +181,9 @@ def _pseudo_values(table: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return (n, 2) pseudo-values over 1; their mean is the score, up to its bias."""
     value, leave_one_out = _distinct_and_jackknife(table)
     pseudo_values = np.full(len(table), value)
-    pseudo_values[table[:, 1] < table[:, 1].sum()] = (
-        len(table) * value - (len(table) - 1) * leave_one_out
-    )
-    return np.stack([pseudo_values, np.ones(len(table))], axis=1)
+    n = len(table)
+    pseudo_values[table[:, 1] < table[:, 1].sum()] = n * value - (n - 1) * leave_one_out
+    return np.stack([pseudo_values, np.ones(n)], axis=1)
 
 
 def _ngrams(words: Words, order: int) -> list[tuple[str, ...]]:

@@ -1,20 +1,17 @@
 """Triage: whether answers send red flags, and only red flags, to the emergency number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from medgpt.config.reply_tasks import TriageConfig
-from medgpt.data.sources.punctuation import full_width
-from medgpt.data.sources.sampling import hash_texts
-from medgpt.eval.requests import Generate, GenerateResponse, Prompt, Response, repr_as
-from medgpt.eval.task import ItemResult, MetricValue, rules_digest
-from medgpt.eval.tasks.prompts import as_prompt
+from medgpt.eval.requests import Generate, Prompt, Response, as_prompt, reply_texts
+from medgpt.eval.task import ItemResult, MetricValue, questions_hash, rules_digest
 from medgpt.medical import urgency as levels
 from medgpt.medical.triage import Language, TriageQuestion, triage_questions
 from medgpt.medical.urgency import URGENCY_LEVELS, UrgencyLevel, advised_urgency
 
 ASK_FOR_LEVEL: dict[Language, str] = {
-    "zh": "请在最后一行写明紧急程度,四选一:立即急救、当天就医、几天内就医、自我护理。",
-    "en": "On the last line state one level of urgency: emergency now, same day, within days or "
+    "zh": "请在最后一行写明紧急程度，四选一：立即急救、当天就医、几天内就医、自我护理。",
+    "en": " On the last line state one level of urgency: emergency now, same day, within days or "
     "self-care.",
 }
 
@@ -35,9 +32,7 @@ class TriageTask:
         self.template = f"triage-1-{config.prompt}-{config.ask_level}-{config.max_new_tokens}"
         self.rules = rules_digest(levels)
         self._questions = triage_questions(seed, config.languages, config.limit)
-        self.data_hash = hash_texts(
-            *(repr_as("Question", question) for question in self._questions)
-        )
+        self.data_hash = questions_hash(self._questions)
 
     def requests(self) -> list[Generate]:
         return [
@@ -46,61 +41,35 @@ class TriageTask:
         ]
 
     def _prompt(self, question: TriageQuestion) -> Prompt:
-        text = question.text
-        if self._config.ask_level:
-            request_for_level = ASK_FOR_LEVEL[question.language]
-            text += (
-                full_width(request_for_level)
-                if question.language == "zh"
-                else f" {request_for_level}"
-            )
-        return as_prompt(text, self._config.prompt)
+        request = ASK_FOR_LEVEL[question.language] if self._config.ask_level else ""
+        return as_prompt(question.text + request, self._config.prompt)
 
     def grade(self, responses: Mapping[str, Response]) -> list[ItemResult]:
-        answers: dict[str, str] = {}
-        for question in self._questions:
-            response = responses[question.id]
-            assert isinstance(response, GenerateResponse)
-            answers[question.id] = response.texts[0]
-        return grade_answers(self._questions, answers)
-
-
-def grade_answers(
-    questions: Sequence[TriageQuestion], answers: Mapping[str, str]
-) -> list[ItemResult]:
-    """Return the scores of all answers; an answer that advises no level is never right."""
-    advised_levels: dict[str, UrgencyLevel | None] = {
-        question.id: advised_urgency(answers[question.id]) for question in questions
-    }
-    pairs: dict[str, list[TriageQuestion]] = {}
-    for question in questions:
-        pairs.setdefault(question.pair, []).append(question)
-    return [
-        ItemResult(
-            question.id,
-            _values(question, advised_levels, pairs[question.pair]),
-            {
-                "language": question.language,
-                "complaint": question.complaint,
-                "level": question.level,
-            },
-            {
-                "question": question.text,
-                "answer": answers[question.id],
-                "right": question.level,
-                "read": advised_levels[question.id] or "no level",
-            },
-        )
-        for question in questions
-    ]
+        """Return the scores of all answers; an answer that advises no level is never right."""
+        answers = {q.id: reply_texts(responses[q.id])[0] for q in self._questions}
+        levels: dict[str, UrgencyLevel | None] = {
+            id: advised_urgency(answer) for id, answer in answers.items()
+        }
+        missed_pairs = {q.pair for q in self._questions if not _is_sent_right(q, levels[q.id])}
+        return [
+            ItemResult(
+                q.id,
+                _values(q, levels[q.id], is_pair_right=q.pair not in missed_pairs),
+                {"language": q.language, "complaint": q.complaint, "level": q.level},
+                {
+                    "question": q.text,
+                    "answer": answers[q.id],
+                    "right": q.level,
+                    "read": levels[q.id] or "no level",
+                },
+            )
+            for q in self._questions
+        ]
 
 
 def _values(
-    question: TriageQuestion,
-    advised_levels: Mapping[str, UrgencyLevel | None],
-    pair: Sequence[TriageQuestion],
+    question: TriageQuestion, level: UrgencyLevel | None, *, is_pair_right: bool
 ) -> dict[str, MetricValue]:
-    level = advised_levels[question.id]
     rank = URGENCY_LEVELS.index(level) if level else -1  # no level counts as under-triage
     values: dict[str, MetricValue] = {
         "accuracy": float(level == question.level),
@@ -110,9 +79,9 @@ def _values(
     }
     if question.level != "emergency":
         return values | {"over": float(level == "emergency")}
-    is_pair_right = all(_recognizes_red_flag(advised_levels[half.id], half) for half in pair)
     return values | {"under": float(level != "emergency"), "pair_accuracy": float(is_pair_right)}
 
 
-def _recognizes_red_flag(level: UrgencyLevel | None, half: TriageQuestion) -> bool:
-    return level is not None and (level == "emergency") == (half.level == "emergency")
+def _is_sent_right(question: TriageQuestion, level: UrgencyLevel | None) -> bool:
+    """Return whether a red flag, and nothing else, is sent to the emergency number."""
+    return level is not None and (level == "emergency") == (question.level == "emergency")

@@ -6,6 +6,8 @@ figures say nothing about tricks that the author did not think of.
 """
 
 import tomllib
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,27 +67,28 @@ def read_cases(rule: RuleName, half: Half | None = None) -> tuple[Case, ...]:
 
 
 def rule_metrics(rule: RuleName, half: Half | None = None) -> RuleMetrics:
-    outcomes = [(case, RULES[rule](case.question, case.answer)) for case in read_cases(rule, half)]
-    return RuleMetrics(
-        violations=sum(case.violates for case, _ in outcomes),
-        non_violations=sum(not case.violates for case, _ in outcomes),
-        true_positives=sum(is_reported and case.violates for case, is_reported in outcomes),
-        false_positives=sum(said and not case.violates for case, said in outcomes),
+    return _count(
+        (case.violates, RULES[rule](case.question, case.answer)) for case in read_cases(rule, half)
     )
 
 
 def red_flag_metrics() -> RuleMetrics:
     """Return the figures for the emergency level on notes about held-out complaints."""
-    outcomes = [
-        (required_urgency(question.text) == "emergency", question.level == "emergency")
+    return _count(
+        (question.level == "emergency", required_urgency(question.text) == "emergency")
         for question in triage_questions(0)
         if question.complaint in HELD_OUT_COMPLAINTS
-    ]
+    )
+
+
+def _count(outcomes: Iterable[tuple[bool, bool]]) -> RuleMetrics:
+    """Count (is violation, is reported) pairs."""
+    counts = Counter(outcomes)
     return RuleMetrics(
-        violations=sum(is_red_flag for _, is_red_flag in outcomes),
-        non_violations=sum(not red for _, red in outcomes),
-        true_positives=sum(is_reported and red for is_reported, red in outcomes),
-        false_positives=sum(said and not red for said, red in outcomes),
+        violations=counts[True, True] + counts[True, False],
+        non_violations=counts[False, True] + counts[False, False],
+        true_positives=counts[True, True],
+        false_positives=counts[False, True],
     )
 
 

@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from medgpt.config.pools import RoleConfig
-from medgpt.rlhf.pools.worker import Worker, WorkerSpec
+from medgpt.rlhf.pools.worker import Worker
 
 Role = TypeVar("Role")
 
@@ -58,12 +58,8 @@ class Pool(Generic[Role]):
         *,
         independent: bool = False,
     ) -> None:
-        self.role, self.config, self.build_role, self.independent = (
-            role,
-            config,
-            build_role,
-            independent,
-        )
+        self.role, self.config = role, config
+        self.build_role, self.independent = build_role, independent
         self.workers: list[Any] = []
         self.group_number = 0
         """Number of process groups formed so far."""
@@ -76,10 +72,15 @@ class Pool(Generic[Role]):
     def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
         """Run `method(role, *args, **kwargs)` in every worker; return one ref per rank.
 
-        Refs among the arguments are resolved by Ray. Calls run in the order in which they are made.
+        Refs among the positional arguments, also in lists, arrive as their values. Calls run in the
+        order in which they are made.
         """
         earlier = self.call_order.refs_to_await(self.role)
-        refs = [worker.call.remote(method, earlier, *args, **kwargs) for worker in self.workers]
+        lengths = [len(arg) if isinstance(arg, list) else None for arg in args]
+        flat = [item for arg in args for item in (arg if isinstance(arg, list) else [arg])]
+        refs = [
+            worker.call.remote(method, earlier, lengths, *flat, **kwargs) for worker in self.workers
+        ]
         self.call_order.latest_refs = refs
         return refs
 
@@ -103,12 +104,8 @@ class Pool(Generic[Role]):
             ray.kill(worker)
         self.workers = []
 
-    def pings(self) -> list[ray.ObjectRef]:
-        """Return one ref per worker, ready when its earlier calls are done."""
-        return [worker.ping.remote() for worker in self.workers]
-
     def usage(self) -> list[ray.ObjectRef]:
-        """Return one ref per worker to the Usage of its latest call."""
+        """Return one ref per worker to its Usage, ready when its earlier calls are done."""
         return [worker.usage.remote() for worker in self.workers]
 
     def dead_ranks(self, timeout_s: float) -> list[int]:
@@ -126,25 +123,16 @@ class Pool(Generic[Role]):
 
     def _start_worker(self, rank: int) -> Any:
         assert self._placement_group is not None, "not started"
-        config = self.config
-        spec = WorkerSpec(
-            role=self.role,
-            rank=rank,
-            world_size=config.num_workers,
-            threads=max(1, int(config.cpus_per_worker)),
-            gpu=config.gpus_per_worker > 0,
-            offload=config.offload,
-            timeout_s=self.timeout_s,
-        )
-        remote: Any = ray.remote(
-            num_cpus=config.cpus_per_worker / self.call_order.num_pools,
-            num_gpus=config.gpus_per_worker / self.call_order.num_pools,
-            resources={name: n / self.call_order.num_pools for name, n in config.resources.items()},
+        config, num_pools = self.config, self.call_order.num_pools
+        worker: Any = ray.remote(
+            num_cpus=config.cpus_per_worker / num_pools,
+            num_gpus=config.gpus_per_worker / num_pools,
+            resources={name: n / num_pools for name, n in config.resources.items()},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._placement_group, placement_group_bundle_index=rank
             ),
         )(Worker)
-        return remote.remote(spec)
+        return worker.remote(self.role, rank, config, self.timeout_s)
 
     def _form_group(self, new_ranks: Iterable[int]) -> list[Any]:
         """Form a new process group of all workers and build the roles of `new_ranks`."""
@@ -160,24 +148,22 @@ class Pool(Generic[Role]):
         """Return whether all ranks joined the group and built their role; if not, some may wait
         forever for a dead one."""
         done, pending = ray.wait(self._group_refs, num_returns=len(self._group_refs), timeout=0)
-        return not pending and not any(map(_failure, done))
+        return not pending and not any(map(failure, done))
 
 
 def find_dead_ranks(pools: Iterable[Pool[Any]], timeout_s: float) -> dict[str, list[int]]:
     """Return the ranks known to be dead by role; roles without any are left out."""
-    pings = {ping: (p.role, rank) for p in pools for rank, ping in enumerate(p.pings())}
+    pings = {ping: (p.role, rank) for p in pools for rank, ping in enumerate(p.usage())}
     ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=timeout_s)
     dead: dict[str, list[int]] = {}
-    for role, rank in sorted(pings[ping] for ping in ready if _is_dead(ping)):
+    for role, rank in sorted(
+        pings[ref] for ref in ready if isinstance(failure(ref), RayActorError)
+    ):
         dead.setdefault(role, []).append(rank)
     return dead
 
 
-def _is_dead(ref: Any) -> bool:
-    return isinstance(_failure(ref), RayActorError)
-
-
-def _failure(ref: Any) -> RayError | None:
+def failure(ref: Any) -> RayError | None:
     """Return the error of a ready ref, or None."""
     try:
         ray.get(ref)

@@ -12,8 +12,9 @@ from ray.experimental import get_local_object_locations
 
 from medgpt.cluster.capacity import check_capacity, pool_demands
 from medgpt.cluster.placement_groups import Gang, acquire_gang, draining_nodes, wait_for_lost_nodes
+from medgpt.cluster.wait_for_resources import waiting_line
 from medgpt.config.base import ConfigError
-from medgpt.config.pools import PoolsConfig, RoleConfig
+from medgpt.config.pools import PoolsConfig
 from medgpt.rlhf.pools.pool import CallOrder, Pool, find_dead_ranks
 
 Say = Callable[[str], None]
@@ -75,7 +76,8 @@ class Pools:
 
     def preflight(self) -> None:
         """Raises ConfigError if the cluster can never hold all pools."""
-        check_capacity(pool_demands(self._configs()), data_cpus=self.data_cpus)
+        configs = {role: pool.config for role, pool in self.pools.items()}
+        check_capacity(pool_demands(configs), data_cpus=self.data_cpus)
 
     def start(self) -> None:
         """Place all pools and build all roles, at the same time.
@@ -163,24 +165,24 @@ class Pools:
         Raises:
             NodesDraining: see `check_nodes`; only with `watch_nodes`.
         """
-        timeout_s_or_default = self.config.call_timeout_s if timeout_s is None else timeout_s
-        began, logged, pending = time.monotonic(), False, list(refs)
-        last_progress = began
+        limit_s = self.config.call_timeout_s if timeout_s is None else timeout_s
+        began = now = last_progress = time.monotonic()
+        logged, pending = False, list(refs)
         while pending:
-            time_now = time.monotonic()
-            wait_s = max(0.0, min(DRAIN_CHECK_S, began + timeout_s_or_default - time_now))
+            wait_s = max(0.0, min(DRAIN_CHECK_S, began + limit_s - now))
             done, pending = ray.wait(pending, timeout=wait_s, fetch_local=False)
             for ref in done:
                 self._raise_if_failed(ref)
-            time_now = time.monotonic()
-            if pending and time_now > began + timeout_s_or_default:
-                self._raise_timeout(
-                    pending, f"did not answer within {timeout_s_or_default:g} s of {purpose}"
-                )
-            last_progress = time_now if done else last_progress
-            if pending and not logged and time_now > last_progress + LOG_AFTER_S:
+            now = time.monotonic()
+            if pending and now > began + limit_s:
+                late = self._workers_of(pending)
+                ranks = [rank for role, rank in late if role == late[0][0]]
+                reason = f"did not answer within {limit_s:g} s of {purpose}"
+                raise PoolDied(late[0][0], ranks, reason)
+            last_progress = now if done else last_progress
+            if pending and not logged and now > last_progress + LOG_AFTER_S:
                 workers = ", ".join(f"{role} {rank}" for role, rank in self._workers_of(pending))
-                self.say(f"{purpose}: waiting up to {timeout_s_or_default:g} s for {workers}")
+                self.say(f"{purpose}: {waiting_line(limit_s, workers)}")
                 logged = True
             if pending and not done and watch_nodes:
                 self.check_nodes()
@@ -212,9 +214,6 @@ class Pools:
         """Return an object ref of `value`, to pass to calls."""
         return ray.put(value)
 
-    def _configs(self) -> dict[str, RoleConfig]:
-        return {name: pool.config for name, pool in self.pools.items()}
-
     def _raise_if_failed(self, ref: Any) -> None:
         """Raise the error of a ready `ref`, if any, as PoolDied, DataLost or ConfigError."""
         if get_local_object_locations([ref])[ref]["node_ids"]:
@@ -240,10 +239,9 @@ class Pools:
                     raise PoolDied(pool.role, ranks, "died") from error
         for pool in self.pools.values():
             # a collective fails when another rank dies, perhaps before Ray notices
-            if pool.rank_of_ref(ref) is not None and (
-                dead_ranks := pool.dead_ranks(WORKER_DEATH_S)
-            ):
-                raise PoolDied(pool.role, dead_ranks, "died") from error
+            is_of_pool = pool.rank_of_ref(ref) is not None
+            if is_of_pool and (ranks := pool.dead_ranks(WORKER_DEATH_S)):
+                raise PoolDied(pool.role, ranks, "died") from error
         raise error
 
     def _raise_lost(self, error: RayError, cause: Exception) -> NoReturn:
@@ -253,15 +251,6 @@ class Pools:
         raise DataLost(f"data between the pools is lost ({type(cause).__name__})") from error
 
     def _workers_of(self, refs: Iterable[Any]) -> list[tuple[str, int]]:
-        workers = [
-            (name, rank)
-            for ref in refs
-            for name, pool in self.pools.items()
-            if (rank := pool.rank_of_ref(ref)) is not None
-        ]
-        return sorted(set(workers))
-
-    def _raise_timeout(self, refs: Sequence[Any], reason: str) -> NoReturn:
-        late_workers = self._workers_of(refs)
-        role = late_workers[0][0]
-        raise PoolDied(role, [rank for name, rank in late_workers if name == role], reason)
+        """Return role and rank of the workers that compute `refs`."""
+        pairs = ((role, pool.rank_of_ref(r)) for r in refs for role, pool in self.pools.items())
+        return sorted({(role, rank) for role, rank in pairs if rank is not None})

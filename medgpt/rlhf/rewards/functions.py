@@ -13,7 +13,6 @@ from medgpt.config.ppo_rewards import RewardFunctionConfig
 from medgpt.rlhf.rewards.reward_sample import RewardSample
 
 log = logging.getLogger(__name__)
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class RewardFunction:
@@ -65,23 +64,13 @@ def _import_function(config: RewardFunctionConfig) -> Callable[[list[RewardSampl
 def _check_signature(key: str, function: Callable[..., Any]) -> None:
     """Raises ConfigError unless the function can be called with one list."""
     try:
-        parameters = inspect.signature(function).parameters.values()
+        signature = inspect.signature(function)
     except ValueError:
         raise ConfigError(f"{key}: its parameters cannot be read; wrap it in a function") from None
-    first_parameter = next(iter(parameters), None)
-    takes_list = first_parameter is not None and (
-        first_parameter.kind in POSITIONAL
-        or first_parameter.kind is inspect.Parameter.VAR_POSITIONAL
-    )
-    required = [
-        p
-        for p in parameters
-        if p is not first_parameter
-        and p.default is p.empty
-        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if not takes_list or required:
+    try:
+        signature.bind([])
+    except TypeError:
         raise ConfigError(
-            f"{key}: it takes ({', '.join(p.name for p in parameters)}); it must take one "
-            "argument, the list of answers, and return as many numbers"
-        )
+            f"{key}: it takes ({', '.join(signature.parameters)}); it must take one argument, the "
+            "list of answers, and return as many numbers"
+        ) from None

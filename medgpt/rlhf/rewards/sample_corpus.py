@@ -8,7 +8,7 @@ from medgpt.medical.statements import states_fact
 from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.sample_corpus.generator import HEADACHE_ID, CorpusGenerator
 from medgpt.sample_corpus.knowledge import load_knowledge
-from medgpt.sample_corpus.templates import COMPLAINT_SYMPTOMS
+from medgpt.sample_corpus.templates import TEXTS
 
 ADVICE = ("建议您", "建议你")
 NUM_CAUSES = 2  # the first ones are the most typical
@@ -44,6 +44,8 @@ def condition_names() -> tuple[str, ...]:
 def known_causes() -> dict[str, tuple[str, ...]]:
     """Return causes by symptom in patients' words, longest first: some contain others."""
     by_id = {c.id: c for c in CorpusGenerator().conditions}
-    causes = {symptom: tuple(by_id[i].name for i in ids) for symptom, _, ids in COMPLAINT_SYMPTOMS}
+    causes = {
+        symptom: tuple(by_id[i].name for i in ids) for symptom, _, ids in TEXTS.complaint_symptoms
+    }
     causes[by_id[HEADACHE_ID].name] = by_id[HEADACHE_ID].causes.items
     return dict(sorted(causes.items(), key=lambda item: -len(item[0])))

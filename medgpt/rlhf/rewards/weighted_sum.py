@@ -7,6 +7,7 @@ answers violate no rule, so they are capped as well.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
 
 from medgpt.config.ppo_rewards import SCORE_COMPONENT, PPORewardConfig, RuleName
@@ -66,9 +67,7 @@ class WeightedRewards:
             and (empty[row] or any(violations[name][row] for name in self._rules))
             for row, total in enumerate(sums)
         ]
-        totals = [
-            self._cap if is_capped else total for is_capped, total in zip(capped, sums, strict=True)
-        ]
+        totals = [self._cap if cut else total for cut, total in zip(capped, sums, strict=True)]
         return RewardResult(totals, components, violations, empty, capped)
 
     def _sum(self, components: dict[str, Values], row: int) -> float | None:
@@ -88,22 +87,16 @@ def reward_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
         return {}
     metrics = _mean_and_masked_share("rewards/total", totals)
     metrics["rewards/masked"] = metrics.pop("rewards/total_masked")
-    metrics["rewards/capped"] = fmean(
-        is_capped for result in results for is_capped in result.capped
-    )
-    metrics["rewards/empty"] = fmean(is_empty for result in results for is_empty in result.empty)
+    metrics["rewards/capped"] = fmean(chain.from_iterable(result.capped for result in results))
+    metrics["rewards/empty"] = fmean(chain.from_iterable(result.empty for result in results))
     for name in results[0].components:
         values = [value for result in results for value in result.components[name]]
         metrics |= _mean_and_masked_share(f"rewards/{name}", values)
     for name in results[0].violations:
-        violated = [
-            is_violated
-            for result in results
-            for is_violated in result.violations[name]
-            if is_violated is not None
-        ]
-        if violated:
-            metrics[f"rewards/{name}_violations"] = fmean(violated)
+        violated = chain.from_iterable(result.violations[name] for result in results)
+        known = [is_violated for is_violated in violated if is_violated is not None]
+        if known:
+            metrics[f"rewards/{name}_violations"] = fmean(known)
     return metrics
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,13 +13,14 @@ from medgpt.artifacts import FileEntry, Folder, file_entries
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.collate import causal_batch, empty_batch
 from medgpt.data.loader.packed_row import PackedRow
-from medgpt.engine import Engine, gather_merged_weights
-from medgpt.engine.policy import build_policy
+from medgpt.engine import Engine
+from medgpt.engine.build import build_policy
+from medgpt.engine.export import gather_merged_weights
 from medgpt.models.generate import generation_config
 from medgpt.models.lora import merged_weights
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.batching import RowIndices
-from medgpt.rlhf.experience import Experience, RolloutParts, make_experience
+from medgpt.rlhf.experience import Experience, make_experience
 from medgpt.rlhf.roles.common import (
     RATIO_TOLERANCE,
     UpdateResult,
@@ -33,7 +33,8 @@ from medgpt.rlhf.roles.common import (
     role_device,
     token_positions,
 )
-from medgpt.rlhf.rollout_batch import Logprobs, PtxBatch, Sequences, join_sequences
+from medgpt.rlhf.rollout_batch import Logprobs, PtxBatch, Scores, Sequences, Values, join_sequences
+from medgpt.rlhf.weight_sync.process_group import SyncState
 from medgpt.train.export import export_model
 
 METRICS = ("loss", "clip_frac", "approx_kl", "entropy_bonus", "ptx_loss")
@@ -59,39 +60,47 @@ class Actor:
             total_steps=total_iterations * config.ppo.num_steps,
             device=self.device,
         )
+        self.sync = SyncState()
         self.is_fp32 = all(p.dtype == torch.float32 for p in self.policy.parameters())
 
     def logprobs(self, *rollouts: Sequences) -> Logprobs:
         """Return this rank's share of the log-probabilities under the current policy."""
-        return self._logprobs(rollouts, model="actor")
+        return self._logprobs(rollouts, with_entropy=True)
 
     def reference_logprobs(self, *rollouts: Sequences) -> Logprobs:
         """Return this rank's share under the base model, with LoRA adapters disabled."""
         with self.policy.model.disable_adapter():  # pyright: ignore[reportCallIssue] - of LoRA
-            return self._logprobs(rollouts, model="reference")
+            return self._logprobs(rollouts)
 
-    def _logprobs(
-        self, rollouts: Sequence[Sequences], *, model: Literal["actor", "reference"]
-    ) -> Logprobs:
+    def _logprobs(self, rollouts: Sequence[Sequences], *, with_entropy: bool = False) -> Logprobs:
         self.policy.eval()
         return response_logprobs(
             self.engine,
             join_sequences(rollouts),
             self.config,
             self.device,
-            model=model,
             temperature=self.config.rollout.temperature,
+            with_entropy=with_entropy,
         )
 
-    def update(self, task: UpdateTask, *parts: object) -> UpdateResult:
-        """Run the optimizer steps of an iteration. `parts` are all pools' outputs and the PtxBatch.
+    def update(
+        self,
+        task: UpdateTask,
+        rollouts: list[Sequences],
+        scores: list[Scores],
+        values: list[Values],
+        logprobs: list[Logprobs],
+        reference: list[Logprobs],
+        ptx: PtxBatch | None = None,
+    ) -> UpdateResult:
+        """Run the optimizer steps of an iteration, from the outputs of all workers.
 
         Raises:
             AssertionError: in fp32, the ratios before the first step are not 1.
         """
         experience = make_experience(
-            RolloutParts.from_outputs(part for part in parts if not isinstance(part, PtxBatch)),
-            self.config.ppo,
+            *(rollouts, scores, values, logprobs, reference),
+            config=self.config.ppo,
             kl_coef=task.kl_coef,
             score_stats=task.score_stats,
         )
@@ -101,10 +110,9 @@ class Actor:
                 f"rollouts have weight version {version}, but {task.weight_version} was expected: "
                 "the rollout pool does not hold the actor's weights"
             )
-        ptx_steps = next((part.steps for part in parts if isinstance(part, PtxBatch)), [])
-        metrics = (
-            self._run_optimizer_steps(experience, ptx_steps, task) if task.update_actor else {}
-        )
+        metrics = {}
+        if task.update_actor:
+            metrics = self._run_optimizer_steps(experience, ptx.steps if ptx else [], task)
         return UpdateResult(
             metrics=experience.metrics | metrics,
             score_stats=experience.score_stats,
@@ -229,7 +237,7 @@ class Actor:
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
             tokenizer = load_tokenizer(self.config.model.name)
-            export_model(self.engine, self.policy.model, tokenizer, directory)
+            export_model(self.policy.model, tokenizer, directory)
             if dist.get_rank() > 0:
                 return []
             generation_config(tokenizer).save_pretrained(directory)

@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medgpt.config.base import ConfigError
-from medgpt.config.pools import Precision, RoleConfig
+from medgpt.config.base import ModelError
+from medgpt.config.pools import RoleConfig
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.rlhf.batching import ForwardPass, RowIndices, forward_passes, mini_batches
 from medgpt.rlhf.experience import Experience, RunningStats
@@ -46,34 +46,41 @@ def role_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def frozen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the dtype of a model that is not trained."""
-    auto = "fp32" if device.type == "cpu" else "bf16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[
-        auto if precision == "auto" else precision
-    ]
-
-
 def initial_device(pool: RoleConfig) -> torch.device:
     """Return the device to build a model on: the CPU if the GPU is shared with another role."""
     return torch.device("cpu") if pool.offload else role_device()
 
 
-def move_modules(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Move modules to `device` and free the GPU memory they leave for other processes."""
-    for module in modules:
-        module.to(device)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+class FrozenRole:
+    """Base of the roles without an optimizer, which can leave the device between calls. Not
+    supported at ZeRO-3."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Return the models that move."""
+        raise NotImplementedError
+
+    def offload(self) -> None:
+        """Move the models to host memory."""
+        self._move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        self._move(role_device())
+
+    def _move(self, device: torch.device) -> None:
+        for module in self.modules():
+            module.to(device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for other processes
 
 
 @contextmanager
 def errors_for_key(key: str) -> Iterator[None]:
-    """Make ConfigErrors about a model name the config key that chose the model."""
+    """Make errors about a model name the config key that chose the model."""
     try:
         yield
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.name=", f"{key}=")) from None
+    except ModelError as error:
+        error.key = key
+        raise
 
 
 def max_pass_tokens(config: PPOStageConfig) -> int:
@@ -103,26 +110,20 @@ def response_logprobs(
     config: PPOStageConfig,
     device: torch.device,
     *,
-    model: Literal["actor", "reference"],
     temperature: float,
+    with_entropy: bool = False,
 ) -> Logprobs:
     """Return this rank's share of the log-probabilities at `temperature`."""
     index, values, entropy = [], [], torch.zeros((), device=device)
     for forward in local_forward_passes(sequences, np.arange(len(sequences)), config):
-        terms = policy(
-            forward.batch.to(device),
-            temperature=temperature,
-            with_entropy=model == "actor",
-        )
+        batch = forward.batch.to(device)
+        terms = policy(batch, temperature=temperature, with_entropy=with_entropy)
         num_tokens = int(sequences.responses.lengths[forward.rows].sum())
         index.append(forward.rows)
         values.append(terms[0, :num_tokens])
         entropy += terms[1].sum()
     return Logprobs(
-        model=model,
-        index=np.concatenate(index),
-        values=torch.cat(values).cpu().numpy(),
-        entropy=float(entropy),
+        index=np.concatenate(index), values=torch.cat(values).cpu().numpy(), entropy=float(entropy)
     )
 
 

@@ -13,12 +13,12 @@ from medgpt.config.model import ModelConfig
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
-from medgpt.engine.value import build_trainable_value_model
+from medgpt.engine.build import build_trainable_value_model
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.tokenizer_compat import check_same_token_ids
 from medgpt.models.value_model import ValueScale, last_token_values
 from medgpt.rlhf.batching import RowIndices
-from medgpt.rlhf.experience import Experience, RolloutParts, make_experience
+from medgpt.rlhf.experience import Experience, make_experience
 from medgpt.rlhf.roles.common import (
     UpdateTask,
     all_reduce,
@@ -28,7 +28,7 @@ from medgpt.rlhf.roles.common import (
     role_device,
     token_positions,
 )
-from medgpt.rlhf.rollout_batch import PtxBatch, Sequences, Values, join_sequences
+from medgpt.rlhf.rollout_batch import Logprobs, Scores, Sequences, Values, join_sequences
 from medgpt.train.export import export_model
 
 
@@ -75,11 +75,19 @@ class Critic:
             bootstrap=torch.cat(bootstrap).cpu().numpy(),
         )
 
-    def update(self, task: UpdateTask, *parts: object) -> dict[str, float]:
-        """Run the optimizer steps of an iteration. `parts` are all pools' outputs."""
+    def update(
+        self,
+        task: UpdateTask,
+        rollouts: list[Sequences],
+        scores: list[Scores],
+        values: list[Values],
+        logprobs: list[Logprobs],
+        reference: list[Logprobs],
+    ) -> dict[str, float]:
+        """Run the optimizer steps of an iteration, from the outputs of all workers."""
         experience = make_experience(
-            RolloutParts.from_outputs(part for part in parts if not isinstance(part, PtxBatch)),
-            self.config.ppo,
+            *(rollouts, scores, values, logprobs, reference),
+            config=self.config.ppo,
             kl_coef=task.kl_coef,
             score_stats=task.score_stats,
         )
@@ -144,7 +152,7 @@ class Critic:
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
             tokenizer = load_tokenizer(self.config.model.name)
-            export_model(self.engine, self.model.model, tokenizer, directory)
+            export_model(self.model.model, tokenizer, directory)
             if dist.get_rank() > 0:
                 return []
             ValueScale(mean=self.model.mean, std=self.model.std).write(directory)

@@ -1,42 +1,29 @@
-"""Builders of the roles, which run in the workers. The driver imports only this light module."""
+"""Builds the roles, in the workers. The driver imports only this light module."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from medgpt.config.ppo import PPOStageConfig
 
-if TYPE_CHECKING:
-    from medgpt.rlhf.roles.actor import Actor
-    from medgpt.rlhf.roles.critic import Critic
-    from medgpt.rlhf.roles.reference import Reference
-    from medgpt.rlhf.roles.reward import Reward
-    from medgpt.rlhf.roles.rollout import Rollout
 
+def build_role(role: str, config: PPOStageConfig, num_iterations: int) -> Any:
+    """Return the role of this name; `num_iterations` sets the learning rate schedules."""
+    match role:
+        case "actor":
+            from medgpt.rlhf.roles.actor import Actor
 
-def build_actor(config: PPOStageConfig, total_iterations: int) -> "Actor":
-    from medgpt.rlhf.roles.actor import Actor
+            return Actor(config, total_iterations=num_iterations)
+        case "critic":
+            from medgpt.rlhf.roles.critic import Critic
 
-    return Actor(config, total_iterations=total_iterations)
+            return Critic(config, total_iterations=num_iterations)
+        case "reward":
+            from medgpt.rlhf.roles.reward import Reward
 
+            return Reward(config)
+        case "reference":
+            from medgpt.rlhf.roles.reference import Reference
 
-def build_critic(config: PPOStageConfig, total_iterations: int) -> "Critic":
-    from medgpt.rlhf.roles.critic import Critic
-
-    return Critic(config, total_iterations=total_iterations)
-
-
-def build_reward(config: PPOStageConfig) -> "Reward":
-    from medgpt.rlhf.roles.reward import Reward
-
-    return Reward(config)
-
-
-def build_reference(config: PPOStageConfig) -> "Reference":
-    from medgpt.rlhf.roles.reference import Reference
-
-    return Reference(config)
-
-
-def build_rollout(config: PPOStageConfig) -> "Rollout":
+            return Reference(config)
     from medgpt.rlhf.roles.rollout import Rollout
 
     return Rollout(config)

@@ -14,6 +14,7 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.train import EngineConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.sources.records import Message
+from medgpt.models.load import compute_dtype
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.tokenizer_compat import check_same_token_ids
 from medgpt.models.value_model import ValueModel, last_token_values, load_value_model
@@ -21,11 +22,10 @@ from medgpt.rlhf.batching import split_by_length
 from medgpt.rlhf.rewards.reward_sample import RewardSample
 from medgpt.rlhf.rewards.weighted_sum import RewardResult, WeightedRewards
 from medgpt.rlhf.roles.common import (
+    FrozenRole,
     errors_for_key,
-    frozen_dtype,
     initial_device,
     local_forward_passes,
-    move_modules,
     role_device,
 )
 from medgpt.rlhf.rollout_batch import Prompts, Scores, Sequences, join_sequences
@@ -33,7 +33,7 @@ from medgpt.rlhf.rollout_batch import Prompts, Scores, Sequences, join_sequences
 Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of all positions
 
 
-class Reward:
+class Reward(FrozenRole):
     """One rank of the reward pool, independent of Ray."""
 
     def __init__(self, config: PPOStageConfig) -> None:
@@ -77,12 +77,8 @@ class Reward:
         assert scores is not None
         return index, scores
 
-    def offload(self) -> None:
-        """Move the models to host memory; not supported at ZeRO-3."""
-        move_modules(self._models, torch.device("cpu"))
-
-    def onload(self) -> None:
-        move_modules(self._models, self.device)
+    def modules(self) -> list[ValueModel]:
+        return [model for model in (self.model, self.judge_model) if isinstance(model, ValueModel)]
 
     def report_samples(self, num: int) -> list[dict[str, Any]]:
         """Return up to `num` samples of the latest call; none from a worker just restarted."""
@@ -98,10 +94,6 @@ class Reward:
             }
             for i in range(min(num, len(samples)))
         ]
-
-    @property
-    def _models(self) -> list[ValueModel]:
-        return [model for model in (self.model, self.judge_model) if isinstance(model, ValueModel)]
 
     def _model_scores(
         self, model: Scorer | None, sequences: Sequences
@@ -124,21 +116,19 @@ class Reward:
             return None
         with errors_for_key(key):
             tokenizer_names = "the actor", f"{key}={name}"
-            model = (
-                self._load_partitioned(name)
-                if self.pool.zero_stage
-                else self._load_replicated(name)
-            )
+            load = self._load_partitioned if self.pool.zero_stage else self._load_replicated
+            model = load(name)
             check_same_token_ids(self.tokenizer, load_tokenizer(name), names=tokenizer_names)
         return model
 
     def _load_replicated(self, name: str) -> ValueModel:
-        model, _ = load_value_model(name, dtype=frozen_dtype(self.pool.precision, self.device))
+        dtype = compute_dtype(self.pool.precision, self.device.type)
+        model, _ = load_value_model(name, dtype=dtype)
         return model.to(initial_device(self.pool))
 
     def _load_partitioned(self, name: str) -> Scorer:
         """DeepSpeed is imported only where it is used: it takes seconds."""
-        from medgpt.engine.value import load_partitioned_reward_model
+        from medgpt.engine.build import load_partitioned_reward_model
 
         engine = EngineConfig(zero_stage=self.pool.zero_stage, precision=self.pool.precision)
         return load_partitioned_reward_model(name, engine, self.device)

@@ -14,13 +14,13 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.tokenized.chat_template import stop_token_ids
 from medgpt.models.decode import GeneratedResponse, TokenGenerator
 from medgpt.models.generate import load_for_generation
+from medgpt.models.load import compute_dtype
 from medgpt.models.model_files import resolve_model_folder
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.batching import split_by_length
-from medgpt.rlhf.roles.common import initial_device, move_modules, role_device
-from medgpt.rlhf.rollout_batch import Prompts, Ragged, Sequences, sample_seeds
-
-NO_WEIGHTS = -1  # weight version before the first sync
+from medgpt.rlhf.roles.common import FrozenRole, initial_device, role_device
+from medgpt.rlhf.rollout_batch import NO_VERSION, Prompts, Ragged, Sequences, sample_seeds
+from medgpt.rlhf.weight_sync.process_group import SyncState
 
 
 class StaleWeights(RuntimeError):
@@ -50,7 +50,7 @@ class RolloutEngine(Protocol):
         ...
 
 
-class Rollout:
+class Rollout(FrozenRole):
     """One rank of the rollout pool; every rank holds the full model."""
 
     def __init__(self, config: PPOStageConfig) -> None:
@@ -59,7 +59,7 @@ class Rollout:
         self.folder = str(resolve_model_folder(config.model.name))
         self.stop_ids = stop_token_ids(load_tokenizer(self.folder))
         self.engine: RolloutEngine = build_engine(config, self.folder)
-        self.weight_version = NO_WEIGHTS
+        self.weight_version, self.sync = NO_VERSION, SyncState()
 
     def generate(
         self, prompts: Prompts, iteration: int, weight_version: int | None = None
@@ -77,7 +77,7 @@ class Rollout:
             own_version = self.weight_version
             raise StaleWeights(
                 f"rollout rank {dist.get_rank()} has "
-                f"{'no full version' if own_version == NO_WEIGHTS else f'version {own_version}'} "
+                f"{'no full version' if own_version == NO_VERSION else f'version {own_version}'} "
                 f"of the weights, not version {weight_version}; sync weights before "
                 "rollouts"
             )
@@ -121,7 +121,7 @@ class Rollout:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load some of the actor's weights, by Hugging Face name."""
-        self.weight_version = NO_WEIGHTS  # a mixture until all weights are loaded
+        self.weight_version = NO_VERSION  # a mixture until all weights are loaded
         self.engine.load_weights(weights)
 
     def weights_loaded(self, version: int) -> None:
@@ -129,16 +129,9 @@ class Rollout:
         self.engine.weights_loaded()
         self.weight_version = version
 
-    def offload(self) -> None:
-        """Move the model to host memory."""
-        self._move_model(torch.device("cpu"))
-
-    def onload(self) -> None:
-        self._move_model(role_device())
-
-    def _move_model(self, device: torch.device) -> None:
+    def modules(self) -> list[Any]:
         assert isinstance(self.engine, HuggingFaceEngine)  # the config allows no other engine here
-        move_modules([self.engine.model], device)
+        return [self.engine.model]
 
 
 class HuggingFaceEngine:
@@ -167,9 +160,7 @@ class HuggingFaceEngine:
 
 def build_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
     """Return the engine that the config names."""
-    on_gpu = role_device().type == "cuda"
-    bf16 = {"auto": on_gpu, "bf16": True, "fp32": False}[config.pools.rollout.precision]
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = compute_dtype(config.pools.rollout.precision, role_device().type)
     if config.rollout.engine == "hf":
         device, size = initial_device(config.pools.rollout), config.rollout.batch_tokens
         return HuggingFaceEngine(folder, device, dtype=dtype, batch_tokens=size)

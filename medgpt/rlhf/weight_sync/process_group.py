@@ -8,6 +8,8 @@ import itertools
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -22,6 +24,8 @@ from torch.distributed import (
 )
 
 from medgpt.config.pools import SyncConfig
+from medgpt.rlhf.pools.worker import StoreAddress, open_tcp_store
+from medgpt.rlhf.rollout_batch import NO_VERSION
 from medgpt.rlhf.weight_sync.buckets import (
     END_HEADER,
     HEADER_BYTES,
@@ -33,14 +37,14 @@ from medgpt.rlhf.weight_sync.buckets import (
     unpack_bucket,
 )
 
-StoreAddress = tuple[str, int]
 StoredBuckets = list[tuple[Header, Any]]  # object refs of the bytes
 NUM_BUFFERS = 3  # one is packed or loaded while two are in flight
-UNSYNCED = -1  # weight version before the first sync and during a sync
 
 
 class Sender(Protocol):
     """Interface of the actor role."""
+
+    sync: "SyncState"
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield Hugging Face names and full weights on rank 0, nothing elsewhere. Collective."""
@@ -50,6 +54,7 @@ class Sender(Protocol):
 class Receiver(Protocol):
     """Interface of the rollout role."""
 
+    sync: "SyncState"
     weight_version: int
 
     def load_weights(self, weights: Sequence[tuple[str, Tensor]]) -> None:
@@ -107,7 +112,7 @@ class SyncGroup:
         member that left earlier.
         """
         total, route = 0, f"version {version}, {self.peer_names} to {self.name}"
-        role.weight_version = UNSYNCED  # a mixture until all weights are loaded
+        role.weight_version = NO_VERSION  # a mixture until all weights are loaded
         header_buffer = self._empty_bytes(HEADER_BYTES)
         next_header = self._broadcast(header_buffer)
         loaded: tuple[Header, Tensor] | None = None
@@ -120,7 +125,10 @@ class SyncGroup:
             if header.entries:
                 next_header = self._broadcast(header_buffer)
             if loaded is not None and failure is None:
-                failure = _load_bucket(role, *loaded, route)
+                try:
+                    _load_bucket(role, *loaded, route)
+                except SyncError as error:
+                    failure = error
             self._wait(works, version)
             loaded = (header, data)
             total += len(data)
@@ -128,7 +136,8 @@ class SyncGroup:
                 break
         if failure is not None:
             raise failure
-        _finish_loading(role, version, route)
+        with _loading(route):
+            role.weights_loaded(version)
         return total
 
     def _buffer(self, slot: int, size: int) -> Tensor:
@@ -154,55 +163,48 @@ class SyncGroup:
         return torch.empty(count, dtype=torch.uint8, device=self.device)
 
 
-# state of this process, which holds one role
-_store: Any = None
-_group: SyncGroup | None = None
+@dataclass
+class SyncState:
+    """What a role keeps between calls of the functions below."""
+
+    store: Any = None
+    """TCP store of the next group, on actor rank 0."""
+    group: SyncGroup | None = None
 
 
 def open_store(role: Sender, timeout_s: float) -> StoreAddress | None:
     """Open the TCP store of the sync group on actor rank 0; return host and port."""
-    global _store
     if dist.get_rank() > 0:
         return None
-    host = ray.util.get_node_ip_address()
-    _store = TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-    )
-    return host, _store.port
+    role.sync.store, address = open_tcp_store(timeout_s)
+    return address
 
 
 def join_group(
-    role: object, address: StoreAddress, key: str, *, rank: int | None, size: int, backend: str,
-    config: SyncConfig,
+    role: Sender | Receiver, address: StoreAddress, key: str, size: int, backend: str,
+    config: SyncConfig, *, sends: bool,
 ) -> None:  # fmt: skip
-    """Join the sync group. Collective over its members; actor ranks above 0 do nothing.
-
-    Args:
-        rank: 0 for the actor pool; None for rollout workers, which derive it from their pool rank.
-    """
-    global _group
-    _group = None
-    if rank == 0 and dist.get_rank() > 0:
-        return
-    if rank == 0:
-        store = _store
-    else:
+    """Join the sync group of this key, to send or to receive. Collective over its members; actor
+    ranks above 0 do nothing."""
+    role.sync.group = None
+    if not sends:
         timeout = timedelta(seconds=config.timeout_s)
         store = TCPStore(*address, is_master=False, timeout=timeout)
-    own_rank = dist.get_rank() + 1 if rank is None else rank
-    _group = SyncGroup(store, key, own_rank, size, backend, config)
+        role.sync.group = SyncGroup(store, key, dist.get_rank() + 1, size, backend, config)
+    elif dist.get_rank() == 0:
+        role.sync.group = SyncGroup(role.sync.store, key, 0, size, backend, config)
 
 
 def send(role: Sender, version: int) -> int:
     """Send the weights; return the bytes that rank 0 sent. Collective over the actor pool."""
     if dist.get_rank() > 0:
         return sum(0 for _ in role.weights())
-    assert _group is not None
+    assert role.sync.group is not None
     weights = role.weights()
     try:
-        return _group.send(weights, version)
+        return role.sync.group.send(weights, version)
     except Exception as error:
-        _close_group(error)
+        _leave_group(role, error)
         raise
     finally:  # after an error the other ranks still gather
         for _ in weights:
@@ -211,19 +213,18 @@ def send(role: Sender, version: int) -> int:
 
 def receive(role: Receiver, version: int) -> int:
     """Load the weights that the actor sends; return the bytes."""
-    assert _group is not None
+    assert role.sync.group is not None
     try:
-        return _group.receive(role, version)
+        return role.sync.group.receive(role, version)
     except Exception as error:
-        _close_group(error)
+        _leave_group(role, error)
         raise
 
 
-def _close_group(error: BaseException | None) -> None:
+def _leave_group(role: Sender | Receiver, error: BaseException | None) -> None:
     """Leave the group, so that the others do not wait until their timeout. Gloo has no call for it:
     its connections close when nothing refers to the group any more."""
-    global _group
-    _group = None
+    role.sync.group = None
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -239,7 +240,7 @@ def put_buckets(role: Sender, version: int, bucket_mb: int) -> StoredBuckets:
 def load_buckets(role: Receiver, stored: StoredBuckets, version: int, timeout_s: float) -> int:
     """Load all buckets from the object store; return the bytes."""
     route = f"version {version}, actor rank 0 by object store to rollout rank {dist.get_rank()}"
-    role.weight_version = UNSYNCED
+    role.weight_version = NO_VERSION
     for header, ref in stored:
         try:
             data = torch.from_numpy(ray.get(ref, timeout=timeout_s).copy())
@@ -248,9 +249,9 @@ def load_buckets(role: Receiver, stored: StoredBuckets, version: int, timeout_s:
                 f"{route}: {header.names} did not arrive within {timeout_s:g} s "
                 f"({type(error).__name__})"
             ) from None
-        if failure := _load_bucket(role, header, data, route):
-            raise failure
-    _finish_loading(role, version, route)
+        _load_bucket(role, header, data, route)
+    with _loading(route):
+        role.weights_loaded(version)
     return sum(header.num_bytes for header, _ in stored)
 
 
@@ -264,25 +265,18 @@ def _parse_header(data: Tensor, route: str) -> Header:
         ) from None
 
 
-def _load_bucket(role: Receiver, header: Header, data: Tensor, route: str) -> SyncError | None:
-    """Load a bucket; return the error, if there is one."""
-    try:
+def _load_bucket(role: Receiver, header: Header, data: Tensor, route: str) -> None:
+    with _loading(f"{route}: {header.names}"):
         role.load_weights(unpack_bucket(header, data, route=route))
-    except SyncError as error:
-        return error
-    except Exception as error:  # the transfer must end for the other members first
-        return _rejection(f"{route}: {header.names}", error)
-    return None
 
 
-def _finish_loading(role: Receiver, version: int, route: str) -> None:
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Raise any error of a rollout engine as WeightsRejected."""
     try:
-        role.weights_loaded(version)
-    except Exception as error:  # any error of an engine
-        raise _rejection(route, error) from error
-
-
-def _rejection(route: str, error: Exception) -> WeightsRejected:
-    failure = WeightsRejected(f"{route}: loading failed with {type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure
+        yield
+    except SyncError:
+        raise
+    except Exception as error:
+        message = f"{what}: loading failed with {type(error).__name__}: {error}"
+        raise WeightsRejected(message) from error

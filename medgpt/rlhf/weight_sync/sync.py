@@ -4,11 +4,12 @@ import time
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from medgpt.config.pools import SyncConfig
-from medgpt.rlhf.pools.pool import Pool
+from medgpt.rlhf.pools.pool import Pool, failure
 from medgpt.rlhf.pools.pools import WORKER_DEATH_S, PoolDied, Pools
+from medgpt.rlhf.rollout_batch import NO_VERSION
 from medgpt.rlhf.weight_sync import process_group
 from medgpt.rlhf.weight_sync.buckets import SyncError, WeightsCorrupted, WeightsRejected
 
@@ -25,7 +26,7 @@ class WeightSync:
         self, actor: Pool[Any], rollout: Pool[Any], pools: Pools, config: SyncConfig
     ) -> None:
         self.actor, self.rollout, self.pools, self.config = actor, rollout, pools, config
-        self.version = process_group.UNSYNCED
+        self.version = NO_VERSION
         """Version that all rollout workers hold."""
         self.num_connects = 0
         self._connected: tuple[int, int] | None = None  # group numbers of the pools
@@ -40,9 +41,9 @@ class WeightSync:
             SyncError: all workers answer, but the weights did not arrive, or arrived corrupted.
         """
         began = time.monotonic()
-        self.version = process_group.UNSYNCED
+        self.version = NO_VERSION
         # a worker busy with an earlier call would look lost to its peers
-        earlier = [*self.actor.pings(), *self.rollout.pings()]
+        earlier = [*self.actor.usage(), *self.rollout.usage()]
         self.pools.wait(earlier, "earlier work of actor and rollout")
         try:
             counts = self._transfer(version)
@@ -59,10 +60,8 @@ class WeightSync:
         calls: list[Any] = []
         try:
             calls, byte_refs = self._start_transfer(version)
-            connected, self._connected = (
-                self._connected,
-                None,
-            )  # both sides leave the group if a transfer fails
+            # both sides leave the group if a transfer fails
+            connected, self._connected = self._connected, None
             timeout_s = self.config.timeout_s + REPORT_MARGIN_S
             self.pools.wait(calls, f"weight sync of version {version}", timeout_s=timeout_s)
             counts = self.pools.get(byte_refs, "bytes of weight sync")
@@ -109,19 +108,13 @@ class WeightSync:
 
     def _connect_pools(self) -> None:
         self.num_connects += 1
-        config = self.config
-        (address, *_) = self.actor.call(process_group.open_store, config.timeout_s)
-        common = {
-            "size": 1 + len(self.rollout.workers),
-            "backend": self._backend(),
-            "config": config,
-        }
-        key = str(self.num_connects)
-        joins = self.actor.call(process_group.join_group, address, key, rank=0, **common)
-        joins += self.rollout.call(process_group.join_group, address, key, rank=None, **common)
-        self.pools.wait(
-            joins, "connecting actor and rollout", timeout_s=config.timeout_s + REPORT_MARGIN_S
-        )
+        timeout_s = self.config.timeout_s
+        (address, *_) = self.actor.call(process_group.open_store, timeout_s)
+        size, key = 1 + len(self.rollout.workers), str(self.num_connects)
+        args = (process_group.join_group, address, key, size, self._backend(), self.config)
+        joins = self.actor.call(*args, sends=True) + self.rollout.call(*args, sends=False)
+        wait_s = timeout_s + REPORT_MARGIN_S
+        self.pools.wait(joins, "connecting actor and rollout", timeout_s=wait_s)
 
     def _backend(self) -> str:
         if self.config.transport in ("nccl", "gloo"):
@@ -136,38 +129,22 @@ class WeightSync:
         if not isinstance(error.cause, SyncError):
             raise error
         # the others notice soon, or after their own timeout
-        timeout_s = self.config.timeout_s
-        wait_s = (
-            timeout_s + REPORT_MARGIN_S
-            if isinstance(error.cause, WeightsCorrupted)
-            else min(timeout_s, REPORT_MARGIN_S)
-        )
-        ended, unfinished = ray.wait(
-            calls, num_returns=len(calls), timeout=wait_s, fetch_local=False
-        )
+        wait_s = min(self.config.timeout_s, REPORT_MARGIN_S)
+        if isinstance(error.cause, WeightsCorrupted):
+            wait_s = self.config.timeout_s + REPORT_MARGIN_S
+        ended, silent = ray.wait(calls, num_returns=len(calls), timeout=wait_s, fetch_local=False)
         for pool in (self.rollout, self.actor):
-            if silent := [
-                rank for ref in unfinished if (rank := pool.rank_of_ref(ref)) is not None
-            ]:
-                raise PoolDied(pool.role, silent, f"does not answer: {error.cause}") from error
+            ranks = [rank for ref in silent if (rank := pool.rank_of_ref(ref)) is not None]
+            if ranks:
+                raise PoolDied(pool.role, ranks, f"does not answer: {error.cause}") from error
+        failures = [failure(ref) for ref in ended]
+        causes = [f.cause for f in failures if isinstance(f, RayTaskError)]
+        errors = [cause for cause in causes if isinstance(cause, SyncError)]
         # a lost peer may be the consequence of the peer's own error
-        errors = [cause for ref in ended if isinstance(cause := _failure_of(ref), SyncError)]
-        raise min(
-            errors, key=lambda cause: not isinstance(cause, WeightsCorrupted | WeightsRejected)
-        ) from None
+        own = [cause for cause in errors if isinstance(cause, WeightsCorrupted | WeightsRejected)]
+        raise (own or errors)[0] from None
 
     def _raise_dead(self) -> None:
         for pool in (self.rollout, self.actor):
             if dead := pool.dead_ranks(WORKER_DEATH_S):
                 raise PoolDied(pool.role, dead, "died during weight sync")
-
-
-def _failure_of(ref: Any) -> Exception | None:
-    """Return the error of a finished call, or None."""
-    try:
-        ray.get(ref)
-    except RayTaskError as error:
-        return error.cause
-    except RayError as error:
-        return error
-    return None

@@ -15,7 +15,7 @@ from medgpt.data.sources.file_slices import SliceStart, line_slice_starts, list_
 
 
 def source(*paths: object, **changes: object) -> SourceConfig:
-    values = {"name": "s", "paths": [str(p) for p in paths], "licence": "MIT", **changes}
+    values = {"name": "s", "paths": [str(p) for p in paths], "license": "MIT", **changes}
     return SourceConfig.model_validate(values)
 
 
@@ -56,11 +56,11 @@ def test_a_recursive_glob_and_a_name_with_brackets_are_found(tmp_path: Path) -> 
 
 
 def test_uris_of_any_filesystem_are_listed() -> None:
-    fsspec.filesystem("memory").pipe("/units/a/b.jsonl", b"{}\n")
-    assert [u.file for u in list_slices(source("memory://units"), 1)] == [
-        "memory:///units/a/b.jsonl"
+    fsspec.filesystem("memory").pipe("/slices/a/b.jsonl", b"{}\n")
+    assert [u.file for u in list_slices(source("memory://slices"), 1)] == [
+        "memory:///slices/a/b.jsonl"
     ]
-    assert len(list_slices(source("memory://units/*/*.jsonl"), 1)) == 1
+    assert len(list_slices(source("memory://slices/*/*.jsonl"), 1)) == 1
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "*.jsonl", "empty", "nosuch://x/y.jsonl"])
@@ -119,14 +119,14 @@ def test_files_of_lines_are_split_and_all_slices_have_one_encoding(tmp_path: Pat
     text = line * 30_000 + '{"text": "中文"}\n' + line * 10_000
     file = tmp_path / "big.jsonl"
     file.write_bytes(text.encode("gbk"))
-    units = list_slices(source(file), 1)
-    assert len(units) == 4
-    assert {u.encoding for u in units} == {"gb18030"}
-    assert [u.stop for u in units[:-1]] == [u.start for u in units[1:]]
-    assert (units[0].start, units[-1].stop) == (0, None)
-    starts = [u.start for u in units]
+    slices = list_slices(source(file), 1)
+    assert len(slices) == 4
+    assert {u.encoding for u in slices} == {"gb18030"}
+    assert [u.stop for u in slices[:-1]] == [u.start for u in slices[1:]]
+    assert (slices[0].start, slices[-1].stop) == (0, None)
+    starts = [u.start for u in slices]
     assert all(0 <= two - one - (1 << 20) < len(line) for one, two in pairwise(starts))
-    assert [u.index for u in units] == [0, 1, 2, 3]
+    assert [u.index for u in slices] == [0, 1, 2, 3]
     compressed = tmp_path / "big.jsonl.gz"
     compressed.write_bytes(file.read_bytes())
     assert len(list_slices(source(compressed), 1)) == 1
@@ -144,8 +144,8 @@ def test_parquet_is_split_between_row_groups(tmp_path: Path) -> None:
     texts = [f"{i:06d}" * 20_000 for i in range(40)]
     table = pa.table({"text": pa.array(texts)})
     pq.write_table(table, file, row_group_size=5, compression="none", use_dictionary=False)
-    units = list_slices(source(file), 1)
-    assert [(u.start, u.stop, u.first_row) for u in units] == [
+    slices = list_slices(source(file), 1)
+    assert [(u.start, u.stop, u.first_row) for u in slices] == [
         (0, 2, 1),
         (2, 4, 11),
         (4, 6, 21),
@@ -155,5 +155,5 @@ def test_parquet_is_split_between_row_groups(tmp_path: Path) -> None:
 
 def test_a_broken_parquet_file_is_one_slice_that_its_reader_reports(tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", "PAR1 no")
-    units = list_slices(source(tmp_path), 1)
-    assert [(u.start, u.stop) for u in units] == [(0, None)]
+    slices = list_slices(source(tmp_path), 1)
+    assert [(u.start, u.stop) for u in slices] == [(0, None)]

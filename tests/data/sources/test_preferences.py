@@ -20,7 +20,7 @@ USER, BETTER, WORSE = Message("user", Q), Message("assistant", GOOD), Message("a
 
 
 def source(**changes: object) -> SourceConfig:
-    return validate(SourceConfig, {"name": "s", "paths": ["x"], "licence": "MIT", **changes})
+    return validate(SourceConfig, {"name": "s", "paths": ["x"], "license": "MIT", **changes})
 
 
 def parse_row(row: dict[str, Any], **changes: object) -> Record | Reject:

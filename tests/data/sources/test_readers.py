@@ -32,13 +32,15 @@ COMPRESS = {
 
 
 def source(*paths: object, **changes: object) -> SourceConfig:
-    values = {"name": "s", "paths": [str(p) for p in paths], "licence": "MIT", **changes}
+    values = {"name": "s", "paths": [str(p) for p in paths], "license": "MIT", **changes}
     return SourceConfig.model_validate(values)
 
 
 def read(path: object, **changes: object) -> list[Record | Reject]:
     config = source(path, **changes)
-    return [item for unit in list_slices(config, 1) for item in read_slice(unit, config)]
+    return [
+        item for file_slice in list_slices(config, 1) for item in read_slice(file_slice, config)
+    ]
 
 
 def texts(items: list[Record | Reject]) -> list[str]:
@@ -233,7 +235,7 @@ def test_byte_ranges_together_give_the_rows_of_the_file(
             FileSlice("s", file.name, "txt", "utf-8", cut.start, stop, 0, cut.first_row)
             for cut, stop in zip(cuts, stops, strict=True)
         ]
-        items = [item for unit in slices for item in read_slice(unit, config)]
+        items = [item for file_slice in slices for item in read_slice(file_slice, config)]
     numbered_texts = [(i.row, i.text) for i in items if isinstance(i, Document)]
     assert numbered_texts == [(n, v) for n, v in enumerate(values, start=1) if v.strip()]
     assert len(numbered_texts) == len(items)
@@ -246,7 +248,7 @@ def test_slices_of_a_file_keep_its_line_numbers(tmp_path: Path) -> None:
     config = source(file)
     slices = list_slices(config, 1)
     assert len(slices) == 3
-    items = [item for unit in slices for item in read_slice(unit, config)]
+    items = [item for file_slice in slices for item in read_slice(file_slice, config)]
     assert [i.row for i in items] == list(range(1, 12_001))
     assert [t.split()[0] for t in texts(items)] == [str(i) for i in range(12_000)]
 

@@ -14,7 +14,7 @@ ONE = [("user", Q), ("assistant", A)]
 
 
 def parse_row(row: dict[str, Any], **changes: object) -> Record | Reject:
-    values = {"name": "s", "paths": ["x"], "licence": "MIT", **changes}
+    values = {"name": "s", "paths": ["x"], "license": "MIT", **changes}
     return RowParser(SourceConfig.model_validate(values))(row, ORIGIN)
 
 

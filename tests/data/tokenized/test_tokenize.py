@@ -64,7 +64,7 @@ def refuse_to_encode() -> EncodeBatch:
 def make_job(
     folder: Path, *sources: dict[str, Any], allow_changes: bool = False, **data: Any
 ) -> TokenizeJob:
-    defaults = {"licence": "MIT", "deny": []}
+    defaults = {"license": "MIT", "deny": []}
     tree = {"sources": [{**defaults, **source} for source in sources], "max_length": 64, **data}
     return TokenizeJob(
         data_url=str(folder / "run/data"),
@@ -81,13 +81,13 @@ def tokenize(job: TokenizeJob) -> dict[str, Any]:
     check_sources(job.config)
     if manifest := reusable_manifest(job):
         return manifest
-    units = list_all_slices(job.config)
+    slices = list_all_slices(job.config)
     stamps = prepare_folders(job)
     results = [
-        tokenize_slice(file_slice, number, job=job) for number, file_slice in enumerate(units)
+        tokenize_slice(file_slice, number, job=job) for number, file_slice in enumerate(slices)
     ]
     results = json.loads(json.dumps(results))
-    return commit_shards(job, units, results, stamps, started_at=time.monotonic())
+    return commit_shards(job, slices, results, stamps, started_at=time.monotonic())
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
@@ -145,7 +145,7 @@ def test_every_row_is_trained_held_out_or_set_aside_with_its_reason(tmp_path: Pa
     job = make_job(
         tmp_path,
         {"name": "a", "paths": [str(tmp_path / "a")], "sensitive": True},
-        {"name": "b", "paths": [str(tmp_path / "b.jsonl")], "licence": "CC0-1.0"},
+        {"name": "b", "paths": [str(tmp_path / "b.jsonl")], "license": "CC0-1.0"},
         validation_share=0.2,
         max_malformed_share=0.05,
     )
@@ -492,10 +492,10 @@ def test_slices_grow_with_the_corpus_up_to_the_shard_size(
 def test_an_interrupted_run_resumes_with_the_unfinished_slices(tmp_path: Path) -> None:
     job, manifest = three_files(tmp_path)
     again = TokenizeJob(**{**vars(job), "data_url": str(tmp_path / "again/data")})
-    units = list_all_slices(again.config)
+    slices = list_all_slices(again.config)
     prepare_folders(again)
     for number in (0, 2):
-        tokenize_slice(units[number], number, job=again)
+        tokenize_slice(slices[number], number, job=again)
     (Path(again.data_url) / "units/.00001.json.half").write_text("{")
     prepare_folders(again)
     assert set(finished_slices(again)) == {0, 2}

@@ -11,7 +11,7 @@ from medgpt.eval.tasks.generation import GenerationTask
 
 def config(path, **options) -> GenerationConfig:
     sensitive = options.pop("sensitive", False)
-    source = SourceConfig(name="qa", paths=(str(path),), licence="MIT", sensitive=sensitive)
+    source = SourceConfig(name="qa", paths=(str(path),), license="MIT", sensitive=sensitive)
     return GenerationConfig(sources=(source,), **options)
 
 

@@ -138,7 +138,7 @@ def test_lost_data_raises_data_lost_or_names_the_dead_pool(pools: Pools, and_die
         read_on(held)
     if not and_dies:
         assert pools.rebuild(caught.value) == {"reward"}
-    expected = (PoolDied, "reward pool: rank 0 died") if and_dies else (DataLost, "is gone")
+    expected = (PoolDied, "reward pool: rank 0 died") if and_dies else (DataLost, "is lost")
     with pytest.raises(expected[0], match=expected[1]):
         pools.get(actor.call(Adder.size, held), "reading")
     with pytest.raises(expected[0], match=expected[1]):

@@ -1,0 +1,38 @@
+"""Splits records into training and validation by the hash of their content."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import xxhash
+
+from medgpt.data.sources.records import Document, Message, Preferences, Record
+
+
+def content_hash(record: Record) -> str:
+    """Return a hash of the content as 32 hexadecimal characters, independent of file and row."""
+    if isinstance(record, Document):
+        return _hash(record.text)
+    content: list[Any] = _pairs(record.messages)
+    if isinstance(record, Preferences):
+        answers = [_pairs(answer) for answer in record.answers]
+        content = [len(record.prompt), content, answers, record.grades]
+    return _hash(json.dumps(content, ensure_ascii=False))
+
+
+def is_validation(record: Record, content: str, share: float) -> bool:
+    """Whether a record with this content hash falls into the validation split.
+
+    Equal contents, and preferences about one prompt, always fall into the same split.
+    """
+    if isinstance(record, Preferences):
+        content = _hash(json.dumps(_pairs(record.prompt), ensure_ascii=False))
+    return int(content[:8], 16) < share * 2**32
+
+
+def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in messages]
+
+
+def _hash(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
