@@ -47,7 +47,7 @@ class Folder:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.fs, self.root = fsspec.url_to_fs(self.url, use_listings_cache=False)
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.is_local = type(self.fs) is LocalFileSystem  # subclasses may write elsewhere
 
     def __truediv__(self, name: str) -> "Folder":
         return Folder(f"{self.url}/{name}")

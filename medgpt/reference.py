@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,6 +20,7 @@ from pydantic.fields import FieldInfo
 from medgpt.config.base import absolute_model_path, absolute_path, absolute_run_dir
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.evaluation import EvalConfig
+from medgpt.config.loading import find_model_class
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import CorpusConfig, PipelineConfig, PretrainConfig, SFTConfig
@@ -90,7 +92,7 @@ def _sections(
     if any(True for _ in _plain_fields(cls)) and not path:
         yield "", cls
     for name, field in cls.model_fields.items():
-        section = _find_model_class(field.annotation)
+        section = find_model_class(field.annotation)
         if section is None:
             continue
         inner = (*path, name)
@@ -103,7 +105,7 @@ def _sections(
 def _plain_fields(cls: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the fields that hold values, not sections."""
     for name, field in cls.model_fields.items():
-        if _find_model_class(field.annotation) is None:
+        if find_model_class(field.annotation) is None:
             yield name, field
 
 
@@ -150,36 +152,17 @@ def _type_in_words(annotation: Any, rules: tuple[Any, ...] = ()) -> str:
 
 def _bounds_in_words(rules: tuple[Any, ...]) -> str:
     """Describe the limits of a number or a list, with a leading comma."""
-    signs = {Gt: (">", "gt"), Ge: ("≥", "ge"), Lt: ("<", "lt"), Le: ("≤", "le")}
-    bounds = [f"{signs[type(r)][0]} {_bound_value(r)}" for r in rules if type(r) in signs]
+    signs = {Gt: ">", Ge: "≥", Lt: "<", Le: "≤"}
+    bounds = [f"{signs[type(rule)]} {astuple(rule)[0]}" for rule in rules if type(rule) in signs]
     if any(isinstance(rule, Len) and rule.min_length for rule in rules):
         bounds.append("not empty")
     return f", {', '.join(bounds)}" if bounds else ""
-
-
-def _bound_value(rule: Gt | Ge | Lt | Le) -> Any:
-    match rule:
-        case Gt():
-            return rule.gt
-        case Ge():
-            return rule.ge
-        case Lt():
-            return rule.lt
-        case Le():
-            return rule.le
 
 
 def _without_none(annotation: Any) -> Any:
     """Return X of `X | None`."""
     choices = [a for a in get_args(annotation) if a is not NoneType]
     return choices[0] if NoneType in get_args(annotation) and len(choices) == 1 else annotation
-
-
-def _find_model_class(annotation: Any) -> type[BaseModel] | None:
-    """Return the section inside `X`, `X | None`, `tuple[X, ...]` or `Annotated[...]` of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for a in get_args(annotation) if (found := _find_model_class(a))), None)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from medgpt.runs import Run
 
 ROOT = Path(__file__).parent.parent
-OWN_CLUSTERS = {  # files whose tests on Ray start clusters of their own and mostly wait for them
+OWN_CLUSTERS = {  # files whose tests on Ray start clusters of their own
     "clusters/test_local.py",
     "clusters/test_spot_notice.py",
     "clusters/test_tune.py",
@@ -136,13 +136,12 @@ def pretrained(
     return run_pretrain(pretrain_config(tmp_path_factory.mktemp("runs") / "pretrain", tiny_corpus))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests together that share a Ray or would disturb other clusters; mark long ones."""
+    """Mark tests with clusters of their own and long ones."""
     for item in items:
         file = item.path.relative_to(ROOT / "tests").as_posix()
-        if item.get_closest_marker("ray"):
-            group = "own clusters" if file in OWN_CLUSTERS else "session's Ray"
-            item.add_marker(pytest.mark.xdist_group(group))
+        if file in OWN_CLUSTERS and item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.own_clusters)
         if file in TAKE_SECONDS:
             item.add_marker(pytest.mark.seconds)

@@ -238,7 +238,7 @@ def test_labels_go_with_a_number_of_workers(toml: Path) -> None:
 
 def test_offload_needs_a_partitioned_optimizer(toml: Path) -> None:
     message = error_message(toml, "engine.offload_optimizer=true", "engine.zero_stage=0")
-    assert message == "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
+    assert message == "engine: offload_optimizer=true needs zero_stage 1, 2 or 3, not 0"
 
 
 def test_a_masked_model_neither_answers_nor_continues_prompts(toml: Path) -> None:

@@ -31,12 +31,9 @@ class ModelError(ConfigError):
 
 
 def absolute_path(path: str) -> str:
-    """Return `path` as an absolute path; a URI stays as it is.
-
-    Raises:
-        ValueError: a URI contains a password, which would end up in manifests and logs.
-    """
+    """Return `path` as an absolute path; a URI stays as it is."""
     if re.search(r"://[^/]*:[^/]*@", path):
+        # it would be copied to manifests and logs
         raise ValueError("a URI must not contain a password; set it in the environment")
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
@@ -48,11 +45,7 @@ def absolute_model_path(name: str) -> str:
 
 
 def absolute_run_dir(path: str) -> str:
-    """Return an absolute run directory.
-
-    Raises:
-        ValueError: a submitted job has a relative path, which would be lost with its cached copy.
-    """
+    """Return an absolute run directory; a job would lose a relative one with its cached copy."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     if submitted and "://" not in path and not Path(path).expanduser().is_absolute():
         raise ValueError(
@@ -78,6 +71,12 @@ def did_you_mean(
     if nearest:
         return f"did you mean {prefix}{nearest[0]}?"
     return f"known: {', '.join(known) or 'none'}"
+
+
+def multiples_near(number: int, divisor: int) -> str:
+    """Return the multiples of `divisor` around `number`, as `8 or 10`, for an error."""
+    below = number // divisor * divisor
+    return " or ".join(str(multiple) for multiple in (below, below + divisor) if multiple)
 
 
 DataPath = Annotated[str, AfterValidator(absolute_path)]

@@ -24,8 +24,7 @@ class TurnsMapping(Config):
     system: tuple[str, ...] = ("system",)
     """Speakers that are the system prompt."""
     pairs: tuple[str, str] | None = None
-    """Keys of a question and its answer, if each turn is such a pair instead of one utterance with
-    a role."""
+    """Keys of a question and its answer, if each turn is such a pair."""
     merge: bool = False
     """Join consecutive utterances of one speaker."""
     trim: bool = False
@@ -33,8 +32,7 @@ class TurnsMapping(Config):
 
 
 class AnswersMapping(Config):
-    """Where a row holds several graded answers to its prompt. Templates are Jinja over one
-    answer."""
+    """Where a row holds several graded answers to its prompt, as Jinja templates over an answer."""
 
     column: str
     """Column that holds the list; `rows` after group_by."""
@@ -54,8 +52,7 @@ class AnswersMapping(Config):
 
 
 class MappingConfig(Config):
-    """How to convert a row of any other format to a record. Templates are Jinja over the row's
-    columns."""
+    """How to convert a row of any other format to a record, as Jinja templates over its columns."""
 
     text: str | None = None
     """Template of a document."""
@@ -123,8 +120,7 @@ class SourceConfig(Config):
     """Merge the rows of a file with the same value in this column: the merged row has the columns
     of the first row, and all rows in a list `rows`. The whole file is read at once."""
     weight: Annotated[float, Gt(0)] | None = None
-    """Share of an epoch's tokens, relative to the weights of the other sources. Set it for all
-    sources or for none."""
+    """Share of an epoch's tokens, relative to the other weights; set it for all sources or none."""
     deny: tuple[DenyPath, ...] = ("default",)
     """Deny-lists: `default` ships with medgpt, others are TOML files of the same format."""
 
@@ -133,9 +129,8 @@ class DataConfig(Config):
     sources: Annotated[tuple[SourceConfig, ...], Len(1)]
     """Sources to train on."""
     max_length: Annotated[int, Ge(16)] = 1024
-    """Tokens in a packed row. Longer documents span rows, longer conversations lose their oldest
-    turns. With preferences: maximum tokens of a prompt with an answer. With prompts: longer ones
-    are left out."""
+    """Tokens in a packed row. Longer documents span rows, longer conversations lose old turns. With
+    preferences: maximum tokens of a prompt with an answer. Longer prompts for PPO are left out."""
     validation_share: Fraction = 0.02
     """Share of the samples held out for validation, chosen by the hash of their content."""
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01

@@ -1,6 +1,6 @@
 """Configuration of `medgpt dpo`: training on preferences without rollouts."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from annotated_types import Ge, Gt, Len, Lt
 from pydantic import model_validator
@@ -26,7 +26,7 @@ PairLoss = Literal[
     "sigmoid_norm",
 ]
 UnpairedLoss = Literal["kto", "apo_zero_unpaired"]
-UNPAIRED_LOSSES: tuple[UnpairedLoss, ...] = ("kto", "apo_zero_unpaired")
+UNPAIRED_LOSSES: tuple[UnpairedLoss, ...] = get_args(UnpairedLoss)
 SMOOTHED_LOSSES = ("sigmoid", "exo_pair", "robust", "sigmoid_norm")
 
 

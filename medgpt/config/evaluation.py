@@ -10,13 +10,6 @@ from pydantic import Field, model_validator
 from medgpt.config.base import Config, Count, DataPath, ModelPath, Name, did_you_mean
 from medgpt.config.data import SourceConfig
 from medgpt.config.gates import parse_gate
-from medgpt.config.reply_tasks import (
-    GenerationConfig,
-    KeyPointsConfig,
-    SafetyConfig,
-    TaskConfig,
-    TriageConfig,
-)
 from medgpt.config.stages import RunConfig
 from medgpt.config.train import ClusterConfig
 
@@ -33,8 +26,6 @@ McqFormat = Literal[
     "cmmlu",
     "ceval",
 ]
-
-
 TASK_KINDS = ("mcq", "nll", "generation", "key_points", "triage", "safety")
 
 
@@ -44,8 +35,7 @@ class EvalModelConfig(Config):
     parent: DataPath | None = None
     """Run directory of an earlier evaluation that gates and the report compare with."""
     untrained: bool = False
-    """Evaluate the same architecture with fresh weights, drawn with run.seed, instead: the scores
-    of a model that has learned nothing."""
+    """Evaluate the architecture with fresh weights, drawn with run.seed, as a baseline."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -58,9 +48,26 @@ class EvalPoolConfig(Config):
     batch_replies: Count = 32
     """Number of replies generated together."""
     window_tokens: Annotated[int, Ge(16)] = 1024
-    """A longer text is scored in windows of this many tokens, or of the model's maximum positions
-    if they are fewer. Each window begins in the middle of the one before and counts its new
-    tokens."""
+    """A longer text is scored in windows of this many tokens, at most the model's positions. Each
+    window begins in the middle of the one before and counts its new tokens."""
+
+
+class TaskConfig(Config):
+    """Base of all tasks."""
+
+    limit: Count | None = None
+    """Maximum number of items, drawn with run.seed."""
+    sensitive: bool = False
+    """Never show the texts of the task in reports and logs."""
+
+
+class ReplyTaskConfig(TaskConfig):
+    """Base of all tasks that read replies."""
+
+    prompt: Literal["plain", "chat"] = "chat"
+    """plain: a text to continue. chat: a turn of the model's chat template."""
+    max_new_tokens: Count = 256
+    """Maximum tokens of a reply."""
 
 
 class McqConfig(TaskConfig):
@@ -75,9 +82,8 @@ class McqConfig(TaskConfig):
     language: Literal["auto", "zh", "en"] = "auto"
     """Language of the prompt around a question; auto goes by the characters of the question."""
     scoring: Literal["letter", "option", "generation"] = "letter"
-    """letter: the likeliest letter after the listed options. option: the likeliest text of an
-    option after the bare question, also normalized per character. generation: a generated reply,
-    parsed strictly."""
+    """letter: the likeliest letter after the listed options. option: the likeliest option after the
+    bare question, also normalized per character. generation: a reply, parsed strictly."""
     answers: Literal["all", "one", "several"] = "all"
     """Use all questions, those with one right option, or those with several."""
     prompt: Literal["plain", "chat"] = "plain"
@@ -118,6 +124,68 @@ class NllConfig(TaskConfig):
         return self
 
 
+class TriageConfig(ReplyTaskConfig):
+    """Notes with red flags and the same complaints without one, at four levels of urgency. Ships
+    with medgpt; `limit` keeps whole pairs."""
+
+    name: Name = "triage"
+    """Name of the task in results and gates."""
+    languages: Annotated[tuple[Literal["zh", "en"], ...], Len(1)] = ("zh", "en")
+    """Languages of the notes."""
+    ask_level: bool = True
+    """Ask for the level on a last line, in addition to the advice."""
+
+    @model_validator(mode="after")
+    def _check_limit(self) -> Self:
+        if self.limit == 1:
+            raise ValueError("limit=1 holds no pair of notes; use 2 or more")
+        return self
+
+
+class SafetyConfig(ReplyTaskConfig):
+    """Harmful requests, benign look-alikes and false premises."""
+
+    name: Name = "safety"
+    """Name of the task in results and gates."""
+    own: bool = True
+    """Use the set that ships with medgpt."""
+    languages: Annotated[tuple[Literal["zh", "en"], ...], Len(1)] = ("zh", "en")
+    """Languages of the set that ships with medgpt."""
+    harmful: tuple[DataPath, ...] = ()
+    """Files of requests that must be refused: JSON lines with a column prompt, question, query or
+    instruct. Always sensitive."""
+    false_premise: tuple[DataPath, ...] = ()
+    """Files of questions with a false premise, to be refused or corrected. Always sensitive."""
+    benign: tuple[DataPath, ...] = ()
+    """Files of questions that must be answered. Always sensitive."""
+
+
+class GenerationConfig(ReplyTaskConfig):
+    """Answers compared word by word with reference answers: the last turns of conversations."""
+
+    name: Name = "generation"
+    """Name of the task in results and gates."""
+    sources: Annotated[tuple[SourceConfig, ...], Len(1)]
+    """Conversations; the task is sensitive if one of them is."""
+
+
+class KeyPointsConfig(ReplyTaskConfig):
+    """Whether answers state given facts: held_out.jsonl of a sample corpus, or a file like it."""
+
+    name: Name = "key_points"
+    """Name of the task in results and gates."""
+    path: DataPath
+    """JSON lines with prompt, key_points (each a list of wordings), kind and condition."""
+    kinds: tuple[str, ...] = ()
+    """Use only questions of these kinds, such as sft and phrasing; empty: all."""
+    samples: Annotated[int, Ge(0)] = 0
+    """Additional answers at `temperature`; a question passes if all state its key points."""
+    temperature: Annotated[float, Ge(0)] = 0.7
+    """Sampling temperature of the additional answers."""
+    max_new_tokens: Count = 192
+    """Maximum tokens of a reply."""
+
+
 class EvalConfig(Config):
     """Root config of the evaluation stage, as in configs/eval.toml."""
 
@@ -126,7 +194,7 @@ class EvalConfig(Config):
     """Conditions that the model must meet, or the command fails: `mcq.accuracy >= parent`,
     `key_points.gout == pass`, `nll.general <= 1.05 * parent`, `high(triage.under) <= 0.01`. A gate
     names TASK.METRIC, TASK.SLICE or TASK.SLICE.METRIC; low() and high() are the ends of its 95 %
-    confidence interval."""
+    interval."""
     model: EvalModelConfig = EvalModelConfig()
     mcq: tuple[McqConfig, ...] = ()
     nll: tuple[NllConfig, ...] = ()

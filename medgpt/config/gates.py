@@ -1,10 +1,19 @@
 """Parse the gates of an evaluation: `mcq.accuracy >= parent`, `nll.general <= 1.05 * parent`."""
 
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 Sign = Literal[">=", "<=", ">", "<", "=="]
+OPERATORS: dict[Sign, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
 Side = Literal["value", "low", "high"]
 REWARD_TASK = "reward"
 """Task name of a reward model in gates."""
@@ -46,18 +55,7 @@ class Gate:
 
     def is_passed(self, value: float, parent: float) -> bool:
         """Whether `value` passes; `parent` is ignored unless the gate needs it."""
-        bound = self.bound(parent)
-        match self.sign:
-            case ">=":
-                return value >= bound
-            case "<=":
-                return value <= bound
-            case ">":
-                return value > bound
-            case "<":
-                return value < bound
-            case "==":
-                return value == bound
+        return OPERATORS[self.sign](value, self.bound(parent))
 
     def bound(self, parent: float) -> float:
         """Return the number that the score is compared with."""
@@ -65,11 +63,7 @@ class Gate:
 
 
 def parse_gate(text: str) -> Gate:
-    """Parse the text of a gate.
-
-    Raises:
-        ValueError: the text is not a gate.
-    """
+    """Parse the text of a gate. Raises ValueError if it is not one."""
     match = GATE_PATTERN.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"gate {text!r} cannot be parsed; {GATE_SYNTAX}")

@@ -37,8 +37,7 @@ def load(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> Confi
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the file with the overrides applied, before validation. Raises ConfigError like
-    `load`."""
+    """Return the file with the overrides, not validated. Raises ConfigError like `load`."""
     try:
         tree = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -134,13 +133,13 @@ def _section_class(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel]
     """Return the model of the section at `path` below `cls`."""
     for name in path:
         if name in cls.model_fields:  # else an index of a list or a key of a table
-            cls = _find_model_class(cls.model_fields[name].annotation)
+            cls = find_model_class(cls.model_fields[name].annotation)
     return cls
 
 
-def _find_model_class(annotation: Any) -> Any:
+def find_model_class(annotation: Any) -> Any:
     """Return the pydantic model inside `X | None`, `tuple[X, ...]`, `dict[str, X]` or `Annotated[X,
     ...]`, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for t in get_args(annotation) if (found := _find_model_class(t))), None)
+    return next((cls for inner in get_args(annotation) if (cls := find_model_class(inner))), None)

@@ -64,8 +64,8 @@ class ModelConfig(Config):
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
     attention: Literal["auto", "varlen", "flash_attention_2"] = "auto"
-    """Attention kernel for packed documents; auto: flash_attention_2 on a GPU that supports it,
-    else varlen."""
+    """Attention over packed documents; auto: flash_attention_2 where a GPU supports it, else
+    varlen."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

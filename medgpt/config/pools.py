@@ -40,14 +40,6 @@ class TrainedRoleConfig(RoleConfig):
 
     engine: EngineConfig = EngineConfig()
 
-    @model_validator(mode="after")
-    def _check_optimizer(self) -> Self:
-        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
-            raise ValueError(
-                "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
-            )
-        return self
-
 
 class RolloutRoleConfig(RoleConfig):
     """The pool that generates; every worker holds a whole model."""
@@ -95,14 +87,7 @@ class PoolsConfig(Config):
 
     def role(self, name: RoleName) -> RoleConfig:
         """Return the pool config of a role."""
-        roles: dict[RoleName, RoleConfig] = {
-            "actor": self.actor,
-            "critic": self.critic,
-            "reward": self.reward,
-            "reference": self.reference,
-            "rollout": self.rollout,
-        }
-        return roles[name]
+        return getattr(self, name)
 
     def active_roles(self) -> dict[str, RoleConfig]:
         """Return the configs of the roles that have a pool, by name."""

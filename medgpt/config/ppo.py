@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from annotated_types import Ge, Gt, Le
 from pydantic import model_validator
 
-from medgpt.config.base import Config, Count, ModelPath
+from medgpt.config.base import Config, Count, ModelPath, multiples_near
 from medgpt.config.data import DataConfig
 from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
 from medgpt.config.pools import ROLES, PoolsConfig
@@ -33,8 +33,7 @@ class PPOConfig(Config):
     micro_batch_tokens: Count = 8192
     """Maximum tokens of a forward pass on each worker. A longer sequence gets a pass of its own."""
     async_rollouts: bool = False
-    """Sample the next batch while training on the current one, with weights that are one iteration
-    old."""
+    """Sample the next batch during training, with weights that are one iteration old."""
     checkpoint_every: Count = 10
     """Iterations between checkpoints; the last iteration always writes one."""
     keep_checkpoints: Count = 2
@@ -47,9 +46,8 @@ class PPOConfig(Config):
     kl_coef: NonNegative = 0.05
     """Reward subtracted per nat of divergence from the reference; the initial value if adaptive."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL of each token (http://joschu.net/blog/kl-approx.html). As a reward, only
-    k1 has the gradient of the reverse KL in expectation; k2 and k3 have less variance but another
-    gradient."""
+    """KL estimator of a token (http://joschu.net/blog/kl-approx.html). As a reward, only k1 has the
+    gradient of the reverse KL in expectation; k2 and k3 have less variance but another gradient."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: steer kl_coef towards kl_target (arXiv 1909.08593, section 2.2)."""
     kl_target: Positive = 6.0
@@ -69,8 +67,7 @@ class PPOConfig(Config):
     gae_lambda: Annotated[float, Ge(0), Le(1)] = 0.95
     """Trade-off between bias and variance of the advantages; 1 is Monte Carlo."""
     bootstrap_truncated: bool = False
-    """Use the critic's value for what follows a truncated response; false treats its last token as
-    the end."""
+    """Continue truncated responses with the critic's value; false: they end with the last token."""
     whiten_advantages: bool = True
     """Normalize the advantages of a rollout batch to mean 0 and variance 1."""
 
@@ -79,17 +76,15 @@ class PPOConfig(Config):
     clip_range_high: Positive | None = None
     """Clip range above 1 (arXiv 2503.14476); unset: clip_range."""
     dual_clip: Annotated[float, Gt(1)] | None = None
-    """Bound the loss of tokens with a negative advantage by this times the advantage (arXiv
-    1912.09729); unset: off."""
+    """Maximum loss of a token, in multiples of a negative advantage (arXiv 1912.09729); unset:
+    off."""
     target_kl: Positive | None = None
-    """End the updates of an iteration when the KL of a step from the old policy, in nats per token,
-    exceeds this; unset: never."""
+    """End the updates of an iteration above this KL from the old policy, in nats per token."""
     entropy_coef: NonNegative = 0.0
     """Coefficient of the entropy bonus in the policy loss."""
     max_logprob_gap: Positive = 0.01
-    """Mean difference, in nats per token, between the log-probabilities of the rollout engine and
-    of training above which tokens get truncated importance weights. Async rollouts always use
-    them."""
+    """Mean difference of log-probabilities between rollout engine and training, in nats per token,
+    above which tokens get truncated importance weights. Async rollouts always use them."""
     max_importance_weight: Annotated[float, Ge(1)] = 2.0
     """Maximum importance weight (arXiv 2505.24034 and others)."""
 
@@ -102,12 +97,9 @@ class PPOConfig(Config):
     def _check_relations(self) -> Self:
         rollout, batch = self.rollout_batch_size, self.global_batch_size
         if rollout % batch:
-            fitting = [
-                str(size) for size in (rollout // batch * batch, -(-rollout // batch) * batch)
-            ]
             raise ValueError(
                 f"rollout_batch_size={rollout} must be a multiple of global_batch_size={batch}; "
-                f"{' or '.join(size for size in fitting if size != '0')} would do"
+                f"{multiples_near(rollout, batch)} would do"
             )
         if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
             raise ValueError(
@@ -121,8 +113,7 @@ class RolloutConfig(Config):
     """How responses are sampled."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """hf: medgpt's own decoding loop over the Hugging Face model. vllm: the package of that
-    name."""
+    """hf: medgpt's decoding loop over the Hugging Face model. vllm: the package of that name."""
     max_new_tokens: Count = 256
     """Maximum tokens of a response."""
     temperature: Positive = 1.0
@@ -137,8 +128,8 @@ class PolicyOptimizerConfig(OptimizerConfig):
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Schedule = "linear"
-    """After warm-up: cosine or linear decay to min_lr_ratio; wsd stays constant, then decays
-    linearly at the end."""
+    """After warm-up: cosine or linear decay to min_lr_ratio; wsd is constant until its final
+    decay."""
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.0
     """Final learning rate, as a share of learning_rate."""
     weight_decay: NonNegative = 0.0
@@ -166,8 +157,7 @@ class CriticConfig(Config):
 
 
 class PtxConfig(Config):
-    """PPO-ptx (arXiv 2203.02155): adds a language modeling loss on conversations to the policy
-    loss."""
+    """PPO-ptx (arXiv 2203.02155): adds a language modeling loss on conversations to the loss."""
 
     coef: Positive = 1.0
     """Coefficient of the loss, which is the mean over its tokens."""

@@ -1,7 +1,7 @@
 """PPO sections for the reward, the judge and the detection of diverged runs."""
 
 from collections import Counter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from annotated_types import Ge, Gt, Le
 from pydantic import Field, StringConstraints, model_validator
@@ -9,22 +9,15 @@ from pydantic import Field, StringConstraints, model_validator
 from medgpt.config.base import Config, Count, DataPath, ModelPath, Name
 
 RuleName = Literal["urgency", "dose", "diagnosis", "hotline", "language", "repetition"]
-RULES: tuple[RuleName, ...] = (
-    "urgency",
-    "dose",
-    "diagnosis",
-    "hotline",
-    "language",
-    "repetition",
-)
+RULES: tuple[RuleName, ...] = get_args(RuleName)
 SCORE_COMPONENT = "score"  # name of the component of the reward model
 Weight = Annotated[float, Ge(0)]
 
 
 class RewardFunctionConfig(Config):
     """A reward function of your own. It receives a list of
-    `medgpt.rlhf.rewards.reward_sample.RewardSample` and returns a number for each, or None for a
-    sample that it cannot score, which is then left out."""
+    `medgpt.rlhf.rewards.reward_sample.RewardSample` and returns a number for each, or None to leave
+    a sample out."""
 
     name: Name
     """Name of the component in metrics."""
@@ -69,8 +62,7 @@ class PPORewardConfig(Config):
 
 
 class JudgeConfig(Config):
-    """A judge that training does not see: held-out questions, rule checks and its own reward
-    model."""
+    """A judge that training does not see: held-out questions, checks and its own reward model."""
 
     every: Annotated[int, Ge(0)] = 0
     """Iterations between judge evaluations; 0 disables the judge."""
@@ -111,8 +103,7 @@ class DiagnosisConfig(Config):
     max_length_factor: Annotated[float, Ge(0)] = 3.0
     """Maximum length of the answers, relative to the first window's."""
     max_skipped_share: Annotated[float, Ge(0), Le(1)] = 0.5
-    """Maximum share of optimizer steps, or of samples, of the window that were skipped because they
-    were not finite."""
+    """Maximum share of steps, or of samples, of the window skipped because they were not finite."""
     max_masked_share: Annotated[float, Ge(0), Le(1)] = 0.5
     """Maximum share of samples of the window without a reward because a component failed."""
     judge_drop: Annotated[float, Ge(0)] = 2.0

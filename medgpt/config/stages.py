@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 from annotated_types import Ge, Len
 from pydantic import Field, model_validator
 
-from medgpt.config.base import Config, Count, DataPath, Name, RunDir
+from medgpt.config.base import Config, Count, DataPath, Name, RunDir, multiples_near
 from medgpt.config.data import DataConfig
 from medgpt.config.model import ModelConfig, TokenizerConfig
 from medgpt.config.train import (
@@ -24,9 +24,8 @@ class RunConfig(Config):
     seed: Annotated[int, Ge(0)] = 0
     """Seed of every random decision."""
     allow_changes: bool = False
-    """Resume although the data or a key that affects training has changed since the run began.
-    Training continues at the same step; if the order of the data has changed, rows may be repeated
-    or left out."""
+    """Resume although the data or a key that affects training has changed. Training continues at
+    the same step; if the order of the data has changed, rows may be repeated or left out."""
 
 
 SampleKind = Literal["documents", "conversations", "preferences", "prompts"]
@@ -67,18 +66,12 @@ class TrainStageConfig(Config):
         if train.global_batch_size < rows_per_micro_step or (
             is_fixed and train.global_batch_size % rows_per_micro_step
         ):
-            below = train.global_batch_size // rows_per_micro_step * rows_per_micro_step
-            fitting = [str(size) for size in (below, below + rows_per_micro_step) if size]
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} must be "
                 f"{'a multiple of' if is_fixed else 'at least'} "
                 f"train.micro_batch_size={train.micro_batch_size} x "
                 f"cluster.num_workers={cluster.max_workers}; "
-                f"{' or '.join(fitting)} would do"
-            )
-        if self.engine.offload_optimizer and self.engine.zero_stage == 0:
-            raise ValueError(
-                "engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0"
+                f"{multiples_near(train.global_batch_size, rows_per_micro_step)} would do"
             )
         architecture = self.model.architecture
         if architecture is not None:
@@ -139,8 +132,7 @@ class PipelineStage(Config):
     stage: StageKind
     """Kind of the stage."""
     name: Name | None = None
-    """Name of the stage in reports and gates; unset: its kind, then pretrain-2 for the second one,
-    and so on."""
+    """Name in reports and gates; unset: its kind, then pretrain-2 for the second one, and so on."""
     config: DataPath
     """TOML file of the stage."""
     overrides: tuple[str, ...] = ()
@@ -154,8 +146,7 @@ class PipelineConfig(Config):
     stages: Annotated[tuple[PipelineStage, ...], Len(1)]
     """Stages in order. Finished stages are skipped, an unfinished one resumes."""
     overrides: dict[StageKind, tuple[str, ...]] = Field(default={})
-    """Assignments for all stages of a kind, as in `stages`; a stage's own overrides come after
-    them."""
+    """Assignments for all stages of a kind, as in `stages`; a stage's own come after them."""
     gates: dict[str, tuple[str, ...]] = Field(default={})
     """Gates that an eval stage of this name must pass for the pipeline to continue, in addition to
     those in its file: `eval = ["mcq.accuracy >= parent"]`. For a reward stage: gates on held-out
@@ -171,5 +162,5 @@ class CorpusConfig(Config):
     shards: Count = 4
     """Number of files per kind of record."""
     swap_facts: bool = False
-    """Control experiment: give every condition the facts of another one, but keep held-out and exam
-    questions true."""
+    """Control experiment: exchange the facts of conditions, except in held-out and exam
+    questions."""

@@ -14,8 +14,7 @@ class ObjectiveConfig(Config):
     kind: Literal["clm", "mlm"] = "clm"
     """clm: predict the next token. mlm: predict masked tokens."""
     mlm_probability: Annotated[float, Gt(0), Lt(1)] = 0.15
-    """mlm: share of tokens to predict; 80 % become the mask token, 10 % a random token, 10 %
-    stay."""
+    """mlm: share of tokens to predict; 80 % become the mask token, 10 % a random one, 10 % stay."""
     whole_word: bool = True
     """mlm: mask all tokens of a word together; Chinese words by segmentation."""
 
@@ -24,8 +23,8 @@ class OptimizerConfig(Config):
     learning_rate: Annotated[float, Gt(0)] = 3e-4
     """Peak learning rate."""
     schedule: Schedule = "cosine"
-    """After warm-up: cosine or linear decay to min_lr_ratio; wsd stays constant, then decays
-    linearly at the end."""
+    """After warm-up: cosine or linear decay to min_lr_ratio; wsd is constant until its final
+    decay."""
     warmup_share: Fraction = 0.03
     """Share of all steps in which the learning rate rises linearly."""
     decay_share: Annotated[float, Ge(0), Le(1)] = 0.2
@@ -59,6 +58,12 @@ class EngineConfig(Config):
     loss_chunk_tokens: Count = 8192
     """Number of tokens at a time for which the output layer and the loss are computed."""
 
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer=true needs zero_stage 1, 2 or 3, not 0")
+        return self
+
 
 class TrainConfig(Config):
     epochs: Count = 1
@@ -85,8 +90,7 @@ class TrainConfig(Config):
 
 class ClusterConfig(Config):
     num_workers: Workers = 1
-    """Number of training processes; `[fewest, most]` trains with as many as the cluster has room
-    for."""
+    """Number of training processes; `[fewest, most]` uses as many as the cluster has room for."""
     cpus_per_worker: Annotated[float, Gt(0)] = 1
     """CPUs reserved for each worker, which also set its number of threads."""
     gpus_per_worker: Annotated[float, Ge(0)] = 0
@@ -104,9 +108,9 @@ class ClusterConfig(Config):
     wait_s: Annotated[float, Gt(0)] = 600
     """Maximum seconds to wait for the resources of the cluster."""
     spill_dir: DataPath | None = None
-    """Directory in which a Ray that the command itself starts stores objects that do not fit into
-    memory, in a folder that only the user can enter. Unset: such a folder beside Ray's logs, in
-    RAY_TMPDIR or /tmp."""
+    """Directory for objects that do not fit into the memory of a Ray that the command starts
+    itself, in a folder that only the user can enter. Unset: beside Ray's logs, in RAY_TMPDIR or
+    /tmp."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -15,14 +15,12 @@ from medgpt.config.base import Config, ConfigError, Count, DataPath
 from medgpt.config.loading import load, with_values
 from medgpt.config.pools import ROLES, RoleName
 from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.search_space import SearchSpace, flatten_spaces
 from medgpt.config.stages import RunConfig
 
-Value = bool | int | float | str
 Params = dict[str, Any]  # values of a trial, by searched key
-SPACE_KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
 SHARED_ROLES: tuple[RoleName, ...] = ("reward", "reference")  # all trials can share their pools
 MAX_COMBINATIONS = 1000  # to validate together
-INNER_POINT = 0.381966  # of a range, never a whole number
 
 NOT_SEARCHABLE = {  # keys of the PPO stage that cannot be searched, and why
     "run": "every trial has its own run; check.seeds compares seeds",
@@ -51,85 +49,6 @@ NOT_COPYABLE = {  # keys with which a copied state does not fit
 }
 
 
-class SearchSpace(Config):
-    """Values of a searched key: a table with one of these. Write the key in quotes: `"ppo.kl_coef"
-    = { loguniform = [1e-3, 0.3] }`."""
-
-    uniform: tuple[float, float] | None = None
-    """Any number between the two."""
-    loguniform: tuple[Annotated[float, Gt(0)], Annotated[float, Gt(0)]] | None = None
-    """Any number between the two, uniform in its logarithm."""
-    randint: tuple[int, int] | None = None
-    """Any integer from the first to the last."""
-    choice: Annotated[tuple[Value, ...], Len(1)] | None = None
-    """One of these."""
-    grid: Annotated[tuple[Value, ...], Len(1)] | None = None
-    """All of these, combined with those of the other keys; needs tune.searcher=grid."""
-
-    @model_validator(mode="after")
-    def _check_one_kind(self) -> Self:
-        given = [kind for kind in SPACE_KINDS if getattr(self, kind) is not None]
-        if len(given) != 1:
-            has = " and ".join(given) or "none"  # the file and an override together may set several
-            raise ValueError(
-                f"has {has}; needs one of {', '.join(SPACE_KINDS)}, as {{ choice = [1] }}"
-            )
-        if self.bounds is not None and self.bounds[0] >= self.bounds[1]:
-            raise ValueError(f"{given[0]} needs the lower end first, as [0.1, 1.0]")
-        return self
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """Ends of a range; None if the values are listed."""
-        return self.uniform or self.loguniform or self.randint
-
-    @property
-    def values(self) -> tuple[Value, ...] | None:
-        """All values if they are listed, else None."""
-        return self.choice or self.grid
-
-    @property
-    def values_to_check(self) -> tuple[Value, ...]:
-        """Values that must be valid for all to be: the ends of a range and one between them."""
-        if self.values is not None:
-            return self.values
-        assert self.bounds is not None
-        low, high = self.bounds
-        return self.bounds if self.randint else (low, high, low + INNER_POINT * (high - low))
-
-    def __contains__(self, value: object) -> bool:
-        if self.values is not None:
-            return value in self.values
-        assert self.bounds is not None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        return self.bounds[0] <= value <= self.bounds[1]
-
-    def clip(self, value: Any) -> Any:
-        """Return `value` clipped to the range."""
-        if self.bounds is None:
-            return value
-        return type(value)(min(max(value, self.bounds[0]), self.bounds[1]))
-
-
-def flatten_spaces(tree: object) -> object:
-    """Flatten nested tables, which `ppo.kl_coef = {...}` makes, to tables under dotted keys."""
-    if not isinstance(tree, dict):
-        return tree
-
-    def leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-        is_table = (
-            isinstance(value, dict) and value and all(isinstance(v, dict) for v in value.values())
-        )
-        if is_table and not value.keys() & set(SPACE_KINDS):
-            for name, inner in value.items():
-                yield from leaves(f"{path}.{name}", inner)
-        else:
-            yield path, value
-
-    return {name: space for key, value in tree.items() for name, space in leaves(key, value)}
-
-
 ROWS_PER_ITERATION_KEYS = (
     "ppo.epochs",
     "ppo.global_batch_size",
@@ -152,8 +71,7 @@ class TuneConfig(Config):
     metric: Literal["checks", "score"] = "checks"
     """Judge metric to maximize: its checks, or the score of its reward model."""
     max_kl: Annotated[float, Gt(0)] = 20.0
-    """Maximum KL from the reference in nats per answer. A trial above it ranks below all that are
-    not."""
+    """Maximum KL from the reference in nats per answer; trials above it rank below all others."""
     max_concurrent: Count | None = None
     """Maximum number of concurrent trials; unset: as many as the cluster has room for."""
     grace_judgements: Count = 1
@@ -225,26 +143,40 @@ class TuneStageConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _check_keys(self) -> Self:
-        for key in self.search:
-            if self.base_config.ptx is not None and key in ROWS_PER_ITERATION_KEYS:
-                raise ValueError(
-                    f'search."{key}" cannot be searched: it changes how many rows of [ptx] an '
-                    "iteration of the base config needs; leave it out"
-                )
-            if reason := _reason_for(key, NOT_SEARCHABLE):
-                raise ValueError(f'search."{key}" cannot be searched: {reason}')
-            if self.tune.shared_pools and (pool := _reason_for(key, SHARED_POOL_KEYS)):
-                raise ValueError(
-                    f'search."{key}" would change the {pool} pool, which all trials share; leave '
-                    "it out, or set tune.shared_pools=false"
-                )
-            if self.tune.scheduler == "pbt" and (part := _reason_for(key, NOT_COPYABLE)):
-                raise ValueError(
-                    f'search."{key}" makes {part} another model, and tune.scheduler=pbt copies '
-                    "weights between trials; leave it out, or use asha"
-                )
+    def _check_search(self) -> Self:
+        for key, space in self.search.items():
+            if reason := self._why_not(key, space):
+                raise ValueError(f'search."{key}" {reason}')
         return self
+
+    def _why_not(self, key: str, space: SearchSpace) -> str | None:
+        """Return the reason why the key cannot be searched in this space, or None."""
+        tune = self.tune
+        if self.base_config.ptx is not None and key in ROWS_PER_ITERATION_KEYS:
+            return (
+                "cannot be searched: it changes how many rows of [ptx] an iteration of the base "
+                "config needs; leave it out"
+            )
+        if reason := _reason_for(key, NOT_SEARCHABLE):
+            return f"cannot be searched: {reason}"
+        if tune.shared_pools and (pool := _reason_for(key, SHARED_POOL_KEYS)):
+            return (
+                f"would change the {pool} pool, which all trials share; leave it out, or set "
+                "tune.shared_pools=false"
+            )
+        if tune.scheduler == "pbt" and (part := _reason_for(key, NOT_COPYABLE)):
+            return (
+                f"makes {part} another model, and tune.scheduler=pbt copies weights between "
+                "trials; leave it out, or use asha"
+            )
+        if tune.searcher == "grid" and space.values is None:
+            return (
+                "needs a list of values for tune.searcher=grid; write them as { grid = [...] }, "
+                "or set tune.searcher=random"
+            )
+        if tune.searcher != "grid" and space.grid is not None:
+            return "has a grid, which needs tune.searcher=grid; set it, or write choice"
+        return None
 
     @model_validator(mode="after")
     def _check_values(self) -> Self:
@@ -260,21 +192,13 @@ class TuneStageConfig(Config):
     @model_validator(mode="after")
     def _check_searcher(self) -> Self:
         tune = self.tune
-        for key, space in self.search.items():
-            if tune.searcher == "grid" and space.values is None:
-                raise ValueError(
-                    f'search."{key}": tune.searcher=grid needs a list of values; write them as '
-                    "{ grid = [...] }, or set tune.searcher=random"
-                )
-            if tune.searcher != "grid" and space.grid is not None:
-                raise ValueError(
-                    f'search."{key}": grid needs tune.searcher=grid; set it, or write choice'
-                )
-            if tune.default_first and tune.searcher == "tpe" and self.base_values[key] not in space:
-                raise ValueError(
-                    f'search."{key}" does not contain {self.base_values[key]}, the value '
-                    "of the base config for trial 1; widen it, or set tune.default_first=false"
-                )
+        if tune.default_first and tune.searcher == "tpe":
+            for key, space in self.search.items():
+                if self.base_values[key] not in space:
+                    raise ValueError(
+                        f'search."{key}" does not contain {self.base_values[key]}, the value of '
+                        "the base config for trial 1; widen it, or set tune.default_first=false"
+                    )
         if tune.scheduler == "pbt" and tune.searcher != "random":
             raise ValueError(
                 f"tune.scheduler=pbt changes values itself and starts with random ones; "
@@ -298,20 +222,16 @@ class TuneStageConfig(Config):
     @model_validator(mode="after")
     def _make_paths_absolute(self) -> Self:
         """Make paths among the values absolute, because trials run in other folders."""
-        listed = {
-            key: [value_at(self._trial_config({key: value}), key) for value in space.values]
-            for key, space in self.search.items()
-            if space.values is not None
-        }
-        changed = {
-            key: SearchSpace(**{"grid" if self.search[key].grid else "choice": tuple(values)})
-            for key, values in listed.items()
-        }
-        return self.model_copy(update={"search": {**self.search, **changed}})
+        changed = dict(self.search)
+        for key, space in self.search.items():
+            if space.values is not None:
+                configs = [self._trial_config({key: value}) for value in space.values]
+                values = tuple(value_at(config, key) for config in configs)
+                changed[key] = SearchSpace(**{"grid" if space.grid else "choice": values})
+        return self.model_copy(update={"search": changed})
 
     def _trial_config(self, values: Params) -> PPOStageConfig:
-        """Return the config of a trial with these values. Raises ConfigError if they are not
-        valid."""
+        """Return the config of a trial. Raises ConfigError if these values are not valid."""
         try:
             return with_values(PPOStageConfig, self.base_config, values)
         except ConfigError as error:

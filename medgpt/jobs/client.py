@@ -57,9 +57,8 @@ class Job:
 
     def __str__(self) -> str:
         status, code = self.details.status, self.details.driver_exit_code
-        started = time.strftime(
-            "%Y-%m-%d %H:%M", time.localtime((self.details.start_time or 0) / 1e3)
-        )
+        start_time = time.localtime((self.details.start_time or 0) / 1e3)
+        started = time.strftime("%Y-%m-%d %H:%M", start_time)
         with_code = f" ({code})" if status == JobStatus.FAILED and code is not None else ""
         return f"{self.id}  {status}{with_code}  since {started}  {self.run_dir}"
 
@@ -96,9 +95,8 @@ def job_id_prefix(run_dir: str) -> str:
 
 def list_jobs(client: JobSubmissionClient) -> list[Job]:
     """Return the jobs started by `medgpt submit`, the newest last."""
-    submitted = [
-        Job(details) for details in client.list_jobs() if RUN_DIR_KEY in (details.metadata or {})
-    ]
+    every = client.list_jobs()
+    submitted = [Job(details) for details in every if RUN_DIR_KEY in (details.metadata or {})]
     return sorted(submitted, key=lambda job: (job.details.start_time or 0, job.id))
 
 

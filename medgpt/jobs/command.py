@@ -67,32 +67,28 @@ def resolve_command(stage: str, path: Path, overrides: list[str]) -> JobCommand:
         raise ConfigError(f"stage {stage} cannot be submitted; {hint}")
     tree = read_tree(path, overrides)
     config = validate(cls, tree)
-    configs, files, overrides = (config,), [_relative_to_working_dir(path)], [*overrides]
+    configs, other_files, added = (config,), list[Path](), list[str]()
     if isinstance(config, PipelineConfig):
         configs = tuple(stage.config for stage in load_stages(config))
-        for number, stage_tree in enumerate(tree["stages"]):
-            files += (
-                []
-                if Path(stage_tree["config"]).is_absolute()
-                else [_relative_to_working_dir(Path(stage_tree["config"]))]
-            )
-            path_overrides = _absolute_stage_paths(config, number, configs[number])
-            more = [*config.stages[number].overrides, *path_overrides]
-            overrides = [
-                *overrides,
-                *([_override(f"stages.{number}.overrides", more)] * bool(path_overrides)),
-            ]
-        del tree["stages"]
+        other_files = [Path(stage_tree["config"]) for stage_tree in tree.pop("stages")]
+        for number, item in enumerate(config.stages):
+            stage_tree = read_tree(Path(item.config), stage_overrides(config, item))
+            if paths := _absolute_path_overrides(stage_tree, configs[number]):
+                added.append(_override(f"stages.{number}.overrides", [*item.overrides, *paths]))
     if isinstance(config, TuneStageConfig):
         base = Path(tree.pop("base"))
+        other_files = [base]
         del tree["search"]
-        files += [] if base.is_absolute() else [_relative_to_working_dir(base)]
-        if path_overrides := _absolute_base_paths(base, config):
-            overrides = [*overrides, _override("overrides", [*config.overrides, *path_overrides])]
-    overrides += _absolute_path_overrides(tree, config)
+        base_tree = read_tree(base, config.overrides)
+        base_tree.pop("run", None)  # every trial gets a run.dir of its own
+        if paths := _absolute_path_overrides(base_tree, config.base_config):
+            added.append(_override("overrides", [*config.overrides, *paths]))
+    added += _absolute_path_overrides(tree, config)
     if isinstance(config, EvalConfig) and config.model.name is None:
         raise ConfigError("missing key model.name; name the run or model to score")
-    return JobCommand(stage, config, tuple(overrides), tuple(files), configs)
+    files = [path, *(file for file in other_files if not file.is_absolute())]
+    relative = tuple(_relative_to_working_dir(file) for file in files)
+    return JobCommand(stage, config, (*overrides, *added), relative, configs)
 
 
 def _relative_to_working_dir(path: Path) -> str:
@@ -105,20 +101,6 @@ def _relative_to_working_dir(path: Path) -> str:
             "submit from a folder that holds both"
         )
     return str(resolved.relative_to(working_dir))
-
-
-def _absolute_stage_paths(config: PipelineConfig, number: int, checked: Any) -> list[str]:
-    stage = config.stages[number]
-    tree = read_tree(Path(stage.config), stage_overrides(config, stage))
-    return _absolute_path_overrides(tree, checked)
-
-
-def _absolute_base_paths(base: Path, config: TuneStageConfig) -> list[str]:
-    """As above; run.dir of the base is ignored, since every trial gets its own."""
-    tree = read_tree(base, config.overrides)
-    return _absolute_path_overrides(
-        {name: tree[name] for name in tree if name != "run"}, config.base_config
-    )
 
 
 def _absolute_path_overrides(tree: dict[str, Any], config: Any) -> list[str]:
@@ -144,14 +126,9 @@ def _relative_paths(raw: Any, checked: Any, key: str = "") -> Iterator[tuple[str
     elif isinstance(raw, list) and any(isinstance(item, dict) for item in raw):
         for number, item in enumerate(raw):
             yield from _relative_paths(item, checked[number], f"{key}.{number}")
-    elif (
-        raw != checked
-        and (texts := _as_text_list(raw))
-        and texts != (changed := _as_text_list(checked))
-    ):
-        assert all(
-            new in (old, absolute_path(old)) for old, new in zip(texts, changed, strict=True)
-        )
+    elif (texts := _as_text_list(raw)) and texts != (changed := _as_text_list(checked)):
+        pairs = zip(texts, changed, strict=True)
+        assert all(new in (old, absolute_path(old)) for old, new in pairs)
         yield key, checked
 
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from medgpt.config.base import ConfigError
-from medgpt.jobs import client as job_client
+from medgpt.jobs import client as jobs
 from medgpt.jobs import secrets
 from medgpt.jobs.command import JobCommand, resolve_command
 from medgpt.jobs.package import package_working_dir
@@ -42,15 +42,15 @@ def run_submit(
     """
     command = resolve_command(stage, config, list(overrides))
     _check_secrets(secret_env, command.user_texts())
-    client = job_client.connect(address)
-    earlier = job_client.list_run_jobs(client, command.run_dir)
+    client = jobs.connect(address)
+    earlier = jobs.list_run_jobs(client, command.run_dir)
     if running := [job for job in earlier if not job.has_ended]:
         raise ConfigError(
             f"run.dir={command.run_dir} is in use by job {running[0].id}; watch it with "
             f"`medgpt job logs {running[0].id} --follow`, or stop it with `medgpt job stop`"
         )
     attempt = 1 + max((job.attempt for job in earlier), default=0)
-    name = f"{job_client.job_id_prefix(command.run_dir)}-{attempt}"
+    name = f"{jobs.job_id_prefix(command.run_dir)}-{attempt}"
     with tempfile.TemporaryDirectory(prefix="medgpt-") as scratch:
         package = Path(scratch) / "code.zip"
         _check_config_files(command, package_working_dir(Path.cwd(), package))
@@ -61,7 +61,7 @@ def run_submit(
     if detach:
         print(f"watch it with `medgpt job logs {name} --follow --address {address}`")
         return 0
-    return follow_job(client, job_client.find_job(client, name))
+    return follow_job(client, jobs.find_job(client, name))
 
 
 def run_status(name: str | None, address: str) -> None:
@@ -70,17 +70,15 @@ def run_status(name: str | None, address: str) -> None:
     Raises:
         ConfigError: there is no such job.
     """
-    client = job_client.connect(address)
-    for job in (
-        job_client.list_jobs(client) if name is None else [job_client.find_job(client, name)]
-    ):
+    client = jobs.connect(address)
+    for job in jobs.list_jobs(client) if name is None else [jobs.find_job(client, name)]:
         print(job)
 
 
 def run_logs(name: str, address: str, follow: bool) -> int:
     """Print the output of a job; if it is followed, return the exit status of its command."""
-    client = job_client.connect(address)
-    job = job_client.find_job(client, name)
+    client = jobs.connect(address)
+    job = jobs.find_job(client, name)
     if follow:
         return follow_job(client, job)
     print(client.get_job_logs(job.id), end="")
@@ -89,14 +87,14 @@ def run_logs(name: str, address: str, follow: bool) -> int:
 
 def run_stop(name: str, address: str) -> None:
     """Stop a job. Raise ConfigError if there is no such job or it does not end."""
-    client = job_client.connect(address)
-    print(job_client.stop_job(client, job_client.find_job(client, name)))
+    client = jobs.connect(address)
+    print(jobs.stop_job(client, jobs.find_job(client, name)))
 
 
-def follow_job(client: JobSubmissionClient, job: job_client.Job) -> int:
+def follow_job(client: JobSubmissionClient, job: jobs.Job) -> int:
     """Print the output of a job until it ends; return the exit status of its command."""
     try:
-        job = job_client.LogFollower(client, job).follow_until_end()
+        job = jobs.LogFollower(client, job).follow_until_end()
     except KeyboardInterrupt:
         print(f"\n{job.id} is still running; stop it with `medgpt job stop {job.id}`")
         return 130
@@ -151,7 +149,7 @@ def _check_capacity(
     the autoscaler, so if the nodes are not enough, a small job checks those.
     """
     try:
-        check_capacity(command.configs, job_client.list_alive_nodes(address), [])
+        check_capacity(command.configs, jobs.list_alive_nodes(address), [])
         return
     except ConfigError:
         print("the current nodes are not enough; checking what the autoscaler may add ...")
@@ -167,7 +165,7 @@ def _check_capacity(
             raise ConfigError(
                 f"the cluster started no job within {PREFLIGHT_TIMEOUT_S} s; look at {job}"
             )
-        time.sleep(job_client.POLL_S)
+        time.sleep(jobs.POLL_S)
     output = client.get_job_logs(job)
     client.delete_job(job)
     if status != JobStatus.SUCCEEDED:
@@ -185,7 +183,7 @@ def _submit_job(
             entrypoint=shlex.join([*SUPERVISE_COMMAND, *command.cli_arguments]),
             runtime_env=runtime_env,
             submission_id=name,
-            metadata={job_client.STAGE_KEY: command.stage, job_client.RUN_DIR_KEY: command.run_dir},
+            metadata={jobs.STAGE_KEY: command.stage, jobs.RUN_DIR_KEY: command.run_dir},
         )
     except RuntimeError as error:  # also if another process submitted the run a moment ago
         raise ConfigError(f"the cluster did not accept job {name}: {error}") from None

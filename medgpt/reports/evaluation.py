@@ -3,17 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import tomli_w
-
 from medgpt.eval.results import GATES, RESULTS, read_items
-from medgpt.reports.run import render_page
-from medgpt.reports.scores import (
-    BLEU_EQUIVALENCE_MARGIN,
-    EQUIVALENCE_MARGIN,
-    EvalColumn,
-    TaskTable,
-    build_task_tables,
-)
+from medgpt.reports.run import write_page
+from medgpt.reports.scores import EvalColumn, TaskTable, build_task_tables
 from medgpt.runs import Run
 
 
@@ -26,19 +18,16 @@ def write_eval_report(run: Run) -> None:
     columns = [load_eval_column(run.folder.name, run)]
     if results["parent"]:
         columns.insert(0, load_eval_column("parent", Run(results["parent"])))
-    scores = score_template_values(columns, results["seed"])
+    tables = build_task_tables(columns, results["seed"])
     if results["parent"]:
-        run.folder.write_json("comparison.json", _comparisons_to_json(scores["tables"]))
-    html = render_page(
+        run.folder.write_json("comparison.json", _comparisons_to_json(tables))
+    write_page(
+        run,
         "eval.html.jinja",
-        name=run.folder.name,
         results=results,
-        manifest=run.manifest,
-        config=tomli_w.dumps(run.config),
         gate_results=load_gate_results({"": run}),
-        **scores,
+        tables=tables,
     )
-    run.folder.write_text("report.html", html)
 
 
 def load_eval_column(name: str, run: Run) -> EvalColumn:
@@ -69,12 +58,4 @@ def _comparisons_to_json(tables: list[TaskTable]) -> dict[str, Any]:
             if row.changes[-1] is not None
         }
         for table in tables
-    }
-
-
-def score_template_values(columns: list[EvalColumn], seed: int) -> dict[str, Any]:
-    return {
-        "tables": build_task_tables(columns, seed),
-        "equivalence_margin": EQUIVALENCE_MARGIN,
-        "bleu_equivalence_margin": BLEU_EQUIVALENCE_MARGIN,
     }

@@ -4,18 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from medgpt.eval.results import RESULTS, REWARD_TASK, reward_results
-from medgpt.reports.evaluation import load_eval_column, load_gate_results, score_template_values
-from medgpt.reports.run import render_page
-from medgpt.reports.scores import EvalColumn, classify_change
+from medgpt.reports.evaluation import load_eval_column, load_gate_results
+from medgpt.reports.run import write_page
+from medgpt.reports.scores import EvalColumn, build_task_tables, classify_change
 from medgpt.runs import Run
 from medgpt.train.reward_eval import REWARD_EVAL_FILE
 
 
 def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
-    """Write report.html: the stages, the gates, and the scores of all evaluations in order.
-
-    An unchanged report is not rewritten.
-    """
+    """Write report.html: the stages, the gates, and the scores of all evaluations in order."""
     evaluations = {name: run for name, run in runs.items() if run.folder.exists(RESULTS)}
     columns = [
         _reward_model_column(name, run)
@@ -24,17 +21,14 @@ def write_pipeline_report(pipeline: Run, runs: Mapping[str, Run]) -> None:
         for name, run in runs.items()
         if name in evaluations or run.folder.exists(REWARD_EVAL_FILE)
     ]
-    html = render_page(
+    write_page(
+        pipeline,
         "pipeline.html.jinja",
-        name=pipeline.folder.name,
         stages=[_stage_row(pipeline, name, run) for name, run in runs.items() if run.metrics()],
         evaluations=[(name, _report_link(pipeline, run)) for name, run in evaluations.items()],
         gate_results=load_gate_results(runs),
-        **score_template_values(columns, 0),
+        tables=build_task_tables(columns, 0),
     )
-    folder = pipeline.folder
-    if not folder.exists("report.html") or folder.read_text("report.html") != html:
-        folder.write_text("report.html", html)
 
 
 def _reward_model_column(name: str, run: Run) -> EvalColumn:

@@ -4,9 +4,7 @@ import math
 from statistics import fmean
 from typing import Any
 
-import tomli_w
-
-from medgpt.reports.run import Metrics, plot_curve, render_page
+from medgpt.reports.run import Metrics, plot_curve, write_page
 from medgpt.reports.scores import EQUIVALENCE_MARGIN, LOWER_IS_BETTER, classify_change
 from medgpt.runs import Run
 
@@ -41,14 +39,8 @@ COMPARED_METRICS = {  # metric -> label
     "actor/kl_ref": "nats from the reference",
 }
 REWARDS_PREFIX = "rewards/"
-PHASE_ORDER = (
-    "generate",
-    "score",
-    "update",
-    "sync",
-    "prompts",
-    "wait",
-)  # shown in this order, then all others
+# shown in this order, then all others
+PHASE_ORDER = ("generate", "score", "update", "sync", "prompts", "wait")
 
 
 def write_ppo_report(run: Run) -> None:
@@ -66,19 +58,15 @@ def write_ppo_report(run: Run) -> None:
         *CURVES[1:],
     ]
     curves = [(title, plot_curve(metrics, unit, lines)) for title, unit, lines in curve_specs]
-    html = render_page(
+    write_page(
+        run,
         "ppo.html.jinja",
-        name=run.folder.name,
-        manifest=run.manifest,
-        config=tomli_w.dumps(run.config),
         key_numbers=_key_numbers(metrics),
         compared=_before_and_after(metrics),
-        noise=EQUIVALENCE_MARGIN,
         phase_times=_phase_times(metrics),
         curves=[(title, svg) for title, svg in curves if svg],
         samples=_group_by_prompt(samples),
     )
-    run.folder.write_text("report.html", html)
 
 
 def _component_names(metrics: Metrics) -> list[str]:
@@ -93,22 +81,17 @@ def _before_and_after(metrics: Metrics) -> list[dict[str, Any]]:
     rows = []
     for name, label in COMPARED_METRICS.items():
         values = [line[name] for line in metrics if name in line]
-        window = (
-            1 if name.startswith("judge/") else min(WINDOW_ITERATIONS, max(1, len(values) // 2))
-        )
+        if len(values) < 2:
+            continue
+        window = 1 if name.startswith("judge/") else min(WINDOW_ITERATIONS, len(values) // 2)
+        before, after = fmean(values[:window]), fmean(values[-window:])
         errors = [line[f"{name}_se"] for line in metrics if f"{name}_se" in line]
-        if len(values) > 1:
-            before, after = fmean(values[:window]), fmean(values[-window:])
-            noise = 2 * math.hypot(errors[0], errors[-1]) if errors else EQUIVALENCE_MARGIN
-            row = {
-                "label": label,
-                "before": before,
-                "after": after,
-                "errors": (errors[0], errors[-1]) if errors else None,
-                "lower_is_better": name in LOWER_IS_BETTER,
-                "verdict": classify_change(name, after - before, noise),
-            }
-            rows.append(row)
+        noise = 2 * math.hypot(errors[0], errors[-1]) if errors else EQUIVALENCE_MARGIN
+        row = {"label": label, "before": before, "after": after}
+        row["errors"] = (errors[0], errors[-1]) if errors else None
+        row["lower_is_better"] = name in LOWER_IS_BETTER
+        row["verdict"] = classify_change(name, after - before, noise)
+        rows.append(row)
     return rows
 
 

@@ -7,13 +7,16 @@ import io
 from typing import Any
 
 import matplotlib
-import tomli_w
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.typing import RcKeyType
 
-from medgpt.reports.scores import classify_change
+from medgpt.reports.scores import (
+    BLEU_EQUIVALENCE_MARGIN,
+    EQUIVALENCE_MARGIN,
+    classify_change,
+)
 from medgpt.runs import Run
 from medgpt.train.reward_eval import REWARD_EVAL_FILE
 
@@ -64,24 +67,29 @@ def write_run_report(run: Run) -> None:
     ]
     if reward_eval and reward_eval["pairs"]:
         curves.insert(0, ("Held-out score margins", _plot_margin_histogram(reward_eval["leads"])))
-    html = render_page(
+    write_page(
+        run,
         "report.html.jinja",
-        name=run.folder.name,
-        manifest=run.manifest,
-        config=tomli_w.dumps(run.config),
         curves=[(title, svg) for title, svg in curves if svg],
         key_numbers=_key_numbers(metrics),
         samples=samples,
         reward_eval=reward_eval,
     )
-    run.folder.write_text("report.html", html)
 
 
-def render_page(template: str, **values: Any) -> str:
-    """Render a template with autoescaping; its filter `mark` is `mark_change`."""
+def write_page(run: Run, template: str, **values: Any) -> None:
+    """Render a template with autoescaping and write report.html unless it is unchanged.
+
+    Templates also get the name, manifest and config of the run, and `mark_change` as a filter.
+    """
     environment = Environment(loader=PackageLoader("medgpt.reports"), autoescape=True)
     environment.filters["mark"] = mark_change
-    return environment.get_template(template).render(values)
+    environment.globals |= {"margin": EQUIVALENCE_MARGIN, "bleu_margin": BLEU_EQUIVALENCE_MARGIN}
+    config = run.folder.read_text("config.toml") if run.folder.exists("config.toml") else ""
+    shared = {"name": run.folder.name, "manifest": run.manifest, "config": config}
+    html = environment.get_template(template).render(**shared, **values)
+    if not run.folder.exists("report.html") or run.folder.read_text("report.html") != html:
+        run.folder.write_text("report.html", html)
 
 
 def mark_change(verdict: str) -> Markup:

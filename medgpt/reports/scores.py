@@ -110,10 +110,9 @@ def _task_table(task: str, columns: Sequence[EvalColumn], seed: int) -> TaskTabl
     parts = [column.results["tasks"][task] for column in columns]
     kind = parts[-1]["kind"]
     metrics = dict.fromkeys(metric for part in parts for metric in part["metrics"])
-    facts = [
-        _describe_column(column.name, part) for column, part in zip(columns, parts, strict=True)
-    ]
-    for (before, theirs), (now, ours) in pairwise(zip(columns, parts, strict=True)):
+    columns_and_parts = list(zip(columns, parts, strict=True))
+    facts = [_describe_column(column.name, part) for column, part in columns_and_parts]
+    for (before, theirs), (now, ours) in pairwise(columns_and_parts):
         if reason := why_not_comparable(ours, theirs):
             facts.append(f"{now.name} is not compared with {before.name}, which {reason}")
     best, worst = _best_and_worst_answers(task, kind, columns)
@@ -183,9 +182,8 @@ def _compare_corpus_scores(
     ours, theirs = ({i.id: i.counts for i in column.items[task]} for column in (now, before))
     assert ours.keys() == theirs.keys(), f"{task}: equal data have other items"
     difference = corpus_difference(metric, list(ours.values()), [theirs[id] for id in ours], seed)
-    return Comparison(
-        len(ours), our_value, their_value, difference, None, equivalence_margin(metric)
-    )
+    margin = equivalence_margin(metric)
+    return Comparison(len(ours), our_value, their_value, difference, None, margin)
 
 
 def _item_values(items: Sequence[ItemResult], metric: str) -> dict[str, tuple[float, float]]:
@@ -221,29 +219,17 @@ def _best_and_worst_answers(
     task: str, kind: str, columns: Sequence[EvalColumn]
 ) -> tuple[list[SharedAnswers], list[SharedAnswers]]:
     """Return the best and worst answers of the last column that may be shown."""
+    ranking_metrics = ANSWER_RANKING_METRICS.get(kind, ())
     ranked = []
     for item in columns[-1].items[task]:
-        scores = [
-            item.values[name]
-            for name in ANSWER_RANKING_METRICS.get(kind, ())
-            if name in item.values
-        ]
-        if scores and item.shown:
-            pairs = [_as_fraction(score) for score in scores]
+        pairs = [_as_fraction(item.values[name]) for name in ranking_metrics if name in item.values]
+        if pairs and item.shown:
             mean = sum(a / b if b else 0.0 for a, b in pairs) / len(pairs)
             ranked.append((mean, item.id))
     ranked.sort(key=lambda pair: (-pair[0], pair[1]))
-    shown = {
-        (column.name, item.id): item.shown
-        for column in columns
-        for item in column.items[task]
-        if item.shown
-    }
+    shown = [(c.name, {i.id: i.shown for i in c.items[task] if i.shown}) for c in columns]
     answers = [
-        SharedAnswers(
-            score,
-            [(c.name, shown[c.name, id]) for c in columns if (c.name, id) in shown],
-        )
+        SharedAnswers(score, [(name, by_id[id]) for name, by_id in shown if id in by_id])
         for score, id in ranked
     ]
     half = min(NUM_SHOWN_ANSWERS, len(answers) // 2)

@@ -6,13 +6,12 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-import tomli_w
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from medgpt.config.tune import TuneStageConfig
-from medgpt.reports.run import STYLE, figure_to_svg, render_page
+from medgpt.reports.run import STYLE, figure_to_svg, write_page
 from medgpt.reports.scores import classify_change
 from medgpt.runs import Run
 from medgpt.tune.results import BEST_CONFIG_FILE, TrialResult, load_results, pareto_front, winner
@@ -29,11 +28,9 @@ def write_tune_report(run: Run, config: TuneStageConfig) -> None:
     results = load_results(config)
     best, pareto_trials = winner(results, config), pareto_front(results)
     rows = run.folder.read_json(CHECK) if run.folder.exists(CHECK) else []
-    html = render_page(
+    write_page(
+        run,
         "tune.html.jinja",
-        name=run.folder.name,
-        manifest=run.manifest,
-        config=tomli_w.dumps(run.config),
         settings=config.tune,
         share=config.check.share,
         keys=list(config.search),
@@ -51,7 +48,6 @@ def write_tune_report(run: Run, config: TuneStageConfig) -> None:
             ("Metric against KL", plot_metric_against_kl(results, pareto_trials, config)),
         ],
     )
-    run.folder.write_text("report.html", html)
 
 
 def plot_parallel_coordinates(results: Sequence[TrialResult], config: TuneStageConfig) -> str:
@@ -111,17 +107,12 @@ def plot_metric_against_kl(
                     fillstyle="full" if filled else "none",
                 )
                 axes.annotate(f" {trial.record.name}", (last.kl, last.metric), fontsize=7)
-        line = [
-            (o.last_result.kl, o.last_result.metric)
-            for o in pareto_trials
-            if o.last_result is not None
-        ]
+        last_results = [trial.last_result for trial in pareto_trials]
+        line = [(last.kl, last.metric) for last in last_results if last is not None]
         if line:
             axes.step(*zip(*line, strict=True), where="post", color="black", linewidth=0.8)
         axes.axvline(config.tune.max_kl, color="#b3261e", linewidth=0.8, linestyle="--")
-        _label_axes(
-            axes, "KL from the reference (nats/answer)", f"the judge's {config.tune.metric}"
-        )
+        _label_axes(axes, "KL from the reference, nats", f"the judge's {config.tune.metric}")
         return figure_to_svg(figure)
 
 
@@ -188,9 +179,7 @@ def _trial_color(trial: TrialResult, results: Sequence[TrialResult]) -> str:
     """Return the color of a trial: the higher its metric, the lighter."""
     if trial.last_result is None:
         return GREY
-    metrics = sorted(
-        {other.last_result.metric for other in results if other.last_result is not None}
-    )
+    metrics = sorted({other.last_result.metric for other in results if other.last_result})
     return to_hex(COLORMAP(metrics.index(trial.last_result.metric) / max(1, len(metrics) - 1)))
 
 

@@ -36,15 +36,16 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
         if not prompt_messages:
             print("(the question is too long for this model; shorten it)")
             continue
-        options = {
-            "max_new_tokens": max_answer_tokens,
-            "temperature": temperature,
-            "seed": secrets.randbits(64),
-        }
+        tokens = stream_answer(
+            model,
+            tokenizer,
+            prompt_messages,
+            max_new_tokens=max_answer_tokens,
+            temperature=temperature,
+            seed=secrets.randbits(64),
+        )
         with catch_ctrl_c() as pressed:
-            ids = _print_answer(
-                stream_answer(model, tokenizer, prompt_messages, **options), tokenizer, pressed
-            )
+            ids = _print_answer(tokens, tokenizer, pressed)
         if pressed.is_set():
             print("\n(stopped; this exchange is dropped)")
             continue

@@ -1,6 +1,7 @@
 """`medgpt eval`: run the tasks on a model, then write scores, gates and the report."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from medgpt.cluster import ray_init
 from medgpt.cluster.wait_for_resources import wait_for_resources
@@ -26,12 +27,7 @@ from medgpt.train.model_card import add_scores
 
 
 def run_eval(config: EvalConfig) -> Run:
-    """Run or resume an evaluation; return a finished one unchanged.
-
-    Raises:
-        ConfigError: the config, the model or the data is invalid.
-        GateFailure: the scores do not pass the gates.
-    """
+    """Score a model; raise GateFailure if the scores do not pass the gates."""
     check_parent(config)
     if config.model.name is None:
         raise ConfigError("missing key model.name; name the run or model to score")
@@ -70,14 +66,12 @@ def _answer_tasks(
     pool = EnginePool(config, reporter.say)
     try:
         for task in tasks:
-            requests, folder = task.requests(), ResponseStore(run.folder / "responses" / task.name)
-            total, name = len(requests), task.name
-
-            def advance(done: int, name: str = name, total: int = total) -> None:
-                reporter.advance(name, done, total, print_line=True)
-
-            pool.answer_all(requests, folder, advance)
-            write_items(run, task, task.grade(folder.read(requests)))
+            requests, store = task.requests(), ResponseStore(run.folder / "responses" / task.name)
+            total = len(requests)
+            pool.answer_all(
+                requests, store, partial(reporter.advance, task.name, total=total, print_line=True)
+            )
+            write_items(run, task, task.grade(store.read(requests)))
     finally:
         pool.close()
 

@@ -30,12 +30,7 @@ RUNNERS: dict[str, Callable[[Any], Run]] = {
 
 
 def run_pipeline(config: PipelineConfig) -> Run:
-    """Run all unfinished stages and write the report.
-
-    Raises:
-        ConfigError: the config of a stage is invalid.
-        GateFailure: a gate failed; later stages were not run.
-    """
+    """Run all unfinished stages and write the report; stop with GateFailure at a failed gate."""
     stages = load_stages(config)
     pipeline = open_run("pipeline", config)
     runs = {stage.name: stage.run for stage in stages}

@@ -24,11 +24,7 @@ def run_plan(
     mfu: float,
     as_json: bool,
 ) -> None:
-    """Print the plan of a stage.
-
-    Raises:
-        ConfigError: the stage, the config or the cluster is invalid, or the stage does not fit.
-    """
+    """Print the plan of a stage; raise ConfigError if it does not fit the cluster."""
     if stage not in PLANNABLE_STAGES:
         raise ConfigError(
             f"STAGE={stage} cannot be planned; choose one of {', '.join(PLANNABLE_STAGES)}"

@@ -13,11 +13,7 @@ from medgpt.stages.opening import open_stage, report
 
 
 def run_ppo(config: PPOStageConfig) -> Run:
-    """Run PPO and write the report.
-
-    Raises:
-        ConfigError: the config is invalid, the run diverged, or its workers died too often.
-    """
+    """Run PPO and write the report; a diverged run raises ConfigError, too."""
     from medgpt.rlhf.diagnosis import Diverged
     from medgpt.rlhf.pools.pools import DataLost, NodesDraining, PoolDied
 
@@ -37,11 +33,7 @@ def run_ppo(config: PPOStageConfig) -> Run:
 
 
 def train_ppo(config: PPOStageConfig) -> Run:
-    """Run or resume PPO; return a finished run unchanged.
-
-    Raises:
-        ConfigError: the config, the data or a model is invalid, or the pools do not fit.
-    """
+    """Run PPO without a report."""
     with open_stage("ppo", config) as (run, reporter):
         if run.finished:
             return run

@@ -28,11 +28,7 @@ def run_reward(config: RewardModelConfig) -> Run:
 
 
 def train_stage(stage: str, config: TrainStageConfig) -> Run:
-    """Run or resume `stage` and write the report; return a finished run unchanged.
-
-    Raises:
-        ConfigError: the config, the data or the model is invalid, or the cluster is too small.
-    """
+    """Prepare the data, train, export the model and write the report."""
     with open_stage(stage, config) as (run, reporter):
         if not run.finished:
             _train(run, config, reporter)

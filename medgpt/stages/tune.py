@@ -16,7 +16,6 @@ from medgpt.tune.setup import (
     config_for_trials,
     largest_config,
     num_concurrent_trials,
-    open_base_run,
     prepare_base,
 )
 from medgpt.tune.shared_pools import start_shared_pools, stop_shared_pools
@@ -25,14 +24,15 @@ from medgpt.tune.winner_check import check_winner
 
 
 def run_tune(config: TuneStageConfig) -> Run:
-    """Run or resume a search and write the report; return a finished one unchanged.
-
-    Raises:
-        ConfigError: the config, the data or a model is invalid, or a trial does not fit.
-    """
+    """Run a hyperparameter search and write the report."""
     with open_stage("tune", config, "search") as (run, reporter):
         if not run.finished:
-            base = open_base_run(config)
+            base = Run.open(
+                "ppo",
+                config.base_config,
+                run_dir=config.base_config.run.dir,
+                allow_changes=config.run.allow_changes,
+            )
             WeightedRewards(config.base_config.reward)  # fails first if a function is missing
             ray_init.init_ray(config.base_config.cluster)
             max_concurrent = num_concurrent_trials(config)

@@ -176,9 +176,8 @@ class Trainer:
             if flags.failed:
                 break
             is_last = self.state.step == self.plan.num_steps
-            improved = False
-            if is_last or self.state.step % self.config.train.eval_every == 0:
-                improved = self._validate()
+            is_due = is_last or self.state.step % self.config.train.eval_every == 0
+            improved = is_due and self._validate()
             is_preempted = flags.check_preemption and self.is_preempted()
             checkpoint_every = self.config.train.checkpoint_every
             if is_preempted or is_last or improved or self.state.step % checkpoint_every == 0:
@@ -337,10 +336,8 @@ class Trainer:
             self.state.time_s = self.metrics.time_s
             with storage_errors(self.run.folder.url, "metrics", kept=self.errors):
                 self.metrics.sync()
-        lines = self.audit.take_lines()
-        self.checkpointer.begin(
-            self.engine.snapshot, vars(self.state), write_before=partial(self.audit.write, lines)
-        )
+        write_audit = partial(self.audit.write, self.audit.take_lines())
+        self.checkpointer.begin(self.engine.snapshot, vars(self.state), write_before=write_audit)
 
     def _finish_checkpoint(self) -> None:
         self._log(self.checkpointer.finish())

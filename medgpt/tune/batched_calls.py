@@ -5,6 +5,7 @@ same results as from a call of its own.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +74,10 @@ def logprobs(
 
 def stack_sequences(batches: Sequence[Sequences]) -> Sequences:
     """Stack the sequences of several batches, as sampled by no version of the weights."""
-    return Sequences(
-        index=np.arange(sum(map(len, batches))),
-        sample_ids=[sample_id for batch in batches for sample_id in batch.sample_ids],
-        prompts=Ragged.concatenate([batch.prompts for batch in batches]),
-        responses=Ragged.concatenate([batch.responses for batch in batches]),
-        logprobs=np.concatenate([batch.logprobs for batch in batches]),
-        finished=np.concatenate([batch.finished for batch in batches]),
-        weight_version=NO_VERSION,
+    starts = accumulate(map(len, batches), initial=0)
+    return join_sequences(
+        replace(batch, index=batch.index + start, weight_version=NO_VERSION)
+        for batch, start in zip(batches, starts, strict=False)
     )
 
 

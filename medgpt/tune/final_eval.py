@@ -49,17 +49,13 @@ def evaluate_policies(
     """Return a row for each policy and seed: policy, seed, mark, mark_se, kl."""
     rows: list[ResultRow] = []
     pools: TrialPools | None = None
+    trial_pools = build_role_pools(setup.ppo_config, 1)
+    shared_pools = [pool for pool in trial_pools if pool.role in SHARED_ROLES]
     try:
         for policy in policies:
             ppo_config = _final_eval_config(config, policy.url)
-            role_pools = [
-                *(pool for pool in build_role_pools(ppo_config, 1) if pool.role == "rollout"),
-                *(
-                    pool
-                    for pool in build_role_pools(setup.ppo_config, 1)
-                    if pool.role in SHARED_ROLES
-                ),
-            ]
+            policy_pools = build_role_pools(ppo_config, 1)
+            role_pools = [pool for pool in policy_pools if pool.role == "rollout"] + shared_pools
             pools = reuse_or_start(pools, role_pools, ppo_config, setup.shared_pools, say=print)
             rows += _policy_rows(policy, FinalEvaluation(ppo_config, pools), config)
     finally:
@@ -80,9 +76,8 @@ def _policy_rows(
     if policy.seed is not None:
         _, kl = evaluation.sampled_metrics(policy.seed)
         return [row(policy.seed, evaluation.metrics(), kl)]
-    return [
-        row(seed, *evaluation.sampled_metrics(seed)) for seed in range(1, config.check.seeds + 1)
-    ]
+    seeds = range(1, config.check.seeds + 1)
+    return [row(seed, *evaluation.sampled_metrics(seed)) for seed in seeds]
 
 
 def _final_eval_config(config: TuneStageConfig, url: str) -> PPOStageConfig:

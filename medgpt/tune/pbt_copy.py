@@ -35,8 +35,7 @@ def copy_trial_state(
 
 
 def _copy_checkpoint(run: Run, donor: Run, iteration: int, params: Params) -> int:
-    """Return the iteration of the copied checkpoint: the oldest one, from `iteration` on, that the
-    donor has kept."""
+    """Copy the oldest kept checkpoint from `iteration` on, and return its iteration."""
     run.checkpoints.remove()
     for step in donor.checkpoint_steps():
         source, target = donor.checkpoint(step), run.checkpoint(step)
@@ -65,8 +64,7 @@ def _copy_files(source: Folder, target: Folder, manifest: dict[str, Any], params
 
 
 def _copy_metrics(run: Run, donor: Run, iteration: int) -> None:
-    """Copy the metrics up to `iteration`; the next attempt of the trial is later than all of
-    them."""
+    """Copy the metrics up to `iteration`; the next attempt comes after all of them."""
     lines = [line for line in donor.metrics() if line["step"] <= iteration]
     run.folder.write_jsonl(METRICS, lines)
     attempts = [run.manifest["attempt"], *(line["attempt"] for line in lines)]

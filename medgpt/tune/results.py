@@ -12,7 +12,7 @@ import tomli_w
 
 from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.tune import Params, TuneStageConfig
+from medgpt.config.tune import TuneStageConfig
 from medgpt.runs import Run
 from medgpt.tune.objective import JudgeResult, judge_results, objective
 from medgpt.tune.trial_records import TrialRecord, TrialRecords
@@ -51,8 +51,7 @@ def load_results(config: TuneStageConfig) -> list[TrialResult]:
 
 
 def winner(results: Sequence[TrialResult], config: TuneStageConfig) -> TrialResult | None:
-    """Return the finished trial with the highest metric within max_kl, or None; of equals, the one
-    with the lowest KL."""
+    """Return the finished trial with the highest metric within max_kl, of equals the nearest."""
     candidates = [
         (last.metric, -last.kl, result)
         for result in results
@@ -110,14 +109,10 @@ def write_best(run: Run, best: TrialResult, config: TuneStageConfig) -> None:
     ]
     if best.record.copied:
         head.append("# PBT changed its values while it trained; these are the last ones.")
-    values = rerun_config(config, best.record.params, f"{run.folder.url}/best")
-    tree = values.model_dump(mode="json", exclude_defaults=True)
+    values = {**best.record.params, "run.dir": f"{run.folder.url}/best"}
+    best_config = with_values(PPOStageConfig, config.base_config, values)
+    tree = best_config.model_dump(mode="json", exclude_defaults=True)
     run.folder.write_text(BEST_CONFIG_FILE, "\n".join([*head, "", tomli_w.dumps(tree)]))
-
-
-def rerun_config(config: TuneStageConfig, params: Params, url: str) -> PPOStageConfig:
-    """Return the base config with a trial's values, as a run of its own."""
-    return with_values(PPOStageConfig, config.base_config, {**params, "run.dir": url})
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import optuna
-import pyarrow.fs
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
@@ -19,7 +19,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from medgpt.artifacts import Folder
 from medgpt.cluster.placement_groups import is_actor_dead, release_orphaned_groups
-from medgpt.config.tune import Params, SearchSpace, TuneStageConfig
+from medgpt.config.search_space import SearchSpace
+from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.tune.objective import OVER_KL_LIMIT, WORST_OBJECTIVE
 from medgpt.tune.space import list_trial_params
 from medgpt.tune.trial import ITERATION, OBJECTIVE, TrialProcess, TrialSetup, run_trial
@@ -52,9 +53,7 @@ def run_named_trials(
     trials: Mapping[str, Params], setup: TrialSetup, *, max_concurrent: int, say: Say
 ) -> None:
     """Run these trials to their ends, without comparing them."""
-    space = [_trial_entry(name, params)["trial"] for name, params in trials.items()]
-    searcher = BasicVariantGenerator(max_concurrent=max_concurrent)
-    _fit(setup, {"trial": tune.grid_search(space)}, searcher, None, say)
+    _fit(setup, *_grid(trials, max_concurrent), None, say)
 
 
 def _fit(
@@ -69,6 +68,7 @@ def _fit(
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}]),
     )
     parent, name = folder.root.rsplit("/", 1)
+    filesystem = None if folder.is_local else PyFileSystem(FSSpecHandler(folder.fs))
     tuner = tune.Tuner(
         trainable,
         param_space=param_space,
@@ -84,7 +84,7 @@ def _fit(
         run_config=tune.RunConfig(
             name=name,
             storage_path=parent,
-            storage_filesystem=_pyarrow_filesystem(folder),
+            storage_filesystem=filesystem,
             failure_config=tune.FailureConfig(max_failures=setup.config.max_failures),
             callbacks=[TrialProgress(TrialRecords(setup.trials_url), setup.num_iterations, say)],
             verbose=0,
@@ -138,34 +138,17 @@ class TrialProgress(tune.Callback):
         self.say(f"trial {trial} failed: {why}")
 
 
-class NamedTrialSearcher(Searcher):
-    """Gives the proposals of another searcher the next of some names."""
+class NamedOptunaSearch(OptunaSearch):
+    """Proposes values by Optuna, for trials that have the next of some names."""
 
-    def __init__(self, inner: Searcher, names: Iterable[str]) -> None:
-        super().__init__(metric=OBJECTIVE, mode="max")
-        self.inner, self.names = inner, iter(names)
+    def __init__(self, space: dict[str, Any], names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(self.convert_search_space(space), metric=OBJECTIVE, mode="max", **kwargs)
+        self._names = list(reversed(names))
 
     def suggest(self, trial_id: str) -> Any:
-        name = next(self.names, None)
-        if name is None:
+        if not self._names:
             return Searcher.FINISHED
-        params = self.inner.suggest(trial_id)
-        assert params is not None
-        return _trial_entry(name, params)
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self.inner.on_trial_result(trial_id, result)
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        self.inner.on_trial_complete(trial_id, result, error)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Do nothing: a search is resumed from trial_records.py."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError
+        return {"trial": {"name": self._names.pop(), "params": super().suggest(trial_id)}}
 
 
 def _param_space_and_searcher(
@@ -174,32 +157,25 @@ def _param_space_and_searcher(
     """Return Ray Tune's parameter space and searcher. Recorded trials come first, unchanged."""
     recorded = {record.name: record.params for record in records.all()}
     if config.tune.searcher != "tpe":
-        proposed = {
-            trial_name(number): params for number, params in enumerate(list_trial_params(config), 1)
-        }
-        space = [
-            _trial_entry(name, params)["trial"] for name, params in (proposed | recorded).items()
-        ]
+        trials = {trial_name(n): params for n, params in enumerate(list_trial_params(config), 1)}
         # PBT needs all trials at the same time to compare them
         limit = 0 if config.tune.scheduler == "pbt" else max_concurrent
-        return {"trial": tune.grid_search(space)}, BasicVariantGenerator(max_concurrent=limit)
+        return _grid(trials | recorded, limit)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     first = [config.base_values] if config.tune.default_first and not recorded else []
-    inner = OptunaSearch(
-        OptunaSearch.convert_search_space(
-            {key: _ray_domain(space) for key, space in config.search.items()}
-        ),
-        metric=OBJECTIVE,
-        mode="max",
+    searcher = NamedOptunaSearch(
+        {key: _ray_domain(space) for key, space in config.search.items()},
+        list(dict.fromkeys([*recorded, *map(trial_name, range(1, config.tune.num_trials + 1))])),
         points_to_evaluate=[*recorded.values(), *first],
         seed=config.run.seed,
     )
-    names = dict.fromkeys([*recorded, *map(trial_name, range(1, config.tune.num_trials + 1))])
-    return {}, ConcurrencyLimiter(NamedTrialSearcher(inner, names), max_concurrent=max_concurrent)
+    return {}, ConcurrencyLimiter(searcher, max_concurrent=max_concurrent)
 
 
-def _trial_entry(name: str, params: Params) -> dict[str, Any]:
-    return {"trial": {"name": name, "params": params}}
+def _grid(trials: Mapping[str, Params], max_concurrent: int) -> tuple[dict[str, Any], Any]:
+    """Return Ray Tune's parameter space and searcher of these trials by name."""
+    space = [{"name": name, "params": params} for name, params in trials.items()]
+    return {"trial": tune.grid_search(space)}, BasicVariantGenerator(max_concurrent=max_concurrent)
 
 
 def _trial_name(trial: Trial) -> str:
@@ -225,7 +201,7 @@ def _scheduler(config: TuneStageConfig, setup: TrialSetup) -> TrialScheduler | N
             time_attr=ITERATION,
             perturbation_interval=settings.perturb_judgements * every,
             hyperparam_mutations={"trial": {"params": mutations}},
-            custom_explore_fn=_ClipToRanges(config.search),
+            custom_explore_fn=partial(_clip_to_ranges, config.search),
             log_config=False,
         )
     return None
@@ -243,19 +219,8 @@ def _ray_domain(space: SearchSpace) -> Any:
     return tune.choice(list(space.values))
 
 
-class _ClipToRanges:
-    """PBT multiplies values; this clips them to their ranges."""
-
-    def __init__(self, search: Mapping[str, SearchSpace]) -> None:
-        self.search = search
-
-    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
-        params = config["trial"]["params"]
-        clipped = {key: space.clip(params[key]) for key, space in self.search.items()}
-        return {**config, "trial": {**config["trial"], "params": clipped}}
-
-
-def _pyarrow_filesystem(folder: Folder) -> pyarrow.fs.FileSystem | None:
-    if folder.is_local:
-        return None
-    return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(folder.fs))
+def _clip_to_ranges(search: Mapping[str, SearchSpace], config: dict[str, Any]) -> dict[str, Any]:
+    """Clip the values that PBT has multiplied to their ranges."""
+    params = config["trial"]["params"]
+    clipped = {key: space.clip(params[key]) for key, space in search.items()}
+    return {**config, "trial": {**config["trial"], "params": clipped}}

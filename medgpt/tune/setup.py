@@ -57,22 +57,8 @@ def largest_config(config: TuneStageConfig, ppo_config: PPOStageConfig) -> PPOSt
     return ppo_config
 
 
-def open_base_run(config: TuneStageConfig) -> Run:
-    """Open the run directory of what all trials share: the base config and its prompts.
-
-    Raises:
-        ConfigError: the base config has changed since the search began.
-    """
-    ppo_config, allowed = config.base_config, config.run.allow_changes
-    return Run.open("ppo", ppo_config, run_dir=ppo_config.run.dir, allow_changes=allowed)
-
-
 def num_concurrent_trials(config: TuneStageConfig) -> int:
-    """Return the number of trials to run at a time.
-
-    Raises:
-        ConfigError: no trial fits beside the shared pools, or not all that PBT compares.
-    """
+    """Return the number of trials to run at a time. Raises ConfigError if too few fit."""
     ppo_config, tune = config.base_config, config.tune
     roles = {pool.role: pool.config for pool in build_role_pools(ppo_config, 1)}
     present, addable = cluster_nodes()

@@ -7,6 +7,7 @@ one method are answered as one batch.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,9 +33,7 @@ class PendingCall:
     method: BatchedCall
     common_args: tuple[Any, ...]  # equal in all calls of a batch
     args: Sequence[Any]  # Ray replaces refs among them by their values
-    done: threading.Event = field(default_factory=threading.Event)
-    results: list[Any] = field(default_factory=list)  # by rank
-    error: Exception | None = None
+    results: Future[list[Any]] = field(default_factory=Future)  # by rank
 
     @property
     def batch_key(self) -> tuple[Any, ...]:
@@ -49,23 +48,15 @@ class SharedPoolsActor:
         pools = [pool for pool in build_role_pools(ppo_config, 1) if pool.role in SHARED_ROLES]
         self.pools = Pools(pools, ppo_config.pools, wait_s=ppo_config.cluster.wait_s, say=print)
         self.max_failures, self.num_deaths = ppo_config.cluster.max_failures, 0
-        self.started = threading.Event()
-        self.error: Exception | None = None
+        self.num_workers: Future[dict[str, int]] = Future()
         self.pending: list[PendingCall] = []
         self.pending_changed = threading.Condition()
         self.num_calls, self.num_batches = 0, 0
         threading.Thread(target=self._serve, daemon=True).start()
 
     def wait_until_ready(self) -> dict[str, int]:
-        """Wait for the pools, and return the number of workers of each.
-
-        Raises:
-            ConfigError: no room, or an error of a role.
-        """
-        self.started.wait()
-        if self.error is not None:
-            raise self.error
-        return {role: len(pool.workers) for role, pool in self.pools.pools.items()}
+        """Wait for the pools; return the number of workers of each. Raises ConfigError."""
+        return self.num_workers.result()
 
     def call(
         self, role: str, method: BatchedCall, common_args: tuple[Any, ...], args: Sequence[Any]
@@ -76,10 +67,8 @@ class SharedPoolsActor:
             self.pending.append(call)
             self.num_calls += 1
             self.pending_changed.notify()
-        call.done.wait()
-        if call.error is not None:
-            raise call.error
-        return call.results if len(call.results) > 1 else call.results[0]
+        results = call.results.result()
+        return results if len(results) > 1 else results[0]
 
     def counts(self) -> dict[str, int]:
         """Return the number of calls by trials, and of batches in which they were answered."""
@@ -92,42 +81,38 @@ class SharedPoolsActor:
     def _serve(self) -> None:
         actor_id = ray.get_runtime_context().get_actor_id()
         try:
-            release_orphaned_groups(
-                lambda creator: creator == actor_id
-            )  # left from before a restart
+            # left from before a restart
+            release_orphaned_groups(lambda creator: creator == actor_id)
             self.pools.start()
         except Exception as error:
-            self.error = error
-        self.started.set()
-        while self.error is None:
+            self.num_workers.set_exception(error)
+            return
+        pools = self.pools.pools.items()
+        self.num_workers.set_result({role: len(pool.workers) for role, pool in pools})
+        while True:
             with self.pending_changed:
                 self.pending_changed.wait_for(lambda: self.pending)
-                batch = [
-                    call for call in self.pending if call.batch_key == self.pending[0].batch_key
-                ]
+                key = self.pending[0].batch_key
+                batch = [call for call in self.pending if call.batch_key == key]
                 self.pending = [call for call in self.pending if call not in batch]
             self._run_batch(batch)
 
     def _run_batch(self, batch: list[PendingCall]) -> None:
-        """Answer all calls. If that fails, perhaps because a trial died with its arguments, answer
-        each of them alone."""
+        """Answer all calls; if that fails, as when a trial died with its arguments, each alone."""
         try:
             by_rank = self._call_pool(batch)
         except Exception as error:
-            if len(batch) > 1:
-                for call in batch:
-                    self._run_batch([call])
+            if len(batch) == 1:
+                batch[0].results.set_exception(error)
                 return
-            batch[0].error = error
+            for call in batch:
+                self._run_batch([call])
         else:
             for number, call in enumerate(batch):
-                call.results = [results[number] for results in by_rank]
-        for call in batch:
-            call.done.set()
+                call.results.set_result([results[number] for results in by_rank])
 
     def _call_pool(self, batch: Sequence[PendingCall]) -> list[list[Any]]:
-        """Return the results of all calls, by rank. A pool that dies is rebuilt and called
-        again."""
+        """Return the results of all calls, by rank. A dead pool is rebuilt and called again."""
         first, died = batch[0], None
         pool: Pool[Any] = self.pools.pools[first.role]
         counts = [len(call.args) for call in batch]
@@ -152,11 +137,8 @@ class SharedPools(NamedTuple):
 
 
 def start_shared_pools(ppo_config: PPOStageConfig, *, num_callers: int) -> SharedPools:
-    """Start the shared pools. If their owner is lost, Ray restarts it, and it restarts its pools.
-
-    Raises:
-        ConfigError: no room, or an error of a role.
-    """
+    """Start the shared pools. Ray restarts their owner if it is lost, which restarts the pools.
+    Raises ConfigError without room for them, or if a role does."""
     actor_class: Any = ray.remote(SharedPoolsActor)
     owner = actor_class.options(
         num_cpus=0,

@@ -9,32 +9,26 @@ from typing import Any
 from medgpt.config.base import ConfigError
 from medgpt.config.loading import with_values
 from medgpt.config.ppo import PPOStageConfig
-from medgpt.config.tune import Params, SearchSpace, TuneStageConfig
+from medgpt.config.search_space import SearchSpace
+from medgpt.config.tune import Params, TuneStageConfig
 
 MAX_DRAWS = 1000  # tries to find values that are valid together
 
 
 def list_trial_params(config: TuneStageConfig) -> list[Params]:
-    """Return the values of every trial, in order; more trials never change earlier ones.
-
-    Raises:
-        ConfigError: hardly any draws are valid, or a point of the grid is not.
-    """
+    """Return the values of every trial, in order; more trials never change earlier ones. Raises
+    ConfigError if a point of the grid, or nearly every draw, is not valid."""
     base_values = config.base_values
     first = [base_values] if config.tune.default_first else []
     if config.tune.searcher == "grid":
-        points = [point for point in grid(config.search) if point not in first]
+        combinations = product(*(space.values or () for space in config.search.values()))
+        points = [dict(zip(config.search, values, strict=True)) for values in combinations]
+        points = [point for point in points if point not in first]
         for point in points:
             with_values(PPOStageConfig, config.base_config, point)
         return first + points
     rng = random.Random(config.run.seed)
     return list(islice(chain(first, _valid_draws(config, rng)), config.tune.num_trials))
-
-
-def grid(search: dict[str, SearchSpace]) -> list[Params]:
-    """Return all combinations of the listed values."""
-    values = [space.values or () for space in search.values()]
-    return [dict(zip(search, point, strict=True)) for point in product(*values)]
 
 
 def draw(space: SearchSpace, rng: random.Random) -> Any:

@@ -61,13 +61,6 @@ class TrialSetup:
         return self.config.scheduler == "pbt"
 
 
-def trial_config(ppo_config: PPOStageConfig, params: Params, url: str) -> PPOStageConfig:
-    """Return the config of a trial. Raises ConfigError if its values are not valid together."""
-    return with_values(
-        PPOStageConfig, ppo_config, {**params, "run.dir": url, "run.allow_changes": True}
-    )
-
-
 @dataclass
 class TrialProcess:
     """What a process that Ray Tune reuses keeps from one trial to the next."""
@@ -103,8 +96,9 @@ class PPOTrial:
         if pointer is not None:
             self.record = copy_trial_state(self.records, self.record, self.new_params, pointer)
         try:
-            url = self.ppo_run.folder.url
-            config = trial_config(self.setup.ppo_config, self.record.params, url)
+            own_values = {"run.dir": self.ppo_run.folder.url, "run.allow_changes": True}
+            values = {**self.record.params, **own_values}
+            config = with_values(PPOStageConfig, self.setup.ppo_config, values)
             self._open_run(config)
         except ConfigError as error:
             self._end("refused", str(error))
@@ -168,9 +162,8 @@ class PPOTrial:
         self.ppo_run.update_manifest(**facts)
 
     def _report_again(self) -> None:
-        """Report again to Ray Tune what it knew before a death or a kill, for its decisions on
-        other trials: all but the newest judge result, which follows when training continues or
-        ends."""
+        """Report again what Ray Tune knew before a death or a kill, for its decisions on other
+        trials: all but the newest judge result, which follows when training continues or ends."""
         if self.setup.copies_states:
             return
         checkpoint = self.ppo_run.newest_checkpoint()

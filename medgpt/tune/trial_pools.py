@@ -65,11 +65,7 @@ class TrialPools(Pools):
         self.pools = {**self.pools, **self.shared}
 
     def rebuild_roles(self, pools: Sequence[Pool[Any]]) -> None:
-        """Build the roles of these pools in the workers that already run.
-
-        Raises:
-            PoolDied: a worker is gone.
-        """
+        """Build the roles of these pools in the running workers. Raises PoolDied."""
         refs = []
         for new_pool in pools:
             pool = self.pools[new_pool.role]

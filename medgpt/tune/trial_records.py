@@ -3,9 +3,10 @@
 The record of Ray Tune itself is not read: it is written every few seconds only, and it is a pickle.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from medgpt.artifacts import Folder
 from medgpt.config.tune import Params
@@ -33,18 +34,12 @@ class TrialRecord:
     params: Params
     status: Status = "running"
     why: str = ""
-    copied: Sequence[StateCopy] = field(default_factory=tuple)
+    copied: tuple[StateCopy, ...] = ()
 
     @property
     def is_done(self) -> bool:
         """Whether there is nothing left to train."""
         return self.status in DONE_STATUSES
-
-    @staticmethod
-    def from_json(tree: dict[str, Any]) -> "TrialRecord":
-        return TrialRecord(
-            **{**tree, "copied": tuple(StateCopy(**copy) for copy in tree["copied"])}
-        )
 
 
 def trial_name(number: int) -> str:
@@ -62,14 +57,15 @@ class TrialRecords:
 
     def read(self, name: str) -> TrialRecord | None:
         file = f"{name}{SUFFIX}"
-        return (
-            TrialRecord.from_json(self.folder.read_json(file)) if self.folder.exists(file) else None
-        )
+        return self._read(file) if self.folder.exists(file) else None
 
     def all(self) -> list[TrialRecord]:
         """Return all records by name."""
         names = [name for name in self.folder.names() if name.endswith(SUFFIX)]
-        return [TrialRecord.from_json(self.folder.read_json(name)) for name in names]
+        return [self._read(name) for name in names]
+
+    def _read(self, file: str) -> TrialRecord:
+        return TypeAdapter(TrialRecord).validate_python(self.folder.read_json(file))
 
     def write(self, record: TrialRecord) -> TrialRecord:
         self.folder.write_json(f"{record.name}{SUFFIX}", asdict(record))

@@ -29,8 +29,7 @@ def check_winner(
     max_concurrent: int,
     reporter: ConsoleReporter,
 ) -> None:
-    """Write check.json: the metric and the KL of each policy and seed, on the reserved
-    questions."""
+    """Write check.json: metric and KL of each policy and seed on the reserved questions."""
     if not config.check.seeds or run.folder.exists(CHECK_FILE):
         return
     params_by_policy = {BASE: config.base_values, WINNER: best.record.params}
@@ -44,9 +43,8 @@ def check_winner(
         run_named_trials(trials, check_setup, max_concurrent=max_concurrent, say=reporter.say)
     from medgpt.tune.final_eval import evaluate_policies  # needs torch
 
-    rows = evaluate_policies(
-        config, setup, _trained_policies(config, setup, params_by_policy, best, records)
-    )
+    policies = _trained_policies(config, setup, params_by_policy, best, records)
+    rows = evaluate_policies(config, setup, policies)
     run.folder.write_json(CHECK_FILE, rows)
     for name in params_by_policy:
         metrics = [row["mark"] for row in rows if row["policy"] == name]

@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 
 from medgpt.config.data import SourceConfig
-from medgpt.config.evaluation import McqConfig
-from medgpt.config.reply_tasks import GenerationConfig, KeyPointsConfig, SafetyConfig, TriageConfig
+from medgpt.config.evaluation import (
+    GenerationConfig,
+    KeyPointsConfig,
+    McqConfig,
+    SafetyConfig,
+    TriageConfig,
+)
 from medgpt.data.sources.records import Message
 from medgpt.data.sources.sampling import hash_texts
 from medgpt.eval.requests import (

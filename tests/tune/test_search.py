@@ -4,10 +4,10 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import LogUniform
 
-from medgpt.config.tune import SearchSpace
+from medgpt.config.search_space import SearchSpace
 from medgpt.tune.results import trials_url
 from medgpt.tune.search import (
-    _ClipToRanges,
+    _clip_to_ranges,
     _param_space_and_searcher,
     _ray_domain,
     _scheduler,
@@ -106,11 +106,11 @@ def test_pbt_steps_to_the_neighbors_of_listed_values(tmp_path):
 
 
 def test_values_that_pbt_perturbs_stay_in_their_ranges():
-    clip = _ClipToRanges(
-        {
-            "ppo.kl_coef": SearchSpace(loguniform=(1e-3, 0.3)),
-            "ppo.epochs": SearchSpace(choice=(1, 2)),
-        }
+    search = {
+        "ppo.kl_coef": SearchSpace(loguniform=(1e-3, 0.3)),
+        "ppo.epochs": SearchSpace(choice=(1, 2)),
+    }
+    clipped = _clip_to_ranges(
+        search, {"trial": {"name": "002", "params": {"ppo.kl_coef": 0.36, "ppo.epochs": 2}}}
     )
-    clipped = clip({"trial": {"name": "002", "params": {"ppo.kl_coef": 0.36, "ppo.epochs": 2}}})
     assert clipped == {"trial": {"name": "002", "params": {"ppo.kl_coef": 0.3, "ppo.epochs": 2}}}

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.config.tune import SearchSpace, TuneStageConfig
+from medgpt.config.search_space import SearchSpace
+from medgpt.config.tune import TuneStageConfig
 from medgpt.tune.space import draw, list_trial_params
 from tests.tune.cases import search_config
 
@@ -44,7 +45,7 @@ def test_a_key_may_be_quoted_or_dotted(tmp_path):
         ("search.reward.violation_cap={uniform=[-2,0]}", "would change the reward pool"),
         ("search.model.attention={choice=['sdpa']}", "would change the reference pool"),
         ("tune.searcher=grid", "needs a list of values"),
-        ("search.ppo.gamma={grid=[1]}", "grid needs tune.searcher=grid"),
+        ("search.ppo.gamma={grid=[1]}", "has a grid, which needs tune.searcher=grid"),
         ("tune.mark=score", "unknown key tune.mark; its name is now tune.metric"),
         ("search.ppo.normalise_scores={choice=[true]}", "its name is now ppo.normalize_scores"),
         ("tune.metric=score", "needs the judge's own reward model"),

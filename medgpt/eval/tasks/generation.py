@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import jieba
 
 from medgpt.config.base import ConfigError
-from medgpt.config.reply_tasks import GenerationConfig
+from medgpt.config.evaluation import GenerationConfig
 from medgpt.data.sources.readers import read_records
 from medgpt.data.sources.records import Conversation
 from medgpt.data.sources.sampling import draw_subset, hash_texts

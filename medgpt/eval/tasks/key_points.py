@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from medgpt.config.reply_tasks import KeyPointsConfig
+from medgpt.config.evaluation import KeyPointsConfig
 from medgpt.data.sources.sampling import draw_subset
 from medgpt.eval.requests import (
     Generate,

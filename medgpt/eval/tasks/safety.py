@@ -16,7 +16,7 @@ from annotated_types import Len
 from pydantic import model_validator
 
 from medgpt.config.base import Config, ConfigError
-from medgpt.config.reply_tasks import SafetyConfig
+from medgpt.config.evaluation import SafetyConfig
 from medgpt.data.citation import Citation
 from medgpt.data.sources.punctuation import full_width
 from medgpt.data.sources.readers import read_located_rows

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from medgpt.config.reply_tasks import TriageConfig
+from medgpt.config.evaluation import TriageConfig
 from medgpt.eval.requests import Generate, Prompt, Response, as_prompt, reply_texts
 from medgpt.eval.task import ItemResult, MetricValue, questions_hash, rules_digest
 from medgpt.medical import urgency as levels

@@ -4,7 +4,7 @@ import pytest
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
-from medgpt.config.reply_tasks import GenerationConfig
+from medgpt.config.evaluation import GenerationConfig
 from medgpt.eval.requests import GenerateResponse
 from medgpt.eval.tasks.generation import GenerationTask
 

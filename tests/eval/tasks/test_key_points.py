@@ -3,7 +3,7 @@ import json
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.config.reply_tasks import KeyPointsConfig
+from medgpt.config.evaluation import KeyPointsConfig
 from medgpt.eval.requests import GenerateResponse
 from medgpt.eval.tasks.key_points import KeyPointsTask
 

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from medgpt.config.base import ConfigError
-from medgpt.config.reply_tasks import SafetyConfig
+from medgpt.config.evaluation import SafetyConfig
 from medgpt.eval.tasks.refusal import refuses
 from medgpt.eval.tasks.safety import SafetyQuestion, SafetyTask, load_safety_set, shipped_questions
 from tests.eval.tasks import rule_models

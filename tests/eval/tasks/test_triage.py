@@ -3,8 +3,8 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
+from medgpt.config.evaluation import TriageConfig
 from medgpt.config.ppo_rewards import JudgeConfig
-from medgpt.config.reply_tasks import TriageConfig
 from medgpt.eval.tasks.triage import TriageTask
 from medgpt.medical.triage import TriageQuestion, load_complaints, triage_questions
 from medgpt.medical.urgency import UrgencyLevel

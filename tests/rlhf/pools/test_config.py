@@ -31,7 +31,7 @@ from medgpt.config.pools import PoolsConfig
         ({"actor": {"offload": True}}, r"pools.actor.offload=true: only a whole model"),
         (
             {"actor": {"engine": {"zero_stage": 0, "offload_optimizer": True}}},
-            r"actor: engine.offload_optimizer=true needs engine.zero_stage 1, 2 or 3, not 0",
+            r"actor.engine: offload_optimizer=true needs zero_stage 1, 2 or 3, not 0",
         ),
         (
             {"reward": {"share_with": "reference"}, "reference_in_actor": True},
