@@ -63,7 +63,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(
         run_pretrain(config)
     assert str(error.value) == (
         f"run.dir={run.folder.url}: No space left on device while writing "
-        "checkpoints/step-00000030; free space and repeat the command, the run continues from "
+        "checkpoints/step-00000030; free space and repeat the command, and the run continues from "
         "its newest complete checkpoint"
     )
     newest = run.newest_checkpoint()
