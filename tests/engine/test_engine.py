@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from medgpt.config.train import EngineConfig, OptimizerConfig
@@ -61,7 +62,7 @@ def test_two_ranks_with_ragged_shares_train_like_plain_torch(two_ranks: TwoRanks
 
 
 def test_optimizer_offload_without_zero_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"offload_optimizer=true needs zero_stage 1, 2 or 3"):
+    with pytest.raises(ValidationError, match=r"offload_optimizer=true needs zero_stage 1, 2 or 3"):
         new_engine(EngineSetup(0, offload=True))
 
 
