@@ -1,6 +1,7 @@
 """What the tests share: one thread per process, a small corpus, one local Ray for the session."""
 
 import os
+import sys
 
 # before torch is imported, here and in every process that starts from here
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -80,6 +81,17 @@ def ray_session(s3: str) -> Iterator[None]:
     ray_init.start_local(4, loopback=False)  # some tests start commands that join it
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _ray_survives() -> Iterator[None]:
+    """Fail the test that shuts down a Ray of other tests; later ones would start another one."""
+    ray = sys.modules.get("ray")  # importing it takes seconds
+    if ray is None or not ray.is_initialized():
+        yield
+    else:
+        yield
+        assert ray.is_initialized(), "this test shut down the Ray of the session"
 
 
 @pytest.fixture(scope="session")

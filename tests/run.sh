@@ -26,6 +26,7 @@ run() { # MARKS ARGUMENTS...; no test may be left after other arguments, which p
     local marks=$1 status=0
     shift
     python -m pytest -q --durations=15 -m "$marks" "$@" || status=$?
+    [ "$status" -le 5 ] || echo "pytest -m \"$marks\" ended with status $status before its summary"
     [ "$status" = 5 ] || return "$status"
 }
 log=$(mktemp) failed=0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from medgpt.cluster.ray_init import check_address, private_folder, start_with_retry
 from medgpt.config.base import ConfigError
@@ -29,24 +30,36 @@ class SlowNode:
             raise Exception(self.message)
 
 
-def test_a_timed_out_start_is_retried_once_after_killing_its_processes() -> None:
+@pytest.fixture
+def shutdowns(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """One entry per `ray.shutdown()`, which must not reach the Ray of the session."""
+    calls: list[None] = []
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append(None))
+    return calls
+
+
+def test_a_timed_out_start_is_retried_once_after_killing_its_processes(
+    shutdowns: list[None],
+) -> None:
     node = SlowNode(failures=1)
     start_with_retry(node)
+    assert len(shutdowns) == 1
     (leftover,) = node.left_processes
     assert not leftover.is_running()
 
 
-def test_two_timed_out_starts_are_a_config_error() -> None:
+def test_two_timed_out_starts_are_a_config_error(shutdowns: list[None]) -> None:
     node = SlowNode(failures=2)
     with pytest.raises(ConfigError, match=r"too busy; try again .* or set RAY_ADDRESS"):
         start_with_retry(node)
-    assert len(node.left_processes) == 2
+    assert len(node.left_processes) == len(shutdowns) == 2
 
 
-def test_other_start_failures_are_not_retried() -> None:
+def test_other_start_failures_are_not_retried(shutdowns: list[None]) -> None:
     node = SlowNode(failures=2, message="no space left on device")
     with pytest.raises(Exception, match="no space"):
         start_with_retry(node)
+    assert not shutdowns
     (leftover,) = node.left_processes
     leftover.kill()
 
