@@ -105,12 +105,21 @@ def _create_groups(roles: Mapping[str, RoleConfig]) -> Gang:
     return Gang(groups | shared)
 
 
-def release_orphaned_groups(is_orphaned: Callable[[str], bool]) -> None:
-    """Remove groups of actors for whose id `is_orphaned`; Ray keeps those of dead actors."""
+def release_orphaned_groups(is_orphaned: Callable[[str], bool]) -> set[str]:
+    """Remove groups of actors for whose id `is_orphaned`; Ray keeps those of dead actors.
+
+    Returns the ids of the actors whose groups stay.
+    """
+    remaining: set[str] = set()
     for key, row in placement_group_table().items():
         match = ACTOR_GROUP_NAME.fullmatch(row["name"])
-        if match and row["state"] != "REMOVED" and is_orphaned(match[1]):
+        if match is None or row["state"] == "REMOVED":
+            continue
+        if is_orphaned(match[1]):
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(key))))
+        else:
+            remaining.add(match[1])
+    return remaining
 
 
 def draining_nodes() -> dict[str, float]:

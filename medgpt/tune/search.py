@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import ray
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 from ray.tune.experiment import Trial
@@ -28,6 +29,7 @@ from medgpt.tune.trial_records import TrialRecords, trial_name
 
 TRIAL_MEMORY_BYTES = 512 * 2**20  # memory that Ray reserves for the process of a trial
 RELEASE_EVERY_S = 2.0
+TRIAL_END_TIMEOUT_S = 10.0  # time for the processes of trials to end after the search
 RAY_TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory of a trial has all of it
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**6),  # never read, see trial_records.py
@@ -90,8 +92,23 @@ def _fit(
             verbose=0,
         ),
     )
-    tuner.fit()
+    creators = release_orphaned_groups(is_actor_dead)  # of other searches, and of shared pools
+    try:
+        tuner.fit()
+    finally:
+        _release_groups_of_trials(creators)
     folder.remove()
+
+
+def _release_groups_of_trials(other_creators: set[str]) -> None:
+    """Release the resources of this job's trials, whose processes die soon after the search."""
+    job_id = ray.get_runtime_context().get_job_id()  # the id of an actor ends with it
+    deadline = time.monotonic() + TRIAL_END_TIMEOUT_S
+    while time.monotonic() < deadline:
+        remaining = release_orphaned_groups(is_actor_dead) - other_creators
+        if not any(creator.endswith(job_id) for creator in remaining):
+            return
+        time.sleep(0.1)
 
 
 class TrialProgress(tune.Callback):

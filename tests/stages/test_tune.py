@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from medgpt.config.loading import load
 from medgpt.config.ppo import PPOStageConfig
@@ -22,6 +23,10 @@ OF_BASE = """[
     "diagnosis.window=2", "diagnosis.max_kl=3.0", "ppo.max_iterations=4",
     "reward.score_weight=0.5", "reward.model={reward}",
 ]"""
+
+
+def do_nothing() -> None:
+    pass
 
 
 def records(config: TuneStageConfig) -> dict[str, TrialRecord]:
@@ -97,6 +102,8 @@ def test_trials_with_pools_of_their_own_have_the_same_numbers(
         "check.seeds=0", keys='"optimizer.learning_rate" = { grid = [5e-4] }', of_base=of_base,
     )  # fmt: skip
     run_tune(alone)
+    occupy_all = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(do_nothing)
+    ray.get(occupy_all.remote(), timeout=20)  # the resources of all trials are free again
     assert "shared_pools" not in Run(alone.run.dir).manifest
     for name in ("001", "002"):
         own, shared = (comparable_metrics(trial_run(config, name)) for config in (alone, searched))

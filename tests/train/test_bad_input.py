@@ -268,11 +268,10 @@ def test_workers_that_started_early_end_when_the_data_is_refused(
     monkeypatch.setattr(stage_module, "EAGER_START_MAX_BYTES", start_workers_late)
     path = write_rows(tmp_path / "data.jsonl", [{"text": PRIVATE_TEXT + "高血压"}] * 30)
     config = sft_config(tmp_path / "run", tmp_path, base, data=data_section(path))
-    free_cpus = _free_cpus()
     assert "30 of 30 rows are malformed" in error_of(config)
     deadline = time.monotonic() + 120
     folder = Run(config.run.dir).folder
-    while folder.exists("start_barrier") or _free_cpus() < free_cpus:
+    while folder.exists("start_barrier") or _free_cpus() != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, "workers still wait, or hold CPUs"
         time.sleep(0.2)
 
