@@ -98,6 +98,9 @@ class DiagnosisConfig(Config):
     """Number of iterations in a mean."""
     max_kl: Annotated[float, Ge(0)] = 60.0
     """Maximum KL from the reference in nats per answer, mean of the window."""
+    max_logprob_gap: Annotated[float, Ge(0)] = 1.0
+    """Maximum rollout/logprob_gap of an iteration in nats per token. Beyond it, rollout engine and
+    training compute different models."""
     min_entropy_share: Annotated[float, Ge(0), Le(1)] = 0.1
     """Minimum entropy, as a share of the first window's."""
     max_length_factor: Annotated[float, Ge(0)] = 3.0

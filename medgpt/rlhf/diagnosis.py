@@ -16,6 +16,7 @@ KL = "actor/kl_ref"  # nats per answer, mean
 ENTROPY = "actor/entropy"  # nats per token, mean
 SCORE = "ppo/score_mean"
 LENGTH = "rollout/response_tokens"  # mean
+LOGPROB_GAP = "rollout/logprob_gap"  # nats per token, mean
 STEP_COUNTS = (  # steps of the iteration, skipped ones, learning rate to lower
     ("ppo/steps", "ppo/skipped_steps", "optimizer.learning_rate"),
     ("critic/steps", "critic/skipped_steps", "critic.optimizer.learning_rate"),
@@ -74,6 +75,18 @@ def too_many_masked(history: History, config: DiagnosisConfig) -> str | None:
     return (
         f"{share:.0%} of the samples have no reward because {components} failed; the log names "
         "the errors"
+    )
+
+
+def engines_disagree(history: History, config: DiagnosisConfig) -> str | None:
+    """The rollout engine and the training forward compute different models."""
+    gap = history[-1].get(LOGPROB_GAP, 0.0) if history else 0.0
+    if not config.max_logprob_gap or gap <= config.max_logprob_gap:
+        return None
+    return (
+        f"{LOGPROB_GAP} is {gap:.3g} nats a token, more than diagnosis.max_logprob_gap="
+        f"{config.max_logprob_gap:g}: the rollout engine and the training forward compute "
+        "different models; compute both in fp32, set rollout.engine=hf, or choose another model"
     )
 
 
@@ -183,6 +196,7 @@ def _first_and_recent_means(history: History, name: str, window: int) -> tuple[f
 CHECKS: tuple[Callable[[History, DiagnosisConfig], str | None], ...] = (
     nonfinite_numbers,
     too_many_masked,
+    engines_disagree,
     far_from_reference,
     entropy_collapse,
     length_explosion,

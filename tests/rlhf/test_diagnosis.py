@@ -38,6 +38,15 @@ def test_a_healthy_run_is_never_halted():
     assert [diagnose(lines[:n], CONFIG) for n in range(31)] == [None] * 31
 
 
+def test_a_gap_between_rollout_engine_and_training_halts_at_once():
+    lines = history(6, **{"rollout/logprob_gap": lambda i: 2.9 if i == 3 else 0.9})
+    reasons = [diagnose(lines[: n + 1], CONFIG) for n in range(4)]
+    assert reasons[:3] == [None] * 3
+    assert "rollout/logprob_gap is 2.9 nats a token" in str(reasons[3])
+    assert "diagnosis.max_logprob_gap=1" in str(reasons[3])
+    assert diagnose(lines[:4], CONFIG.model_copy(update={"max_logprob_gap": 0.0})) is None
+
+
 @pytest.mark.parametrize(
     ("series", "first", "words"),
     [
