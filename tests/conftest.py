@@ -130,6 +130,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`family_folder(name)` is the saved model of a family, see tests/models/families.py."""
+    from tests.models.families import FAMILIES
+
+    saved: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in saved:
+            saved[name] = FAMILIES[name].save(tmp_path_factory.mktemp(name) / name)
+        return saved[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data folder; the test is skipped where it is absent."""
     if not SHARED_DATA.is_dir():
