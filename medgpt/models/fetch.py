@@ -25,12 +25,13 @@ def local_copy(name: str, key: str = "model.name") -> str:
 
 
 def run_model_folder(run: str) -> Path:
-    """Return the model folder of a run, or `run` itself if it is a model.
+    """Return the absolute model folder of a run, or `run` itself if it is a model.
 
     Raises ConfigError if `run` is a URI that cannot be read.
     """
     if "://" not in run:
-        return Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
+        folder = Path(run).expanduser().absolute()
+        return folder / "model" if (folder / "model").is_dir() else folder
     with _config_error_if_unreadable(run, "RUN"):
         inner = Folder(run) / "model"
         return Path(_copy_to_cache(inner.url if inner.names() else run))

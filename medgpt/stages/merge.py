@@ -21,8 +21,8 @@ def merge_adapter(adapter: str, out: Path) -> None:
     folder = existing_model_folder(adapter)
     if not has_adapters(folder):
         raise ConfigError(
-            f"RUN={adapter}: has no {ADAPTER_CONFIG_NAME}; name a run trained with "
-            "model.lora.rank > 0"
+            f"RUN={adapter} holds no LoRA adapters: there is no {ADAPTER_CONFIG_NAME}; name a run "
+            "trained with model.lora.rank > 0"
         )
     score = RewardModelInfo.read(folder)
     if score is not None:  # a reward model

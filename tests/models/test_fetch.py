@@ -93,6 +93,14 @@ def test_paths_ids_and_files_are_not_copied(saved: Path) -> None:
     assert run_model_folder(f"file://{saved}") == saved
 
 
+def test_a_relative_run_has_an_absolute_model_folder(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a relative path with one slash would pass for a hub id
+    monkeypatch.chdir(saved.parent.parent)
+    assert run_model_folder(f"{saved.parent.name}/{saved.name}") == saved
+
+
 def test_the_model_folder_of_a_remote_run_is_found(saved: Path, store: Store) -> None:
     uri = store(saved)
     assert (

@@ -181,7 +181,7 @@ def test_a_masked_language_model_merges(tmp_path):
 
 
 def test_a_missing_base_or_adapter_is_a_config_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no adapter_config\.json"):
+    with pytest.raises(ConfigError, match=r"holds no LoRA adapters: .* no adapter_config\.json"):
         merge_adapter(str(tmp_path), tmp_path / "out")
     save_base(tmp_path / "base")
     model, tokenizer = load(tmp_path / "base")
