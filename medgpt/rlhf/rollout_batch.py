@@ -67,7 +67,7 @@ class Prompts:
 
     sample_ids: list[str]
     ids: Ragged  # int32, up to the start of the answer
-    messages: list[str]  # the prompts as text: JSON of [[role, content], ...]
+    messages: list[str]  # the prompts as text, see records.prompt_to_json
     epoch: int = 0  # pass over the prompts
 
     def __len__(self) -> int:

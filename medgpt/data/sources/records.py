@@ -1,15 +1,35 @@
 """Records: the checked content of a raw row, before it is tokenized."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
     role: Role
-    content: str
+    content: str  # empty only if the assistant calls tools, or a tool returned nothing
+    learn: bool = True  # False: an assistant turn that is context and no target of the loss
+    tool_calls: str | None = None  # JSON of [{"name": str, "arguments": object}, ...]
+
+    @property
+    def text(self) -> str:
+        """The content, followed by the tool calls as JSON."""
+        return "\n".join(part for part in (self.content, self.tool_calls) if part)
+
+    def to_list(self) -> list[Any]:
+        """Return [role, content], and the other fields if one of them has no default.
+
+        `Message(*fields)` restores the message. Hashes of samples contain this list, so a message
+        without further fields keeps its hash.
+        """
+        fields = [self.role, self.content, self.learn, self.tool_calls]
+        while fields[-1] is True or fields[-1] is None:
+            fields.pop()
+        return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +50,12 @@ class Document(Origin):
 class Conversation(Origin):
     """An optional system message, then alternating turns of user and assistant.
 
-    Ends with the assistant, or with the user if the source holds prompts only.
+    Between the user's turn and the answer, the assistant may call tools, and each call is followed
+    by the results. Ends with the assistant, or before its turn if the source holds prompts only.
     """
 
     messages: tuple[Message, ...]
+    tools: str | None = None  # JSON list of the tools that the assistant may call
     num_trimmed: int = 0  # messages removed before the first and after the last exchange
 
 
@@ -44,6 +66,7 @@ class Preferences(Origin):
     prompt: tuple[Message, ...]  # includes its history, ends with the user
     answers: tuple[tuple[Message, ...], ...]  # (K,) each ends with the assistant
     grades: tuple[float, ...]  # (K,) higher is better; equal grades make no pair
+    tools: str | None = None  # JSON list of the tools that the assistant may call
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -66,3 +89,19 @@ class Reject(Origin):
 
 
 Record = Document | Conversation | Preferences
+
+
+def prompt_to_json(messages: Sequence[Message], tools: str | None = None) -> str:
+    """Return the messages of a prompt as JSON, and its tools if it has any."""
+    turns = [message.to_list() for message in messages]
+    content = turns if tools is None else {"messages": turns, "tools": tools}
+    return json.dumps(content, ensure_ascii=False)
+
+
+def prompt_from_json(text: str) -> dict[str, Any]:
+    """Return `messages` (a tuple) and `tools` of a prompt that `prompt_to_json` wrote."""
+    content = json.loads(text)
+    turns, tools = (
+        (content["messages"], content["tools"]) if "tools" in content else (content, None)
+    )
+    return {"messages": tuple(Message(*turn) for turn in turns), "tools": tools}

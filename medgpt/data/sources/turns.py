@@ -134,12 +134,26 @@ def trim_unanswered(messages: Sequence[Message], location: str) -> list[Message]
     return [*system, *turns]
 
 
+def may_follow(turn: Message, next_turn: Message) -> bool:
+    """Whether `next_turn` may come after `turn`: user and assistant alternate, and a call of tools
+    is followed by their results and then by the assistant."""
+    match turn:
+        case Message(role="user" | "tool") if next_turn.role == "assistant":
+            return True
+        case Message(role="assistant", tool_calls=None):
+            return next_turn.role == "user"
+        case Message(role="assistant" | "tool"):
+            return next_turn.role == "tool"
+    return False
+
+
 def check_turns(
     messages: Sequence[Message], location: str, *, last_role: Role = "assistant"
 ) -> tuple[Message, ...]:
-    """Return the messages if user and assistant alternate after an optional system message.
+    """Return the messages if their order is that of a Conversation.
 
-    Raises MalformedRow unless the first turn is the user's and the last one is by `last_role`.
+    Raises MalformedRow unless the first turn is the user's and the last one is by `last_role`; a
+    prompt (`last_role="user"`) may end with the result of a tool, too.
     """
     turns = [m for m in messages if m.role != "system"]
     if any(message.role == "system" for message in messages[1:]):
@@ -147,13 +161,16 @@ def check_turns(
     if not turns:
         raise MalformedRow(f"{location} has no turns of user and assistant")
     if turns[0].role != "user":
-        raise MalformedRow(f"{location} starts with the assistant, must start with the user")
+        raise MalformedRow(f"{location} starts with the {turns[0].role}, must start with the user")
     for number, (turn, next_turn) in enumerate(pairwise(turns), start=1):
+        if may_follow(turn, next_turn):
+            continue
+        pair = f"{location}: turns {number} and {number + 1}"
         if turn.role == next_turn.role:
-            raise MalformedRow(
-                f"{location}: turns {number} and {number + 1} have one speaker, must alternate"
-            )
-    if turns[-1].role != last_role:
+            raise MalformedRow(f"{pair} have one speaker, must alternate")
+        calls = " with a call" if turn.tool_calls else ""
+        raise MalformedRow(f"{pair}: a {next_turn.role} after the {turn.role}{calls}")
+    if turns[-1].role != last_role and (last_role, turns[-1].role) != ("user", "tool"):
         raise MalformedRow(
             f"{location} ends with the {turns[-1].role}, must end with the {last_role}"
         )

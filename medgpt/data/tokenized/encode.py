@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -10,10 +11,12 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
+from medgpt.data.sources.turns import may_follow
 from medgpt.data.tokenized import chat_template
 from medgpt.data.tokenized.words import char_word_ids
 
 NOT_KEPT = "the chat template does not keep an answer from its prompt"
+NOTHING_TO_LEARN = "no turn of the assistant is to be learned"
 
 TokenSpan = tuple[int, int]
 """[start, end) in tokens."""
@@ -31,7 +34,7 @@ class EncodedSample:
     num_truncated_turns: int = 0  # messages removed to fit max_length
     sequence_lengths: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
     grades: NDArray[np.float32] | None = None  # (K,) grade of each answer
-    messages: str | None = None  # JSON of [role, content] pairs, of prompts only
+    messages: str | None = None  # JSON, of prompts only: see records.prompt_to_json
 
 
 class DocumentEncoder:
@@ -66,6 +69,7 @@ class DocumentEncoder:
         return self.encode_batch([record])[0]
 
     def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
+        reasons = [_document_error(record) for record in records]
         texts = [_record_text(record) for record in records]
         if not texts:
             return []
@@ -78,9 +82,9 @@ class DocumentEncoder:
         )
         return [
             self._encode(batch, row, text)
-            if text.strip() and batch["input_ids"][row]
-            else Reject.of(record, "empty text")
-            for row, (record, text) in enumerate(zip(records, texts, strict=True))
+            if reason is None and batch["input_ids"][row]
+            else Reject.of(record, reason or "empty text")
+            for row, (record, text, reason) in enumerate(zip(records, texts, reasons, strict=True))
         ]
 
     def _encode(self, batch: BatchEncoding, row: int, text: str) -> EncodedSample:
@@ -124,7 +128,7 @@ class ChatEncoder:
         if messages[0].role == "system" and not self._accepts_system_message:
             return "the chat template takes no system message"
         for token in self._control_tokens:
-            if any(token in message.content for message in messages):
+            if any(token in message.text for message in messages):
                 return f"a message contains the control token {token}"
         return None
 
@@ -190,28 +194,31 @@ class ConversationEncoder(ChatEncoder):
         ids, turns = tokens
         excess = len(ids) - self._max_length
         if excess > 0:
-            if len(turns) == 1:
+            num_questions = sum(message.role == "user" for message in conversation.messages)
+            if num_questions == 1:
                 reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
                 return Reject.of(conversation, reason, malformed=False)
             # lower bound: removing an exchange frees at most the tokens up to its end
             enough = (k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess)
-            shorter = drop_exchanges(conversation.messages, next(enough, len(turns) - 1))
-            return replace(conversation, messages=shorter)
-        return EncodedSample(input_ids=ids, targets=target_mask(len(ids), turns))
+            num = next(enough, len(turns) - 1) if len(turns) == num_questions else 1  # else: tools
+            return replace(conversation, messages=drop_exchanges(conversation.messages, num))
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        learnt = [turn for turn, answer in zip(turns, answers, strict=True) if answer.learn]
+        if not learnt:
+            return Reject.of(conversation, NOTHING_TO_LEARN, malformed=False)
+        return EncodedSample(input_ids=ids, targets=target_mask(len(ids), learnt))
 
 
 def conversation_error(messages: Sequence[Message]) -> str | None:
     """Return why a conversation cannot be trained on (empty or misordered turns), or None."""
-    if any(not message.content.strip() for message in messages):
+    if any(not message.text.strip() and message.role != "tool" for message in messages):
         return "empty turn"
-    turns = [message.role for message in messages]
-    if turns[:1] == ["system"]:
-        turns = turns[1:]
-    if turns[:1] == ["assistant"]:
-        return "begins with the assistant"
-    if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(turns)):
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    if turns and turns[0].role != "user":
+        return f"begins with the {turns[0].role}"
+    if not all(may_follow(turn, next_turn) for turn, next_turn in pairwise(turns)):
         return "user and assistant do not alternate"
-    if len(turns) < 2 or len(turns) % 2:
+    if not turns or turns[-1].role != "assistant":
         return "does not end with the assistant"
     return None
 
@@ -225,9 +232,10 @@ def target_mask(length: int, turns: Sequence[TokenSpan]) -> NDArray[np.bool_]:
 
 
 def drop_exchanges(messages: tuple[Message, ...], num: int) -> tuple[Message, ...]:
-    """Remove the oldest `num` pairs of question and answer, but not the system message."""
+    """Remove the oldest `num` questions with all that follows each, but not the system message."""
     num_system = int(messages[0].role == "system")
-    return messages[:num_system] + messages[num_system + 2 * num :]
+    questions = [i for i, message in enumerate(messages) if message.role == "user"]
+    return messages[:num_system] + messages[questions[num] :]
 
 
 def _token_span(batch: BatchEncoding, row: int, span: chat_template.CharSpan) -> TokenSpan | None:
@@ -239,7 +247,20 @@ def _token_span(batch: BatchEncoding, row: int, span: chat_template.CharSpan) ->
     return (first, last + 1) if first_chars is not None and first_chars.start == span[0] else None
 
 
+def _document_error(record: Record) -> str | None:
+    """Return why a record cannot be learned as one text, or None."""
+    if not _record_text(record).strip():
+        return "empty text"
+    if isinstance(record, Document):
+        return None
+    if not all(message.learn for message in record.messages):
+        return "a turn is not to be learned, but pretraining learns whole texts"
+    if record.tools is not None:
+        return "a conversation with tools where a document is needed"
+    return None
+
+
 def _record_text(record: Record) -> str:
     if isinstance(record, Document):
         return record.text
-    return "\n".join(message.content.strip() for message in record.messages)
+    return "\n".join(message.text.strip() for message in record.messages)

@@ -1,12 +1,19 @@
 """Encodes preferences and prompts as token ids for reward models, DPO and PPO."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medgpt.data.sources.records import Conversation, Document, Message, Preferences, Record, Reject
+from medgpt.data.sources.records import (
+    Conversation,
+    Document,
+    Message,
+    Preferences,
+    Record,
+    Reject,
+    prompt_to_json,
+)
 from medgpt.data.tokenized import chat_template
 from medgpt.data.tokenized.encode import (
     NOT_KEPT,
@@ -48,11 +55,12 @@ class PreferenceEncoder(ChatEncoder):
             targets.append(target_mask(turns[-1][1], turns[-num_turns:]))
         longest = max(map(len, sequences))
         if longest > self._max_length:
-            if len(record.prompt) < 3 + (record.prompt[0].role == "system"):
+            if sum(message.role == "user" for message in record.prompt) == 1:
                 reason = f"an answer with its question has {longest} tokens > {self._max_length}"
                 return Reject.of(record, reason, malformed=False)
             shorter = replace(record, prompt=drop_exchanges(record.prompt, 1))
-            return self._encode(shorter, num_truncated + 2)
+            num_dropped = len(record.prompt) - len(shorter.prompt)
+            return self._encode(shorter, num_truncated + num_dropped)
         return EncodedSample(
             input_ids=np.concatenate(sequences),
             targets=np.concatenate(targets),
@@ -80,9 +88,8 @@ class PromptEncoder(ChatEncoder):
         if len(ids) > self._max_length:
             reason = f"prompt of {len(ids)} tokens > max_length {self._max_length}"
             return Reject.of(record, reason, malformed=False)
-        turns = [[message.role, message.content] for message in messages]
         return EncodedSample(
             input_ids=ids,
             targets=np.zeros(len(ids), np.bool_),
-            messages=json.dumps(turns, ensure_ascii=False),
+            messages=prompt_to_json(messages, record.tools),
         )

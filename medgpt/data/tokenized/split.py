@@ -13,10 +13,12 @@ def content_hash(record: Record) -> str:
     """Return a hash of the content as 32 hexadecimal characters, independent of file and row."""
     if isinstance(record, Document):
         return _hash(record.text)
-    content: list[Any] = _pairs(record.messages)
+    content: list[Any] = _turns(record.messages)
     if isinstance(record, Preferences):
-        answers = [_pairs(answer) for answer in record.answers]
+        answers = [_turns(answer) for answer in record.answers]
         content = [len(record.prompt), content, answers, record.grades]
+    if record.tools is not None:  # not a key of every record, so that others keep their hash
+        content = [*content, {"tools": record.tools}]
     return _hash(json.dumps(content, ensure_ascii=False))
 
 
@@ -26,12 +28,12 @@ def is_validation(record: Record, content: str, share: float) -> bool:
     Equal contents, and preferences about one prompt, always fall into the same split.
     """
     if isinstance(record, Preferences):
-        content = _hash(json.dumps(_pairs(record.prompt), ensure_ascii=False))
+        content = _hash(json.dumps(_turns(record.prompt), ensure_ascii=False))
     return int(content[:8], 16) < share * 2**32
 
 
-def _pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message.role, message.content) for message in messages]
+def _turns(messages: Sequence[Message]) -> list[list[Any]]:
+    return [message.to_list() for message in messages]
 
 
 def _hash(text: str) -> str:

@@ -1,6 +1,5 @@
 """The reward role: rewards of responses from the reward model, rules and user-defined functions."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.train import EngineConfig
 from medgpt.data.loader.batch import PackedBatch
-from medgpt.data.sources.records import Message
+from medgpt.data.sources.records import prompt_from_json
 from medgpt.models.load import compute_dtype
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.tokenizer_compat import check_same_token_ids
@@ -57,7 +56,7 @@ class Reward(FrozenRole):
         samples = [
             RewardSample(
                 sample_id=sequences.sample_ids[i],
-                messages=tuple(Message(*turn) for turn in json.loads(prompts.messages[i])),
+                **prompt_from_json(prompts.messages[i]),
                 text=str(
                     self.tokenizer.decode(sequences.responses.row(i), skip_special_tokens=True)
                 ),

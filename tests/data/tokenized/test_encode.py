@@ -13,6 +13,7 @@ from medgpt.data.tokenized.encode import (
     DocumentEncoder,
     EncodedSample,
     conversation_error,
+    drop_exchanges,
 )
 from medgpt.models.tokenizer import train_tokenizer
 
@@ -167,6 +168,53 @@ def test_conversations_out_of_order_are_malformed(tokenizer, turns, reason):
     assert isinstance(reject, Reject)
     assert reject.malformed
     assert reason in reject.reason
+
+
+def test_an_answer_that_is_not_to_be_learned_is_no_target(tokenizer):
+    encoder = ConversationEncoder(tokenizer, 512)
+    wrong, right = Message("assistant", "wrong", learn=False), Message("assistant", "right")
+    messages = (Message("user", "a"), wrong, Message("user", "b"), right)
+
+    encoded = encoder(Conversation(messages=messages, **ORIGIN))
+    assert tokenizer.decode(encoded.input_ids[encoded.targets]) == "right<|im_end|>"
+
+    nothing = encoder(Conversation(messages=messages[:2], **ORIGIN))
+    assert isinstance(nothing, Reject)
+    assert (nothing.malformed, nothing.reason) == (
+        False,
+        "no turn of the assistant is to be learned",
+    )
+    pretraining = DocumentEncoder(tokenizer, "clm")(Conversation(messages=messages, **ORIGIN))
+    assert isinstance(pretraining, Reject)
+    assert "a turn is not to be learned" in pretraining.reason
+
+
+def test_an_exchange_is_dropped_with_its_tool_calls():
+    call = Message("assistant", "", tool_calls='[{"name":"dose","arguments":{}}]')
+    first = (Message("user", "a"), call, Message("tool", "5"), Message("assistant", "b"))
+    last = (Message("user", "c"), Message("assistant", "d"))
+    system = Message("system", "s")
+    assert conversation_error((system, *first, *last)) is None
+    assert drop_exchanges((system, *first, *last), 1) == (system, *last)
+
+
+@pytest.mark.parametrize(
+    ("roles", "reason"),
+    [
+        (["user", "tool", "assistant"], "do not alternate"),
+        (["user", "call", "assistant"], "do not alternate"),
+        (["user", "call", "tool", "user", "assistant"], "do not alternate"),
+        (["user", "assistant", "tool", "assistant"], "do not alternate"),
+        (["user", "call", "tool"], "does not end with the assistant"),
+        (["user", "call", "tool", "tool", "call", "tool", "assistant"], None),
+        (["user", "call"], None),
+    ],
+)
+def test_tool_results_follow_calls_and_precede_the_assistant(roles, reason):
+    calls = {"call": Message("assistant", "", tool_calls="[]")}
+    messages = [calls.get(role, Message(role, "x")) for role in roles]
+    error = conversation_error(messages)
+    assert error is None if reason is None else reason in error
 
 
 def test_a_document_is_no_conversation(tokenizer):
