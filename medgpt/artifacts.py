@@ -147,7 +147,11 @@ class Folder:
     def copy_to(self, directory: Path) -> None:
         """Copy all files to a local folder; create it if missing."""
         directory.mkdir(exist_ok=True)
-        self.fs.get(f"{self.root}/", f"{directory}/", recursive=True)
+        sources = self.fs.find(self.root)  # stores differ in what they do with a whole folder
+        targets = [directory / os.path.relpath(source, self.root) for source in sources]
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get(sources, [str(target) for target in targets])
 
 
 def file_entries(directory: Path, names: Sequence[str] | None = None) -> list[FileEntry]:

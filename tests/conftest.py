@@ -47,6 +47,7 @@ TAKE_SECONDS = {  # files that `tests/run.sh --quick` leaves out
     "train/test_lost_store.py",
     "train/test_reward_objective.py",
 }
+SHELF = ROOT / "tests" / "shelf"
 SHARED_DATA = Path(os.environ.get("MEDGPT_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 
@@ -72,7 +73,22 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3: str) -> Iterator[None]:
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a store whose protocol fsspec knows by an entry point, and pyarrow does not.
+
+    Its objects are files of a local folder; processes that start from here know it as well.
+    """
+    from fsspec import process_entries
+
+    os.environ["SHELF_FOLDER"] = str(tmp_path_factory.mktemp("shelf"))
+    os.environ["PYTHONPATH"] = f"{SHELF}:{os.environ.get('PYTHONPATH', '')}"
+    sys.path.append(str(SHELF))
+    process_entries()
+    return "shelf://medgpt"
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3: str, shelf: str) -> Iterator[None]:
     """A local Ray of four logical CPUs on any machine; a worker or a data task takes one."""
     import ray
 

@@ -24,6 +24,7 @@ class TrainingDriver:
 
     def __init__(self, run: Run, config: TrainStageConfig, reporter: ConsoleReporter) -> None:
         self.run, self.config, self.reporter = run, config, reporter
+        self.ray_record = run.folder / "ray"
         self.start_barrier = StartBarrier(run.folder.url)
         self.display = ProgressDisplay(reporter, log_every=config.train.log_every)
         self.fit_thread: threading.Thread | None = None
@@ -40,7 +41,7 @@ class TrainingDriver:
         )
         self.progress = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": driver_node})
         self.reporter.advance("starting workers", 0, self.config.cluster.min_workers)
-        (self.run.folder / "ray").remove()  # or Ray would read its record of an earlier attempt
+        self.ray_record.remove()  # or Ray would read that of an earlier attempt
         self.fit_thread = threading.Thread(target=self._fit, daemon=True)
         self.fit_thread.start()
 
@@ -86,13 +87,14 @@ class TrainingDriver:
     def _trainer(self) -> "LightTorchTrainer":
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+        from medgpt.cluster.ray_storage import storage_settings
         from medgpt.cluster.restart_timeout import RestartTimeout
         from medgpt.train.ray_train_backend import LightTorchTrainer, ProcessGroupConfig
 
-        cluster, url = self.config.cluster, self.run.folder.url
+        cluster = self.config.cluster
         resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
         job = WorkerJob(
-            run_dir=url,
+            run_dir=self.run.folder.url,
             config=self.config,
             progress=self.progress,
             start_barrier=self.start_barrier,
@@ -109,8 +111,7 @@ class TrainingDriver:
                 label_selector=cluster.labels or None,
             ),
             run_config=RunConfig(
-                name="ray",
-                storage_path=url,
+                **storage_settings(self.ray_record),
                 failure_config=FailureConfig(
                     max_failures=cluster.max_failures,
                     max_preemption_failures=cluster.max_preemptions,

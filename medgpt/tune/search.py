@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import optuna
 import ray
-from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
@@ -20,6 +19,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from medgpt.artifacts import Folder
 from medgpt.cluster.placement_groups import is_actor_dead, release_orphaned_groups
+from medgpt.cluster.ray_storage import storage_settings
 from medgpt.config.search_space import SearchSpace
 from medgpt.config.tune import Params, TuneStageConfig
 from medgpt.tune.objective import OVER_KL_LIMIT, WORST_OBJECTIVE
@@ -69,8 +69,6 @@ def _fit(
         # pools and data tasks reserve their own resources
         tune.PlacementGroupFactory([{"memory": TRIAL_MEMORY_BYTES}]),
     )
-    parent, name = folder.root.rsplit("/", 1)
-    filesystem = None if folder.is_local else PyFileSystem(FSSpecHandler(folder.fs))
     tuner = tune.Tuner(
         trainable,
         param_space=param_space,
@@ -84,9 +82,7 @@ def _fit(
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=name,
-            storage_path=parent,
-            storage_filesystem=filesystem,
+            **storage_settings(folder),
             failure_config=tune.FailureConfig(max_failures=setup.config.max_failures),
             callbacks=[TrialProgress(TrialRecords(setup.trials_url), setup.num_iterations, say)],
             verbose=0,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # imports transformers, which would slow the start of every r
 
 BLOCK_TOKENS = 1 << 18  # approximate tokens of a row group
 CACHED_BLOCKS = 32  # more than a window has
+ID_BYTES = 32  # hexadecimal characters of a hash
+IDS_PER_CHUNK = 1 << 24
 SHARD_SCHEMA = pa.schema(
     {
         "input_ids": pa.list_(pa.int32()),
@@ -131,8 +133,8 @@ def write_index(folder: Folder, split: str, shards: Sequence[str]) -> list[FileE
         tables.append(table.append_column("row", pa.array(np.concatenate(rows), pa.int32())))
         blocks += [{"file": name, "row_group": g} for g in range(len(sizes))]
     index = pa.concat_tables(tables) if tables else _empty_index()
-    ids = pa.array(make_sample_ids(_fixed_width_ids(index["content_hash"]))).cast(pa.string())
-    index = index.append_column("sample_id", ids).select(INDEX_SCHEMA.names)
+    ids = make_sample_ids(fixed_width_ids(index["content_hash"]))
+    index = index.append_column("sample_id", id_column(ids)).select(INDEX_SCHEMA.names)
     files = []
     with folder.staging() as directory:
         for name, content in (
@@ -170,10 +172,22 @@ def make_sample_ids(hashes: NDArray[np.bytes_]) -> NDArray[np.bytes_]:
     )
 
 
-def _fixed_width_ids(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
+def id_column(ids: NDArray[np.bytes_], *, per_chunk: int = IDS_PER_CHUNK) -> pa.ChunkedArray:
+    """Return (N,) ids as strings, in chunks: one holds less than 2 GiB of text, 67,108,863 ids."""
+    starts = range(0, len(ids), per_chunk)
+    chunks = [pa.array(ids[i : i + per_chunk]).cast(pa.string()) for i in starts]
+    return pa.chunked_array(chunks, pa.string())
+
+
+def fixed_width_ids(column: pa.ChunkedArray) -> NDArray[np.bytes_]:
     """Return a column of 32 characters as an (N,) array of S32."""
-    values = column.combine_chunks().cast(pa.binary()).cast(pa.binary(32))
-    return np.frombuffer(values.buffers()[1], "S32", count=len(values), offset=32 * values.offset)
+    ids, start = np.empty(len(column), f"S{ID_BYTES}"), 0
+    for chunk in column.chunks:  # a single array would hold no more than 2 GiB
+        values = chunk.cast(pa.binary()).cast(pa.binary(ID_BYTES))
+        stop, offset = start + len(values), ID_BYTES * values.offset
+        ids[start:stop] = np.frombuffer(values.buffers()[1], ids.dtype, len(values), offset)
+        start = stop
+    return ids
 
 
 def read_index(folder: Folder, split: str) -> SampleIndex:
@@ -184,7 +198,7 @@ def read_index(folder: Folder, split: str) -> SampleIndex:
         name: table[name].to_numpy().astype(np.int64)
         for name in ("length", "source", "block", "row")
     }
-    return SampleIndex(**columns, sample_id=_fixed_width_ids(table["sample_id"]))
+    return SampleIndex(**columns, sample_id=fixed_width_ids(table["sample_id"]))
 
 
 def data_version(url: str) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 
@@ -12,8 +13,12 @@ from medgpt.data.sources.records import Origin
 from medgpt.data.tokenized.encode import EncodedSample
 from medgpt.data.tokenized.shards import (
     BLOCK_TOKENS,
+    IDS_PER_CHUNK,
+    INDEX_SCHEMA,
     ShardWriter,
     data_version,
+    fixed_width_ids,
+    id_column,
     make_sample_ids,
     read_block,
     read_index,
@@ -152,3 +157,37 @@ def test_sample_ids_of_equal_contents_differ_and_do_not_depend_on_the_order() ->
     assert set(make_sample_ids(np.array([b"a", b"a", b"b", b"a"])).tolist()) == set(ids)
     assert make_sample_ids(np.array([b"a"])).tolist() == ids[:1]
     assert ids[2] == xxhash.xxh3_128_hexdigest(b"a:1").encode()
+
+
+def repeated_ids(num_ids: int) -> pa.ChunkedArray:
+    """Return a column of ids that holds the same 50,000 again and again."""
+    some = pa.array([f"{number:032x}" for number in range(50_000)])
+    return pa.chunked_array([*[some] * (num_ids // 50_000), some.slice(7, num_ids % 50_000)])
+
+
+@pytest.mark.parametrize(
+    ("num_ids", "per_chunk"),
+    [(110_000, 7_000), pytest.param(67_108_865, IDS_PER_CHUNK, marks=pytest.mark.slow)],
+)
+def test_ids_of_more_than_one_chunk_are_written_and_read(
+    tmp_path: Path, num_ids: int, per_chunk: int
+) -> None:
+    ids = fixed_width_ids(repeated_ids(num_ids))  # the slow ones are more than 2 GiB
+    assert ids.nbytes == 32 * num_ids
+    assert ids[[0, 50_000, 99_999]].tolist() == [b"%032x" % n for n in (0, 0, 49_999)]
+    assert ids[-1] == b"%032x" % (7 + num_ids % 50_000 - 1)
+    column = id_column(ids, per_chunk=per_chunk)
+    pq.write_table(pa.table({"sample_id": column}), tmp_path / "index.parquet")
+    read = pq.read_table(tmp_path / "index.parquet")["sample_id"]
+    assert read.type == pa.string()  # as runs of earlier versions have it
+    assert np.array_equal(fixed_width_ids(read), ids)
+
+
+def test_an_index_that_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
+    ids = [f"{number:032x}" for number in range(3)]
+    numbers = {name: [0, 1, 2] for name in ("length", "source", "block", "row")}
+    table = pa.table({**numbers, "sample_id": ids}, schema=INDEX_SCHEMA)
+    pq.write_table(table, tmp_path / "train.index.parquet", compression="zstd")
+    index = read_index(Folder(str(tmp_path)), "train")
+    assert index.sample_id.tolist() == [each.encode() for each in ids]
+    assert index.row.tolist() == [0, 1, 2]
