@@ -19,6 +19,7 @@ from medgpt.engine import state
 from medgpt.engine.setup import deepspeed_config, ensure_process_group
 from medgpt.models.load import build_empty_model, compute_dtype
 from medgpt.models.model_files import HeadKind, check_no_missing_weights, weight_files
+from medgpt.models.weight_layout import WeightGroup, groups_in_files
 
 
 @contextlib.contextmanager
@@ -71,38 +72,67 @@ def build_partitioned(
 def load_safetensors(module: nn.Module, files: Sequence[Path]) -> tuple[list[str], list[str]]:
     """Load parameters and persistent buffers; return missing and unexpected names.
 
-    Reads one tensor at a time; at ZeRO-3 a rank reads only its shard. Every rank must call it. Tied
-    weights need only one of their names in `files`.
+    Names and shapes of files are converted as transformers does. Reads one tensor at a time, or the
+    tensors that make one of the module; at ZeRO-3 a rank reads only its shard of the others. Every
+    rank must call it. Tied weights need only one of their names in `files`.
 
     Raises:
         ValueError: a tensor has another shape than the module's.
     """
     targets = module.state_dict(keep_vars=True)
     filled: set[int] = set()
-    unexpected = []
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        files_of = {name: tensors for tensors in opened for name in tensors.keys()}  # noqa: SIM118
+        groups, unexpected = groups_in_files(module, files_of, targets)
+        for group in groups:
+            for name, weight in _read_group(group, files_of, module).items():
                 if name not in targets:
                     unexpected.append(name)
                     continue
-                shape = torch.Size(tensors.get_slice(name).get_shape())
-                if shape != state.full_shape(targets[name]):
-                    expected = tuple(state.full_shape(targets[name]))
-                    raise ValueError(
-                        f"{file}: {name} has shape {tuple(shape)}, the model's is {expected}"
-                    )
-                _copy_shard(targets[name], tensors, name)
+                _check_shape(name, weight.get_shape(), targets[name])
+                _copy_shard(targets[name], weight)
                 filled.add(id(targets[name]))
     missing = [name for name, tensor in targets.items() if id(tensor) not in filled]
     return missing, unexpected
 
 
+class _InMemory:
+    """A tensor with the interface of safetensors' slices."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensor[index]
+
+
+def _read_group(group: WeightGroup, files_of: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return slices of the module's weights that the group makes."""
+    if group.converter is None:
+        return {group.key: files_of[group.sources[0]].get_slice(group.sources[0])}
+    tensors = [files_of[name].get_tensor(name) for name in group.sources]
+    return {name: _InMemory(tensor) for name, tensor in group.convert(tensors, module).items()}
+
+
+def _check_shape(name: str, shape: Sequence[int], target: Tensor) -> None:
+    expected = tuple(state.full_shape(target))
+    if tuple(shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(shape)}, the model's is {expected}")
+
+
 @torch.no_grad()
-def _copy_shard(target: Any, tensors: safe_open, name: str) -> None:
-    """Copy the tensor, or at ZeRO-3 this rank's shard of it, into `target`."""
+def _copy_shard(target: Any, weight: Any) -> None:
+    """Copy the tensor, or at ZeRO-3 this rank's shard of it, into `target`.
+
+    Args:
+        weight: a slice of safetensors, or an _InMemory.
+    """
     if not state.is_zero_param(target):
-        target.copy_(tensors.get_tensor(name))
+        target.copy_(weight[...])
         return
     assert target.ds_status is ZeroParamStatus.NOT_AVAILABLE, (
         "load weights before building the engine"
@@ -110,16 +140,15 @@ def _copy_shard(target: Any, tensors: safe_open, name: str) -> None:
     shard = target.ds_tensor  # the last ranks' shards may reach past the end
     start = min(dist.get_rank() * shard.numel(), target.ds_numel)
     stop = min(start + shard.numel(), target.ds_numel)
-    shard[: stop - start].copy_(_read_elements(tensors, name, start, stop))
+    shard[: stop - start].copy_(_read_elements(weight, start, stop))
 
 
-def _read_elements(tensors: safe_open, name: str, start: int, stop: int) -> Tensor:
+def _read_elements(weight: Any, start: int, stop: int) -> Tensor:
     """Return elements `start` to `stop` of the flattened tensor; read only the rows with them."""
-    tensor_slice = tensors.get_slice(name)
-    shape = tensor_slice.get_shape()
+    shape = weight.get_shape()
     if not shape:
-        return tensors.get_tensor(name).flatten()[start:stop]
+        return weight[...].flatten()[start:stop]
     row_numel = math.prod(shape[1:])
     first_row = start // row_numel
-    rows = tensor_slice[first_row : -(-stop // row_numel)].flatten()
+    rows = weight[first_row : -(-stop // row_numel)].flatten()
     return rows[start - first_row * row_numel : stop - first_row * row_numel]

@@ -1,13 +1,13 @@
 """Add, load and merge low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import peft
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import (
@@ -26,8 +26,11 @@ from medgpt.models.model_files import ADAPTER_CONFIG_NAME, adapter_base, has_ada
 from medgpt.models.packed import SequenceDropout
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary_change import replace_vocabulary
+from medgpt.models.weight_layout import ModuleWeight
 
 _ADAPTER = "default"  # peft's default name
+_EXPERT_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_ROUTERS = ("gate", "router")  # choose experts; adapted only if config.targets names them
 
 
 def apply_lora(
@@ -58,11 +61,12 @@ def peft_config(
     head: str | None = None,
 ) -> peft.LoraConfig:
     """Return peft's config of the same adapters, without dropout; raises the same error."""
-    _check_targets(model, config)
+    modules, parameters = _targets(model, config, head)
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number works
-        target_modules=list(config.targets) or "all-linear",
+        target_modules=modules,
+        target_parameters=parameters,
         trainable_token_indices=_embedding_rows(model, list(new_token_ids)),
         modules_to_save=None if head is None else [head],
         task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear then skips the head
@@ -91,17 +95,7 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
     return merged, tokenizer
 
 
-@dataclass(frozen=True)
-class MergedWeight:
-    """One weight of a merged model, and how to compute it from the parameters with adapters."""
-
-    name: str
-    sources: list[Tensor]
-    compute: Callable[[], Tensor]
-    """Return the weight. The sources must be gathered; the result may be one of them."""
-
-
-def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWeight]:
+def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[ModuleWeight]:
     """Yield the weights of `model` with adapters merged, under their Hugging Face names.
 
     Includes persistent buffers. Tied weights come once, under their first name.
@@ -109,40 +103,41 @@ def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[MergedWe
     base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
     seen: set[int] = set()
     for key, tensor in base.state_dict(keep_vars=True).items():
-        layer_name, _, weight_name = key.partition(".base_layer.")
-        adapters = (LoraLayer, TrainableTokensLayer)
-        is_adapter = not weight_name and any(
-            isinstance(module, adapters) for module in _modules_above(base, key)
-        )
-        if id(tensor) in seen or is_adapter:
+        adapters = _adapters_above(base, key)
+        name = key.replace(".base_layer", "").replace(".token_adapter", "")
+        leaf = key.rpartition(".")[2]
+        if id(tensor) in seen or any(f"{path}.base_layer." not in key for path in adapters):
             continue
         seen.add(id(tensor))
-        if weight_name != "weight":
-            yield MergedWeight(key.replace(".base_layer.", "."), [tensor], tensor.detach)
-            continue
-        layer = base.get_submodule(layer_name)
-        name = f"{layer_name.removesuffix('.token_adapter')}.weight"
-        if isinstance(layer, TrainableTokensLayer):
-            sources = [tensor, layer.trainable_tokens_delta[_ADAPTER]]
-            yield MergedWeight(name, sources, partial(layer.get_merged_weights, [_ADAPTER]))
+        for layer in adapters.values():
+            if isinstance(layer, TrainableTokensLayer):
+                sources = [tensor, layer.trainable_tokens_delta[_ADAPTER]]
+                yield ModuleWeight(name, sources, partial(layer.get_merged_weights, [_ADAPTER]))
+                break
+            if leaf == (layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"):
+                assert isinstance(layer, LoraLinear | ParamWrapper), type(layer)
+                sources = [tensor, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
+                yield ModuleWeight(name, sources, partial(_merged_weight, layer, leaf))
+                break
         else:
-            assert isinstance(layer, LoraLinear), type(layer)
-            sources = [tensor, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
-            yield MergedWeight(name, sources, partial(_merged_weight, layer))
+            yield ModuleWeight(name, [tensor], tensor.detach)
 
 
-def _merged_weight(layer: LoraLinear) -> Tensor:
+def _merged_weight(layer: LoraLinear | ParamWrapper, name: str) -> Tensor:
     """Return the merged weight as peft computes it, without changing the layer."""
-    weight = layer.get_base_layer().weight
-    assert isinstance(weight, Tensor)
+    weight = layer.get_base_layer().get_parameter(name)
     return weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
 
 
-def _modules_above(model: nn.Module, key: str) -> Iterator[nn.Module]:
-    """Yield the modules that contain the weight `key`, outermost first."""
+def _adapters_above(model: nn.Module, key: str) -> dict[str, nn.Module]:
+    """Return the adapters that contain the weight `key` by path, outermost first."""
+    adapters, path = {}, ""
     for name in key.split(".")[:-1]:
-        model = model.get_submodule(name)
-        yield model
+        path = f"{path}.{name}".removeprefix(".")
+        module = model.get_submodule(path)
+        if isinstance(module, LoraLayer | TrainableTokensLayer):
+            adapters[path] = module
+    return adapters
 
 
 def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -154,18 +149,46 @@ def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFas
     return auto.from_pretrained(name, dtype="auto"), load_tokenizer(name)
 
 
-def _check_targets(model: PreTrainedModel, config: LoraConfig) -> None:
-    names = {
-        name.rsplit(".", 1)[-1]
+def _targets(
+    model: PreTrainedModel, config: LoraConfig, head: str | None
+) -> tuple[list[str] | str, list[str] | None]:
+    """Return the names of linear layers and of parameters that get adapters, as peft takes them.
+
+    A layer's experts are one parameter, `gate_up_proj` or `down_proj`, in a module `experts`.
+    """
+    linear = [
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
-    }
-    unknown = set(config.targets) - names
-    if unknown:
+    ]
+    experts = [
+        name
+        for name, _ in model.named_parameters()
+        if name.split(".")[-2:-1] == ["experts"] and name.endswith(_EXPERT_PROJECTIONS)
+    ]
+    names = {name.rpartition(".")[2] for name in (*linear, *experts)} - {head}
+    if unknown := set(config.targets) - names:
         raise ConfigError(
             f"model.lora.targets={sorted(unknown)}: the model has no such linear layer; choose "
             f"from {', '.join(sorted(names))}"
         )
+    if not experts:
+        return list(config.targets) or "all-linear", None
+    wanted = set(config.targets) or names - set(_ROUTERS)
+    # peft would take these linear layers for experts, so they are named by their parameter
+    likes = {name for name in linear if name.endswith((*_EXPERT_PROJECTIONS, "gate_proj"))}
+    parameters = {
+        f"{'.'.join(name.split('.')[-2:])}{'.weight' if name in likes else ''}"
+        for name in (*likes, *experts)
+        if name.rpartition(".")[2] in wanted
+    }
+    if parameters and config.dropout:
+        raise ConfigError(
+            f"model.lora.dropout={config.dropout} cannot reach the experts of this model; set 0, "
+            "or set model.lora.targets to layers of its attention"
+        )
+    modules = {name.rpartition(".")[2] for name in linear if name not in likes} & wanted
+    return sorted(modules), sorted(parameters) or None
 
 
 def _embedding_rows(model: PreTrainedModel, ids: list[int]) -> dict[str, list[int]] | None:

@@ -8,6 +8,7 @@ from medgpt.models.lora import load_merged
 from medgpt.models.model_files import ADAPTER_CONFIG_NAME, has_adapters
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.value_model import RewardModelInfo, load_value_model
+from medgpt.models.weight_layout import prefer_hub_layout
 
 
 def merge_adapter(adapter: str, out: Path) -> None:
@@ -29,6 +30,7 @@ def merge_adapter(adapter: str, out: Path) -> None:
         model, tokenizer = load_value_model(str(folder))[0].pretrained, load_tokenizer(str(folder))
     else:
         model, tokenizer = load_merged(folder)
+    prefer_hub_layout(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     if score is not None:

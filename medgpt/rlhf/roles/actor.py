@@ -15,7 +15,7 @@ from medgpt.data.loader.collate import causal_batch, empty_batch
 from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
 from medgpt.engine.build import build_policy
-from medgpt.engine.export import gather_merged_weights
+from medgpt.engine.export import gather_in_file_layout, gather_merged_weights
 from medgpt.models.generate import generation_config
 from medgpt.models.lora import merged_weights
 from medgpt.models.tokenizer import load_tokenizer
@@ -220,8 +220,16 @@ class Actor:
         return largest
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield Hugging Face names and weights on rank 0, with LoRA merged. Collective."""
-        yield from gather_merged_weights(merged_weights(self.policy.model))
+        """Yield names and weights on rank 0, with LoRA merged. Collective.
+
+        They are those of the hub's files for vLLM, which has modules of its own, and those of
+        transformers' modules for medgpt's engine.
+        """
+        weights = merged_weights(self.policy.model)
+        if self.config.rollout.engine == "vllm":
+            yield from gather_in_file_layout(self.policy.pretrained, weights)
+        else:
+            yield from gather_merged_weights(weights)
 
     def save(self, url: str) -> list[FileEntry]:
         """Write this rank's part of a checkpoint; return its files."""
