@@ -53,7 +53,8 @@ class LoraConfig(Config):
     dropout: Fraction = 0.0
     """Dropout before the adapters."""
     targets: tuple[str, ...] = ()
-    """Names of the linear layers to adapt; empty: all but the output layer."""
+    """Names of the linear layers, or of the projections of experts (gate_up_proj, down_proj), to
+    adapt; empty: all but the output layer and the routers of experts."""
 
 
 class ModelConfig(Config):
