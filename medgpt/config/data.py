@@ -102,7 +102,8 @@ class SourceConfig(Config):
     format: Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
     """File format; auto goes by the file name."""
     encoding: str = "auto"
-    """Text encoding; auto accepts UTF-8 and GB18030 (a superset of GBK)."""
+    """Text encoding, a Python codec. auto accepts UTF-8, UTF-16, GB18030 (with GBK), Big5 and
+    cp1252 where the text read is plausible, and refuses a file of which it is not sure."""
     lines: bool = False
     """txt only: every line is a document, instead of every file."""
     kind: Literal[

@@ -1,7 +1,10 @@
 """Lists the files of a source and cuts them into slices, each of which one task reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -11,7 +14,14 @@ import pyarrow.parquet as pq
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
-from medgpt.data.sources.files import compression_suffix, detect_encoding, open_file, read_chunks
+from medgpt.data.sources.encodings import UncertainEncoding, check_encoding, decide_encoding
+from medgpt.data.sources.files import (
+    BrokenFile,
+    compression_suffix,
+    is_wide,
+    open_file,
+    read_chunks,
+)
 
 FORMATS = {
     ".txt": "txt",
@@ -22,6 +32,8 @@ FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+BINARY_FORMATS = ("parquet",)
+ENCODING_THREADS = 16  # files whose beginnings are read at a time
 MIB = 1 << 20
 
 
@@ -32,7 +44,7 @@ class FileSlice:
     source: str  # name of the source
     file: str  # path or URI
     format: str  # txt, jsonl, json, csv, tsv or parquet
-    encoding: str  # a codec, or auto
+    encoding: str  # a codec; not used by parquet
     start: int  # byte at which a line starts, or number of a row group
     stop: int | None  # exclusive end, in the same unit; None is the end of the file
     index: int  # position among the slices of its source
@@ -50,12 +62,15 @@ def list_slices(source: SourceConfig, shard_mb: int) -> list[FileSlice]:
     """Return all slices of `source`, files in sorted order, the same at every call.
 
     Raises:
-        ConfigError: a path matches nothing, a file's format or the encoding is unknown.
+        ConfigError: a path matches nothing, or the format or the encoding of a file is unknown.
     """
     slices: list[FileSlice] = []
-    for file in list_files(source):
-        file_format = _detect_format(file, source)
-        encoding, starts = _slice_starts(file, file_format, source, shard_mb * MIB)
+    files = list_files(source)
+    formats = [_detect_format(file, source) for file in files]
+    with ThreadPoolExecutor(ENCODING_THREADS) as threads:  # object stores answer slowly
+        encodings = list(threads.map(partial(_file_encoding, source), files, formats))
+    for file, file_format, encoding in zip(files, formats, encodings, strict=True):
+        starts = _slice_starts(file, file_format, encoding, source, shard_mb * MIB)
         stops = [following.start for following in starts[1:]] + [None]
         for (start, first_row), stop in zip(starts, stops, strict=True):
             index = len(slices)
@@ -75,16 +90,40 @@ def list_files(source: SourceConfig) -> list[str]:
 
 
 def _check_encoding(source: SourceConfig) -> None:
-    """Raise ConfigError unless a line end is one byte, because files are split as bytes."""
+    """Raise ConfigError unless the encoding exists and files can be split at its line ends."""
     try:
-        fits = source.encoding == "auto" or "\n".encode(source.encoding) == b"\n"
+        fits = source.encoding == "auto" or (
+            is_wide(source.encoding) or "\n".encode(source.encoding).endswith(b"\n")
+        )
     except LookupError:
         fits = False
     if not fits:
         raise ConfigError(
-            f"data.sources {source.name} encoding={source.encoding!r}: unknown, or a line end "
-            "is not one byte; use auto or a Python codec such as gb18030, or convert to UTF-8"
+            f"data.sources {source.name} encoding={source.encoding!r}: unknown, or has no common "
+            "line end; use auto or a Python codec such as gb18030, or convert to UTF-8"
         )
+
+
+def _file_encoding(source: SourceConfig, file: str, file_format: str) -> str:
+    """Return the encoding of a whole file, before it is cut into slices that might disagree."""
+    if file_format in BINARY_FORMATS:
+        return source.encoding
+    try:
+        if source.encoding == "auto":
+            return decide_encoding(_readable_chunks(file))
+        check_encoding(_readable_chunks(file), source.encoding)
+        return source.encoding
+    except UncertainEncoding as problem:
+        remedy = "set encoding to the right Python codec, or convert the file to UTF-8"
+        raise ConfigError(
+            f"data.sources {source.name} encoding={source.encoding!r}: {file}: {problem}; {remedy}"
+        ) from None
+
+
+def _readable_chunks(file: str) -> Iterator[bytes]:
+    """Yield what can be read of a file; its reader reports the damage."""
+    with suppress(BrokenFile):
+        yield from read_chunks(file)
 
 
 def _expand_path(path: str, source: SourceConfig) -> list[str]:
@@ -134,20 +173,19 @@ def _path_error(source: SourceConfig, path: str, rule: str, remedy: str) -> Conf
 
 
 def _slice_starts(
-    file: str, file_format: str, source: SourceConfig, slice_bytes: int
-) -> tuple[str, list[SliceStart]]:
-    """Return the encoding, and the starts of slices of about `slice_bytes` bytes."""
+    file: str, file_format: str, encoding: str, source: SourceConfig, slice_bytes: int
+) -> list[SliceStart]:
+    """Return the starts of slices of about `slice_bytes` bytes."""
     if source.group_by is not None:
-        return source.encoding, [SliceStart(0, 1)]
+        return [SliceStart(0, 1)]
     if file_format == "parquet":
-        return source.encoding, row_group_slice_starts(file, slice_bytes)
+        return row_group_slice_starts(file, slice_bytes)
     splittable = file_format == "jsonl" or (file_format == "txt" and source.lines)
-    if not splittable or compression_suffix(file) or file_size(file) < 2 * slice_bytes:
-        return source.encoding, [SliceStart(0, 1)]
-    # detect it on the whole file: slices must not disagree about the encoding
-    auto = source.encoding == "auto"
-    encoding = detect_encoding(read_chunks(file)) if auto else source.encoding
-    return encoding, line_slice_starts(read_chunks(file), slice_bytes)
+    if not splittable or compression_suffix(file) or is_wide(encoding):
+        return [SliceStart(0, 1)]
+    if file_size(file) < 2 * slice_bytes:
+        return [SliceStart(0, 1)]
+    return line_slice_starts(read_chunks(file), slice_bytes)
 
 
 def file_size(file: str) -> int:

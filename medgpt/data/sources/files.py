@@ -7,13 +7,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import BinaryIO, Protocol, cast
 
 import fsspec
 import zstandard
 
+from medgpt.data.sources.readings import foreign_encoding
+
 READ_BYTES = 1 << 20  # bytes read at a time
-MIN_UTF8_SHARE = 0.1  # of lines; text in other encodings is hardly ever valid UTF-8
 
 
 class BrokenFile(Exception):
@@ -95,66 +97,67 @@ def _decompress(stream: BinaryIO, new_decompressor: Callable[[], Decompressor]) 
         raise BrokenFile("compressed data ends too early")
 
 
-def guess_encoding(chunk: bytes) -> str:
-    """Return utf-8 or gb18030 for a chunk that is not ASCII and may have broken lines."""
-    if _try_decode(chunk, "utf-8") is not None:
-        return "utf-8"
-    lines = [line for line in chunk.split(b"\n") if not line.isascii()]
-    valid_utf8 = [text for line in lines if (text := _try_decode(line, "utf-8")) is not None]
-    # a short Chinese word in GBK may be valid UTF-8, but of two-byte characters only
-    certain_utf8 = [text for text in valid_utf8 if max(text) > "\u0800"]
-    if len(certain_utf8) > MIN_UTF8_SHARE * len(lines) or len(valid_utf8) > (
-        1 - MIN_UTF8_SHARE
-    ) * len(lines):
-        return "utf-8"
-    return "gb18030" if any(_try_decode(line, "gb18030") for line in lines) else "utf-8"
+def narrow_chunks(chunks: Iterable[bytes], encoding: str) -> tuple[Iterable[bytes], str]:
+    """Return chunks in which a line end is one byte, and their encoding: UTF-16 becomes UTF-8."""
+    if not is_wide(encoding):
+        return chunks, encoding
+    return _as_utf8(chunks, encoding), "utf-8"
 
 
-def _try_decode(data: bytes, encoding: str) -> str | None:
-    """Return the text without a character cut off at the end, or None if `data` is invalid."""
-    try:
-        return codecs.getincrementaldecoder(encoding)().decode(data)
-    except UnicodeDecodeError:
-        return None
+def is_wide(encoding: str) -> bool:
+    """Whether a line end has several bytes."""
+    return codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
 
 
-def detect_encoding(chunks: Iterable[bytes]) -> str:
-    """Return the encoding of a file, judged by its first chunk that is not ASCII."""
-    first_non_ascii = next((chunk for chunk in chunks if not chunk.isascii()), None)
-    return "utf-8" if first_non_ascii is None else guess_encoding(first_non_ascii)
+def _as_utf8(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
+    decoder, num_read = codecs.getincrementaldecoder(encoding)(), 0
+    for chunk in chain(chunks, [b""]):
+        try:
+            yield decoder.decode(chunk, final=not chunk).encode()
+        except UnicodeDecodeError as error:
+            raise BrokenFile(f"not {encoding} near byte {num_read + error.start}") from None
+        num_read += len(chunk)
 
 
 def decode(data: bytes, encoding: str) -> str | BrokenRow:
+    """Return the text of a row, or why it is broken. A row in another encoding is broken, too."""
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         return BrokenRow(f"broken encoding at byte {error.start + 1} (read as {encoding})")
+    foreign = (foreign_encoding(line, encoding) for line in data.split(b"\n"))
+    if encoding != "utf-8" and (other := next(filter(None, foreign), None)) is not None:
+        return BrokenRow(f"another encoding, perhaps {other} (the file is read as {encoding})")
+    return text
+
+
+def is_valid(data: bytes, encoding: str) -> bool:
+    """Whether all bytes decode."""
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def text_lines(chunks: Iterable[bytes], encoding: str) -> Iterator[str | BrokenRow]:
-    """Yield lines without line ends; `auto` detects the encoding in the first non-ASCII chunk."""
-    unfinished = b""
+    """Yield lines without line ends."""
+    unfinished: list[bytes] = []
     first = True
     for chunk in chunks:
-        if encoding == "auto" and not chunk.isascii():
-            encoding = guess_encoding(chunk)
-        *lines, unfinished = (unfinished + chunk).split(b"\n")
-        for line in lines:
-            yield _decode_line(line, encoding, first)
+        head, *lines = chunk.split(b"\n")
+        unfinished.append(head)
+        for following in lines:
+            yield _decode_line(b"".join(unfinished), encoding, first)
+            unfinished = [following]
             first = False
-    if unfinished:
-        yield _decode_line(unfinished, encoding, first)
+    if data := b"".join(unfinished):
+        yield _decode_line(data, encoding, first)
 
 
 def _decode_line(data: bytes, encoding: str, first: bool) -> str | BrokenRow:
-    text = decode(data, "utf-8" if encoding == "auto" else encoding)  # still auto: all ASCII
+    text = decode(data, encoding)
     if isinstance(text, str):
         text = text.removesuffix("\r")
         return text.removeprefix("\ufeff") if first else text  # byte order mark
     return text
-
-
-def read_all(chunks: Iterable[bytes], encoding: str) -> tuple[bytes, str]:
-    """Return all bytes, and their encoding."""
-    chunk_list = list(chunks)
-    return b"".join(chunk_list), detect_encoding(chunk_list) if encoding == "auto" else encoding

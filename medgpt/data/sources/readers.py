@@ -17,8 +17,9 @@ from medgpt.data.sources.files import (
     BrokenFile,
     BrokenRow,
     decode,
+    is_valid,
+    narrow_chunks,
     open_file,
-    read_all,
     read_chunks,
     text_lines,
 )
@@ -118,13 +119,14 @@ def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[Numbe
     """Yield rows with their numbers. Raises BrokenFile after the last row that could be read."""
     if file_slice.format == "parquet":
         return _read_parquet(file_slice)
-    chunks = read_chunks(file_slice.file, file_slice.start, file_slice.stop)
-    lines = text_lines(chunks, file_slice.encoding)
+    stored = read_chunks(file_slice.file, file_slice.start, file_slice.stop)
+    chunks, encoding = narrow_chunks(stored, file_slice.encoding)
+    lines = text_lines(chunks, encoding)
     match file_slice.format:
         case "jsonl":
             return _read_lines(lines, file_slice.first_row, _json_row)
         case "json":
-            return _read_json(chunks, file_slice.encoding)
+            return _read_json(iter(chunks), encoding)
         case "csv":
             return _read_csv(lines, delimiter=",")
         case "tsv":
@@ -132,7 +134,7 @@ def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[Numbe
         case "txt" if source.lines:
             return _read_lines(lines, file_slice.first_row, _text_row)
         case "txt":
-            return _read_txt(chunks, file_slice.encoding)
+            return _read_txt(chunks, encoding)
     raise AssertionError(file_slice.format)
 
 
@@ -175,8 +177,7 @@ def _require_object(value: Any) -> RawRow | BrokenRow:
 
 
 def _read_txt(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
-    data, encoding = read_all(chunks, encoding)
-    text = decode(data, encoding)
+    text = decode(b"".join(chunks), encoding)
     yield 1, text if isinstance(text, BrokenRow) else _text_row(text.removeprefix("\ufeff"))
 
 
@@ -190,14 +191,14 @@ def _read_json(chunks: Iterator[bytes], encoding: str) -> Iterator[NumberedRow]:
         if head.count(b"\n") > JSON_LINES_PROBE:
             break
     chunks = chain([head], chunks)
-    if _is_json_lines(head):
+    if _is_json_lines(head, encoding):
         return _read_lines(text_lines(chunks, encoding), 1, _json_row)
     return _read_json_array(chunks, encoding)
 
 
-def _is_json_lines(head: bytes) -> bool:
+def _is_json_lines(head: bytes, encoding: str) -> bool:
     lines = [line for line in head.split(b"\n")[: 2 * JSON_LINES_PROBE] if line.strip()]
-    texts = [decode(line, "utf-8") for line in lines[:JSON_LINES_PROBE]]
+    texts = [decode(line, encoding) for line in lines[:JSON_LINES_PROBE]]
     return any(
         isinstance(text, str) and isinstance(_json_row(text.lstrip("\ufeff")), dict)
         for text in texts
@@ -205,22 +206,22 @@ def _is_json_lines(head: bytes) -> bool:
 
 
 def _read_json_array(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
-    data, encoding = read_all(chunks, encoding)
-    text = decode(data, encoding)
-    broken = isinstance(text, BrokenRow)
-    if isinstance(text, BrokenRow):  # keep the rows without broken bytes
-        text = data.decode(encoding, "surrogateescape")
+    data = b"".join(chunks)
+    text = data.decode(encoding, "surrogateescape")  # keeps the rows without broken bytes
+    checked = encoding != "utf-8" or not is_valid(data, encoding)
     value = _load_json(text.removeprefix("\ufeff"))
     for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
-        if broken and _has_broken_bytes(row):
-            yield number, BrokenRow(f"broken encoding (read as {encoding})")
-        else:
-            yield number, _require_object(row)
+        problem = _encoding_problem(row, encoding) if checked else None
+        yield number, problem or _require_object(row)
 
 
-def _has_broken_bytes(row: object) -> bool:
+def _encoding_problem(row: object, encoding: str) -> BrokenRow | None:
+    """Return why a row of a JSON array has broken bytes or another encoding, or None."""
     text = json.dumps(row, ensure_ascii=False)
-    return any("\udc80" <= character <= "\udcff" for character in text)
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        return BrokenRow(f"broken encoding (read as {encoding})")
+    problem = decode(text.encode(encoding, "ignore"), encoding)
+    return problem if isinstance(problem, BrokenRow) else None
 
 
 def _read_csv(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[NumberedRow]:

@@ -15,6 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
 from medgpt.data.sources.file_slices import FileSlice, line_slice_starts, list_slices
 from medgpt.data.sources.files import read_chunks
@@ -158,13 +159,15 @@ def test_broken_bytes_in_gbk_reject_their_line_only(tmp_path: Path) -> None:
     assert rejects(items) == [(3, "broken encoding at byte 3 (read as gb18030)")]
 
 
-def test_a_file_that_fits_no_encoding_loses_its_broken_lines(tmp_path: Path) -> None:
+def test_a_file_that_fits_no_encoding_is_refused_unless_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
     file.write_bytes(b"ascii\n\xff\xff\n\xff\xfe\xff\nmore\n")
-    items = read(file, lines=True)
+    with pytest.raises(ConfigError, match=r"not certain \(first byte that is not ASCII: 6\)"):
+        read(file)
+    items = read(file, lines=True, encoding="utf-8")
     assert texts(items) == ["ascii", "more"]
     assert [row for row, _ in rejects(items)] == [2, 3]
-    assert [row for row, _ in rejects(read(file))] == [1]
+    assert [row for row, _ in rejects(read(file, encoding="utf-8"))] == [1]
 
 
 def test_a_few_broken_lines_do_not_turn_utf8_into_gb18030(tmp_path: Path) -> None:
