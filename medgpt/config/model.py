@@ -55,6 +55,32 @@ class LoraConfig(Config):
     targets: tuple[str, ...] = ()
     """Names of the linear layers, or of the projections of experts (gate_up_proj, down_proj), to
     adapt; empty: all but the output layer and the routers of experts."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732), for high ranks."""
+    dora: bool = False
+    """Train the length of each weight vector apart from its direction (DoRA, arXiv 2402.09353);
+    ZeRO 0 to 2."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """QLoRA (arXiv 2305.14314): keep the frozen linear layers in 4 or 8 bits. Needs bitsandbytes
+    (`pip install 'medgpt[qlora]'`) and ZeRO 0 to 2; for pretraining, fine-tuning and DPO."""
+
+    @model_validator(mode="after")
+    def _check_has_adapters(self) -> Self:
+        for key in ("rslora", "dora", "quantize"):
+            if not self.rank and (value := self.model_dump()[key]):
+                raise ValueError(
+                    f"{key}={str(value).lower()} needs adapters; set rank, such as rank=16"
+                )
+        return self
+
+
+class RopeScalingConfig(Config):
+    kind: Literal["yarn", "linear"] = "yarn"
+    """yarn: arXiv 2309.00071. linear: position interpolation, arXiv 2306.15595."""
+    factor: Annotated[float, Gt(1)]
+    """Number of positions after scaling, as a multiple of those before."""
+    original_positions: Count | None = None
+    """Positions before scaling; unset: max_position_embeddings of the model."""
 
 
 class ModelConfig(Config):
@@ -64,6 +90,11 @@ class ModelConfig(Config):
     """Fresh weights instead of `name`."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
+    freeze: tuple[str, ...] = ()
+    """Weights that do not train, by their names in the model; `*` is any text:
+    `["model.embed_tokens.*", "model.layers.[0-3].*"]`."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Extend the rotary positions of the model `name`, for longer texts than it was trained on."""
     attention: Literal["auto", "varlen", "flash_attention_2"] = "auto"
     """Attention over packed documents; auto: flash_attention_2 where a GPU supports it, else
     varlen."""
@@ -77,6 +108,19 @@ class ModelConfig(Config):
             raise ValueError(
                 f"set exactly one of name (a base model) and architecture (fresh weights); {rule}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> Self:
+        if self.freeze and self.lora.rank:
+            raise ValueError(
+                f"freeze={list(self.freeze)}: lora.rank={self.lora.rank} freezes all weights but "
+                "the adapters; leave one of them out"
+            )
+        changes = {"lora.quantize": self.lora.quantize, "rope_scaling": self.rope_scaling}
+        for key, value in changes.items():
+            if self.name is None and value is not None:
+                raise ValueError(f"{key} changes a base model; set name, or leave it out")
         return self
 
 

@@ -228,6 +228,29 @@ class PPOStageConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        remedy = "leave it out, or name the merged result of a fine-tuning that had it"
+        if self.model.rope_scaling is not None:
+            raise ValueError(
+                f"model.rope_scaling: not in PPO, it is a change for all pools; {remedy}"
+            )
+        for key, lora, role in (
+            ("model", self.model.lora, self.pools.actor),
+            ("critic", self.critic.lora, self.pools.critic),
+        ):
+            if lora.quantize:
+                raise ValueError(
+                    f"{key}.lora.quantize={lora.quantize}: not in PPO, whose pools exchange whole "
+                    f"weights; {remedy}"
+                )
+            if lora.dora and role.engine.zero_stage == 3:
+                raise ValueError(
+                    f"{key}.lora.dora=true cannot compute with weights that zero_stage=3 "
+                    "partitions; set zero_stage=2 in the engine of its pool, or dora to false"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_rollout_offload(self) -> Self:
         if self.pools.rollout.offload and self.rollout.engine == "vllm":
             raise ValueError(

@@ -53,4 +53,10 @@ class RewardModelConfig(PreferenceStageConfig):
     def _check_no_report_prompts(self) -> Self:
         if self.report.prompts:
             raise ValueError("report.prompts: a reward model generates no answers; leave them out")
+        if self.model.lora.quantize or self.model.rope_scaling:
+            key = "lora.quantize" if self.model.lora.quantize else "rope_scaling"
+            raise ValueError(
+                f"model.{key}: not for reward models; leave it out, or merge the result of a "
+                "fine-tuning that had it and name the merged model"
+            )
         return self

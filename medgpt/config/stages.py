@@ -73,6 +73,13 @@ class TrainStageConfig(Config):
                 f"cluster.num_workers={cluster.max_workers}; "
                 f"{multiples_near(train.global_batch_size, rows_per_micro_step)} would do"
             )
+        lora = self.model.lora
+        if self.engine.zero_stage == 3 and (lora.dora or lora.quantize):
+            key = "dora=true" if lora.dora else f"quantize={lora.quantize}"
+            raise ValueError(
+                f"model.lora.{key} cannot compute with weights that are partitioned by "
+                "engine.zero_stage=3; set engine.zero_stage to 2, or leave it out"
+            )
         architecture = self.model.architecture
         if architecture is not None:
             if self.data.max_length > architecture.max_positions:

@@ -12,6 +12,7 @@ from medgpt.config.model import ModelConfig
 from medgpt.config.train import EngineConfig
 from medgpt.engine.engine import FrozenEngine
 from medgpt.engine.loading import build_partitioned
+from medgpt.models.freeze import freeze_weights
 from medgpt.models.load import build_model, compute_dtype
 from medgpt.models.lora import apply_lora
 from medgpt.models.model_files import VALUE_HEAD, has_adapters
@@ -51,6 +52,7 @@ def build_policy(
     if config.lora.rank:
         torch.manual_seed(seed)  # LoRA draws from torch's global generator
         model = apply_lora(model, config.lora)
+    freeze_weights(model, config.freeze)
     policy = Policy(
         model,
         loss_chunk_tokens=engine.loss_chunk_tokens,
@@ -96,6 +98,7 @@ def build_trainable_value_model(
     if config.lora.rank:
         torch.manual_seed(seed)  # LoRA draws from torch's global generator
         model = apply_lora(model, config.lora, head=VALUE_HEAD)
+    freeze_weights(model, config.freeze)
     scale = ValueScale.load(config.name) if normalized else ValueScale()
     value_model = ValueModel(
         model,

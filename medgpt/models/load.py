@@ -22,6 +22,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from medgpt.config.base import ConfigError
 from medgpt.config.model import ArchitectureConfig, ModelConfig
 from medgpt.config.pools import Precision
+from medgpt.models import quantize
 from medgpt.models.attention import VARLEN
 from medgpt.models.model_files import (
     HeadKind,
@@ -77,9 +78,13 @@ def build_model(
     )
     check_max_length(hf_config, max_length)
     attention = resolve_attention(config.attention, dtype)
-    options = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if architecture is None:
+        if config.lora.quantize is not None:
+            options |= quantize.loading_options(config.lora.quantize, dtype)
         model = _load_weights(config, hf_config, head_kind, **options)
+        if config.lora.quantize is not None:
+            quantize.keep_weights_in_place(model)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)

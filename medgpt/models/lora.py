@@ -1,10 +1,13 @@
 """Add, load and merge low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685)."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
@@ -21,9 +24,11 @@ from transformers import (
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig
+from medgpt.models import quantize
 from medgpt.models.fetch import local_copy
-from medgpt.models.model_files import ADAPTER_CONFIG_NAME, adapter_base, has_adapters
+from medgpt.models.model_files import ADAPTER_CONFIG_NAME, AdapterBase, adapter_base, has_adapters
 from medgpt.models.packed import SequenceDropout
+from medgpt.models.rope import scale_rope
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary_change import replace_vocabulary
 from medgpt.models.weight_layout import ModuleWeight
@@ -67,6 +72,8 @@ def peft_config(
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number works
         target_modules=modules,
         target_parameters=parameters,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
         trainable_token_indices=_embedding_rows(model, list(new_token_ids)),
         modules_to_save=None if head is None else [head],
         task_type=None if head is None else peft.TaskType.SEQ_CLS,  # all-linear then skips the head
@@ -76,6 +83,8 @@ def peft_config(
 def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load an adapter folder; return its base model with the adapters merged, and the tokenizer.
 
+    The weights of a base that was quantized are dequantized to fp32.
+
     Raises ConfigError if the base model does not exist any more.
     """
     key = f"{folder / ADAPTER_CONFIG_NAME}: base_model_name_or_path"
@@ -84,7 +93,7 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
         raise ConfigError(
             f"{key}={base} does not exist; restore the base model or set the key to its new path"
         )
-    model, base_tokenizer = _load_base_model(base)
+    model, base_tokenizer = _load_base_model(base, AdapterBase.read(folder))
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.get_vocab() != base_tokenizer.get_vocab():
         replace_vocabulary(model, base_tokenizer, tokenizer)
@@ -117,6 +126,8 @@ def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[ModuleWe
             if leaf == (layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"):
                 assert isinstance(layer, LoraLinear | ParamWrapper), type(layer)
                 sources = [tensor, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight]
+                if layer.use_dora.get(_ADAPTER):
+                    sources.append(layer.lora_magnitude_vector[_ADAPTER].weight)
                 yield ModuleWeight(name, sources, partial(_merged_weight, layer, leaf))
                 break
         else:
@@ -126,7 +137,12 @@ def merged_weights(model: PreTrainedModel | peft.PeftModel) -> Iterator[ModuleWe
 def _merged_weight(layer: LoraLinear | ParamWrapper, name: str) -> Tensor:
     """Return the merged weight as peft computes it, without changing the layer."""
     weight = layer.get_base_layer().get_parameter(name)
-    return weight + layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+    delta = layer.get_delta_weight(_ADAPTER).to(weight.dtype)
+    if not layer.use_dora.get(_ADAPTER):
+        return weight + delta
+    lengths: Any = layer.lora_magnitude_vector[_ADAPTER]  # of the rows
+    norms = lengths.get_weight_norm(weight, delta, scaling=1)
+    return (lengths.weight / norms).to(weight.dtype)[:, None] * (weight + delta)
 
 
 def _adapters_above(model: nn.Module, key: str) -> dict[str, nn.Module]:
@@ -140,13 +156,25 @@ def _adapters_above(model: nn.Module, key: str) -> dict[str, nn.Module]:
     return adapters
 
 
-def _load_base_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _load_base_model(
+    name: str, changes: AdapterBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if has_adapters(name):  # adapters trained on top of adapters
         return load_merged(Path(name))
-    architectures = AutoConfig.from_pretrained(name).architectures or []
+    hf_config = AutoConfig.from_pretrained(name)
+    if changes.rope_scaling is not None:
+        scale_rope(hf_config, changes.rope_scaling, name)
+    architectures = hf_config.architectures or []
     masked = any(architecture.endswith("ForMaskedLM") for architecture in architectures)
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    return auto.from_pretrained(name, dtype="auto"), load_tokenizer(name)
+    dtype = "auto" if changes.quantize is None else torch.float32
+    model = auto.from_pretrained(name, config=deepcopy(hf_config), dtype=dtype)
+    if changes.quantize is not None:
+        compute_dtype = getattr(torch, changes.dtype)
+        options = quantize.loading_options(changes.quantize, compute_dtype)
+        quantized = auto.from_pretrained(name, config=hf_config, dtype=compute_dtype, **options)
+        quantize.copy_dequantized(quantized, model)
+    return model, load_tokenizer(name)
 
 
 def _targets(
@@ -182,6 +210,11 @@ def _targets(
         for name in (*likes, *experts)
         if name.rpartition(".")[2] in wanted
     }
+    if parameters and config.dora:
+        raise ConfigError(
+            "model.lora.dora=true cannot reach the experts of this model; set false, or set "
+            "model.lora.targets to layers of its attention"
+        )
     if parameters and config.dropout:
         raise ConfigError(
             f"model.lora.dropout={config.dropout} cannot reach the experts of this model; set 0, "

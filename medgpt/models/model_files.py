@@ -5,8 +5,9 @@ Imports no model class of transformers, which would take a second.
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
@@ -21,8 +22,12 @@ from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from medgpt.config.base import ConfigError, ModelError
-from medgpt.config.model import ModelConfig
+from medgpt.config.model import ModelConfig, RopeScalingConfig
 from medgpt.models.fetch import local_copy
+from medgpt.models.rope import scale_rope
+
+if TYPE_CHECKING:
+    import torch
 
 HeadKind = Literal["clm", "mlm", "value"]  # value: one number per position
 AUTO_CLASS_NAMES = {
@@ -33,6 +38,7 @@ AUTO_CLASS_NAMES = {
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
+ADAPTER_BASE_FILE = "adapter_base.json"
 VALUE_HEAD = "score"  # transformers' name for the head of a decoder with a classifier
 VALUE_HEAD_WEIGHT = f"{VALUE_HEAD}.weight"
 
@@ -94,6 +100,47 @@ def adapter_base(folder: Path) -> str:
     return str(adapter_config["base_model_name_or_path"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBase:
+    """How the base model of adapters was changed when they were trained; adapter_base.json."""
+
+    quantize: Literal["nf4", "int8"] | None = None
+    dtype: str = "float32"
+    """Of the activations, to which quantized weights are dequantized."""
+    rope_scaling: RopeScalingConfig | None = None
+
+    @staticmethod
+    def of(config: ModelConfig, dtype: "torch.dtype") -> "AdapterBase":
+        """Return what a run with this config changes."""
+        return AdapterBase(
+            quantize=config.lora.quantize,
+            dtype=str(dtype).removeprefix("torch."),
+            rope_scaling=config.rope_scaling,
+        )
+
+    @staticmethod
+    def read(folder: Path) -> "AdapterBase":
+        """Read the file; without one, the base is as it was saved."""
+        file = folder / ADAPTER_BASE_FILE
+        if not file.is_file():
+            return AdapterBase()
+        tree = json.loads(file.read_text("utf-8"))
+        rope = tree["rope_scaling"]
+        return AdapterBase(
+            quantize=tree["quantize"],
+            dtype=tree["dtype"],
+            rope_scaling=None if rope is None else RopeScalingConfig.model_validate(rope),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write the file if the base is changed."""
+        if self.quantize is None and self.rope_scaling is None:
+            return
+        rope = None if self.rope_scaling is None else self.rope_scaling.model_dump()
+        tree = {"quantize": self.quantize, "dtype": self.dtype, "rope_scaling": rope}
+        (folder / ADAPTER_BASE_FILE).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
+
+
 def max_positions(hf_config: PreTrainedConfig) -> int | None:
     """Return the number of tokens that the model can read; None: no limit."""
     return hf_config.get_text_config().to_dict().get("max_position_embeddings")
@@ -104,9 +151,13 @@ def saved_max_positions(config: ModelConfig) -> int | None:
     assert config.name is not None
     folder = resolve_model_folder(config.name, adapters_allowed=True)
     if has_adapters(folder):
-        return saved_max_positions(config.model_copy(update={"name": adapter_base(folder)}))
+        base = {"name": adapter_base(folder), "rope_scaling": AdapterBase.read(folder).rope_scaling}
+        return saved_max_positions(config.model_copy(update=base))
     remote = config.trust_remote_code
-    return max_positions(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
+    if config.rope_scaling is not None:
+        scale_rope(hf_config, config.rope_scaling, config.name)
+    return max_positions(hf_config)
 
 
 def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig:
@@ -120,6 +171,8 @@ def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except (ValueError, OSError) as error:
         raise ModelError(config.name, f"{error}") from None
+    if config.rope_scaling is not None:
+        scale_rope(hf_config, config.rope_scaling, config.name)
     compatible = compatible_architectures(hf_config, head_kind)
     architectures = hf_config.architectures or []
     if not compatible.intersection(architectures):

@@ -14,8 +14,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from medgpt.config.base import ModelError
 from medgpt.config.model import ModelConfig
 from medgpt.models.fetch import local_copy
+from medgpt.models.freeze import freeze_weights
 from medgpt.models.load import SpecialTokenIds, fresh_hf_config, uninitialized_model
 from medgpt.models.model_files import VALUE_HEAD, HeadKind
+from medgpt.models.quantize import check_quantizable
 
 REMEDY = "name an available model of the same sizes, such as model.name=Qwen/Qwen2.5-7B"
 GATE_PROJECTION = "gate_proj"  # transformers' name for the third matrix of a gated MLP
@@ -101,6 +103,9 @@ def _cached_model_shape(
         model: Any = uninitialized_model(
             hf_config, head_kind, trust_remote_code=config.trust_remote_code
         )
+        freeze_weights(model, config.freeze)
+        if config.lora.quantize is not None:
+            check_quantizable(model, config.name or "", config.lora.quantize)
         if config.lora.rank:
             from medgpt.models.lora import apply_lora  # imports peft, which few commands need
 

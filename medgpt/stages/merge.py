@@ -5,7 +5,7 @@ from pathlib import Path
 from medgpt.config.base import ConfigError
 from medgpt.models.fetch import existing_model_folder
 from medgpt.models.lora import load_merged
-from medgpt.models.model_files import ADAPTER_CONFIG_NAME, has_adapters
+from medgpt.models.model_files import ADAPTER_CONFIG_NAME, AdapterBase, has_adapters
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.value_model import RewardModelInfo, load_value_model
 from medgpt.models.weight_layout import prefer_hub_layout
@@ -30,6 +30,11 @@ def merge_adapter(adapter: str, out: Path) -> None:
         model, tokenizer = load_value_model(str(folder))[0].pretrained, load_tokenizer(str(folder))
     else:
         model, tokenizer = load_merged(folder)
+        if (kind := AdapterBase.read(folder).quantize) is not None:
+            print(
+                f"merge: the base was trained on in {kind}: its weights are dequantized, and the "
+                "merged model is in fp32"
+            )
     prefer_hub_layout(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

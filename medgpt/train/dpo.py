@@ -28,9 +28,11 @@ from medgpt.engine.export import export_weights
 from medgpt.engine.schedule import learning_rate
 from medgpt.engine.transformers_trainer import load_weights_only, trainer_config, use_process_group
 from medgpt.metrics import MetricsWriter
+from medgpt.models.freeze import freeze_weights
 from medgpt.models.generate import generation_config
 from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import peft_config
+from medgpt.models.model_files import AdapterBase
 from medgpt.runs import Run
 from medgpt.train.checkpointing import begin_attempt
 from medgpt.train.collectives import broadcast
@@ -122,6 +124,8 @@ def train_dpo(
         if dist.get_rank() == 0:
             if config.model.lora.rank:
                 (directory / "training_args.bin").unlink()  # a pickle
+                dtype = compute_dtype(config.engine.precision, device.type)
+                AdapterBase.of(config.model, dtype).write(directory)
             else:
                 model.config.save_pretrained(directory)
                 generation_config(tokenizer).save_pretrained(directory)
@@ -144,6 +148,7 @@ def make_trainer(
     use_process_group(device)
     train, held_out = (_make_dataset(rows, config) for rows in (train_rows, held_out_rows))
     model = _build_model(config, tokenizer, device)
+    freeze_weights(model, config.model.freeze)
     lora = peft_config(model, config.model.lora) if config.model.lora.rank else None
     kind = UnpairedTrainer if config.dpo.unpaired else PairedTrainer
     return kind(

@@ -20,11 +20,12 @@ from medgpt.data.loader.collate import (
 from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
 from medgpt.engine.loading import build_partitioned
+from medgpt.models.freeze import freeze_weights
 from medgpt.models.generate import generation_config
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import apply_lora
-from medgpt.models.model_files import HeadKind
+from medgpt.models.model_files import AdapterBase, HeadKind
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary_change import VocabularyChange, change_vocabulary
 from medgpt.train.export import export_model
@@ -52,6 +53,7 @@ class LanguageModelObjective:
         self.config, self.tokenizer = config, tokenizer
         self.seed = config.run.seed
         self.kind: HeadKind = config.objective.kind if isinstance(config, PretrainConfig) else "clm"
+        self.dtype = compute_dtype(config.engine.precision, device.type)
         self.masking = self._make_masking() if self.kind == "mlm" else None
         self.module = LanguageModel(
             self._build_model(device, probe_texts),
@@ -89,6 +91,8 @@ class LanguageModelObjective:
     def export(self, engine: Engine, directory: Path) -> None:
         """Write a Hugging Face folder (LoRA: an adapter). Collective."""
         export_model(self.module.model, self.tokenizer, directory)
+        if self.config.model.lora.rank and dist.get_rank() == 0:
+            AdapterBase.of(self.config.model, self.dtype).write(directory)
         if self.kind == "clm" and not self.config.model.lora.rank and dist.get_rank() == 0:
             generation_config(self.tokenizer).save_pretrained(directory)
 
@@ -113,7 +117,7 @@ class LanguageModelObjective:
                 vocab_size=len(tokenizer),
                 special_ids=SpecialTokenIds(eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id),
                 seed=self.seed,
-                dtype=compute_dtype(config.engine.precision, device.type),
+                dtype=self.dtype,
                 max_length=config.data.max_length,
             )
         new_ids = []
@@ -122,6 +126,7 @@ class LanguageModelObjective:
             model.to(device)  # type: ignore[arg-type]
             self.vocabulary_change = change_vocabulary(model, base, tokenizer, texts)
             new_ids = [i for token, i in tokenizer.get_vocab().items() if token not in base_tokens]
+        freeze_weights(model, config.model.freeze)
         if not lora.rank:
             return model
         # LoRA draws its weights from torch's global generator

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
@@ -24,6 +24,9 @@ from medgpt.data.sources.records import Document, Reject
 from medgpt.data.tokenized.shards import data_version
 from medgpt.data.tokenized.tokenize import EncodeBatch, TokenizeJob, tokenize_sources
 from medgpt.runs import Run
+
+if TYPE_CHECKING:
+    from medgpt.models.model_files import HeadKind
 
 TOKENIZER = "tokenizer"
 PROBE_TEXTS_PER_SOURCE = 4  # to measure a changed vocabulary
@@ -177,6 +180,7 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
     mode, model = config.tokenizer.mode, config.model
     if model.name is not None:
         check_base_model(config)
+    check_weights(config)
     texts = corpus_texts(config)
     if mode == "train":
         assert model.architecture is not None
@@ -222,13 +226,27 @@ def check_base_model(config: DataStageConfig) -> None:
     """Raise ConfigError if model.name is not a model for this stage."""
     from medgpt.models.model_files import check_max_length, load_hf_config, weight_files
 
-    objective = "value" if isinstance(config, RewardModelConfig) else "clm"
-    if isinstance(config, PretrainConfig):
-        objective = config.objective.kind
-    hf_config = load_hf_config(config.model, objective)
+    hf_config = load_hf_config(config.model, _head_kind(config))
     check_max_length(hf_config, config.data.max_length)
     assert config.model.name is not None
     weight_files(config.model.name)
+
+
+def check_weights(config: DataStageConfig) -> None:
+    """Raise ConfigError if model.freeze or model.lora.quantize does not fit the model."""
+    if config.model.freeze or config.model.lora.quantize:
+        from medgpt.models.model_shapes import model_shape  # imports torch
+
+        vocab_size = (
+            config.tokenizer.vocab_size
+        )  # of fresh weights; their names do not depend on it
+        model_shape(config.model, _head_kind(config), vocab_size=vocab_size)
+
+
+def _head_kind(config: DataStageConfig) -> "HeadKind":
+    if isinstance(config, PretrainConfig):
+        return config.objective.kind
+    return "value" if isinstance(config, RewardModelConfig) else "clm"
 
 
 def corpus_texts(config: DataStageConfig) -> Iterator[str]:

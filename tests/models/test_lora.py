@@ -11,12 +11,16 @@ from transformers import (
 )
 
 from medgpt.config.base import ConfigError
+from medgpt.config.loading import validate
 from medgpt.config.model import LoraConfig, TokenizerConfig
+from medgpt.config.ppo import PPOStageConfig
+from medgpt.config.stages import SFTConfig
 from medgpt.models.lora import apply_lora, merged_weights
 from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
 from medgpt.models.vocabulary import extend_tokenizer, trim_tokenizer
 from medgpt.models.vocabulary_change import replace_vocabulary
 from medgpt.stages.merge import merge_adapter
+from tests.models.families import FAMILIES
 from tests.models.tiny_models import save_model_with_tokenizer
 
 OLD = ["今天天气很好。The weather is fine today.", "病人有病，人很好。"] * 10
@@ -193,3 +197,44 @@ def test_a_missing_base_or_adapter_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"base_model_name_or_path=.* does not exist"):
         merge_adapter(str(tmp_path / "run"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("switch", ["rslora", "dora"])
+def test_variants_are_merged_as_peft_merges_them(tmp_path, switch):
+    save_base(tmp_path)
+    config = LoraConfig.model_validate({"rank": 4, "alpha": 8, switch: True})
+    model, tokenizer = load(tmp_path)
+    base = logits(model, tokenizer, OLD[0])
+    adapted = apply_lora(model, config).eval()
+    torch.testing.assert_close(logits(adapted, tokenizer, OLD[0]), base, atol=1e-5, rtol=0)
+    randomize(adapted)
+    scaling = adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj").scaling
+    assert scaling["default"] == (8 / 4**0.5 if switch == "rslora" else 8 / 4)
+    expected = logits(adapted, tokenizer, OLD[0])
+    with adapted.disable_adapter():  # PPO's reference in the actor
+        torch.testing.assert_close(logits(adapted, tokenizer, OLD[0]), base, atol=1e-5, rtol=0)
+    parts = {part.name: part.compute() for part in merged_weights(adapted)}  # what PPO sends
+    synced, _ = load(tmp_path)
+    assert not synced.load_state_dict(parts, strict=False).unexpected_keys
+    torch.testing.assert_close(logits(synced, tokenizer, OLD[0]), expected, atol=1e-5, rtol=0)
+    assert (expected - base).abs().max() > 0.01
+    weights = dict(adapted.merge_and_unload().named_parameters())
+    for name, weight in parts.items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-6)
+
+
+def test_what_dora_cannot_do_is_refused(tmp_path):
+    source = {"name": "s", "paths": ["/data"], "license": "none"}
+    tree = {"run": {"dir": "/run"}, "data": {"sources": [source]}}
+    tree["model"] = {"name": "/base", "lora": {"rank": 4, "dora": True}}
+    validate(SFTConfig, tree)
+    with pytest.raises(ConfigError, match=r"dora=true.*partitioned.*zero_stage to 2"):
+        validate(SFTConfig, tree | {"engine": {"zero_stage": 3}})
+    ppo = tree | {"reward": {"score_weight": 0.0}}
+    with pytest.raises(ConfigError, match=r"model\.lora\.dora=true.*set zero_stage=2"):
+        validate(PPOStageConfig, ppo | {"pools": {"actor": {"engine": {"zero_stage": 3}}}})
+    with pytest.raises(ValueError, match=r"dora=true needs adapters; set rank"):
+        LoraConfig.model_validate({"dora": True})
+    experts, _ = load(FAMILIES["qwen3-moe"].save(tmp_path / "moe"))
+    with pytest.raises(ConfigError, match=r"dora=true cannot reach the experts"):
+        apply_lora(experts, LoraConfig(rank=2, dora=True))
