@@ -4,6 +4,7 @@
 file between the two markers.
 """
 
+import datetime
 import json
 import re
 import sys
@@ -38,7 +39,13 @@ STAGES: dict[str, type[BaseModel]] = {
     "corpus": CorpusConfig,
     "pipeline": PipelineConfig,
 }
-TYPE_NAMES = {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}
+TYPE_NAMES = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "`true` or `false`",
+    datetime.date: "date",
+}
 NAMES_BY_CHECK = {  # kinds of text, by the function that checks it
     absolute_path: "path or URI",
     absolute_model_path: "path, URI or hub id",
@@ -116,7 +123,7 @@ def _row(name: str, field: FieldInfo) -> str:
     elif field.default is None:
         default = "unset"
     else:
-        default = f"`{json.dumps(field.default, ensure_ascii=False)}`"
+        default = f"`{json.dumps(field.default, ensure_ascii=False, default=str)}`"
     cells = (f"`{name}`", _type_in_words(field.annotation, tuple(field.metadata)), default)
     return f"| {' | '.join(_one_line(cell) for cell in cells)} | {_one_line(field.description)} |\n"
 

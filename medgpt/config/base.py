@@ -54,6 +54,11 @@ def absolute_run_dir(path: str) -> str:
     return absolute_path(path)
 
 
+def absolute_template_path(name: str) -> str:
+    """Make the path of a chat template absolute; a name without .jinja is one of TRL's."""
+    return str(Path(name).expanduser().absolute()) if name.endswith(".jinja") else name
+
+
 def parse_worker_counts(value: object) -> int | tuple[int, int]:
     """Return a number of workers, or the fewest and the most."""
     counts = value if isinstance(value, list | tuple) else (value, value)
@@ -84,6 +89,7 @@ DenyPath = Annotated[
     str, AfterValidator(lambda name: name if name == "default" else absolute_path(name))
 ]
 ModelPath = Annotated[str, AfterValidator(absolute_model_path)]
+TemplatePath = Annotated[str, AfterValidator(absolute_template_path)]
 RunDir = Annotated[str, AfterValidator(absolute_run_dir)]
 Workers = Annotated[int | tuple[int, int], BeforeValidator(parse_worker_counts)]
 

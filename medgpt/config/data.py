@@ -139,6 +139,15 @@ class DataConfig(Config):
     shard_mb: Count = 32
     """Files that can be split are read in slices of at most about this many MiB."""
 
+    turns: Literal["all", "last"] = "all"
+    """Turns of a conversation that are learned. A template that rewrites earlier turns as the
+    conversation goes on (Qwen3) makes several samples of it, one for each rendering."""
+    system: Literal["keep", "fold", "drop"] = "keep"
+    """System messages: keep them (an error if the chat template takes none), fold them into the
+    first question, or drop them."""
+    thinking: Literal["keep", "strip"] = "keep"
+    """Thoughts between `<think>` and `</think>` before an answer: learn them, or remove them."""
+
     @model_validator(mode="after")
     def _check_names_and_weights(self) -> Self:
         names = [source.name for source in self.sources]

@@ -1,11 +1,15 @@
 """Sections of the model and its tokenizer."""
 
+import datetime
 from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Gt
 from pydantic import model_validator
 
-from medgpt.config.base import Config, Count, Fraction, ModelPath
+from medgpt.config.base import Config, Count, Fraction, ModelPath, TemplatePath
+
+DEFAULT_DATE = datetime.date(2024, 7, 26)
+"""What the templates of Llama 3 print where they do not know the day."""
 
 
 class ArchitectureConfig(Config):
@@ -137,3 +141,12 @@ class TokenizerConfig(Config):
     """MiB of text to train the tokenizer on, sampled evenly from all sources."""
     max_chinese_run: Count = 4
     """Maximum number of consecutive Chinese characters in a token of a trained vocabulary."""
+    chat_template: TemplatePath | None = None
+    """Chat template instead of the model's own: a file ending in .jinja, or the name of one that
+    TRL ships, such as qwen3_training. The exported model carries it."""
+    date: datetime.date = DEFAULT_DATE
+    """The day that templates print which ask for the date (Llama 3.2, gpt-oss), as YYYY-MM-DD:
+    the same in training, generation and the exported model."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether prompts ask for a thought before the answer, where the template has a switch; auto:
+    as the template does it by itself. The exported model carries the choice as its default."""

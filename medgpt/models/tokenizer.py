@@ -5,6 +5,7 @@ tokenizer of every model of type qwen2 with Qwen2's rules (and NFC), whatever it
 says. Its tokens obey stricter rules: whole Chinese words, no punctuation inside, single digits.
 """
 
+import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medgpt.config.base import ModelError
-from medgpt.config.model import TokenizerConfig
+from medgpt.config.model import DEFAULT_DATE, TokenizerConfig
 from medgpt.data.tokenized.chat_template import CHATML, END_OF_TEXT, TURN_END, TURN_START
+from medgpt.data.tokenized.template_choice import freeze_date
 from medgpt.data.tokenized.words import HAN, han_words
 from medgpt.models.fetch import local_copy
 
@@ -37,10 +39,13 @@ _TOKEN_SPLITTER = pre_tokenizers.Split(Regex(_TOKEN_PATTERN), "isolated")
 Merge = tuple[str, str]
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, date: datetime.date = DEFAULT_DATE
+) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model: a folder, a URI or a hub id.
 
-    Raises ConfigError if there is none, or it has no fast version or no end-of-text token.
+    Its chat template prints `date` if it asks for the day, so that prompts do not change from day
+    to day. Raises ConfigError if there is none, or it has no fast version or no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -60,6 +65,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise ModelError(
             name, "the tokenizer has no end token; set eos_token in tokenizer_config.json"
         )
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = freeze_date(tokenizer.chat_template, date)
     return tokenizer
 
 

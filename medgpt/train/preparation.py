@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer"
 PROBE_TEXTS_PER_SOURCE = 4  # to measure a changed vocabulary
 PROBE_CHARACTERS = 200
+SYSTEM_PROBE_RECORDS = 100  # of each source, read before anything is prepared
 
 
 class DataStageConfig(Protocol):
@@ -137,12 +138,18 @@ def _encoding_settings(folder: Folder, config: DataStageConfig) -> dict[str, Any
 def _tokenizer_settings(config: DataStageConfig) -> dict[str, Any]:
     """Return the settings that the tokenizer depends on, besides the data."""
     model = config.model.model_dump(mode="json", include={"name", "architecture"})
-    return {"tokenizer": config.tokenizer.model_dump(mode="json"), "model": model}
+    tokenizer = config.tokenizer.model_dump(mode="json")
+    defaults = TokenizerConfig().model_dump(mode="json")
+    for key in ("chat_template", "date", "thinking"):  # tokenizers of earlier versions lack them
+        if tokenizer[key] == defaults[key]:
+            del tokenizer[key]
+    return {"tokenizer": tokenizer, "model": model}
 
 
 @cache
 def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
     """Return the function that turns records into tokens, cached per process."""
+    from medgpt.data.tokenized.conversation import ChatOptions
     from medgpt.data.tokenized.encode import ConversationEncoder, DocumentEncoder
     from medgpt.data.tokenized.encode_rlhf import PreferenceEncoder, PromptEncoder
 
@@ -151,10 +158,14 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
     if isinstance(config, PretrainConfig):
         objective = config.objective
         return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
-    if config.sample_kind == "conversations":
-        return ConversationEncoder(tokenizer, max_length).encode_batch
-    encoder = PreferenceEncoder if config.sample_kind == "preferences" else PromptEncoder
-    return encoder(tokenizer, max_length).encode_batch
+    data = config.data
+    options = ChatOptions(system=data.system, thinking=data.thinking, turns=data.turns)
+    encoder = {
+        "conversations": ConversationEncoder,
+        "preferences": PreferenceEncoder,
+        "prompts": PromptEncoder,
+    }[config.sample_kind]
+    return encoder(tokenizer, max_length, options).encode_batch
 
 
 def load_tokenizer(url: str) -> Any:
@@ -174,6 +185,7 @@ def load_tokenizer(url: str) -> Any:
 def make_tokenizer(url: str, config: DataStageConfig) -> None:
     """Write the stage's tokenizer: the base model's, or one trained, extended or trimmed."""
     from medgpt.data.tokenized.chat_template import prepare_chat_tokenizer
+    from medgpt.data.tokenized.template_choice import freeze_template
     from medgpt.models.saved_tokenizer import tokenizer_class_path
     from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
 
@@ -188,7 +200,9 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
         tokenizer = train_tokenizer(texts, config.tokenizer, kind)
     else:
         assert model.name is not None
-        tokenizer = load_tokenizer(model.name, model.trust_remote_code)
+        tokenizer = load_tokenizer(model.name, model.trust_remote_code, config.tokenizer.date)
+        if config.sample_kind != "documents":
+            tokenizer = freeze_template(tokenizer, config.tokenizer)
         if config.sample_kind == "conversations":
             tokenizer = prepare_chat_tokenizer(tokenizer)
         if mode == "extend":
@@ -209,6 +223,8 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
             "its tokenizer has no chat template, so it was not trained "
             "to answer; give a model that medgpt sft wrote, or another chat model",
         )
+    if config.sample_kind != "documents":
+        check_system_messages(config, tokenizer)
     folder = Folder(url)
     with folder.staging() as directory:
         tokenizer.save_pretrained(directory)
@@ -220,6 +236,26 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
         "made_from": _tokenizer_settings(config),
     }
     commit(folder, files, class_path=path, **manifest)
+
+
+def check_system_messages(config: DataStageConfig, tokenizer: Any) -> None:
+    """Raise ConfigError if the data begin with system messages that the template does not take."""
+    from medgpt.data.tokenized.answer_format import accepts_system_message
+
+    if config.data.system != "keep" or accepts_system_message(tokenizer):
+        return
+    for source in config.data.sources:
+        for unit in list_slices(source, config.data.shard_mb)[:1]:
+            for record in islice(read_slice(unit, source), SYSTEM_PROBE_RECORDS):
+                if isinstance(record, Document | Reject) or not record.messages:
+                    continue
+                first = record.messages[0]
+                if first.role == "system" and first.content.strip():
+                    raise ConfigError(
+                        f"data.system=keep: {record.file}, row {record.row} has a system message, "
+                        "and the chat template of the model takes none; set data.system to fold "
+                        "(into the first question) or drop"
+                    )
 
 
 def check_base_model(config: DataStageConfig) -> None:

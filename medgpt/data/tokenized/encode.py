@@ -1,27 +1,39 @@
 """Encodes records as token ids, and marks which tokens are targets of the loss."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
-from medgpt.data.sources.turns import may_follow
-from medgpt.data.tokenized import chat_template
+from medgpt.data.tokenized import chat_template, parts
+from medgpt.data.tokenized.answer_format import accepts_system_message, accepts_tools
+from medgpt.data.tokenized.conversation import (
+    Changes,
+    ChatOptions,
+    conversation_error,
+    drop_exchanges,
+)
+from medgpt.data.tokenized.parts import (
+    AnswerWriter,
+    Chat,
+    RenderedPart,
+    TokenizedPart,
+    TokenSpan,
+)
+from medgpt.data.tokenized.render_template import call_style
+from medgpt.data.tokenized.thoughts import THINK_END, THINK_START, split_thought, thought_error
 from medgpt.data.tokenized.words import char_word_ids
 
-NOT_KEPT = "the chat template does not keep an answer from its prompt"
 NOTHING_TO_LEARN = "no turn of the assistant is to be learned"
-
-TokenSpan = tuple[int, int]
-"""[start, end) in tokens."""
-Tokenized = tuple[NDArray[np.int32], list[TokenSpan]]
-"""(N,) ids of a conversation, and its assistant turns."""
+NOT_RENDERED = "the chat template cannot render this conversation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +44,9 @@ class EncodedSample:
     targets: NDArray[np.bool_]  # (N,) True where the loss counts
     word_ids: NDArray[np.int32] | None = None  # (N,) number of the word, -1 = none
     num_truncated_turns: int = 0  # messages removed to fit max_length
+    changes: Changes = field(default_factory=dict)  # of the record
+    turn: int = 0  # number of the last message
+    further: tuple["EncodedSample", ...] = ()  # of the same record, each rendered by itself
     sequence_lengths: NDArray[np.int32] | None = None  # (K,) tokens of each answer with its prompt
     grades: NDArray[np.float32] | None = None  # (K,) grade of each answer
     messages: str | None = None  # JSON, of prompts only: see records.prompt_to_json
@@ -101,19 +116,35 @@ class DocumentEncoder:
         return EncodedSample(input_ids=ids, targets=targets, word_ids=word_ids)
 
 
+DEFAULT_OPTIONS = ChatOptions()
+
+
 class ChatEncoder:
     """Base class: checks that the chat template can render a record, and tokenizes its text.
 
     A subclass overrides `__call__` or `encode_batch`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-        """Raises ConfigError if generation would see other prompts than training."""
-        chat_template.check_prompts_are_prefixes(tokenizer)
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self._end = chat_template.end_of_turn_token(tokenizer)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_length: int,
+        options: ChatOptions = DEFAULT_OPTIONS,
+    ) -> None:
+        """Raises ConfigError if the template does not continue its own prompts."""
+        self._tokenizer, self._max_length, self._options = tokenizer, max_length, options
+        self._writer = AnswerWriter(tokenizer)
         self._control_tokens = chat_template.control_tokens(tokenizer)
-        self._accepts_system_message = chat_template.accepts_system_message(tokenizer)
+        self._accepts_system_message = accepts_system_message(tokenizer)
+        self._tags_are_exact = parts.tags_are_exact(self._writer)
+
+    @cached_property
+    def _accepts_tools(self) -> bool:
+        return accepts_tools(self._tokenizer)
+
+    @cached_property
+    def _accepts_calls(self) -> bool:
+        return call_style(self._tokenizer) is not None
 
     def __call__(self, record: Record) -> EncodedSample | Reject:
         return self.encode_batch([record])[0]
@@ -121,106 +152,131 @@ class ChatEncoder:
     def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
         return [self(record) for record in records]
 
-    def reject_reason(self, messages: Sequence[Message]) -> str | None:
+    def reject_reason(self, messages: Sequence[Message], tools: str | None) -> str | None:
         """Return why messages that end with the assistant cannot be encoded, or None."""
         if (reason := conversation_error(messages)) is not None:
             return reason
         if messages[0].role == "system" and not self._accepts_system_message:
-            return "the chat template takes no system message"
+            return "the chat template takes no system message; set data.system to fold or drop"
+        if tools is not None and not self._accepts_tools:
+            return "the chat template renders no tools"
+        if any(message.tool_calls for message in messages) and not self._accepts_calls:
+            return "the chat template renders no calls of tools"
+        for message in messages:
+            if (reason := self._content_error(message)) is not None:
+                return reason
+        return None
+
+    def _content_error(self, message: Message) -> str | None:
+        text = message.text
+        if message.role == "assistant":
+            if (reason := thought_error(message.content, message.tool_calls)) is not None:
+                return reason
+            has_thought = split_thought(message.content).thought != ""
+            if has_thought and not self._writer.format.takes_thoughts:
+                return (
+                    "an answer has a thought, but prompts end with an empty one; set "
+                    "tokenizer.thinking to on, or data.thinking to strip"
+                )
+            text = text.replace(THINK_START, "").replace(THINK_END, "")
         for token in self._control_tokens:
-            if any(token in message.text for message in messages):
+            if token in text:
                 return f"a message contains the control token {token}"
         return None
 
-    def tokenize(self, conversations: Sequence[Sequence[Message]]) -> list[Tokenized | None]:
-        """Return ids and assistant turns of each conversation, or None for a conversation whose
-        answers the template does not render as continuations of their prompts."""
-        rendered = chat_template.render_with_answer_spans(self._tokenizer, conversations, self._end)
-        batch = self._tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
+    def tokenize(self, chats: Sequence[Chat]) -> list[list[TokenizedPart] | None]:
+        """Return the parts of each conversation; None where the template cannot render it."""
+        if self._tags_are_exact and not any(chat.uses_tools for chat in chats):
+            return [*parts.tokenize_tagged(self._writer, chats)]
+        rendered = [self._render(chat) for chat in chats]
+        tokenized = iter(
+            parts.tokenize_parts(self._tokenizer, [r for r in rendered if r is not None])
         )
-        results = []
-        for row, (messages, (_, spans)) in enumerate(zip(conversations, rendered, strict=True)):
-            turns = [turn for span in spans if (turn := _token_span(batch, row, span)) is not None]
-            complete = len(turns) == sum(message.role == "assistant" for message in messages)
-            ids = np.array(batch["input_ids"][row], dtype=np.int32)
-            results.append((ids, turns) if complete else None)
-        return results
+        return [None if r is None else next(tokenized) for r in rendered]
+
+    def _render(self, chat: Chat) -> list[RenderedPart] | None:
+        try:
+            return parts.render_parts(self._writer, chat)
+        except (TemplateError, TypeError, ValueError):  # TypeError: text + None in a template
+            return None
 
 
 class ConversationEncoder(ChatEncoder):
     """Encodes conversations for fine-tuning.
 
-    Targets are the assistant's turns with their end tokens. A conversation longer than `max_length`
+    Targets are the assistant's turns with their end tokens. A part that is longer than `max_length`
     tokens loses its oldest exchanges, never its system message.
     """
 
     def encode_batch(self, records: Sequence[Record]) -> list[EncodedSample | Reject]:
         results: dict[int, EncodedSample | Reject] = {}
-        pending: dict[int, Conversation] = {}
+        pending: dict[int, tuple[Chat, Changes]] = {}
         for i, record in enumerate(records):
             if not isinstance(record, Conversation):
                 kind = type(record).__name__.lower()
                 results[i] = Reject.of(record, f"{kind} where a conversation is needed")
-            elif (reason := self.reject_reason(record.messages)) is not None:
+                continue
+            messages, changes = self._options.apply(record.messages)
+            answers = self._options.learned_answers(messages)
+            if (reason := self.reject_reason(messages, record.tools)) is not None:
                 results[i] = Reject.of(record, reason)
+            elif not answers:
+                results[i] = Reject.of(record, NOTHING_TO_LEARN, malformed=False)
             else:
-                pending[i] = record
-        num_messages = {i: len(conversation.messages) for i, conversation in pending.items()}
-        while pending:  # encode again those that lost an exchange
-            tokenized = self.tokenize([conversation.messages for conversation in pending.values()])
-            shorter = {}
-            for (i, conversation), tokens in zip(pending.items(), tokenized, strict=True):
-                result = self._encode(conversation, tokens)
-                if isinstance(result, Conversation):
-                    shorter[i] = result
-                elif isinstance(result, EncodedSample):
-                    num_truncated = num_messages[i] - len(conversation.messages)
-                    results[i] = replace(result, num_truncated_turns=num_truncated)
-                else:
-                    results[i] = result
-            pending = shorter
+                pending[i] = Chat(messages, answers, record.tools), changes
+        tokenized = self.tokenize([chat for chat, _ in pending.values()])
+        for (i, (chat, changes)), found in zip(pending.items(), tokenized, strict=True):
+            results[i] = self._encode(records[i], chat, changes, found)
         return [results[i] for i in range(len(records))]
 
     def _encode(
-        self, conversation: Conversation, tokens: Tokenized | None
-    ) -> EncodedSample | Reject | Conversation:
-        """Encode a conversation, or return it without its oldest exchanges if it is too long."""
-        if tokens is None:
-            return Reject.of(conversation, NOT_KEPT)
-        ids, turns = tokens
-        excess = len(ids) - self._max_length
-        if excess > 0:
-            num_questions = sum(message.role == "user" for message in conversation.messages)
-            if num_questions == 1:
-                reason = f"last exchange of {len(ids)} tokens > max_length {self._max_length}"
-                return Reject.of(conversation, reason, malformed=False)
-            # lower bound: removing an exchange frees at most the tokens up to its end
-            enough = (k for k, (_, stop) in enumerate(turns[:-1], 1) if stop + 1 >= excess)
-            num = next(enough, len(turns) - 1) if len(turns) == num_questions else 1  # else: tools
-            return replace(conversation, messages=drop_exchanges(conversation.messages, num))
-        answers = [message for message in conversation.messages if message.role == "assistant"]
-        learnt = [turn for turn, answer in zip(turns, answers, strict=True) if answer.learn]
-        if not learnt:
-            return Reject.of(conversation, NOTHING_TO_LEARN, malformed=False)
-        return EncodedSample(input_ids=ids, targets=target_mask(len(ids), learnt))
+        self, record: Record, chat: Chat, changes: Changes, found: list[TokenizedPart] | None
+    ) -> EncodedSample | Reject:
+        """Return the samples of all parts that fit, the first with the others."""
+        if found is None:
+            return Reject.of(record, NOT_RENDERED)
+        results = [self._fit(chat, part) for part in found]
+        samples = [result for result in results if isinstance(result, EncodedSample)]
+        if not samples:
+            reason = f"last exchange of {results[-1]} tokens > max_length {self._max_length}"
+            return Reject.of(record, reason, malformed=False)
+        if len(samples) < len(results):
+            too_long = "answers left out, too long with their question"
+            changes = changes | {too_long: len(results) - len(samples)}
+        return replace(samples[0], further=tuple(samples[1:]), changes=changes)
 
+    def _fit(self, chat: Chat, part: TokenizedPart) -> EncodedSample | int:
+        """Encode a part without as many of its oldest exchanges as it takes to fit.
 
-def conversation_error(messages: Sequence[Message]) -> str | None:
-    """Return why a conversation cannot be trained on (empty or misordered turns), or None."""
-    if any(not message.text.strip() and message.role != "tool" for message in messages):
-        return "empty turn"
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    if turns and turns[0].role != "user":
-        return f"begins with the {turns[0].role}"
-    if not all(may_follow(turn, next_turn) for turn, next_turn in pairwise(turns)):
-        return "user and assistant do not alternate"
-    if not turns or turns[-1].role != "assistant":
-        return "does not end with the assistant"
-    return None
+        Returns the number of its tokens if its last exchange alone is too long.
+        """
+        messages = chat.messages[: part.answers[-1] + 1]
+        shortened = {0: part}
+
+        def num_tokens_without(num_exchanges: int) -> int:
+            if num_exchanges not in shortened:
+                shorter = drop_exchanges(messages, num_exchanges)
+                num_removed = len(messages) - len(shorter)
+                first = num_removed + int(messages[0].role == "system")
+                answers = [i - num_removed for i in part.answers if i > first]
+                found = self.tokenize([Chat(shorter, answers, chat.tools)])[0]
+                assert found is not None, "the whole conversation was rendered"
+                shortened[num_exchanges] = found[-1]
+            return len(shortened[num_exchanges].ids)
+
+        choices = range(sum(message.role == "user" for message in messages))
+        removed = 0
+        if len(part.ids) > self._max_length:
+            removed = bisect_left(choices, -self._max_length, key=lambda n: -num_tokens_without(n))
+        if removed == len(choices):
+            return num_tokens_without(removed - 1)
+        fitting = shortened[removed]
+        return EncodedSample(
+            input_ids=fitting.ids,
+            targets=target_mask(len(fitting.ids), fitting.turns),
+            num_truncated_turns=len(messages) - len(drop_exchanges(messages, removed)),
+            turn=part.answers[-1],
+        )
 
 
 def target_mask(length: int, turns: Sequence[TokenSpan]) -> NDArray[np.bool_]:
@@ -229,22 +285,6 @@ def target_mask(length: int, turns: Sequence[TokenSpan]) -> NDArray[np.bool_]:
     for start, stop in turns:
         mask[start:stop] = True
     return mask
-
-
-def drop_exchanges(messages: tuple[Message, ...], num: int) -> tuple[Message, ...]:
-    """Remove the oldest `num` questions with all that follows each, but not the system message."""
-    num_system = int(messages[0].role == "system")
-    questions = [i for i, message in enumerate(messages) if message.role == "user"]
-    return messages[:num_system] + messages[questions[num] :]
-
-
-def _token_span(batch: BatchEncoding, row: int, span: chat_template.CharSpan) -> TokenSpan | None:
-    """Return the token span of a character span, or None if its first token starts before it."""
-    first, last = (batch.char_to_token(row, char) for char in (span[0], span[1] - 1))
-    if first is None or last is None:
-        return None
-    first_chars = batch.token_to_chars(row, first)
-    return (first, last + 1) if first_chars is not None and first_chars.start == span[0] else None
 
 
 def _document_error(record: Record) -> str | None:

@@ -15,13 +15,14 @@ from medgpt.data.sources.records import (
     prompt_to_json,
 )
 from medgpt.data.tokenized import chat_template
+from medgpt.data.tokenized.conversation import drop_exchanges
 from medgpt.data.tokenized.encode import (
-    NOT_KEPT,
+    NOT_RENDERED,
     ChatEncoder,
     EncodedSample,
-    drop_exchanges,
     target_mask,
 )
+from medgpt.data.tokenized.parts import Chat
 
 
 class PreferenceEncoder(ChatEncoder):
@@ -37,30 +38,40 @@ class PreferenceEncoder(ChatEncoder):
             return Reject.of(
                 record, f"{type(record).__name__.lower()} where preferences are needed"
             )
+        prompt, changes = self._options.apply(record.prompt)
+        answers = []
         for answer in record.answers:
-            if (reason := self.reject_reason((*record.prompt, *answer))) is not None:
+            applied, change = self._options.apply(answer)
+            if (reason := self.reject_reason((*prompt, *applied), record.tools)) is not None:
                 return Reject.of(record, reason)
-        return self._encode(record, 0)
+            answers.append(applied)
+            changes = {key: changes.get(key, 0) + change.get(key, 0) for key in changes | change}
+        record = replace(record, prompt=prompt, answers=tuple(answers))
+        encoded = self._encode(record, 0)
+        return encoded if isinstance(encoded, Reject) else replace(encoded, changes=changes)
 
     def _encode(self, record: Preferences, num_truncated: int) -> EncodedSample | Reject:
-        tokenized = self.tokenize([(*record.prompt, *answer) for answer in record.answers])
+        num_prompt = len(record.prompt)
+        chats = []
+        for answer in record.answers:
+            messages = (*record.prompt, *answer)
+            turns = [i for i in range(num_prompt, len(messages)) if messages[i].role == "assistant"]
+            chats.append(Chat(messages, turns, record.tools))
         sequences: list[NDArray[np.int32]] = []
         targets: list[NDArray[np.bool_]] = []
-        for answer, tokens in zip(record.answers, tokenized, strict=True):
-            if tokens is None:
-                return Reject.of(record, NOT_KEPT)
-            ids, turns = tokens
-            num_turns = sum(message.role == "assistant" for message in answer)
-            sequences.append(ids[: turns[-1][1]])
-            targets.append(target_mask(turns[-1][1], turns[-num_turns:]))
+        for found in self.tokenize(chats):
+            if found is None or len(found) > 1:  # a sequence has one score
+                return Reject.of(record, NOT_RENDERED)
+            stop = found[0].turns[-1][1]
+            sequences.append(found[0].ids[:stop])
+            targets.append(target_mask(stop, found[0].turns))
         longest = max(map(len, sequences))
         if longest > self._max_length:
             if sum(message.role == "user" for message in record.prompt) == 1:
                 reason = f"an answer with its question has {longest} tokens > {self._max_length}"
                 return Reject.of(record, reason, malformed=False)
             shorter = replace(record, prompt=drop_exchanges(record.prompt, 1))
-            num_dropped = len(record.prompt) - len(shorter.prompt)
-            return self._encode(shorter, num_truncated + num_dropped)
+            return self._encode(shorter, num_truncated + num_prompt - len(shorter.prompt))
         return EncodedSample(
             input_ids=np.concatenate(sequences),
             targets=np.concatenate(targets),
@@ -82,9 +93,13 @@ class PromptEncoder(ChatEncoder):
         messages = record.prompt if isinstance(record, Preferences) else record.messages
         if isinstance(record, Conversation) and messages[-1].role == "assistant":
             messages = messages[:-1]
-        if (reason := self.reject_reason((*messages, Message("assistant", "-")))) is not None:
+        messages, changes = self._options.apply(messages)
+        answered = (*messages, Message("assistant", "-"))
+        if (reason := self.reject_reason(answered, record.tools)) is not None:
             return Reject.of(record, reason)
-        ids = np.array(chat_template.generation_prompt_ids(self._tokenizer, messages), np.int32)
+        ids = np.array(
+            chat_template.generation_prompt_ids(self._tokenizer, messages, record.tools), np.int32
+        )
         if len(ids) > self._max_length:
             reason = f"prompt of {len(ids)} tokens > max_length {self._max_length}"
             return Reject.of(record, reason, malformed=False)
@@ -92,4 +107,5 @@ class PromptEncoder(ChatEncoder):
             input_ids=ids,
             targets=np.zeros(len(ids), np.bool_),
             messages=prompt_to_json(messages, record.tools),
+            changes=changes,
         )

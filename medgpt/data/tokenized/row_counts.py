@@ -20,7 +20,10 @@ NUM_SHOWN = 3  # reasons or files listed in an error
 
 @dataclass
 class RowCounts:
-    """Row counts of a slice or a source: rows = train + validation + sum of set_aside."""
+    """Row counts of a slice or a source: rows = train + validation + sum of set_aside.
+
+    A conversation is one row, and may become several samples: see `parts`.
+    """
 
     rows: int = 0
     train: int = 0
@@ -28,8 +31,10 @@ class RowCounts:
     malformed: int = 0  # subset of set_aside
     trimmed_turns: int = 0  # messages before the first and after the last exchange
     truncated_turns: int = 0  # messages removed so that a conversation fits max_length
+    samples: int = 0  # of the rows in train and validation
     unreadable_files: list[str] = field(default_factory=list)  # "FILE, row N: REASON"
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    changes: dict[str, int] = field(default_factory=dict)  # what was removed or moved -> how many
 
     def add(self, counts: "RowCounts") -> None:
         self.rows += counts.rows
@@ -38,6 +43,8 @@ class RowCounts:
         self.malformed += counts.malformed
         self.trimmed_turns += counts.trimmed_turns
         self.truncated_turns += counts.truncated_turns
+        self.samples += counts.samples
+        self.changes = dict(Counter(self.changes) + Counter(counts.changes))
         self.unreadable_files = self.unreadable_files + counts.unreadable_files
         self.set_aside = dict(Counter(self.set_aside) + Counter(counts.set_aside))
 
@@ -48,7 +55,10 @@ class RowCounts:
         self.rows += 1
         self.train += not is_validation
         self.validation += is_validation
-        self.truncated_turns += encoded.num_truncated_turns
+        samples = (encoded, *encoded.further)
+        self.samples += len(samples)
+        self.truncated_turns += sum(sample.num_truncated_turns for sample in samples)
+        self.changes = dict(Counter(self.changes) + Counter(encoded.changes))
         if isinstance(record, Conversation):
             self.trimmed_turns += record.num_trimmed
 

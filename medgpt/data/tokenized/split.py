@@ -22,6 +22,11 @@ def content_hash(record: Record) -> str:
     return _hash(json.dumps(content, ensure_ascii=False))
 
 
+def part_hash(content: str, turn: int) -> str:
+    """Return the hash of one of several samples of a record: the one that ends with this turn."""
+    return _hash(f"{content}:{turn}")
+
+
 def is_validation(record: Record, content: str, share: float) -> bool:
     """Whether a record with this content hash falls into the validation split.
 

@@ -35,7 +35,7 @@ from medgpt.data.sources.records import Record, Reject
 from medgpt.data.tokenized.index import num_chunks
 from medgpt.data.tokenized.row_counts import RowCounts, refuse_empty, sum_by_source
 from medgpt.data.tokenized.shards import ShardWriter, read_index, write_index
-from medgpt.data.tokenized.split import content_hash, is_validation
+from medgpt.data.tokenized.split import content_hash, is_validation, part_hash
 
 if TYPE_CHECKING:
     from medgpt.data.tokenized.encode import EncodedSample  # imports transformers
@@ -47,6 +47,8 @@ SPLITS = ("train", "validation")
 SLICE_RESULTS = "units"  # folder of the results of slices, removed in the end
 INPUTS_FILE = "begun.json"  # the inputs of these results
 IGNORED_SETTINGS = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
+DEFAULTS_OF_LATER_KEYS = {"turns": "all", "system": "keep", "thinking": "keep"}
+"""Keys of [data] that manifests of earlier versions lack; left out where they change nothing."""
 
 EncodeBatch = Callable[[Sequence[Record]], "list[EncodedSample | Reject]"]
 
@@ -123,7 +125,7 @@ def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
         )
     if not changes and (manifest := committed(folder)):
         counts = {
-            name: RowCounts(**{key: source[key] for key in vars(RowCounts())})
+            name: RowCounts(**{key: source[key] for key in vars(RowCounts()) if key in source})
             for name, source in manifest["sources"].items()
         }
         refuse_empty(counts, job.config)  # weights may have changed since
@@ -210,9 +212,13 @@ def tokenize_slice(file_slice: FileSlice, number: int, *, job: TokenizeJob) -> d
             content = content_hash(record)
             held_out = is_validation(record, content, job.config.validation_share)
             counts.count_sample(record, encoded, is_validation=held_out)
-            (validation if held_out else train).add(
-                encoded, content_hash=content, source=source_number, origin=record
-            )
+            for sample in (encoded, *encoded.further):
+                (validation if held_out else train).add(
+                    sample,
+                    content_hash=part_hash(content, sample.turn) if encoded.further else content,
+                    source=source_number,
+                    origin=record,
+                )
     if rejects:
         Folder(job.rejected_url).write_jsonl(f"unit-{number:05d}.jsonl", map(asdict, rejects))
     result = {
@@ -291,6 +297,9 @@ def commit_shards(
 def _tokenization_settings(config: DataConfig) -> dict[str, Any]:
     """Return the settings that affect the content of the shards."""
     settings = config.model_dump(mode="json", exclude=IGNORED_SETTINGS)
+    for key, default in DEFAULTS_OF_LATER_KEYS.items():
+        if settings[key] == default:
+            del settings[key]
     for source in settings["sources"]:
         source["licence"] = source.pop("license")  # as manifests of earlier versions spell it
     return settings

@@ -9,6 +9,12 @@ from medgpt.config.base import ConfigError
 from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized import chat_template
+from medgpt.data.tokenized.answer_format import (
+    accepts_system_message,
+    end_of_turn_token,
+    find_answer_format,
+)
+from medgpt.data.tokenized.render_template import render
 from medgpt.models.tokenizer import train_tokenizer
 
 TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"
@@ -23,7 +29,7 @@ def tokenizer():
 
 def test_default_template_is_chatml(tokenizer):
     messages = [Message("system", " a "), *USER, Message("assistant", "c\n")]
-    assert chat_template.render(tokenizer, messages) == (
+    assert render(tokenizer, messages) == (
         "<|im_start|>system\na<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
         "<|im_start|>assistant\nc<|im_end|>\n"
     )
@@ -72,23 +78,20 @@ def test_typed_control_tokens_are_plain_text(tokenizer):
     assert attack[0].content in tokenizer.decode(ids)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_a_template_that_does_not_continue_its_prompt_is_refused(tokenizer):
     tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if loop.revindex < 3 %}{{ m.content }}{% else %}...{% endif %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ messages | length }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
-    with pytest.raises(ConfigError, match="rewrites earlier turns"):
-        chat_template.check_prompts_are_prefixes(tokenizer)
+    with pytest.raises(ConfigError, match="does not continue its own prompt"):
+        find_answer_format(tokenizer)
 
 
-def test_a_template_without_end_of_turn_is_refused(tokenizer):
+def test_a_template_without_end_of_turn_ends_it_with_the_end_of_text(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(ConfigError, match="no special token ends"):
-        chat_template.end_of_turn_token(tokenizer)
+    assert end_of_turn_token(tokenizer) == "<|endoftext|>"
 
 
 @pytest.mark.parametrize(
@@ -108,13 +111,11 @@ def test_known_templates_pass_and_show_their_end_of_turn(tokenizer, name, end):
     )
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text("utf-8")
-    chat_template.check_prompts_are_prefixes(tokenizer)
-    assert chat_template.end_of_turn_token(tokenizer) == end
-    assert chat_template.accepts_system_message(tokenizer)
+    assert end_of_turn_token(tokenizer) == end
+    assert accepts_system_message(tokenizer)
 
 
 def test_a_template_may_refuse_system_messages(tokenizer):
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = refusal + tokenizer.chat_template
-    chat_template.check_prompts_are_prefixes(tokenizer)
-    assert not chat_template.accepts_system_message(tokenizer)
+    assert not accepts_system_message(tokenizer)
