@@ -55,9 +55,9 @@ class LoglikelihoodScorer:
             self.head: torch.nn.Module | None = output_layer(model)
         except ConfigError:  # logits are not just the output of one layer: run the whole model
             self.head = None
-        layer_types = model.config.get_text_config().to_dict().get("layer_types") or ()
-        windows = "sliding_attention" in layer_types
-        self.can_pack_options = not windows and self._supports_custom_masks()
+        # a custom mask replaces the model's own, and with it the window of the layers that have one
+        has_windows = any(DynamicCache(config=model.config).is_sliding)
+        self.can_pack_options = not has_windows and self._supports_custom_masks()
 
     # ---- options ----
 

@@ -98,17 +98,19 @@ def unusual_models() -> dict[str, PreTrainedModel]:
     torch.manual_seed(0)
     gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     window = MistralConfig(**SMALL, sliding_window=8, head_dim=8)
+    wide = MistralConfig(**SMALL, sliding_window=16, head_dim=8)  # longer than the scorer's probe
     capped = Gemma2Config(
         **SMALL, head_dim=8, sliding_window=8, final_logit_softcapping=2.0, pad_token_id=0
     )
     return {
         "gpt2": GPT2LMHeadModel(gpt2),
         "mistral": MistralForCausalLM(window),
+        "wide": MistralForCausalLM(wide),
         "gemma2": Gemma2ForCausalLM(capped),
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "wide", "gemma2"])
 def test_models_of_other_kinds_score_as_in_separate_forwards(name: str):
     model = unusual_models()[name].eval()
     with torch.no_grad():
