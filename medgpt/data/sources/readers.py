@@ -29,6 +29,7 @@ from medgpt.data.sources.turns import RawRow, json_type
 
 WHOLE_FILE_MB = 1024  # slice size for reading files whole
 BATCH_ROWS = 256  # Parquet rows read at a time
+DOCUMENT_BYTES = 64 << 20  # of a txt document; longer ones would not fit into memory
 JSON_LINES_PROBE = 5  # lines; pretty-printed JSON has no complete object in its first ones
 csv.field_size_limit(1 << 24)  # characters: fits whole documents, bounds an unclosed quote
 
@@ -177,8 +178,21 @@ def _require_object(value: Any) -> RawRow | BrokenRow:
 
 
 def _read_txt(chunks: Iterable[bytes], encoding: str) -> Iterator[NumberedRow]:
-    text = decode(b"".join(chunks), encoding)
-    yield 1, text if isinstance(text, BrokenRow) else _text_row(text.removeprefix("\ufeff"))
+    """Yield the text as one document, cut at line ends if it is longer than DOCUMENT_BYTES."""
+    number, pending = 1, bytearray()
+    for chunk in chunks:
+        pending += chunk
+        if len(pending) > DOCUMENT_BYTES and (cut := pending.rfind(b"\n") + 1):
+            yield number, _document_row(bytes(pending[:cut]), encoding)
+            number += 1
+            del pending[:cut]
+    if pending or number == 1:
+        yield number, _document_row(bytes(pending), encoding)
+
+
+def _document_row(data: bytes, encoding: str) -> RawRow | BrokenRow:
+    text = decode(data, encoding)
+    return text if isinstance(text, BrokenRow) else _text_row(text.removeprefix("\ufeff"))
 
 
 def _read_json(chunks: Iterator[bytes], encoding: str) -> Iterator[NumberedRow]:

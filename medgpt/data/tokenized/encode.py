@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
@@ -21,6 +21,7 @@ from medgpt.data.tokenized.conversation import (
     conversation_error,
     drop_exchanges,
 )
+from medgpt.data.tokenized.long_text import WINDOW, Tokens, tokenize_in_windows
 from medgpt.data.tokenized.parts import (
     AnswerWriter,
     Chat,
@@ -88,22 +89,50 @@ class DocumentEncoder:
         texts = [_record_text(record) for record in records]
         if not texts:
             return []
+        return [
+            self._encode(tokens, text)
+            if reason is None and len(tokens.ids)
+            else Reject.of(record, reason or "empty text")
+            for record, text, reason, tokens in zip(
+                records, texts, reasons, self._tokenize(texts), strict=True
+            )
+        ]
+
+    def _tokenize(self, texts: list[str]) -> list[Tokens]:
+        """Return the tokens of each text with its special tokens, which start at character 0."""
+        short = [text for text in texts if len(text) <= WINDOW]
         batch = self._tokenizer(
-            texts,
+            short or [""],
             split_special_tokens=True,
             return_offsets_mapping=self._whole_word,
             return_attention_mask=False,
             verbose=False,
         )
+        offsets = batch["offset_mapping"] if self._whole_word else [[]] * len(short)
+        tokens_of_short = (
+            Tokens(np.array(ids, np.int32), np.array(pairs, np.int32).reshape(-1, 2)[:, 0])
+            for ids, pairs in zip(batch["input_ids"], offsets, strict=False)
+        )
         return [
-            self._encode(batch, row, text)
-            if reason is None and batch["input_ids"][row]
-            else Reject.of(record, reason or "empty text")
-            for row, (record, text, reason) in enumerate(zip(records, texts, reasons, strict=True))
+            next(tokens_of_short) if len(text) <= WINDOW else self._tokenize_long(text)
+            for text in texts
         ]
 
-    def _encode(self, batch: BatchEncoding, row: int, text: str) -> EncodedSample:
-        ids = np.array(batch["input_ids"][row], dtype=np.int32)
+    def _tokenize_long(self, text: str) -> Tokens:
+        tokens = tokenize_in_windows(self._tokenizer, text)
+        with_special, plain = (
+            self._tokenizer("a", add_special_tokens=special)["input_ids"]
+            for special in (True, False)
+        )
+        place = next(
+            k for k in range(len(with_special)) if with_special[k : k + len(plain)] == plain
+        )
+        before, after = with_special[:place], with_special[place + len(plain) :]
+        ids = np.concatenate([before, tokens.ids, after]).astype(np.int32)
+        return Tokens(ids, np.pad(tokens.starts, (len(before), len(after))))
+
+    def _encode(self, tokens: Tokens, text: str) -> EncodedSample:
+        ids = tokens.ids
         if not self._mlm:
             if ids[-1] != self._end_id:
                 ids = np.append(ids, np.int32(self._end_id))
@@ -111,8 +140,7 @@ class DocumentEncoder:
         targets = ~np.isin(ids, self._special)
         word_ids = None
         if self._whole_word:
-            starts = np.array(batch["offset_mapping"][row], dtype=np.int32)[:, 0]
-            word_ids = np.where(targets, char_word_ids(text)[starts], np.int32(-1))
+            word_ids = np.where(targets, char_word_ids(text)[tokens.starts], np.int32(-1))
         return EncodedSample(input_ids=ids, targets=targets, word_ids=word_ids)
 
 

@@ -7,10 +7,9 @@ result is stored, so that an interrupted run resumes with the unfinished slices.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from medgpt.data.sources.inputs import (
     input_files,
 )
 from medgpt.data.sources.readers import read_slice
-from medgpt.data.sources.records import Record, Reject
+from medgpt.data.sources.records import Document, Preferences, Record, Reject
 from medgpt.data.tokenized.index import num_chunks
 from medgpt.data.tokenized.row_counts import RowCounts, refuse_empty, sum_by_source
 from medgpt.data.tokenized.shards import ShardWriter, read_index, write_index
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 
 MIN_SLICES = 24  # of a corpus of at least as many MiB
 BATCH_RECORDS = 256  # records tokenized together
+BATCH_CHARACTERS = 1 << 18  # of them; tokenizers need some 200 bytes for each
 NUM_SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")
 SLICE_RESULTS = "units"  # folder of the results of slices, removed in the end
@@ -234,12 +234,38 @@ def _encode_records(
     items: Iterator[Record | Reject], deny: DenyList, encode: EncodeBatch
 ) -> "Iterator[Reject | tuple[Record, EncodedSample]]":
     """Yield records with their tokens, encoded in batches; passes rejects through."""
-    while batch := list(islice(items, BATCH_RECORDS)):
+    for batch in _batches(items):
         checked = [x if isinstance(x, Reject) else deny.check(x) for x in batch]
         records = [x for x in checked if not isinstance(x, Reject)]
         yield from (x for x in checked if isinstance(x, Reject))
         for record, encoded in zip(records, encode(records), strict=True):
             yield encoded if isinstance(encoded, Reject) else (record, encoded)
+
+
+def _batches(items: Iterable[Record | Reject]) -> Iterator[list[Record | Reject]]:
+    """Yield batches of at most BATCH_RECORDS items and, unless it is one, BATCH_CHARACTERS."""
+    batch: list[Record | Reject] = []
+    size = 0
+    for item in items:
+        added = _num_characters(item)
+        if batch and (len(batch) == BATCH_RECORDS or size + added > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += added
+    if batch:
+        yield batch
+
+
+def _num_characters(item: Record | Reject) -> int:
+    if isinstance(item, Reject):
+        return 0
+    if isinstance(item, Document):
+        return len(item.text)
+    turns = [item.messages]
+    if isinstance(item, Preferences):
+        turns = [item.prompt, *item.answers]
+    return sum(len(message.content) for messages in turns for message in messages)
 
 
 def commit_shards(

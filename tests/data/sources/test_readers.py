@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from medgpt.config.base import ConfigError
 from medgpt.config.data import SourceConfig
+from medgpt.data.sources import readers
 from medgpt.data.sources.file_slices import FileSlice, line_slice_starts, list_slices
 from medgpt.data.sources.files import read_chunks
 from medgpt.data.sources.readers import read_slice
@@ -131,6 +132,17 @@ def test_txt_is_one_document_or_one_per_line(tmp_path: Path) -> None:
         (4, "第二段"),
     ]
     assert len(items) == 2
+
+
+def test_a_txt_file_that_is_too_long_for_a_document_is_cut_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "DOCUMENT_BYTES", 1 << 20)
+    lines = [f"{n} 高血压患者应低盐饮食。" for n in range(90_000)]
+    (tmp_path / "x.txt").write_text("\n".join(lines), "utf-8")
+    items = read(tmp_path / "x.txt")
+    assert [i.row for i in items] == [1, 2, 3]
+    assert "\n".join(texts(items)) == "\n".join(lines)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
