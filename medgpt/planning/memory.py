@@ -116,7 +116,7 @@ def _model_states(model: ModelShape, setup: TrainingSetup) -> dict[str, float]:
     defines. At stage 0 in fp32 the weights are their own master weights."""
     trained, n, stage = model.num_trainable, setup.num_ranks, setup.zero_stage
     b = setup.bytes_per_weight
-    weights = b * model.num_params / (n if stage == 3 else 1)
+    weights = model.weight_bytes(b) / (n if stage == 3 else 1)
     if setup.offload_optimizer:  # the buffer holds the largest gradient while it is copied
         return {"weights": weights, "buckets": float(b * _largest_gradient(model))}
     return {

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from medgpt.models.model_shapes import ModelShape
 from medgpt.planning.memory import GIB
 from medgpt.planning.node_fit import USABLE_SHARE, PoolFit
 from medgpt.planning.plan import StagePlan
@@ -38,7 +39,7 @@ def _pools_table(plan: StagePlan) -> Table:
         table.add_row(
             f"{pool.name} ({phase.name})",
             str(pool.role.num_workers),
-            _format_count(pool.model.num_params),
+            _format_parameters(pool.model),
             _format_count(pool.model.num_trainable) if pool.is_trained else "",
             *(f"{size / GIB:.1f}" if size else "" for size in sizes),
             f"{phase.total_bytes / GIB:.1f}",
@@ -106,6 +107,14 @@ def _format_gb(fit: PoolFit) -> str:
     return f"{fit.device_gb:.1f}{host}"
 
 
+def _format_parameters(model: ModelShape) -> str:
+    """Return the number of parameters, and of those that one token uses if they are fewer."""
+    count = _format_count(model.num_params)
+    if model.num_active == model.num_params:
+        return count
+    return f"{count}, {_format_count(model.num_active)} active"
+
+
 def _format_count(count: int) -> str:
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
@@ -140,6 +149,7 @@ def _pool_json(pool: PlannedPool) -> dict[str, Any]:
     return {
         "workers": pool.role.num_workers,
         "parameters": pool.model.num_params,
+        "active_parameters": pool.model.num_active,
         "trained": pool.model.num_trainable if pool.is_trained else 0,
         "bytes_per_weight": pool.bytes_per_weight,
         "zero_stage": pool.zero_stage,

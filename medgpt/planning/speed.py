@@ -10,7 +10,7 @@ def forward_flops(model: ModelShape, length: float) -> float:
     multiplied with (Kaplan et al., 2020, arXiv 2001.08361, table 1), and 4 for every head dimension
     and attended token in each layer (Chowdhery et al., 2022, arXiv 2204.02311, appendix B), half of
     it if attention is causal."""
-    attended = length / 2 if model.has_gated_mlp else length
+    attended = length / 2 if model.is_causal else length
     heads = model.num_heads * model.head_dim
     return 2 * model.num_matmul_params + 4 * model.num_layers * heads * attended
 
@@ -47,13 +47,16 @@ def decode_speed(
 ) -> float:
     """Return new tokens per second of a worker that decodes `rows` sequences at a time.
 
-    A step reads all weights and the KV cache of every row once. It is bound by this memory traffic
+    A step reads once the weights of all experts that its rows use, all other weights, and the KV
+    cache of every row. It is bound by this memory traffic
     (Pope et al., 2022, arXiv 2211.05102, section 2) or by its FLOPs. Prompts are prefilled first.
     """
     context = prompt + response / 2
-    bytes_ = b * model.num_params + activations.kv_cache_bytes(model, round(rows * context), b)
+    bytes_ = b * model.num_used_by(rows) + activations.kv_cache_bytes(
+        model, round(rows * context), b
+    )
     read_s = bytes_ / (device.memory_gb_per_s * 1e9 * devices)
-    flops = forward_flops(model, 2 * context if model.has_gated_mlp else context)
+    flops = forward_flops(model, 2 * context if model.is_causal else context)
     flops_per_s = device.tflops * 1e12 * devices * mfu
     prompt_flops = prompt * forward_flops(model, prompt) / response  # per new token
     step_s = max(read_s, rows * flops / flops_per_s) + rows * prompt_flops / flops_per_s

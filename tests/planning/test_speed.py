@@ -16,7 +16,7 @@ PRODUCTS = 4 * 10_000_000 + 1000 * 100  # the matrices, and the tied output laye
 def test_a_token_costs_two_operations_a_parameter_and_its_share_of_attention() -> None:
     attention = 4 * 4 * 100 * 50  # layers, numbers of all heads, half of a hundred tokens
     assert forward_flops(MODEL, 100) == 2 * PRODUCTS + attention
-    assert forward_flops(replace(MODEL, has_gated_mlp=False), 100) == 2 * PRODUCTS + 2 * attention
+    assert forward_flops(replace(MODEL, is_causal=False), 100) == 2 * PRODUCTS + 2 * attention
 
 
 def test_training_takes_three_forward_passes_and_four_with_checkpointing() -> None:
