@@ -7,6 +7,8 @@ from pydantic import StringConstraints, model_validator
 
 from medgpt.config.base import Config, Count, DataPath, DenyPath, Fraction, Name
 
+Packing = Literal["auto", "on", "off"]
+
 
 class TurnsMapping(Config):
     """Where a row holds a conversation as a list of turns."""
@@ -132,6 +134,9 @@ class DataConfig(Config):
     max_length: Annotated[int, Ge(16)] = 1024
     """Tokens in a packed row. Longer documents span rows, longer conversations lose old turns. With
     preferences: maximum tokens of a prompt with an answer. Longer prompts for PPO are left out."""
+    packing: Packing = "auto"
+    """Whether a forward reads several texts in one row. auto: if the model computes each as if it
+    were alone; else, and with off, each has a padded row of its own. on: refuse other models."""
     validation_share: Fraction = 0.02
     """Share of the samples held out for validation, chosen by the hash of their content."""
     max_malformed_share: Annotated[float, Ge(0), Le(1)] = 0.01

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from medgpt.config.base import ModelError
+from medgpt.config.data import Packing
 from medgpt.config.model import ModelConfig
 from medgpt.config.train import EngineConfig
 from medgpt.engine.engine import FrozenEngine
@@ -33,6 +34,7 @@ def build_policy(
     *,
     seed: int,
     max_batch_tokens: int,
+    packing: Packing = "auto",
 ) -> Policy:
     """Build the policy `config.name` to train, with adapters if config.lora.rank is set.
 
@@ -45,10 +47,10 @@ def build_policy(
     Raises ConfigError if config.name is no causal model or lacks weights.
     """
     if engine.zero_stage == 3:
-        model: Any = build_partitioned(config, engine, device, head_kind="clm")
+        model: Any = build_partitioned(config, engine, device, head_kind="clm", packing=packing)
     else:
         dtype = compute_dtype(engine.precision, device.type)
-        model = build_model(config, head_kind="clm", seed=seed, dtype=dtype)
+        model = build_model(config, head_kind="clm", seed=seed, dtype=dtype, packing=packing)
     if config.lora.rank:
         torch.manual_seed(seed)  # LoRA draws from torch's global generator
         model = apply_lora(model, config.lora)
@@ -70,6 +72,7 @@ def build_trainable_value_model(
     seed: int,
     max_length: int | None = None,
     normalized: bool = True,
+    packing: Packing = "auto",
 ) -> ValueModel:
     """Build a value model to train: a fresh head on a language model, or a saved value model.
 
@@ -89,12 +92,14 @@ def build_trainable_value_model(
     assert config.name is not None
     if engine.zero_stage == 3 and not has_adapters(config.name):
         model: Any = build_partitioned(
-            config, engine, device, head_kind="value", max_length=max_length
+            config, engine, device, head_kind="value", max_length=max_length, packing=packing
         )
         install_value_head(model, config, seed=seed)  # unpartitioned until the engine is built
     else:
         dtype = compute_dtype(engine.precision, device.type)
-        model = build_value_model(config, seed=seed, dtype=dtype, max_length=max_length)
+        model = build_value_model(
+            config, seed=seed, dtype=dtype, max_length=max_length, packing=packing
+        )
     if config.lora.rank:
         torch.manual_seed(seed)  # LoRA draws from torch's global generator
         model = apply_lora(model, config.lora, head=VALUE_HEAD)
@@ -110,7 +115,7 @@ def build_trainable_value_model(
 
 
 def load_partitioned_reward_model(
-    name: str, engine: EngineConfig, device: torch.device
+    name: str, engine: EngineConfig, device: torch.device, *, packing: Packing = "auto"
 ) -> FrozenEngine:
     """Load a reward model that `medgpt reward` wrote, for scoring. Every rank must call it.
 
@@ -123,5 +128,7 @@ def load_partitioned_reward_model(
             "zero_stage=3 cannot load adapters; merge them with medgpt merge "
             "and name the result, or set zero_stage=0",
         )
-    model = build_trainable_value_model(ModelConfig(name=name), engine, device, seed=0)
+    model = build_trainable_value_model(
+        ModelConfig(name=name), engine, device, seed=0, packing=packing
+    )
     return FrozenEngine(model, engine, device)

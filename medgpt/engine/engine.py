@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from medgpt.config.train import EngineConfig, OptimizerConfig
 from medgpt.engine import checkpoint, schedule, state
 from medgpt.engine.setup import deepspeed_config, ensure_process_group
+from medgpt.models.packed import PackedModel
 
 
 class Engine:
@@ -130,9 +131,10 @@ class Engine:
 class FrozenEngine:
     """Runs `module` without gradients. At ZeRO-3 every rank must make the same number of calls."""
 
-    def __init__(self, module: nn.Module, config: EngineConfig, device: torch.device) -> None:
+    def __init__(self, module: PackedModel, config: EngineConfig, device: torch.device) -> None:
         ensure_process_group(device)
         module.requires_grad_(False).eval()
+        self.is_padded = module.is_padded
         if config.zero_stage < 3:
             self.run: Any = module.to(device)
             return

@@ -13,12 +13,19 @@ from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride,
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from medgpt.config.data import Packing
 from medgpt.config.model import ModelConfig
 from medgpt.config.train import EngineConfig
 from medgpt.engine import state
 from medgpt.engine.setup import deepspeed_config, ensure_process_group
-from medgpt.models.load import build_empty_model, compute_dtype
-from medgpt.models.model_files import HeadKind, check_no_missing_weights, weight_files
+from medgpt.models.load import build_empty_model, compute_dtype, training_attention
+from medgpt.models.model_files import (
+    HeadKind,
+    check_max_length,
+    check_no_missing_weights,
+    load_hf_config,
+    weight_files,
+)
 from medgpt.models.weight_layout import WeightGroup, groups_in_files
 
 
@@ -54,6 +61,7 @@ def build_partitioned(
     *,
     head_kind: HeadKind,
     max_length: int | None = None,
+    packing: Packing = "auto",
 ) -> Any:
     """Build a saved model that no rank ever holds completely. Every rank must call it.
 
@@ -62,8 +70,11 @@ def build_partitioned(
     """
     assert config.name is not None
     dtype = compute_dtype(engine.precision, device.type)
+    hf_config = load_hf_config(config, head_kind)
+    check_max_length(hf_config, max_length)
+    attention = training_attention(config, hf_config, head_kind, dtype=dtype, packing=packing)
     with partitioned_init(engine, device):
-        model = build_empty_model(config, head_kind=head_kind, dtype=dtype, max_length=max_length)
+        model = build_empty_model(config, head_kind=head_kind, dtype=dtype, attention=attention)
     missing, _ = load_safetensors(model, weight_files(config.name))
     check_no_missing_weights(config.name, missing, head_kind)
     return model

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from medgpt.models.loglikelihood import batches_by_length
+from medgpt.data.loader.packing import batches_by_length
 from medgpt.models.model_files import max_positions
 
 VOCAB_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first

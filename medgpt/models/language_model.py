@@ -17,9 +17,6 @@ from medgpt.models.packed import PackedModel
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Config keys of models that transform the logits after the output layer; we call only the layer.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-
 
 class LanguageModel(PackedModel):
     """Runs the output layer and the loss only on positions with a label, in chunks of tokens.
@@ -47,7 +44,7 @@ class LanguageModel(PackedModel):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.max_batch_tokens = max_batch_tokens
         self.neftune_alpha = neftune_alpha
-        output_layer(self.pretrained)  # raises now rather than in the first step
+        check_has_body(self.pretrained)  # now rather than in the first step
 
     def forward(
         self,
@@ -84,9 +81,12 @@ class LanguageModel(PackedModel):
             hidden, labels = hidden.index_select(0, positions), labels[positions]
         sizes = self._chunk_sizes(len(positions))
         chunks = zip(hidden.split(sizes), labels.split(sizes), strict=True)
-        run: Callable[..., Any] = partial(_run_chunk, output_layer(self.pretrained), compute)
+
+        def run(hidden: Tensor, labels: Tensor) -> Any:
+            return compute(logits_of(self.pretrained, hidden, self.body_output), labels)
+
         if len(sizes) > 1:  # the backward pass computes a chunk's logits again
-            run = partial(checkpoint, run, use_reentrant=False)
+            return [checkpoint(run, *chunk, use_reentrant=False) for chunk in chunks]
         return [run(*chunk) for chunk in chunks]
 
     def _chunk_sizes(self, num_positions: int) -> list[int]:
@@ -113,31 +113,48 @@ def label_positions(batch: PackedBatch) -> Tensor:
     return positions if len(positions) else positions.new_zeros(1)
 
 
-def output_layer(model: PreTrainedModel) -> nn.Module:
-    """Return the module that maps hidden states to logits.
+class GivenOutput(nn.Module):
+    """Stands in for the body of a model: returns an output that was computed before."""
 
-    Raises ConfigError if the model is not a backbone followed by one such module.
+    def __init__(self, body: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__ |= {"body": body, "output": output}  # not as a submodule
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "decoder":  # what some models call in place of their body
+            return self
+        return getattr(self.__dict__["body"], name)
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor, body_output: type) -> Tensor:
+    """Return the logits (M, V) of hidden states (M, H), as the model's own forward computes them.
+
+    That forward may scale or cap the logits, or have several output layers. Its body is replaced
+    for the call.
+
+    Args:
+        body_output: class of what the body returns, as `PackedModel.body_output`.
     """
-    config = model.config.to_dict()
-    transforms = [term for term in LOGIT_TRANSFORMS if config.get(term) not in (None, 1.0)]
-    heads = [module for module in model.children() if module is not model.base_model]
-    if transforms or len(heads) != 1:
-        reason = (
-            f"{transforms[0]}={config[transforms[0]]}"
-            if transforms
-            else f"{len(heads)} output modules"
-        )
+    name = model.base_model_prefix
+    body = model.get_submodule(name)
+    model.add_module(name, GivenOutput(body, body_output(last_hidden_state=hidden[None])))
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        return model.forward(input_ids=ids).logits[0]
+    finally:
+        model.add_module(name, body)
+
+
+def check_has_body(model: PreTrainedModel) -> None:
+    """Raise ConfigError if the model is not a body followed by output layers."""
+    if model.base_model is model or model.base_model_prefix not in dict(model.named_children()):
         raise ConfigError(
-            f"model.name: training does not support {type(model).__name__} with {reason}; use a "
-            "model like Qwen, Llama, Mistral or BERT"
+            f"model.name: {type(model).__name__} is not a body followed by an output layer, as "
+            "training needs; use a model like Qwen, Llama, Mistral or BERT"
         )
-    return heads[0]
-
-
-def _run_chunk(
-    head: nn.Module, compute: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, labels: Tensor
-) -> Tensor:
-    return compute(head(hidden), labels)
 
 
 def neftune_noise(

@@ -4,26 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import BertConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from medgpt.config.base import ConfigError
+from medgpt.config.data import Packing
 from medgpt.config.model import ArchitectureConfig, ModelConfig
 from medgpt.config.pools import Precision
 from medgpt.models import quantize
 from medgpt.models.attention import VARLEN
+from medgpt.models.layout import is_packed
 from medgpt.models.model_files import (
     HeadKind,
     check_max_length,
@@ -32,12 +24,9 @@ from medgpt.models.model_files import (
     resolve_model_folder,
     weight_files,
 )
+from medgpt.models.small_model import AUTO_CLASSES
+from medgpt.models.training_mode import prepare_for_training
 
-AUTO_CLASSES = {
-    "clm": AutoModelForCausalLM,
-    "mlm": AutoModelForMaskedLM,
-    "value": AutoModelForSequenceClassification,
-}
 EMBEDDING_SCALE = 2.0  # a power of two: exact in bf16
 
 
@@ -59,6 +48,7 @@ def build_model(
     seed: int,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
+    packing: Packing = "auto",
 ) -> PreTrainedModel:
     """Return a model with weights on the CPU, in training mode, without dropout.
 
@@ -67,8 +57,8 @@ def build_model(
         max_length: tokens of the longest sequence; the model must have as many positions.
 
     Raises:
-        ConfigError: model.name cannot be loaded with this head, lacks weights or has too few
-            positions, or this machine cannot run model.attention.
+        ConfigError: model.name cannot be loaded with this head, lacks weights, has too few
+            positions or is not exact, or this machine cannot run model.attention.
     """
     architecture = config.architecture
     hf_config = (
@@ -77,7 +67,7 @@ def build_model(
         else fresh_hf_config(architecture, vocab_size, special_ids)
     )
     check_max_length(hf_config, max_length)
-    attention = resolve_attention(config.attention, dtype)
+    attention = training_attention(config, hf_config, head_kind, dtype=dtype, packing=packing)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if architecture is None:
         if config.lora.quantize is not None:
@@ -90,7 +80,7 @@ def build_model(
             torch.default_generator.manual_seed(seed)
             model = AUTO_CLASSES[head_kind].from_config(hf_config, **options)
         _scale_initial_weights(model, architecture.num_layers)
-    return _prepare_for_training(model, config.name)
+    return prepare_for_training(model, config.name)
 
 
 def build_empty_model(
@@ -98,19 +88,21 @@ def build_empty_model(
     *,
     head_kind: HeadKind,
     dtype: torch.dtype = torch.float32,
-    max_length: int | None = None,
+    attention: str | None = VARLEN,
 ) -> PreTrainedModel:
-    """Return a saved model with uninitialized weights, as needed inside DeepSpeed's zero.Init."""
-    hf_config = load_hf_config(config, head_kind)
-    check_max_length(hf_config, max_length)
+    """Return a saved model with uninitialized weights, as needed inside DeepSpeed's zero.Init.
+
+    Args:
+        attention: as `training_attention` returns it.
+    """
     model = uninitialized_model(
-        hf_config,
+        load_hf_config(config, head_kind),
         head_kind,
         dtype=dtype,
-        attn_implementation=resolve_attention(config.attention, dtype),
+        attn_implementation=attention,
         trust_remote_code=config.trust_remote_code,
     )
-    return _prepare_for_training(model, config.name)
+    return prepare_for_training(model, config.name)
 
 
 def uninitialized_model(
@@ -120,6 +112,25 @@ def uninitialized_model(
         model = AUTO_CLASSES[head_kind].from_config(hf_config, **options)
     model.tie_weights()  # no_init_weights skips it
     return model
+
+
+def training_attention(
+    config: ModelConfig,
+    hf_config: PreTrainedConfig,
+    head_kind: HeadKind,
+    *,
+    dtype: torch.dtype,
+    packing: Packing,
+) -> str | None:
+    """Return transformers' name of the attention to train with; None: the model's default, padded.
+
+    Raises ConfigError if the model's forward is not exact, or the attention cannot run here.
+    """
+    packed_attention = resolve_attention(config.attention, dtype)
+    remote = config.trust_remote_code
+    name = config.name
+    packs = is_packed(hf_config, head_kind, packing, name=name, trust_remote_code=remote)
+    return packed_attention if packs else None
 
 
 def resolve_attention(attention: str, dtype: torch.dtype) -> str:
@@ -198,16 +209,3 @@ def _scale_initial_weights(model: PreTrainedModel, num_layers: int) -> None:
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # BERT normalizes after the sum
             weight.data.mul_((2 * num_layers) ** -0.5)
-
-
-def _prepare_for_training(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    if name is not None:
-        model.name_or_path = name  # not the local copy's path: adapters store it as their base
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # its noise would depend on worker and micro-batch
-        if "attention_dropout" in vars(module):  # decoders pass it to their attention function
-            vars(module)["attention_dropout"] = 0.0
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = None  # pad may double as eos, which must be trained
-    return model.train()

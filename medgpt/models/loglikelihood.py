@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
-from medgpt.config.base import ConfigError
-from medgpt.models.language_model import output_layer
+from medgpt.data.loader.packing import batches_by_length
+from medgpt.models.language_model import logits_of
 from medgpt.models.model_files import max_positions
 from medgpt.models.tokenizer import common_prefix_length
 
@@ -51,10 +52,7 @@ class LoglikelihoodScorer:
         self.batch_tokens = batch_tokens
         self.max_positions = max_positions(model.config) or 2**31
         self.window_tokens = min(window_tokens, self.max_positions)
-        try:
-            self.head: torch.nn.Module | None = output_layer(model)
-        except ConfigError:  # logits are not just the output of one layer: run the whole model
-            self.head = None
+        self.body_output: type = BaseModelOutput  # of the latest forward
         # a custom mask replaces the model's own, and with it the window of the layers that have one
         has_windows = any(DynamicCache(config=model.config).is_sliding)
         self.can_pack_options = not has_windows and self._supports_custom_masks()
@@ -187,7 +185,7 @@ class LoglikelihoodScorer:
         mask: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> Tensor:
-        """Return last hidden states (B, L, H), or logits (B, L, V) if `self.head` is None."""
+        """Return last hidden states (B, L, H)."""
         device, inputs = self.model.device, {"input_ids": ids.to(self.model.device)}
         if positions is not None:
             inputs["position_ids"] = positions.to(device)
@@ -196,9 +194,9 @@ class LoglikelihoodScorer:
         if cache is not None:
             cache.batch_repeat_interleave(len(ids))
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
-        if self.head is None:
-            return self.model(**inputs, **options).logits
-        return self.model.base_model(**inputs, **options).last_hidden_state
+        output = self.model.base_model(**inputs, **options)
+        self.body_output = type(output)
+        return output.last_hidden_state
 
     def _logprobs(self, hidden: Tensor, targets: Sequence[tuple[int, int, int]]) -> list[float]:
         """Return log p(token) of each target (row, position, token), in nats.
@@ -214,7 +212,7 @@ class LoglikelihoodScorer:
         for start in range(0, len(places), HEAD_CHUNK_POSITIONS):
             stop = start + HEAD_CHUNK_POSITIONS
             chosen = hidden[rows[start:stop], ats[start:stop]]
-            logits = (chosen if self.head is None else self.head(chosen)).float()
+            logits = logits_of(self.model, chosen, self.body_output).float()
             norms = logits.logsumexp(-1)
             is_in_chunk = (place_of_target >= start) & (place_of_target < stop)
             in_chunk = is_in_chunk.nonzero()[:, 0]
@@ -257,21 +255,6 @@ class _PackedOptions:
         for option, start in zip(self.item.options, self.starts, strict=False):
             for i, token in enumerate(option):
                 yield (start + i - 1 if i else self.num_prompt_tokens - 1), token
-
-
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of rows of similar length, longest first.
-
-    A batch has at most `batch_tokens` tokens, padding included (a single row may exceed it).
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def sliding_windows(length: int, window: int) -> Iterator[tuple[int, int, int]]:

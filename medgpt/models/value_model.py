@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from medgpt.config.base import ModelError
+from medgpt.config.data import Packing
 from medgpt.config.model import ModelConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.load import build_model
@@ -164,7 +165,12 @@ def _load_saved_head(config: ModelConfig) -> Tensor:
 
 
 def build_value_model(
-    config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None = None
+    config: ModelConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    max_length: int | None = None,
+    packing: Packing = "auto",
 ) -> PreTrainedModel:
     """Build a model with a value head to train: a fresh head on a language model, or a saved one.
 
@@ -172,9 +178,11 @@ def build_value_model(
     result in a ValueModel. Raises ConfigError if config.name is no such model or lacks weights.
     """
     assert config.name is not None
+    options: dict[str, Any] = {"seed": seed, "dtype": dtype, "max_length": max_length}
+    options["packing"] = packing
     if has_adapters(config.name):
-        return _build_with_merged_adapters(config, seed=seed, dtype=dtype, max_length=max_length)
-    model = build_model(config, head_kind="value", seed=seed, dtype=dtype, max_length=max_length)
+        return _build_with_merged_adapters(config, **options)
+    model = build_model(config, head_kind="value", **options)
     install_value_head(model, config, seed=seed)
     return model
 
@@ -194,7 +202,11 @@ def load_reward_model_info(name: str) -> RewardModelInfo:
 
 
 def load_value_model(
-    name: str, *, dtype: torch.dtype = torch.float32, max_length: int | None = None
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_length: int | None = None,
+    packing: Packing = "auto",
 ) -> tuple[ValueModel, RewardModelInfo]:
     """Load a reward model that `medgpt reward` wrote, for scoring, and its score.json.
 
@@ -202,14 +214,12 @@ def load_value_model(
     reward model, or its head or the base of its adapters is missing.
     """
     score, config = load_reward_model_info(name), ModelConfig(name=name)
-    model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length)
+    model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length, packing=packing)
     scorer = ValueModel(model, mean=score.mean, std=score.std)
     return scorer.requires_grad_(False).eval(), score
 
 
-def _build_with_merged_adapters(
-    config: ModelConfig, *, seed: int, dtype: torch.dtype, max_length: int | None
-) -> PreTrainedModel:
+def _build_with_merged_adapters(config: ModelConfig, **options: Any) -> PreTrainedModel:
     """Build the base model with the adapters in config.name merged, and with their head."""
     from peft import PeftModel  # slow to import, and rarely needed
 
@@ -220,7 +230,7 @@ def _build_with_merged_adapters(
             # peft would silently use the head of the base
             raise ModelError(config.name, "the adapter has no head; export it again")
     base_config = config.model_copy(update={"name": adapter_base(folder)})
-    base = build_value_model(base_config, seed=seed, dtype=dtype, max_length=max_length)
+    base = build_value_model(base_config, **options)
     adapted = PeftModel.from_pretrained(base, str(folder))
     model = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.name_or_path = config.name  # new adapters store it as their base

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.data.loader.collate import empty_batch, packed_batch
-from medgpt.data.loader.packing import balance, pack_best_fit
+from medgpt.data.loader.packing import balance, batches_by_length, pack_best_fit
 from medgpt.rlhf.rollout_batch import Sequences
 
 RowIndices = NDArray[np.int64]
@@ -31,16 +31,24 @@ def split_by_length(lengths: NDArray[np.int64], num_shares: int) -> list[RowIndi
 
 
 def forward_passes(
-    sequences: Sequences, rows: RowIndices, *, rank: int, num_ranks: int, max_tokens: int
+    sequences: Sequences,
+    rows: RowIndices,
+    *,
+    rank: int,
+    num_ranks: int,
+    max_tokens: int,
+    padded: bool = False,
 ) -> Iterator[ForwardPass]:
     """Yield this rank's forward passes over its share of `rows`; all ranks make equally many.
 
     Args:
         max_tokens: limit of a pass; a longer sequence gets a pass of its own.
+        padded: count the tokens of a pass as if all its sequences were as long as the longest.
     """
     lengths = sequences.lengths[rows]
     shares = split_by_length(lengths, num_ranks)
-    passes = [_pack(lengths[share], max_tokens) for share in shares]
+    pack = _group_by_length if padded else _pack
+    passes = [pack(lengths[share], max_tokens) for share in shares]
     for number in range(max(map(len, passes))):
         if number < len(passes[rank]):
             local_rows = rows[shares[rank][passes[rank][number]]]
@@ -85,3 +93,9 @@ def _pack(lengths: NDArray[np.int64], max_tokens: int) -> list[RowIndices]:
         bins = pack_best_fit(lengths[short], max_tokens)
         passes += [short[bins == number] for number in range(int(bins.max()) + 1)]
     return passes
+
+
+def _group_by_length(lengths: NDArray[np.int64], max_tokens: int) -> list[RowIndices]:
+    """Return the indices into `lengths` of each forward pass over padded sequences."""
+    groups = batches_by_length(lengths.tolist(), max_tokens)
+    return [np.sort(np.array(group)) for group in groups]

@@ -172,7 +172,7 @@ def _make_dataset(rows: list[PackedRow], config: DPOConfig) -> Dataset:
 
 
 def _build_model(config: DPOConfig, tokenizer: Any, device: torch.device) -> PreTrainedModel:
-    model = build_model(
+    return build_model(
         config.model,
         head_kind="clm",
         vocab_size=len(tokenizer),
@@ -180,9 +180,8 @@ def _build_model(config: DPOConfig, tokenizer: Any, device: torch.device) -> Pre
         seed=config.run.seed,
         dtype=compute_dtype(config.engine.precision, device.type),
         max_length=config.data.max_length,
+        packing="off",  # TRL pads
     )
-    model.set_attn_implementation("sdpa")  # TRL pads, and our attention packs
-    return model
 
 
 def _common_arguments(run: Run, config: DPOConfig, device: torch.device, *, validate: bool) -> dict:

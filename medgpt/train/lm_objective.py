@@ -109,6 +109,7 @@ class LanguageModelObjective:
                 device,
                 head_kind=self.kind,
                 max_length=config.data.max_length,
+                packing=config.data.packing,
             )
         else:
             model = build_model(
@@ -119,6 +120,7 @@ class LanguageModelObjective:
                 seed=self.seed,
                 dtype=self.dtype,
                 max_length=config.data.max_length,
+                packing=config.data.packing,
             )
         new_ids = []
         if base is not None and resize:

@@ -11,6 +11,7 @@ from ray.exceptions import RayTaskError
 from medgpt.artifacts import Folder, commit, committed, file_entries
 from medgpt.config.base import ConfigError, ModelError
 from medgpt.config.data import DataConfig, SourceConfig
+from medgpt.config.dpo import DPOConfig
 from medgpt.config.model import ModelConfig, TokenizerConfig
 from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import Passes, PretrainConfig, RunConfig, SampleKind
@@ -73,6 +74,8 @@ def prepare(
         folder.remove()
         on_progress("tokenizer", 0, 1)
         run_task(make_tokenizer, folder.url, config, cpus=cpus)
+        tokenizer = committed(folder)
+        assert tokenizer is not None
         on_progress("tokenizer", 1, 1)
     index_job = TokenizeJob(
         data_url=run.data.url,
@@ -84,7 +87,7 @@ def prepare(
         allow_changes=config.run.allow_changes,
     )
     data = tokenize_sources(index_job, data_cpus=cpus, on_progress=partial(on_progress, "reading"))
-    order = _row_order(run, config)
+    order = _row_order(run, config, packed=tokenizer.get("packed", True))
     plan = find_plan(run.plan.url, order)
     if plan is None:
         on_progress("planning", 0, 1)
@@ -105,7 +108,7 @@ def run_task(function: Callable[..., None], *args: Any, cpus: float) -> None:
         raise
 
 
-def _row_order(run: Run, config: DataStageConfig) -> PlanSettings:
+def _row_order(run: Run, config: DataStageConfig, *, packed: bool) -> PlanSettings:
     """Return the settings that decide which rows are trained, and when."""
     weights = [source.weight for source in config.data.sources]
     return PlanSettings(
@@ -115,6 +118,7 @@ def _row_order(run: Run, config: DataStageConfig) -> PlanSettings:
         epochs=config.passes.epochs,
         weights=None if weights[0] is None else tuple(w for w in weights if w is not None),
         max_rows=config.passes.max_rows,
+        packed=packed,
     )
 
 
@@ -143,7 +147,10 @@ def _tokenizer_settings(config: DataStageConfig) -> dict[str, Any]:
     for key in ("chat_template", "date", "thinking"):  # tokenizers of earlier versions lack them
         if tokenizer[key] == defaults[key]:
             del tokenizer[key]
-    return {"tokenizer": tokenizer, "model": model}
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "model": model}
+    if config.data.packing != "auto":  # as above
+        settings["packing"] = config.data.packing
+    return settings
 
 
 @cache
@@ -190,8 +197,9 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
     from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
 
     mode, model = config.tokenizer.mode, config.model
+    packed = config.data.packing != "off"
     if model.name is not None:
-        check_base_model(config)
+        packed = check_base_model(config)
     check_weights(config)
     texts = corpus_texts(config)
     if mode == "train":
@@ -233,6 +241,7 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
     manifest = {
         "mode": mode,
         "num_tokens": len(tokenizer),
+        "packed": packed,
         "made_from": _tokenizer_settings(config),
     }
     commit(folder, files, class_path=path, **manifest)
@@ -258,14 +267,22 @@ def check_system_messages(config: DataStageConfig, tokenizer: Any) -> None:
                     )
 
 
-def check_base_model(config: DataStageConfig) -> None:
-    """Raise ConfigError if model.name is not a model for this stage."""
+def check_base_model(config: DataStageConfig) -> bool:
+    """Raise ConfigError if model.name is not a model for this stage.
+
+    Returns whether its training forward reads packed rows.
+    """
+    from medgpt.models.layout import is_packed
     from medgpt.models.model_files import check_max_length, load_hf_config, weight_files
 
-    hf_config = load_hf_config(config.model, _head_kind(config))
+    model, head_kind = config.model, _head_kind(config)
+    assert model.name is not None
+    hf_config = load_hf_config(model, head_kind)
     check_max_length(hf_config, config.data.max_length)
-    assert config.model.name is not None
-    weight_files(config.model.name)
+    weight_files(model.name)
+    packing = "off" if isinstance(config, DPOConfig) else config.data.packing  # TRL pads
+    remote = model.trust_remote_code
+    return is_packed(hf_config, head_kind, packing, name=model.name, trust_remote_code=remote)
 
 
 def check_weights(config: DataStageConfig) -> None:

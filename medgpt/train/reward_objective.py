@@ -44,6 +44,7 @@ class RewardObjective:
             seed=self.seed,
             max_length=config.data.max_length,
             normalized=False,
+            packing=config.data.packing,
         )
         self.reward_model_info: RewardModelInfo | None = None  # set by on_train_end
 

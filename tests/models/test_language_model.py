@@ -5,11 +5,26 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import MiniCPM3Config, MiniCPM3ForCausalLM
 
 from medgpt.config.base import ConfigError
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.models.language_model import LanguageModel, neftune_noise
-from tests.models.tiny_models import KINDS, pack, random_batch, tiny_model
+from tests.models.tiny_models import KINDS, VOCAB, pack, random_batch, tiny_model
+
+MINICPM3 = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "dim_model_base": 16,
+}
 
 
 def loss_and_grads(model: LanguageModel, batch: PackedBatch, **kwargs):
@@ -77,7 +92,7 @@ def test_chunks_change_neither_loss_nor_gradient(kind, ignored):
 def test_the_output_layer_never_sees_more_than_a_chunk_and_only_labelled_tokens():
     model, batch = tiny_model(), random_batch([20, 20])
     seen = []
-    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
+    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[1]))
 
     with torch.no_grad():
         LanguageModel(model, loss_chunk_tokens=8)(batch, num_tokens=1)
@@ -136,7 +151,7 @@ def test_a_bf16_model_has_its_softmax_in_fp32():
     loss.backward()
 
     assert logits[0].dtype == torch.bfloat16
-    want = torch.nn.functional.cross_entropy(logits[0].double(), batch.labels[0])
+    want = torch.nn.functional.cross_entropy(logits[0][0].double(), batch.labels[0])
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(want.item(), abs=1e-5)  # bf16 has steps of 0.03 at 4
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -203,16 +218,27 @@ def test_noise_does_not_cut_the_embeddings_gradient():
     assert grads["model.model.embed_tokens.weight"].any()
 
 
-def test_a_model_that_alters_its_logits_is_refused():
-    model = tiny_model()
-    model.config.final_logit_softcapping = 30.0
+@pytest.mark.parametrize("loss_chunk_tokens", [8192, 4])
+def test_logits_are_scaled_as_in_the_models_own_forward(loss_chunk_tokens):
+    config = MiniCPM3Config(**MINICPM3)
+    assert config.hidden_size / config.dim_model_base == 4  # a property scales the logits by it
+    torch.manual_seed(0)
+    model = MiniCPM3ForCausalLM._from_config(config, attn_implementation="varlen")
+    batch = random_batch([9, 5])
 
-    with pytest.raises(ConfigError, match="final_logit_softcapping=30"):
-        LanguageModel(model)
+    loss = LanguageModel(model, loss_chunk_tokens=loss_chunk_tokens)(batch, num_tokens=1)
+
+    model.set_attn_implementation("sdpa")
+    pieces = zip(*(x[0].split([9, 5]) for x in (batch.input_ids, batch.labels)), strict=True)
+    want = sum(
+        torch.nn.functional.cross_entropy(model(ids[None]).logits[0], labels, reduction="sum")
+        for ids, labels in pieces
+    )
+    torch.testing.assert_close(loss, want, atol=1e-4, rtol=1e-5)
 
 
 def test_a_model_without_an_output_layer_is_refused():
-    with pytest.raises(ConfigError, match="output modules"):
+    with pytest.raises(ConfigError, match="not a body followed by an output layer"):
         LanguageModel(tiny_model().model)
 
 

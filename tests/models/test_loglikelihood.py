@@ -13,12 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from medgpt.models.loglikelihood import (
-    LoglikelihoodScorer,
-    PromptOptions,
-    batches_by_length,
-    sliding_windows,
-)
+from medgpt.data.loader.packing import batches_by_length
+from medgpt.models.loglikelihood import LoglikelihoodScorer, PromptOptions, sliding_windows
 from tests.models.tiny_models import VOCAB, tiny_model
 
 SMALL = {

@@ -30,6 +30,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
     weights: NDArray[np.float64] | None,
+    packed: bool = True,
 ) -> Iterator[PlannedRows]:
     """Yield the rows of an epoch in training order, one window at a time.
 
@@ -37,6 +38,7 @@ def plan_epoch(
         max_length: tokens of a packed row; None gives every sample a row of its own, uncut.
         weights: (S,) relative share of the epoch's tokens per source; None uses every sample once.
         epoch: from 0, or VALIDATION.
+        packed: False gives every chunk of at most max_length tokens a row of its own.
     """
     if not len(index):
         return
@@ -46,7 +48,8 @@ def plan_epoch(
     bounds = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(order))
     for start, stop in pairwise(bounds):
         rng = _make_rng(seed, epoch, 1, int(window[start]))
-        yield pack_window(index, order[start:stop], repeats[start:stop], max_length, rng)
+        samples = order[start:stop], repeats[start:stop]
+        yield pack_window(index, *samples, max_length, rng, packed=packed)
 
 
 def mixed_order(

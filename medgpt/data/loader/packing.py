@@ -1,5 +1,6 @@
 """Packs chunks of samples into rows of at most `max_length` tokens."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +33,13 @@ def pack_window(
     repeats: IntArray,
     max_length: int | None,
     rng: np.random.Generator,
+    *,
+    packed: bool = True,
 ) -> PlannedRows:
-    """Cut the samples of a window into chunks, pack them into rows, and shuffle the rows."""
+    """Cut the samples of a window into chunks, pack them into rows, and shuffle the rows.
+
+    Each chunk has a row of its own unless `packed`; each sample if max_length is None.
+    """
     shuffled = rng.permutation(len(samples))
     samples, repeats = samples[shuffled], repeats[shuffled]
     if max_length is None:
@@ -52,7 +58,7 @@ def pack_window(
     start = chunk * (max_length - 1)
     stop = np.minimum(start + max_length, index.length[sample])
 
-    row = pack_best_fit(stop - start, max_length)
+    row = pack_best_fit(stop - start, max_length) if packed else np.arange(len(sample))
     num_rows = int(row.max()) + 1
     row = rng.permutation(num_rows)[row]
     by_row = np.argsort(row, kind="stable")
@@ -102,3 +108,18 @@ def balance(sizes: IntArray, num_groups: int) -> IntArray:
         group_of[item] = group = totals.index(min(totals))
         totals[group] += int(sizes[item])
     return group_of
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of rows of similar length, longest first.
+
+    A batch has at most `batch_tokens` tokens, padding included (a single row may exceed it).
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -38,9 +38,13 @@ class PlanSettings(NamedTuple):
     epochs: int
     weights: tuple[float, ...] | None  # per source
     max_rows: int | None  # planning stops at the epoch that reaches it
+    packed: bool = True  # False: every chunk of at most max_length tokens has a row of its own
 
     def as_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "weights": self.weights and list(self.weights)}
+        values = {**self._asdict(), "weights": self.weights and list(self.weights)}
+        if self.packed:
+            del values["packed"]  # as in the plans that 0.2.0 wrote
+        return values
 
 
 def find_plan(url: str, settings: PlanSettings) -> dict[str, Any] | None:
@@ -88,7 +92,12 @@ def _write_epoch(
     """Write the file of an epoch; returns it with its numbers of rows, chunks and tokens."""
     name, max_length = epoch_file(epoch), settings.max_length
     windows = plan_epoch(
-        index, max_length=max_length, seed=settings.seed, epoch=epoch, weights=weights
+        index,
+        max_length=max_length,
+        seed=settings.seed,
+        epoch=epoch,
+        weights=weights,
+        packed=settings.packed,
     )
     counts = {"num_rows": 0, "num_chunks": 0, "num_tokens": 0}
     with folder.staging() as directory:

@@ -52,6 +52,7 @@ class Actor:
             self.device,
             seed=config.run.seed,
             max_batch_tokens=max_pass_tokens(config),
+            packing=config.data.packing,
         )
         self.engine = Engine(
             self.policy,
@@ -80,6 +81,7 @@ class Actor:
             self.config,
             self.device,
             temperature=self.config.rollout.temperature,
+            padded=self.policy.is_padded,
             with_entropy=with_entropy,
         )
 
@@ -163,7 +165,7 @@ class Actor:
         config, sequences = self.config, experience.sequences
         num_tokens = int(sequences.responses.lengths[rows].sum())
         means, ratio_error = torch.zeros(len(METRICS), dtype=torch.float64), torch.zeros(())
-        for forward in local_forward_passes(sequences, rows, config):
+        for forward in local_forward_passes(sequences, rows, config, padded=self.policy.is_padded):
             terms = self.engine(
                 forward.batch.to(self.device),
                 temperature=config.rollout.temperature,

@@ -91,15 +91,16 @@ def max_pass_tokens(config: PPOStageConfig) -> int:
 
 
 def local_forward_passes(
-    sequences: Sequences, rows: RowIndices, config: PPOStageConfig
+    sequences: Sequences, rows: RowIndices, config: PPOStageConfig, *, padded: bool
 ) -> Iterator[ForwardPass]:
-    """Yield this rank's forward passes over `rows`."""
+    """Yield this rank's forward passes over `rows` with a model that is padded or not."""
     return forward_passes(
         sequences,
         rows,
         rank=dist.get_rank(),
         num_ranks=dist.get_world_size(),
         max_tokens=config.ppo.micro_batch_tokens,
+        padded=padded,
     )
 
 
@@ -111,11 +112,13 @@ def response_logprobs(
     device: torch.device,
     *,
     temperature: float,
+    padded: bool,
     with_entropy: bool = False,
 ) -> Logprobs:
     """Return this rank's share of the log-probabilities at `temperature`."""
     index, values, entropy = [], [], torch.zeros((), device=device)
-    for forward in local_forward_passes(sequences, np.arange(len(sequences)), config):
+    rows = np.arange(len(sequences))
+    for forward in local_forward_passes(sequences, rows, config, padded=padded):
         batch = forward.batch.to(device)
         terms = policy(batch, temperature=temperature, with_entropy=with_entropy)
         num_tokens = int(sequences.responses.lengths[forward.rows].sum())

@@ -47,7 +47,7 @@ class Critic:
                 load_tokenizer(actor), load_tokenizer(start), names=("the actor", f"{key}={start}")
             )
             self.model = build_trainable_value_model(
-                model, engine, self.device, seed=config.run.seed
+                model, engine, self.device, seed=config.run.seed, packing=config.data.packing
             )
         self.engine = Engine(
             self.model,
@@ -63,7 +63,8 @@ class Critic:
         self.model.eval()
         sequences = join_sequences(rollouts)
         index, values, bootstrap = [], [], []
-        for forward in local_forward_passes(sequences, np.arange(len(sequences)), self.config):
+        rows, padded = np.arange(len(sequences)), self.model.is_padded
+        for forward in local_forward_passes(sequences, rows, self.config, padded=padded):
             batch = forward.batch.to(self.device)
             outputs = self.engine(batch)
             index.append(forward.rows)
@@ -118,7 +119,9 @@ class Critic:
         """Accumulate the gradients of one step; return (2,) shares of loss and clip_frac."""
         sequences, means = experience.sequences, torch.zeros(2, dtype=torch.float64)
         num_tokens = int(sequences.responses.lengths[rows].sum())
-        for forward in local_forward_passes(sequences, rows, self.config):
+        for forward in local_forward_passes(
+            sequences, rows, self.config, padded=self.model.is_padded
+        ):
             batch = forward.batch.to(self.device)
             outputs = self.engine(batch)
             positions = token_positions(sequences, forward.rows)

@@ -30,7 +30,12 @@ class Reference(FrozenRole):
         passes the temperature because a pool may serve several runs."""
         sequences = join_sequences(rollouts)
         return response_logprobs(
-            self.policy, sequences, self.config, self.device, temperature=temperature
+            self.policy,
+            sequences,
+            self.config,
+            self.device,
+            temperature=temperature,
+            padded=self.policy.is_padded,
         )
 
     def modules(self) -> list[Any]:
@@ -47,6 +52,7 @@ class Reference(FrozenRole):
             head_kind="clm",
             seed=0,
             dtype=compute_dtype(self.config.pools.reference.precision, self.device.type),
+            packing=self.config.data.packing,
         )
         policy = Policy(model, max_batch_tokens=max_pass_tokens(self.config))
         return policy.requires_grad_(False).eval().to(initial_device(self.config.pools.reference))
@@ -60,6 +66,11 @@ class Reference(FrozenRole):
         engine = EngineConfig(zero_stage=pool.zero_stage, precision=pool.precision)
         max_tokens = max_pass_tokens(self.config)
         policy = build_policy(
-            self._model_config, engine, self.device, seed=0, max_batch_tokens=max_tokens
+            self._model_config,
+            engine,
+            self.device,
+            seed=0,
+            max_batch_tokens=max_tokens,
+            packing=self.config.data.packing,
         )
         return FrozenEngine(policy, engine, self.device)

@@ -1,7 +1,6 @@
 """The reward role: rewards of responses from the reward model, rules and user-defined functions."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +28,16 @@ from medgpt.rlhf.roles.common import (
 )
 from medgpt.rlhf.rollout_batch import Prompts, Scores, Sequences, join_sequences
 
-Scorer = Callable[[PackedBatch], Tensor]  # (1, N) values of all positions
+
+class Scorer(Protocol):
+    """A value model, partitioned or not."""
+
+    @property
+    def is_padded(self) -> bool: ...
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Return the values (1, N) of all positions."""
+        ...
 
 
 class Reward(FrozenRole):
@@ -102,7 +110,8 @@ class Reward(FrozenRole):
             shares = split_by_length(sequences.lengths, dist.get_world_size())
             return shares[dist.get_rank()], None
         index, scores = [], []
-        for forward in local_forward_passes(sequences, np.arange(len(sequences)), self.config):
+        rows, padded = np.arange(len(sequences)), model.is_padded
+        for forward in local_forward_passes(sequences, rows, self.config, padded=padded):
             batch = forward.batch.to(self.device)
             index.append(forward.rows)
             scores.append(last_token_values(model(batch), batch)[: len(forward.rows)])
@@ -122,7 +131,7 @@ class Reward(FrozenRole):
 
     def _load_replicated(self, name: str) -> ValueModel:
         dtype = compute_dtype(self.pool.precision, self.device.type)
-        model, _ = load_value_model(name, dtype=dtype)
+        model, _ = load_value_model(name, dtype=dtype, packing=self.config.data.packing)
         return model.to(initial_device(self.pool))
 
     def _load_partitioned(self, name: str) -> Scorer:
@@ -130,4 +139,5 @@ class Reward(FrozenRole):
         from medgpt.engine.build import load_partitioned_reward_model
 
         engine = EngineConfig(zero_stage=self.pool.zero_stage, precision=self.pool.precision)
-        return load_partitioned_reward_model(name, engine, self.device)
+        packing = self.config.data.packing
+        return load_partitioned_reward_model(name, engine, self.device, packing=packing)
