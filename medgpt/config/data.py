@@ -119,6 +119,10 @@ class SourceConfig(Config):
     """kind qa: column of the answer."""
     mapping: MappingConfig | None = None
     """Conversion of rows of any other format."""
+    ignore: tuple[str, ...] = ()
+    """Columns, and keys of turns, to train without, such as `images`: they are not read and counted
+    in the report. Without it, a row with an unknown key in a turn, or with a column that changes
+    its meaning and is not used, is malformed."""
     group_by: str | None = None
     """Merge the rows of a file with the same value in this column: the merged row has the columns
     of the first row, and all rows in a list `rows`. The whole file is read at once."""

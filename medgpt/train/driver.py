@@ -126,10 +126,15 @@ def describe_data(data: dict[str, Any], plan: dict[str, Any]) -> str:
     set_aside = sum(sum(source["set_aside"].values()) for source in data["sources"].values())
     rows = sum(source["rows"] for source in data["sources"].values())
     unreadable = sum(len(source["unreadable_files"]) for source in data["sources"].values())
+    unused = sorted(
+        {name for source in data["sources"].values() for name in source.get("unused", ())}
+    )
+    unused_note = f"; not used: {', '.join(unused)}" if unused else ""
     unreadable_note = f"; {unreadable} files could not be read to their end" if unreadable else ""
     return (
         f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
-        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside{unreadable_note} "
+        f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside"
+        f"{unreadable_note}{unused_note} "
         f"(tokenized in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
     )
 

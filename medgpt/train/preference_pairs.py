@@ -36,13 +36,15 @@ def paired_examples(rows: Iterable[PackedRow]) -> Iterator[dict[str, list[int]]]
 def unpaired_examples(rows: Iterable[PackedRow], *, batch_size: int) -> Iterator[dict[str, Any]]:
     """Yield answers, labeled True above the mean grade of their prompt and False below.
 
+    The grade of a single answer is its label: 1 is good, -1 is bad.
+
     `KL_completion_ids` is another answer of the same micro-batch, on which KTO estimates the KL
     divergence to the reference (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306, 4.1).
     """
     labeled = []
     for row in rows:
         answers = _graded_answers(row)
-        mean = sum(grade for *_, grade in answers) / len(answers)
+        mean = sum(grade for *_, grade in answers) / len(answers) if len(answers) > 1 else 0
         labeled += [(prompt, ids, grade > mean) for prompt, ids, grade in answers if grade != mean]
     for start in range(0, len(labeled), batch_size):
         batch = labeled[start : start + batch_size]

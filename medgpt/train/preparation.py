@@ -158,7 +158,11 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
     """Return the function that turns records into tokens, cached per process."""
     from medgpt.data.tokenized.conversation import ChatOptions
     from medgpt.data.tokenized.encode import ConversationEncoder, DocumentEncoder
-    from medgpt.data.tokenized.encode_rlhf import PreferenceEncoder, PromptEncoder
+    from medgpt.data.tokenized.encode_rlhf import (
+        LabeledAnswerEncoder,
+        PreferenceEncoder,
+        PromptEncoder,
+    )
 
     config: DataStageConfig = cls.model_validate_json(config_json)
     tokenizer, max_length = load_tokenizer(tokenizer_url), config.data.max_length
@@ -167,9 +171,10 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
         return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
     data = config.data
     options = ChatOptions(system=data.system, thinking=data.thinking, turns=data.turns)
+    unpaired = isinstance(config, DPOConfig) and config.dpo.unpaired
     encoder = {
         "conversations": ConversationEncoder,
-        "preferences": PreferenceEncoder,
+        "preferences": LabeledAnswerEncoder if unpaired else PreferenceEncoder,
         "prompts": PromptEncoder,
     }[config.sample_kind]
     return encoder(tokenizer, max_length, options).encode_batch

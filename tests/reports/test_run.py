@@ -38,7 +38,9 @@ def make_run(folder: Path, *, steps: int = 30) -> Run:
         hardware={"machine": "x86_64", "cpus": 2, "memory_gb": 23.5},
         data={
             **totals,
-            "sources": {"clinic": {**account, "set_aside": set_aside}},
+            "sources": {
+                "clinic": {**account, "set_aside": set_aside, "unused": {"column <id>": 1002}}
+            },
             "tokens_by_source": {"clinic": 50_000},
             "validation": {**totals, "num_samples": 20},
         },
@@ -68,7 +70,8 @@ def test_a_report_shows_the_numbers_of_the_run(html):
     for text in ("night", "30", "3,000", "30.0 min", "8.0000 to 0.5000", "160", "980", "1,002"):
         assert text in html
     for text in (
-        "MIT",
+        "2 · deny-list",
+        "1,002 · column &lt;id&gt;",
         "(sensitive)",
         "2 · deny-list",
         "50,000",

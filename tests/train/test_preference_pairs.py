@@ -45,6 +45,15 @@ def test_unpaired_labels_compare_with_the_mean_grade_of_the_prompt() -> None:
     ]
 
 
+def test_the_grade_of_a_single_answer_is_its_label() -> None:
+    examples = unpaired_examples([row(([7], 1.0)), row(([8], -1.0))], batch_size=2)
+
+    assert [(example["completion_ids"], example["label"]) for example in examples] == [
+        ([7], True),
+        ([8], False),
+    ]
+
+
 def test_kl_completions_come_from_other_answers_of_the_micro_batch() -> None:
     rows = [row(([7], 0.0), ([8], 1.0)), row(([5], 1.0), ([6], 0.0))]
     examples = list(unpaired_examples(rows, batch_size=2))

@@ -25,7 +25,7 @@ from medgpt.data.sources.files import (
 )
 from medgpt.data.sources.records import Origin, Record, Reject
 from medgpt.data.sources.row_formats import RowParser
-from medgpt.data.sources.turns import RawRow, json_type
+from medgpt.data.sources.row_values import RawRow, json_type
 
 WHOLE_FILE_MB = 1024  # slice size for reading files whole
 BATCH_ROWS = 256  # Parquet rows read at a time

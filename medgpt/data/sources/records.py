@@ -42,12 +42,19 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document(Origin):
+class Content(Origin):
+    """What the records of all kinds have."""
+
+    unused: tuple[str, ...] = ()  # columns and turn keys of the row that nothing read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document(Content):
     text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conversation(Origin):
+class Conversation(Content):
     """An optional system message, then alternating turns of user and assistant.
 
     Between the user's turn and the answer, the assistant may call tools, and each call is followed
@@ -60,8 +67,11 @@ class Conversation(Origin):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preferences(Origin):
-    """A prompt and K >= 2 answers, of which some are better than others."""
+class Preferences(Content):
+    """A prompt and K >= 2 answers, of which some are better than others.
+
+    Or one answer that is good (grade 1) or bad (grade -1).
+    """
 
     prompt: tuple[Message, ...]  # includes its history, ends with the user
     answers: tuple[tuple[Message, ...], ...]  # (K,) each ends with the assistant

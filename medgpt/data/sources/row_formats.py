@@ -2,10 +2,23 @@
 
 from typing import Any
 
-from medgpt.config.data import SourceConfig, TurnsMapping
-from medgpt.data.sources.clean import clean_text
+from medgpt.config.data import SourceConfig
+from medgpt.data.sources.chat_columns import (
+    chat_messages,
+    column_messages,
+    history_messages,
+    instruction_message,
+    system_message,
+)
+from medgpt.data.sources.loss_flags import LOSS_KEYS, read_loss_flag
 from medgpt.data.sources.mapping import RowMapper
-from medgpt.data.sources.preferences import RankedAnswers, make_preferences, pair_columns, read_pair
+from medgpt.data.sources.preferences import (
+    RankedAnswers,
+    make_preferences,
+    read_labeled,
+    read_pair,
+    with_chosen_and_rejected,
+)
 from medgpt.data.sources.records import (
     Conversation,
     Document,
@@ -15,22 +28,26 @@ from medgpt.data.sources.records import (
     Reject,
     Role,
 )
-from medgpt.data.sources.turns import (
+from medgpt.data.sources.row_values import (
     MalformedRow,
     RawRow,
     UnusableRow,
-    check_turns,
-    read_turns,
+    is_empty,
     require_column,
-    require_list,
     require_text,
-    trim_unanswered,
+    shown_name,
 )
+from medgpt.data.sources.tools import TOOL_COLUMNS, read_tools
+from medgpt.data.sources.turns import check_turns, trim_unanswered
+from medgpt.data.sources.unused_keys import UnusedKeys
 
-QA_COLUMNS = (("question", "answer"), ("prompt", "response"), ("query", "response"))
-SHAREGPT = TurnsMapping(column="conversations", role="from", content="value")
-MESSAGES = TurnsMapping(column="messages")
-MAX_COLUMN_NAME = 32  # characters; a file without a header has values instead of names
+QA_COLUMNS = (
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("prompt", "completion"),
+)
+NOTHING_TO_LEARN = "no turn of the assistant is to be learned"
 
 
 class RowParser:
@@ -47,70 +64,98 @@ class RowParser:
         self._last: Role = "user" if prompts else "assistant"
 
     def __call__(self, row: RawRow, origin: Origin) -> Record | Reject:
-        origin_fields: dict[str, Any] = {
-            "source": origin.source,
-            "file": origin.file,
-            "row": origin.row,
-        }
+        keys = UnusedKeys(self._source.ignore, mapped=self._mapper is not None)
         try:
-            parsed = self._mapper(row) if self._mapper else self._by_kind(row)
-            if isinstance(parsed, str):
-                return Document(text=parsed, **origin_fields)
-            if isinstance(parsed, RankedAnswers):
-                return make_preferences(parsed, origin)
-            messages = trim_unanswered(parsed, "the conversation") if self._trim else parsed
-            return Conversation(
-                messages=check_turns(messages, "the conversation", last_role=self._last),
-                num_trimmed=len(parsed) - len(messages),
-                **origin_fields,
-            )
+            return self._parse(keys.drop_ignored(row, "column"), origin, keys)
         except MalformedRow as problem:
             malformed = not isinstance(problem, UnusableRow)
             return Reject.of(origin, str(problem), malformed=malformed)
 
-    def _by_kind(self, row: RawRow) -> str | list[Message] | RankedAnswers:
+    def _parse(self, row: RawRow, origin: Origin, keys: UnusedKeys) -> Record:
+        if self._source.group_by is not None:
+            keys.use(self._source.group_by)
+        if self._mapper:
+            parsed = self._mapper(row, keys)
+        else:
+            row = with_chosen_and_rejected(row)
+            parsed = self._by_kind(row, keys)
+        tools = None
+        if not isinstance(parsed, str) and not keys.is_used(*TOOL_COLUMNS):
+            tools = read_tools(row)
+            keys.use(*TOOL_COLUMNS)
+        keys.check_columns(row)
+        fields: dict[str, Any] = {
+            "source": origin.source,
+            "file": origin.file,
+            "row": origin.row,
+            "unused": tuple(sorted(keys.names)),
+        }
+        if isinstance(parsed, str):
+            return Document(text=parsed, **fields)
+        if isinstance(parsed, RankedAnswers):
+            return make_preferences(parsed, tools, **fields)
+        messages = trim_unanswered(parsed, "the conversation") if self._trim else parsed
+        checked = check_turns(messages, "the conversation", last_role=self._last)
+        if self._last == "assistant" and not any(m.learn for m in checked if m.role == "assistant"):
+            raise UnusableRow(NOTHING_TO_LEARN)
+        return Conversation(
+            messages=checked, tools=tools, num_trimmed=len(parsed) - len(messages), **fields
+        )
+
+    def _by_kind(self, row: RawRow, keys: UnusedKeys) -> str | list[Message] | RankedAnswers:
         kind = self._kind(row) if self._source.kind == "auto" else self._source.kind
         try:
-            match kind:
-                case "text":
-                    column = "text" if "text" in row else "content"
-                    return require_text(require_column(row, column), f"column {column}")
-                case "instruction":
-                    return _system_message(row) + _instruction_messages(row)
-                case "history":
-                    return (
-                        _system_message(row) + _history_messages(row) + _instruction_messages(row)
-                    )
-                case "sharegpt":
-                    return _system_message(row) + read_turns(row, SHAREGPT)
-                case "messages":
-                    return _system_message(row) + read_turns(row, MESSAGES)
-                case "qa":
-                    question, answer = self._qa(row) or self._configured()
-                    return [
-                        Message(
-                            "user",
-                            require_text(require_column(row, question), f"column {question}"),
-                        ),
-                        Message(
-                            "assistant",
-                            require_text(require_column(row, answer), f"column {answer}"),
-                        ),
-                    ]
-                case "pairs":
-                    return read_pair(row, _system_message(row) + _history_messages(row))
-                case "prompt":
-                    prompt = Message(
-                        "user", require_text(require_column(row, "prompt"), "column prompt")
-                    )
-                    return [*_system_message(row), *_history_messages(row), prompt]
+            if kind == "text":
+                column = "text" if "text" in row else "content"
+                keys.use(column)
+                return require_text(require_column(row, column), f"column {column}")
+            if kind == "pairs":
+                return read_pair(row, keys)
+            messages = self._messages(row, kind, keys)
+            if all(m.role == "assistant" and m.tool_calls is None for m in messages):
+                if not all(message.learn for message in messages):
+                    raise UnusableRow(NOTHING_TO_LEARN)
+                return "\n".join(message.content for message in messages)
+            return self._with_label(row, messages, keys)
         except MalformedRow as problem:
-            raise MalformedRow(f"kind {kind}: {problem}") from None
-        raise AssertionError(kind)
+            raise type(problem)(f"kind {kind}: {problem}") from None
+
+    def _messages(self, row: RawRow, kind: str, keys: UnusedKeys) -> list[Message]:
+        """Return the messages of a row of a kind that has them."""
+        system = system_message(row, keys)
+        if kind in ("sharegpt", "messages"):
+            keys.use(*LOSS_KEYS)
+            column = "messages" if kind == "messages" else "conversations"
+            messages = chat_messages(row, column, keys)
+            if not read_loss_flag(row, "assistant", "the row"):
+                raise UnusableRow(NOTHING_TO_LEARN)
+            return system + messages
+        before = system + history_messages(row, keys)
+        if kind in ("instruction", "history"):
+            question = instruction_message(row, keys)
+            return [*before, question, *column_messages(row, "output", "assistant", keys)]
+        if kind == "qa":
+            question, answer = self._qa(row) or self._configured()
+            before += column_messages(row, question, "user", keys)
+            return before + column_messages(row, answer, "assistant", keys)
+        assert kind == "prompt", kind
+        return before + column_messages(row, "prompt", "user", keys)
+
+    def _with_label(
+        self, row: RawRow, messages: list[Message], keys: UnusedKeys
+    ) -> list[Message] | RankedAnswers:
+        """Return the messages as an answer that is good or bad if the row says so."""
+        if not is_empty(row.get("kto_tag")):
+            keys.use("kto_tag")
+            return read_labeled(messages, row["kto_tag"], "kto_tag")
+        if isinstance(row.get("label"), bool) and ("completion" in row or "messages" in row):
+            keys.use("label")
+            return read_labeled(messages, row["label"], "label")
+        return messages
 
     def _kind(self, row: RawRow) -> str:
         """Infer the kind from the columns. Raises MalformedRow if they match none."""
-        if pair_columns(row) or ("chosen" in row and "rejected" in row):
+        if "chosen" in row and "rejected" in row:
             return "pairs"
         if "messages" in row:
             return "messages"
@@ -122,7 +167,7 @@ class RowParser:
             return "qa"
         if "text" in row or "content" in row:
             return "text"
-        names = [n if len(n) <= MAX_COLUMN_NAME else f"<{len(n)} characters>" for n in row]
+        names = map(shown_name, row)
         raise MalformedRow(f"no known shape in columns {', '.join(names)}; set kind or mapping")
 
     def _configured(self) -> tuple[str, str]:
@@ -131,38 +176,3 @@ class RowParser:
     def _qa(self, row: RawRow) -> tuple[str, str] | None:
         pairs = (self._configured(), *QA_COLUMNS)
         return next((pair for pair in pairs if pair[0] in row and pair[1] in row), None)
-
-
-def _system_message(row: RawRow) -> list[Message]:
-    """Return the system message in column `system`, which many datasets have, often empty."""
-    if row.get("system") is None or row["system"] == "":
-        return []
-    return [Message("system", require_text(row["system"], "column system"))]
-
-
-def _instruction_messages(row: RawRow) -> list[Message]:
-    """Return `instruction`, with a non-empty `input` on the next line, and `output`."""
-    parts = [require_column(row, "instruction"), row.get("input")]
-    for part, column in zip(parts, ("instruction", "input"), strict=True):
-        if part is not None and not isinstance(part, str):
-            require_text(part, f"column {column}")
-    question = "\n".join(text for part in parts if part and (text := clean_text(part)))
-    return [
-        Message("user", require_text(question, "column instruction")),
-        Message("assistant", require_text(require_column(row, "output"), "column output")),
-    ]
-
-
-def _history_messages(row: RawRow) -> list[Message]:
-    """Return the earlier turns in `history`: [question, answer] pairs, possibly as JSON text."""
-    value = row.get("history")
-    if value in (None, "", [], "[]"):
-        return []
-    messages: list[Message] = []
-    for number, pair in enumerate(require_list(row, "history"), start=1):
-        location = f"column history, turn {number}"
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise MalformedRow(f"{location} must be a question and an answer")
-        messages.append(Message("user", require_text(pair[0], f"{location}, question")))
-        messages.append(Message("assistant", require_text(pair[1], f"{location}, answer")))
-    return messages

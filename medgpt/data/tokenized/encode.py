@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from medgpt.config.base import ConfigError
-from medgpt.data.sources.records import Conversation, Document, Message, Record, Reject
+from medgpt.data.sources.records import Conversation, Document, Message, Preferences, Record, Reject
 from medgpt.data.tokenized import chat_template, parts
 from medgpt.data.tokenized.answer_format import accepts_system_message, accepts_tools
 from medgpt.data.tokenized.conversation import (
@@ -321,6 +321,8 @@ def _document_error(record: Record) -> str | None:
         return "empty text"
     if isinstance(record, Document):
         return None
+    if isinstance(record, Preferences) and len(record.answers) == 1 and record.grades[0] < 0:
+        return "an answer labeled bad where a document is needed"
     if not all(message.learn for message in record.messages):
         return "a turn is not to be learned, but pretraining learns whole texts"
     if record.tools is not None:

@@ -1,6 +1,7 @@
 """Encodes preferences and prompts as token ids for reward models, DPO and PPO."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ from medgpt.data.tokenized.encode import (
 )
 from medgpt.data.tokenized.parts import Chat
 
+ONE_ANSWER = "a single answer, labeled good or bad, makes no pair; `medgpt dpo` with loss=kto can"
+
 
 class PreferenceEncoder(ChatEncoder):
     """Encodes the prompt with each answer as one sequence, and concatenates the sequences.
@@ -33,11 +36,16 @@ class PreferenceEncoder(ChatEncoder):
     message, until the longest sequence has at most `max_length` tokens.
     """
 
+    needs_pairs: ClassVar[bool] = True
+    """Whether an answer without another to the same prompt is set aside."""
+
     def __call__(self, record: Record) -> EncodedSample | Reject:
         if not isinstance(record, Preferences):
             return Reject.of(
                 record, f"{type(record).__name__.lower()} where preferences are needed"
             )
+        if self.needs_pairs and len(record.answers) == 1:
+            return Reject.of(record, ONE_ANSWER, malformed=False)
         prompt, changes = self._options.apply(record.prompt)
         answers = []
         for answer in record.answers:
@@ -79,6 +87,12 @@ class PreferenceEncoder(ChatEncoder):
             grades=np.array(record.grades, np.float32),
             num_truncated_turns=num_truncated,
         )
+
+
+class LabeledAnswerEncoder(PreferenceEncoder):
+    """Encodes prompts with single answers, too, which are labeled good or bad."""
+
+    needs_pairs = False
 
 
 class PromptEncoder(ChatEncoder):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from medgpt.data.tokenized.encode import EncodedSample
 
 NUM_SHOWN = 3  # reasons or files listed in an error
+MAX_UNUSED = 50  # names; keys that are data would fill the manifest
+OTHER_UNUSED = "other columns and keys"
 
 
 @dataclass
@@ -35,6 +37,7 @@ class RowCounts:
     unreadable_files: list[str] = field(default_factory=list)  # "FILE, row N: REASON"
     set_aside: dict[str, int] = field(default_factory=dict)  # reason -> rows
     changes: dict[str, int] = field(default_factory=dict)  # what was removed or moved -> how many
+    unused: dict[str, int] = field(default_factory=dict)  # column or key that nothing read -> rows
 
     def add(self, counts: "RowCounts") -> None:
         self.rows += counts.rows
@@ -47,6 +50,7 @@ class RowCounts:
         self.changes = dict(Counter(self.changes) + Counter(counts.changes))
         self.unreadable_files = self.unreadable_files + counts.unreadable_files
         self.set_aside = dict(Counter(self.set_aside) + Counter(counts.set_aside))
+        self.unused = dict(Counter(self.unused) + Counter(counts.unused))
 
     def count_sample(
         self, record: Record, encoded: "EncodedSample", *, is_validation: bool
@@ -59,6 +63,9 @@ class RowCounts:
         self.samples += len(samples)
         self.truncated_turns += sum(sample.num_truncated_turns for sample in samples)
         self.changes = dict(Counter(self.changes) + Counter(encoded.changes))
+        for name in record.unused:
+            name = name if name in self.unused or len(self.unused) < MAX_UNUSED else OTHER_UNUSED
+            self.unused[name] = self.unused.get(name, 0) + 1
         if isinstance(record, Conversation):
             self.trimmed_turns += record.num_trimmed
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
+from pydantic import ValidationError
 
 from medgpt.artifacts import MANIFEST, FileEntry, Folder, commit, committed
 from medgpt.config.base import ConfigError
@@ -47,8 +48,6 @@ SPLITS = ("train", "validation")
 SLICE_RESULTS = "units"  # folder of the results of slices, removed in the end
 INPUTS_FILE = "begun.json"  # the inputs of these results
 IGNORED_SETTINGS = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
-DEFAULTS_OF_LATER_KEYS = {"turns": "all", "system": "keep", "thinking": "keep"}
-"""Keys of [data] that manifests of earlier versions lack; left out where they change nothing."""
 
 EncodeBatch = Callable[[Sequence[Record]], "list[EncodedSample | Reject]"]
 
@@ -114,7 +113,7 @@ def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
     changes = list(describe_changes(manifest["inputs"], job.config))
     if manifest["encoding"] != job.encoding:
         changes.append("the tokenizer or the objective changed")
-    if manifest["config"] != _tokenization_settings(job.config):
+    if _with_defaults(manifest["config"]) != _tokenization_settings(job.config):
         changes.append("settings under [data] changed")
     if changes and not job.allow_changes:
         if (more := len(changes) - NUM_SHOWN_CHANGES) > 0:
@@ -142,13 +141,18 @@ def prepare_folders(job: TokenizeJob) -> dict[str, str]:
         "config": _tokenization_settings(job.config),
     }
     slice_results, rejected = Folder(job.data_url) / SLICE_RESULTS, Folder(job.rejected_url)
-    if not slice_results.exists(INPUTS_FILE) or slice_results.read_json(INPUTS_FILE) != inputs:
+    if not slice_results.exists(INPUTS_FILE) or _recorded_inputs(slice_results) != inputs:
         for folder in (Folder(job.data_url), rejected):
             folder.remove()
         if rejected.is_local:  # it names rows of patients: readable by the owner only
             Path(rejected.root).mkdir(mode=0o700, parents=True)
         slice_results.write_json(INPUTS_FILE, inputs)
     return stamps
+
+
+def _recorded_inputs(slice_results: Folder) -> dict[str, Any]:
+    inputs = slice_results.read_json(INPUTS_FILE)
+    return {**inputs, "config": _with_defaults(inputs["config"])}
 
 
 def finished_slices(job: TokenizeJob) -> dict[int, dict[str, Any]]:
@@ -323,12 +327,21 @@ def commit_shards(
 def _tokenization_settings(config: DataConfig) -> dict[str, Any]:
     """Return the settings that affect the content of the shards."""
     settings = config.model_dump(mode="json", exclude=IGNORED_SETTINGS)
-    for key, default in DEFAULTS_OF_LATER_KEYS.items():
-        if settings[key] == default:
-            del settings[key]
     for source in settings["sources"]:
         source["licence"] = source.pop("license")  # as manifests of earlier versions spell it
     return settings
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a manifest with the defaults of keys that are newer than it."""
+    sources = [{**source, "license": source["licence"]} for source in settings["sources"]]
+    for source in sources:
+        del source["licence"]
+    try:
+        config = DataConfig.model_validate({**settings, "sources": sources})
+    except ValidationError:  # a newer version wrote the manifest
+        return settings
+    return _tokenization_settings(config)
 
 
 def _count_tokens(folder: Folder, split: str, job: TokenizeJob) -> dict[str, Any]:

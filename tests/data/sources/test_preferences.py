@@ -56,6 +56,76 @@ def test_pairs_are_recognized_by_their_columns(row: dict[str, Any]) -> None:
     assert item.messages == (USER, BETTER)
 
 
+TURN = {"from": "human", "value": Q}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {  # LLaMA-Factory
+            "conversations": [TURN],
+            "chosen": {"from": "gpt", "value": GOOD},
+            "rejected": {"from": "gpt", "value": BAD},
+        },
+        {"instruction": Q, "input": "", "chosen": GOOD, "rejected": BAD},
+        {"instruction": Q, "chosen": dicts(BETTER), "rejected": dicts(WORSE)},
+        {"messages": dicts(USER, BETTER), "rejected_response": BAD},  # ms-swift
+        {"messages": dicts(USER, BETTER), "rejected_messages": dicts(USER, WORSE)},
+        {"query": Q, "response": GOOD, "rejected_response": BAD},
+        {  # OpenAI
+            "input": {"messages": dicts(USER), "tools": []},
+            "preferred_output": dicts(BETTER),
+            "non_preferred_output": dicts(WORSE),
+        },
+    ],
+)
+def test_pairs_of_other_tools_are_recognized(row: dict[str, Any]) -> None:
+    item = ranked(parse_row(row))
+    assert item.prompt == (USER,)
+    assert item.answers == ((BETTER,), (WORSE,))
+    assert item.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "grade"),
+    [
+        ({"instruction": Q, "input": "", "output": GOOD, "kto_tag": True}, 1.0),
+        ({"messages": dicts(USER, WORSE), "kto_tag": False}, -1.0),
+        ({"messages": dicts(USER, WORSE), "label": False}, -1.0),
+        ({"prompt": dicts(USER), "completion": dicts(BETTER), "label": True}, 1.0),
+        ({"question": Q, "answer": BAD, "kto_tag": "false"}, -1.0),
+    ],
+)
+def test_an_answer_with_a_label_is_a_preference_of_its_own(
+    row: dict[str, Any], grade: float
+) -> None:
+    item = ranked(parse_row(row))
+    assert item.prompt == (USER,)
+    assert item.answers == ((BETTER if grade > 0 else WORSE,),)
+    assert item.grades == (grade,)
+
+
+def test_other_labels_are_counted_and_wrong_ones_are_malformed() -> None:
+    item = parse_row({"question": Q, "answer": GOOD, "label": "cardiology"})
+    assert isinstance(item, Conversation)
+    assert item.unused == ("column label",)
+    wrong = parse_row({"question": Q, "answer": GOOD, "kto_tag": 0.5})
+    assert isinstance(wrong, Reject)
+    assert "column kto_tag is a number, must be true or false" in wrong.reason
+
+
+def test_loss_flags_mean_nothing_in_a_prompt_and_cannot_be_obeyed_in_an_answer() -> None:
+    history = [{**turn, "weight": 0} for turn in dicts(USER, WORSE)]
+    chosen = [*history, *dicts(USER, BETTER)]
+    rejected = dicts(USER, WORSE, USER, Message("assistant", "x"))
+    item = ranked(parse_row({"chosen": chosen, "rejected": rejected}))
+    assert item.prompt == (USER, WORSE, USER)
+    marked = [{**dicts(BETTER)[0], "loss": False}]
+    refused = parse_row({"prompt": Q, "chosen": marked, "rejected": BAD})
+    assert isinstance(refused, Reject)
+    assert "an answer has a turn that is not to be learned" in refused.reason
+
+
 def test_history_system_message_and_margin_of_a_pair_are_kept() -> None:
     row = {"system": "医生", "history": [["在吗", "在"]], "prompt": Q, "margin": "2.5"}
     item = ranked(parse_row(row | {"chosen": GOOD, "rejected": BAD}))

@@ -373,7 +373,7 @@ def test_no_reason_quotes_the_row(tmp_path: Path) -> None:
         f'{{"instruction": "{secret}", "output": ["{secret}"]}}',
         f'{{"instruction": "{secret}", "output": "x", "history": [["{secret}"]]}}',
         f'{{"{secret * 9}": 1}}',
-        f'{{"conversations": [{{"from": "gpt", "value": "{secret}"}}]}}',
+        f'{{"conversations": [{{"from": "human", "value": "{secret}"}}]}}',
     ]
     (tmp_path / "x.jsonl").write_text("\n".join(lines), "utf-8")
     (tmp_path / "y.csv").write_text(f'text\n"{secret}"x\n{secret},{secret}\n', "utf-8")

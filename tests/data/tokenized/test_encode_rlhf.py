@@ -7,8 +7,12 @@ import pytest
 from medgpt.config.model import TokenizerConfig
 from medgpt.data.sources.records import Conversation, Document, Message, Preferences, Reject
 from medgpt.data.tokenized import chat_template
-from medgpt.data.tokenized.encode import ConversationEncoder, EncodedSample
-from medgpt.data.tokenized.encode_rlhf import PreferenceEncoder, PromptEncoder
+from medgpt.data.tokenized.encode import ConversationEncoder, DocumentEncoder, EncodedSample
+from medgpt.data.tokenized.encode_rlhf import (
+    LabeledAnswerEncoder,
+    PreferenceEncoder,
+    PromptEncoder,
+)
 from medgpt.models.tokenizer import train_tokenizer
 
 TEXTS = ["患者头痛，血压高。请测量体温。", "See a doctor today, thanks."] * 5
@@ -74,7 +78,7 @@ def test_all_assistant_turns_of_an_answer_are_targets(tokenizer) -> None:
 
 
 def test_a_long_prompt_loses_its_oldest_turns_for_all_answers_alike(tokenizer) -> None:
-    longest = max(encode(tokenizer, preferences()).sequence_lengths)
+    longest = max(len(ids) for ids, _ in split(encode(tokenizer, preferences())))
     shorter = encode(tokenizer, preferences(), max_length=longest - 1)
     remaining = (SYSTEM, HISTORY[-1])
 
@@ -100,6 +104,19 @@ def test_invalid_preferences_are_set_aside(tokenizer) -> None:
         assert isinstance(reject, Reject)
         assert reason.replace("holds", "contains") in reject.reason
         assert reject.malformed == malformed
+
+
+def test_a_labeled_answer_is_encoded_only_where_no_pairs_are_needed(tokenizer) -> None:
+    labeled = preferences(answers=ANSWERS[:1], grades=(-1.0,))
+    encoded = LabeledAnswerEncoder(tokenizer, 999)(labeled)
+    assert isinstance(encoded, EncodedSample)
+    assert encoded.grades is not None
+    assert encoded.grades.tolist() == [-1.0]
+    for encoder in (PreferenceEncoder(tokenizer, 999), ConversationEncoder(tokenizer, 999)):
+        assert isinstance(encoder(labeled), Reject)
+    reject = DocumentEncoder(tokenizer, "clm")(labeled)
+    assert isinstance(reject, Reject)
+    assert "labeled bad" in reject.reason
 
 
 def test_an_encoded_prompt_is_the_generation_prompt_with_its_history(tokenizer) -> None:

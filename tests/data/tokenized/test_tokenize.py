@@ -269,6 +269,17 @@ def test_trimmed_turns_are_counted(tmp_path: Path) -> None:
     assert (counts["train"], counts["trimmed_turns"]) == (3, 6)
 
 
+def test_columns_and_keys_that_nothing_read_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"document {i}", "id": i, "images": ["x.png"]} for i in range(3)]
+    rows += [{"text": "one", f"key {i}": 1} for i in range(60)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    source = {"name": "a", "paths": [str(path)], "ignore": ["images"]}
+    unused = tokenize(make_job(tmp_path, source, validation_share=0))["sources"]["a"]["unused"]
+    assert (unused["column id"], unused["column images"]) == (3, 3)
+    assert len(unused) == 51
+    assert unused["other columns and keys"] == 12
+
+
 def test_an_empty_training_split_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 500}] * 3)
     with pytest.raises(ConfigError, match=r"no row is left .*N characters are too long \(3 rows\)"):
@@ -308,20 +319,21 @@ def test_a_wrong_source_is_an_error_before_any_task_starts(
 
 def broken_parquet(folder: Path) -> Path:
     """Two good shards and a truncated one."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "2.parquet"
     for shard in range(3):
-        path = folder / f"{shard}.parquet"
-        folder.mkdir(exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(texts(50, 100 * shard)), path)
+        table = pa.Table.from_pylist(texts(50, 100 * shard))
+        pq.write_table(table, folder / f"{shard}.parquet")
     path.write_bytes(path.read_bytes()[:-200])
     return path
 
 
 def broken_gzip(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "2.jsonl.gz"
     for shard in range(3):
         lines = "".join(json.dumps(row) + "\n" for row in texts(5000, 10_000 * shard))
-        path = folder / f"{shard}.jsonl.gz"
-        folder.mkdir(exist_ok=True)
-        path.write_bytes(gzip.compress(lines.encode()))
+        (folder / f"{shard}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     path.write_bytes(path.read_bytes()[:-4000])
     return path
 
@@ -362,6 +374,16 @@ def test_finished_work_is_reused(tmp_path: Path) -> None:
         "1.jsonl",
         "2.jsonl",
     ]
+
+
+def test_work_of_a_version_without_the_newer_keys_is_reused(tmp_path: Path) -> None:
+    job, manifest = three_files(tmp_path)
+    for source in manifest["config"]["sources"]:
+        del source["ignore"]
+    for source in manifest["sources"].values():
+        del source["unused"]
+    Folder(job.data_url).write_json("manifest.json", manifest)
+    assert reusable_manifest(job) == manifest
 
 
 def test_files_with_another_date_but_the_same_content_are_the_same(tmp_path: Path) -> None:
@@ -450,7 +472,7 @@ def test_changed_settings_or_tokenizer_are_an_error_unless_changes_are_allowed(
 ) -> None:
     three_files(tmp_path)
     source = {"name": "a", "paths": [str(tmp_path / "a")]}
-    longer = {"validation_share": 0, "max_length": 128}
+    longer: dict[str, Any] = {"validation_share": 0, "max_length": 128}
     with pytest.raises(ConfigError, match=r"settings under \[data\]"):
         tokenize(make_job(tmp_path, source, **longer))
     assert reusable_manifest(make_job(tmp_path, source, allow_changes=True, **longer)) is None
