@@ -7,6 +7,7 @@ says. Its tokens obey stricter rules: whole Chinese words, no punctuation inside
 
 import datetime
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ _TOKEN_PATTERN = (  # a token is within one match: digit, Chinese, other letters
     rf"|\s*[\r\n]+|\s+(?!\S)|\s+|[^\s\p{{L}}\p{{M}}\p{{N}}{HAN}]+"
 )
 _TOKEN_SPLITTER = pre_tokenizers.Split(Regex(_TOKEN_PATTERN), "isolated")
+MAX_RUN = 256  # characters; longer than the words and chemical names of any language
+_LONG_STRETCH = re.compile(rf"[^\s\d{HAN}]{{{MAX_RUN + 1},}}|\s{{{MAX_RUN + 1},}}")  # may be a run
 
 Merge = tuple[str, str]
 
@@ -138,7 +141,21 @@ def _mark_word_breaks(text: str, max_run: int) -> str:
         parts.append(text[done:start])
         parts += [text[i : min(i + max_run, end)] + _WORD_BREAK for i in range(start, end, max_run)]
         done = end
-    return "".join([*parts, text[done:]])
+    return cut_long_runs("".join([*parts, text[done:]]), _WORD_BREAK)
+
+
+def cut_long_runs(text: str, mark: str) -> str:
+    """Insert `mark` into runs of letters, punctuation or spaces longer than MAX_RUN characters.
+
+    The trainers of tokenizers take a time quadratic in the longest run, such as DNA.
+    """
+    parts, done = [], 0
+    for stretch in _LONG_STRETCH.finditer(text):
+        for _, (start, end) in _TOKEN_SPLITTER.pre_tokenize_str(stretch.group()):
+            for cut in range(stretch.start() + start + MAX_RUN, stretch.start() + end, MAX_RUN):
+                parts.append(text[done:cut])
+                done = cut
+    return mark.join([*parts, text[done:]])
 
 
 def frequent_characters(corpus: list[str]) -> list[str]:
@@ -202,7 +219,7 @@ def _wrap_bpe(vocabulary: dict[str, int], merges: list[Merge]) -> PreTrainedToke
 
 
 def _train_wordpiece(texts: Iterator[str], config: TokenizerConfig) -> PreTrainedTokenizerFast:
-    corpus = list(texts)
+    corpus = [cut_long_runs(text, " ") for text in texts]
     cased = partial(BertTokenizer, do_lower_case=False, strip_accents=False)
     learner = cased().backend_tokenizer
     characters = [c for c in frequent_characters(corpus) if not c.isspace()][

@@ -23,6 +23,7 @@ from medgpt.config.base import ConfigError
 from medgpt.data.tokenized import chat_template
 from medgpt.data.tokenized.words import han_words
 from medgpt.models.tokenizer import (
+    MAX_RUN,
     Merge,
     character_merges,
     frequent_characters,
@@ -199,8 +200,16 @@ def _token_strings(
             is_added = np.isin(ids, added)
             is_break = (word_ids[1:] != word_ids[:-1]) | is_added[1:] | is_added[:-1]
             is_break |= word_border[starts[1:]] & (starts[1:] != starts[:-1])
+            is_break |= _breaks_in_long_runs(is_break)
             codes = np.insert(ids + _FIRST_CODE, np.flatnonzero(is_break) + 1, _BREAK_CODE)
             yield codes.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def _breaks_in_long_runs(is_break: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return (N - 1,) breaks between N tokens after every MAX_RUN tokens without one."""
+    position = np.arange(1, len(is_break) + 1)
+    last_break = np.maximum.accumulate(np.where(is_break, position, 0))
+    return (position > last_break) & ((position - last_break) % MAX_RUN == 0)
 
 
 def _is_trainable_token(token: str, max_chinese_run: int) -> bool:

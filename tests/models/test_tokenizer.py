@@ -1,3 +1,6 @@
+import random
+import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -7,7 +10,15 @@ from transformers import AutoTokenizer, BertConfig, LlamaConfig, Qwen2Config
 
 from medgpt.config.base import ConfigError
 from medgpt.config.model import TokenizerConfig
-from medgpt.models.tokenizer import load_tokenizer, may_be_one_token, train_tokenizer
+from medgpt.models.tokenizer import (
+    MAX_RUN,
+    cut_long_runs,
+    load_tokenizer,
+    may_be_one_token,
+    train_tokenizer,
+)
+from medgpt.models.vocabulary import extend_tokenizer
+from medgpt.sample_corpus.generator import CorpusGenerator
 
 TEXTS = [
     "患者患有2型糖尿病，血糖控制不佳。建议使用二甲双胍，并监测血糖(mmol/L)。",
@@ -56,7 +67,7 @@ def test_no_bpe_token_crosses_punctuation_or_exceeds_the_chinese_run(bpe):
 def test_a_longer_run_is_allowed_when_configured():
     config = CONFIG.model_copy(update={"max_chinese_run": 4})
     tokenizer = train_tokenizer(iter(TEXTS), config, "bpe")
-    assert "糖尿病" in {tokenizer.decode([i]) for i in range(len(tokenizer))}
+    assert "糖尿病" in [tokenizer.decode([i]) for i in range(len(tokenizer))]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
@@ -122,3 +133,34 @@ def test_a_tokenizer_without_end_token_is_a_config_error(bpe, tmp_path: Path):
     (tmp_path / "tokenizer_config.json").write_text(without, "utf-8")
     with pytest.raises(ConfigError, match="no end token; set eos_token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_long_runs_of_every_script_are_cut_for_the_trainer():
+    run = 2 * MAX_RUN + 10
+    for unit in ("A", "г", "ก", "क्", "あ", "=", " ", "\n"):
+        text = f"病人 x{(unit * run)[:run]}1"
+        cut = cut_long_runs(text, "|")
+        assert cut.replace("|", "") == text
+        assert max(len(piece) for piece in cut.split("|")) <= MAX_RUN + len("病人 x")
+        assert cut.count("|") == 2
+    for text in ("A" * MAX_RUN, "ab, " * MAX_RUN, "1" * run, "病" * run, "a=b;" * MAX_RUN):
+        assert cut_long_runs(text, "|") == text
+
+
+def test_texts_without_long_runs_are_the_trainers_as_they_are():
+    texts = [row["text"] for row in islice(CorpusGenerator().documents(), 500)]
+    assert all(cut_long_runs(text, "|") == text for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "extend"])
+def test_training_takes_a_time_linear_in_the_longest_run(kind):
+    """18 s for 200,000 letters in one run before; the limit leaves room for a busy machine."""
+    dice = random.Random(0)
+    dna = "".join(dice.choice("ACGT") for _ in range(200_000))
+    config, started = TokenizerConfig(vocab_size=600), time.process_time()
+    if kind == "extend":
+        extend_tokenizer(train_tokenizer(iter(TEXTS), config, "bpe"), iter([*TEXTS, dna]), 100)
+    else:
+        tokenizer = train_tokenizer(iter([*TEXTS, dna]), config, kind)
+        assert len(tokenizer(dna[:1000])["input_ids"]) < 700
+    assert time.process_time() - started < 6
