@@ -338,4 +338,4 @@ def _unit_texts(unit: FileSlice, source: SourceConfig, deny: DenyList) -> Iterat
         if isinstance(record, Document):
             yield record.text
         elif not isinstance(record, Reject):
-            yield from (message.content for message in record.messages)
+            yield from (message.text for message in record.messages)

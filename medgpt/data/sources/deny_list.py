@@ -107,7 +107,7 @@ class DenyList:
         if isinstance(record, Document):
             texts = [record.text]
         else:
-            texts = [m.content for m in record.messages if m.role == "assistant"]
+            texts = [m.text for m in record.messages if m.role == "assistant"]
         rule = next((rule for text in texts if (rule := self.match(text))), None)
         if rule is None:
             return record

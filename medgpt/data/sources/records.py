@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -14,6 +14,11 @@ class Message:
     content: str  # empty only if the assistant calls tools, or a tool returned nothing
     learn: bool = True  # False: an assistant turn that is context and no target of the loss
     tool_calls: str | None = None  # JSON of [{"name": str, "arguments": object}, ...]
+
+    def __repr__(self) -> str:
+        # hashes of evaluations contain it: a message without further fields keeps its form
+        fields = zip(("role", "content", "learn", "tool_calls"), self.to_list(), strict=False)
+        return f"Message({', '.join(f'{name}={value!r}' for name, value in fields)})"
 
     @property
     def text(self) -> str:
@@ -45,7 +50,8 @@ class Origin:
 class Content(Origin):
     """What the records of all kinds have."""
 
-    unused: tuple[str, ...] = ()  # columns and turn keys of the row that nothing read
+    # columns and turn keys of the row that nothing read
+    unused: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,8 @@ class Conversation(Content):
     """
 
     messages: tuple[Message, ...]
-    tools: str | None = None  # JSON list of the tools that the assistant may call
+    # JSON list of the tools that the assistant may call; not in the hashes of evaluations
+    tools: str | None = field(default=None, repr=False)
     num_trimmed: int = 0  # messages removed before the first and after the last exchange
 
 

@@ -1,6 +1,7 @@
 """Generated answers compared with reference answers, word by word."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import jieba
 
@@ -47,6 +48,7 @@ class GenerationTask:
             num_conversations = 0
             for record in read_records(source):
                 if isinstance(record, Conversation):
+                    record = _until_last_learned(record)
                     question_texts = [message.content for message in record.messages[:-1]]
                     items.setdefault(f"{source.name}-{hash_texts(*question_texts)}", record)
                     num_conversations += 1
@@ -90,3 +92,23 @@ class GenerationTask:
         counts = [item.counts for item in items]
         scores = {metric: corpus_score(metric, counts, seed) for metric in self.corpus_metrics}
         return {metric: score for metric, score in scores.items() if score is not None}
+
+
+def _until_last_learned(item: Conversation) -> Conversation:
+    """Return a conversation that ends with its last answer to learn, the reference.
+
+    Raises ConfigError for a prompt without an answer, and for tools, which a task does not offer
+    to the model.
+    """
+    if item.messages[-1].role != "assistant":
+        raise ConfigError(
+            f"{item.file} row {item.row}: has no answer to compare with; give files of questions "
+            "with answers"
+        )
+    if item.tools is not None or any(message.tool_calls for message in item.messages):
+        raise ConfigError(
+            f"{item.file} row {item.row}: has tools, but evaluations of kind generation compare "
+            "texts; remove rows with tools"
+        )
+    learned = [i for i, m in enumerate(item.messages) if m.role == "assistant" and m.learn]
+    return replace(item, messages=item.messages[: learned[-1] + 1])

@@ -81,7 +81,7 @@ def _source_texts(source: SourceConfig) -> Iterator[str]:
         if isinstance(record, Document):
             yield record.text
         else:
-            yield "\n".join(message.content for message in record.messages)
+            yield "\n".join(message.text for message in record.messages)
 
 
 def general_passages(name: str) -> Iterator[str]:

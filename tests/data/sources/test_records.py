@@ -9,6 +9,7 @@ from medgpt.data.sources.records import (
     prompt_to_json,
 )
 from medgpt.data.tokenized.split import content_hash
+from medgpt.eval.requests import Generate, fingerprint
 
 ORIGIN = {"source": "s", "file": "f", "row": 1}
 SYSTEM, QUESTION = Message("system", "你是医生"), Message("user", "头痛")
@@ -34,6 +35,15 @@ def test_records_without_further_fields_keep_the_hash_that_their_sample_ids_are_
         "0342f051efdcdfc46864c19e8fa2dbc5",
         "0e5ca8b5414554772b2caadaffdd2081",
     ]
+
+
+def test_hashes_of_evaluations_are_those_of_messages_without_further_fields() -> None:
+    assert fingerprint(Generate("a", (SYSTEM, QUESTION, ANSWER), 5)) == "e2a05a7b59115851"
+    assert repr(conversation(ANSWER)) == (
+        "Conversation(source='s', file='f', row=1, "
+        "messages=(Message(role='assistant', content='休息'),), num_trimmed=0)"
+    )
+    assert "learn=False" in repr(Message("assistant", "休息", learn=False))
 
 
 def test_loss_flags_tool_calls_and_tools_change_the_hash() -> None:
