@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from medgpt.data.loader.packing import batches_by_length
+from medgpt.models.inference_check import ReadingMode, find_mode
 from medgpt.models.model_files import max_positions
 
 VOCAB_BLOCK = 128  # tokens of the vocabulary whose probabilities are summed first
@@ -46,11 +47,19 @@ class TokenGenerator:
         model: any Hugging Face causal model, in eval mode.
         batch_tokens: maximum number of tokens of a batch, counting prompts, padding and
             max_new_tokens (a single row may exceed it). Bounds the memory of the KV cache.
+        mode: how rows are read; None: the fastest way that is exact.
     """
 
-    def __init__(self, model: PreTrainedModel, *, batch_tokens: int = 2**16) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_tokens: int = 2**16,
+        mode: ReadingMode | None = None,
+    ) -> None:
         self.model: Any = model  # transformers does not type its models' forward
         self.batch_tokens = batch_tokens
+        self.mode = mode or find_mode(model, ("batched", "single", "plain"), _greedy_rows)
         self.max_positions = max_positions(model.config) or 2**31
 
     def generate(
@@ -75,7 +84,8 @@ class TokenGenerator:
         self._check_lengths(prompts, max_new_tokens)
         responses: list[GeneratedResponse] = [GeneratedResponse([], [], False)] * len(prompts)
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        for batch in batches_by_length(lengths, self.batch_tokens):
+        batch_tokens = self.batch_tokens if self.mode == "batched" else 1
+        for batch in batches_by_length(lengths, batch_tokens):
             shape, device = (len(batch), max_new_tokens), self.model.device
             tokens = torch.zeros(shape, dtype=torch.int64, device=device)
             logprobs = torch.zeros(shape, device=device)
@@ -125,7 +135,11 @@ class TokenGenerator:
         noise, stop_ids = noise.to(device), torch.tensor(stop_token_ids, device=device)
         rows = torch.arange(len(prompts), device=device)
         finished = torch.zeros_like(rows, dtype=torch.bool)
-        state = _DecodeState(self.model, prompts, noise.shape[1])
+        state: Any = (
+            _PlainState(self.model, prompts[0])
+            if self.mode == "plain"
+            else _DecodeState(self.model, prompts, noise.shape[1])
+        )
         logits = state.read(state.prompt_ids)
         for at in range(noise.shape[1]):
             tokens, logprobs = sample_tokens(logits, noise[rows, at], temperature)
@@ -182,6 +196,32 @@ class _DecodeState:
         self.padding = self.padding[rows]
         if self.mask is not None:
             self.mask = self.mask[rows]
+
+
+class _PlainState:
+    """One row that is read anew for every token, for models whose cache changes the result."""
+
+    def __init__(self, model: Any, prompt: Sequence[int]) -> None:
+        self.model = model
+        self.prompt_ids = torch.tensor([list(prompt)], device=model.device)
+        self.ids = self.prompt_ids[:, :0]
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Append `ids`, (1, L) or (1,), and return the logits (1, V) after them."""
+        self.ids = torch.cat([self.ids, ids.view(1, -1)], 1)
+        return self.model(input_ids=self.ids).logits[:, -1]
+
+
+def _greedy_rows(
+    model: PreTrainedModel, mode: ReadingMode, prompts: list[list[int]]
+) -> list[tuple[list[int], list[float]]]:
+    """Return ids and log-probabilities of greedy responses of which one ends before the other."""
+    generator = TokenGenerator(model, mode=mode)
+    options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0}
+    first = generator.generate(prompts, [0, 0], stop_token_ids=[], **options)
+    second = generator.generate(prompts, [0, 0], stop_token_ids=first[0].ids[:1], **options)
+    rows = zip([*prompts, *prompts], [*first, *second], strict=True)
+    return [([*prompt, *row.ids], row.logprobs) for prompt, row in rows]
 
 
 class PreallocatedLayer(DynamicLayer):

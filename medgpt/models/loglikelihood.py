@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from medgpt.data.loader.packing import batches_by_length
+from medgpt.models.inference_check import ReadingMode, find_mode, plain_logprobs
 from medgpt.models.language_model import logits_of
 from medgpt.models.model_files import max_positions
 from medgpt.models.tokenizer import common_prefix_length
@@ -40,22 +41,32 @@ class PromptOptions:
 class LoglikelihoodScorer:
     """Computes log-probabilities of options and texts under one causal model."""
 
-    def __init__(self, model: PreTrainedModel, *, batch_tokens: int, window_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_tokens: int,
+        window_tokens: int,
+        mode: ReadingMode | None = None,
+    ) -> None:
         """Check which attention masks the model supports.
 
         Args:
             batch_tokens: maximum number of tokens of a forward, padding included (a single row may
                 exceed it).
             window_tokens: longer texts are scored in windows of this many tokens.
+            mode: how rows are read; None: the fastest way that is exact.
         """
+        mode = mode or find_mode(model, ("batched", "plain"), _scored_rows)
         self.model = model
         self.batch_tokens = batch_tokens
         self.max_positions = max_positions(model.config) or 2**31
         self.window_tokens = min(window_tokens, self.max_positions)
         self.body_output: type = BaseModelOutput  # of the latest forward
+        self.is_plain = mode == "plain"
         # a custom mask replaces the model's own, and with it the window of the layers that have one
         has_windows = any(DynamicCache(config=model.config).is_sliding)
-        self.can_pack_options = not has_windows and self._supports_custom_masks()
+        self.can_pack_options = not (self.is_plain or has_windows) and self._supports_custom_masks()
 
     # ---- options ----
 
@@ -154,6 +165,11 @@ class LoglikelihoodScorer:
         self, rows: Sequence[Sequence[int]], firsts: Sequence[int]
     ) -> list[list[float]]:
         """Return the log-probabilities of each row's tokens from index `firsts` >= 1 on."""
+        if self.is_plain:
+            pairs = zip(rows, firsts, strict=True)
+            return [
+                plain_logprobs(self.model, list(row))[first - 1 :].tolist() for row, first in pairs
+            ]
         width = max(len(row) for row in rows)
         ids = _pad_right(rows, width)  # attention is causal: no token attends to the padding
         hidden = self._hidden_states(ids[:, :-1])
@@ -219,6 +235,14 @@ class LoglikelihoodScorer:
             at = (place_of_target[in_chunk] - start).to(logits.device)
             logprobs[in_chunk] = (logits[at, tokens[in_chunk].to(logits.device)] - norms[at]).cpu()
         return logprobs.tolist()
+
+
+def _scored_rows(
+    model: PreTrainedModel, mode: ReadingMode, prompts: list[list[int]]
+) -> list[tuple[list[int], list[float]]]:
+    """Return the prompts and the log-probabilities of all their tokens but the first."""
+    scorer = LoglikelihoodScorer(model, batch_tokens=2**10, window_tokens=2**10, mode=mode)
+    return list(zip(prompts, scorer.rolling_logprobs(prompts), strict=True))
 
 
 class _PackedOptions:

@@ -82,7 +82,12 @@ ATTEMPTS = (  # the first that works counts
 
 
 def small_model(
-    hf_config: PreTrainedConfig, head_kind: HeadKind, probe_ids: torch.Tensor, **options: Any
+    hf_config: PreTrainedConfig,
+    head_kind: HeadKind,
+    probe_ids: torch.Tensor,
+    *,
+    model_class: Any = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Return a model in eval mode with random fp32 weights on the CPU; it can read `probe_ids`.
 
@@ -90,15 +95,19 @@ def small_model(
 
     Args:
         probe_ids: (1, L) int64 below SMALL_VOCABULARY.
+        model_class: of the model; None: the one that transformers chooses.
         options: of transformers' from_config.
 
     Raises:
         Exception: whatever the model raises if it cannot be built or run in any size.
     """
+    build = AUTO_CLASSES[head_kind].from_config
+    if model_class is not None:
+        build = model_class._from_config
     for limits in ATTEMPTS:
         try:
             config = _shrink(hf_config, limits)
-            model = _random_model(config, head_kind, **options)
+            model = _random_model(config, build, **options)
             with torch.no_grad():
                 copy.deepcopy(model).base_model(probe_ids)  # a forward may change weights
             return model
@@ -116,8 +125,7 @@ def copy_of(model: PreTrainedModel, head_kind: HeadKind, **options: Any) -> PreT
     return copied.eval()
 
 
-def _random_model(config: PreTrainedConfig, head_kind: HeadKind, **options: Any) -> PreTrainedModel:
-    build = AUTO_CLASSES[head_kind].from_config
+def _random_model(config: PreTrainedConfig, build: Any, **options: Any) -> PreTrainedModel:
     with torch.device("meta"):
         size = sum(p.numel() for p in build(config, **options).parameters())
     if size > MAX_PARAMETERS:

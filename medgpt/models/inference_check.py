@@ -1,0 +1,85 @@
+"""Finds out how a causal model may read several rows at once without changing them.
+
+A small copy of the model reads two texts together and plainly, each alone in one forward. State that
+left padding or a dropped row disturbs, or a cache that the model does not know, shows in the
+difference.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from medgpt.models.layout import random_texts
+from medgpt.models.small_model import small_model
+
+TOLERANCE = 1e-3  # nats
+ReadingMode = Literal["batched", "single", "plain"]
+"""batched: rows share forwards; single: one row at a time, with a cache; plain: without one."""
+
+Row = tuple[list[int], list[float]]
+"""Ids of a row and the log-probabilities of the last of them."""
+Logprobs = Callable[[PreTrainedModel, ReadingMode, list[list[int]]], list[Row]]
+"""Reads prompts; returns their rows, with or without a response."""
+
+
+def find_mode(
+    model: PreTrainedModel, modes: tuple[ReadingMode, ...], read: Logprobs
+) -> ReadingMode:
+    """Return the first of `modes` in which `read` is exact; the last one needs no check."""
+    key = model.config.to_json_string(use_diff=False)
+    return _find_mode(_Model(model), key, modes, read)
+
+
+class _Model:
+    """A model whose config is the key of a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Model) and type(other.model) is type(self.model)
+
+    def __hash__(self) -> int:
+        return hash(type(self.model))
+
+
+@lru_cache(maxsize=64)
+def _find_mode(
+    wrapped: _Model, config_json: str, modes: tuple[ReadingMode, ...], read: Logprobs
+) -> ReadingMode:
+    model: Any = wrapped.model
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        texts = random_texts(model.config)
+        options = {"attn_implementation": model.config._attn_implementation}
+        try:
+            small = small_model(
+                model.config, "clm", texts[-1][None], model_class=type(model), **options
+            )
+        except Exception:  # no small copy can be built
+            return modes[-1]
+        prompts = [texts[0][:5].tolist(), texts[1].tolist()]
+        for mode in modes[:-1]:
+            try:
+                rows = read(small, mode, prompts)
+            except Exception:  # the model's code may raise anything
+                continue
+            if all(_is_exact(small, *row) for row in rows):
+                return mode
+    return modes[-1]
+
+
+def _is_exact(model: Any, ids: list[int], logprobs: list[float]) -> bool:
+    """Return whether `logprobs` are those of the last tokens of `ids` in a plain forward."""
+    expected = plain_logprobs(model, ids)[-len(logprobs) :]
+    return torch.allclose(expected, torch.tensor(logprobs), rtol=0, atol=TOLERANCE)
+
+
+def plain_logprobs(model: Any, ids: list[int]) -> Tensor:
+    """Return the log-probabilities (L - 1,) of all tokens but the first, from a plain forward."""
+    row = torch.tensor([ids], device=model.device)
+    logprobs = model(row[:, :-1]).logits[0].float().log_softmax(-1)
+    return logprobs.gather(1, row[0, 1:, None])[:, 0]
