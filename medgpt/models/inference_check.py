@@ -1,6 +1,6 @@
 """Finds out how a causal model may read several rows at once without changing them.
 
-A small copy of the model reads two texts together and plainly, each alone in one forward. State that
+A small copy of the model reads two texts together, and each alone in one plain forward. State that
 left padding or a dropped row disturbs, or a cache that the model does not know, shows in the
 difference.
 """
