@@ -101,11 +101,16 @@ class SourceConfig(Config):
     """License of the data; copied to the manifest and the model card."""
     sensitive: bool = False
     """Never show samples of the source in reports and logs."""
-    format: Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
-    """File format; auto goes by the file name."""
+    format: Literal["auto", "txt", "jsonl", "json", "csv", "tsv", "parquet", "xlsx"] = "auto"
+    """File format; auto goes by the file name. xlsx: .xlsx, .xlsm, .xls and .ods."""
     encoding: str = "auto"
     """Text encoding, a Python codec. auto accepts UTF-8, UTF-16, GB18030 (with GBK), Big5 and
     cp1252 where the text read is plausible, and refuses a file of which it is not sure."""
+    delimiter: Annotated[str, StringConstraints(pattern=r"^(auto|[^\n\r\"])$")] = "auto"
+    """csv and tsv only: the character between cells. auto finds a comma, tab, semicolon, bar or
+    full-width comma in the first lines of csv; a tab is that of tsv."""
+    sheet: str | None = None
+    """xlsx only: name of the sheet; by default the only one with cells."""
     lines: bool = False
     """txt only: every line is a document, instead of every file."""
     kind: Literal[

@@ -20,7 +20,7 @@ from medgpt.data.sources.readings import (
     rank_readings,
 )
 
-SAMPLE_BYTES = 1 << 16  # of lines that are not ASCII
+SAMPLE_BYTES = 1 << 14  # of lines that are not ASCII
 MARGIN = 9.0  # nats by which the best reading must beat the next
 MAX_BROKEN_SHARE = 0.3  # of the characters beyond ASCII, in an encoding that the config names
 NUM_NAMED = 3  # candidates in a refusal

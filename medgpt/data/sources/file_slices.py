@@ -22,6 +22,7 @@ from medgpt.data.sources.files import (
     open_file,
     read_chunks,
 )
+from medgpt.data.sources.spreadsheets import SheetError, open_sheet
 
 FORMATS = {
     ".txt": "txt",
@@ -31,8 +32,12 @@ FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".xlsx": "xlsx",
+    ".xlsm": "xlsx",
+    ".xls": "xlsx",
+    ".ods": "xlsx",
 }
-BINARY_FORMATS = ("parquet",)
+BINARY_FORMATS = ("parquet", "xlsx")
 ENCODING_THREADS = 16  # files whose beginnings are read at a time
 MIB = 1 << 20
 
@@ -43,7 +48,7 @@ class FileSlice:
 
     source: str  # name of the source
     file: str  # path or URI
-    format: str  # txt, jsonl, json, csv, tsv or parquet
+    format: str  # txt, jsonl, json, csv, tsv, parquet or xlsx (any spreadsheet)
     encoding: str  # a codec; not used by parquet
     start: int  # byte at which a line starts, or number of a row group
     stop: int | None  # exclusive end, in the same unit; None is the end of the file
@@ -106,6 +111,8 @@ def _check_encoding(source: SourceConfig) -> None:
 
 def _file_encoding(source: SourceConfig, file: str, file_format: str) -> str:
     """Return the encoding of a whole file, before it is cut into slices that might disagree."""
+    if file_format == "xlsx":
+        _check_sheet(source, file)
     if file_format in BINARY_FORMATS:
         return source.encoding
     try:
@@ -117,6 +124,16 @@ def _file_encoding(source: SourceConfig, file: str, file_format: str) -> str:
         remedy = "set encoding to the right Python codec, or convert the file to UTF-8"
         raise ConfigError(
             f"data.sources {source.name} encoding={source.encoding!r}: {file}: {problem}; {remedy}"
+        ) from None
+
+
+def _check_sheet(source: SourceConfig, file: str) -> None:
+    """Raise ConfigError unless it is clear which sheet to read."""
+    try:
+        open_sheet(b"".join(_readable_chunks(file)), source.sheet)
+    except SheetError as problem:
+        raise ConfigError(
+            f"data.sources {source.name} sheet={source.sheet!r}: {file}: {problem}"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """Reads the rows of files and file slices as records, in order, without reading ahead."""
 
-import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -26,14 +26,16 @@ from medgpt.data.sources.files import (
 from medgpt.data.sources.records import Origin, Record, Reject
 from medgpt.data.sources.row_formats import RowParser
 from medgpt.data.sources.row_values import RawRow, json_type
+from medgpt.data.sources.spreadsheets import read_spreadsheet
+from medgpt.data.sources.tables import NumberedRow, read_csv
 
 WHOLE_FILE_MB = 1024  # slice size for reading files whole
+# text that is not UTF-8, the year 10000, an unknown time zone
+UNREADABLE_VALUES = (ValueError, OverflowError, KeyError)
 BATCH_ROWS = 256  # Parquet rows read at a time
 DOCUMENT_BYTES = 64 << 20  # of a txt document; longer ones would not fit into memory
+TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+")|,(?=\s*(?:[\]}]|$))')  # not in strings
 JSON_LINES_PROBE = 5  # lines; pretty-printed JSON has no complete object in its first ones
-csv.field_size_limit(1 << 24)  # characters: fits whole documents, bounds an unclosed quote
-
-NumberedRow = tuple[int, RawRow | BrokenRow]
 
 
 def read_slice(file_slice: FileSlice, source: SourceConfig) -> Iterator[Record | Reject]:
@@ -119,7 +121,9 @@ def _group_by_column(rows: Iterable[NumberedRow], column: str) -> dict[Any, Numb
 def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[NumberedRow]:
     """Yield rows with their numbers. Raises BrokenFile after the last row that could be read."""
     if file_slice.format == "parquet":
-        return _read_parquet(file_slice)
+        return _read_parquet(file_slice, source)
+    if file_slice.format == "xlsx":
+        return read_spreadsheet(b"".join(read_chunks(file_slice.file)), source.sheet)
     stored = read_chunks(file_slice.file, file_slice.start, file_slice.stop)
     chunks, encoding = narrow_chunks(stored, file_slice.encoding)
     lines = text_lines(chunks, encoding)
@@ -129,9 +133,9 @@ def read_raw_rows(file_slice: FileSlice, source: SourceConfig) -> Iterator[Numbe
         case "json":
             return _read_json(iter(chunks), encoding)
         case "csv":
-            return _read_csv(lines, delimiter=",")
+            return read_csv(lines, source.delimiter)
         case "tsv":
-            return _read_csv(lines, delimiter="\t")
+            return read_csv(lines, "\t" if source.delimiter == "auto" else source.delimiter)
         case "txt" if source.lines:
             return _read_lines(lines, file_slice.first_row, _text_row)
         case "txt":
@@ -162,9 +166,15 @@ def _json_row(line: str) -> RawRow | BrokenRow:
 
 
 def _load_json(text: str) -> Any:
-    """Parse a JSON text, or raise BrokenFile with a message that does not quote it."""
+    """Parse a JSON text, or raise BrokenFile with a message that does not quote it.
+
+    Commas before a closing bracket and after the text are no error.
+    """
     try:
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return json.loads(TRAILING_COMMA.sub(lambda match: match[1] or "", text))
     except json.JSONDecodeError as error:
         raise BrokenFile(f"is not JSON from character {error.pos + 1} on") from None
     except (ValueError, RecursionError) as error:
@@ -213,8 +223,13 @@ def _read_json(chunks: Iterator[bytes], encoding: str) -> Iterator[NumberedRow]:
 def _is_json_lines(head: bytes, encoding: str) -> bool:
     lines = [line for line in head.split(b"\n")[: 2 * JSON_LINES_PROBE] if line.strip()]
     texts = [decode(line, encoding) for line in lines[:JSON_LINES_PROBE]]
+    # in an array an object has a comma after it, and so may a line
+    first = next((text for text in texts if isinstance(text, str)), "").lstrip("\ufeff \t\r")
+    ends = ("}", "}," if first.startswith("{") else "}")
     return any(
-        isinstance(text, str) and isinstance(_json_row(text.lstrip("\ufeff")), dict)
+        isinstance(text, str)
+        and text.rstrip().endswith(ends)
+        and isinstance(_json_row(text.lstrip("\ufeff")), dict)
         for text in texts
     )
 
@@ -238,55 +253,17 @@ def _encoding_problem(row: object, encoding: str) -> BrokenRow | None:
     return problem if isinstance(problem, BrokenRow) else None
 
 
-def _read_csv(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[NumberedRow]:
-    """Read CSV rows, numbered by row and not by line because cells may hold line breaks."""
-    rows = _csv_cells(lines, delimiter)
-    header = next(rows, [])
-    if isinstance(header, BrokenRow):
-        raise BrokenFile(f"the header {header.reason}")
-    if len(set(header)) < len(header):
-        raise BrokenFile("the header names a column twice")
-    for number, cells in enumerate(rows, start=1):
-        if isinstance(cells, BrokenRow):
-            yield number, cells
-        elif len(cells) != len(header):
-            yield number, BrokenRow(f"has {len(cells)} cells, the header {len(header)}")
-        else:
-            yield number, dict(zip(header, cells, strict=True))
-
-
-def _csv_cells(lines: Iterable[str | BrokenRow], delimiter: str) -> Iterator[list[str] | BrokenRow]:
-    """Yield the cells of each row that is not blank."""
-    broken: list[BrokenRow] = []  # undecodable lines of the current row
-
-    def readable() -> Iterator[str]:
-        for line in lines:
-            if isinstance(line, BrokenRow):
-                broken.append(line)
-            yield "broken\n" if isinstance(line, BrokenRow) else line + "\n"
-
-    reader = csv.reader(readable(), delimiter=delimiter, strict=True)
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            cells = BrokenRow(f"is not CSV: {error}")
-        if cells is None:
-            return
-        if broken:
-            cells = broken[0]
-            broken.clear()
-        if cells:
-            yield cells
-
-
-def _read_parquet(file_slice: FileSlice) -> Iterator[NumberedRow]:
+def _read_parquet(file_slice: FileSlice, source: SourceConfig) -> Iterator[NumberedRow]:
     number = file_slice.first_row
     with open_file(file_slice.file) as stream:
         try:
             file = pq.ParquetFile(stream)
+            columns = _useful_columns(file.schema_arrow, source)
             groups = range(file_slice.start, file_slice.stop or file.metadata.num_row_groups)
-            batches = (file.iter_batches(BATCH_ROWS, row_groups=[group]) for group in groups)
+            batches = (
+                file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns)
+                for group in groups
+            )
             for batch in chain.from_iterable(batches):
                 for row in _batch_rows(batch):
                     yield number, row
@@ -297,12 +274,26 @@ def _read_parquet(file_slice: FileSlice) -> Iterator[NumberedRow]:
             raise BrokenFile("damaged Parquet data") from None
 
 
+def _useful_columns(schema: pa.Schema, source: SourceConfig) -> list[str]:
+    """Return the columns without the dates and times that no template names.
+
+    No kind of row has them, and Python cannot hold all that Parquet can.
+    """
+    mapping = "" if source.mapping is None else source.mapping.model_dump_json()
+    named = set(re.findall(r"\w+", mapping)) | {source.group_by}
+    dates = {name for name in schema.names if pa.types.is_temporal(schema.field(name).type)}
+    unused = set() if "row" in named else dates - named
+    return [name for name in schema.names if name not in unused]
+
+
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[RawRow | BrokenRow]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:
+    except UNREADABLE_VALUES:
         for index in range(batch.num_rows):
             try:
                 yield batch.slice(index, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
                 yield BrokenRow(f"broken encoding at byte {error.start + 1}")
+            except UNREADABLE_VALUES:
+                yield BrokenRow("has a date or time that Python cannot hold")

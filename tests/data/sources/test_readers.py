@@ -218,7 +218,7 @@ def test_a_table_whose_header_is_wrong_is_one_reject(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     file.write_text("text,text\n1,2\n", "utf-8")
     assert rejects(read(file)) == [
-        (0, "the file cannot be read further: the header names a column twice")
+        (0, "the file cannot be read further: the header names a column twice (columns 1 and 2)")
     ]
 
 
@@ -345,6 +345,34 @@ def test_parquet_text_that_is_not_utf8_rejects_its_row(tmp_path: Path) -> None:
     items = read(file)
     assert texts(items) == ["好", "好"]
     assert [row for row, _ in rejects(items)] == [2]
+
+
+YEAR_10000 = pa.array([None, 253_402_300_800_000_000], pa.timestamp("us"))
+UNHELD = {
+    "year 10000": YEAR_10000,
+    "large date": pa.array([0, 2**31 - 1], pa.date32()),
+    "unknown time zone": YEAR_10000.cast(pa.timestamp("us", "Mars/Olympus_Mons")),
+    "long duration": pa.array([0, 2**62], pa.duration("s")),
+}
+
+
+@pytest.mark.parametrize("name", UNHELD)
+def test_dates_that_python_cannot_hold_do_no_harm_where_nobody_uses_them(
+    tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "x.parquet"
+    nested = pa.StructArray.from_arrays([UNHELD[name]], ["time"])
+    pq.write_table(pa.table({"text": ["一", "二"], "time": UNHELD[name]}), file)
+    assert texts(read(file)) == ["一", "二"]
+    assert texts(read(file, mapping={"text": "{{ text }}"})) == ["一", "二"]
+    held = [] if name == "unknown time zone" else ["一"]
+    problem = "has a date or time that Python cannot hold"
+    for changes in ({"mapping": {"text": "{{ text if time or 1 }}"}}, {}):
+        if not changes:
+            pq.write_table(pa.table({"text": ["一", "二"], "nested": nested}), file)
+        items = read(file, **changes)
+        assert texts(items) in (held, ["一"])
+        assert (2, problem) in rejects(items)
 
 
 def test_files_of_any_filesystem_are_read() -> None:

@@ -258,6 +258,9 @@ def test_turns_are_read_by_position_and_in_pairs() -> None:
         ("a &lt; b &amp; c", "a < b & c"),
         ("bad \ud800 surrogate", "bad \ufffd surrogate"),
         ("Crème brûlée, Sjögren, 5 µg", "Crème brûlée, Sjögren, 5 µg"),
+        ("l’école, cœur, Ærø, Пациент", "l’école, cœur, Ærø, Пациент"),
+        ("été\nlâ€™Ã©cole", "été\nl’école"),
+        ("ﬁne, Ĳssel, e\u0301", "fine, IJssel, é"),
     ],
 )
 def test_cleaning_repairs_damage_and_leaves_chinese_punctuation(dirty: str, expected: str) -> None:
