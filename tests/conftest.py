@@ -38,6 +38,7 @@ TAKE_SECONDS = {  # files that `tests/run.sh --quick` leaves out
     "engine/test_value.py",
     "jobs/test_supervise.py",
     "models/test_attention.py",
+    "models/test_quantize.py",
     "planning/test_measured_memory.py",
     "rlhf/test_ppo_learning.py",
     "stages/test_chat.py",
