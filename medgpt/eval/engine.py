@@ -22,10 +22,11 @@ from medgpt.eval.requests import (
     RollingLoglikelihood,
     RollingLoglikelihoodResponse,
 )
-from medgpt.models.generate import document_stop_ids, generate_responses, load_for_generation
+from medgpt.models.generate import generate_responses, load_for_generation
 from medgpt.models.load import compute_dtype
 from medgpt.models.loglikelihood import LoglikelihoodScorer
 from medgpt.models.prompts import encode_prompt, encode_prompt_options, encode_text
+from medgpt.models.stops import document_stop_ids
 
 
 class EvalEngine:

@@ -12,7 +12,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -23,7 +22,8 @@ from medgpt.data.tokenized.chat_template import generation_prompt_ids, stop_toke
 from medgpt.models.decode import TokenGenerator
 from medgpt.models.lora import load_merged
 from medgpt.models.model_files import compatible_architectures, has_adapters, weight_files
-from medgpt.models.tokenizer import end_token_id, load_tokenizer
+from medgpt.models.stops import document_stop_ids
+from medgpt.models.tokenizer import load_tokenizer
 
 
 def load_for_generation(
@@ -87,13 +87,6 @@ def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
             "generate text; give a causal model"
         )
     weight_files(folder)
-
-
-def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
-    """Return the config that makes transformers' generate() stop at the right tokens."""
-    return GenerationConfig(
-        eos_token_id=document_stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
 
 
 def stream_answer(
@@ -161,13 +154,6 @@ def generate_responses(
         (decode_text(tokenizer, reply.ids[:-1] if reply.finished else reply.ids), reply.finished)
         for reply in responses
     ]
-
-
-def document_stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids that end a continued document."""
-    if tokenizer.chat_template:
-        return stop_token_ids(tokenizer)
-    return [end_token_id(tokenizer)]
 
 
 def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -29,6 +28,7 @@ from medgpt.models.fetch import local_copy
 from medgpt.models.model_files import ADAPTER_CONFIG_NAME, AdapterBase, adapter_base, has_adapters
 from medgpt.models.packed import SequenceDropout
 from medgpt.models.rope import scale_rope
+from medgpt.models.stops import set_stops
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.vocabulary_change import replace_vocabulary
 from medgpt.models.weight_layout import ModuleWeight
@@ -99,8 +99,7 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
         replace_vocabulary(model, base_tokenizer, tokenizer)
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
     merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    if (folder / "generation_config.json").is_file():
-        merged.generation_config = GenerationConfig.from_pretrained(folder)
+    set_stops(merged, tokenizer)
     return merged, tokenizer
 
 

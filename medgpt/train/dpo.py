@@ -29,10 +29,10 @@ from medgpt.engine.schedule import learning_rate
 from medgpt.engine.transformers_trainer import load_weights_only, trainer_config, use_process_group
 from medgpt.metrics import MetricsWriter
 from medgpt.models.freeze import freeze_weights
-from medgpt.models.generate import generation_config
 from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import peft_config
 from medgpt.models.model_files import AdapterBase
+from medgpt.models.stops import generation_config, set_stops
 from medgpt.runs import Run
 from medgpt.train.checkpointing import begin_attempt
 from medgpt.train.collectives import broadcast
@@ -127,8 +127,9 @@ def train_dpo(
                 dtype = compute_dtype(config.engine.precision, device.type)
                 AdapterBase.of(config.model, dtype).write(directory)
             else:
+                set_stops(model, tokenizer)
                 model.config.save_pretrained(directory)
-                generation_config(tokenizer).save_pretrained(directory)
+            generation_config(tokenizer).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         dist.barrier()
 

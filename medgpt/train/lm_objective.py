@@ -21,7 +21,6 @@ from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
 from medgpt.engine.loading import build_partitioned
 from medgpt.models.freeze import freeze_weights
-from medgpt.models.generate import generation_config
 from medgpt.models.language_model import LanguageModel
 from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import apply_lora
@@ -93,8 +92,6 @@ class LanguageModelObjective:
         export_model(self.module.model, self.tokenizer, directory)
         if self.config.model.lora.rank and dist.get_rank() == 0:
             AdapterBase.of(self.config.model, self.dtype).write(directory)
-        if self.kind == "clm" and not self.config.model.lora.rank and dist.get_rank() == 0:
-            generation_config(self.tokenizer).save_pretrained(directory)
 
     def _build_model(self, device: torch.device, probe_texts: Iterable[str]) -> Any:
         config, tokenizer = self.config, self.tokenizer

@@ -16,7 +16,6 @@ from medgpt.data.loader.packed_row import PackedRow
 from medgpt.engine import Engine
 from medgpt.engine.build import build_policy
 from medgpt.engine.export import gather_in_file_layout, gather_merged_weights
-from medgpt.models.generate import generation_config
 from medgpt.models.lora import merged_weights
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.batching import RowIndices
@@ -250,5 +249,4 @@ class Actor:
             export_model(self.policy.model, tokenizer, directory)
             if dist.get_rank() > 0:
                 return []
-            generation_config(tokenizer).save_pretrained(directory)
             return file_entries(directory)
