@@ -119,9 +119,17 @@ def chat(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run or a model folder.")],
     max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: greedy decoding.")] = 0.0,
+    thinking: Annotated[
+        bool | None, typer.Option(help="Think before answering; default: as the model does.")
+    ] = None,
+    thinking_tokens: Annotated[
+        int | None, typer.Option(help="Maximum length of a thought, which is then ended.", min=1)
+    ] = None,
 ) -> None:
     """Chat with a trained model in the terminal."""
-    _call("medgpt.stages.chat:run_chat", run, max_new_tokens, temperature)
+    _call(
+        "medgpt.stages.chat:run_chat", run, max_new_tokens, temperature, thinking, thinking_tokens
+    )
 
 
 @app.command(rich_help_panel=EVALUATE)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from medgpt.config.base import Config, Count, DataPath, ModelPath, Name, did_you_mean
 from medgpt.config.data import SourceConfig
 from medgpt.config.gates import parse_gate
+from medgpt.config.model import Thinking
 from medgpt.config.stages import RunConfig
 from medgpt.config.train import ClusterConfig
 
@@ -40,6 +41,11 @@ class EvalModelConfig(Config):
     """Run Python code that comes with the model."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
+    thinking: Thinking = "auto"
+    """Whether the model thinks before its replies, where its chat template has a switch. Tasks read
+    the text after the thought; a thought that does not end is no answer."""
+    thinking_tokens: Count | None = None
+    """Maximum tokens of a thought, which is then ended; unset: up to a task's max_new_tokens."""
 
 
 class EvalPoolConfig(Config):

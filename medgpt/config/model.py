@@ -8,6 +8,9 @@ from pydantic import model_validator
 
 from medgpt.config.base import Config, Count, Fraction, ModelPath, TemplatePath
 
+Thinking = Literal["auto", "on", "off"]
+"""Whether a model thinks before it answers, where its template has a switch; auto: its default."""
+THINKING: dict[Thinking, bool | None] = {"auto": None, "on": True, "off": False}
 DEFAULT_DATE = datetime.date(2024, 7, 26)
 """What the templates of Llama 3 print where they do not know the day."""
 
@@ -147,6 +150,6 @@ class TokenizerConfig(Config):
     date: datetime.date = DEFAULT_DATE
     """The day that templates print which ask for the date (Llama 3.2, gpt-oss), as YYYY-MM-DD:
     the same in training, generation and the exported model."""
-    thinking: Literal["auto", "on", "off"] = "auto"
+    thinking: Thinking = "auto"
     """Whether prompts ask for a thought before the answer, where the template has a switch; auto:
     as the template does it by itself. The exported model carries the choice as its default."""

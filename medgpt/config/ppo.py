@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from medgpt.config.base import Config, Count, ModelPath, multiples_near
 from medgpt.config.data import DataConfig
-from medgpt.config.model import LoraConfig, ModelConfig, TokenizerConfig
+from medgpt.config.model import LoraConfig, ModelConfig, Thinking, TokenizerConfig
 from medgpt.config.pools import ROLES, PoolsConfig
 from medgpt.config.ppo_rewards import DiagnosisConfig, JudgeConfig, PPORewardConfig
 from medgpt.config.stages import Passes, RunConfig, SampleKind
@@ -118,6 +118,11 @@ class RolloutConfig(Config):
     """Maximum tokens of a response."""
     temperature: Positive = 1.0
     """Sampling temperature. Policy, old policy and reference are compared at it, too."""
+    thinking: Thinking = "auto"
+    """Whether the policy thinks before it answers, where its chat template has a switch. Rewards
+    that read text get the text after the thought; a thought that does not end is no answer."""
+    thinking_tokens: Count | None = None
+    """A thought of more tokens is no answer, either; unset: any thought that ends is accepted."""
     batch_tokens: Count = 65536
     """hf: maximum tokens of a batch, including room for the responses; bounds the KV cache."""
     gpu_memory_share: Annotated[float, Gt(0), Le(1)] = 0.85

@@ -40,11 +40,15 @@ class EvalEngine:
         pool: EvalPoolConfig,
         trust_remote_code: bool = False,
         fresh_seed: int | None = None,
+        thinking: bool | None = None,
+        thinking_tokens: int | None = None,
     ) -> None:
         """Load the model on the GPU if there is one, else on the CPU.
 
         Args:
             fresh_seed: draw new weights with this seed instead of loading the saved ones.
+            thinking: whether the model thinks before its replies; None is its template's default.
+            thinking_tokens: maximum tokens of a thought.
 
         Raises:
             ConfigError: the folder holds no causal language model.
@@ -55,7 +59,7 @@ class EvalEngine:
             model_folder, device, trust_remote_code=trust_remote_code, init_seed=fresh_seed
         )
         self.model: Any = model.to(dtype)  # type: ignore[arg-type]
-        self.pool = pool
+        self.pool, self.thinking, self.thinking_tokens = pool, thinking, thinking_tokens
         self.scorer = LoglikelihoodScorer(
             self.model, batch_tokens=pool.batch_tokens, window_tokens=pool.window_tokens
         )
@@ -110,7 +114,7 @@ class EvalEngine:
         groups: dict[tuple[bool, int, float], list[tuple[Generate, list[int], int]]] = {}
         was_cut = {}
         for request in requests:
-            ids = encode_prompt(self.tokenizer, request.prompt)
+            ids = encode_prompt(self.tokenizer, request.prompt, self.thinking)
             max_prompt_tokens = self.scorer.max_positions - request.max_new_tokens
             if max_prompt_tokens < 1:
                 raise ConfigError(
@@ -133,6 +137,7 @@ class EvalEngine:
                     (document_stop_ids if is_plain else stop_token_ids)(self.tokenizer),
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
+                    thinking_tokens=None if is_plain else self.thinking_tokens,
                     seeds=[sample_seed(request, sample) for request, _, sample in batch],
                 )
                 for (request, _, sample), reply in zip(batch, replies, strict=True):

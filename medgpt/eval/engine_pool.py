@@ -18,6 +18,7 @@ from medgpt.artifacts import Folder
 from medgpt.cluster.wait_for_resources import waiting_line
 from medgpt.config.base import ConfigError
 from medgpt.config.evaluation import EvalConfig
+from medgpt.config.model import THINKING
 from medgpt.eval.engine import EvalEngine, num_characters
 from medgpt.eval.requests import Generate, Request, Response, fingerprint, from_json, to_json
 from medgpt.models.fetch import run_model_folder
@@ -76,6 +77,8 @@ class EngineWorker:
             pool=config.pool,
             trust_remote_code=config.model.trust_remote_code,
             fresh_seed=config.run.seed if config.model.untrained else None,
+            thinking=THINKING[config.model.thinking],
+            thinking_tokens=config.model.thinking_tokens,
         )
 
     @ray.method(concurrency_group="pings")

@@ -60,7 +60,10 @@ def check_template(config: EvalConfig, folder: str, tasks: Sequence[Task]) -> st
     """
     template = load_tokenizer(folder, config.model.trust_remote_code).chat_template
     if template is not None:
-        return hash_texts(str(template))
+        model = config.model
+        if model.thinking == "auto" and model.thinking_tokens is None:
+            return hash_texts(str(template))
+        return hash_texts(str(template), f"{model.thinking} {model.thinking_tokens}")
     if chat_tasks := [task.name for task in tasks if uses_chat_template(task)]:
         raise ConfigError(
             f"task {chat_tasks[0]} needs a chat template, but the model in {folder} has none; set "

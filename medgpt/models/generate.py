@@ -19,6 +19,12 @@ from transformers import (
 from medgpt.config.base import ConfigError
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat_template import generation_prompt_ids, stop_token_ids
+from medgpt.models.answers import (
+    answer_text,
+    end_of_thought_ids,
+    generate_within_budget,
+    is_thinking,
+)
 from medgpt.models.decode import TokenGenerator
 from medgpt.models.lora import load_merged
 from medgpt.models.model_files import compatible_architectures, has_adapters, weight_files
@@ -92,20 +98,32 @@ def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
 def stream_answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[Message],
+    prompt: list[int],
     *,
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    thinking_tokens: int | None = None,
 ) -> Iterator[int]:
-    """Yield the ids of the assistant's next turn as they are generated, with the stop token."""
-    return TokenGenerator(model).stream(
-        generation_prompt_ids(tokenizer, messages),
-        seed,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        stop_token_ids=stop_token_ids(tokenizer),
-    )
+    """Yield the ids of the assistant's next turn as they are generated, with the stop token.
+
+    A thought of more than `thinking_tokens` is ended there.
+    """
+    generator, stops = TokenGenerator(model), stop_token_ids(tokenizer)
+    options: dict[str, Any] = {"temperature": temperature, "stop_token_ids": stops}
+    budget = max_new_tokens if thinking_tokens is None else min(thinking_tokens, max_new_tokens)
+    ids: list[int] = []
+    for token in generator.stream(prompt, seed, max_new_tokens=budget, **options):
+        ids.append(token)
+        yield token
+    if ids[-1] in stops or budget == max_new_tokens:
+        return
+    ended = end_of_thought_ids(tokenizer) if is_thinking(tokenizer, prompt, ids) else []
+    yield from ended
+    num_left = max_new_tokens - budget - len(ended)
+    if num_left > 0:
+        prompt = [*prompt, *ids, *ended]
+        yield from generator.stream(prompt, seed + 1, max_new_tokens=num_left, **options)
 
 
 def generate_greedy(
@@ -138,24 +156,24 @@ def generate_responses(
     max_new_tokens: int,
     temperature: float,
     seeds: Sequence[int],
+    thinking_tokens: int | None = None,
 ) -> list[tuple[str, bool]]:
-    """Return the response to each prompt, and whether it ended with a stop token.
+    """Return the answer to each prompt, after its thought, and whether it ended with a stop token.
 
-    Takes the arguments of TokenGenerator.generate.
+    Takes the arguments of TokenGenerator.generate; a thought of more than `thinking_tokens` is
+    ended there.
     """
-    responses = TokenGenerator(model).generate(
-        prompts,
-        seeds,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        stop_token_ids=stop_token_ids,
-    )
-    return [
-        (decode_text(tokenizer, reply.ids[:-1] if reply.finished else reply.ids), reply.finished)
-        for reply in responses
-    ]
-
-
-def decode_text(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the text of generated ids, without special tokens and surrounding whitespace."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    generator = TokenGenerator(model)
+    options: dict[str, Any] = {"temperature": temperature, "stop_token_ids": stop_token_ids}
+    options["max_new_tokens"] = max_new_tokens
+    if thinking_tokens is None:
+        responses = generator.generate(prompts, seeds, **options)
+    else:
+        responses = generate_within_budget(
+            generator, tokenizer, prompts, seeds, thinking_tokens=thinking_tokens, **options
+        )
+    answers = []
+    for prompt, reply in zip(prompts, responses, strict=True):
+        ids = reply.ids[:-1] if reply.finished else reply.ids
+        answers.append((answer_text(tokenizer, prompt, ids).strip(), reply.finished))
+    return answers

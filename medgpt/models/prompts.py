@@ -5,17 +5,26 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from medgpt.data.sources.records import Message
+from medgpt.data.tokenized.answer_format import find_answer_format
 from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.data.tokenized.render_template import continuation_ids
 from medgpt.models.loglikelihood import PromptOptions
 from medgpt.models.tokenizer import common_prefix_length, end_token_id
 
 Prompt = str | Sequence[Message]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> list[int]:
-    """Encode a text after the tokenizer's start token, if any, or messages by the chat template."""
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, thinking: bool | None = None
+) -> list[int]:
+    """Encode a text after the tokenizer's start token, if any, or messages by the chat template.
+
+    Args:
+        thinking: whether the model shall think before it answers messages; None is the template's
+            default.
+    """
     if not isinstance(prompt, str):
-        return generation_prompt_ids(tokenizer, prompt)
+        return generation_prompt_ids(tokenizer, prompt, thinking=thinking)
     return [*_start_ids(tokenizer), *_encode(tokenizer, [prompt])[0]]
 
 
@@ -26,11 +35,11 @@ def encode_prompt_options(
 
     An option is encoded together with a text prompt, because a token can span the end of the
     prompt and the start of the option. Prompt tokens that differ between options are moved to the
-    options.
+    options. An option answers messages without a thought.
     """
     if not isinstance(prompt, str):
         return PromptOptions(
-            tuple(generation_prompt_ids(tokenizer, prompt)),
+            tuple(_prompt_of_answer(tokenizer, prompt)),
             tuple(map(tuple, _encode(tokenizer, options))),
         )
     prompt_alone, *with_options = _encode(
@@ -41,6 +50,15 @@ def encode_prompt_options(
     return PromptOptions(
         (*start, *prompt_alone[:num_shared]), tuple(tuple(ids[num_shared:]) for ids in with_options)
     )
+
+
+def _prompt_of_answer(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[Message]) -> list[int]:
+    """Return the prompt with what stands before an answer without a thought, such as its empty
+    thought."""
+    answer_format = find_answer_format(tokenizer)
+    ids = generation_prompt_ids(tokenizer, prompt)
+    before = answer_format.before
+    return ids + continuation_ids(tokenizer, before) if before.strip() else ids
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], int]:

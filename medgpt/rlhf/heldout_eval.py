@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from medgpt.config.model import THINKING
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.models.answers import answer_text
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.rlhf.heldout_questions import HeldoutQuestions
 from medgpt.rlhf.pools.pool import Pool
@@ -26,7 +28,9 @@ class HeldoutEval:
         self.question_set = HeldoutQuestions(config.judge, config.run.seed)
         self.tokenizer = load_tokenizer(config.model.name)
         prompts = [
-            generation_prompt_ids(self.tokenizer, question.messages)
+            generation_prompt_ids(
+                self.tokenizer, question.messages, thinking=THINKING[config.rollout.thinking]
+            )
             for question in self.question_set.questions
         ]
         self.prompts = pools.put(Ragged.from_rows(prompts, np.int32))
@@ -48,9 +52,15 @@ class HeldoutEval:
             parts = self.pools.get(self.reward.call(Reward.judge_scores, *answers), "judge")
             index = np.concatenate([part[0] for part in parts])
             scores = np.concatenate([part[1] for part in parts])[np.argsort(index)].tolist()
+        config = self.config.rollout
         sequences = join_sequences(self.pools.get(answers, "judge"))
         texts = [
-            str(self.tokenizer.decode(sequences.responses.row(i), skip_special_tokens=True)).strip()
+            answer_text(
+                self.tokenizer,
+                sequences.prompts.row(i).tolist(),
+                sequences.responses.row(i).tolist(),
+                thinking_tokens=config.thinking_tokens,
+            ).strip()
             for i in range(len(sequences))
         ]
         return self.question_set.metrics(texts, scores)

@@ -12,14 +12,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from medgpt.data.sources.records import Message
 from medgpt.data.tokenized.chat_template import generation_prompt_ids
+from medgpt.models.answers import message_content
 from medgpt.models.fetch import existing_model_folder
-from medgpt.models.generate import decode_text, load_for_generation, stream_answer
+from medgpt.models.generate import load_for_generation, stream_answer
 
 with suppress(ImportError):  # without readline, a terminal cuts lines at 4096 bytes
     import readline  # noqa: F401
 
 
-def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
+def run_chat(
+    run: str,
+    max_new_tokens: int,
+    temperature: float,
+    thinking: bool | None = None,
+    thinking_tokens: int | None = None,
+) -> None:
     """Answer questions until an empty line or Ctrl-D; print tokens as they are generated."""
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,10 +43,12 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
         if not prompt_messages:
             print("(the question is too long for this model; shorten it)")
             continue
+        prompt = generation_prompt_ids(tokenizer, prompt_messages, thinking=thinking)
         tokens = stream_answer(
             model,
             tokenizer,
-            prompt_messages,
+            prompt,
+            thinking_tokens=thinking_tokens,
             max_new_tokens=max_answer_tokens,
             temperature=temperature,
             seed=secrets.randbits(64),
@@ -49,7 +58,10 @@ def run_chat(run: str, max_new_tokens: int, temperature: float) -> None:
         if pressed.is_set():
             print("\n(stopped; this exchange is dropped)")
             continue
-        messages = [*prompt_messages, Message("assistant", decode_text(tokenizer, ids))]
+        if not (answer := message_content(tokenizer, prompt, ids)):
+            print("(no answer: the thought did not end; this exchange is dropped)")
+            continue
+        messages = [*prompt_messages, Message("assistant", answer)]
 
 
 def _print_answer(

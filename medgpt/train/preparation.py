@@ -12,7 +12,8 @@ from medgpt.artifacts import Folder, commit, committed, file_entries
 from medgpt.config.base import ConfigError, ModelError
 from medgpt.config.data import DataConfig, SourceConfig
 from medgpt.config.dpo import DPOConfig
-from medgpt.config.model import ModelConfig, TokenizerConfig
+from medgpt.config.model import THINKING, ModelConfig, Thinking, TokenizerConfig
+from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import Passes, PretrainConfig, RunConfig, SampleKind
 from medgpt.config.train import ClusterConfig
@@ -136,7 +137,14 @@ def _encoding_settings(folder: Folder, config: DataStageConfig) -> dict[str, Any
         encoding |= config.objective.model_dump(include={"kind", "whole_word"})
     if not _is_packed(config):
         encoding["samples"] = config.sample_kind
+    if _prompt_thinking(config) != "auto":
+        encoding["thinking"] = _prompt_thinking(config)
     return encoding
+
+
+def _prompt_thinking(config: DataStageConfig) -> Thinking:
+    """Return the mode in which prompts are answered; it is in the tokenizer of other samples."""
+    return config.rollout.thinking if isinstance(config, PPOStageConfig) else "auto"
 
 
 def _tokenizer_settings(config: DataStageConfig) -> dict[str, Any]:
@@ -170,8 +178,13 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
         objective = config.objective
         return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
     data = config.data
-    options = ChatOptions(system=data.system, thinking=data.thinking, turns=data.turns)
     unpaired = isinstance(config, DPOConfig) and config.dpo.unpaired
+    options = ChatOptions(
+        system=data.system,
+        thinking=data.thinking,
+        turns=data.turns,
+        prompt_thinking=THINKING[_prompt_thinking(config)],
+    )
     encoder = {
         "conversations": ConversationEncoder,
         "preferences": LabeledAnswerEncoder if unpaired else PreferenceEncoder,

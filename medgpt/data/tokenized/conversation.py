@@ -21,6 +21,7 @@ class ChatOptions:
     system: Literal["keep", "fold", "drop"] = "keep"
     thinking: Literal["keep", "strip"] = "keep"
     turns: Literal["all", "last"] = "all"
+    prompt_thinking: bool | None = None  # of prompts only; None is the template's default
 
     def apply(self, messages: Messages) -> tuple[Messages, Changes]:
         """Return the messages after `system` and `thinking`, and what was changed."""

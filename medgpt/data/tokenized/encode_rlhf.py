@@ -112,7 +112,10 @@ class PromptEncoder(ChatEncoder):
         if (reason := self.reject_reason(answered, record.tools)) is not None:
             return Reject.of(record, reason)
         ids = np.array(
-            chat_template.generation_prompt_ids(self._tokenizer, messages, record.tools), np.int32
+            chat_template.generation_prompt_ids(
+                self._tokenizer, messages, record.tools, thinking=self._options.prompt_thinking
+            ),
+            np.int32,
         )
         if len(ids) > self._max_length:
             reason = f"prompt of {len(ids)} tokens > max_length {self._max_length}"

@@ -12,6 +12,7 @@ from medgpt.config.ppo import PPOStageConfig
 from medgpt.config.train import EngineConfig
 from medgpt.data.loader.batch import PackedBatch
 from medgpt.data.sources.records import prompt_from_json
+from medgpt.models.answers import answer_text
 from medgpt.models.load import compute_dtype
 from medgpt.models.tokenizer import load_tokenizer
 from medgpt.models.tokenizer_compat import check_same_token_ids
@@ -65,8 +66,11 @@ class Reward(FrozenRole):
             RewardSample(
                 sample_id=sequences.sample_ids[i],
                 **prompt_from_json(prompts.messages[i]),
-                text=str(
-                    self.tokenizer.decode(sequences.responses.row(i), skip_special_tokens=True)
+                text=answer_text(
+                    self.tokenizer,
+                    sequences.prompts.row(i).tolist(),
+                    sequences.responses.row(i).tolist(),
+                    thinking_tokens=self.config.rollout.thinking_tokens,
                 ),
                 finished=bool(sequences.finished[i]),
             )
