@@ -4,7 +4,7 @@ import pytest
 
 from medgpt.data.sources.records import Conversation, Message
 from medgpt.data.tokenized.chat_template import CHATML, generation_prompt_ids, stop_token_ids
-from medgpt.data.tokenized.encode import ConversationEncoder
+from medgpt.data.tokenized.encode import ConversationEncoder, EncodedSample
 from medgpt.data.tokenized.render_template import render
 from medgpt.models.answers import (
     answer_text,
@@ -30,6 +30,7 @@ def learned(tokenizer, content):
     """The prompt and the ids that a model learns to answer, without the end token."""
     messages = (*QUESTION, Message("assistant", content))
     sample = ConversationEncoder(tokenizer, 2048)(Conversation(messages=messages, **ORIGIN))
+    assert isinstance(sample, EncodedSample)
     start = int(sample.targets.argmax())
     ids = sample.input_ids.tolist()
     return ids[:start], ids[start : start + int(sample.targets.sum()) - 1]
@@ -82,7 +83,7 @@ def test_a_chat_goes_on_as_the_data_would(family):
 def test_options_are_scored_after_an_empty_thought():
     tokenizer = chat_tokenizer("qwen3")
     prompt = encode_prompt_options(tokenizer, QUESTION, ["A", "B"]).prompt
-    assert tokenizer.decode(prompt).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert str(tokenizer.decode(list(prompt))).endswith("assistant\n<think>\n\n</think>\n\n")
     assert list(prompt) == generation_prompt_ids(tokenizer, QUESTION, thinking=False)
 
 
@@ -116,5 +117,5 @@ def test_a_thought_over_its_budget_is_ended_and_the_answer_follows():
     )
     assert response.ids[3 : 3 + len(ended)] == ended
     assert len(response.ids) == len(response.logprobs) == 3 + len(ended) + 4
-    text = tokenizer.decode(response.ids[3 + len(ended) :], skip_special_tokens=True)
+    text = str(tokenizer.decode(response.ids[3 + len(ended) :], skip_special_tokens=True))
     assert answer_text(tokenizer, prompt, response.ids).strip() == text.strip()

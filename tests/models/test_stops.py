@@ -1,6 +1,7 @@
 """A model that medgpt writes stops in plain transformers where its chat template ends an answer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def base_model(tokenizer):
 
 
 def answer_length(folder: Path, token_id: int) -> int:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     prompt = torch.tensor([[3, 4, 5]])
     return len(model.generate(prompt, max_new_tokens=8, logits_processor=[Say(token_id)])[0]) - 3
 
@@ -68,5 +69,7 @@ def test_a_base_that_ends_at_the_end_of_text_gains_the_end_of_a_turn():
     base = base_tokenizer("qwen2.5")
     model, tokenizer = base_model(base), prepare_chat_tokenizer(base)
     set_stops(model, tokenizer)
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    assert sorted(model.generation_config.eos_token_id) == sorted(ends)
+    ends = ["<|im_end|>", "<|endoftext|>"]
+    stops = model.generation_config.eos_token_id
+    assert isinstance(stops, list)
+    assert set(tokenizer.convert_ids_to_tokens(stops)) == set(ends)
