@@ -1,6 +1,5 @@
 """Conversations that become several samples: their ids, their split and their counts."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ def test_ids_of_parts_do_not_depend_on_the_other_rows(tmp_path):
 
 
 def test_one_rendering_is_one_sample(tmp_path):
-    for name, family, data in (("a", "qwen2.5", {}), ("b", "qwen3", {"turns": "last"})):
-        made = job(tmp_path / name, family, validation_share=0.0, **data)
+    for family, turns in (("qwen2.5", "all"), ("qwen3", "last")):
+        made = job(tmp_path / family, family, validation_share=0.0, turns=turns)
         manifest = tokenize(made)
         assert manifest["num_samples"] == manifest["sources"]["clinic"]["samples"] == 60
 
@@ -106,13 +105,6 @@ def test_rows_of_the_shared_case_with_thoughts_are_all_learned(tmp_path):
     for family in ("qwen3", "deepseek-v3", "qwen2.5"):
         made = job(tmp_path / family, family, rows, validation_share=0.0)
         assert tokenize(made)["sources"]["clinic"]["set_aside"] == {}
-
-
-def test_settings_of_runs_of_earlier_versions_are_still_the_same(tmp_path):
-    made = job(tmp_path, "qwen2.5")
-    tokenize(made)
-    stored = json.loads(Path(made.data_url, "manifest.json").read_text("utf-8"))["config"]
-    assert not {"turns", "system", "thinking"} & set(stored)
 
 
 def test_system_messages_that_the_template_does_not_take_are_refused_before_preparation(tmp_path):
