@@ -61,7 +61,7 @@ def _read_exchange(
 
 
 def _read_turn(turn: object, mapping: TurnsMapping, location: str, keys: UnusedKeys) -> list[Turn]:
-    """Return the turn as the only item, or nothing if it is empty and merged with others."""
+    """Return the turn as the only item; nothing if it is empty and merged, or a system turn."""
     speaker = _turn_item(turn, mapping.role, location)
     role = _turn_role(speaker, mapping, location)
     fields: Mapping[str, Any] = turn if isinstance(turn, dict) else {}
@@ -88,8 +88,8 @@ def _read_turn(turn: object, mapping: TurnsMapping, location: str, keys: UnusedK
         items = {i - len(turn) if i - len(turn) in used else i: x for i, x in enumerate(turn)}
         keys.check_turn(items, used, location)
     if not text and not calls and role != "tool":
-        if mapping.merge:
-            return []  # an empty utterance adds nothing to the merged message
+        if mapping.merge or role == "system":
+            return []  # it says nothing, and is merged with others or asks for nothing
         raise MalformedRow(f"{location} is empty")
     learn = read_loss_flag(fields, role, location)
     message = Message(role, text, learn, calls_to_json(calls) if calls else None)

@@ -55,6 +55,13 @@ def test_text_columns_make_documents(column: str) -> None:
         {"query": Q, "response": A},
         {"messages": [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]},
         {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+        {
+            "messages": [
+                {"role": "system", "content": " "},
+                {"role": "user", "content": Q},
+                {"role": "assistant", "content": A},
+            ]
+        },
     ],
 )
 def test_known_columns_make_conversations(row: dict[str, Any]) -> None:
