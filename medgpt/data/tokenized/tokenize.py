@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray.data
-from pydantic import ValidationError
 
 from medgpt.artifacts import MANIFEST, FileEntry, Folder, commit, committed
 from medgpt.config.base import ConfigError
@@ -34,6 +33,7 @@ from medgpt.data.sources.readers import read_slice
 from medgpt.data.sources.records import Document, Preferences, Record, Reject
 from medgpt.data.tokenized.index import num_chunks
 from medgpt.data.tokenized.row_counts import RowCounts, refuse_empty, sum_by_source
+from medgpt.data.tokenized.settings import tokenization_settings, with_defaults
 from medgpt.data.tokenized.shards import ShardWriter, read_index, write_index
 from medgpt.data.tokenized.split import content_hash, is_validation, part_hash
 
@@ -47,7 +47,6 @@ NUM_SHOWN_CHANGES = 5
 SPLITS = ("train", "validation")
 SLICE_RESULTS = "units"  # folder of the results of slices, removed in the end
 INPUTS_FILE = "begun.json"  # the inputs of these results
-IGNORED_SETTINGS = {"max_malformed_share": True, "sources": {"__all__": {"weight"}}}
 
 EncodeBatch = Callable[[Sequence[Record]], "list[EncodedSample | Reject]"]
 
@@ -113,7 +112,7 @@ def reusable_manifest(job: TokenizeJob) -> dict[str, Any] | None:
     changes = list(describe_changes(manifest["inputs"], job.config))
     if manifest["encoding"] != job.encoding:
         changes.append("the tokenizer or the objective changed")
-    if _with_defaults(manifest["config"]) != _tokenization_settings(job.config):
+    if with_defaults(manifest["config"]) != tokenization_settings(job.config):
         changes.append("settings under [data] changed")
     if changes and not job.allow_changes:
         if (more := len(changes) - NUM_SHOWN_CHANGES) > 0:
@@ -138,7 +137,7 @@ def prepare_folders(job: TokenizeJob) -> dict[str, str]:
     inputs = {
         "stamps": stamps,
         "encoding": job.encoding,
-        "config": _tokenization_settings(job.config),
+        "config": tokenization_settings(job.config),
     }
     slice_results, rejected = Folder(job.data_url) / SLICE_RESULTS, Folder(job.rejected_url)
     if not slice_results.exists(INPUTS_FILE) or _recorded_inputs(slice_results) != inputs:
@@ -152,7 +151,7 @@ def prepare_folders(job: TokenizeJob) -> dict[str, str]:
 
 def _recorded_inputs(slice_results: Folder) -> dict[str, Any]:
     inputs = slice_results.read_json(INPUTS_FILE)
-    return {**inputs, "config": _with_defaults(inputs["config"])}
+    return {**inputs, "config": with_defaults(inputs["config"])}
 
 
 def finished_slices(job: TokenizeJob) -> dict[int, dict[str, Any]]:
@@ -313,7 +312,7 @@ def commit_shards(
         },
         inputs=[{"file": f, "stamp": stamp, "xxh128": digests[f]} for f, stamp in stamps.items()],
         encoding=job.encoding,
-        config=_tokenization_settings(job.config),
+        config=tokenization_settings(job.config),
         time_s=time.monotonic() - started_at,
         **totals["train"],
         validation=totals["validation"],
@@ -322,26 +321,6 @@ def commit_shards(
     manifest = committed(folder)
     assert manifest is not None, f"{folder.url} lacks files that were just written"
     return manifest
-
-
-def _tokenization_settings(config: DataConfig) -> dict[str, Any]:
-    """Return the settings that affect the content of the shards."""
-    settings = config.model_dump(mode="json", exclude=IGNORED_SETTINGS)
-    for source in settings["sources"]:
-        source["licence"] = source.pop("license")  # as manifests of earlier versions spell it
-    return settings
-
-
-def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a manifest with the defaults of keys that are newer than it."""
-    sources = [{**source, "license": source["licence"]} for source in settings["sources"]]
-    for source in sources:
-        del source["licence"]
-    try:
-        config = DataConfig.model_validate({**settings, "sources": sources})
-    except ValidationError:  # a newer version wrote the manifest
-        return settings
-    return _tokenization_settings(config)
 
 
 def _count_tokens(folder: Folder, split: str, job: TokenizeJob) -> dict[str, Any]:
