@@ -131,10 +131,13 @@ def describe_data(data: dict[str, Any], plan: dict[str, Any]) -> str:
     )
     unused_note = f"; not used: {', '.join(unused)}" if unused else ""
     unreadable_note = f"; {unreadable} files could not be read to their end" if unreadable else ""
+    settings = plan["made_of"]
+    is_padded = settings["max_length"] is not None and not settings.get("packed", True)
+    padded_note = "; every sample is padded in a row of its own, not packed" if is_padded else ""
     return (
         f"{rows:,} rows: {data['num_samples']:,} to train on ({data['num_tokens']:,} tokens), "
         f"{data['validation']['num_samples']:,} held out, {set_aside:,} set aside"
-        f"{unreadable_note}{unused_note} "
+        f"{unreadable_note}{unused_note}{padded_note} "
         f"(tokenized in {data['time_s']:.0f} s, planned in {plan['time_s']:.0f} s)"
     )
 
