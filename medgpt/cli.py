@@ -47,6 +47,9 @@ DashboardURL = Annotated[
     typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="URL of the Ray dashboard."),
 ]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Job id or run directory.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="section.key=value", help="Override keys of the file."),
@@ -125,20 +128,21 @@ def chat(
     thinking_tokens: Annotated[
         int | None, typer.Option(help="Maximum length of a thought, which is then ended.", min=1)
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat with a trained model in the terminal."""
-    _call(
-        "medgpt.stages.chat:run_chat", run, max_new_tokens, temperature, thinking, thinking_tokens
-    )
+    arguments = (max_new_tokens, temperature, thinking, thinking_tokens, trust_remote_code)
+    _call("medgpt.stages.chat:run_chat", run, *arguments)
 
 
 @app.command(rich_help_panel=EVALUATE)
 def merge(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run trained with LoRA.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder for the model.")],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Merge LoRA adapters into their base model."""
-    _call("medgpt.stages.merge:merge_adapter", run, out)
+    _call("medgpt.stages.merge:merge_adapter", run, out, trust_remote_code)
 
 
 @app.command(rich_help_panel=CLUSTER)

@@ -103,10 +103,19 @@ class ModelConfig(Config):
     rope_scaling: RopeScalingConfig | None = None
     """Extend the rotary positions of the model `name`, for longer texts than it was trained on."""
     attention: Literal["auto", "varlen", "flash_attention_2"] = "auto"
-    """Attention over packed documents; auto: flash_attention_2 where a GPU supports it, else
-    varlen."""
+    """Attention over packed documents, in all roles that read whole sequences; generation has its
+    own. auto: flash_attention_2 where a GPU supports it, else varlen."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Run Python code that comes with the model; in PPO with any model of the run."""
+
+    def with_name(self, name: str) -> "ModelConfig":
+        """Return the config of a saved model, this or another one, for another role of the run."""
+        return ModelConfig(
+            name=name,
+            attention=self.attention,
+            trust_remote_code=self.trust_remote_code,
+            rope_scaling=self.rope_scaling if name == self.name else None,
+        )
 
     @model_validator(mode="after")
     def _check_one_origin(self) -> Self:

@@ -115,20 +115,23 @@ def build_trainable_value_model(
 
 
 def load_partitioned_reward_model(
-    name: str, engine: EngineConfig, device: torch.device, *, packing: Packing = "auto"
+    config: ModelConfig,
+    engine: EngineConfig,
+    device: torch.device,
+    *,
+    packing: Packing = "auto",
 ) -> FrozenEngine:
     """Load a reward model that `medgpt reward` wrote, for scoring. Every rank must call it.
 
-    Raises ConfigError if `name` is no reward model, its head is missing, or it holds adapters.
+    Raises ConfigError if config.name is no reward model, its head is missing, or it holds adapters.
     """
-    load_reward_model_info(name)  # raises if `name` is no reward model
-    if has_adapters(name):
+    assert config.name is not None
+    load_reward_model_info(config)  # raises if it is no reward model
+    if has_adapters(config.name):
         raise ModelError(
-            name,
+            config.name,
             "zero_stage=3 cannot load adapters; merge them with medgpt merge "
             "and name the result, or set zero_stage=0",
         )
-    model = build_trainable_value_model(
-        ModelConfig(name=name), engine, device, seed=0, packing=packing
-    )
+    model = build_trainable_value_model(config, engine, device, seed=0, packing=packing)
     return FrozenEngine(model, engine, device)

@@ -55,10 +55,14 @@ class EvalEngine:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = compute_dtype(precision, device.type)
-        model, self.tokenizer = load_for_generation(
-            model_folder, device, trust_remote_code=trust_remote_code, init_seed=fresh_seed
+        self.model: Any
+        self.model, self.tokenizer = load_for_generation(
+            model_folder,
+            device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            init_seed=fresh_seed,
         )
-        self.model: Any = model.to(dtype)  # type: ignore[arg-type]
         self.pool, self.thinking, self.thinking_tokens = pool, thinking, thinking_tokens
         self.scorer = LoglikelihoodScorer(
             self.model, batch_tokens=pool.batch_tokens, window_tokens=pool.window_tokens

@@ -27,7 +27,12 @@ from medgpt.models.answers import (
 )
 from medgpt.models.decode import TokenGenerator
 from medgpt.models.lora import load_merged
-from medgpt.models.model_files import compatible_architectures, has_adapters, weight_files
+from medgpt.models.model_files import (
+    compatible_architectures,
+    has_adapters,
+    read_hf_config,
+    weight_files,
+)
 from medgpt.models.stops import document_stop_ids
 from medgpt.models.tokenizer import load_tokenizer
 
@@ -36,24 +41,31 @@ def load_for_generation(
     folder: str,
     device: torch.device,
     *,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     init_seed: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load the model and tokenizer of an export, in eval mode; adapters are merged in memory.
 
-    With `init_seed`, weights are drawn with this seed instead of loaded. Raises ConfigError if the
-    folder holds no causal model.
+    Raises ConfigError if the folder holds no causal model.
+
+    Args:
+        dtype: of the weights; None: as saved.
+        init_seed: draw weights with this seed instead of loading them.
     """
     check_causal_model(folder, trust_remote_code)
     if init_seed is not None:
         model, tokenizer = _load_untrained(folder, trust_remote_code, init_seed)
     elif has_adapters(folder):
-        model, tokenizer = load_merged(Path(folder))
+        model, tokenizer = load_merged(Path(folder), trust_remote_code=trust_remote_code)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         tokenizer = load_tokenizer(folder, trust_remote_code)
+    if dtype is not None:
+        for parameter in model.parameters():  # model.to would also round the rotary frequencies
+            parameter.data = parameter.data.to(dtype)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
@@ -79,13 +91,7 @@ def check_causal_model(folder: str, trust_remote_code: bool = False) -> None:
         return
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"no model in {folder}; give a finished run or its model folder")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError) as error:
-        if "auto_map" in (Path(folder) / "config.json").read_text("utf-8"):
-            reason = "is a model with remote code, which does not run by default; read the code, "
-            raise ConfigError(f"{folder} {reason}then set model.trust_remote_code=true") from None
-        raise ConfigError(f"{folder}: {error}") from None
+    config = read_hf_config(Path(folder), folder, trust_remote_code)
     architectures = config.architectures or []
     if not compatible_architectures(config, "clm").intersection(architectures):
         raise ConfigError(

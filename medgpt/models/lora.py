@@ -14,7 +14,6 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     PreTrainedModel,
@@ -25,7 +24,14 @@ from medgpt.config.base import ConfigError
 from medgpt.config.model import LoraConfig
 from medgpt.models import quantize
 from medgpt.models.fetch import local_copy
-from medgpt.models.model_files import ADAPTER_CONFIG_NAME, AdapterBase, adapter_base, has_adapters
+from medgpt.models.model_files import (
+    ADAPTER_CONFIG_NAME,
+    AdapterBase,
+    adapter_base,
+    has_adapters,
+    read_hf_config,
+    resolve_model_folder,
+)
 from medgpt.models.packed import SequenceDropout
 from medgpt.models.rope import scale_rope
 from medgpt.models.stops import set_stops
@@ -80,7 +86,9 @@ def peft_config(
     )
 
 
-def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load_merged(
+    folder: Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load an adapter folder; return its base model with the adapters merged, and the tokenizer.
 
     The weights of a base that was quantized are dequantized to fp32.
@@ -93,8 +101,8 @@ def load_merged(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]
         raise ConfigError(
             f"{key}={base} does not exist; restore the base model or set the key to its new path"
         )
-    model, base_tokenizer = _load_base_model(base, AdapterBase.read(folder))
-    tokenizer = load_tokenizer(str(folder))
+    model, base_tokenizer = _load_base_model(base, AdapterBase.read(folder), trust_remote_code)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code)
     if tokenizer.get_vocab() != base_tokenizer.get_vocab():
         replace_vocabulary(model, base_tokenizer, tokenizer)
     adapted = peft.PeftModel.from_pretrained(model, str(folder))
@@ -156,24 +164,26 @@ def _adapters_above(model: nn.Module, key: str) -> dict[str, nn.Module]:
 
 
 def _load_base_model(
-    name: str, changes: AdapterBase
+    name: str, changes: AdapterBase, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     if has_adapters(name):  # adapters trained on top of adapters
-        return load_merged(Path(name))
-    hf_config = AutoConfig.from_pretrained(name)
+        return load_merged(Path(name), trust_remote_code=trust_remote_code)
+    folder = resolve_model_folder(name)
+    hf_config = read_hf_config(folder, name, trust_remote_code)
     if changes.rope_scaling is not None:
         scale_rope(hf_config, changes.rope_scaling, name)
     architectures = hf_config.architectures or []
     masked = any(architecture.endswith("ForMaskedLM") for architecture in architectures)
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     dtype = "auto" if changes.quantize is None else torch.float32
-    model = auto.from_pretrained(name, config=deepcopy(hf_config), dtype=dtype)
+    model = auto.from_pretrained(folder, config=deepcopy(hf_config), dtype=dtype, **options)
     if changes.quantize is not None:
         compute_dtype = getattr(torch, changes.dtype)
-        options = quantize.loading_options(changes.quantize, compute_dtype)
-        quantized = auto.from_pretrained(name, config=hf_config, dtype=compute_dtype, **options)
+        options |= quantize.loading_options(changes.quantize, compute_dtype)
+        quantized = auto.from_pretrained(folder, config=hf_config, dtype=compute_dtype, **options)
         quantize.copy_dequantized(quantized, model)
-    return model, load_tokenizer(name)
+    return model, load_tokenizer(name, trust_remote_code)
 
 
 def _targets(

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
@@ -153,11 +153,35 @@ def saved_max_positions(config: ModelConfig) -> int | None:
     if has_adapters(folder):
         base = {"name": adapter_base(folder), "rope_scaling": AdapterBase.read(folder).rope_scaling}
         return saved_max_positions(config.model_copy(update=base))
-    remote = config.trust_remote_code
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=remote)
+    hf_config = read_hf_config(folder, config.name, config.trust_remote_code)
     if config.rope_scaling is not None:
         scale_rope(hf_config, config.rope_scaling, config.name)
     return max_positions(hf_config)
+
+
+def read_hf_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Return the Hugging Face config of the model `name` in `folder`.
+
+    Raises ConfigError if it cannot be read, or needs Python code that is not trusted.
+    """
+    if not trust_remote_code and _has_code_of_its_own(folder):  # transformers would ask
+        raise ModelError(
+            name,
+            "it comes with Python code of its own (remote code), which does not run by default; "
+            "read the code, then set model.trust_remote_code=true",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise ModelError(name, f"{error}") from None
+
+
+def _has_code_of_its_own(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except json.JSONDecodeError:
+        return False  # AutoConfig says what is wrong
+    return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
 
 
 def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig:
@@ -167,10 +191,13 @@ def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig
     """
     assert config.name is not None
     folder = resolve_model_folder(config.name)
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise ModelError(config.name, f"{error}") from None
+    hf_config = read_hf_config(folder, config.name, config.trust_remote_code)
+    if quantization := hf_config.to_dict().get("quantization_config"):
+        raise ModelError(
+            config.name,
+            f"its weights are quantized ({quantization.get('quant_method')}), and only bf16 and "
+            "fp32 weights are trained; name a checkpoint of the same model that is not quantized",
+        )
     if config.rope_scaling is not None:
         scale_rope(hf_config, config.rope_scaling, config.name)
     compatible = compatible_architectures(hf_config, head_kind)
@@ -183,6 +210,13 @@ def load_hf_config(config: ModelConfig, head_kind: HeadKind) -> PreTrainedConfig
             f", {reader} needs {' or '.join(sorted(compatible)) or 'another model'}",
         )
     if head_kind == "value":
+        if not _own_architecture(hf_config, "value"):
+            raise ModelError(
+                config.name,
+                f"neither transformers nor the model's code has a {AUTO_CLASS_NAMES['value'][0]} "
+                f"for {hf_config.model_type}, as a reward model or critic needs; "
+                "use a model like Qwen, Llama or Mistral",
+            )
         if not lacks_value_head(hf_config) and hf_config.num_labels != 1:
             raise ModelError(
                 config.name,
@@ -198,14 +232,19 @@ def compatible_architectures(hf_config: PreTrainedConfig, head_kind: HeadKind) -
 
     transformers itself is less strict: it would also load a BERT as a causal model.
     """
-    auto, mapping = AUTO_CLASS_NAMES[head_kind]
-    remote = (hf_config.to_dict().get("auto_map") or {}).get(auto)
-    names = {name.split(".")[-1] for name in (remote, mapping.get(hf_config.model_type)) if name}
+    names = _own_architecture(hf_config, head_kind)
     if head_kind == "value":
         names |= compatible_architectures(hf_config, "clm")  # a head is added
     if head_kind == "mlm":  # has a second head, which is not loaded
         names |= {fit.replace("ForMaskedLM", "ForPreTraining") for fit in names}
     return names
+
+
+def _own_architecture(hf_config: PreTrainedConfig, head_kind: HeadKind) -> set[str]:
+    """Return the class names with this head, of the model's own code and of transformers."""
+    auto, mapping = AUTO_CLASS_NAMES[head_kind]
+    remote = (hf_config.to_dict().get("auto_map") or {}).get(auto)
+    return {name.split(".")[-1] for name in (remote, mapping.get(hf_config.model_type)) if name}
 
 
 def lacks_value_head(hf_config: PreTrainedConfig) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.peft_utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from medgpt.config.base import ModelError
@@ -25,6 +25,7 @@ from medgpt.models.model_files import (
     adapter_base,
     has_adapters,
     lacks_value_head,
+    read_hf_config,
     resolve_model_folder,
     weight_files,
 )
@@ -146,8 +147,8 @@ def install_value_head(model: PreTrainedModel, config: ModelConfig, *, seed: int
 def has_value_head(config: ModelConfig) -> bool:
     """Return whether the model was saved with a value head; a language model was not."""
     assert config.name is not None
-    folder, remote = resolve_model_folder(config.name), config.trust_remote_code
-    return not lacks_value_head(AutoConfig.from_pretrained(folder, trust_remote_code=remote))
+    folder = resolve_model_folder(config.name)
+    return not lacks_value_head(read_hf_config(folder, config.name, config.trust_remote_code))
 
 
 def _load_saved_head(config: ModelConfig) -> Tensor:
@@ -187,8 +188,10 @@ def build_value_model(
     return model
 
 
-def load_reward_model_info(name: str) -> RewardModelInfo:
+def load_reward_model_info(config: ModelConfig) -> RewardModelInfo:
     """Read score.json of a reward model. Raises ConfigError if it or the head is missing."""
+    assert config.name is not None
+    name = config.name
     score = RewardModelInfo.read(resolve_model_folder(name, adapters_allowed=True))
     if score is None:
         raise ModelError(
@@ -196,7 +199,7 @@ def load_reward_model_info(name: str) -> RewardModelInfo:
             f"the folder has no {SCORE_FILE}, so it is no reward model; name "
             "the folder that medgpt reward wrote, runs/NAME/model",
         )
-    if not has_adapters(name) and not has_value_head(ModelConfig(name=name)):
+    if not has_adapters(name) and not has_value_head(config):
         raise ModelError(name, f"the folder has {SCORE_FILE} but no head; export the model again")
     return score
 
@@ -204,6 +207,7 @@ def load_reward_model_info(name: str) -> RewardModelInfo:
 def load_value_model(
     name: str,
     *,
+    base: ModelConfig | None = None,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
     packing: Packing = "auto",
@@ -212,8 +216,12 @@ def load_value_model(
 
     Weights are on the CPU and frozen; scores are normalized. Raises ConfigError if `name` is no
     reward model, or its head or the base of its adapters is missing.
+
+    Args:
+        base: config of another model of the run, whose attention and trust apply to this one.
     """
-    score, config = load_reward_model_info(name), ModelConfig(name=name)
+    config = ModelConfig(name=name) if base is None else base.with_name(name)
+    score = load_reward_model_info(config)
     model = build_value_model(config, seed=0, dtype=dtype, max_length=max_length, packing=packing)
     scorer = ValueModel(model, mean=score.mean, std=score.std)
     return scorer.requires_grad_(False).eval(), score

@@ -26,7 +26,7 @@ class HeldoutEval:
         self.rollout: Pool[Rollout] = pools.pools["rollout"]
         self.reward: Pool[Reward] = pools.pools["reward"]
         self.question_set = HeldoutQuestions(config.judge, config.run.seed)
-        self.tokenizer = load_tokenizer(config.model.name)
+        self.tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
         prompts = [
             generation_prompt_ids(
                 self.tokenizer, question.messages, thinking=THINKING[config.rollout.thinking]

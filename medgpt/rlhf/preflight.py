@@ -1,7 +1,6 @@
 """Checks of a PPO run's models before data is prepared and pools start."""
 
 from medgpt.config.base import ConfigError
-from medgpt.config.model import ModelConfig
 from medgpt.config.ppo import PPOStageConfig
 
 
@@ -26,7 +25,7 @@ def check_models(config: PPOStageConfig) -> None:
     _check_positions(config, names, tokens, cause)
     if config.judge.every:
         assert config.model.name is not None
-        tokenizer = load_tokenizer(config.model.name)
+        tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
         questions = HeldoutQuestions(config.judge, config.run.seed).questions
         longest = max(len(generation_prompt_ids(tokenizer, q.messages)) for q in questions)
         cause = (
@@ -46,7 +45,7 @@ def _check_positions(
     for key, name in names.items():
         if name is None:
             continue
-        model = config.model if key == "model.name" else ModelConfig(name=name)
+        model = config.model.with_name(name)
         with errors_for_key(key):
             limit = saved_max_positions(model)
         if limit is not None and tokens > limit:

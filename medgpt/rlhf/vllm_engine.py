@@ -90,10 +90,18 @@ WeightTransferEngineFactory.register_engine(IN_MEMORY, InMemoryTransferEngine)
 class VllmEngine:
     """Samples with the model in `folder`, then with the weights loaded last."""
 
-    def __init__(self, folder: str, *, dtype: torch.dtype, config: RolloutConfig) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        dtype: torch.dtype,
+        config: RolloutConfig,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.llm: Any = LLM(
             model=folder,
             dtype=str(dtype).removeprefix("torch."),
+            trust_remote_code=trust_remote_code,
             skip_tokenizer_init=True,  # ids in, ids out
             generation_config="vllm",  # not generation_config.json
             logprobs_mode="processed_logprobs",  # after the temperature

@@ -26,11 +26,14 @@ def run_chat(
     temperature: float,
     thinking: bool | None = None,
     thinking_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Answer questions until an empty line or Ctrl-D; print tokens as they are generated."""
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_for_generation(str(existing_model_folder(run)), device)
+    model, tokenizer = load_for_generation(
+        str(existing_model_folder(run)), device, trust_remote_code=trust_remote_code
+    )
     max_positions = model.config.get_text_config().to_dict().get("max_position_embeddings", 2**31)
     max_answer_tokens = min(max_new_tokens, max_positions // 2)
     print(f"{run}. Enter an empty line to quit; press Ctrl-C to stop an answer.")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from medgpt.config.base import ConfigError
+from medgpt.config.model import ModelConfig
 from medgpt.models.fetch import existing_model_folder
 from medgpt.models.lora import load_merged
 from medgpt.models.model_files import ADAPTER_CONFIG_NAME, AdapterBase, has_adapters
@@ -11,7 +12,7 @@ from medgpt.models.value_model import RewardModelInfo, load_value_model
 from medgpt.models.weight_layout import prefer_hub_layout
 
 
-def merge_adapter(adapter: str, out: Path) -> None:
+def merge_adapter(adapter: str, out: Path, trust_remote_code: bool = False) -> None:
     """Merge the adapters of a LoRA run or model folder into the base and save the model to `out`.
 
     Raises:
@@ -27,9 +28,11 @@ def merge_adapter(adapter: str, out: Path) -> None:
         )
     score = RewardModelInfo.read(folder)
     if score is not None:  # a reward model
-        model, tokenizer = load_value_model(str(folder))[0].pretrained, load_tokenizer(str(folder))
+        config = ModelConfig(name=str(folder), trust_remote_code=trust_remote_code)
+        model = load_value_model(str(folder), base=config)[0].pretrained
+        tokenizer = load_tokenizer(str(folder), trust_remote_code)
     else:
-        model, tokenizer = load_merged(folder)
+        model, tokenizer = load_merged(folder, trust_remote_code=trust_remote_code)
         if (kind := AdapterBase.read(folder).quantize) is not None:
             print(
                 f"merge: the base was trained on in {kind}: its weights are dequantized, and the "

@@ -32,6 +32,7 @@ from medgpt.models.freeze import freeze_weights
 from medgpt.models.load import SpecialTokenIds, build_model, compute_dtype
 from medgpt.models.lora import peft_config
 from medgpt.models.model_files import AdapterBase
+from medgpt.models.saved_config import save_config
 from medgpt.models.stops import generation_config, set_stops
 from medgpt.runs import Run
 from medgpt.train.checkpointing import begin_attempt
@@ -128,7 +129,7 @@ def train_dpo(
                 AdapterBase.of(config.model, dtype).write(directory)
             else:
                 set_stops(model, tokenizer)
-                model.config.save_pretrained(directory)
+                save_config(model, directory)
             generation_config(tokenizer).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         dist.barrier()

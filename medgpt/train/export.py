@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from medgpt.engine.export import export_weights, gather_weights
 from medgpt.models.packed import unwrap_peft
+from medgpt.models.saved_config import save_config
 from medgpt.models.stops import set_stops
 
 
@@ -22,8 +23,7 @@ def export_model(model: Any, tokenizer: Any, directory: Path) -> None:
     else:
         export_weights(inner_model, directory)
         if dist.get_rank() == 0:
-            inner_model.config.architectures = [type(inner_model).__name__]
-            inner_model.config.save_pretrained(directory)
+            save_config(inner_model, directory)
     if dist.get_rank() == 0:
         tokenizer.save_pretrained(directory)
         if inner_model.can_generate():

@@ -26,7 +26,11 @@ def sample_policy_answers(
     if not rows:
         return []
     assert config.model.name is not None
-    model, _ = load_for_generation(str(resolve_model_folder(config.model.name)), device)
+    model, _ = load_for_generation(
+        str(resolve_model_folder(config.model.name)),
+        device,
+        trust_remote_code=config.model.trust_remote_code,
+    )
     generator, prompts = TokenGenerator(model), [_prompt_ids(row) for row in rows]
     max_answer_tokens = generator.max_positions - max(map(len, prompts))
     seeds = [sequence_seed(config.run.seed, VALIDATION, row.sample_ids[0], 0) for row in rows]

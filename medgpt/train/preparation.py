@@ -173,7 +173,8 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
     )
 
     config: DataStageConfig = cls.model_validate_json(config_json)
-    tokenizer, max_length = load_tokenizer(tokenizer_url), config.data.max_length
+    tokenizer = load_tokenizer(tokenizer_url, config.model.trust_remote_code)
+    max_length = config.data.max_length
     if isinstance(config, PretrainConfig):
         objective = config.objective
         return DocumentEncoder(tokenizer, objective.kind, objective.whole_word).encode_batch
@@ -193,7 +194,8 @@ def load_encoder(tokenizer_url: str, config_json: str, cls: Any) -> EncodeBatch:
     return encoder(tokenizer, max_length, options).encode_batch
 
 
-def load_tokenizer(url: str) -> Any:
+def load_tokenizer(url: str, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer that `make_tokenizer` wrote to `url`."""
     folder = Folder(url)
     tokenizer = committed(folder)
     assert tokenizer is not None, f"{url} holds no tokenizer"
@@ -204,7 +206,7 @@ def load_tokenizer(url: str) -> Any:
             return load_by_class_path(str(directory), path)
         from medgpt.models.tokenizer import load_tokenizer
 
-        return load_tokenizer(str(directory))
+        return load_tokenizer(str(directory), trust_remote_code)
 
 
 def make_tokenizer(url: str, config: DataStageConfig) -> None:
@@ -255,7 +257,9 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
     with folder.staging() as directory:
         tokenizer.save_pretrained(directory)
         files = file_entries(directory)
-        path = tokenizer_class_path(str(directory), load_tokenizer(str(directory)))
+        path = tokenizer_class_path(
+            str(directory), load_tokenizer(str(directory), model.trust_remote_code)
+        )
     manifest = {
         "mode": mode,
         "num_tokens": len(tokenizer),

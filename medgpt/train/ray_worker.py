@@ -66,7 +66,7 @@ def _train_and_export(job: WorkerJob, run: Run) -> None:
         torch.cuda.set_device(device)  # for this thread
     if not job.start_barrier.wait():
         return
-    tokenizer = load_tokenizer((run.folder / TOKENIZER).url)
+    tokenizer = load_tokenizer((run.folder / TOKENIZER).url, config.model.trust_remote_code)
     progress = AsyncQueue(job.progress)
     try:
         if isinstance(config, DPOConfig):
@@ -148,7 +148,9 @@ def _write_sample_generations(run: Run, config: TrainStageConfig, device: Any) -
     from medgpt.models.generate import generate_greedy, load_for_generation
 
     with run.model.local() as directory:
-        model, tokenizer = load_for_generation(str(directory), device)
+        model, tokenizer = load_for_generation(
+            str(directory), device, trust_remote_code=config.model.trust_remote_code
+        )
     prompts = config.report.prompts
     texts = generate_greedy(
         model,

@@ -245,7 +245,7 @@ class Actor:
         """Write policy and tokenizer as a Hugging Face folder; return the files on rank 0."""
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
-            tokenizer = load_tokenizer(self.config.model.name)
+            tokenizer = load_tokenizer(self.config.model.name, self.config.model.trust_remote_code)
             export_model(self.policy.model, tokenizer, directory)
             if dist.get_rank() > 0:
                 return []

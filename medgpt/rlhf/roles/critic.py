@@ -9,7 +9,6 @@ from torch import Tensor
 
 from medgpt.algos.ppo import ppo_value_loss
 from medgpt.artifacts import FileEntry, Folder, file_entries
-from medgpt.config.model import ModelConfig
 from medgpt.config.ppo import PPOStageConfig
 from medgpt.data.loader.batch import IGNORE, PackedBatch
 from medgpt.engine import Engine
@@ -41,10 +40,13 @@ class Critic:
         actor = config.model.name
         assert actor is not None
         key, start = _initial_model(config, actor)
-        model = ModelConfig(name=start, lora=config.critic.lora)
+        model = config.model.with_name(start).model_copy(update={"lora": config.critic.lora})
+        remote = config.model.trust_remote_code
         with errors_for_key(key):
             check_same_token_ids(
-                load_tokenizer(actor), load_tokenizer(start), names=("the actor", f"{key}={start}")
+                load_tokenizer(actor, remote),
+                load_tokenizer(start, remote),
+                names=("the actor", f"{key}={start}"),
             )
             self.model = build_trainable_value_model(
                 model, engine, self.device, seed=config.run.seed, packing=config.data.packing
@@ -154,7 +156,7 @@ class Critic:
         """Write the critic with its head as a Hugging Face folder; return the files on rank 0."""
         assert self.config.model.name is not None
         with Folder(url).staging() as directory:
-            tokenizer = load_tokenizer(self.config.model.name)
+            tokenizer = load_tokenizer(self.config.model.name, self.config.model.trust_remote_code)
             export_model(self.model.model, tokenizer, directory)
             if dist.get_rank() > 0:
                 return []

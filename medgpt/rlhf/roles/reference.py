@@ -43,8 +43,8 @@ class Reference(FrozenRole):
 
     @property
     def _model_config(self) -> ModelConfig:
-        model = self.config.model
-        return ModelConfig(**model.model_dump(include={"name", "attention", "trust_remote_code"}))
+        assert self.config.model.name is not None
+        return self.config.model.with_name(self.config.model.name)
 
     def _load_replicated(self) -> Any:
         model = build_model(

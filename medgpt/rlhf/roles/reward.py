@@ -48,7 +48,7 @@ class Reward(FrozenRole):
         assert config.model.name is not None
         self.config, self.device = config, role_device()
         self.pool = config.pools.reward
-        self.tokenizer = load_tokenizer(config.model.name)
+        self.tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
         self.rewards = WeightedRewards(config.reward)
         reward_model = config.reward.model if self.rewards.needs_scores else None
         self.model = self._load("reward.model", reward_model)
@@ -130,12 +130,15 @@ class Reward(FrozenRole):
             tokenizer_names = "the actor", f"{key}={name}"
             load = self._load_partitioned if self.pool.zero_stage else self._load_replicated
             model = load(name)
-            check_same_token_ids(self.tokenizer, load_tokenizer(name), names=tokenizer_names)
+            tokenizer = load_tokenizer(name, self.config.model.trust_remote_code)
+            check_same_token_ids(self.tokenizer, tokenizer, names=tokenizer_names)
         return model
 
     def _load_replicated(self, name: str) -> ValueModel:
         dtype = compute_dtype(self.pool.precision, self.device.type)
-        model, _ = load_value_model(name, dtype=dtype, packing=self.config.data.packing)
+        model, _ = load_value_model(
+            name, base=self.config.model, dtype=dtype, packing=self.config.data.packing
+        )
         return model.to(initial_device(self.pool))
 
     def _load_partitioned(self, name: str) -> Scorer:
@@ -143,5 +146,5 @@ class Reward(FrozenRole):
         from medgpt.engine.build import load_partitioned_reward_model
 
         engine = EngineConfig(zero_stage=self.pool.zero_stage, precision=self.pool.precision)
-        packing = self.config.data.packing
-        return load_partitioned_reward_model(name, engine, self.device, packing=packing)
+        config, packing = self.config.model.with_name(name), self.config.data.packing
+        return load_partitioned_reward_model(config, engine, self.device, packing=packing)

@@ -57,7 +57,8 @@ class Rollout(FrozenRole):
         assert config.model.name is not None
         self.config = config
         self.folder = str(resolve_model_folder(config.model.name))
-        self.stop_ids = stop_token_ids(load_tokenizer(self.folder))
+        tokenizer = load_tokenizer(self.folder, config.model.trust_remote_code)
+        self.stop_ids = stop_token_ids(tokenizer)
         self.engine: RolloutEngine = build_engine(config, self.folder)
         self.weight_version, self.sync = NO_VERSION, SyncState()
 
@@ -138,10 +139,17 @@ class HuggingFaceEngine:
     """medgpt's decode loop with the Hugging Face model in `folder`."""
 
     def __init__(
-        self, folder: str, device: torch.device, *, dtype: torch.dtype, batch_tokens: int
+        self,
+        folder: str,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        trust_remote_code: bool = False,
     ) -> None:
-        model: Any = load_for_generation(folder, device)[0]
-        self.model = model.to(dtype).requires_grad_(False)
+        self.model: Any = load_for_generation(
+            folder, device, dtype=dtype, trust_remote_code=trust_remote_code
+        )[0].requires_grad_(False)
         self.generate = TokenGenerator(self.model, batch_tokens=batch_tokens).generate
         self.received: set[int] = set()
 
@@ -162,8 +170,13 @@ def build_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
     """Return the engine that the config names."""
     dtype = compute_dtype(config.pools.rollout.precision, role_device().type)
     if config.rollout.engine == "hf":
-        device, size = initial_device(config.pools.rollout), config.rollout.batch_tokens
-        return HuggingFaceEngine(folder, device, dtype=dtype, batch_tokens=size)
+        return HuggingFaceEngine(
+            folder,
+            initial_device(config.pools.rollout),
+            dtype=dtype,
+            batch_tokens=config.rollout.batch_tokens,
+            trust_remote_code=config.model.trust_remote_code,
+        )
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             "rollout.engine=vllm needs the package vllm where the rollout pool runs; install "
@@ -171,4 +184,9 @@ def build_engine(config: PPOStageConfig, folder: str) -> RolloutEngine:
         )
     from medgpt.rlhf.vllm_engine import VllmEngine  # optional dependency
 
-    return VllmEngine(folder, dtype=dtype, config=config.rollout)
+    return VllmEngine(
+        folder,
+        dtype=dtype,
+        config=config.rollout,
+        trust_remote_code=config.model.trust_remote_code,
+    )
