@@ -1,6 +1,6 @@
 """Prepare a stage before its workers start: tokenizer, tokenized data, plan of the rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from medgpt.artifacts import Folder, commit, committed, file_entries
 from medgpt.config.base import ConfigError, ModelError
-from medgpt.config.data import DataConfig, SourceConfig
+from medgpt.config.data import DataConfig
 from medgpt.config.dpo import DPOConfig
 from medgpt.config.model import THINKING, ModelConfig, Thinking, TokenizerConfig
 from medgpt.config.ppo import PPOStageConfig
@@ -18,21 +18,19 @@ from medgpt.config.reward_model import RewardModelConfig
 from medgpt.config.stages import Passes, PretrainConfig, RunConfig, SampleKind
 from medgpt.config.train import ClusterConfig
 from medgpt.data.loader.plan import PlanSettings, find_plan, make_plan
-from medgpt.data.sources.deny_list import DenyList
-from medgpt.data.sources.file_slices import FileSlice, list_slices
+from medgpt.data.sources.file_slices import list_slices
 from medgpt.data.sources.inputs import check_sources
 from medgpt.data.sources.readers import read_slice
 from medgpt.data.sources.records import Document, Reject
 from medgpt.data.tokenized.shards import data_version
 from medgpt.data.tokenized.tokenize import EncodeBatch, TokenizeJob, tokenize_sources
 from medgpt.runs import Run
+from medgpt.train.corpus_texts import corpus_texts
 
 if TYPE_CHECKING:
     from medgpt.models.model_files import HeadKind
 
 TOKENIZER = "tokenizer"
-PROBE_TEXTS_PER_SOURCE = 4  # to measure a changed vocabulary
-PROBE_CHARACTERS = 200
 SYSTEM_PROBE_RECORDS = 100  # of each source, read before anything is prepared
 
 
@@ -312,9 +310,8 @@ def check_weights(config: DataStageConfig) -> None:
     if config.model.freeze or config.model.lora.quantize:
         from medgpt.models.model_shapes import model_shape  # imports torch
 
-        vocab_size = (
-            config.tokenizer.vocab_size
-        )  # of fresh weights; their names do not depend on it
+        # of fresh weights, whose names do not depend on it
+        vocab_size = config.tokenizer.vocab_size
         model_shape(config.model, _head_kind(config), vocab_size=vocab_size)
 
 
@@ -322,37 +319,3 @@ def _head_kind(config: DataStageConfig) -> "HeadKind":
     if isinstance(config, PretrainConfig):
         return config.objective.kind
     return "value" if isinstance(config, RewardModelConfig) else "clm"
-
-
-def corpus_texts(config: DataStageConfig) -> Iterator[str]:
-    """Yield texts of all sources, at most `tokenizer.max_train_mb`, in equal shares per unit."""
-    sources = config.data.sources
-    for source in sources:
-        units = list_slices(source, config.data.shard_mb)
-        budget = config.tokenizer.max_train_mb * 2**20 / len(sources) / len(units)
-        deny = DenyList.load(source.deny)
-        for unit in units:
-            bytes_left = budget
-            for text in _unit_texts(unit, source, deny):
-                yield text
-                bytes_left -= len(text.encode())
-                if bytes_left <= 0:
-                    break
-
-
-def probe_texts(config: DataStageConfig) -> Iterator[str]:
-    """Yield the beginnings of the first texts of every source."""
-    for source in config.data.sources:
-        units, deny = list_slices(source, config.data.shard_mb), DenyList.load(source.deny)
-        texts = (text for unit in units for text in _unit_texts(unit, source, deny))
-        yield from (text[:PROBE_CHARACTERS] for text in islice(texts, PROBE_TEXTS_PER_SOURCE))
-
-
-def _unit_texts(unit: FileSlice, source: SourceConfig, deny: DenyList) -> Iterator[str]:
-    """Yield documents and the messages of conversations."""
-    for item in read_slice(unit, source):
-        record = item if isinstance(item, Reject) else deny.check(item)
-        if isinstance(record, Document):
-            yield record.text
-        elif not isinstance(record, Reject):
-            yield from (message.text for message in record.messages)

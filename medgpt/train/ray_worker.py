@@ -169,8 +169,8 @@ def _make_language_model_objective(
     """Build the objective; rank 0 records a change of the vocabulary in the manifest."""
     import torch.distributed as dist
 
+    from medgpt.train.corpus_texts import probe_texts
     from medgpt.train.lm_objective import LanguageModelObjective
-    from medgpt.train.preparation import probe_texts
 
     config = job.config
     measure_change = dist.get_rank() == 0 and "vocabulary" not in run.manifest
