@@ -39,6 +39,8 @@ TAKE_SECONDS = {  # files that `tests/run.sh --quick` leaves out
     "jobs/test_supervise.py",
     "models/test_attention.py",
     "models/test_quantize.py",
+    "models/test_families.py",
+    "models/test_matrix.py",
     "planning/test_measured_memory.py",
     "rlhf/test_ppo_learning.py",
     "stages/test_chat.py",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from medgpt.data.loader.packing import batches_by_length
 from medgpt.models.inference_check import ReadingMode, find_mode
@@ -192,7 +192,13 @@ class _DecodeState:
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep only these rows (b,) of the batch."""
-        self.cache.batch_select_indices(rows)
+        layers: list[Any] = self.cache.layers
+        indices: Any = rows
+        for layer in layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):  # a state per row, no tokens
+                layer.reorder_cache(indices)
+            else:
+                layer.batch_select_indices(rows)
         self.padding = self.padding[rows]
         if self.mask is not None:
             self.mask = self.mask[rows]

@@ -25,9 +25,14 @@ def generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
 def set_stops(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     """Make plain transformers and other engines stop a causal model where its template does.
 
-    A base model may end at <|endoftext|> only, and would go on after <|im_end|>.
+    A base model may end at <|endoftext|> only, and would go on after <|im_end|>. The ends that its
+    own generation config names are kept: what it learned to end with, it may still say.
     """
     if model.can_generate():
+        own = model.generation_config.eos_token_id
         model.generation_config = generation_config(tokenizer)
+        own_ends = [own] if isinstance(own, int) else own or []
+        ends = {*model.generation_config.eos_token_id, *own_ends}
+        model.generation_config.eos_token_id = sorted(ends)
         model.config.get_text_config().eos_token_id = model.generation_config.eos_token_id
         model.config.eos_token_id = model.generation_config.eos_token_id

@@ -24,7 +24,7 @@ from tests.models import family_tokenizers as styles
 from tests.models.chat_templates import CHAT_TEMPLATES
 from tests.models.family_tokenizers import END_OF_TEXT, IM_END
 
-POSITIONS = 256
+POSITIONS = 512
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -116,10 +116,11 @@ class Family:
 
 def spread_weights(model: PreTrainedModel) -> None:
     """Draw weights again, large enough for peaked attention and logits of about unit size."""
+    scaled = model.config.model_type in ("gemma2", "gemma3_text", "minicpm3")  # by 8 or 12
     for name, weight in model.named_parameters():
         noise = torch.randn_like(weight)
         if "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
-            weight.data.copy_(0.7 * noise)
+            weight.data.copy_((0.08 if scaled else 0.7) * noise)
         elif weight.ndim > 1:
             weight.data.copy_(1.3 * weight.shape[-1] ** -0.5 * noise)
         else:  # norms and biases
