@@ -34,7 +34,7 @@ from medgpt.models.model_files import (
     weight_files,
 )
 from medgpt.models.stops import document_stop_ids
-from medgpt.models.tokenizer import load_tokenizer
+from medgpt.models.tokenizer import check_embedding_rows, load_tokenizer
 
 
 def load_for_generation(
@@ -63,6 +63,8 @@ def load_for_generation(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         tokenizer = load_tokenizer(folder, trust_remote_code)
+    num_rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    check_embedding_rows(folder, tokenizer, num_rows)
     if dtype is not None:
         for parameter in model.parameters():  # model.to would also round the rotary frequencies
             parameter.data = parameter.data.to(dtype)

@@ -73,6 +73,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def check_embedding_rows(name: str, tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
+    """Raise ConfigError if the tokenizer of model `name` has ids without a row of its embedding."""
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > num_rows:
+        raise ModelError(
+            name,
+            f"its tokenizer has the ids 0 to {num_ids - 1}, and its embedding only {num_rows} "
+            "rows, as when tokens were added to the tokenizer alone; save the model with "
+            f"resize_token_embeddings({num_ids}, pad_to_multiple_of=64) of transformers, or take "
+            "the added tokens out of the tokenizer's files",
+        )
+
+
 def end_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the id of the end-of-text token, which some models also see before a text."""
     end = tokenizer.eos_token_id

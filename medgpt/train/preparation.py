@@ -211,8 +211,9 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
     """Write the stage's tokenizer: the base model's, or one trained, extended or trimmed."""
     from medgpt.data.tokenized.chat_template import prepare_chat_tokenizer
     from medgpt.data.tokenized.template_choice import freeze_template
+    from medgpt.models.model_files import load_hf_config
     from medgpt.models.saved_tokenizer import tokenizer_class_path
-    from medgpt.models.tokenizer import load_tokenizer, train_tokenizer
+    from medgpt.models.tokenizer import check_embedding_rows, load_tokenizer, train_tokenizer
 
     mode, model = config.tokenizer.mode, config.model
     packed = config.data.packing != "off"
@@ -227,6 +228,8 @@ def make_tokenizer(url: str, config: DataStageConfig) -> None:
     else:
         assert model.name is not None
         tokenizer = load_tokenizer(model.name, model.trust_remote_code, config.tokenizer.date)
+        num_rows = load_hf_config(model, _head_kind(config)).get_text_config().vocab_size
+        check_embedding_rows(model.name, tokenizer, num_rows)
         if config.sample_kind != "documents":
             tokenizer = freeze_template(tokenizer, config.tokenizer)
         if config.sample_kind == "conversations":
