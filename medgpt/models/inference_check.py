@@ -52,7 +52,12 @@ def _find_mode(
     wrapped: _Model, config_json: str, modes: tuple[ReadingMode, ...], read: Logprobs
 ) -> ReadingMode:
     model: Any = wrapped.model
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         texts = random_texts(model.config)
         options = {"attn_implementation": model.config._attn_implementation}
         try:

@@ -74,8 +74,14 @@ def is_packed(
 @lru_cache(maxsize=256)
 def _difference(case: _Case, *, packed: bool) -> str | None:
     """Return how our forward differs from the model's own on texts alone, or None."""
-    # whatever device and gradient mode the caller builds its own model in
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+    # whatever device and gradient mode the caller builds its own model in, and without a draw from
+    # the generator that it may use next
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         return _find_difference(case, packed=packed)
 
 

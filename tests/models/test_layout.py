@@ -135,3 +135,10 @@ def test_every_type_of_transformers_is_exact_or_refused(
         assert_exact_or_refused(model_type, head_kind)
     except ModelError as refusal:
         assert model_type in str(refusal)  # noqa: PT017 - both ends are fine
+
+
+def test_a_check_draws_nothing_from_the_generator_of_the_caller() -> None:
+    hf_config = CONFIG_MAPPING["qwen2"](hidden_size=32, num_attention_heads=2, vocab_size=99)
+    before = torch.get_rng_state()
+    assert is_packed(hf_config, "clm", "auto", name="m")
+    assert torch.equal(torch.get_rng_state(), before)
