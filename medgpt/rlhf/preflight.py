@@ -5,10 +5,10 @@ from medgpt.config.ppo import PPOStageConfig
 
 
 def check_models(config: PPOStageConfig) -> None:
-    """Check that every model has enough positions. Light, but imports models/.
+    """Check the positions of every model and the kind of the critic. Light, but imports models/.
 
     Raises:
-        ConfigError: a model has too few positions or cannot be found.
+        ConfigError: a model has too few positions or cannot be found, or the critic's has no head.
     """
     from medgpt.data.tokenized.chat_template import generation_prompt_ids
     from medgpt.models.tokenizer import load_tokenizer
@@ -23,6 +23,7 @@ def check_models(config: PPOStageConfig) -> None:
     if config.reward.score_weight:
         names["reward.model"] = config.reward.model
     _check_positions(config, names, tokens, cause)
+    _check_critic(config)
     if config.judge.every:
         assert config.model.name is not None
         tokenizer = load_tokenizer(config.model.name, config.model.trust_remote_code)
@@ -34,6 +35,26 @@ def check_models(config: PPOStageConfig) -> None:
         )
         names = {"model.name": config.model.name, "judge.model": config.judge.model}
         _check_positions(config, names, longest + config.judge.max_new_tokens, cause)
+
+
+def initial_critic(config: PPOStageConfig) -> tuple[str, str]:
+    """Return config key and name of the model that the critic starts from."""
+    if config.critic.model is not None:
+        return "critic.model", config.critic.model
+    if config.reward.model is not None:
+        return "reward.model", config.reward.model
+    assert config.model.name is not None
+    return "model.name", config.model.name
+
+
+def _check_critic(config: PPOStageConfig) -> None:
+    from medgpt.models.model_files import has_adapters, load_hf_config
+    from medgpt.rlhf.roles.common import errors_for_key
+
+    key, name = initial_critic(config)
+    if not has_adapters(name):  # adapters are checked with their base when they are loaded
+        with errors_for_key(key):
+            load_hf_config(config.model.with_name(name), "value")
 
 
 def _check_positions(

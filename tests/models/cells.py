@@ -114,7 +114,7 @@ def train(family: Family, base: Path, folder: Path, *, rank: int = 0, steps: int
     adapter, out = folder / "adapter", folder / "model"
     objective.export(engine, adapter if rank else out)
     if rank:
-        merge_adapter(str(adapter), out)
+        merge_adapter(str(adapter), out, family.remote_code)
     return Trained(
         folder=out,
         adapter=adapter if rank else None,

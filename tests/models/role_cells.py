@@ -63,7 +63,7 @@ def reward(family: Family, base: Path, folder: Path, *, rank: int = 0) -> None:
     objective.export(engine, folder / "model")
     out = folder / "model"
     if rank:
-        cells.merge_adapter(str(out), folder / "merged")
+        cells.merge_adapter(str(out), folder / "merged", family.remote_code)
     scorer, _ = load_value_model(str(out))
     with torch.no_grad():
         trained = last_token_values(objective.module(batch.packed), batch.packed)
@@ -191,13 +191,18 @@ def sum_logprobs(model: Any, prompt: Sequence[int], option: Sequence[int]) -> fl
     return float(logprobs.gather(1, ids[0, len(prompt) :, None]).sum())
 
 
-def chat(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def chat(
+    family: Family,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The terminal shows the learned answer, whole characters only."""
     questions = iter([*QUESTIONS, ""])
     monkeypatch.setattr("builtins.input", lambda _: next(questions))
     capsys.readouterr()
     with cells.before_data():
-        run_chat(str(folder), 80, 0.0)
+        run_chat(str(folder), 80, 0.0, trust_remote_code=family.remote_code)
     shown = capsys.readouterr().out
     for answer in ANSWERS:
         assert cells.as_the_tokenizer_spells(folder, answer) in shown, shown

@@ -27,10 +27,6 @@ IN_EVERY_RUN = {  # one of each kind of difference; the others run with `tests/r
     "roberta": ("full",),  # positions begin at padding_idx + 1
     "deberta-v2": ("LoRA",),
 }
-PENDING = {("remote-code", cell) for cell in CELLS} | {
-    ("glm-4-moe", cell) for cell in ("reward", "PPO")
-}
-"""Cells that fail until code of a model runs in every role and every body gets a value head."""
 
 
 def table() -> dict[str, dict[str, str]]:
@@ -55,14 +51,7 @@ def all_cells() -> list[object]:
             name,
             cell,
             id=f"{name}-{cell}",
-            marks=[
-                *([] if cell in IN_EVERY_RUN.get(name, ()) else [pytest.mark.slow]),
-                *(
-                    [pytest.mark.xfail(reason="see PENDING", strict=False)]
-                    if (name, cell) in PENDING
-                    else []
-                ),
-            ],
+            marks=[] if cell in IN_EVERY_RUN.get(name, ()) else [pytest.mark.slow],
         )
         for name in FAMILIES
         for cell in CELLS
@@ -122,7 +111,7 @@ def test_a_cell_does_what_the_page_says(
             case "eval":
                 role_cells.evaluation(family, policy)
             case "chat":
-                role_cells.chat(policy, monkeypatch, capsys)
+                role_cells.chat(family, policy, monkeypatch, capsys)
 
     if (reason := refusal(entry[cell])) is not None:
         with pytest.raises(Refused, match=re.escape(reason)):

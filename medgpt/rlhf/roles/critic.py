@@ -18,6 +18,7 @@ from medgpt.models.tokenizer_compat import check_same_token_ids
 from medgpt.models.value_model import ValueScale, last_token_values
 from medgpt.rlhf.batching import RowIndices
 from medgpt.rlhf.experience import Experience, make_experience
+from medgpt.rlhf.preflight import initial_critic
 from medgpt.rlhf.roles.common import (
     UpdateTask,
     all_reduce,
@@ -39,7 +40,7 @@ class Critic:
         engine = config.pools.critic.engine
         actor = config.model.name
         assert actor is not None
-        key, start = _initial_model(config, actor)
+        key, start = initial_critic(config)
         model = config.model.with_name(start).model_copy(update={"lora": config.critic.lora})
         remote = config.model.trust_remote_code
         with errors_for_key(key):
@@ -162,15 +163,6 @@ class Critic:
                 return []
             ValueScale(mean=self.model.mean, std=self.model.std).write(directory)
             return file_entries(directory)
-
-
-def _initial_model(config: PPOStageConfig, actor: str) -> tuple[str, str]:
-    """Return config key and name of the model that the critic starts from."""
-    if config.critic.model is not None:
-        return "critic.model", config.critic.model
-    if config.reward.model is not None:
-        return "reward.model", config.reward.model
-    return "model.name", actor
 
 
 def _predicting_values(values: Tensor, batch: PackedBatch) -> Tensor:
