@@ -63,8 +63,8 @@ def load_for_generation(
             folder, use_safetensors=True, trust_remote_code=trust_remote_code
         )
         tokenizer = load_tokenizer(folder, trust_remote_code)
-    num_rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    check_embedding_rows(folder, tokenizer, num_rows)
+    embedding: Any = model.get_input_embeddings()
+    check_embedding_rows(folder, tokenizer, len(embedding.weight))
     if dtype is not None:
         for parameter in model.parameters():  # model.to would also round the rotary frequencies
             parameter.data = parameter.data.to(dtype)

@@ -393,7 +393,7 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(tmp_path: Path,
     tree["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps(tree), "utf-8")
     settings = eval_config(tmp_path / "run", folder, nll=[{"general": True}])
-    with pytest.raises(ConfigError, match="remote code., which does not run by default"):
+    with pytest.raises(ConfigError, match=r"remote code\), which does not run by default"):
         run_eval(settings)
     assert not (tmp_path / "run").exists()
     engine = EvalEngine(
