@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from medgpt.config.pools import ROLES
 from medgpt.data.loader.collate import causal_batch
 from medgpt.data.loader.epoch_order import VALIDATION
 from medgpt.data.loader.plan import Plan
@@ -22,6 +23,7 @@ from tests.rlhf.cases import ppo_config
 from tests.stages.test_evaluate import eval_config
 from tests.train.tiny_configs import sft_config
 
+HALVES = tuple(f"pools.{role}.cpus_per_worker=0.5" for role in ROLES)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
@@ -72,7 +74,7 @@ def test_gemma_goes_through_sft_evaluation_chat_and_ppo(
 
     source = f"{{name='s',paths=['{tiny_corpus}/sft'],license='Apache-2.0'}}"
     data = f"data={{max_length=320,sources=[{source}]}}"
-    ppo = train_ppo(ppo_config(tmp_path, model, data, "ppo.max_iterations=1"))
+    ppo = train_ppo(ppo_config(tmp_path, model, data, "ppo.max_iterations=1", *HALVES))
     [line] = [line for line in ppo.metrics() if "rollout/logprob_gap" in line]
     assert line["rollout/logprob_gap"] < 1e-3
 
