@@ -42,7 +42,7 @@ def fine_tune(name: str, base: Path, folder: Path, corpus: Path, **model: Any) -
         corpus,
         base,
         model=model,
-        data={"max_length": 320, "validation_share": 0.1},
+        data={"max_length": 480, "validation_share": 0.1},
         train={"max_steps": 6, "eval_every": 3, "checkpoint_every": 6},
     )
     return run_sft(config)
