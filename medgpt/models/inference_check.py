@@ -5,8 +5,8 @@ left padding or a dropped row disturbs, or a cache that the model does not know,
 difference.
 """
 
+import logging
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from medgpt.models.layout import random_texts
 from medgpt.models.small_model import small_model
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # nats
 ReadingMode = Literal["batched", "single", "plain"]
@@ -26,32 +28,21 @@ Logprobs = Callable[[PreTrainedModel, ReadingMode, list[list[int]]], list[Row]]
 """Reads prompts; returns their rows, with or without a response."""
 
 
+# not lru_cache, which would keep the weights of the models it is called with
+_known_modes: dict[tuple[type, str, tuple[ReadingMode, ...], Logprobs], ReadingMode] = {}
+
+
 def find_mode(
     model: PreTrainedModel, modes: tuple[ReadingMode, ...], read: Logprobs
 ) -> ReadingMode:
     """Return the first of `modes` in which `read` is exact; the last one needs no check."""
-    key = model.config.to_json_string(use_diff=False)
-    return _find_mode(_Model(model), key, modes, read)
+    key = (type(model), model.config.to_json_string(use_diff=False), modes, read)
+    if key not in _known_modes:
+        _known_modes[key] = _find_mode(model, modes, read)
+    return _known_modes[key]
 
 
-class _Model:
-    """A model whose config is the key of a cache."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Model) and type(other.model) is type(self.model)
-
-    def __hash__(self) -> int:
-        return hash(type(self.model))
-
-
-@lru_cache(maxsize=64)
-def _find_mode(
-    wrapped: _Model, config_json: str, modes: tuple[ReadingMode, ...], read: Logprobs
-) -> ReadingMode:
-    model: Any = wrapped.model
+def _find_mode(model: Any, modes: tuple[ReadingMode, ...], read: Logprobs) -> ReadingMode:
     with (
         torch.random.fork_rng(devices=[]),
         torch.device("cpu"),
@@ -64,17 +55,29 @@ def _find_mode(
             small = small_model(
                 model.config, "clm", texts[-1][None], model_class=type(model), **options
             )
-        except Exception:  # no small copy can be built
+        except Exception as error:  # no small copy can be built
+            _warn(model, modes[-1], f"no small copy could be tried: {type(error).__name__}")
             return modes[-1]
         prompts = [texts[0][:5].tolist(), texts[1].tolist()]
+        reason = ""
         for mode in modes[:-1]:
             try:
                 rows = read(small, mode, prompts)
-            except Exception:  # the model's code may raise anything
+            except Exception as error:  # the model's code may raise anything
+                reason = f"{mode} reading raised {type(error).__name__}"
                 continue
             if all(_is_exact(small, *row) for row in rows):
-                return mode
-    return modes[-1]
+                break
+            reason = f"{mode} reading is not exact"
+        else:
+            mode = modes[-1]
+    if mode != modes[0]:
+        _warn(model, mode, reason)
+    return mode
+
+
+def _warn(model: PreTrainedModel, mode: ReadingMode, reason: str) -> None:
+    log.warning("%s reads rows in the slower mode %r: %s", type(model).__name__, mode, reason)
 
 
 def _is_exact(model: Any, ids: list[int], logprobs: list[float]) -> bool:

@@ -1,14 +1,18 @@
 """Generation and scores are those of a plain forward, whatever the model does in batches."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from medgpt.models.decode import TokenGenerator
-from medgpt.models.inference_check import plain_logprobs
+from medgpt.models.inference_check import ReadingMode, Row, find_mode, plain_logprobs
 from medgpt.models.layout import random_texts
 from medgpt.models.loglikelihood import LoglikelihoodScorer, PromptOptions
 from medgpt.models.small_model import small_model
 from tests.models.test_layout import plain_config
+from tests.models.tiny_models import tiny_model
 
 TYPES = ["llama", "minicpm3", "bloom", "mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "gpt2"]
 
@@ -34,3 +38,22 @@ def test_generation_and_scores_are_those_of_a_plain_forward(model_type: str) -> 
     for option, found in zip(((5, 6), (9,)), choices[0], strict=True):
         want = plain_logprobs(model, [*texts[1], *option])[-len(option) :].sum()
         assert found == pytest.approx(float(want), abs=1e-3)
+
+
+def test_a_checked_model_is_not_kept_and_a_slower_mode_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny_model("qwen2")
+    model.set_attn_implementation("sdpa")  # it comes with the one for training
+    modes: tuple[ReadingMode, ...] = ("batched", "plain")
+    assert find_mode(model, modes, _failing_read) == "plain"
+    assert "Qwen2ForCausalLM reads rows in the slower mode 'plain'" in caplog.text
+    assert "batched reading raised ZeroDivisionError" in caplog.text
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+def _failing_read(*_: object) -> list[Row]:
+    raise ZeroDivisionError
